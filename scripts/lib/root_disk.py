@@ -1,0 +1,95 @@
+"""Makes an ext4 disk from exact Debian packages with mmdebstrap; same packages and files, same bytes.
+It is not a recipe: what goes in is its caller's choice. It needs root or unprivileged user namespaces.
+Called by guest_image.py and lab_image.py."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import uuid
+from pathlib import Path
+
+LIBRARY = Path(__file__).resolve().parent
+# What mmdebstrap says when it comes to each step, and how far along that is, in percent.
+STEPS = (("running apt-get update", 2), ("downloading packages", 5), ("extracting archives", 10),
+         ("installing essential packages", 20), ("installing remaining packages", 35),
+         ("running --customize-hook", 85), ("cleaning package lists", 88), ("creating tarball", 90))
+
+
+def host_packages():
+    """Debian packages that the functions here call."""
+    return ["mmdebstrap", "e2fsprogs", "util-linux", *([] if os.geteuid() == 0 else ["uidmap"])]
+
+
+def make_tree(tar, lock, archive, recipe, workplace, progress):
+    """Installs the locked packages with the recipe's files and settings; the result is a sorted tar."""
+    sources = archive.write_archive(lock, workplace / "archive")
+    command = ["mmdebstrap", "--verbose", "--format=tar", f"--variant={recipe.get('variant', 'apt')}",
+               "--architectures=amd64", f"--include={','.join(recipe['packages'])}",
+               "--aptopt=APT::Install-Recommends \"false\"",
+               # An emulated guest has better things to do than to keep what nobody reads on a server.
+               "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+               "--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/info/*",
+               "--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/share/lintian/*"]
+    directory = recipe["directory"]
+    for hook, name in (("essential", "files-before"), ("customize", "files")):
+        if (directory / name).is_dir():
+            bundle = workplace / f"{name}.tar"
+            _write_tar(bundle, directory / name, lock.epoch)
+            command.append(f"--{hook}-hook=tar-in {bundle} /")
+    if (directory / "customize").exists():
+        command += [f"--customize-hook=copy-in {directory / 'customize'} /",
+                    "--customize-hook=chroot \"$1\" sh /customize", "--customize-hook=rm \"$1\"/customize"]
+    command += [archive.suite, tar, sources]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(lock.epoch), "LC_ALL": "C", "TMPDIR": str(workplace)}
+    _run_with_steps([str(part) for part in command], environment, workplace / "mmdebstrap.log", progress)
+
+
+def make_disk(image, tar, size_bytes, epoch, seed):
+    """Turns the tar into a sparse ext4 image, a file system on the whole disk."""
+    identity = str(uuid.uuid5(uuid.NAMESPACE_OID, seed))
+    as_root = [] if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper"]
+    subprocess.run([*as_root, "bash", LIBRARY / "make-ext4", tar, image, str(size_bytes), str(epoch), identity],
+                   check=True, stdout=sys.stderr)
+
+
+def _write_tar(path, directory, epoch):
+    """The files of a checkout with the modes git keeps; its umask and owners must not matter."""
+    with tarfile.open(path, "w") as tar:
+        for source in sorted(directory.rglob("*")):
+            entry = tarfile.TarInfo(str(source.relative_to(directory)))
+            entry.mtime, entry.uname, entry.gname = epoch, "root", "root"
+            if source.is_symlink():
+                entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(source)
+                tar.addfile(entry)
+            elif source.is_dir():
+                entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+                tar.addfile(entry)
+            else:
+                data = source.read_bytes()
+                entry.size, entry.mode = len(data), 0o755 if os.access(source, os.X_OK) else 0o644
+                tar.addfile(entry, io.BytesIO(data))
+
+
+def _run_with_steps(command, environment, log, progress):
+    """Runs mmdebstrap, tells its steps as they come, and shows the end of its log when it fails."""
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out,
+                                   stderr=subprocess.PIPE, text=True, errors="replace")
+        try:
+            for line in process.stderr:
+                out.write(line)
+                for text, percent in STEPS:
+                    if re.search(f"^I: {text}", line):
+                        progress(percent)
+            failed = process.wait()
+        except BaseException:
+            # mmdebstrap unmounts and removes its tree upon SIGTERM; wait, so nothing is left behind.
+            process.terminate()
+            process.wait()
+            raise
+    if failed:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        raise SystemExit(f"{tail}\nmmdebstrap failed with status {failed}; its last lines are above")

@@ -1,0 +1,128 @@
+//! The console ring: a file of bounded size that holds the newest output of a serial console and the count
+//! of all bytes ever written. The VMM writes, any number of readers follow by position, nobody waits for
+//! anybody. It survives both the VMM and the daemon.
+//!
+//! ```text
+//!  0        8          16         24          4096                 4096 + capacity
+//!  │ magic  │ capacity │ written  │ (zero)     │ data, byte n at n % capacity │
+//! ```
+//! All numbers are little-endian. The writer puts data down before it counts it, so bytes below `written`
+//! and above `written - capacity` are whole. A reader looks at `written` again after it has read, because
+//! the writer may have lapped it in between.
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use crate::limits::{CONSOLE_RING_BYTES_MAX, CONSOLE_RING_BYTES_MIN};
+
+const MAGIC: &[u8; 8] = b"TOFTCON1";
+const DATA: u64 = 4096;
+
+/// A console ring over an open file.
+#[derive(Debug)]
+pub struct Ring {
+    file: File,
+    capacity: u64,
+    written: u64,
+}
+
+/// A piece of console output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Position of the first byte, counted from the console's first.
+    pub start: u64,
+    /// The bytes; empty when there is nothing beyond the position asked for.
+    pub data: Vec<u8>,
+}
+
+impl Piece {
+    /// Position after the last byte: where to read next.
+    pub fn end(&self) -> u64 {
+        self.start + self.data.len() as u64
+    }
+}
+
+impl Ring {
+    /// Makes a fresh ring of `capacity` bytes in an empty file. Fails with `InvalidInput` when the capacity is
+    /// out of bounds.
+    pub fn create(file: File, capacity: u64) -> io::Result<Ring> {
+        if !(CONSOLE_RING_BYTES_MIN..=CONSOLE_RING_BYTES_MAX).contains(&capacity) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "capacity of the console ring is out of bounds"));
+        }
+        file.set_len(DATA + capacity)?;
+        file.write_all_at(&0u64.to_le_bytes(), 16)?;
+        file.write_all_at(&capacity.to_le_bytes(), 8)?;
+        file.write_all_at(MAGIC, 0)?;
+        Ok(Ring { file, capacity, written: 0 })
+    }
+
+    /// Opens a ring that exists. Fails with `InvalidData` when the header is not one of ours.
+    pub fn open(file: File) -> io::Result<Ring> {
+        let mut header = [0; 24];
+        file.read_exact_at(&mut header, 0)?;
+        let number = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&header[at..at + 8]);
+            u64::from_le_bytes(bytes)
+        };
+        let (capacity, written) = (number(8), number(16));
+        let sound = &header[..8] == MAGIC
+            && (CONSOLE_RING_BYTES_MIN..=CONSOLE_RING_BYTES_MAX).contains(&capacity)
+            && file.metadata()?.len() == DATA + capacity;
+        if !sound {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a console ring"));
+        }
+        Ok(Ring { file, capacity, written })
+    }
+
+    /// Bytes written in all, as of the last write or read of this handle.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Appends output; returns the new total. Only one handle may write.
+    pub fn append(&mut self, data: &[u8]) -> io::Result<u64> {
+        // Of a write longer than the ring only the tail can stay.
+        let skipped = data.len().saturating_sub(self.capacity as usize);
+        let mut position = self.written + skipped as u64;
+        let mut rest = &data[skipped..];
+        while !rest.is_empty() {
+            let offset = position % self.capacity;
+            let room = (self.capacity - offset).min(rest.len() as u64) as usize;
+            self.file.write_all_at(&rest[..room], DATA + offset)?;
+            position += room as u64;
+            rest = &rest[room..];
+        }
+        self.file.write_all_at(&position.to_le_bytes(), 16)?;
+        self.written = position;
+        Ok(position)
+    }
+
+    /// Reads at most `length_max` bytes from position `from`. When those bytes have been overwritten, the
+    /// piece starts at the oldest byte still held; compare [`Piece::start`] with `from` to see the gap.
+    pub fn read(&mut self, from: u64, length_max: usize) -> io::Result<Piece> {
+        let before = self.refresh()?;
+        let start = from.clamp(before.saturating_sub(self.capacity), before);
+        let length = (before - start).min(length_max as u64).min(self.capacity) as usize;
+        let mut data = vec![0; length];
+        let offset = start % self.capacity;
+        let first = ((self.capacity - offset) as usize).min(length);
+        self.file.read_exact_at(&mut data[..first], DATA + offset)?;
+        self.file.read_exact_at(&mut data[first..], DATA)?;
+        // The writer may have lapped the oldest of these bytes while they were read.
+        let oldest = self.refresh()?.saturating_sub(self.capacity);
+        let lapped = oldest.saturating_sub(start).min(length as u64) as usize;
+        data.drain(..lapped);
+        Ok(Piece { start: start + lapped as u64, data })
+    }
+
+    fn refresh(&mut self) -> io::Result<u64> {
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, 16)?;
+        self.written = u64::from_le_bytes(bytes);
+        Ok(self.written)
+    }
+}
+
+#[cfg(test)]
+mod tests;

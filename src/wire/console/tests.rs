@@ -1,0 +1,57 @@
+//! The ring against the simplest oracle: a growing vector of everything ever written.
+use proptest::prelude::*;
+
+use super::*;
+
+fn ring(capacity: u64) -> (Ring, Ring) {
+    let file = tempfile::tempfile().unwrap();
+    let writer = Ring::create(file.try_clone().unwrap(), capacity).unwrap();
+    (writer, Ring::open(file).unwrap())
+}
+
+proptest! {
+    #[test]
+    fn readers_see_what_was_written_or_a_gap_at_the_old_end(
+        writes in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..6000), 1..20),
+        step in 1usize..5000,
+    ) {
+        let (mut writer, mut reader) = ring(4096);
+        let mut all = Vec::new();
+        let mut position = 0;
+        for data in writes {
+            all.extend_from_slice(&data);
+            prop_assert_eq!(writer.append(&data).unwrap(), all.len() as u64);
+            let piece = reader.read(position, step).unwrap();
+            let oldest = (all.len() as u64).saturating_sub(4096);
+            prop_assert_eq!(piece.start, position.max(oldest));
+            prop_assert!(piece.data.len() <= step);
+            prop_assert_eq!(&all[piece.start as usize..piece.end() as usize], &piece.data[..]);
+            position = piece.end();
+        }
+    }
+}
+
+#[test]
+fn two_readers_of_one_ring_see_the_same_bytes() {
+    let (mut writer, mut first) = ring(8192);
+    let mut second = Ring::open(first.file.try_clone().unwrap()).unwrap();
+    writer.append(b"login: ").unwrap();
+    assert_eq!(first.read(0, 100).unwrap(), second.read(0, 100).unwrap());
+}
+
+#[test]
+fn a_position_beyond_the_end_reads_nothing() {
+    let (mut writer, mut reader) = ring(4096);
+    writer.append(b"abc").unwrap();
+    assert_eq!(reader.read(u64::MAX, 10).unwrap(), Piece { start: 3, data: vec![] });
+}
+
+#[test]
+fn damaged_headers_are_refused() {
+    for (at, bytes) in [(0, b"XXXXXXXX"), (8, b"\xff\xff\xff\xff\xff\xff\xff\xff"), (8, b"\0\0\0\0\0\0\0\0")] {
+        let (writer, _) = ring(4096);
+        writer.file.write_all_at(bytes, at).unwrap();
+        assert_eq!(Ring::open(writer.file).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+    assert!(Ring::open(tempfile::tempfile().unwrap()).is_err());
+}

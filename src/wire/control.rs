@@ -1,0 +1,270 @@
+//! Commands to a VMM, its replies, and what it says unasked. A reply carries the number of its request;
+//! notices come at any time, on every open connection.
+use serde::{Deserialize, Serialize};
+
+use crate::machine::{MachineSpec, RateLimits};
+use crate::will::Reason;
+
+/// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
+pub const PROTOCOL: u32 = 1;
+
+/// One command with the number its reply will carry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the sender, unique on its connection.
+    pub id: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// What a VMM can be asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// Who are you and what do you run? Answered with [`Reply::Hello`] in every state.
+    Hello {
+        /// The sender's [`PROTOCOL`].
+        protocol: u32,
+    },
+    /// Build the machine and let its vCPUs run. Descriptors travel in the same packet. Once per process.
+    Boot(Box<MachineSpec>),
+    /// Stop the vCPUs and drain the devices; answered when no I/O is in flight. Repeatable.
+    Pause,
+    /// Let the vCPUs run again. Repeatable.
+    Resume,
+    /// Press the ACPI power button once.
+    PressPowerButton,
+    /// Build the machine again from its specification, as a reset button does.
+    Reset,
+    /// Write the last will and exit at once, without asking the guest.
+    Quit,
+    /// Counters, answered with [`Reply::Stats`].
+    Stats,
+    /// Send one [`Notice::Console`] as soon as the console has written more than `seen` bytes in all.
+    WatchConsole {
+        /// Total the sender has read.
+        seen: u64,
+    },
+    /// Type on the console. Answered with how many bytes were taken; send the rest later.
+    ConsoleInput {
+        /// Standard base64 of at most [`crate::limits::CONSOLE_INPUT_BYTES_MAX`] bytes.
+        data_base64: String,
+    },
+    /// Ask the guest to give back memory, in bytes.
+    SetBalloon {
+        /// Multiple of 4096 below the memory's size.
+        target_bytes: u64,
+    },
+    /// Replace the limits of disk number `disk`.
+    LimitDisk {
+        /// Position in [`MachineSpec::disks`].
+        disk: u16,
+        /// The limits in force from now on.
+        limits: RateLimits,
+    },
+    /// Replace the limits of interface number `nic`.
+    LimitNic {
+        /// Position in [`MachineSpec::nics`].
+        nic: u16,
+        /// To the guest.
+        rx: RateLimits,
+        /// From the guest.
+        tx: RateLimits,
+    },
+}
+
+/// Anything a VMM sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Message {
+    /// The answer to request `id`.
+    Reply {
+        /// The request's number.
+        id: u64,
+        /// What came of it.
+        result: Result<Reply, Fault>,
+    },
+    /// Something happened.
+    Notice(Notice),
+}
+
+/// What a command answers when it worked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Done, nothing to tell.
+    Done,
+    /// Answer to [`Command::Hello`].
+    Hello {
+        /// The VMM's [`PROTOCOL`].
+        protocol: u32,
+        /// The VMM's version, for people.
+        version: String,
+        /// What its machine does.
+        state: MachineState,
+        /// Total bytes the console has written.
+        console_written: u64,
+    },
+    /// Answer to [`Command::ConsoleInput`]: bytes taken.
+    Taken {
+        /// At most the length sent.
+        bytes: u64,
+    },
+    /// Answer to [`Command::Stats`].
+    Stats(Box<MachineStats>),
+}
+
+/// Why a command did not work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{detail}")]
+pub struct Fault {
+    /// For programs.
+    pub code: FaultCode,
+    /// For people: what failed, with its causes, and what to do.
+    pub detail: String,
+}
+
+/// Kinds of [`Fault`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultCode {
+    /// The command or its specification is not valid.
+    Invalid,
+    /// Not in this state, e.g. `Pause` before `Boot`.
+    WrongState,
+    /// KVM or the host refused something.
+    Host,
+    /// The devices did not drain within the bound; the machine runs on.
+    Timeout,
+}
+
+/// What the machine in a VMM does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineState {
+    /// No machine yet: a warm shell.
+    Shell,
+    /// vCPUs run.
+    Running,
+    /// vCPUs are parked, devices drained.
+    Paused,
+    /// The last will is written; the process is about to end.
+    Exiting,
+}
+
+/// What a VMM says unasked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Notice {
+    /// The machine's vCPUs run for the first time, or again after a reset.
+    Booted {
+        /// 0 for the first start.
+        resets: u64,
+    },
+    /// The console holds output beyond what [`Command::WatchConsole`] named. Sent once per watch.
+    Console {
+        /// Total bytes written.
+        written: u64,
+    },
+    /// The guest broke a device's rules; the device needs a reset by its driver.
+    DeviceFault {
+        /// Such as `disk0` or `nic1`.
+        device: String,
+        /// What the guest did.
+        detail: String,
+    },
+    /// The guest's kernel crashed and said so through pvpanic.
+    GuestPanicked,
+    /// The machine has ended; the same is in the last will.
+    Exiting(Reason),
+}
+
+/// Counters of a machine since its process started, monotonic across resets.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MachineStats {
+    /// Time the vCPUs were allowed to run, in nanoseconds.
+    pub running_ns: u64,
+    /// Times the machine was built again.
+    pub resets: u64,
+    /// By vCPU.
+    pub vcpus: Vec<VcpuStats>,
+    /// By disk.
+    pub disks: Vec<DiskStats>,
+    /// By interface.
+    pub nics: Vec<NicStats>,
+    /// The balloon.
+    pub balloon: BalloonStats,
+    /// Bytes the guest read from the entropy device.
+    pub rng_bytes: u64,
+    /// Total bytes the console has written.
+    pub console_written: u64,
+    /// Guest accesses to addresses and ports where nothing is.
+    pub unclaimed_accesses: u64,
+}
+
+/// Counters of one vCPU.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VcpuStats {
+    /// Exits to user space.
+    pub exits: u64,
+    /// CPU time of the thread, in nanoseconds.
+    pub cpu_ns: u64,
+}
+
+/// Counters of one disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// Completed reads.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Completed writes.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Completed flushes.
+    pub flushes: u64,
+    /// Completed discards and write-zeroes.
+    pub discards: u64,
+    /// Requests answered with an error of the host's storage.
+    pub errors: u64,
+    /// Requests that broke the protocol.
+    pub malformed: u64,
+    /// Times a request waited for the limits.
+    pub throttled: u64,
+}
+
+/// Counters of one interface, as the guest sees directions.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NicStats {
+    /// Packets to the guest.
+    pub rx_packets: u64,
+    /// Bytes to the guest.
+    pub rx_bytes: u64,
+    /// Packets from the guest.
+    pub tx_packets: u64,
+    /// Bytes from the guest.
+    pub tx_bytes: u64,
+    /// Packets for the guest dropped because they did not fit its buffers.
+    pub rx_dropped: u64,
+    /// Packets from the guest that the tap did not take.
+    pub tx_dropped: u64,
+    /// Chains that broke the protocol.
+    pub malformed: u64,
+    /// Times a direction waited for its limits.
+    pub throttled: u64,
+}
+
+/// The balloon's size and traffic.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BalloonStats {
+    /// Bytes asked for.
+    pub target_bytes: u64,
+    /// Bytes the guest has given.
+    pub actual_bytes: u64,
+    /// Bytes returned to the host by free page reporting, in all.
+    pub reported_bytes: u64,
+    /// Requests that broke the protocol.
+    pub malformed: u64,
+}

@@ -1,0 +1,109 @@
+//! What the daemon asks of the launcher: start a VMM, look at KVM. The launcher answers each request once,
+//! in any order, and tells every exit of its children.
+use serde::{Deserialize, Serialize};
+
+/// Descriptors a VMM is started with, by number. Anything else is closed before exec.
+pub mod fd {
+    /// `/dev/null`.
+    pub const STDIN: i32 = 0;
+    /// Seqpacket socket, bound and listening, that speaks [`crate::control`].
+    pub const CONTROL: i32 = 3;
+    /// `/dev/kvm`, open for reading and writing.
+    pub const KVM: i32 = 4;
+    /// File for the last will, empty, open for writing.
+    pub const WILL: i32 = 5;
+}
+
+/// One request to the launcher.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the sender, unique on its connection.
+    pub id: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// What a launcher can be asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// Start a VMM. The packet carries four descriptors in this order: control listener, KVM, last will,
+    /// log (becomes standard output and error).
+    Spawn {
+        /// Shown by `ps`, at most 64 printable characters. Nothing is derived from it.
+        label: String,
+    },
+    /// Look at KVM and try a guest on it. The packet carries one descriptor: KVM.
+    Probe,
+}
+
+/// Anything a launcher sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Message {
+    /// The answer to request `id`.
+    Reply {
+        /// The request's number.
+        id: u64,
+        /// What came of it; the error is a sentence for people.
+        result: Result<Reply, String>,
+    },
+    /// A child has ended and was reaped.
+    Exited {
+        /// Its process id, as told by [`Reply::Spawned`].
+        pid: i32,
+        /// How it ended.
+        status: ExitStatus,
+    },
+}
+
+/// What a request answers when it worked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// The VMM runs. The packet carries one descriptor: its pidfd.
+    Spawned {
+        /// Process id in the launcher's pid namespace.
+        pid: i32,
+    },
+    /// Answer to [`Command::Probe`].
+    Probed(KvmReport),
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitStatus {
+    /// It called exit.
+    Code(i32),
+    /// A signal ended it.
+    Signal(i32),
+}
+
+/// What KVM on this host can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvmReport {
+    /// `KVM_GET_API_VERSION`; 12 is the only one there is.
+    pub api_version: i32,
+    /// Each extension Toft looks at, by the kernel's name, with its value (0: absent).
+    pub extensions: Vec<(String, i32)>,
+    /// Extensions without which no machine can be built.
+    pub missing: Vec<String>,
+    /// Whether a stock Linux kernel can be expected to boot.
+    pub linux: LinuxSupport,
+    /// Instructions per second of guest kernel mode, measured with a counting loop.
+    pub kernel_mode_ips: u64,
+    /// Median cost of one exit to user space and back, in nanoseconds.
+    pub exit_ns: u64,
+}
+
+/// Whether Linux guests run here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinuxSupport {
+    /// The instructions a kernel needs were executed and fast enough.
+    Yes,
+    /// They were not; the sentence says which.
+    No(String),
+}

@@ -1,0 +1,46 @@
+//! Bounds of everything that crosses the wire, each with the reason for its size.
+
+/// Longest JSON document in one packet, in bytes. A machine with every device at its limit needs 24 KiB;
+/// statistics of 32 vCPUs and 16 devices need 12 KiB.
+pub const PACKET_BYTES_MAX: usize = 64 * 1024;
+
+/// Most descriptors in one packet. The kernel's own bound (SCM_MAX_FD) is 253; a machine at every device
+/// limit carries 3 + 16 + 8.
+pub const DESCRIPTORS_MAX: usize = 64;
+
+/// Most virtual CPUs of one machine.
+pub const VCPUS_MAX: u8 = 32;
+
+/// Least guest memory, in bytes: below this no stock kernel unpacks its initrd.
+pub const MEMORY_BYTES_MIN: u64 = 32 << 20;
+
+/// Most guest memory, in bytes. The memory slots and ACPI tables are tested up to here.
+pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
+
+/// Most disks of one machine. One PCI bus has 32 slots; disks and nics share it with the other devices.
+pub const DISKS_MAX: usize = 16;
+
+/// Most network interfaces of one machine.
+pub const NICS_MAX: usize = 8;
+
+/// Longest kernel command line in bytes, with its terminator: the x86 kernel's COMMAND_LINE_SIZE.
+pub const CMDLINE_BYTES_MAX: usize = 2048;
+
+/// Longest virtio-blk serial, in bytes: virtio 1.2, section 5.2.6, VIRTIO_BLK_ID_BYTES.
+pub const SERIAL_BYTES_MAX: usize = 20;
+
+/// Most bytes of console input in one command. The guest's 16550 drains a few bytes an interrupt, so a
+/// longer paste is sent in pieces as the replies say how much was taken.
+pub const CONSOLE_INPUT_BYTES_MAX: usize = 4096;
+
+/// Default capacity of a console ring in bytes: a full boot of a distribution is about 60 KiB.
+pub const CONSOLE_RING_BYTES: u64 = 1 << 20;
+
+/// Least capacity of a console ring in bytes.
+pub const CONSOLE_RING_BYTES_MIN: u64 = 4096;
+
+/// Most capacity of a console ring in bytes, so that a damaged header cannot ask for more.
+pub const CONSOLE_RING_BYTES_MAX: u64 = 64 << 20;
+
+/// Longest last will in bytes; longer files are not ours.
+pub const WILL_BYTES_MAX: usize = 16 * 1024;

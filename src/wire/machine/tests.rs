@@ -1,0 +1,63 @@
+//! The checks a specification passes before anything is built from it.
+use super::*;
+
+fn spec() -> MachineSpec {
+    MachineSpec {
+        memory_bytes: 128 << 20,
+        vcpus: 2,
+        cpu: CpuTemplate::Host,
+        boot: Boot { kernel: FdIndex(0), initrd: None, cmdline: "console=ttyS0".into() },
+        disks: vec![Disk {
+            file: FdIndex(2),
+            access: Access::ReadWrite,
+            cache: CacheMode::Writeback,
+            serial: "root".into(),
+            limits: RateLimits::default(),
+        }],
+        nics: vec![],
+        balloon: Balloon::default(),
+        console: Console { ring: FdIndex(1) },
+        on_reset: OnReset::Rebuild,
+    }
+}
+
+#[test]
+fn a_sound_specification_passes_and_survives_json() {
+    let spec = spec();
+    spec.check(3).unwrap();
+    let text = serde_json::to_string(&spec).unwrap();
+    assert_eq!(serde_json::from_str::<MachineSpec>(&text).unwrap(), spec);
+}
+
+#[test]
+fn each_broken_field_is_named() {
+    type Break = fn(&mut MachineSpec);
+    let cases: [(&str, Break); 12] = [
+        ("/memory_bytes", |s| s.memory_bytes = (128 << 20) + 1),
+        ("/memory_bytes", |s| s.memory_bytes = u64::MAX),
+        ("/vcpus", |s| s.vcpus = 0),
+        ("/vcpus", |s| s.vcpus = 33),
+        ("/boot/cmdline", |s| s.boot.cmdline = "x".repeat(2048)),
+        ("/boot/cmdline", |s| s.boot.cmdline = "a\0b".into()),
+        ("/balloon/target_bytes", |s| s.balloon.target_bytes = 128 << 20),
+        ("/disks/0/serial", |s| s.disks[0].serial = "has space".into()),
+        ("/disks/0/limits/bandwidth", |s| {
+            s.disks[0].limits.bandwidth = Some(TokenBucket { per_second: 0, burst: 1 })
+        }),
+        ("/disks/0/file", |s| s.disks[0].file = FdIndex(3)),
+        ("/disks/0/file", |s| s.disks[0].file = FdIndex(1)),
+        ("/disks", |s| s.disks = vec![s.disks[0].clone(); 17]),
+    ];
+    for (field, break_it) in cases {
+        let mut broken = spec();
+        break_it(&mut broken);
+        assert_eq!(broken.check(3).unwrap_err().field, field);
+    }
+}
+
+#[test]
+fn an_unknown_field_is_refused() {
+    let mut value = serde_json::to_value(spec()).unwrap();
+    value["turbo"] = true.into();
+    assert!(serde_json::from_value::<MachineSpec>(value).is_err());
+}
