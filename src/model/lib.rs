@@ -1,1 +1,22 @@
-//! Placeholder.
+//! The nouns customers see, as plain data with their JSON. No I/O, no behaviour beyond checking a value.
+//! `host` fills them, `http` serves them, `cli` reads them; the OpenAPI document is made from them.
+#![forbid(unsafe_code)]
+
+pub mod event;
+pub mod host;
+pub mod id;
+pub mod image;
+pub mod limits;
+pub mod name;
+pub mod network;
+pub mod operation;
+pub mod page;
+pub mod problem;
+pub mod server;
+pub mod time;
+pub mod volume;
+
+pub use id::{EventId, ImageId, NetworkId, OperationId, ServerId, TokenId, VolumeId};
+pub use name::{Labels, Name};
+pub use problem::{Code, FieldError, Problem};
+pub use time::Time;

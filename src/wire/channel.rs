@@ -67,8 +67,8 @@ impl Channel {
         if length == 0 {
             return Ok(None);
         }
-        let document = serde_json::from_slice(&text[..length])
-            .map_err(|cause| Error::Parse { bytes: length, cause })?;
+        let document =
+            serde_json::from_slice(&text[..length]).map_err(|cause| Error::Parse { bytes: length, cause })?;
         Ok(Some((document, descriptors)))
     }
 }

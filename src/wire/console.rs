@@ -47,7 +47,10 @@ impl Ring {
     /// out of bounds.
     pub fn create(file: File, capacity: u64) -> io::Result<Ring> {
         if !(CONSOLE_RING_BYTES_MIN..=CONSOLE_RING_BYTES_MAX).contains(&capacity) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "capacity of the console ring is out of bounds"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "capacity of the console ring is out of bounds",
+            ));
         }
         file.set_len(DATA + capacity)?;
         file.write_all_at(&0u64.to_le_bytes(), 16)?;

@@ -263,7 +263,9 @@ impl MachineSpec {
         let mut taken = vec![false; descriptors];
         for (field, FdIndex(index)) in self.descriptors() {
             match taken.get_mut(usize::from(index)) {
-                None => return refuse(field, format!("descriptor {index} did not arrive; {descriptors} did")),
+                None => {
+                    return refuse(field, format!("descriptor {index} did not arrive; {descriptors} did"));
+                }
                 Some(true) => return refuse(field, format!("descriptor {index} is named twice")),
                 Some(slot) => *slot = true,
             }

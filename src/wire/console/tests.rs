@@ -48,7 +48,8 @@ fn a_position_beyond_the_end_reads_nothing() {
 
 #[test]
 fn damaged_headers_are_refused() {
-    for (at, bytes) in [(0, b"XXXXXXXX"), (8, b"\xff\xff\xff\xff\xff\xff\xff\xff"), (8, b"\0\0\0\0\0\0\0\0")] {
+    for (at, bytes) in [(0, b"XXXXXXXX"), (8, b"\xff\xff\xff\xff\xff\xff\xff\xff"), (8, b"\0\0\0\0\0\0\0\0")]
+    {
         let (writer, _) = ring(4096);
         writer.file.write_all_at(bytes, at).unwrap();
         assert_eq!(Ring::open(writer.file).unwrap_err().kind(), io::ErrorKind::InvalidData);

@@ -1,0 +1,471 @@
+//! Servers: what a customer creates.
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
+use crate::name::{Labels, Name};
+use crate::time::Time;
+
+/// A server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Server {
+    /// Identity, for ever.
+    pub id: ServerId,
+    /// Unique name, also the host name.
+    pub name: Name,
+    /// The caller's own words.
+    #[serde(default)]
+    pub description: String,
+    /// The caller's own pairs.
+    #[serde(default)]
+    pub labels: Labels,
+    /// The caller's own unique reference, such as a billing system's order number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external_ref: Option<String>,
+    /// What it does.
+    pub state: ServerState,
+    /// Why it is in this state, where that says more than the state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_reason: Option<StateReason>,
+    /// What it should do; after a restart of the host this decides.
+    pub wanted: Wanted,
+    /// What can be done now.
+    pub allowed_actions: Vec<String>,
+    /// The work in progress on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation_id: Option<OperationId>,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Which CPU the guest sees.
+    pub cpu: CpuTemplate,
+    /// Image its root volume was made from.
+    pub image_id: ImageId,
+    /// Its disks: the root volume first.
+    pub volumes: Vec<ServerVolume>,
+    /// Its interfaces.
+    pub nics: Vec<ServerNic>,
+    /// What happens when its machine ends unasked.
+    pub restart_policy: RestartPolicy,
+    /// Version of this resource; also its `ETag`.
+    pub generation: u64,
+    /// When it was created.
+    pub created_at: Time,
+    /// When it last changed.
+    pub updated_at: Time,
+    /// When its machine was last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
+}
+
+/// What a server does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerState {
+    /// Its disk is being made.
+    Creating,
+    /// Off.
+    Stopped,
+    /// Its machine is being built.
+    Starting,
+    /// Its machine runs.
+    Running,
+    /// Its vCPUs are parked and its devices drained.
+    Paused,
+    /// The power button was pressed, or it is being forced off.
+    Stopping,
+    /// It is being deleted.
+    Deleting,
+    /// Its machine ended badly and nothing will restart it; see `state_reason`.
+    Failed,
+}
+
+/// What a server should do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Wanted {
+    /// Run.
+    Running,
+    /// Be paused.
+    Paused,
+    /// Be off.
+    Stopped,
+    /// Not exist.
+    Deleted,
+}
+
+/// Why a server is in its state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StateReason {
+    /// For programs, such as `guest_powered_off`, `triple_fault`, `out_of_memory`.
+    pub code: String,
+    /// For people.
+    pub detail: String,
+    /// Since when.
+    pub at: Time,
+}
+
+/// A named set of CPU features.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CpuTemplate {
+    /// Every feature KVM can virtualise on this host.
+    #[default]
+    Host,
+    /// The x86-64-v2 level.
+    X86_64V2,
+    /// The x86-64-v3 level.
+    X86_64V3,
+}
+
+/// What happens when a machine ends unasked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RestartPolicy {
+    /// The server stays as it ended.
+    Never,
+    /// Started again after a failure, with growing pauses; a power-off by the guest is not a failure.
+    #[default]
+    OnFailure,
+    /// Started again after any end that was not asked for through the API.
+    Always,
+}
+
+/// A disk of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServerVolume {
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Position: 0 is the root disk, `/dev/vda`.
+    pub index: u8,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// What a completed write promises.
+    pub cache: CacheMode,
+    /// Limits in force.
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// What a completed write promises.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheMode {
+    /// Durable after the guest's flush.
+    #[default]
+    Writeback,
+    /// Durable when it completes.
+    Writethrough,
+}
+
+/// An interface of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServerNic {
+    /// The network it is on.
+    pub network_id: NetworkId,
+    /// Position: 0 is `eth0`.
+    pub index: u8,
+    /// Hardware address, `52:54:00:…`.
+    pub mac: String,
+    /// Its address, known before it boots.
+    #[schema(value_type = String, format = Ipv4)]
+    pub ipv4: Ipv4Addr,
+    /// Limits in force.
+    #[serde(default)]
+    pub limits: NicLimits,
+}
+
+/// A rate with a burst.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Units per second, at least 1.
+    #[schema(minimum = 1)]
+    pub per_second: u64,
+    /// Most units at once after a quiet time; as `per_second` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub burst: Option<u64>,
+}
+
+/// Limits of one disk; absent means unlimited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskLimits {
+    /// Bytes read and written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bytes: Option<Rate>,
+    /// Requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operations: Option<Rate>,
+}
+
+/// Limits of one interface, each direction by itself; absent means unlimited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NicLimits {
+    /// Bytes to the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_bytes: Option<Rate>,
+    /// Packets to the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_packets: Option<Rate>,
+    /// Bytes from the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_bytes: Option<Rate>,
+    /// Packets from the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_packets: Option<Rate>,
+}
+
+/// Body of `POST /v1/servers`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateServer {
+    /// Unique name, also the host name.
+    pub name: Name,
+    /// Image's id or name.
+    pub image: String,
+    /// Virtual CPUs, 1 to 32.
+    #[serde(default = "vcpus_default")]
+    #[schema(minimum = 1, maximum = 32)]
+    pub vcpus: u8,
+    /// Memory in bytes, a multiple of 2 MiB; the image's minimum or 512 MiB when absent, whichever is more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// Size of the root volume in bytes, a multiple of 4096; the image's own when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+    /// What a completed write of the root volume promises.
+    #[serde(default)]
+    pub cache: CacheMode,
+    /// Limits of the root volume.
+    #[serde(default)]
+    pub disk_limits: DiskLimits,
+    /// Interfaces; one on the default network when absent, none when empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nics: Option<Vec<CreateNic>>,
+    /// Which CPU the guest sees.
+    #[serde(default)]
+    pub cpu: CpuTemplate,
+    /// ssh public keys of the image's default user.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ssh_keys: Vec<String>,
+    /// cloud-init user data: `#cloud-config`, a script, or MIME. At most 64 KiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data: Option<String>,
+    /// What happens when its machine ends unasked.
+    #[serde(default)]
+    pub restart_policy: RestartPolicy,
+    /// Whether to start it at once.
+    #[serde(default = "start_default")]
+    pub start: bool,
+    /// The caller's own words.
+    #[serde(default)]
+    pub description: String,
+    /// The caller's own pairs.
+    #[serde(default)]
+    pub labels: Labels,
+    /// The caller's own unique reference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external_ref: Option<String>,
+}
+
+fn vcpus_default() -> u8 {
+    1
+}
+
+fn start_default() -> bool {
+    true
+}
+
+/// An interface to make.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateNic {
+    /// Network's id or name; the default network when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// A free address of the network; the next free one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = Ipv4)]
+    pub ipv4: Option<Ipv4Addr>,
+    /// Limits.
+    #[serde(default)]
+    pub limits: NicLimits,
+}
+
+/// Body of `PATCH /v1/servers/{id}`: an RFC 7396 merge patch of the fields that can be changed. `vcpus`,
+/// `memory_bytes` and `cpu` take effect at the next start; the others at once.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PatchServer {
+    /// New name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+    /// New description.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Labels to set; null removes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<std::collections::BTreeMap<String, Option<String>>>,
+    /// Virtual CPUs at the next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
+    pub vcpus: Option<u8>,
+    /// Memory in bytes at the next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// CPU at the next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuTemplate>,
+    /// New policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<RestartPolicy>,
+    /// New limits of the root volume, replaced as a whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_limits: Option<DiskLimits>,
+}
+
+/// What can be done to a server: `POST /v1/servers/{id}/actions/{verb}` with this body.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerAction {
+    /// Build its machine.
+    Start,
+    /// Press the power button, and after the grace force it off.
+    Stop(StopServer),
+    /// Ask the guest to shut down, then start again; with no grace, the reset button.
+    Reboot(StopServer),
+    /// Park it.
+    Pause,
+    /// Let it run again.
+    Resume,
+}
+
+/// Body of the actions `stop` and `reboot`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopServer {
+    /// Seconds the guest has to shut down before it is forced; 0 forces at once.
+    #[serde(default = "grace_default")]
+    #[schema(maximum = 3600)]
+    pub grace_s: u64,
+}
+
+fn grace_default() -> u64 {
+    30
+}
+
+impl Default for StopServer {
+    fn default() -> StopServer {
+        StopServer { grace_s: grace_default() }
+    }
+}
+
+/// How to delete a server.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DeleteServer {
+    /// Keep its root volume.
+    pub keep_volumes: bool,
+}
+
+/// Answer to `POST /v1/servers?dry_run=true`: what would be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServerPlan {
+    /// The server as it would be; ids and addresses may differ when it is really made.
+    pub server: Server,
+    /// Each step, for people.
+    pub steps: Vec<String>,
+    /// Memory the host has left afterwards, in bytes.
+    pub memory_bytes_left: u64,
+}
+
+/// Counters of a running server. All totals are since the machine's start and never fall.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServerMetrics {
+    /// Time its vCPUs were allowed to run, in milliseconds.
+    pub running_ms: u64,
+    /// Resets by the guest or the API.
+    pub resets: u64,
+    /// CPU time of each vCPU, in milliseconds.
+    pub vcpu_cpu_ms: Vec<u64>,
+    /// Exits of each vCPU to the VMM.
+    pub vcpu_exits: Vec<u64>,
+    /// Memory of the VMM with the guest's, in bytes, as the host counts it.
+    pub memory_resident_bytes: u64,
+    /// By disk.
+    pub disks: Vec<DiskMetrics>,
+    /// By interface.
+    pub nics: Vec<NicMetrics>,
+    /// Bytes the balloon holds.
+    pub balloon_bytes: u64,
+    /// Bytes returned by free page reporting.
+    pub reported_bytes: u64,
+    /// Protocol errors of the guest on any device.
+    pub device_faults: u64,
+}
+
+/// Counters of one disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskMetrics {
+    /// Requests.
+    pub reads: u64,
+    /// Bytes.
+    pub read_bytes: u64,
+    /// Requests.
+    pub writes: u64,
+    /// Bytes.
+    pub written_bytes: u64,
+    /// Requests.
+    pub flushes: u64,
+    /// Requests.
+    pub discards: u64,
+    /// Requests the host's storage failed.
+    pub errors: u64,
+    /// Times a request waited for the limits.
+    pub throttled: u64,
+}
+
+/// Counters of one interface, as the server sees directions.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NicMetrics {
+    /// Packets received.
+    pub rx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Packets sent.
+    pub tx_packets: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Packets dropped on the way in.
+    pub rx_dropped: u64,
+    /// Packets dropped on the way out.
+    pub tx_dropped: u64,
+    /// Times a direction waited for its limits.
+    pub throttled: u64,
+}
+
+/// Body of `POST /v1/servers/{id}/console-tokens`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateConsoleToken {
+    /// Whether the holder may only look.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Position to replay from; everything still held when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u64>,
+}
+
+/// A one-use ticket to the console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ConsoleToken {
+    /// Path and query of the WebSocket; prefix it with the API's scheme and host.
+    pub url: String,
+    /// After this it is worth nothing.
+    pub expires_at: Time,
+}
