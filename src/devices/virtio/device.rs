@@ -1,0 +1,109 @@
+//! The contract between a virtio device and its transport. Traits and plain types only; `transport::pci` calls
+//! the devices through them and gives them what they need to serve a driver.
+use std::io;
+use std::sync::Arc;
+
+use memory::Ram;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::Queue;
+
+/// A virtio device as its transport sees it. The guest reaches every method but [`VirtioDevice::name`], so none
+/// may panic, block for long or trust an argument.
+pub trait VirtioDevice: Send {
+    /// The device's number in virtio 1.2, section 5.
+    fn device_type(&self) -> u32;
+    /// What operators call it: `disk0`, `nic1`, `rng`, `balloon`.
+    fn name(&self) -> &str;
+    /// The device's own feature bits. The transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX.
+    fn features(&self) -> u64;
+    /// The largest size of each queue, powers of two up to 32768, in queue order.
+    fn queue_sizes(&self) -> &[u16];
+    /// Fills `data` with the device's configuration at `offset`; what lies beyond its end reads zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Takes `data` at `offset` of the configuration; what is read-only or beyond the end is ignored.
+    fn write_config(&self, offset: u64, data: &[u8]);
+    /// Starts to serve the queues: the driver has set DRIVER_OK. Called again after each reset.
+    fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError>;
+}
+
+/// All that a device gets from its transport to serve one driver, until the next reset.
+pub struct Wiring {
+    /// Guest memory.
+    pub memory: Arc<Ram>,
+    /// The feature bits that were agreed on.
+    pub features: u64,
+    /// The queues the driver has enabled, ascending by index; their addresses and sizes have been checked.
+    pub queues: Vec<QueueWiring>,
+    /// The way to the driver.
+    pub signals: Arc<dyn Signals>,
+    /// Called first in each new thread.
+    pub threads: ThreadHook,
+}
+
+/// One enabled queue.
+pub struct QueueWiring {
+    /// Its number, as [`VirtioDevice::queue_sizes`] counts.
+    pub index: u16,
+    /// The queue itself.
+    pub queue: Queue,
+    /// Signalled when the driver has made buffers available. Non-blocking.
+    pub kick: Arc<EventFd>,
+}
+
+/// How a device speaks to its driver. Never blocks; called from the device's own thread.
+pub trait Signals: Send + Sync {
+    /// There is something new in the used ring of queue `index`. Ask [`Queue::wants_signal`] before.
+    fn queue_used(&self, index: u16);
+    /// The device's configuration has changed.
+    fn config_changed(&self);
+    /// The driver broke the rules beyond what can be answered: sets DEVICE_NEEDS_RESET and tells the operator.
+    fn broken(&self, detail: String);
+}
+
+/// Called with the kind of thread first in each new thread, before it touches anything of the guest's.
+pub type ThreadHook = Arc<dyn Fn(&'static str) + Send + Sync>;
+
+/// A device that serves its queues.
+pub trait Active: Send {
+    /// Takes nothing new from the queues and waits, for at most [`crate::limits::DRAIN_MS_MAX`], until nothing is
+    /// in flight. After an error the device is still paused; call [`Active::resume`] to let it go on.
+    fn pause(&mut self) -> Result<(), NotDrained>;
+    /// Goes on after [`Active::pause`].
+    fn resume(&mut self);
+    /// Ends the threads and returns when guest memory is no longer touched.
+    fn stop(self: Box<Self>);
+}
+
+/// A pause that did not come to its end in time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{device}: {in_flight} requests did not end within {} ms", crate::limits::DRAIN_MS_MAX)]
+pub struct NotDrained {
+    /// The device's name.
+    pub device: String,
+    /// Requests that the backend has not answered.
+    pub in_flight: usize,
+}
+
+/// Why a device cannot serve its driver. The transport sets DEVICE_NEEDS_RESET and tells the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The host gave no thread or descriptor.
+    #[error("cannot start the {kind} thread")]
+    Thread {
+        /// The kind of thread.
+        kind: &'static str,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// The driver left out a queue that the device cannot do without.
+    #[error("queue {index} is not enabled")]
+    QueueMissing {
+        /// The queue's number.
+        index: u16,
+    },
+    /// What the device stands on failed.
+    #[error("the backend failed")]
+    Backend(#[source] io::Error),
+}

@@ -1,0 +1,12 @@
+//! Virtio devices (virtio 1.2): the contract between a device and its transport, queues that survive any guest,
+//! the thread that serves them, and the devices. Nothing here knows PCI but `transport`.
+
+pub mod queue;
+
+pub mod device;
+
+pub mod worker;
+
+pub use device::{ActivateError, Active, NotDrained, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring};
+pub use queue::{BufferError, Chain, Fault, Queue, Segment};
+pub use worker::{Handler, Kick, Progress, Sources, Worker, WorkerOptions};

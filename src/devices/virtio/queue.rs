@@ -1,0 +1,169 @@
+//! A split virtqueue that no guest can confuse, over `virtio_queue::Queue`. That crate checks addresses, the
+//! available index, chain length in bytes and nested indirection, but ends a bad chain silently; here a bad chain
+//! is an error, and so is a head that is already in flight. Each device's thread owns its queues.
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use memory::Ram;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::limits::CHAIN_DESCRIPTORS_MAX;
+
+mod chain;
+
+pub use chain::{BufferError, Chain, Segment};
+
+/// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, section 2.7.6).
+const AVAIL_NO_INTERRUPT: u16 = 1;
+
+/// Storage kept per queue for chains to come: the usual depth, at a few hundred bytes each.
+const SPARE_MAX: usize = 64;
+
+/// What a driver did that a queue cannot recover from. The device is broken until it is reset.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// More heads are said to be available than the queue holds, or the rings left guest memory.
+    #[error("a ring cannot be used")]
+    Ring(#[source] virtio_queue::Error),
+    /// A head lies outside the descriptor table.
+    #[error("head {head} is outside a queue of {size}")]
+    HeadRange {
+        /// The head.
+        head: u16,
+        /// The queue's size.
+        size: u16,
+    },
+    /// A head was made available again before it was used.
+    #[error("head {head} is already in flight")]
+    HeadInFlight {
+        /// The head.
+        head: u16,
+    },
+    /// A chain does not end: a loop, an index outside its table, a table outside memory, or bytes over 2³².
+    #[error("the chain at head {head} is malformed after {descriptors} descriptors")]
+    Chain {
+        /// The head.
+        head: u16,
+        /// Descriptors that could be read.
+        descriptors: usize,
+    },
+    /// A chain has more descriptors than [`CHAIN_DESCRIPTORS_MAX`].
+    #[error("the chain at head {head} has more than {CHAIN_DESCRIPTORS_MAX} descriptors")]
+    ChainTooLong {
+        /// The head.
+        head: u16,
+    },
+    /// A device-readable descriptor follows a device-writable one (virtio 1.2, section 2.7.4.2).
+    #[error("the chain at head {head} reads after it writes")]
+    Order {
+        /// The head.
+        head: u16,
+    },
+    /// A rule of the device's own was broken beyond what a request can be answered with.
+    #[error("{0}")]
+    Protocol(&'static str),
+}
+
+/// One virtqueue in use.
+#[derive(Debug)]
+pub struct Queue {
+    ring: virtio_queue::Queue,
+    memory: Arc<Ram>,
+    /// For each descriptor whether a chain that starts there was taken and not yet completed.
+    in_flight: Box<[bool]>,
+    /// How many entries of `in_flight` are set.
+    taken: usize,
+    /// Storage of completed chains, so that a busy queue does not allocate.
+    spare: Vec<Vec<Segment>>,
+}
+
+impl Queue {
+    /// Serves `ring`, which the caller has found valid in `memory`.
+    pub fn new(ring: virtio_queue::Queue, memory: Arc<Ram>) -> Queue {
+        let in_flight = vec![false; usize::from(ring.size())].into_boxed_slice();
+        Queue { ring, memory, in_flight, taken: 0, spare: Vec::new() }
+    }
+
+    /// The memory the queue and its buffers lie in.
+    pub fn memory(&self) -> &Arc<Ram> {
+        &self.memory
+    }
+
+    /// The size the driver chose.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// Chains taken and not yet completed.
+    pub fn in_flight(&self) -> usize {
+        self.taken
+    }
+
+    /// Takes the next chain, or nothing when the driver has made no other available.
+    pub fn pop(&mut self) -> Result<Option<Chain>, Fault> {
+        let next = self.ring.iter(&*self.memory).map_err(Fault::Ring)?.next();
+        let Some(descriptors) = next else { return Ok(None) };
+        let head = descriptors.head_index();
+        match self.in_flight.get_mut(usize::from(head)) {
+            None => return Err(Fault::HeadRange { head, size: self.ring.size() }),
+            Some(true) => return Err(Fault::HeadInFlight { head }),
+            Some(entry) => *entry = true,
+        }
+        self.taken = self.taken.saturating_add(1);
+        let storage = self.spare.pop().unwrap_or_default();
+        Chain::parse(descriptors, storage).map(Some)
+    }
+
+    /// Undoes the last [`Queue::pop`], for a chain that cannot be served yet. Several are undone in the reverse
+    /// of the order they were taken in, with no completion between.
+    pub fn give_back(&mut self, chain: Chain) {
+        self.forget(chain);
+        self.ring.go_to_previous_position();
+    }
+
+    /// Hands `chain` back to the driver with `written` bytes in its writable part, counted from its start.
+    pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), Fault> {
+        let head = chain.head();
+        let written = written.min(chain.writable_bytes());
+        self.forget(chain);
+        self.ring.add_used(&*self.memory, head, written).map_err(Fault::Ring)
+    }
+
+    /// Whether the driver wants to hear of what was completed since this was last asked. Ask once after each
+    /// batch of completions and signal when it is true.
+    pub fn wants_signal(&mut self) -> Result<bool, Fault> {
+        if !self.ring.needs_notification(&*self.memory).map_err(Fault::Ring)? {
+            return Ok(false);
+        }
+        if self.ring.event_idx_enabled() {
+            return Ok(true);
+        }
+        let flags = self.memory.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
+        let flags = flags.map_err(|cause| Fault::Ring(virtio_queue::Error::GuestMemory(cause)))?;
+        Ok(u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0)
+    }
+
+    /// Tells the driver that kicks are not needed while the queue is being served.
+    pub fn silence_kicks(&mut self) -> Result<(), Fault> {
+        self.ring.disable_notification(&*self.memory).map_err(Fault::Ring)
+    }
+
+    /// Asks for a kick with the next buffer. True when a buffer is already there, for which no kick may come.
+    pub fn ask_for_kicks(&mut self) -> Result<bool, Fault> {
+        self.ring.enable_notification(&*self.memory).map_err(Fault::Ring)
+    }
+
+    fn forget(&mut self, chain: Chain) {
+        if let Some(entry) = self.in_flight.get_mut(usize::from(chain.head())) {
+            *entry = false;
+        }
+        self.taken = self.taken.saturating_sub(1);
+        if self.spare.len() < SPARE_MAX {
+            self.spare.push(chain.into_storage());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
