@@ -7,6 +7,9 @@ pub mod device;
 
 pub mod worker;
 
+#[cfg(test)]
+pub(crate) mod bench;
+
 pub use device::{ActivateError, Active, NotDrained, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring};
 pub use queue::{BufferError, Chain, Fault, Queue, Segment};
 pub use worker::{Handler, Kick, Progress, Sources, Worker, WorkerOptions};

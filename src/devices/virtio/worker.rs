@@ -9,7 +9,7 @@
 //! any ── Stop ──► draining up to STOP_MS_MAX ──► the handler is dropped, the thread ends
 //! ```
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -62,24 +62,24 @@ pub struct Sources {
 
 impl Sources {
     /// Calls [`Handler::event`] with `token` when `fd` is ready. The handler keeps the descriptor open.
-    pub fn add(&self, fd: BorrowedFd<'_>, token: u32, interest: EventSet) -> io::Result<()> {
+    pub fn add(&self, fd: &impl AsRawFd, token: u32, interest: EventSet) -> io::Result<()> {
         self.control(ControlOperation::Add, fd, u64::from(token), interest)
     }
 
     /// Changes what is waited for; an empty set silences the descriptor without forgetting it.
-    pub fn change(&self, fd: BorrowedFd<'_>, token: u32, interest: EventSet) -> io::Result<()> {
+    pub fn change(&self, fd: &impl AsRawFd, token: u32, interest: EventSet) -> io::Result<()> {
         self.control(ControlOperation::Modify, fd, u64::from(token), interest)
     }
 
     /// Forgets `fd`.
-    pub fn remove(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn remove(&self, fd: &impl AsRawFd) -> io::Result<()> {
         self.control(ControlOperation::Delete, fd, 0, EventSet::empty())
     }
 
     fn control(
         &self,
         operation: ControlOperation,
-        fd: BorrowedFd<'_>,
+        fd: &impl AsRawFd,
         data: u64,
         interest: EventSet,
     ) -> io::Result<()> {
