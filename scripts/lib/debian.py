@@ -189,8 +189,12 @@ class Archive:
             control = subprocess.run(["dpkg-deb", "-f", pooled], check=True, capture_output=True, text=True).stdout
             stanzas.append(f"{control.rstrip()}\nFilename: ./{package.file_name}\n"
                            f"Size: {pooled.stat().st_size}\nSHA256: {package.sha256}\n")
-        (directory / "Packages").write_text("\n".join(stanzas))
-        # The archive is made of files checked above, so it needs no signature of its own.
+        index = "\n".join(stanzas).encode()
+        (directory / "Packages").write_bytes(index)
+        # mmdebstrap finds the essential packages by the code name. The files were checked when they
+        # were fetched, so the archive needs no signature of its own.
+        (directory / "Release").write_text(f"Codename: {self.suite}\nArchitectures: amd64\nSHA256:\n"
+                                           f" {hashlib.sha256(index).hexdigest()} {len(index)} Packages\n")
         return f"deb [trusted=yes] copy:{directory} ./"
 
     def _pooled(self, package):

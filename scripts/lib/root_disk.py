@@ -23,7 +23,7 @@ def host_packages():
     return ["mmdebstrap", "e2fsprogs", "util-linux", *([] if os.geteuid() == 0 else ["uidmap"])]
 
 
-def make_tree(tar, lock, archive, recipe, workplace, progress):
+def make_tree(tar, lock, archive, recipe, workplace, progress, added_tars=()):
     """Installs the locked packages with the recipe's files and settings; the result is a sorted tar."""
     sources = archive.write_archive(lock, workplace / "archive")
     command = ["mmdebstrap", "--verbose", "--format=tar", f"--variant={recipe.get('variant', 'apt')}",
@@ -39,6 +39,7 @@ def make_tree(tar, lock, archive, recipe, workplace, progress):
             bundle = workplace / f"{name}.tar"
             _write_tar(bundle, directory / name, lock.epoch)
             command.append(f"--{hook}-hook=tar-in {bundle} /")
+    command += [f"--customize-hook=tar-in {added} /" for added in added_tars]
     if (directory / "customize").exists():
         command += [f"--customize-hook=copy-in {directory / 'customize'} /",
                     "--customize-hook=chroot \"$1\" sh /customize", "--customize-hook=rm \"$1\"/customize"]
