@@ -94,6 +94,7 @@ pub struct Accepted<T> {
     /// The work.
     pub operation: Operation,
     /// The resource as it stands at acceptance; absent when the work deletes it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    // Naming the function keeps serde from asking for `T: Default`.
+    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
     pub resource: Option<T>,
 }
