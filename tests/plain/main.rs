@@ -1,0 +1,3 @@
+//! Tests that need neither root nor KVM nor a network: what plain `cargo test` runs.
+mod map;
+mod walls;
