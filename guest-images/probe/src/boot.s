@@ -2,7 +2,6 @@
 # application processors' way up. Ring 0 may be emulated by the host at a millionth of native
 # speed and without SSE, so it is kept this short and everything else runs in ring 3.
 
-.intel_syntax noprefix
 .set KERNEL_CS32, 0x08
 .set KERNEL_CS, 0x10
 .set KERNEL_DS, 0x18
@@ -13,6 +12,7 @@
 .set USER_STACK_BYTES, 65536
 .set AP_STACK_BYTES, 4096
 .set CPUS_MAX, 64
+.set GATE_OPERATIONS, 12
 
 # --- The note by which a VMM finds the 32-bit entry point (XEN_ELFNOTE_PHYS32_ENTRY). ---
 .section .note.pvh, "a", @note
@@ -138,7 +138,7 @@ trampoline_32:
 .section .text.gate, "ax"
 gate:
     xor r8d, r8d
-    cmp rax, (gate_table_end - gate_table) / 8
+    cmp rax, GATE_OPERATIONS
     jae 1f
     jmp qword ptr [rax * 8 + gate_table]
 1:  mov r8d, 1
@@ -162,11 +162,6 @@ gate_in8:
     mov edx, edi
     xor eax, eax
     in al, dx
-    iretq
-gate_in16:
-    mov edx, edi
-    xor eax, eax
-    in ax, dx
     iretq
 gate_in32:
     mov edx, edi
@@ -318,9 +313,11 @@ bcmp:
 .section .rodata.boot, "a"
     .balign 8
 gate_table:
-    .quad gate_out8, gate_out16, gate_out32, gate_in8, gate_in16, gate_in32, gate_out_string
+    .quad gate_out8, gate_out16, gate_out32, gate_in8, gate_in32, gate_out_string
     .quad gate_rdmsr, gate_wrmsr, gate_interrupts_on, gate_wait, gate_park, gate_triple_fault
-gate_table_end:
+    .if (. - gate_table) / 8 - GATE_OPERATIONS
+    .error "GATE_OPERATIONS is wrong"
+    .endif
 .global exception_table, spurious_entry
 exception_table:
     .irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
@@ -346,9 +343,9 @@ pd:
     .set page, page + 0x200000
     .endr
 idt:
-    .fill 0x80, 16, 0
+    .fill 0x100, 8, 0
     .word 0, KERNEL_CS, 0xee00, 0, 0, 0, 0, 0
-    .fill 0x7f, 16, 0
+    .fill 0xfe, 8, 0
 gdt:
     .quad 0
     .quad 0x00cf9b000000ffff            # 0x08 kernel code, 32 bits

@@ -38,7 +38,6 @@ pub enum Gate {
     Out16,
     Out32,
     In8,
-    In16,
     In32,
     OutString,
     ReadMsr,
@@ -79,10 +78,6 @@ pub fn out32(port: u16, value: u32) {
 
 pub fn in8(port: u16) -> u8 {
     gate(Gate::In8, port.into(), 0, 0).unwrap_or(0xff) as u8
-}
-
-pub fn in16(port: u16) -> u16 {
-    gate(Gate::In16, port.into(), 0, 0).unwrap_or(0xffff) as u16
 }
 
 pub fn in32(port: u16) -> u32 {
@@ -153,11 +148,11 @@ pub fn set_up_task_state(cpu: usize) {
     // SAFETY: the processor is not started yet, so its segment and descriptor are unused; the
     // arrays hold `CPUS_MAX` entries and indexing is checked.
     unsafe {
-        let segment = &raw mut tss[cpu];
+        let segment = &mut *(&raw mut tss[cpu]);
         let stack_top = (&raw const kernel_stacks) as u64 + 1024 * (cpu as u64 + 1);
-        (*segment)[4..12].copy_from_slice(&stack_top.to_le_bytes());
-        (*segment)[102..104].copy_from_slice(&104u16.to_le_bytes());
-        let base = segment as u64;
+        segment[4..12].copy_from_slice(&stack_top.to_le_bytes());
+        segment[102..104].copy_from_slice(&104u16.to_le_bytes());
+        let base = segment.as_ptr() as u64;
         gdt[8 + 2 * cpu] = 0x0000_8900_0000_0067 | (base & 0xff_ffff) << 16 | (base >> 24 & 0xff) << 56;
         gdt[9 + 2 * cpu] = base >> 32;
         ap_index.store(cpu as u32, Ordering::SeqCst);
@@ -200,8 +195,7 @@ pub fn trampoline_code() -> &'static [u8] {
 
 /// First address and end of the loaded image, stacks included.
 pub fn image() -> (u64, u64) {
-    // SAFETY: only the addresses of linker symbols are taken.
-    unsafe { ((&raw const __image_start) as u64, (&raw const __image_end) as u64) }
+    ((&raw const __image_start) as u64, (&raw const __image_end) as u64)
 }
 
 /// Vector, error code, instruction and CR2 of the exception that brought us to `fault_report`.

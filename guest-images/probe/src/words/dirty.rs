@@ -1,0 +1,73 @@
+//! `dirty=<mib>,<mib_per_s>[,<ms>]`: keeps rewriting memory at a rate and checks on every pass
+//! that the last one is still there, for snapshot and migration. A newline on the console ends it.
+
+use crate::clock::Deadline;
+use crate::console::{self, Line};
+use crate::failure::Outcome;
+use crate::words::note;
+use crate::{Machine, check, clock, cpu, memory, say};
+
+/// Pages written between two looks at the clock and the console.
+const BATCH: u64 = 256;
+const CONSOLE_MS: u64 = 100;
+const REPORT_MS: u64 = 1000;
+
+pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report: &mut Line) -> Outcome {
+    let pages = (mib << 8).min(machine.free.pages());
+    check!(pages > 0, "no free RAM");
+    let end = ms.map(Deadline::in_ms);
+    let mut look = Deadline::in_ms(CONSOLE_MS);
+    let mut tell = Deadline::in_ms(REPORT_MS);
+    let start = cpu::tsc();
+    let (mut written, mut index, mut pass) = (0u64, 0u64, 0u64);
+    loop {
+        for _ in 0..BATCH {
+            let Some(page) = machine.free.page(index) else { crate::fail!("page {index} does not exist") };
+            visit(page, pass)?;
+            written += 1;
+            index += 1;
+            if index == pages {
+                (index, pass) = (0, pass + 1);
+            }
+        }
+        if mib_per_s != 0 {
+            let due_cycles = u128::from(written) * u128::from(clock::tsc_khz()) * 1000 / u128::from(mib_per_s << 8);
+            while u128::from(cpu::tsc() - start) < due_cycles {
+                core::hint::spin_loop();
+            }
+        }
+        if tell.passed() {
+            tell = Deadline::in_ms(REPORT_MS);
+            say!("probe: dirty pass {pass} written_mib={} tsc={}", written >> 8, cpu::tsc());
+        }
+        if end.is_some_and(Deadline::passed) {
+            break;
+        }
+        if look.passed() {
+            look = Deadline::in_ms(CONSOLE_MS);
+            if matches!(console::read(), Some(b'\n' | b'\r')) {
+                break;
+            }
+        }
+    }
+    let elapsed_us = clock::cycles_to_us(cpu::tsc() - start).max(1);
+    let rate = (written << 12) / elapsed_us * 1_000_000 >> 20;
+    note(report, format_args!("mib={} passes={pass} written_mib={} mib_per_s={rate}", pages >> 8, written >> 8));
+    Ok(())
+}
+
+/// Checks what the previous pass left at both ends of the page, then leaves this pass's mark.
+fn visit(page: u64, pass: u64) -> Outcome {
+    let (first, last) = (page, page + memory::PAGE_BYTES - 8);
+    if pass > 0 {
+        let expected = memory::pattern(pass - 1, page);
+        for at in [first, last] {
+            let found = cpu::mmio::read64(at);
+            check!(found == expected, "page {page:#x} holds {found:#x} in pass {pass}, not {expected:#x}");
+        }
+    }
+    let mark = memory::pattern(pass, page);
+    cpu::mmio::write64(first, mark);
+    cpu::mmio::write64(last, mark);
+    Ok(())
+}

@@ -1,0 +1,180 @@
+//! The words of the command line, done in order, each reported on one line.
+//! A word that fails does not stop those after it. Called by `main`.
+
+mod balloon;
+mod bench;
+mod blk;
+mod button;
+mod cpus;
+mod dirty;
+mod evil;
+mod irq;
+mod mem;
+mod net;
+mod pci_list;
+mod power;
+mod rng;
+mod serial;
+mod time;
+
+use crate::console::Line;
+use crate::failure::{Failure, Outcome};
+use crate::{Machine, apic, clock, cpu, memory, say};
+use core::fmt::Write;
+
+pub const VERSION: u32 = 1;
+
+/// Settings other words refer to: `disk=`, `nic=`, `ip=`, `gw=`.
+#[derive(Default)]
+pub struct Settings {
+    pub disk: usize,
+    pub nic: usize,
+    pub ip: [u8; 4],
+    pub gateway: [u8; 4],
+}
+
+/// Does every word, says `done` and powers off.
+pub fn run(machine: &Machine) -> ! {
+    hello(machine);
+    let mut settings = Settings::default();
+    let line = machine.start.command_line.as_str();
+    let mut position = 0;
+    let mut repeats_done = 0;
+    let mut failed = 0u32;
+    while let Some((word, end)) = word_at(line, position) {
+        position = end;
+        let (name, argument) = word.split_once('=').unwrap_or((word, ""));
+        if name == "loop" {
+            repeats_done += 1;
+            if argument.is_empty() || number(argument) > Some(repeats_done) {
+                position = 0;
+            }
+            continue;
+        }
+        let mut report = Line::new();
+        match one(machine, &mut settings, name, argument, &mut report) {
+            Ok(Answer::Done) => say!("probe: {name} ok{}", report.as_str()),
+            Ok(Answer::Silent) => {}
+            Err(Failure(reason)) => {
+                failed += 1;
+                say!("probe: {name} FAILED {}", reason.as_str());
+            }
+        }
+        memory::release_all();
+    }
+    say!("probe: done failed={failed}");
+    power::off(machine)
+}
+
+fn hello(machine: &Machine) {
+    let hypervisor = clock::hypervisor();
+    let name = core::str::from_utf8(&hypervisor).unwrap_or("?").trim_end_matches('\0');
+    say!(
+        "probe: hello {VERSION} tsc={} tsc_khz={} hypervisor={} cpus={} ram_mib={} apic={} tables={} bad_checksums={}",
+        cpu::tsc(),
+        clock::tsc_khz(),
+        if name.is_empty() { "none" } else { name },
+        machine.acpi.processors().len().max(1),
+        machine.start.ram_bytes() >> 20,
+        if apic::is_x2apic() { "x2apic" } else { "xapic" },
+        machine.acpi.tables,
+        machine.acpi.bad_checksums,
+    );
+}
+
+enum Answer {
+    Done,
+    Silent,
+}
+
+fn one(
+    machine: &Machine,
+    settings: &mut Settings,
+    name: &str,
+    argument: &str,
+    report: &mut Line,
+) -> Outcome<Answer> {
+    match name {
+        "disk" => settings.disk = number(argument).unwrap_or(0) as usize,
+        "nic" => settings.nic = number(argument).unwrap_or(0) as usize,
+        "ip" => settings.ip = address(argument),
+        "gw" => settings.gateway = address(argument),
+        _ => return test(machine, settings, name, argument, report).map(|()| Answer::Done),
+    }
+    Ok(Answer::Silent)
+}
+
+fn test(
+    machine: &Machine,
+    settings: &Settings,
+    name: &str,
+    argument: &str,
+    report: &mut Line,
+) -> Outcome {
+    let [first, second, third] = numbers(argument);
+    match name {
+        "cpus" => cpus::run(machine, report),
+        "x2apic" => cpus::switch(report),
+        "mem" => mem::run(machine, first.unwrap_or(16), report),
+        "pci" => pci_list::run(report),
+        "blk" => blk::run(first.map(|n| n as usize), report),
+        "write" => blk::write_pattern(settings.disk, first, second, third, report),
+        "verify" => blk::verify_pattern(settings.disk, first, second, third, report),
+        "blkbench" => bench::run(settings.disk, argument, report),
+        "irq" => irq::run(settings.disk, report),
+        "net" => net::run(settings, report),
+        "netecho" => net::echo(settings, first.unwrap_or(1), second.unwrap_or(30_000), report),
+        "rng" => rng::run(report),
+        "balloon" => balloon::run(machine, first, report),
+        "report" => balloon::report_free(machine, first.unwrap_or(16), report),
+        "serial" => serial::run(first.unwrap_or(30_000), report),
+        "ticks" => time::ticks(first.unwrap_or(10), second.unwrap_or(10)),
+        "clock" => time::clock(report),
+        "pause" => time::wait(first.unwrap_or(1000)),
+        "dirty" => dirty::run(machine, first.unwrap_or(16), second.unwrap_or(0), third, report),
+        "button" => button::run(machine, first.unwrap_or(30_000), report),
+        "evil-blk" => evil::block(settings.disk, report),
+        "evil-net" => evil::net(settings.nic, report),
+        "evil-config" => evil::configuration(report),
+        "poweroff" => power::off(machine),
+        "halt" => power::halt(),
+        "spin" => power::spin(),
+        "triple" => power::triple(),
+        "panic" => power::panic(),
+        "reset" => power::reset(machine, argument),
+        _ => crate::fail!("unknown word"),
+    }
+}
+
+/// The word that starts at or after `position`, and where it ends.
+fn word_at(line: &str, position: usize) -> Option<(&str, usize)> {
+    let rest = line.get(position..)?;
+    let start = position + (rest.len() - rest.trim_start().len());
+    let word = line.get(start..)?.split_whitespace().next()?;
+    Some((word, start + word.len()))
+}
+
+/// A decimal number, or a hexadecimal one after `0x`.
+pub fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+fn numbers(argument: &str) -> [Option<u64>; 3] {
+    let mut parts = argument.split(',').map(number);
+    core::array::from_fn(|_| parts.next().flatten())
+}
+
+/// A dotted address; a prefix length behind it is ignored.
+fn address(text: &str) -> [u8; 4] {
+    let mut parts = text.split(['.', '/']).map(|part| part.parse().unwrap_or(0));
+    core::array::from_fn(|_| parts.next().unwrap_or(0))
+}
+
+/// Adds ` key=value` pairs to a report.
+fn note(report: &mut Line, arguments: core::fmt::Arguments) {
+    let _ = report.write_char(' ');
+    let _ = report.write_fmt(arguments);
+}

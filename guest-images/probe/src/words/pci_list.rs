@@ -1,0 +1,38 @@
+//! `pci`: prints every function and compares ECAM with ports 0xcf8/0xcfc.
+
+use crate::console::Line;
+use crate::failure::Outcome;
+use crate::pci::{self, Access};
+use crate::words::note;
+use crate::{check, say};
+
+pub fn run(report: &mut Line) -> Outcome {
+    let mut functions = 0;
+    let mut differing = None;
+    pci::scan(|function, identity| {
+        functions += 1;
+        say!(
+            "probe: pci-function {:02x}:{:02x}.{} id={:04x}:{:04x} class={:06x}",
+            function.bus,
+            function.device,
+            function.function,
+            identity & 0xffff,
+            identity >> 16,
+            function.read32(8) >> 8,
+        );
+        for offset in (0..0x40).step_by(4) {
+            let by_ports = function.read32_by(Access::Ports, offset);
+            if by_ports != function.read32(offset) {
+                differing = Some((function, offset));
+            }
+        }
+        false
+    });
+    check!(functions > 0, "no PCI function answers");
+    if let Some((function, offset)) = differing {
+        crate::fail!("{:02x}:{:02x} offset {offset:#x} differs by ports", function.bus, function.device);
+    }
+    let access = if pci::access() == Access::Ecam { "ecam" } else { "ports" };
+    note(report, format_args!("functions={functions} access={access}"));
+    Ok(())
+}
