@@ -1,6 +1,6 @@
 //! An address space (memory-mapped or ports) as a sorted list of regions. It holds no device state and takes no
 //! lock: `vmm` fills it before the vCPUs run, and every vCPU then looks things up in it at once.
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A range of addresses that answers. Called by several vCPUs at once, with any length and alignment the guest
 /// likes; the range itself is already checked to lie inside the region.
@@ -111,6 +111,30 @@ impl Bus {
         }
         Some((entry.region.as_ref(), address.checked_sub(entry.base)?))
     }
+}
+
+/// Fills `data` with what `image` holds at `offset`; beyond the image's end reads zero.
+pub fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|offset| image.get(offset..)).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
+}
+
+/// `data` as a little-endian number; bytes beyond the eighth are left out.
+pub fn little_endian(data: &[u8]) -> u64 {
+    let mut bytes = [0; 8];
+    for (to, from) in bytes.iter_mut().zip(data) {
+        *to = *from;
+    }
+    u64::from_le_bytes(bytes)
+}
+
+/// Takes a lock whose holder cannot leave its data half changed in a way that matters, so that one panic in a
+/// test or a debug build does not become many.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

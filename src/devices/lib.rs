@@ -26,9 +26,14 @@ pub mod limits;
 
 pub mod bus;
 pub mod interrupt;
+pub mod limiter;
+pub mod pause;
+
+pub mod pci;
 
 pub mod virtio;
 
 pub use bus::{Bus, Claim, Region};
 pub use interrupt::{Doorbells, Interrupt, Msi, MsiMessage, Notices};
+pub use pause::NotDrained;
 pub use vmm_sys_util::eventfd::EventFd;

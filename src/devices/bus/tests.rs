@@ -1,5 +1,3 @@
-use std::sync::Mutex;
-
 use super::*;
 
 /// Answers with the low byte of each offset and remembers what was written.

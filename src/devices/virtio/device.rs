@@ -7,6 +7,7 @@ use memory::Ram;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Queue;
+use crate::pause::NotDrained;
 
 /// A virtio device as its transport sees it. The guest reaches every method but [`VirtioDevice::name`], so none
 /// may panic, block for long or trust an argument.
@@ -73,16 +74,6 @@ pub trait Active: Send {
     fn resume(&mut self);
     /// Ends the threads and returns when guest memory is no longer touched.
     fn stop(self: Box<Self>);
-}
-
-/// A pause that did not come to its end in time.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{device}: {in_flight} requests did not end within {} ms", crate::limits::DRAIN_MS_MAX)]
-pub struct NotDrained {
-    /// The device's name.
-    pub device: String,
-    /// Requests that the backend has not answered.
-    pub in_flight: usize,
 }
 
 /// Why a device cannot serve its driver. The transport sets DEVICE_NEEDS_RESET and tells the operator.

@@ -10,6 +10,6 @@ pub mod worker;
 #[cfg(test)]
 pub(crate) mod bench;
 
-pub use device::{ActivateError, Active, NotDrained, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring};
+pub use device::{ActivateError, Active, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring};
 pub use queue::{BufferError, Chain, Fault, Queue, Segment};
 pub use worker::{Handler, Kick, Progress, Sources, Worker, WorkerOptions};

@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, Active, NotDrained, Signals, ThreadHook};
+use super::device::{ActivateError, Active, Signals, ThreadHook};
 use super::queue::Fault;
 use crate::limits::{DRAIN_MS_MAX, EVENTS_MAX, STOP_MS_MAX};
+use crate::pause::NotDrained;
 
 /// What a device does in its thread. A [`Fault`] breaks the device: its driver is told, its kicks are no longer
 /// heard, and only what is in flight is still waited for.
