@@ -4,4 +4,7 @@
 pub mod layout;
 mod ram;
 
+pub mod packet;
+pub mod ring;
+
 pub use ram::{Error, Ram, discard, new};
