@@ -2,4 +2,7 @@
 //! machines or servers. `memory`, `kvm`, `vmm`, `wire` and `host` use it for descriptors.
 
 pub mod memfd;
+pub mod pidfd;
 pub mod seqpacket;
+pub mod spawn;
+pub mod tap;

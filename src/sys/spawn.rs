@@ -1,0 +1,121 @@
+//! Starts a program with exactly the descriptors it is to have, each under the number it expects. Nothing
+//! else of ours crosses exec.
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use crate::pidfd::PidFd;
+
+/// What to start.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// The file to execute.
+    pub executable: &'a Path,
+    /// Its first argument: the name `ps` shows.
+    pub name: &'a OsStr,
+    /// The arguments that follow.
+    pub arguments: &'a [&'a OsStr],
+    /// Descriptors and the numbers they get, 0 to [`NUMBER_MAX`], each number once. Numbers that are not listed
+    /// are closed.
+    pub descriptors: &'a [(BorrowedFd<'a>, RawFd)],
+    /// Whose terminal and signals it shares.
+    pub session: Session,
+}
+
+/// Whose terminal and signals a program shares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Session {
+    /// Its own: it outlives the terminal and the caller's process group.
+    Own,
+    /// The caller's.
+    Caller,
+}
+
+/// Largest number a descriptor can be given.
+pub const NUMBER_MAX: RawFd = 31;
+
+/// Starts the program, with an empty environment but for `RUST_BACKTRACE`. Returns its process id and a
+/// descriptor for it; the caller reaps it.
+pub fn spawn(program: &Program<'_>) -> io::Result<(i32, PidFd)> {
+    let mut wanted: Vec<(RawFd, RawFd)> = Vec::new();
+    for (descriptor, number) in program.descriptors {
+        if !(0..=NUMBER_MAX).contains(number) || wanted.iter().any(|(_, taken)| taken == number) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "descriptor number out of range or used twice",
+            ));
+        }
+        wanted.push((descriptor.as_raw_fd(), *number));
+    }
+    // Allocated before fork: between fork and exec only async-signal-safe calls are allowed.
+    let mut moved = vec![-1; wanted.len()];
+    let session = program.session;
+    let mut command = Command::new(program.executable);
+    command.arg0(program.name).args(program.arguments).env_clear();
+    if let Some(backtrace) = std::env::var_os("RUST_BACKTRACE") {
+        command.env("RUST_BACKTRACE", backtrace);
+    }
+    let _occupied = occupy(&wanted)?;
+    let arrange = move || arrange(&wanted, &mut moved, session);
+    // SAFETY: `arrange` makes system calls only; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(arrange) };
+    let child = command.spawn()?;
+    let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+    // The child is not reaped before this, so the number is still its own.
+    Ok((pid, PidFd::open(pid)?))
+}
+
+/// Takes every free number that is wanted, until dropped, so that the pipe through which std reports a failed
+/// exec is not among them and survives the placement.
+fn occupy(wanted: &[(RawFd, RawFd)]) -> io::Result<Vec<OwnedFd>> {
+    let highest = wanted.iter().map(|(_, number)| *number).max().unwrap_or(-1);
+    let null = std::fs::File::open("/dev/null")?;
+    let mut occupied = Vec::new();
+    loop {
+        let copy = null.try_clone()?;
+        if copy.as_raw_fd() > highest {
+            return Ok(occupied);
+        }
+        occupied.push(copy.into());
+    }
+}
+
+/// Runs in the child. Every wanted descriptor is first moved above all wanted numbers, so that no placement
+/// overwrites a source that is still needed.
+fn arrange(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd], session: Session) -> io::Result<()> {
+    if session == Session::Own {
+        // SAFETY: setsid takes nothing; the child of a fork is never a group leader.
+        check(unsafe { libc::setsid() })?;
+    }
+    for ((source, _), moved) in wanted.iter().zip(moved.iter_mut()) {
+        // SAFETY: `source` is open: the caller borrows it until spawn returns.
+        *moved = check(unsafe { libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) })?;
+    }
+    for ((_, number), moved) in wanted.iter().zip(moved.iter()) {
+        // SAFETY: both are plain numbers; dup2 clears close-on-exec on the copy.
+        check(unsafe { libc::dup2(*moved, *number) })?;
+    }
+    for number in 0..=NUMBER_MAX {
+        if wanted.iter().all(|(_, taken)| *taken != number) {
+            set_close_on_exec(number, number)?;
+        }
+    }
+    // Not closed but marked: std reports a failed exec through a descriptor of its own.
+    set_close_on_exec(NUMBER_MAX + 1, RawFd::MAX)
+}
+
+fn set_close_on_exec(first: RawFd, last: RawFd) -> io::Result<()> {
+    const CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+    // SAFETY: close_range(2) takes three integers; with this flag it only marks descriptors.
+    check(unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, CLOEXEC) }).map(drop)
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+#[cfg(test)]
+mod tests;
