@@ -12,7 +12,9 @@
 .set USER_STACK_BYTES, 65536
 .set AP_STACK_BYTES, 4096
 .set CPUS_MAX, 64
+.set PAGE_TABLES, 72
 .set GATE_OPERATIONS, 12
+.set GATE_MAGIC, 0x65746167
 
 # --- The note by which a VMM finds the 32-bit entry point (XEN_ELFNOTE_PHYS32_ENTRY). ---
 .section .note.pvh, "a", @note
@@ -29,6 +31,9 @@ pvh_start:
     cli
     cld
     mov dword ptr [start_info], ebx
+    rdtsc
+    mov dword ptr [entry_tsc], eax
+    mov dword ptr [entry_tsc + 4], edx
     mov eax, offset tss
     mov word ptr [gdt + TSS_FIRST + 2], ax
     shr eax, 16
@@ -36,9 +41,9 @@ pvh_start:
     mov byte ptr [gdt + TSS_FIRST + 7], ah
     mov byte ptr [gdt + TSS_FIRST + 5], 0x89
     mov eax, offset gate
-    mov word ptr [idt + 0x800], ax
+    mov word ptr [idt + 0x60], ax
     shr eax, 16
-    mov word ptr [idt + 0x806], ax
+    mov word ptr [idt + 0x66], ax
     lgdt [gdt_pointer]
     xor ebp, ebp
 
@@ -133,10 +138,15 @@ trampoline_32:
     jmp enter_long_mode
 .code64
 
-# --- The gate, int 0x80 from ring 3: rax operation, rdi rsi rdx arguments, rax result.
-#     r8 is 1 when the operation faulted. It pushes nothing: `fault` relies on that. ---
+# --- The gate from ring 3: ud2 with the magic number in r9, rax operation, rdi rsi rdx
+#     arguments, rax result. r8 is 1 when the operation faulted. An undefined instruction,
+#     because not every hypervisor that emulates ring 0 delivers software interrupts from ring 3.
+#     The gate pushes nothing: `fault` relies on that. ---
 .section .text.gate, "ax"
 gate:
+    cmp r9d, GATE_MAGIC
+    jne exception_6
+    add qword ptr [rsp], 2
     xor r8d, r8d
     cmp rax, GATE_OPERATIONS
     jae 1f
@@ -200,7 +210,7 @@ gate_park:
     jmp gate_park
 gate_triple_fault:
     lidt [no_idt_pointer]
-    int3
+    iretq                               # the caller's next exception finds no handler
 
 # --- Exceptions. From ring 0 the gate's operation faulted: say so to its caller. From ring 3
 #     the probe is broken: let it report in ring 3, where it can print. ---
@@ -328,7 +338,7 @@ spurious_entry:
 
 .section .data.boot, "aw"
     .balign 4096
-.global pml4, gdt, idt, tss, start_info, ap_index, interrupt_counts, x2apic, apic_base, fault_record
+.global pml4, gdt, idt, tss, start_info, ap_index, interrupt_counts, x2apic, apic_base, fault_record, entry_tsc
 # The first 4 GiB, identity mapped in 2 MiB pages: present, writable, user, accessed, dirty.
 pml4:
     .quad pdpt + 0x27
@@ -343,9 +353,9 @@ pd:
     .set page, page + 0x200000
     .endr
 idt:
-    .fill 0x100, 8, 0
-    .word 0, KERNEL_CS, 0xee00, 0, 0, 0, 0, 0
-    .fill 0xfe, 8, 0
+    .fill 12, 8, 0
+    .word 0, KERNEL_CS, 0x8e00, 0, 0, 0, 0, 0
+    .fill 498, 8, 0
 gdt:
     .quad 0
     .quad 0x00cf9b000000ffff            # 0x08 kernel code, 32 bits
@@ -372,6 +382,8 @@ fault_record:
     .fill 4, 8, 0
 apic_base:
     .quad 0xfee00000
+entry_tsc:
+    .quad 0
 start_info:
     .long 0
 ap_index:
@@ -394,7 +406,9 @@ no_idt_pointer:
 
 .section .stacks, "aw", @nobits
     .balign 4096
-.global kernel_stacks
+.global kernel_stacks, page_tables
+page_tables:                            # cleared one by one as they are used
+    .skip 4096 * PAGE_TABLES
 user_stack:
     .skip USER_STACK_BYTES
 user_stack_top:

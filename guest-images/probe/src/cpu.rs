@@ -24,11 +24,16 @@ unsafe extern "C" {
     static ap_index: AtomicU32;
     static x2apic: AtomicU8;
     static apic_base: AtomicU64;
+    static entry_tsc: AtomicU64;
     static trampoline: u8;
     static trampoline_end: u8;
     static __image_start: u8;
     static __image_end: u8;
 }
+
+/// Tells the gate's `ud2` from an accidental one.
+const GATE_MAGIC: u64 = 0x6574_6167;
+const GATE_VECTOR: usize = 6;
 
 /// Operations of boot.s's gate, in the order of its table.
 #[derive(Clone, Copy)]
@@ -58,8 +63,8 @@ pub fn gate(operation: Gate, first: u64, second: u64, third: u64) -> Result<u64,
     // SAFETY: the gate clobbers only the registers named here and touches memory only for
     // `OutString` and `Wait`, whose wrappers below pass valid addresses.
     unsafe {
-        asm!("int 0x80", inout("rax") operation as u64 => result, inout("rdi") first => _,
-            inout("rsi") second => _, inout("rdx") third => _, out("rcx") _, out("r8") faulted);
+        asm!("ud2", inout("rax") operation as u64 => result, inout("rdi") first => _,
+            inout("rsi") second => _, inout("rdx") third => _, out("rcx") _, out("r8") faulted, in("r9") GATE_MAGIC);
     }
     if faulted == 0 { Ok(result) } else { Err(Fault) }
 }
@@ -104,7 +109,7 @@ pub fn park() -> ! {
     }
 }
 
-/// Loads an empty interrupt table and traps: a real machine resets.
+/// Loads an empty interrupt table and traps: a real processor shuts down.
 pub fn triple_fault() -> ! {
     loop {
         let _ = gate(Gate::TripleFault, 0, 0, 0);
@@ -122,13 +127,21 @@ pub fn tsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
+/// The TSC at the very first instruction.
+pub fn tsc_at_entry() -> u64 {
+    // SAFETY: plain memory of boot.s, written once before this code runs.
+    unsafe { entry_tsc.load(Ordering::Relaxed) }
+}
+
 /// Fills the interrupt table. The gate's own entry was written by boot.s.
 pub fn set_up_interrupt_table() {
     // SAFETY: the table and the symbols belong to boot.s; only the boot processor runs and
     // interrupts are off, so nobody reads an entry while it is half written.
     unsafe {
         for (vector, entry) in exception_table.iter().enumerate() {
-            idt[vector] = idt_entry(*entry);
+            if vector != GATE_VECTOR {
+                idt[vector] = idt_entry(*entry);
+            }
         }
         let stubs = (&raw const interrupt_stubs) as u64;
         for index in 0..INTERRUPT_VECTORS {

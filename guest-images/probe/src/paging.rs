@@ -2,23 +2,21 @@
 //! Only ever adds entries, so nothing needs flushing. Called by `memory` and `pci`.
 
 use crate::cpu::mmio::{read64, write64};
+use crate::memory;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
 const TABLE: u64 = 0x27;
 const LARGE_PAGE: u64 = 0xe7;
 const PRESENT: u64 = 1;
-/// One table maps 1 GiB, one more is needed per 512 GiB in use.
+/// One table maps 1 GiB, one more is needed per 512 GiB in use. As in boot.s.
 const TABLES: usize = 72;
 
-#[repr(C, align(4096))]
-struct Pool([[u64; 512]; TABLES]);
-
-static mut POOL: Pool = Pool([[0; 512]; TABLES]);
 static USED: AtomicUsize = AtomicUsize::new(0);
 
 unsafe extern "C" {
     static pml4: [u64; 512];
+    static page_tables: [[u64; 512]; TABLES];
 }
 
 /// Out of page tables, or an address no four-level table can map.
@@ -53,7 +51,8 @@ fn table_at(parent: u64, index: u64) -> Result<u64, CannotMap> {
     if number >= TABLES {
         return Err(CannotMap);
     }
-    let table = (&raw const POOL) as u64 + number as u64 * 4096;
+    let table = (&raw const page_tables) as u64 + number as u64 * 4096;
+    memory::bytes_mut(table, 4096).fill(0);
     write64(slot, table | TABLE);
     Ok(table)
 }

@@ -70,8 +70,9 @@ fn hello(machine: &Machine) {
     let hypervisor = clock::hypervisor();
     let name = core::str::from_utf8(&hypervisor).unwrap_or("?").trim_end_matches('\0');
     say!(
-        "probe: hello {VERSION} tsc={} tsc_khz={} hypervisor={} cpus={} ram_mib={} apic={} tables={} bad_checksums={}",
+        "probe: hello {VERSION} tsc={} boot_us={} tsc_khz={} hypervisor={} cpus={} ram_mib={} apic={} tables={} bad_checksums={}",
         cpu::tsc(),
+        clock::cycles_to_us(cpu::tsc().wrapping_sub(cpu::tsc_at_entry())),
         clock::tsc_khz(),
         if name.is_empty() { "none" } else { name },
         machine.acpi.processors().len().max(1),
