@@ -1,1 +1,6 @@
-fn main() {}
+//! The command line.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -56,7 +56,9 @@ impl PidFd {
         // SAFETY: `info` is valid for writes and outlives the call.
         check(unsafe { libc::waitid(libc::P_PIDFD, id, &mut info, flags) }.into())?;
         // SAFETY: waitid succeeded, so the fields of a child's siginfo are set or still zero.
-        let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+        let pid = unsafe { info.si_pid() };
+        // SAFETY: as above.
+        let status = unsafe { info.si_status() };
         Ok(match (pid, info.si_code) {
             (0, _) => None,
             (_, libc::CLD_EXITED) => Some(Ended::Code(status)),

@@ -1,7 +1,7 @@
 //! One JSON document and its descriptors per seqpacket packet. No threads and no waiting of its own: with a
 //! non-blocking socket, `WouldBlock` comes through for the caller's epoll or tokio to handle.
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -76,6 +76,13 @@ impl Channel {
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Channel {
+    /// For event loops. The number stays valid and the same as long as the channel lives.
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_fd().as_raw_fd()
     }
 }
 

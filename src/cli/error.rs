@@ -1,0 +1,115 @@
+//! Why a command failed, how it is told, and with which exit code.
+use std::io;
+use std::path::PathBuf;
+
+use model::{Code, Problem};
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("cannot reach the daemon at {endpoint}")]
+    Connect {
+        endpoint: String,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("the daemon at {endpoint} broke off")]
+    Http {
+        endpoint: String,
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("the daemon's answer is not what was expected")]
+    Answer(#[source] serde_json::Error),
+    #[error("{}", .0.detail)]
+    Problem(Box<Problem>),
+    #[error("HTTP status {status} without a problem document")]
+    Status { status: u16 },
+    #[error("no {kind} is named {name:?}")]
+    NoSuchName { kind: &'static str, name: String },
+    #[error(
+        "operation {operation} did not end within {seconds} s; it goes on: toft operation wait {operation}"
+    )]
+    WaitTimeout { operation: String, seconds: u64 },
+    #[error("{0}")]
+    Usage(String),
+    #[error("cannot read {}", .path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("cannot read standard input")]
+    Input(#[source] io::Error),
+    #[error("cannot write the output")]
+    Output(#[source] io::Error),
+    #[error("cannot start")]
+    Runtime(#[source] io::Error),
+    #[error("the certificate or authority cannot be used")]
+    Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the console was closed: {0}")]
+    Console(String),
+    #[error("{doing}")]
+    Machine {
+        doing: String,
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// `toft run` ends as its machine ended; everything has been said.
+    #[error("the machine ended with {0}")]
+    Guest(u8),
+}
+
+impl Error {
+    /// The exit code, as `toft --help` lists them.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) | Error::Read { .. } => 2,
+            Error::NoSuchName { .. } => 3,
+            Error::Connect { .. } | Error::Http { .. } => 5,
+            Error::WaitTimeout { .. } => 7,
+            Error::Guest(code) => *code,
+            Error::Problem(problem) => match (problem.code, problem.status) {
+                (Code::Timeout, _) => 7,
+                (Code::NoCapacity | Code::DiskFull | Code::NoAddress, _) => 6,
+                (_, 404) => 3,
+                (_, 409 | 412 | 423) => 4,
+                (_, 400 | 413 | 415 | 422) => 2,
+                _ if problem.retryable => 5,
+                _ => 1,
+            },
+            _ => 1,
+        }
+    }
+
+    /// What is printed: the chain of causes, then each field that is not valid.
+    pub(crate) fn report(&self) -> String {
+        let mut text = format!("toft: {self}");
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        text.push('\n');
+        if let Error::Problem(problem) = self {
+            for field in &problem.errors {
+                text.push_str(&format!("  {}: {}\n", field.pointer, field.detail));
+            }
+            if let Some(actions) = &problem.allowed_actions {
+                text.push_str(&format!("  possible now: {}\n", actions.join(", ")));
+            }
+            text.push_str(&format!("  code {}, request {}\n", problem.code.as_str(), problem.request_id));
+        }
+        if let Error::Connect { cause, .. } = self {
+            text.push_str(match cause.kind() {
+                io::ErrorKind::PermissionDenied => "  run as root, or as a user the daemon's socket admits\n",
+                _ => "  is toftd running? --endpoint or TOFT_ENDPOINT says where\n",
+            });
+        }
+        text
+    }
+
+    pub(crate) fn is_broken_pipe(&self) -> bool {
+        matches!(self, Error::Output(cause) if cause.kind() == io::ErrorKind::BrokenPipe)
+    }
+}

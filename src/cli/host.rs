@@ -1,0 +1,108 @@
+//! `toft host …`
+use clap::Subcommand;
+use model::host::{About, CheckStatus, Health, HostReport};
+
+use crate::Context;
+use crate::error::Error;
+use crate::output::{self, Format};
+
+/// What can be asked of the host.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Show capacity and health.
+    Show,
+    /// Try KVM with a small guest and look at everything servers need; fails when servers cannot run.
+    Check,
+    /// Show the daemon's version and what it can do.
+    About,
+}
+
+impl Verb {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        match self {
+            Verb::Show => {
+                let report: HostReport = context.client.get("/v1/host").await?;
+                print(context.format, &report, false)
+            }
+            Verb::Check => {
+                context.client.send("POST", "/v1/host/actions/probe", None, &[]).await?;
+                let report: HostReport = context.client.get("/v1/host").await?;
+                print(context.format, &report, true)?;
+                match report.health {
+                    Health::Failing => Err(Error::Guest(1)),
+                    Health::Ok | Health::Degraded => Ok(()),
+                }
+            }
+            Verb::About => {
+                let about: About = context.client.get("/v1").await?;
+                match context.format {
+                    Format::Json => output::json(&about),
+                    Format::Name => output::print_text(&format!("{}\n", about.product)),
+                    Format::Table => output::print_text(&format!(
+                        "{} {}, API {}, health {}\ncapabilities: {}\n",
+                        about.product,
+                        about.version,
+                        about.api,
+                        output::word(&about.health),
+                        about.capabilities.join(", ")
+                    )),
+                }
+            }
+        }
+    }
+}
+
+fn print(format: Format, report: &HostReport, all: bool) -> Result<(), Error> {
+    match format {
+        Format::Json => output::json(report),
+        Format::Name => output::print_text(&format!("{}\n", report.name)),
+        Format::Table => output::print_text(&text(report, all)),
+    }
+}
+
+fn text(report: &HostReport, all: bool) -> String {
+    let servers: Vec<String> =
+        report.servers.iter().map(|(state, count)| format!("{count} {state}")).collect();
+    let capacity = |capacity: &model::host::Capacity| {
+        format!(
+            "{} free of {}, {} promised",
+            output::bytes(capacity.free_bytes),
+            output::bytes(capacity.total_bytes),
+            output::bytes(capacity.used_bytes)
+        )
+    };
+    let mut text = format!(
+        "host      {}\nhealth    {}\ntoftd     {}, since {}\nkernel    {}\ncpus      {} x {}, {} promised\n\
+         memory    {}\nstorage   {}\nservers   {}\n",
+        report.name,
+        output::word(&report.health),
+        report.version,
+        output::time(report.started_at),
+        report.kernel,
+        report.cpus.total,
+        report.cpus.model,
+        report.cpus.used,
+        capacity(&report.memory),
+        capacity(&report.storage),
+        if servers.is_empty() { "none".to_owned() } else { servers.join(", ") },
+    );
+    if let Some(kvm) = &report.kvm {
+        text.push_str(&format!(
+            "kvm       {}, Linux guests {}, exit {:.1} µs, kernel mode {:.1} M instructions/s\n",
+            if kvm.works { "works" } else { "does not work" },
+            if kvm.linux_guests { "run" } else { "do not run" },
+            kvm.exit_ns as f64 / 1000.0,
+            kvm.kernel_mode_ips as f64 / 1e6,
+        ));
+    }
+    let shown: Vec<_> = report.checks.iter().filter(|check| all || check.status != CheckStatus::Ok).collect();
+    let width = shown.iter().map(|check| check.name.len()).max().unwrap_or(0);
+    if !shown.is_empty() {
+        text.push('\n');
+    }
+    for check in shown {
+        let status = output::word(&check.status);
+        text.push_str(&format!("{status:<9} {:width$}  {}\n", check.name, check.detail));
+    }
+    text
+}

@@ -1,0 +1,27 @@
+//! Bounds of the command line, each with the reason for its size.
+use std::time::Duration;
+
+/// How long `--wait` waits when not told: a slow distribution's image import takes minutes.
+pub(crate) const WAIT_S_DEFAULT: u64 = 900;
+
+/// One long poll, below [`model::limits::WAIT_S_MAX`].
+pub(crate) const POLL_S: u64 = 20;
+
+/// Time to connect: a daemon that is there answers within milliseconds.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time to the head of an answer: the longest long poll and some.
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(model::limits::WAIT_S_MAX + 30);
+
+/// Largest answer read into memory, in bytes: a page of 200 servers is 300 KiB, a console log 1 MiB.
+pub(crate) const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// Longest line of an event stream, in bytes.
+pub(crate) const EVENT_LINE_BYTES_MAX: usize = 1 << 20;
+
+/// Largest file of user data or JSON read from disk, in bytes: above the API's own limit, so that the API's
+/// error is what the user sees.
+pub(crate) const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Pause before typing again on a console whose input is full: a few characters' time at 115200 baud.
+pub(crate) const TYPING_PAUSE: Duration = Duration::from_millis(10);

@@ -1,0 +1,131 @@
+//! `toft network …`
+use clap::{Args, Subcommand, ValueEnum};
+use model::Name;
+use model::network::{CreateNetwork, Network, NetworkKind, PatchNetwork};
+
+use crate::error::Error;
+use crate::output::{self, Row};
+use crate::target::{self, ListOptions};
+use crate::{Context, wait};
+
+/// What can be done with networks.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Create a network.
+    Create(Create),
+    /// List networks.
+    #[command(visible_alias = "ls")]
+    List(ListOptions),
+    /// Show one network.
+    Show {
+        /// Name or id.
+        network: String,
+    },
+    /// Change a network's name or labels.
+    Update {
+        /// Name or id.
+        network: String,
+        /// New name.
+        #[arg(long)]
+        name: Option<Name>,
+        /// KEY=VALUE to set, KEY- to remove; may be given more than once.
+        #[arg(long, value_parser = target::label_change)]
+        label: Vec<(String, Option<String>)>,
+    },
+    /// Delete a network that no server uses.
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Name or id.
+        network: String,
+    },
+}
+
+/// `toft network create`.
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// Unique name.
+    name: Name,
+    /// Private range, such as 10.80.0.0/24; a free one when absent.
+    #[arg(long)]
+    cidr: Option<String>,
+    /// How it reaches the world.
+    #[arg(long, value_enum, default_value_t = Kind::Nat)]
+    kind: Kind,
+    /// KEY=VALUE; may be given more than once.
+    #[arg(long, value_parser = target::label)]
+    label: Vec<(String, String)>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    /// Through the host.
+    Nat,
+    /// Not at all.
+    Isolated,
+}
+
+impl Verb {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        match self {
+            Verb::Create(create) => {
+                let request = CreateNetwork {
+                    name: create.name,
+                    kind: match create.kind {
+                        Kind::Nat => NetworkKind::Nat,
+                        Kind::Isolated => NetworkKind::Isolated,
+                    },
+                    ipv4_cidr: create.cidr,
+                    labels: target::labels(&create.label)?,
+                };
+                let body = serde_json::to_vec(&request).map_err(Error::Answer)?;
+                let answer = context.client.send("POST", "/v1/networks", Some(body), &[]).await?;
+                wait::finish::<Network>(context, &answer, "networks", false).await
+            }
+            Verb::List(options) => {
+                let networks: Vec<Network> = target::list(&context.client, "networks", &options).await?;
+                output::many(context.format, &networks)
+            }
+            Verb::Show { network } => {
+                let id = target::resolve(&context.client, "networks", &network).await?;
+                let network: Network = context.client.get(&format!("/v1/networks/{id}")).await?;
+                output::one(context.format, &network)
+            }
+            Verb::Update { network, name, label } => {
+                let id = target::resolve(&context.client, "networks", &network).await?;
+                let labels = (!label.is_empty()).then(|| label.into_iter().collect());
+                let body = serde_json::to_vec(&PatchNetwork { name, labels }).map_err(Error::Answer)?;
+                let path = format!("/v1/networks/{id}");
+                let network: Network = context.client.send("PATCH", &path, Some(body), &[]).await?.json()?;
+                output::one(context.format, &network)
+            }
+            Verb::Delete { network } => {
+                let id = target::resolve(&context.client, "networks", &network).await?;
+                let answer = context.client.send("DELETE", &format!("/v1/networks/{id}"), None, &[]).await?;
+                wait::finish::<Network>(context, &answer, "networks", true).await
+            }
+        }
+    }
+}
+
+impl Row for Network {
+    const COLUMNS: &'static [&'static str] =
+        &["NAME", "STATE", "KIND", "CIDR", "GATEWAY", "USED", "BRIDGE", "ID", "DETAIL"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.name.to_string(),
+            output::word(&self.state),
+            output::word(&self.kind),
+            self.ipv4_cidr.clone(),
+            self.ipv4_gateway.to_string(),
+            format!("{} of {}", self.addresses_used, self.addresses_total),
+            self.bridge.clone(),
+            self.id.to_string(),
+            self.state_detail.clone().unwrap_or_default(),
+        ]
+    }
+
+    fn name(&self) -> String {
+        self.name.to_string()
+    }
+}

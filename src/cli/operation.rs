@@ -1,0 +1,90 @@
+//! `toft operation …`
+use clap::Subcommand;
+use model::operation::{Operation, OperationState};
+
+use crate::error::Error;
+use crate::output::{self, Row};
+use crate::target::{self, ListOptions};
+use crate::{Context, wait};
+
+/// What can be done with operations.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// List operations, also those that have ended.
+    #[command(visible_alias = "ls")]
+    List(ListOptions),
+    /// Show one operation.
+    Show {
+        /// Its id.
+        id: uuid::Uuid,
+    },
+    /// Wait until it ends; fails as it failed.
+    Wait {
+        /// Its id.
+        id: uuid::Uuid,
+    },
+    /// Stop it, if it can still be stopped; what it had begun is undone.
+    Cancel {
+        /// Its id.
+        id: uuid::Uuid,
+    },
+}
+
+impl Verb {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        match self {
+            Verb::List(options) => {
+                let operations: Vec<Operation> =
+                    target::list(&context.client, "operations", &options).await?;
+                output::many(context.format, &operations)
+            }
+            Verb::Show { id } => {
+                let operation: Operation = context.client.get(&format!("/v1/operations/{id}")).await?;
+                output::one(context.format, &operation)
+            }
+            Verb::Wait { id } => {
+                let operation: Operation = context.client.get(&format!("/v1/operations/{id}")).await?;
+                let ended = wait::until_end(context, &operation).await?;
+                output::one(context.format, &ended)?;
+                into_result(&ended)
+            }
+            Verb::Cancel { id } => {
+                let path = format!("/v1/operations/{id}");
+                let operation: Operation = context.client.send("DELETE", &path, None, &[]).await?.json()?;
+                output::one(context.format, &operation)
+            }
+        }
+    }
+}
+
+/// The error of an operation that did not succeed.
+pub(crate) fn into_result(operation: &Operation) -> Result<(), Error> {
+    match (&operation.state, &operation.error) {
+        (_, Some(problem)) => Err(Error::Problem(problem.clone())),
+        (OperationState::Cancelled, None) => {
+            Err(Error::Usage(format!("operation {} was cancelled", operation.id)))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Row for Operation {
+    const COLUMNS: &'static [&'static str] = &["ID", "KIND", "STATE", "PROGRESS", "CREATED", "ERROR"];
+
+    fn cells(&self) -> Vec<String> {
+        let progress = format!("{}% {}", self.progress.percent, self.progress.phase);
+        let error = self.error.as_ref().map(|problem| problem.code.as_str()).unwrap_or_default();
+        vec![
+            self.id.to_string(),
+            self.kind.clone(),
+            output::word(&self.state),
+            progress.trim_end().to_owned(),
+            output::time(self.created_at),
+            error,
+        ]
+    }
+
+    fn name(&self) -> String {
+        self.id.to_string()
+    }
+}

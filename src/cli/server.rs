@@ -1,0 +1,451 @@
+//! `toft server …`
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use model::limits::GRACE_S_MAX;
+use model::server::{
+    CacheMode, CpuTemplate, CreateNic, CreateServer, DiskLimits, PatchServer, Rate, RestartPolicy, Server,
+    ServerMetrics, ServerPlan, StopServer,
+};
+use model::{Labels, Name};
+
+use crate::error::Error;
+use crate::output::{self, Format, Row};
+use crate::target::{self, ListOptions};
+use crate::{Context, console, wait};
+
+/// What can be done with servers.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Create a server and start it.
+    Create(Box<Create>),
+    /// List servers.
+    #[command(visible_alias = "ls")]
+    List(ListOptions),
+    /// Show one server.
+    Show {
+        /// Name or id.
+        server: String,
+    },
+    /// Change a server. CPUs, memory and CPU template take effect at its next start.
+    Update(Update),
+    /// Delete a server with its root volume.
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Name or id.
+        server: String,
+        /// Keep the root volume.
+        #[arg(long)]
+        keep_volumes: bool,
+    },
+    /// Start a server.
+    Start {
+        /// Name or id.
+        server: String,
+    },
+    /// Press the power button; after the grace, force it off.
+    Stop(Stop),
+    /// Shut down and start again; with --grace-s 0, press reset.
+    Reboot(Stop),
+    /// Park a running server.
+    Pause {
+        /// Name or id.
+        server: String,
+    },
+    /// Let a paused server run again.
+    Resume {
+        /// Name or id.
+        server: String,
+    },
+    /// Print the console's log.
+    ConsoleLog {
+        /// Name or id.
+        server: String,
+        /// Only the last bytes.
+        #[arg(long, value_parser = target::size)]
+        tail: Option<u64>,
+    },
+    /// Open the console. Ctrl-] leaves it.
+    Console(console::Options),
+    /// Print counters.
+    Metrics {
+        /// Name or id.
+        server: String,
+    },
+}
+
+/// `toft server create`.
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// Unique name, also the host name.
+    name: Name,
+    /// Image's name or id.
+    #[arg(long)]
+    image: String,
+    /// Virtual CPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    vcpus: u8,
+    /// Memory, such as 1G.
+    #[arg(long, value_parser = target::size)]
+    memory: Option<u64>,
+    /// Size of the root volume, such as 10G; the image's own when absent.
+    #[arg(long, value_parser = target::size)]
+    disk: Option<u64>,
+    /// Network's name or id, or NETWORK=ADDRESS; may be given more than once.
+    #[arg(long, conflicts_with = "no_network")]
+    network: Vec<String>,
+    /// Give it no interface.
+    #[arg(long)]
+    no_network: bool,
+    /// Which CPU the guest sees.
+    #[arg(long, value_enum, default_value_t = Cpu::Host)]
+    cpu: Cpu,
+    /// What a completed write of the root volume promises.
+    #[arg(long, value_enum, default_value_t = Cache::Writeback)]
+    cache: Cache,
+    /// Bytes per second the root volume may move, such as 100M.
+    #[arg(long, value_parser = target::size)]
+    disk_bandwidth: Option<u64>,
+    /// Requests per second the root volume may take.
+    #[arg(long)]
+    disk_operations: Option<u64>,
+    /// File with ssh public keys; may be given more than once.
+    #[arg(long)]
+    ssh_key_file: Vec<PathBuf>,
+    /// File with cloud-init user data.
+    #[arg(long)]
+    user_data_file: Option<PathBuf>,
+    /// What happens when its machine ends unasked.
+    #[arg(long, value_enum, default_value_t = Restart::OnFailure)]
+    restart: Restart,
+    /// Only make it.
+    #[arg(long)]
+    no_start: bool,
+    /// A line for people.
+    #[arg(long, default_value = "")]
+    description: String,
+    /// KEY=VALUE; may be given more than once.
+    #[arg(long, value_parser = target::label)]
+    label: Vec<(String, String)>,
+    /// Your own unique reference.
+    #[arg(long)]
+    external_ref: Option<String>,
+    /// Say what would be made, and make nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// `toft server update`.
+#[derive(Debug, Args)]
+pub(crate) struct Update {
+    /// Name or id.
+    server: String,
+    /// New name.
+    #[arg(long)]
+    name: Option<Name>,
+    /// New description.
+    #[arg(long)]
+    description: Option<String>,
+    /// KEY=VALUE to set, KEY- to remove; may be given more than once.
+    #[arg(long, value_parser = target::label_change)]
+    label: Vec<(String, Option<String>)>,
+    /// Virtual CPUs.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=32))]
+    vcpus: Option<u8>,
+    /// Memory, such as 1G.
+    #[arg(long, value_parser = target::size)]
+    memory: Option<u64>,
+    /// Which CPU the guest sees.
+    #[arg(long, value_enum)]
+    cpu: Option<Cpu>,
+    /// What happens when its machine ends unasked.
+    #[arg(long, value_enum)]
+    restart: Option<Restart>,
+    /// Only if the server is still at this generation.
+    #[arg(long)]
+    if_generation: Option<u64>,
+}
+
+/// `toft server stop` and `reboot`.
+#[derive(Debug, Args)]
+pub(crate) struct Stop {
+    /// Name or id.
+    server: String,
+    /// Seconds the guest has to shut down; 0 forces at once.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=GRACE_S_MAX))]
+    grace_s: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Cpu {
+    /// Every feature of this host.
+    Host,
+    /// The x86-64-v2 level.
+    #[value(name = "x86_64_v2")]
+    V2,
+    /// The x86-64-v3 level.
+    #[value(name = "x86_64_v3")]
+    V3,
+}
+
+impl From<Cpu> for CpuTemplate {
+    fn from(cpu: Cpu) -> CpuTemplate {
+        match cpu {
+            Cpu::Host => CpuTemplate::Host,
+            Cpu::V2 => CpuTemplate::X86_64V2,
+            Cpu::V3 => CpuTemplate::X86_64V3,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Cache {
+    /// Durable after the guest's flush.
+    Writeback,
+    /// Durable when it completes.
+    Writethrough,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Restart {
+    /// Stay as it ended.
+    Never,
+    /// Start again after a failure.
+    OnFailure,
+    /// Start again after any end that was not asked for.
+    Always,
+}
+
+impl From<Restart> for RestartPolicy {
+    fn from(restart: Restart) -> RestartPolicy {
+        match restart {
+            Restart::Never => RestartPolicy::Never,
+            Restart::OnFailure => RestartPolicy::OnFailure,
+            Restart::Always => RestartPolicy::Always,
+        }
+    }
+}
+
+impl Verb {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        match self {
+            Verb::Create(create) => create.run(context).await,
+            Verb::List(options) => {
+                let servers: Vec<Server> = target::list(&context.client, "servers", &options).await?;
+                output::many(context.format, &servers)
+            }
+            Verb::Show { server } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let server: Server = context.client.get(&format!("/v1/servers/{id}")).await?;
+                output::one(context.format, &server)
+            }
+            Verb::Update(update) => update.run(context).await,
+            Verb::Delete { server, keep_volumes } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let query = if keep_volumes { "?keep_volumes=true" } else { "" };
+                let answer =
+                    context.client.send("DELETE", &format!("/v1/servers/{id}{query}"), None, &[]).await?;
+                wait::finish::<Server>(context, &answer, "servers", true).await
+            }
+            Verb::Start { server } => act(context, &server, "start", None).await,
+            Verb::Stop(stop) => act(context, &stop.server, "stop", Some(stop.grace_s)).await,
+            Verb::Reboot(stop) => act(context, &stop.server, "reboot", Some(stop.grace_s)).await,
+            Verb::Pause { server } => act(context, &server, "pause", None).await,
+            Verb::Resume { server } => act(context, &server, "resume", None).await,
+            Verb::ConsoleLog { server, tail } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let query = tail.map(|bytes| format!("?tail_bytes={bytes}")).unwrap_or_default();
+                let path = format!("/v1/servers/{id}/console-log{query}");
+                let answer = context.client.send("GET", &path, None, &[]).await?;
+                output::print_bytes(&answer.body)
+            }
+            Verb::Console(options) => console::run(context, &options).await,
+            Verb::Metrics { server } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let metrics: ServerMetrics = context.client.get(&format!("/v1/servers/{id}/metrics")).await?;
+                match context.format {
+                    Format::Json => output::json(&metrics),
+                    _ => output::print_text(&metrics_text(&metrics)),
+                }
+            }
+        }
+    }
+}
+
+async fn act(context: &Context, server: &str, verb: &str, grace_s: Option<u64>) -> Result<(), Error> {
+    let id = target::resolve(&context.client, "servers", server).await?;
+    let body = match grace_s {
+        Some(grace_s) => Some(serde_json::to_vec(&StopServer { grace_s }).map_err(Error::Answer)?),
+        None => None,
+    };
+    let answer = context.client.send("POST", &format!("/v1/servers/{id}/actions/{verb}"), body, &[]).await?;
+    wait::finish::<Server>(context, &answer, "servers", false).await
+}
+
+impl Create {
+    async fn run(self, context: &Context) -> Result<(), Error> {
+        let dry_run = self.dry_run;
+        let body = serde_json::to_vec(&self.into_request()?).map_err(Error::Answer)?;
+        if dry_run {
+            let answer = context.client.send("POST", "/v1/servers?dry_run=true", Some(body), &[]).await?;
+            let plan: ServerPlan = answer.json()?;
+            return match context.format {
+                Format::Json => output::json(&plan),
+                Format::Name => output::print_text(&format!("{}\n", plan.server.name)),
+                Format::Table => {
+                    let steps = plan.steps.iter().map(|step| format!("  {step}\n")).collect::<String>();
+                    let left = output::bytes(plan.memory_bytes_left);
+                    output::one(Format::Table, &plan.server)?;
+                    output::print_text(&format!("would:\n{steps}memory left afterwards: {left}\n"))
+                }
+            };
+        }
+        let answer = context.client.send("POST", "/v1/servers", Some(body), &[]).await?;
+        wait::finish::<Server>(context, &answer, "servers", false).await
+    }
+
+    fn into_request(self) -> Result<CreateServer, Error> {
+        let nics = match (self.no_network, self.network.is_empty()) {
+            (true, _) => Some(Vec::new()),
+            (false, true) => None,
+            (false, false) => Some(self.network.iter().map(|text| nic(text)).collect::<Result<_, _>>()?),
+        };
+        let mut ssh_keys = Vec::new();
+        for file in &self.ssh_key_file {
+            let text = target::read_text(file)?;
+            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+            ssh_keys.extend(lines.map(str::to_owned));
+        }
+        let rate = |per_second: u64| Rate { per_second, burst: None };
+        Ok(CreateServer {
+            name: self.name,
+            image: self.image,
+            vcpus: self.vcpus,
+            memory_bytes: self.memory,
+            disk_bytes: self.disk,
+            cache: match self.cache {
+                Cache::Writeback => CacheMode::Writeback,
+                Cache::Writethrough => CacheMode::Writethrough,
+            },
+            disk_limits: DiskLimits {
+                bandwidth_bytes: self.disk_bandwidth.map(rate),
+                operations: self.disk_operations.map(rate),
+            },
+            nics,
+            cpu: self.cpu.into(),
+            ssh_keys,
+            user_data: self.user_data_file.as_deref().map(target::read_text).transpose()?,
+            restart_policy: self.restart.into(),
+            start: !self.no_start,
+            description: self.description,
+            labels: target::labels(&self.label)?,
+            external_ref: self.external_ref,
+        })
+    }
+}
+
+fn nic(text: &str) -> Result<CreateNic, Error> {
+    let (network, ipv4) = match text.split_once('=') {
+        Some((network, address)) => {
+            let address = address.parse().map_err(|_| {
+                Error::Usage(format!("{address:?} is not an IPv4 address; use NETWORK or NETWORK=ADDRESS"))
+            })?;
+            (network, Some(address))
+        }
+        None => (text, None),
+    };
+    Ok(CreateNic { network: Some(network.to_owned()), ipv4, ..CreateNic::default() })
+}
+
+impl Update {
+    async fn run(self, context: &Context) -> Result<(), Error> {
+        let id = target::resolve(&context.client, "servers", &self.server).await?;
+        let patch = PatchServer {
+            name: self.name,
+            description: self.description,
+            labels: (!self.label.is_empty()).then(|| self.label.into_iter().collect()),
+            vcpus: self.vcpus,
+            memory_bytes: self.memory,
+            cpu: self.cpu.map(CpuTemplate::from),
+            restart_policy: self.restart.map(RestartPolicy::from),
+            disk_limits: None,
+        };
+        let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
+        let etag = self.if_generation.map(|generation| format!("\"{generation}\""));
+        let headers: Vec<(&str, &str)> = etag.iter().map(|etag| ("if-match", etag.as_str())).collect();
+        let answer = context.client.send("PATCH", &format!("/v1/servers/{id}"), Some(body), &headers).await?;
+        output::one(context.format, &answer.json::<Server>()?)
+    }
+}
+
+impl Row for Server {
+    const COLUMNS: &'static [&'static str] =
+        &["NAME", "STATE", "VCPUS", "MEMORY", "DISK", "ADDRESS", "CREATED", "LABELS", "ID", "REASON"];
+
+    fn cells(&self) -> Vec<String> {
+        let disk: u64 = self.volumes.iter().map(|volume| volume.size_bytes).sum();
+        let addresses: Vec<String> = self.nics.iter().map(|nic| nic.ipv4.to_string()).collect();
+        vec![
+            self.name.to_string(),
+            output::word(&self.state),
+            self.vcpus.to_string(),
+            output::bytes(self.memory_bytes),
+            if self.volumes.is_empty() { "-".to_owned() } else { output::bytes(disk) },
+            addresses.join(","),
+            output::time(self.created_at),
+            labels_text(&self.labels),
+            self.id.to_string(),
+            self.state_reason.as_ref().map(|reason| reason.detail.clone()).unwrap_or_default(),
+        ]
+    }
+
+    fn name(&self) -> String {
+        self.name.to_string()
+    }
+}
+
+/// Labels as they are typed.
+pub(crate) fn labels_text(labels: &Labels) -> String {
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+}
+
+fn metrics_text(metrics: &ServerMetrics) -> String {
+    let mut text = format!(
+        "running        {} s, {} resets\nmemory         {} resident, {} in the balloon, {} reported free\n",
+        metrics.running_ms / 1000,
+        metrics.resets,
+        output::bytes(metrics.memory_resident_bytes),
+        output::bytes(metrics.balloon_bytes),
+        output::bytes(metrics.reported_bytes),
+    );
+    for (at, (cpu_ms, exits)) in metrics.vcpu_cpu_ms.iter().zip(&metrics.vcpu_exits).enumerate() {
+        text.push_str(&format!("vcpu {at:<9} {:.1} s of CPU, {exits} exits\n", *cpu_ms as f64 / 1000.0));
+    }
+    for (at, disk) in metrics.disks.iter().enumerate() {
+        text.push_str(&format!(
+            "disk {at:<9} {} reads ({}), {} writes ({}), {} flushes, {} errors, throttled {} times\n",
+            disk.reads,
+            output::bytes(disk.read_bytes),
+            disk.writes,
+            output::bytes(disk.written_bytes),
+            disk.flushes,
+            disk.errors,
+            disk.throttled,
+        ));
+    }
+    for (at, nic) in metrics.nics.iter().enumerate() {
+        text.push_str(&format!(
+            "nic {at:<10} received {} packets ({}), sent {} ({}), dropped {} in and {} out\n",
+            nic.rx_packets,
+            output::bytes(nic.rx_bytes),
+            nic.tx_packets,
+            output::bytes(nic.tx_bytes),
+            nic.rx_dropped,
+            nic.tx_dropped,
+        ));
+    }
+    if metrics.device_faults > 0 {
+        text.push_str(&format!("the guest broke device rules {} times\n", metrics.device_faults));
+    }
+    text
+}

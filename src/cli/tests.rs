@@ -1,0 +1,115 @@
+//! The command line as it is typed: what parses, what does not, and what each form means.
+use clap::CommandFactory;
+
+use super::*;
+
+#[test]
+fn the_definition_of_the_command_line_is_consistent() {
+    Toft::command().debug_assert();
+}
+
+#[test]
+fn every_command_and_option_has_a_help_text() {
+    fn visit(command: &clap::Command, path: &str) {
+        assert!(command.get_about().is_some() || path.is_empty(), "{path} has no help");
+        for argument in command.get_arguments() {
+            assert!(argument.get_help().is_some(), "{path} {} has no help", argument.get_id());
+        }
+        for sub in command.get_subcommands() {
+            visit(sub, &format!("{path} {}", sub.get_name()));
+        }
+    }
+    let mut command = Toft::command();
+    command.build();
+    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+        visit(sub, sub.get_name());
+    }
+}
+
+#[test]
+fn endpoints_are_read_in_every_form() {
+    let tcp = |host: &str, port| Endpoint::Tcp { host: host.into(), port };
+    let cases = [
+        ("unix:/run/toftd.sock", Ok(Endpoint::Unix("/run/toftd.sock".into()))),
+        ("/run/toftd.sock", Ok(Endpoint::Unix("/run/toftd.sock".into()))),
+        ("http://127.0.0.1:8080", Ok(tcp("127.0.0.1", 8080))),
+        ("http://[::1]:8080/", Ok(tcp("::1", 8080))),
+        ("http://[::1]", Ok(tcp("::1", 80))),
+        ("https://host.example", Ok(Endpoint::Tls { host: "host.example".into(), port: 443 })),
+        ("ftp://x", Err(())),
+        ("http://x:port", Err(())),
+        ("http://", Err(())),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(text.parse::<Endpoint>().map_err(drop), expected, "{text}");
+    }
+}
+
+#[test]
+fn sizes_take_binary_units() {
+    let cases = [
+        ("0", Ok(0)),
+        ("4096", Ok(4096)),
+        ("512M", Ok(512 << 20)),
+        ("2GiB", Ok(2 << 30)),
+        ("1t", Ok(1 << 40)),
+        ("16777216T", Err(())),
+        ("", Err(())),
+        ("G", Err(())),
+        ("1.5G", Err(())),
+        ("-1", Err(())),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(target::size(text).map_err(drop), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn bytes_are_printed_in_the_unit_that_fits() {
+    let cases = [(0, "0 B"), (1023, "1023 B"), (1 << 20, "1 MiB"), (1536, "1.5 KiB"), (5 << 40, "5 TiB")];
+    for (count, expected) in cases {
+        assert_eq!(output::bytes(count), expected);
+    }
+}
+
+#[test]
+fn labels_can_be_set_and_removed() {
+    assert_eq!(target::label_change("a=b"), Ok(("a".into(), Some("b".into()))));
+    assert_eq!(target::label_change("a="), Ok(("a".into(), Some(String::new()))));
+    assert_eq!(target::label_change("a-"), Ok(("a".into(), None)));
+    assert!(target::label_change("a").is_err());
+}
+
+#[test]
+fn exit_codes_follow_the_problem() {
+    let exit = |code: model::Code| {
+        let problem = model::Problem {
+            kind: String::new(),
+            title: code.title().into(),
+            status: code.status(),
+            detail: String::new(),
+            instance: String::new(),
+            code,
+            request_id: String::new(),
+            retryable: code.retryable(),
+            errors: Vec::new(),
+            allowed_actions: None,
+            operation_id: None,
+        };
+        Error::Problem(Box::new(problem)).exit_code()
+    };
+    use model::Code::*;
+    let cases = [
+        (Invalid, 2),
+        (NotFound, 3),
+        (WrongState, 4),
+        (StaleEtag, 4),
+        (Draining, 5),
+        (NoCapacity, 6),
+        (Timeout, 7),
+        (Forbidden, 1),
+    ];
+    for (code, expected) in cases {
+        assert_eq!(exit(code), expected, "{code:?}");
+    }
+}

@@ -1,0 +1,102 @@
+//! What follows a request that started long work: name the operation, or wait for its end with a progress bar.
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use model::operation::{Accepted, Operation, OperationState};
+use serde::de::DeserializeOwned;
+
+use crate::Context;
+use crate::client::Answer;
+use crate::error::Error;
+use crate::output::{self, Row};
+use crate::{limits, operation};
+
+/// Ends a command that started long work. With `--wait` the resource is read again and printed as it stands
+/// then; without, it is printed as accepted. `resource_path` is where it can be read, `None` when the work
+/// deletes it.
+pub(crate) async fn finish<T: Row + DeserializeOwned>(
+    context: &Context,
+    answer: &Answer,
+    kind: &str,
+    deletes: bool,
+) -> Result<(), Error> {
+    let accepted: Accepted<T> = answer.json()?;
+    if !context.wait {
+        return match (&accepted.resource, context.format) {
+            (_, output::Format::Json) => output::json(
+                &serde_json::from_slice::<serde_json::Value>(&answer.body).map_err(Error::Answer)?,
+            ),
+            (Some(resource), _) => {
+                eprintln!("operation {} has begun", accepted.operation.id);
+                output::one(context.format, resource)
+            }
+            (None, _) => output::one(context.format, &accepted.operation),
+        };
+    }
+    let ended = until_end(context, &accepted.operation).await?;
+    operation::into_result(&ended)?;
+    let id = match (&accepted.resource, deletes) {
+        (Some(_), false) => resource_id(answer)?,
+        _ => return output::one(context.format, &ended),
+    };
+    let resource: T = context.client.get(&format!("/v1/{kind}/{id}")).await?;
+    output::one(context.format, &resource)
+}
+
+fn resource_id(answer: &Answer) -> Result<String, Error> {
+    let document: serde_json::Value = answer.json()?;
+    Ok(document["resource"]["id"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Waits for an operation's end. Ctrl-C leaves the operation running, as any other end of this process does.
+pub(crate) async fn until_end(context: &Context, operation: &Operation) -> Result<Operation, Error> {
+    let deadline = Instant::now() + context.wait_timeout;
+    let bar = progress_bar(&operation.kind);
+    let mut latest = operation.clone();
+    while !latest.state.is_final() {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
+            bar.abandon();
+            return Err(Error::WaitTimeout {
+                operation: latest.id.to_string(),
+                seconds: context.wait_timeout.as_secs(),
+            });
+        }
+        show(&bar, &latest);
+        // Progress moves between polls, so a terminal asks more often than a script.
+        let poll_s = if bar.is_hidden() { limits::POLL_S } else { 1 };
+        let poll_s = poll_s.min(rest.as_secs().max(1));
+        latest = context.client.get(&format!("/v1/operations/{}?wait={poll_s}s", latest.id)).await?;
+    }
+    match latest.state {
+        OperationState::Succeeded => bar.finish_and_clear(),
+        _ => bar.abandon(),
+    }
+    Ok(latest)
+}
+
+fn progress_bar(kind: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(100);
+    let template = "{prefix} {wide_bar} {percent:>3}% {msg} {elapsed}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_prefix(kind.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+fn show(bar: &ProgressBar, operation: &Operation) {
+    let progress = &operation.progress;
+    bar.set_position(u64::from(progress.percent));
+    let phase = progress.phase.replace('_', " ");
+    bar.set_message(match (progress.bytes_done, progress.bytes_total) {
+        (Some(done), Some(total)) => format!("{phase} {} of {}", output::bytes(done), output::bytes(total)),
+        (Some(done), None) => format!("{phase} {}", output::bytes(done)),
+        _ => phase,
+    });
+}
