@@ -1,1 +1,41 @@
-//! Placeholder.
+//! The host: keeps servers, images, volumes and networks, and survives its own death at any line.
+//! It knows no HTTP and opens no /dev/kvm ioctl; VMMs are processes it talks to through `wire`.
+//! `http` serves this facade; `src/bin/toftd.rs` opens it.
+//!
+//! ```text
+//!  facade (Servers, Images, …) ── one transaction: rows + operation + event ──▶ store
+//!        └── poke ──▶ servers::actor ── lifecycle::step (pure) ──▶ effects ──▶ vmms, volumes, network
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod call;
+pub mod config;
+pub mod core;
+pub mod error;
+pub mod limits;
+
+pub mod store;
+
+pub mod events;
+pub mod idempotency;
+pub mod operations;
+pub mod tokens;
+
+pub mod images;
+pub mod network;
+pub mod seed;
+pub mod volumes;
+
+pub mod vmms;
+
+pub mod servers;
+
+pub mod report;
+
+mod open;
+
+pub use call::{Actor, Answer, Call, Idempotency};
+pub use config::Config;
+pub use core::{Checkpoint, Fate};
+pub use error::{Error, Result};
+pub use open::Host;

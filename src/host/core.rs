@@ -1,0 +1,80 @@
+//! What every noun shares: the store, the directories, the wake-ups. It knows no noun.
+//! `open` makes one; every facade holds it.
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::call::{Answer, Call};
+use crate::config::{Config, Dirs};
+use crate::error::Result;
+use crate::idempotency;
+use crate::store::{Store, Tx};
+
+/// What every noun shares.
+pub struct Core {
+    /// What the operator decided.
+    pub config: Config,
+    /// Where things lie.
+    pub dirs: Dirs,
+    /// The records.
+    pub store: Store,
+    /// When the daemon started.
+    pub started_at: model::Time,
+}
+
+impl Core {
+    /// Carries out one mutating call in one transaction: looks the idempotency key up, runs `change`, stores its
+    /// answer with the key, commits. Nothing is kept when `change` fails.
+    pub async fn mutate<T, F>(&self, call: &Call, change: F) -> Result<Answer<T>>
+    where
+        T: Serialize + DeserializeOwned + Send + 'static,
+        F: FnOnce(&Tx<'_>) -> Result<T> + Send + 'static,
+    {
+        let call = call.clone();
+        self.store
+            .write(move |tx| {
+                if let Some(body) = idempotency::replay(tx, &call)? {
+                    return Ok(Answer { body, replayed: true });
+                }
+                let body = change(tx)?;
+                idempotency::keep(tx, &call, &body)?;
+                Ok(Answer { body, replayed: false })
+            })
+            .await
+    }
+
+    /// Marks a point that a crash could follow, such as `volume.filled`. Effects call it after each thing they
+    /// did to the world; fails when a test decided to die here.
+    pub fn checkpoint(&self, point: &'static str) -> Result<()> {
+        self.store.checkpoint(point)
+    }
+}
+
+/// Told of every point that a crash could follow: after each commit and each thing done to the world.
+pub trait Checkpoint: Send + Sync {
+    /// `point` names the place. `Die` makes everything after it fail, as if the process had been killed.
+    fn reached(&self, point: &'static str) -> Fate;
+}
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Go on.
+    Live,
+    /// Do nothing more, ever.
+    Die,
+}
+
+/// The checkpoint of real life.
+#[derive(Debug, Clone, Copy)]
+pub struct AlwaysLive;
+
+impl Checkpoint for AlwaysLive {
+    fn reached(&self, _point: &'static str) -> Fate {
+        Fate::Live
+    }
+}
+
+/// The shared core, as facades hold it.
+pub type Shared = Arc<Core>;

@@ -1,0 +1,35 @@
+//! Bounds of the host's queues, waits and tables, each with the reason for its size.
+use std::time::Duration;
+
+/// Length of `sun_path` in bytes, with its terminator (unix(7)).
+pub const SOCKET_PATH_BYTES_MAX: usize = 108;
+
+/// Connections that read records side by side: enough for two cores, few enough to hold open.
+pub const READERS_MAX: usize = 4;
+
+/// How long a read or write waits for another process that holds the database, such as an operator's sqlite3.
+pub const DATABASE_BUSY: Duration = Duration::from_secs(5);
+
+/// How long the answer of a call with an idempotency key is kept: as long as its operation.
+pub const IDEMPOTENCY_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// How long a finished operation is kept.
+pub const OPERATIONS_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Most events kept. At 300 bytes each this is 30 MB; older ones answer `cursor_expired`.
+pub const EVENTS_KEPT: u64 = 100_000;
+
+/// Events are cut back once in so many, so that the cost is spread.
+pub const EVENTS_CUT_EVERY: u64 = 1000;
+
+/// Most events of one page.
+pub const EVENTS_PAGE_MAX: u32 = 500;
+
+/// Least percent by which progress must grow to be written, so that a copy does not cost a commit per block.
+pub const PROGRESS_STEP_PERCENT: u8 = 1;
+
+/// Most terms of one label selector.
+pub const SELECTOR_TERMS_MAX: usize = 32;
+
+/// Most access tokens of one host: they are made by hand.
+pub const TOKENS_MAX: u32 = 1000;

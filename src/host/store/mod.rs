@@ -1,0 +1,233 @@
+//! The host's records: one SQLite database with one writer and a few readers. It knows how to commit, not what.
+//! Every noun keeps its own tables through [`Tx`]; see [`records`] for the shape most of them have.
+//!
+//! A write is one transaction, durable when it returns (WAL, synchronous=FULL). Who waits for a change is woken
+//! after the commit, never before.
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use model::{Code, OperationId};
+use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
+use tokio::sync::Semaphore;
+
+use crate::core::{Checkpoint, Fate};
+use crate::error::{Error, Result};
+use crate::limits;
+
+pub mod records;
+mod schema;
+pub mod selector;
+pub mod signals;
+
+pub use signals::Signals;
+
+/// The records. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    path: PathBuf,
+    writer: Mutex<Connection>,
+    readers: Mutex<Vec<Connection>>,
+    reading: Semaphore,
+    signals: Signals,
+    checkpoint: Arc<dyn Checkpoint>,
+    dead: AtomicBool,
+    closed: AtomicBool,
+}
+
+/// One write transaction. It is also a connection to read from.
+pub struct Tx<'c> {
+    transaction: Transaction<'c>,
+    changes: RefCell<Changes>,
+}
+
+#[derive(Default)]
+struct Changes {
+    last_event: Option<u64>,
+    operations: Vec<OperationId>,
+}
+
+impl std::ops::Deref for Tx<'_> {
+    type Target = Connection;
+    fn deref(&self) -> &Connection {
+        &self.transaction
+    }
+}
+
+impl Tx<'_> {
+    /// Wakes whoever follows events once this is committed.
+    pub(crate) fn event_written(&self, id: u64) {
+        self.changes.borrow_mut().last_event = Some(id);
+    }
+
+    /// Wakes whoever waits for this operation once this is committed.
+    pub(crate) fn operation_changed(&self, id: OperationId) {
+        self.changes.borrow_mut().operations.push(id);
+    }
+}
+
+impl Store {
+    /// Opens the database, makes it if need be, and brings its tables up to date.
+    pub async fn open(path: &Path, checkpoint: Arc<dyn Checkpoint>) -> Result<Store> {
+        let path = path.to_owned();
+        blocking(move || {
+            let mut writer = connect(&path)?;
+            schema::migrate(&mut writer)?;
+            let last_event =
+                writer.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| row.get(0))?;
+            Ok(Store {
+                inner: Arc::new(Inner {
+                    path,
+                    writer: Mutex::new(writer),
+                    readers: Mutex::new(Vec::new()),
+                    reading: Semaphore::new(limits::READERS_MAX),
+                    signals: Signals::new(last_event),
+                    checkpoint,
+                    dead: AtomicBool::new(false),
+                    closed: AtomicBool::new(false),
+                }),
+            })
+        })
+        .await
+    }
+
+    /// Runs `change` in one transaction and commits it; rolls back when it fails.
+    pub async fn write<T, F>(&self, change: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Tx<'_>) -> Result<T> + Send + 'static,
+    {
+        let inner = self.inner.clone();
+        blocking(move || {
+            let (answer, changes) = inner.commit(change)?;
+            inner.checkpoint("commit")?;
+            inner.signals.publish(changes.last_event, &changes.operations);
+            Ok(answer)
+        })
+        .await
+    }
+
+    /// Runs `look` on one consistent view of the records.
+    pub async fn read<T, F>(&self, look: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+    {
+        let inner = self.inner.clone();
+        let permit = inner.reading.acquire().await.map_err(|_| draining())?;
+        let shared = self.inner.clone();
+        let answer = blocking(move || {
+            shared.check_alive()?;
+            let idle = lock(&shared.readers).pop();
+            let mut reader = match idle {
+                Some(reader) => reader,
+                None => connect(&shared.path)?,
+            };
+            let view = reader.transaction()?;
+            let answer = look(&view);
+            view.finish()?;
+            lock(&shared.readers).push(reader);
+            answer
+        })
+        .await;
+        drop(permit);
+        answer
+    }
+
+    /// Who is woken by commits.
+    pub fn signals(&self) -> &Signals {
+        &self.inner.signals
+    }
+
+    /// See [`crate::core::Core::checkpoint`].
+    pub fn checkpoint(&self, point: &'static str) -> Result<()> {
+        self.inner.checkpoint(point)
+    }
+
+    /// Whether a test decided that the process is dead.
+    pub fn is_dead(&self) -> bool {
+        self.inner.dead.load(Ordering::SeqCst)
+    }
+
+    /// Refuses everything from now on and folds the write-ahead log into the database.
+    pub async fn close(&self) {
+        let inner = self.inner.clone();
+        let closed = blocking(move || {
+            let writer = lock(&inner.writer);
+            inner.closed.store(true, Ordering::SeqCst);
+            lock(&inner.readers).clear();
+            writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+            Ok(())
+        })
+        .await;
+        if let Err(cause) = closed {
+            tracing::warn!("the write-ahead log stays for the next start: {}", cause.chain());
+        }
+    }
+}
+
+impl Inner {
+    fn commit<T>(&self, change: impl FnOnce(&Tx<'_>) -> Result<T>) -> Result<(T, Changes)> {
+        let mut writer = lock(&self.writer);
+        self.check_alive()?;
+        let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let tx = Tx { transaction, changes: RefCell::default() };
+        let answer = change(&tx)?;
+        let Tx { transaction, changes } = tx;
+        transaction.commit()?;
+        Ok((answer, changes.into_inner()))
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        if self.dead.load(Ordering::SeqCst) || self.closed.load(Ordering::SeqCst) {
+            return Err(draining());
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&self, point: &'static str) -> Result<()> {
+        self.check_alive()?;
+        if self.checkpoint.reached(point) == Fate::Die {
+            self.dead.store(true, Ordering::SeqCst);
+        }
+        self.check_alive()
+    }
+}
+
+fn draining() -> Error {
+    Error::new(Code::Draining, "the daemon is shutting down; try again when it has started")
+}
+
+/// A panic of another transaction has rolled that one back; the connection itself is sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn connect(path: &Path) -> Result<Connection> {
+    let flags =
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(limits::DATABASE_BUSY)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    Ok(connection)
+}
+
+async fn blocking<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|cause| Err(Error::internal("a transaction ended badly", cause)))
+}
+
+#[cfg(test)]
+mod tests;

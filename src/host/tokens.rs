@@ -1,0 +1,159 @@
+//! Access tokens of the API: random, stored hashed, revocable. It knows no HTTP.
+//! `http` verifies with it; `toftd token` makes them.
+use model::{Code, Time, TokenId};
+use rusqlite::{OptionalExtension, params};
+
+use crate::call::Actor;
+use crate::core::Shared;
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::store::Store;
+
+pub(crate) const TABLES: &str = "
+CREATE TABLE tokens (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, created_ms INTEGER NOT NULL,
+    expires_ms INTEGER) STRICT;
+";
+
+/// An access token without its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// Identity.
+    pub id: TokenId,
+    /// What it is for, in its maker's words.
+    pub name: String,
+    /// When it was made.
+    pub created_at: Time,
+    /// When it stops working.
+    pub expires_at: Option<Time>,
+}
+
+/// Access tokens.
+#[derive(Clone)]
+pub struct Tokens {
+    store: Store,
+}
+
+impl Tokens {
+    pub(crate) fn new(core: &Shared) -> Tokens {
+        Tokens { store: core.store.clone() }
+    }
+
+    /// Over a store alone: for `toftd token`, beside a daemon that runs.
+    pub fn of(store: Store) -> Tokens {
+        Tokens { store }
+    }
+
+    /// Who holds this secret. Fails with `unauthenticated`.
+    pub async fn verify(&self, secret: &str) -> Result<Actor> {
+        let hash = hash(secret);
+        let now_ms = Time::now().unix_ms();
+        let found: Option<String> = self
+            .store
+            .read(move |connection| {
+                Ok(connection
+                    .prepare_cached(
+                        "SELECT id FROM tokens WHERE hash = ?1 AND (expires_ms IS NULL OR expires_ms > ?2)",
+                    )?
+                    .query_row(params![hash, now_ms], |row| row.get(0))
+                    .optional()?)
+            })
+            .await?;
+        let id = found.and_then(|id| id.parse().ok());
+        id.map(|id| Actor::Token { id }).ok_or_else(|| {
+            Error::new(
+                Code::Unauthenticated,
+                "the token is unknown, expired or revoked; make one with `toftd token create NAME`",
+            )
+        })
+    }
+
+    /// Makes a token; the secret is shown here and never again.
+    pub async fn create(&self, name: &str, expires_at: Option<Time>) -> Result<(Token, String)> {
+        let secret = format!("toft_{}", random_hex()?);
+        let token =
+            Token { id: TokenId::new(), name: name.to_owned(), created_at: Time::now(), expires_at };
+        let (row, hash) = (token.clone(), hash(&secret));
+        self.store
+            .write(move |tx| {
+                let count: u32 = tx.query_row("SELECT count(*) FROM tokens", [], |row| row.get(0))?;
+                if count >= limits::TOKENS_MAX {
+                    return Err(Error::new(
+                        Code::TooMany,
+                        format!("there are {count} tokens already; revoke some"),
+                    ));
+                }
+                tx.execute(
+                    "INSERT INTO tokens (id, name, hash, created_ms, expires_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![
+                        row.id.to_string(),
+                        row.name,
+                        hash,
+                        row.created_at.unix_ms(),
+                        row.expires_at.map(Time::unix_ms)
+                    ],
+                )?;
+                Ok(())
+            })
+            .await?;
+        Ok((token, secret))
+    }
+
+    /// Every token, oldest first.
+    pub async fn list(&self) -> Result<Vec<Token>> {
+        self.store
+            .read(|connection| {
+                let mut statement =
+                    connection.prepare("SELECT id, name, created_ms, expires_ms FROM tokens ORDER BY id")?;
+                let mut rows = statement.query([])?;
+                let mut tokens = Vec::new();
+                while let Some(row) = rows.next()? {
+                    let id: String = row.get(0)?;
+                    tokens.push(Token {
+                        id: id.parse().map_err(|cause: uuid::Error| {
+                            Error::internal("a token's record cannot be read", cause)
+                        })?,
+                        name: row.get(1)?,
+                        created_at: Time::from_unix_ms(row.get(2)?),
+                        expires_at: row.get::<_, Option<i64>>(3)?.map(Time::from_unix_ms),
+                    });
+                }
+                Ok(tokens)
+            })
+            .await
+    }
+
+    /// Makes a token worthless. Fails with `not_found`.
+    pub async fn revoke(&self, id: TokenId) -> Result<()> {
+        self.store
+            .write(move |tx| match tx.execute("DELETE FROM tokens WHERE id = ?1", [id.to_string()])? {
+                0 => Err(Error::not_found("token", id)),
+                _ => Ok(()),
+            })
+            .await
+    }
+}
+
+/// What is stored of a secret. The secret has 256 random bits, so a plain hash cannot be searched.
+pub(crate) fn hash(secret: &str) -> String {
+    use sha2::{Digest, Sha256};
+    hex(&Sha256::digest(secret.as_bytes()))
+}
+
+/// 256 bits from the kernel, in hexadecimal.
+pub(crate) fn random_hex() -> Result<String> {
+    use std::io::Read;
+    let mut bytes = [0; 32];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .map_err(|cause| Error::internal("the host has no random numbers", cause))?;
+    Ok(hex(&bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -1,0 +1,61 @@
+//! VMM processes: started by the launcher, spoken to over their control sockets, adopted after a restart.
+//! It knows no server, volume or network: it gets descriptors and a `MachineSpec`.
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use wire::launch::{ExitStatus, KvmReport};
+
+use crate::error::Result;
+
+/// Starts VMM processes and finds them again. The real one is [`launcher::Launcher`]; tests have a fake.
+pub trait Launch: Send + Sync + 'static {
+    /// Fails with `kvm_unavailable` or `host_unprepared`, saying what to do, when no VMM could be started.
+    fn check(&self) -> Result<()>;
+
+    /// Starts a VMM that has no machine yet.
+    fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Box<dyn Process>>>;
+
+    /// Finds a process again that an earlier daemon started; `None` when it has ended.
+    fn adopt(&self, id: &ProcessId) -> Result<Option<Box<dyn Process>>>;
+
+    /// Looks at KVM and tries a guest on it.
+    fn probe(&self) -> BoxFuture<'_, Result<KvmReport>>;
+}
+
+/// What a VMM is started with.
+#[derive(Debug)]
+pub struct Start {
+    /// Shown by `ps`.
+    pub label: String,
+    /// Bound and listening control socket.
+    pub listener: OwnedFd,
+    /// Empty file for the last will.
+    pub will: File,
+    /// File for its log.
+    pub log: File,
+}
+
+/// A process, over reboots and reuse of process ids.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Process id.
+    pub pid: i32,
+    /// Field `starttime` of `/proc/<pid>/stat`, in clock ticks since boot.
+    pub start_ticks: u64,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+/// A VMM process that was started or adopted.
+pub trait Process: Send + Sync {
+    /// Which one.
+    fn id(&self) -> ProcessId;
+
+    /// Ends it at once (SIGKILL). Repeatable; no error when it has ended.
+    fn kill(&self) -> Result<()>;
+
+    /// Waits until it has ended; says how where that can be known.
+    fn ended(&self) -> BoxFuture<'_, Option<ExitStatus>>;
+}
