@@ -1,8 +1,10 @@
 //! System calls for which no library offers a safe wrapper, each made safe here. It knows nothing of
 //! machines or servers. `memory`, `kvm`, `vmm`, `wire` and `host` use it for descriptors.
 
+pub mod inherited;
 pub mod memfd;
 pub mod pidfd;
 pub mod seqpacket;
 pub mod spawn;
 pub mod tap;
+pub mod thread;
