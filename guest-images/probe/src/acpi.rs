@@ -77,7 +77,8 @@ impl Acpi {
             acpi.bad_checksums += 1;
             return acpi;
         }
-        let (root, entry_bytes) = if revision >= 2 { (read64(rsdp + 24), 8) } else { (read32(rsdp + 16).into(), 4) };
+        let (root, entry_bytes) =
+            if revision >= 2 { (read64(rsdp + 24), 8) } else { (read32(rsdp + 16).into(), 4) };
         let Some(length) = acpi.checked_length(root) else { return acpi };
         for entry in (root + 36..root + length).step_by(entry_bytes) {
             let table = if entry_bytes == 8 { read64(entry) } else { read32(entry).into() };
@@ -188,4 +189,3 @@ fn sum_is_zero(address: u64, length: u64) -> bool {
 pub fn pm1_sleep(port: u16, sleep_type: u8) {
     cpu::out16(port, u16::from(sleep_type) << 10 | 1 << 13);
 }
-

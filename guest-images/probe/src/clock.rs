@@ -54,8 +54,11 @@ static SYSTEM_TIME: SystemTime = SystemTime {
 };
 static WALL_CLOCK: WallClock =
     WallClock { version: AtomicU32::new(0), seconds: AtomicU32::new(0), nanoseconds: AtomicU32::new(0) };
-static STEAL_TIME: StealTime =
-    StealTime { steal: AtomicU64::new(0), version: AtomicU32::new(0), pad: [const { AtomicU32::new(0) }; 13] };
+static STEAL_TIME: StealTime = StealTime {
+    steal: AtomicU64::new(0),
+    version: AtomicU32::new(0),
+    pad: [const { AtomicU32::new(0) }; 13],
+};
 
 /// Flag of the paravirtual clock: the host paused the guest since the flag was last cleared.
 pub const GUEST_STOPPED: u8 = 1 << 1;
@@ -67,7 +70,8 @@ pub fn set_up() {
     if features & FEATURE_CLOCKSOURCE2 != 0 {
         let address = (&raw const SYSTEM_TIME) as u64;
         let on = cpu::write_msr(MSR_SYSTEM_TIME, address | 1).is_ok();
-        HAS_KVMCLOCK.store(on && SYSTEM_TIME.tsc_to_system_mul.load(Ordering::Relaxed) != 0, Ordering::Relaxed);
+        HAS_KVMCLOCK
+            .store(on && SYSTEM_TIME.tsc_to_system_mul.load(Ordering::Relaxed) != 0, Ordering::Relaxed);
     }
     if features & FEATURE_STEAL_TIME != 0 {
         let address = (&raw const STEAL_TIME) as u64;
@@ -204,7 +208,10 @@ pub fn kvmclock() -> Option<Reading> {
         let shift = shift_and_flags as i8;
         let scaled = if shift < 0 { cycles >> shift.unsigned_abs() } else { cycles << shift };
         let ns = (scaled * u128::from(multiplier)) >> 32;
-        return Some(Reading { system_ns: base_ns.wrapping_add(ns as u64), flags: (shift_and_flags >> 8) as u8 });
+        return Some(Reading {
+            system_ns: base_ns.wrapping_add(ns as u64),
+            flags: (shift_and_flags >> 8) as u8,
+        });
     }
 }
 

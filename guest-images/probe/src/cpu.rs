@@ -161,7 +161,7 @@ pub fn set_up_task_state(cpu: usize) {
     // SAFETY: the processor is not started yet, so its segment and descriptor are unused; the
     // arrays hold `CPUS_MAX` entries and indexing is checked.
     unsafe {
-        let segment = &mut *(&raw mut tss[cpu]);
+        let segment = &mut tss[cpu];
         let stack_top = (&raw const kernel_stacks) as u64 + 1024 * (cpu as u64 + 1);
         segment[4..12].copy_from_slice(&stack_top.to_le_bytes());
         segment[102..104].copy_from_slice(&104u16.to_le_bytes());
@@ -179,7 +179,7 @@ pub fn interrupt_count(vector: u8) -> u64 {
 
 fn interrupt_counter(vector: u8) -> &'static AtomicU64 {
     // SAFETY: boot.s only ever increments the counters; indexing is checked.
-    unsafe { &(*(&raw const interrupt_counts))[usize::from(vector - INTERRUPT_VECTOR_FIRST)] }
+    unsafe { &interrupt_counts[usize::from(vector - INTERRUPT_VECTOR_FIRST)] }
 }
 
 /// Sleeps until `vector` has been counted more than `seen` times. Another interrupt also ends it.
@@ -214,7 +214,7 @@ pub fn image() -> (u64, u64) {
 /// Vector, error code, instruction and CR2 of the exception that brought us to `fault_report`.
 pub fn fault() -> [u64; 4] {
     // SAFETY: boot.s wrote the record before it resumed us.
-    unsafe { (*(&raw const fault_record)).each_ref().map(|word| word.load(Ordering::SeqCst)) }
+    unsafe { fault_record.each_ref().map(|word| word.load(Ordering::SeqCst)) }
 }
 
 /// Device registers: exactly one plain `mov` per access, which any emulator understands.

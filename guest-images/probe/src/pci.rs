@@ -30,7 +30,7 @@ pub enum Access {
 pub fn set_up(ecam: Option<Ecam>) {
     let Some(ecam) = ecam else { return };
     let start = ecam.base + (u64::from(ecam.bus_first) << 20);
-    let end = ecam.base + (u64::from(ecam.bus_last) + 1 << 20);
+    let end = ecam.base + ((u64::from(ecam.bus_last) + 1) << 20);
     if paging::map(start, end).is_ok() {
         ECAM_BASE.store(ecam.base, Ordering::Relaxed);
         ECAM_END.store(end, Ordering::Relaxed);
@@ -57,7 +57,8 @@ impl Function {
     }
 
     fn select(self, offset: u16) {
-        let address = u32::from(self.bus) << 16 | u32::from(self.device) << 11 | u32::from(self.function) << 8;
+        let address =
+            u32::from(self.bus) << 16 | u32::from(self.device) << 11 | u32::from(self.function) << 8;
         cpu::out32(0xcf8, 1 << 31 | address | u32::from(offset & 0xfc));
     }
 

@@ -26,8 +26,12 @@ pub struct Start {
 impl Start {
     /// Reads the start info at `address`. What it lacks stays empty.
     pub fn read(address: u64) -> Self {
-        let mut start =
-            Self { command_line: Line::new(), rsdp: 0, regions: [Region::default(); REGIONS_MAX], region_count: 0 };
+        let mut start = Self {
+            command_line: Line::new(),
+            rsdp: 0,
+            regions: [Region::default(); REGIONS_MAX],
+            region_count: 0,
+        };
         if read32(address) != MAGIC {
             return start;
         }

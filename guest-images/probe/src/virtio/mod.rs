@@ -93,14 +93,8 @@ impl Device {
 
     fn open(function: Function) -> Outcome<Self> {
         let mut isr = 0;
-        let mut device = Self {
-            common: 0,
-            notify: 0,
-            notify_multiplier: 0,
-            config: 0,
-            msix: None,
-            features: 0,
-        };
+        let mut device =
+            Self { common: 0, notify: 0, notify_multiplier: 0, config: 0, msix: None, features: 0 };
         for at in function.capabilities(CAPABILITY_VENDOR) {
             let bar = function.read8(at + 4);
             let offset = u64::from(function.read32(at + 8));
@@ -155,8 +149,7 @@ impl Device {
         self.add_status(STATUS_DRIVER);
         let offered = self.offered();
         check!(offered & FEATURE_VERSION_1 != 0, "VERSION_1 not offered, features {offered:#x}");
-        self.features =
-            offered & (wanted | FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_INDEX);
+        self.features = offered & (wanted | FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_INDEX);
         for select in 0..2u32 {
             write32(self.common + common::DRIVER_FEATURE_SELECT, select);
             write32(self.common + common::DRIVER_FEATURE, (self.features >> (32 * select)) as u32);

@@ -49,14 +49,24 @@ pub struct PartialChecksum {
 }
 
 impl Nic {
+    /// The `index`th card, ready and listening.
     pub fn require(index: usize) -> Outcome<Self> {
+        let mut nic = Self::without_buffers(index)?;
+        for buffer in 0..BUFFERS.min(nic.receive.size) {
+            nic.offer(buffer)?;
+        }
+        nic.receive.kick();
+        Ok(nic)
+    }
+
+    /// As `require`, but with an empty receive queue.
+    pub fn without_buffers(index: usize) -> Outcome<Self> {
         let mut device = Device::require(virtio::NET, index)?;
         device.negotiate(WANTED)?;
         let receive = device.queue(0, 256)?;
         let transmit = device.queue(1, 256)?;
         device.ready()?;
-        let buffer_bytes =
-            if device.has(FEATURE_MERGEABLE) { BUFFER_BYTES_MERGEABLE } else { BUFFER_BYTES };
+        let buffer_bytes = if device.has(FEATURE_MERGEABLE) { BUFFER_BYTES_MERGEABLE } else { BUFFER_BYTES };
         let pages = u64::from(BUFFERS) * buffer_bytes / memory::PAGE_BYTES;
         let buffers = memory::allocate(pages).ok_or_else(out_of_memory)?;
         let send_pages = (FRAME_BYTES_MAX as u64).div_ceil(memory::PAGE_BYTES) + 1;
@@ -65,7 +75,7 @@ impl Nic {
         if device.has(FEATURE_MAC) {
             mac = core::array::from_fn(|index| device.config8(index as u64));
         }
-        let mut nic = Self {
+        Ok(Self {
             device,
             receive,
             transmit,
@@ -75,12 +85,7 @@ impl Nic {
             buffer_of_head: [0; 256],
             send_buffer,
             merged_max: 0,
-        };
-        for buffer in 0..BUFFERS.min(nic.receive.size) {
-            nic.offer(buffer)?;
-        }
-        nic.receive.kick();
-        Ok(nic)
+        })
     }
 
     pub fn link_is_up(&self) -> bool {
@@ -118,7 +123,7 @@ impl Nic {
                 check!(written >= HEADER_BYTES, "a frame of {written} bytes has no header");
                 if self.device.has(FEATURE_MERGEABLE) {
                     expected = read16(address + 10);
-                    check!(expected >= 1 && expected <= BUFFERS, "num_buffers is {expected}");
+                    check!((1..=BUFFERS).contains(&expected), "num_buffers is {expected}");
                 }
                 start += HEADER_BYTES;
                 written -= HEADER_BYTES;

@@ -92,7 +92,12 @@ impl Queue {
                 let table = tables + u64::from(head) * TABLE_BYTES;
                 for (position, segment) in segments.iter().enumerate() {
                     let is_last = position + 1 == segments.len();
-                    write_descriptor(table, position as u16, *segment, (!is_last).then_some(position as u16 + 1));
+                    write_descriptor(
+                        table,
+                        position as u16,
+                        *segment,
+                        (!is_last).then_some(position as u16 + 1),
+                    );
                 }
                 self.take(1)?;
                 let bytes = segments.len() as u32 * 16;

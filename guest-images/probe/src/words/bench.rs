@@ -24,8 +24,7 @@ pub fn run(disk: usize, argument: &str, report: &mut Line) -> Outcome {
     let mut disk = Disk::require(disk)?;
     let places = disk.sectors / (bytes / SECTOR_BYTES);
     check!(places > 0, "the disk is smaller than one request");
-    let buffers =
-        memory::allocate((depth * bytes).div_ceil(memory::PAGE_BYTES)).ok_or_else(out_of_memory)?;
+    let buffers = memory::allocate((depth * bytes).div_ceil(memory::PAGE_BYTES)).ok_or_else(out_of_memory)?;
     let mut slot_of_head = [0u16; 256];
     let mut random = cpu::tsc() | 1;
     let mut submit = |disk: &mut Disk, slot: u16, slots: &mut [u16; 256]| -> Outcome {
@@ -78,6 +77,13 @@ pub fn run(disk: usize, argument: &str, report: &mut Line) -> Outcome {
     let cycles = cpu::tsc() - start;
     let us = clock::cycles_to_us(cycles).max(1);
     note(report, format_args!("ops={operations} cycles={cycles} us={us}"));
-    note(report, format_args!("iops={} mib_per_s={}", operations * 1_000_000 / us, operations * bytes / us * 1_000_000 >> 20));
+    note(
+        report,
+        format_args!(
+            "iops={} mib_per_s={}",
+            operations * 1_000_000 / us,
+            (operations * bytes / us * 1_000_000) >> 20
+        ),
+    );
     disk.device.reset()
 }

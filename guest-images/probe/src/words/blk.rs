@@ -88,7 +88,8 @@ fn refusals(disk: &mut Disk, buffer: u64) -> Outcome {
 
 fn read_only(disk: &mut Disk, buffer: u64) -> Outcome {
     disk.read(0, buffer, SECTOR_BYTES as u32)?;
-    memory::bytes_mut(buffer + BUFFER_BYTES, SECTOR_BYTES).copy_from_slice(memory::bytes(buffer, SECTOR_BYTES));
+    memory::bytes_mut(buffer + BUFFER_BYTES, SECTOR_BYTES)
+        .copy_from_slice(memory::bytes(buffer, SECTOR_BYTES));
     memory::bytes_mut(buffer, SECTOR_BYTES)[0] ^= 0xff;
     let status =
         disk.request(disk::OUT, 0, &[Segment::Read { address: buffer, bytes: SECTOR_BYTES as u32 }])?;

@@ -19,11 +19,10 @@ static FINISHED: AtomicU64 = AtomicU64::new(0);
 
 pub fn run(machine: &Machine, report: &mut Line) -> Outcome {
     let own = apic::id();
-    let is_low_ram = machine
-        .start
-        .ram()
-        .iter()
-        .any(|region| region.start <= TRAMPOLINE_PAGE && TRAMPOLINE_PAGE + memory::PAGE_BYTES <= region.end);
+    let is_low_ram =
+        machine.start.ram().iter().any(|region| {
+            region.start <= TRAMPOLINE_PAGE && TRAMPOLINE_PAGE + memory::PAGE_BYTES <= region.end
+        });
     check!(is_low_ram, "no RAM at {TRAMPOLINE_PAGE:#x} for the trampoline");
     check!(!GO.load(Ordering::SeqCst), "the processors are already started");
     let code = cpu::trampoline_code();
@@ -44,7 +43,10 @@ pub fn run(machine: &Machine, report: &mut Line) -> Outcome {
     let finished = clock::spin_until(START_MS, || FINISHED.load(Ordering::SeqCst) == online);
     let total = COUNT.load(Ordering::SeqCst);
     check!(finished && total == online * COUNT_EACH, "{online} processors counted {total}");
-    note(report, format_args!("cpus={online} count={total} start_us={}", clock::cycles_to_us(started - start)));
+    note(
+        report,
+        format_args!("cpus={online} count={total} start_us={}", clock::cycles_to_us(started - start)),
+    );
     Ok(())
 }
 

@@ -31,7 +31,8 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
             }
         }
         if mib_per_s != 0 {
-            let due_cycles = u128::from(written) * u128::from(clock::tsc_khz()) * 1000 / u128::from(mib_per_s << 8);
+            let due_cycles =
+                u128::from(written) * u128::from(clock::tsc_khz()) * 1000 / u128::from(mib_per_s << 8);
             while u128::from(cpu::tsc() - start) < due_cycles {
                 core::hint::spin_loop();
             }
@@ -51,8 +52,11 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
         }
     }
     let elapsed_us = clock::cycles_to_us(cpu::tsc() - start).max(1);
-    let rate = (written << 12) / elapsed_us * 1_000_000 >> 20;
-    note(report, format_args!("mib={} passes={pass} written_mib={} mib_per_s={rate}", pages >> 8, written >> 8));
+    let rate = ((written << 12) / elapsed_us * 1_000_000) >> 20;
+    note(
+        report,
+        format_args!("mib={} passes={pass} written_mib={} mib_per_s={rate}", pages >> 8, written >> 8),
+    );
     Ok(())
 }
 

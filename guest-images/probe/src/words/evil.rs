@@ -103,6 +103,9 @@ const ATTACKS: &[Attack] = &[
     ("doorbell-wrong-queue", |queue, _| write16(queue.doorbell, 0xffff)),
 ];
 
+/// A way to change a running device's registers.
+type Rewiring = (&'static str, fn(&Device));
+
 /// What an attack led to.
 struct Score {
     attacks: u32,
@@ -146,7 +149,7 @@ pub fn block(index: usize, report: &mut Line) -> Outcome {
 
 /// Changes the queue's registers while the device runs, then makes an honest request.
 fn rewired(index: usize, score: &mut Score) -> Outcome {
-    let rewirings: &[(&str, fn(&Device))] = &[
+    let rewirings: &[Rewiring] = &[
         ("queue-size-zero", |device| write16(device.common + common::QUEUE_SIZE, 0)),
         ("queue-size-odd", |device| write16(device.common + common::QUEUE_SIZE, 3)),
         ("queue-size-huge", |device| write16(device.common + common::QUEUE_SIZE, 0xffff)),
@@ -188,7 +191,7 @@ fn bad_start(index: usize, score: &mut Score) -> Outcome {
     let queues: &[(&str, u64, u16)] = &[
         ("rings-outside-ram", NO_RAM, 1),
         ("rings-at-zero", 0, 1),
-        ("rings-wrap", u64::MAX & !0xfff, 1),
+        ("rings-wrap", !0xfff, 1),
         ("rings-unaligned", 0x20_0003, 1),
         ("no-queue", 0, 0),
     ];
@@ -217,7 +220,8 @@ fn bad_start(index: usize, score: &mut Score) -> Outcome {
     disk.device.reset()
 }
 
-/// The same attacks on a network card's transmit queue, then on its receive queue.
+/// The same attacks on a network card's transmit queue, then on its receive queue, where a device
+/// may notice only when a frame arrives.
 pub fn net(index: usize, report: &mut Line) -> Outcome {
     let mut score = Score { attacks: 0, needs_reset: 0 };
     for attack in ATTACKS {
@@ -230,6 +234,8 @@ pub fn net(index: usize, report: &mut Line) -> Outcome {
         frame[6..12].copy_from_slice(&nic.mac);
         frame[12..14].copy_from_slice(&[0x88, 0xb5]);
         nic.send(&frame, None)?;
+        nic.device.reset()?;
+        let mut nic = Nic::without_buffers(index)?;
         score.strike(&nic.device, &mut nic.receive, attack)?;
     }
     memory::release_all();

@@ -105,13 +105,7 @@ fn one(
     Ok(Answer::Silent)
 }
 
-fn test(
-    machine: &Machine,
-    settings: &Settings,
-    name: &str,
-    argument: &str,
-    report: &mut Line,
-) -> Outcome {
+fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, report: &mut Line) -> Outcome {
     let [first, second, third] = numbers(argument);
     match name {
         "cpus" => cpus::run(machine, report),

@@ -168,9 +168,9 @@ fn addressed_back(nic: &Nic, frame: &mut [u8], header_bytes: usize) {
 /// Lets the device finish the checksum when it offers to, so that this path is used too.
 fn send_datagram(nic: &mut Nic, frame: &mut [u8], upper: usize) -> Outcome {
     let udp_bytes = (frame.len() - upper) as u32;
-    let pseudo_header = frame[26..34]
-        .chunks_exact(2)
-        .fold(u32::from(UDP) + udp_bytes, |sum, pair| sum + u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let pseudo_header = frame[26..34].chunks_exact(2).fold(u32::from(UDP) + udp_bytes, |sum, pair| {
+        sum + u32::from(u16::from_be_bytes([pair[0], pair[1]]))
+    });
     frame[upper + 6..upper + 8].fill(0);
     if nic.device.has(FEATURE_CHECKSUM) {
         let partial = !checksum(pseudo_header, &[]);

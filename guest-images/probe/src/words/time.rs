@@ -13,7 +13,11 @@ pub fn ticks(count: u64, interval_ms: u64) -> Outcome {
         let tsc = cpu::tsc();
         match clock::kvmclock() {
             Some(reading) => {
-                check!(reading.system_ns >= last_ns, "clock went back from {last_ns} to {}", reading.system_ns);
+                check!(
+                    reading.system_ns >= last_ns,
+                    "clock went back from {last_ns} to {}",
+                    reading.system_ns
+                );
                 last_ns = reading.system_ns;
                 let stopped = u8::from(reading.flags & GUEST_STOPPED != 0);
                 say!("probe: tick {index} {tsc} ns={} stopped={stopped}", reading.system_ns);
