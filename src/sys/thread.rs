@@ -2,6 +2,9 @@
 use std::ffi::CString;
 use std::io;
 
+/// No thread's number reaches this (PID_MAX_LIMIT in include/linux/threads.h).
+const PID_LIMIT: i32 = 4 << 20;
+
 /// The kernel's id of the calling thread.
 pub fn id() -> i32 {
     nix::unistd::gettid().as_raw()
@@ -18,6 +21,9 @@ pub fn set_name(name: &str) {
 
 /// CPU time that a thread of this process has used, in nanoseconds. Fails when there is no such thread.
 pub fn cpu_time_ns(thread: i32) -> io::Result<u64> {
+    if !(1..PID_LIMIT).contains(&thread) {
+        return Err(io::ErrorKind::NotFound.into());
+    }
     // The kernel's encoding of a thread's clock (CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED in
     // include/linux/posix-timers.h); glibc offers it only for threads it started itself.
     let clock = (!thread << 3) | 0b110;

@@ -12,7 +12,9 @@ fn a_thread_that_works_uses_cpu_time() {
 
 #[test]
 fn a_thread_that_is_not_ours_has_no_time_here() {
-    assert!(cpu_time_ns(i32::MAX).is_err());
+    for thread in [i32::MIN, -1, 0, PID_LIMIT - 1, i32::MAX] {
+        assert!(cpu_time_ns(thread).is_err(), "{thread}");
+    }
 }
 
 #[test]
