@@ -12,9 +12,16 @@ const ID: u32 = 0x20;
 const SPURIOUS: u32 = 0xf0;
 const COMMAND: u32 = 0x300;
 const COMMAND_HIGH: u32 = 0x310;
+const LVT_TIMER: u32 = 0x320;
 const LVT_LINT0: u32 = 0x350;
 const MASKED: u32 = 1 << 16;
 const DELIVERY_PENDING: u32 = 1 << 12;
+
+const TIMER_INITIAL_COUNT: u32 = 0x380;
+const TIMER_DIVIDER: u32 = 0x3e0;
+const TIMER_DIVIDE_BY_16: u32 = 3;
+const TIMER_TSC_DEADLINE: u32 = 2 << 17;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 static BASE: AtomicU64 = AtomicU64::new(0xfee0_0000);
 static IS_X2APIC: AtomicBool = AtomicBool::new(false);
@@ -91,6 +98,24 @@ fn command(apic_id: u32, command: u32) {
     write(COMMAND_HIGH, apic_id << 24);
     write(COMMAND, command);
     crate::clock::spin_until(10, || read(COMMAND) & DELIVERY_PENDING == 0);
+}
+
+/// Whether the timer can be given a TSC value to fire at.
+pub fn has_tsc_deadline() -> bool {
+    cpu::cpuid(1)[2] & 1 << 24 != 0
+}
+
+/// Lets this processor's timer interrupt once at `vector`: at a TSC value where it can, else
+/// after `count_fallback` sixteenths of its own clock.
+pub fn arm_timer(vector: u8, deadline_tsc: u64, count_fallback: u32) {
+    if has_tsc_deadline() {
+        write(LVT_TIMER, TIMER_TSC_DEADLINE | u32::from(vector));
+        let _ = cpu::write_msr(MSR_TSC_DEADLINE, deadline_tsc);
+        return;
+    }
+    write(TIMER_DIVIDER, TIMER_DIVIDE_BY_16);
+    write(LVT_TIMER, vector.into());
+    write(TIMER_INITIAL_COUNT, count_fallback);
 }
 
 /// Address and data of a message that interrupts this processor at `vector`.

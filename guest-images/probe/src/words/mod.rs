@@ -125,6 +125,7 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "serial" => serial::run(first.unwrap_or(30_000), report),
         "ticks" => time::ticks(first.unwrap_or(10), second.unwrap_or(10)),
         "clock" => time::clock(report),
+        "timer" => time::timer(first.unwrap_or(100), report),
         "pause" => time::wait(first.unwrap_or(1000)),
         "dirty" => dirty::run(machine, first.unwrap_or(16), second.unwrap_or(0), third, report),
         "button" => button::run(machine, first.unwrap_or(30_000), report),

@@ -1,10 +1,10 @@
-//! `ticks`, `clock`, `pause`: what time looks like from inside, across pause and migration too.
+//! `ticks`, `clock`, `timer`, `pause`: what time looks like from inside, across pause and migration too.
 
 use crate::clock::{self, GUEST_STOPPED, TSC_STABLE};
 use crate::console::Line;
 use crate::failure::Outcome;
 use crate::words::note;
-use crate::{check, cpu, say};
+use crate::{apic, check, cpu, say};
 
 /// Each line carries the TSC, the paravirtual clock and whether the host says it stopped us.
 pub fn ticks(count: u64, interval_ms: u64) -> Outcome {
@@ -50,6 +50,30 @@ pub fn clock(report: &mut Line) -> Outcome {
     if let Some(ns) = clock::steal_ns() {
         note(report, format_args!("steal_ns={ns}"));
     }
+    Ok(())
+}
+
+/// `timer=<n>`: sleeps in `hlt` until the local APIC's timer fires, n times, a millisecond each.
+pub fn timer(count: u64, report: &mut Line) -> Outcome {
+    const VECTOR: u8 = 0x7d;
+    const INTERVAL_MS: u64 = 1;
+    const COUNT_FALLBACK: u32 = 62_500;
+    let (mut worst, start) = (0, cpu::tsc());
+    for done in 0..count {
+        let before = cpu::interrupt_count(VECTOR);
+        let due = cpu::tsc() + INTERVAL_MS * clock::tsc_khz();
+        apic::arm_timer(VECTOR, due, COUNT_FALLBACK);
+        cpu::wait_for_interrupt(VECTOR, before);
+        let now = cpu::tsc();
+        check!(cpu::interrupt_count(VECTOR) == before + 1, "hlt ended without timer interrupt {done}");
+        if apic::has_tsc_deadline() {
+            check!(now >= due, "timer {done} fired {} cycles early", due - now);
+            worst = now.saturating_sub(due).max(worst);
+        }
+    }
+    let us = clock::cycles_to_us(cpu::tsc() - start);
+    note(report, format_args!("fired={count} us={us} worst_late_us={}", clock::cycles_to_us(worst)));
+    note(report, format_args!("tsc_deadline={}", u8::from(apic::has_tsc_deadline())));
     Ok(())
 }
 
