@@ -75,11 +75,9 @@ fn rooms_import_only_what_their_doors_allow() {
 
 #[test]
 fn every_room_is_listed() {
-    let manifest: toml::Table =
-        std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    let manifest: toml::Table = std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
     let members = manifest["workspace"]["members"].as_array().unwrap();
-    let members: BTreeSet<&str> =
-        members.iter().filter_map(|m| m.as_str()?.strip_prefix("src/")).collect();
+    let members: BTreeSet<&str> = members.iter().filter_map(|m| m.as_str()?.strip_prefix("src/")).collect();
     assert_eq!(members, DOORS.iter().map(|(room, _)| *room).collect());
 }
 

@@ -1,0 +1,114 @@
+//! The reference guest: Debian 12 with systemd, from its first boot to its deletion. One story, because each
+//! boot takes most of a minute in the lab.
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::toft::{Daemon, wait_for};
+
+const BOOT: Duration = Duration::from_secs(300);
+
+/// A way into the server.
+struct Ssh {
+    key: PathBuf,
+    target: String,
+}
+
+impl Ssh {
+    fn run(&self, line: &str) -> Option<String> {
+        let output = Command::new("ssh")
+            .arg("-i")
+            .arg(&self.key)
+            .args(["-n", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
+            .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10", "-o", "BatchMode=yes"])
+            .args([&self.target, line])
+            .stderr(Stdio::null())
+            .output()
+            .unwrap();
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+}
+
+fn page(address: &str) -> Option<String> {
+    let url = format!("http://{address}/");
+    let output = Command::new("curl").args(["-fsS", "--max-time", "5", &url]).output().unwrap();
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Names of the host's taps and bridges that belong to servers.
+fn interfaces() -> Vec<String> {
+    let names = std::fs::read_dir("/sys/class/net").unwrap();
+    names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).filter(|name| name != "lo").collect()
+}
+
+#[test]
+fn a_debian_server_lives_a_whole_life() {
+    let daemon = Daemon::start();
+    daemon.import("debian-12");
+    let key = daemon.state().join("key");
+    let made =
+        Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status().unwrap();
+    assert!(made.success());
+    let interfaces_before = interfaces();
+    let public = key.with_extension("pub");
+    let created = daemon.json(&[
+        "--wait",
+        "server",
+        "create",
+        "web1",
+        "--image",
+        "debian-12",
+        "--vcpus",
+        "2",
+        "--memory",
+        "1G",
+        "--disk",
+        "3G",
+        "--ssh-key-file",
+        public.to_str().unwrap(),
+    ]);
+    assert_eq!(created["state"], "running");
+    let address = created["nics"][0]["ipv4"].as_str().unwrap().to_owned();
+    let user = daemon.json(&["image", "show", "debian-12"])["default_user"].as_str().unwrap().to_owned();
+    let ssh = Ssh { key, target: format!("{user}@{address}") };
+
+    // It boots, by itself, with the address it was promised.
+    daemon.wait_for_console("web1", "login:", BOOT);
+    let text = wait_for("the page", BOOT, || page(&address));
+    assert!(text.contains("web1"), "{text}");
+    assert_eq!(wait_for("ssh", BOOT, || ssh.run("hostname")), "web1");
+    assert_eq!(ssh.run("nproc").unwrap(), "2");
+    // The root file system has grown to the volume's size.
+    let size: u64 = ssh.run("df --output=size -B1 / | tail -n 1").unwrap().trim().parse().unwrap();
+    assert!(size > 5 << 29, "the root file system has only {size} bytes");
+
+    // Its disk is a disk.
+    let fio = "sudo fio --name=verify --filename=/var/tmp/fio --size=32m --rw=randwrite --bs=4k --iodepth=16 \
+               --ioengine=libaio --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --output-format=terse";
+    assert!(ssh.run(fio).is_some(), "fio --verify failed\n{}", daemon.console("web1"));
+    ssh.run("echo kept | sudo tee /var/kept && sudo sync").unwrap();
+
+    // The power button, and back.
+    daemon.run(&["--wait", "server", "stop", "web1", "--grace-s", "120"]);
+    let stopped = daemon.json(&["server", "show", "web1"]);
+    assert_eq!(stopped["state"], "stopped");
+    assert!(daemon.console("web1").contains("Power down"), "it was forced off");
+    daemon.run(&["--wait", "server", "start", "web1"]);
+    assert_eq!(wait_for("ssh after the start", BOOT, || ssh.run("cat /var/kept")), "kept");
+
+    // A guest's own reboot is a reset of the same machine.
+    let boots = ssh.run("cat /proc/sys/kernel/random/boot_id").unwrap();
+    ssh.run("sudo systemd-run --on-active=1 systemctl reboot");
+    wait_for("another boot", BOOT, || {
+        ssh.run("cat /proc/sys/kernel/random/boot_id").filter(|now| *now != boots)
+    });
+    assert_eq!(daemon.json(&["server", "metrics", "web1"])["resets"], 1);
+
+    // Its end leaves nothing.
+    let volume = created["volumes"][0]["volume_id"].as_str().unwrap().to_owned();
+    daemon.run(&["--wait", "server", "delete", "web1"]);
+    assert_eq!(daemon.fails(&["server", "show", "web1"]).0, 3);
+    assert!(!daemon.state().join(format!("volumes/{volume}.raw")).exists());
+    wait_for("the tap's end", Duration::from_secs(10), || (interfaces() == interfaces_before).then_some(()));
+    assert!(page(&address).is_none());
+}
