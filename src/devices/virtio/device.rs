@@ -98,3 +98,15 @@ pub enum ActivateError {
     #[error("the backend failed")]
     Backend(#[source] io::Error),
 }
+
+/// An error and its causes in one line, for the operator.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}

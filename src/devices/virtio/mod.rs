@@ -7,6 +7,8 @@ pub mod device;
 
 pub mod worker;
 
+pub mod transport;
+
 #[cfg(test)]
 pub(crate) mod bench;
 

@@ -74,6 +74,8 @@ pub struct Queue {
     in_flight: Box<[bool]>,
     /// How many entries of `in_flight` are set.
     taken: usize,
+    /// Something was completed since [`Queue::wants_signal`] was last asked.
+    unsignalled: bool,
     /// Storage of completed chains, so that a busy queue does not allocate.
     spare: Vec<Vec<Segment>>,
 }
@@ -82,7 +84,7 @@ impl Queue {
     /// Serves `ring`, which the caller has found valid in `memory`.
     pub fn new(ring: virtio_queue::Queue, memory: Arc<Ram>) -> Queue {
         let in_flight = vec![false; usize::from(ring.size())].into_boxed_slice();
-        Queue { ring, memory, in_flight, taken: 0, spare: Vec::new() }
+        Queue { ring, memory, in_flight, taken: 0, unsignalled: false, spare: Vec::new() }
     }
 
     /// The memory the queue and its buffers lie in.
@@ -127,13 +129,15 @@ impl Queue {
         let head = chain.head();
         let written = written.min(chain.writable_bytes());
         self.forget(chain);
+        self.unsignalled = true;
         self.ring.add_used(&*self.memory, head, written).map_err(Fault::Ring)
     }
 
     /// Whether the driver wants to hear of what was completed since this was last asked. Ask once after each
     /// batch of completions and signal when it is true.
     pub fn wants_signal(&mut self) -> Result<bool, Fault> {
-        if !self.ring.needs_notification(&*self.memory).map_err(Fault::Ring)? {
+        let fresh = std::mem::take(&mut self.unsignalled);
+        if !fresh || !self.ring.needs_notification(&*self.memory).map_err(Fault::Ring)? {
             return Ok(false);
         }
         if self.ring.event_idx_enabled() {

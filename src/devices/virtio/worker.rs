@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, Active, Signals, ThreadHook};
+use super::device::{ActivateError, Active, Signals, ThreadHook, with_causes};
 use super::queue::Fault;
 use crate::limits::{DRAIN_MS_MAX, EVENTS_MAX, STOP_MS_MAX};
 use crate::pause::NotDrained;
@@ -387,7 +387,7 @@ impl Service {
     }
 
     fn break_down(&mut self, fault: &Fault) {
-        self.fail(chain_of(fault));
+        self.fail(with_causes(fault));
     }
 
     fn fail(&mut self, detail: String) {
@@ -412,18 +412,6 @@ enum Listen {
 fn in_ms(ms: u64) -> Instant {
     let now = Instant::now();
     now.checked_add(Duration::from_millis(ms)).unwrap_or(now)
-}
-
-/// An error and its causes in one line, for the operator.
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

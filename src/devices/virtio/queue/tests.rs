@@ -257,6 +257,7 @@ fn signals_follow_the_flag_without_event_index_and_the_index_with_it() {
         queue.wants_signal().unwrap()
     };
     let mut queue = ring.queue(0);
+    assert!(!serve(&mut ring, &mut queue, 0), "nothing new is nothing to tell");
     assert!(serve(&mut ring, &mut queue, 1));
     ring.avail_flags(AVAIL_NO_INTERRUPT);
     assert!(!serve(&mut ring, &mut queue, 1));
