@@ -17,9 +17,10 @@ mod rng;
 mod serial;
 mod time;
 
+use crate::acpi::Ecam;
 use crate::console::Line;
 use crate::failure::{Failure, Outcome};
-use crate::{Machine, apic, clock, cpu, memory, say};
+use crate::{Machine, apic, clock, cpu, memory, pci, say};
 use core::fmt::Write;
 
 pub const VERSION: u32 = 1;
@@ -98,6 +99,10 @@ fn one(
     match name {
         "disk" => settings.disk = number(argument).unwrap_or(0) as usize,
         "nic" => settings.nic = number(argument).unwrap_or(0) as usize,
+        "ecam" => match number(argument) {
+            Some(base) => pci::set_up(Some(Ecam { base, bus_first: 0, bus_last: 255 })),
+            None => crate::fail!("give the address of ECAM"),
+        },
         "ip" => settings.ip = address(argument),
         "gw" => settings.gateway = address(argument),
         _ => return test(machine, settings, name, argument, report).map(|()| Answer::Done),

@@ -6,9 +6,13 @@ use crate::pci::{self, Access};
 use crate::words::note;
 use crate::{check, say};
 
+/// What ports read as where no configuration mechanism answers.
+const NOTHING: u32 = 0xffff_ffff;
+
 pub fn run(report: &mut Line) -> Outcome {
     let mut functions = 0;
     let mut differing = None;
+    let mut has_ports = false;
     pci::scan(|function, identity| {
         functions += 1;
         say!(
@@ -22,7 +26,8 @@ pub fn run(report: &mut Line) -> Outcome {
         );
         for offset in (0..0x40).step_by(4) {
             let by_ports = function.read32_by(Access::Ports, offset);
-            if by_ports != function.read32(offset) {
+            has_ports |= by_ports != NOTHING;
+            if has_ports && by_ports != function.read32(offset) {
                 differing = Some((function, offset));
             }
         }
@@ -33,6 +38,6 @@ pub fn run(report: &mut Line) -> Outcome {
         crate::fail!("{:02x}:{:02x} offset {offset:#x} differs by ports", function.bus, function.device);
     }
     let access = if pci::access() == Access::Ecam { "ecam" } else { "ports" };
-    note(report, format_args!("functions={functions} access={access}"));
+    note(report, format_args!("functions={functions} access={access} ports={}", u8::from(has_ports)));
     Ok(())
 }
