@@ -20,7 +20,7 @@ mod time;
 use crate::acpi::Ecam;
 use crate::console::Line;
 use crate::failure::{Failure, Outcome};
-use crate::{Machine, apic, clock, cpu, memory, pci, say};
+use crate::{Machine, apic, check, clock, cpu, memory, pci, say};
 use core::fmt::Write;
 
 pub const VERSION: u32 = 1;
@@ -111,7 +111,8 @@ fn one(
 }
 
 fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, report: &mut Line) -> Outcome {
-    let [first, second, third] = numbers(argument);
+    let [first, second, third] =
+        if matches!(name, "blkbench" | "reset") { [None; 3] } else { numbers(argument)? };
     match name {
         "cpus" => cpus::run(machine, report),
         "x2apic" => cpus::switch(report),
@@ -163,9 +164,18 @@ pub fn number(text: &str) -> Option<u64> {
     }
 }
 
-fn numbers(argument: &str) -> [Option<u64>; 3] {
-    let mut parts = argument.split(',').map(number);
-    core::array::from_fn(|_| parts.next().flatten())
+/// Up to three numbers; one left empty is None.
+fn numbers(argument: &str) -> Outcome<[Option<u64>; 3]> {
+    let mut found = [None; 3];
+    for (index, part) in argument.split(',').enumerate() {
+        let value = number(part);
+        check!(part.is_empty() || value.is_some(), "{part} is not a number");
+        match found.get_mut(index) {
+            Some(slot) => *slot = value,
+            None => crate::fail!("at most three numbers"),
+        }
+    }
+    Ok(found)
 }
 
 /// A dotted address; a prefix length behind it is ignored.
