@@ -18,6 +18,8 @@ from urllib.parse import unquote
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # Package lists are asked for again after this time; a lock file makes older ones harmless.
 LISTS_FRESH_S = 3600
+# Says that /usr is merged from the start. Without it apt would choose the converter and all of perl.
+MERGED = "usr-is-merged"
 
 
 class Failure(Exception):
@@ -112,7 +114,7 @@ class Archive:
         self._update()
         essential = [s["Package"] for s in self._stanzas().values() if s.get("Essential") == "yes"]
         text = self._apt("apt-get", "-qq", "--print-uris", "--no-install-recommends", "install",
-                         *sorted({*essential, *wanted}))
+                         *sorted({*essential, *wanted, MERGED}))
         packages = set()
         for file_name in re.findall(r"^'\S+' (\S+\.deb) \d+", text, re.MULTILINE):
             name, version, architecture = unquote(file_name)[: -len(".deb")].split("_")

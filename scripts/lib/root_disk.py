@@ -27,7 +27,8 @@ def make_tree(tar, lock, archive, recipe, workplace, progress, added_tars=()):
     """Installs the locked packages with the recipe's files and settings; the result is a sorted tar."""
     sources = archive.write_archive(lock, workplace / "archive")
     command = ["mmdebstrap", "--verbose", "--format=tar", f"--variant={recipe.get('variant', 'apt')}",
-               "--architectures=amd64", f"--include={','.join(recipe['packages'])}",
+               "--architectures=amd64", "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+               f"--include={','.join(recipe['packages'])}",
                "--aptopt=APT::Install-Recommends \"false\"",
                # An emulated guest has better things to do than to keep what nobody reads on a server.
                "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
