@@ -16,6 +16,7 @@ mod power;
 mod rng;
 mod serial;
 mod time;
+mod traffic;
 
 use crate::acpi::Ecam;
 use crate::console::Line;
@@ -125,6 +126,8 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "irq" => irq::run(settings.disk, report),
         "net" => net::run(settings, report),
         "netecho" => net::echo(settings, first.unwrap_or(1), second.unwrap_or(30_000), report),
+        "netsend" => traffic::send(settings, first.unwrap_or(1472), second.unwrap_or(1000), report),
+        "netsink" => traffic::sink(settings, first.unwrap_or(1000), report),
         "rng" => rng::run(report),
         "balloon" => balloon::run(machine, first, report),
         "report" => balloon::report_free(machine, first.unwrap_or(16), report),

@@ -54,7 +54,7 @@ impl core::fmt::Display for Mac {
     }
 }
 
-fn resolve(nic: &mut Nic, settings: &Settings) -> Outcome<[u8; 6]> {
+pub fn resolve(nic: &mut Nic, settings: &Settings) -> Outcome<[u8; 6]> {
     let mut frame = [0u8; FRAME_BYTES_MAX];
     for _ in 0..ARP_TRIES {
         let mut question = [0u8; FRAME_BYTES_MIN];
@@ -163,6 +163,25 @@ fn addressed_back(nic: &Nic, frame: &mut [u8], header_bytes: usize) {
     frame[24..26].fill(0);
     let sum = checksum(0, &frame[14..14 + header_bytes]);
     frame[24..26].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Fills `frame` with a datagram to the gateway's `port`, without a UDP checksum.
+pub fn datagram(nic: &Nic, settings: &Settings, gateway_mac: [u8; 6], port: u16, frame: &mut [u8]) {
+    let ip_bytes = (frame.len() - 14) as u16;
+    frame[..6].copy_from_slice(&gateway_mac);
+    frame[6..12].copy_from_slice(&nic.mac);
+    frame[12..14].copy_from_slice(&ETHERTYPE_IPV4);
+    frame[14] = 0x45;
+    frame[16..18].copy_from_slice(&ip_bytes.to_be_bytes());
+    frame[22] = 64;
+    frame[23] = UDP;
+    frame[26..30].copy_from_slice(&settings.ip);
+    frame[30..34].copy_from_slice(&settings.gateway);
+    let sum = checksum(0, &frame[14..34]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame[34..36].copy_from_slice(&port.to_be_bytes());
+    frame[36..38].copy_from_slice(&port.to_be_bytes());
+    frame[38..40].copy_from_slice(&(ip_bytes - 20).to_be_bytes());
 }
 
 /// Lets the device finish the checksum when it offers to, so that this path is used too.
