@@ -14,3 +14,47 @@ pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 
 /// Events taken from one epoll_wait. More than one device's descriptors; the rest stays in the kernel.
 pub const EVENTS_MAX: usize = 32;
+
+/// Chains answered in one turn of a device that answers at once, so that commands to its thread wait no longer.
+pub const ANSWERS_PER_TURN: usize = 64;
+
+/// Entropy given for one chain. Linux asks for at most a page; a guest that wants more asks again.
+pub const RNG_BYTES_MAX: u32 = 64 << 10;
+
+/// Page numbers in one request to inflate or deflate. Linux sends 256; sixteen times that is 16 KiB to read.
+pub const BALLOON_PAGES_PER_REQUEST_MAX: u32 = 4096;
+
+/// Entries of the queues of rng and balloon: Linux keeps at most one request in flight in each, but puts up to 32
+/// free ranges into one report.
+pub const SMALL_QUEUE_SIZE: u16 = 64;
+
+/// Entries of a disk's queue: as many requests as can be in flight, and Linux's own default depth.
+pub const BLOCK_QUEUE_SIZE: u16 = 256;
+
+/// Data buffers of one block request (VIRTIO_BLK_F_SEG_MAX): a queue without indirect descriptors less the header
+/// and the status.
+pub const BLOCK_SEGMENTS_MAX: u32 = 254;
+
+/// Bytes of one such buffer (VIRTIO_BLK_F_SIZE_MAX): with the count above it keeps a request that follows both
+/// below [`BLOCK_REQUEST_BYTES_MAX`].
+pub const BLOCK_SEGMENT_BYTES_MAX: u32 = 128 << 10;
+
+/// Bytes of one read or write. Linux sends at most 1.25 MiB unless told otherwise; without a bound a guest could ask
+/// for more than a pause can wait for.
+pub const BLOCK_REQUEST_BYTES_MAX: u32 = 32 << 20;
+
+/// Bytes of requests in flight per disk beyond which nothing more is taken from the queue: what even a slow disk
+/// (20 MB/s) moves within a drain, and more than a fast one needs to be kept busy.
+pub const BLOCK_IN_FLIGHT_BYTES_MAX: u64 = 64 << 20;
+
+/// Ranges in one discard request. Linux merges up to 256 on fast disks; each is a system call here.
+pub const DISCARD_RANGES_MAX: u32 = 16;
+
+/// Sectors of one discarded range: 1 GiB, which a file system gives back within milliseconds.
+pub const DISCARD_SECTORS_MAX: u32 = 1 << 21;
+
+/// Ranges in one write-zeroes request. One, since each may have to be written out.
+pub const WRITE_ZEROES_RANGES_MAX: u32 = 1;
+
+/// Sectors of one zeroed range: 64 MiB, the most that one system call writes where it has to be written out.
+pub const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;

@@ -7,6 +7,10 @@ pub mod device;
 
 pub mod worker;
 
+pub mod balloon;
+pub mod block;
+pub mod rng;
+
 pub mod transport;
 
 #[cfg(test)]

@@ -158,6 +158,27 @@ impl Queue {
         self.ring.enable_notification(&*self.memory).map_err(Fault::Ring)
     }
 
+    /// Takes up to `batch` chains and completes each at once with the number of bytes that `answer` says it wrote.
+    /// True when there may be more; else the driver kicks with the next.
+    pub fn answer_each(
+        &mut self,
+        batch: usize,
+        mut answer: impl FnMut(&Ram, &Chain) -> u32,
+    ) -> Result<bool, Fault> {
+        self.silence_kicks()?;
+        for _ in 0..batch {
+            match self.pop()? {
+                Some(chain) => {
+                    let written = answer(&self.memory, &chain);
+                    self.complete(chain, written)?;
+                }
+                None if self.ask_for_kicks()? => {}
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
     fn forget(&mut self, chain: Chain) {
         if let Some(entry) = self.in_flight.get_mut(usize::from(chain.head())) {
             *entry = false;

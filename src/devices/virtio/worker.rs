@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, Active, Signals, ThreadHook, with_causes};
+use super::device::{ActivateError, Active, QueueWiring, Signals, ThreadHook, Wiring, with_causes};
 use super::queue::Fault;
 use crate::limits::{DRAIN_MS_MAX, EVENTS_MAX, STOP_MS_MAX};
 use crate::pause::NotDrained;
@@ -108,6 +108,20 @@ pub struct WorkerOptions {
     pub signals: Arc<dyn Signals>,
     /// Called first in the thread.
     pub threads: ThreadHook,
+}
+
+impl WorkerOptions {
+    /// A thread of `kind` for `device` that listens to every queue of `wiring`.
+    pub fn new(kind: &'static str, device: &str, wiring: &Wiring) -> WorkerOptions {
+        let kick = |queue: &QueueWiring| Kick { index: queue.index, event: Arc::clone(&queue.kick) };
+        WorkerOptions {
+            kind,
+            device: device.to_owned(),
+            kicks: wiring.queues.iter().map(kick).collect(),
+            signals: Arc::clone(&wiring.signals),
+            threads: Arc::clone(&wiring.threads),
+        }
+    }
 }
 
 /// A running thread. Dropping it stops it.
