@@ -1,0 +1,185 @@
+//! The host's side of a disk: one raw file and the ring that moves its data. It knows no virtqueue. A format is
+//! never looked for: every byte of the file is the guest's.
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use memory::ring::{Engine, Ring};
+
+use super::Access;
+use super::request::{SECTOR_BYTES, Span};
+use crate::limits::BLOCK_QUEUE_SIZE;
+
+/// Why a file cannot be a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// Its length could not be found out.
+    #[error("the disk's length cannot be found out")]
+    Length(#[source] io::Error),
+    /// Its length is not whole sectors.
+    #[error(
+        "the disk has {bytes} bytes, which is not a multiple of {SECTOR_BYTES}: make it longer or shorter"
+    )]
+    Sectors {
+        /// Its length.
+        bytes: u64,
+    },
+    /// The host gave no descriptor.
+    #[error("the disk's ring cannot be made")]
+    Ring(#[source] io::Error),
+}
+
+/// An open raw file or block device with its ring. Cheap to clone. Whoever builds a machine again from the same
+/// descriptors keeps a clone, so that the ring made before the sandbox closed serves the next machine too.
+#[derive(Debug, Clone)]
+pub struct Disk(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    file: Arc<File>,
+    access: Access,
+    sectors: u64,
+    engine: Engine,
+    fallback: Option<String>,
+    /// Here between two drivers.
+    ring: Mutex<Option<Ring>>,
+    cannot_punch: AtomicBool,
+    cannot_zero: AtomicBool,
+}
+
+impl Disk {
+    /// Takes the file as it is: its length is the capacity.
+    pub fn new(file: File, access: Access) -> Result<Disk, DiskError> {
+        Disk::with(file, access, Ring::new)
+    }
+
+    /// The same without io_uring.
+    pub fn plain(file: File, access: Access) -> Result<Disk, DiskError> {
+        Disk::with(file, access, Ring::plain)
+    }
+
+    fn with(
+        mut file: File,
+        access: Access,
+        ring: fn(Arc<File>, u16) -> io::Result<Ring>,
+    ) -> Result<Disk, DiskError> {
+        // The end of a block device is its size too, for which its metadata says 0.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(DiskError::Length)?;
+        if !bytes.is_multiple_of(u64::from(SECTOR_BYTES)) {
+            return Err(DiskError::Sectors { bytes });
+        }
+        let file = Arc::new(file);
+        let ring = ring(Arc::clone(&file), BLOCK_QUEUE_SIZE).map_err(DiskError::Ring)?;
+        Ok(Disk(Arc::new(Inner {
+            file,
+            access,
+            sectors: bytes.checked_div(u64::from(SECTOR_BYTES)).unwrap_or(0),
+            engine: ring.engine(),
+            fallback: ring.fallback_cause().map(ToString::to_string),
+            ring: Mutex::new(Some(ring)),
+            cannot_punch: AtomicBool::new(false),
+            cannot_zero: AtomicBool::new(false),
+        })))
+    }
+
+    /// Capacity in sectors of 512 bytes.
+    pub fn sectors(&self) -> u64 {
+        self.0.sectors
+    }
+
+    /// Whether the guest may write.
+    pub fn access(&self) -> Access {
+        self.0.access
+    }
+
+    /// What moves the data.
+    pub fn engine(&self) -> Engine {
+        self.0.engine
+    }
+
+    /// Why it is not io_uring although that was asked for.
+    pub fn fallback_cause(&self) -> Option<&str> {
+        self.0.fallback.as_deref()
+    }
+
+    /// The ring, for one driver. When an earlier driver's requests never ended, a new one.
+    pub(super) fn lease(&self) -> io::Result<Lease> {
+        let kept = self.0.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ring = match kept {
+            Some(ring) => ring,
+            None => Ring::new(Arc::clone(&self.0.file), BLOCK_QUEUE_SIZE)?,
+        };
+        Ok(Lease { ring, disk: self.clone() })
+    }
+
+    /// Whether the ring has come back from the last driver.
+    #[cfg(test)]
+    pub(super) fn has_ring(&self) -> bool {
+        self.0.ring.lock().unwrap().is_some()
+    }
+
+    /// How to zero `span` first.
+    pub(super) fn zeroing(&self, span: Span) -> Zeroing {
+        if span.unmap && !self.0.cannot_punch.load(Ordering::Relaxed) {
+            Zeroing::Punch
+        } else if self.0.cannot_zero.load(Ordering::Relaxed) {
+            Zeroing::Write
+        } else {
+            Zeroing::Zero
+        }
+    }
+
+    /// How to zero after `tried` was refused with `cause`, or nothing when the error is final. What a file can never
+    /// do is not tried again.
+    pub(super) fn zeroing_after(&self, tried: Zeroing, cause: &io::Error) -> Option<Zeroing> {
+        // EINVAL: a block device whose own sectors are larger than the range's alignment.
+        if !is_unsupported(cause) && cause.kind() != io::ErrorKind::InvalidInput {
+            return None;
+        }
+        let (known, next) = match tried {
+            Zeroing::Punch => (&self.0.cannot_punch, Zeroing::Zero),
+            Zeroing::Zero => (&self.0.cannot_zero, Zeroing::Write),
+            Zeroing::Write => return None,
+        };
+        if is_unsupported(cause) {
+            known.store(true, Ordering::Relaxed);
+        }
+        Some(next)
+    }
+}
+
+/// Ways to make a range read zero, cheapest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Zeroing {
+    /// Give the space back.
+    Punch,
+    /// Keep the space and mark it as zero.
+    Zero,
+    /// Write zeroes.
+    Write,
+}
+
+/// Whether the file cannot do that at all.
+pub(super) fn is_unsupported(cause: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let number = cause.raw_os_error().map(Errno::from_raw);
+    matches!(number, Some(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ENOTTY))
+}
+
+/// A ring on loan. [`Lease::end`] gives it back; dropping the lease instead drops the ring.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub(super) ring: Ring,
+    pub(super) disk: Disk,
+}
+
+impl Lease {
+    /// Gives the ring back if it is idle; otherwise waits for the kernel and lets it go.
+    pub(super) fn end(self) {
+        let Lease { ring, disk } = self;
+        if ring.in_flight() == 0 {
+            *disk.0.ring.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring);
+        }
+    }
+}

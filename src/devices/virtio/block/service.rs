@@ -1,0 +1,324 @@
+//! The disk's thread: joins queue, limits and file. Requests complete in whatever order the kernel answers; a
+//! request that is not yet accepted stays in the queue, so a pause loses and repeats nothing.
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use memory::Ram;
+use memory::ring::{Completed, Durability, Refused};
+use virtio_bindings::bindings::virtio_blk::*;
+use vmm_sys_util::epoll::EventSet;
+
+use super::BlockStats;
+use super::backend::{Lease, is_unsupported};
+use super::pending::Pending;
+use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
+use crate::EventFd;
+use crate::limiter::Throttle;
+use crate::limits::BLOCK_IN_FLIGHT_BYTES_MAX;
+use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources};
+
+/// The descriptors besides the kick.
+mod token {
+    pub(super) const RING: u32 = 0;
+    pub(super) const TIMER: u32 = 1;
+    pub(super) const LIMITS: u32 = 2;
+}
+
+/// When a write has to be durable before it completes.
+pub(super) struct Caching {
+    pub(super) always_durable: bool,
+    pub(super) follows_guest: bool,
+    pub(super) writeback: Arc<AtomicBool>,
+    /// What the configuration says to the next driver.
+    pub(super) initial: bool,
+}
+
+impl Caching {
+    pub(super) fn durability(&self) -> Durability {
+        let durable = self.always_durable || (self.follows_guest && !self.writeback.load(Ordering::Relaxed));
+        if durable { Durability::Durable } else { Durability::Cached }
+    }
+}
+
+/// What a service works with.
+pub(super) struct ServiceOptions {
+    pub(super) wiring: QueueWiring,
+    pub(super) lease: Lease,
+    pub(super) throttle: Throttle,
+    pub(super) terms: Terms,
+    pub(super) identity: [u8; IDENTITY_BYTES],
+    pub(super) stats: Arc<BlockStats>,
+    pub(super) signals: Arc<dyn Signals>,
+    pub(super) caching: Caching,
+}
+
+/// The thread's side of one queue.
+pub(super) struct Service {
+    index: u16,
+    queue: Queue,
+    kick: Arc<EventFd>,
+    memory: Arc<Ram>,
+    /// There until the service ends.
+    lease: Option<Lease>,
+    /// By head, which is also the token in the ring.
+    pending: Box<[Option<Pending>]>,
+    throttle: Throttle,
+    terms: Terms,
+    identity: [u8; IDENTITY_BYTES],
+    stats: Arc<BlockStats>,
+    signals: Arc<dyn Signals>,
+    caching: Caching,
+    done: Vec<Completed>,
+    in_flight_bytes: u64,
+    /// As many bytes are in flight as may be; the next answer makes room.
+    is_full: bool,
+    /// Paused or broken: nothing is taken from the queue.
+    is_quiet: bool,
+}
+
+impl Handler for Service {
+    fn started(&mut self, sources: &Sources) -> io::Result<()> {
+        if let Some(lease) = &self.lease {
+            sources.add(&lease.ring.ready(), token::RING, EventSet::IN)?;
+        }
+        sources.add(&self.throttle.timer(), token::TIMER, EventSet::IN)?;
+        sources.add(&self.throttle.changed(), token::LIMITS, EventSet::IN)
+    }
+
+    fn kicked(&mut self, _index: u16, _sources: &Sources) -> Result<Progress, Fault> {
+        self.serve()
+    }
+
+    fn event(&mut self, token: u32, _sources: &Sources) -> Result<(), Fault> {
+        match token {
+            token::RING => self.answer()?,
+            _ => self.throttle.woken(),
+        }
+        let is_wanted = token != token::RING || self.has_room_again();
+        if is_wanted && !self.is_quiet && self.serve()? == Progress::More {
+            // It refuses only when its counter is full, and then the kick is heard anyway.
+            let _ = self.kick.write(1);
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.lease.as_ref().map_or(0, |lease| lease.ring.in_flight())
+    }
+
+    fn pausing(&mut self, _sources: &Sources) {
+        self.is_quiet = true;
+    }
+
+    fn resumed(&mut self, _sources: &Sources) {
+        self.is_quiet = false;
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.caching.writeback.store(self.caching.initial, Ordering::Relaxed);
+        if let Some(lease) = self.lease.take() {
+            lease.end();
+        }
+    }
+}
+
+impl Service {
+    /// A service that has taken nothing.
+    pub(super) fn new(options: ServiceOptions) -> Service {
+        let ServiceOptions { wiring, lease, throttle, terms, identity, stats, signals, caching } = options;
+        let QueueWiring { index, queue, kick } = wiring;
+        Service {
+            index,
+            memory: Arc::clone(queue.memory()),
+            pending: (0..queue.size()).map(|_| None).collect(),
+            queue,
+            kick,
+            lease: Some(lease),
+            throttle,
+            terms,
+            identity,
+            stats,
+            signals,
+            caching,
+            done: Vec::new(),
+            in_flight_bytes: 0,
+            is_full: false,
+            is_quiet: false,
+        }
+    }
+
+    /// Takes what there is, hands it over in one system call and passes on what is already answered.
+    fn serve(&mut self) -> Result<Progress, Fault> {
+        self.is_full = false;
+        let taken = self.take_requests();
+        if let Some(lease) = &mut self.lease {
+            lease.ring.submit();
+        }
+        self.answer()?;
+        let progress = taken?;
+        Ok(if self.has_room_again() { Progress::More } else { progress })
+    }
+
+    fn has_room_again(&self) -> bool {
+        self.is_full && self.in_flight_bytes < BLOCK_IN_FLIGHT_BYTES_MAX
+    }
+
+    /// At most a queue full, so that commands are heard.
+    fn take_requests(&mut self) -> Result<Progress, Fault> {
+        if self.throttle.is_waiting() {
+            return Ok(Progress::Idle);
+        }
+        self.queue.silence_kicks()?;
+        for _ in 0..self.queue.size() {
+            if self.in_flight_bytes >= BLOCK_IN_FLIGHT_BYTES_MAX {
+                self.is_full = true;
+                return Ok(Progress::Idle);
+            }
+            let Some(chain) = self.queue.pop()? else {
+                if self.queue.ask_for_kicks()? {
+                    continue;
+                }
+                return Ok(Progress::Idle);
+            };
+            let request = Request::parse(&chain, &self.memory, &self.terms);
+            let bytes = request.as_ref().map_or(0, Request::bytes);
+            if !self.throttle.allows(bytes) {
+                self.queue.give_back(chain);
+                count(&self.stats.throttled);
+                return Ok(Progress::Idle);
+            }
+            match request {
+                Ok(request) => self.accept(chain, request)?,
+                Err(refusal) => self.refuse(chain, refusal)?,
+            }
+        }
+        Ok(Progress::More)
+    }
+
+    fn accept(&mut self, chain: Chain, request: Request) -> Result<(), Fault> {
+        if request == Request::Identity {
+            return match chain.write(&self.memory, 0, &self.identity) {
+                Ok(()) => self.complete(chain, VIRTIO_BLK_S_OK as u8),
+                Err(_) => self.refuse(chain, Refusal::Malformed),
+            };
+        }
+        let Some(lease) = &self.lease else { return self.refuse(chain, Refusal::Malformed) };
+        let pending = Pending::new(chain, request, self.caching.durability(), &lease.disk);
+        self.in_flight_bytes = self.in_flight_bytes.saturating_add(pending.request.bytes());
+        self.issue(pending)
+    }
+
+    /// Hands the next step of a request to the ring.
+    fn issue(&mut self, pending: Pending) -> Result<(), Fault> {
+        let started = match &mut self.lease {
+            Some(lease) => pending.start(&mut lease.ring, &self.memory),
+            None => Err(Refused::Full),
+        };
+        match (started, self.pending.get_mut(usize::from(pending.chain.head()))) {
+            (Ok(()), Some(place)) => {
+                *place = Some(pending);
+                Ok(())
+            }
+            // The queue's heads are below its size, and each is in flight once; so what is refused here is a buffer
+            // outside memory.
+            _ => {
+                self.in_flight_bytes = self.in_flight_bytes.saturating_sub(pending.request.bytes());
+                self.refuse(pending.chain, Refusal::Malformed)
+            }
+        }
+    }
+
+    /// Passes on what the kernel has answered.
+    fn answer(&mut self) -> Result<(), Fault> {
+        let mut done = std::mem::take(&mut self.done);
+        if let Some(lease) = &mut self.lease {
+            lease.ring.reap(&mut done);
+        }
+        let mut first_fault = Ok(());
+        for Completed { token, result } in done.drain(..) {
+            let place = usize::try_from(token).ok().and_then(|head| self.pending.get_mut(head));
+            let Some(pending) = place.and_then(Option::take) else { continue };
+            first_fault = first_fault.and(self.settle(pending, result));
+        }
+        self.done = done;
+        // Also steps that were started just now.
+        if let Some(lease) = &mut self.lease {
+            lease.ring.submit();
+        }
+        first_fault?;
+        if self.queue.wants_signal()? {
+            self.signals.queue_used(self.index);
+        }
+        Ok(())
+    }
+
+    /// Goes on with a request after a step, or completes it.
+    fn settle(&mut self, mut pending: Pending, result: io::Result<()>) -> Result<(), Fault> {
+        let next = match (&self.lease, &result) {
+            (Some(lease), Ok(())) => pending.goes_on(&lease.disk),
+            (Some(lease), Err(cause)) => pending.goes_another_way(&lease.disk, cause),
+            (None, _) => false,
+        };
+        if next {
+            return self.issue(pending);
+        }
+        self.in_flight_bytes = self.in_flight_bytes.saturating_sub(pending.request.bytes());
+        let Pending { chain, request, .. } = pending;
+        let status = match (&request, result) {
+            (_, Ok(())) => {
+                self.count_success(&request);
+                VIRTIO_BLK_S_OK as u8
+            }
+            // Only a hint, so a file that cannot do it has no error.
+            (Request::Discard(_), Err(cause)) if is_unsupported(&cause) => VIRTIO_BLK_S_UNSUPP as u8,
+            (_, Err(_)) => {
+                count(&self.stats.errors);
+                VIRTIO_BLK_S_IOERR as u8
+            }
+        };
+        self.complete(chain, status)
+    }
+
+    fn count_success(&self, request: &Request) {
+        let stats = &self.stats;
+        match request {
+            Request::Read { bytes, .. } => {
+                count(&stats.reads);
+                stats.read_bytes.fetch_add(u64::from(*bytes), Ordering::Relaxed);
+            }
+            Request::Write { bytes, .. } => {
+                count(&stats.writes);
+                stats.written_bytes.fetch_add(u64::from(*bytes), Ordering::Relaxed);
+            }
+            Request::Flush => count(&stats.flushes),
+            Request::Discard(_) | Request::WriteZeroes(_) => count(&stats.discards),
+            Request::Identity => {}
+        }
+    }
+
+    fn refuse(&mut self, chain: Chain, refusal: Refusal) -> Result<(), Fault> {
+        if refusal == Refusal::Malformed {
+            count(&self.stats.malformed);
+        }
+        self.complete(chain, refusal.status())
+    }
+
+    /// Writes the status into the last byte and hands the chain back. The length says how many bytes from the
+    /// start were surely written: all after a success, and after a failure only a status that stands alone.
+    fn complete(&mut self, chain: Chain, status: u8) -> Result<(), Fault> {
+        let writable_bytes = chain.writable_bytes();
+        let answered = match writable_bytes.checked_sub(1) {
+            Some(at) => chain.write(&self.memory, at, &[status]).is_ok(),
+            None => false,
+        };
+        let is_whole = u32::from(status) == VIRTIO_BLK_S_OK || writable_bytes == 1;
+        self.queue.complete(chain, if answered && is_whole { writable_bytes } else { 0 })
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}

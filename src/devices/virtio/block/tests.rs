@@ -1,0 +1,639 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use memory::ring::Engine;
+use proptest::prelude::*;
+use virtio_bindings::bindings::virtio_blk::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::limiter::TokenBucket;
+use crate::virtio::bench::{Bench, EVENT_IDX, Heard, Part, Ring};
+use crate::virtio::{Active, VirtioDevice};
+
+mod hostile;
+
+const SECTORS: u64 = 2048;
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+/// What no device writes as a status.
+const UNANSWERED: u8 = 0xa5;
+
+/// How a driver's disk is set up.
+struct Setup {
+    access: Access,
+    cache: CacheMode,
+    limits: RateLimits,
+    engine: Engine,
+    /// Features the driver does not agree to.
+    without: u64,
+    event_idx: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            access: Access::ReadWrite,
+            cache: CacheMode::Writeback,
+            limits: RateLimits::default(),
+            engine: Engine::IoUring,
+            without: 0,
+            event_idx: false,
+        }
+    }
+}
+
+/// A driver with its device and the file behind it.
+struct Driver {
+    bench: Bench,
+    ring: Ring,
+    heard: Arc<Heard>,
+    file: File,
+    disk: Disk,
+    block: Block,
+    active: Option<Box<dyn Active>>,
+    stats: Arc<BlockStats>,
+    /// Memory for requests, used from the start again by [`Driver::tidy`].
+    arena: u64,
+    arena_used: u64,
+}
+
+const ARENA_BYTES: u64 = 4 << 20;
+
+/// A request in the making.
+struct Sent {
+    head: u16,
+    data: u64,
+    status: u64,
+}
+
+impl Driver {
+    fn new(setup: Setup) -> Driver {
+        let file = tempfile::tempfile().unwrap();
+        let content: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 512) as u8).collect();
+        file.write_all_at(&content, 0).unwrap();
+        Driver::over(file, setup)
+    }
+
+    fn over(file: File, setup: Setup) -> Driver {
+        let open = if setup.engine == Engine::IoUring { Disk::new } else { Disk::plain };
+        let disk = open(file.try_clone().unwrap(), setup.access).unwrap();
+        let stats = Arc::new(BlockStats::default());
+        let mut block = Block::new(BlockOptions {
+            name: "disk0".to_owned(),
+            disk: disk.clone(),
+            cache: setup.cache,
+            serial: "the-serial-number-is-too-long".to_owned(),
+            limits: setup.limits,
+            stats: Arc::clone(&stats),
+        })
+        .unwrap();
+        let mut bench = Bench::new();
+        let ring = bench.ring(256);
+        let features = block.features() & !setup.without | if setup.event_idx { EVENT_IDX } else { 0 };
+        let (wiring, heard) = bench.wiring(&[&ring], features);
+        let active = Some(block.activate(wiring).unwrap());
+        let arena = bench.buffer(ARENA_BYTES);
+        Driver { bench, ring, heard, file, disk, block, active, stats, arena, arena_used: 0 }
+    }
+
+    fn buffer(&mut self, bytes: u64) -> u64 {
+        let address = self.arena + self.arena_used;
+        self.arena_used += bytes.next_multiple_of(16);
+        assert!(self.arena_used <= ARENA_BYTES, "the arena is full");
+        address
+    }
+
+    fn filled(&mut self, data: &[u8]) -> u64 {
+        let address = self.buffer(data.len() as u64);
+        self.bench.memory.write_slice(data, GuestAddress(address)).unwrap();
+        address
+    }
+
+    fn header(&mut self, kind: u32, sector: u64) -> u64 {
+        let mut header = Vec::from(kind.to_le_bytes());
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        self.filled(&header)
+    }
+
+    /// Sends a request whose chain is header, `readable`, `writable` bytes, status.
+    fn send(&mut self, kind: u32, sector: u64, readable: &[u8], writable: u32) -> Sent {
+        let header = self.header(kind, sector);
+        let status = self.filled(&[UNANSWERED]);
+        let data = self.filled(readable);
+        let answer = self.buffer(u64::from(writable));
+        let mut parts = vec![Part::Read(header, 16)];
+        if !readable.is_empty() {
+            parts.push(Part::Read(data, readable.len() as u32));
+        }
+        if writable > 0 {
+            parts.push(Part::Write(answer, writable));
+        }
+        parts.push(Part::Write(status, 1));
+        let head = self.ring.submit(&parts);
+        Sent { head, data: if writable > 0 { answer } else { data }, status }
+    }
+
+    /// Sends one request and waits for it: its status and the length of its answer.
+    fn ask(&mut self, kind: u32, sector: u64, readable: &[u8], writable: u32) -> (u8, u32, u64) {
+        let sent = self.send(kind, sector, readable, writable);
+        let (head, length) = self.ring.wait_used(&self.heard);
+        assert_eq!(head, u32::from(sent.head));
+        (self.bench.bytes(sent.status, 1)[0], length, sent.data)
+    }
+
+    fn read(&mut self, sector: u64, bytes: u32) -> (u8, Vec<u8>) {
+        let (status, _, data) = self.ask(VIRTIO_BLK_T_IN, sector, &[], bytes);
+        (status, self.bench.bytes(data, bytes as usize))
+    }
+
+    fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+        self.ask(VIRTIO_BLK_T_OUT, sector, data, 0).0
+    }
+
+    fn on_disk(&self, sector: u64, bytes: usize) -> Vec<u8> {
+        let mut data = vec![0; bytes];
+        self.file.read_exact_at(&mut data, sector * 512).unwrap();
+        data
+    }
+
+    fn active(&mut self) -> &mut dyn Active {
+        self.active.as_deref_mut().unwrap()
+    }
+
+    /// Makes all of the arena free again, once nothing is in flight.
+    fn tidy(&mut self) {
+        self.arena_used = 0;
+    }
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+}
+
+fn seen(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+fn each_engine(test: impl Fn(Engine)) {
+    test(Engine::Plain);
+    test(Engine::IoUring);
+}
+
+#[test]
+fn data_goes_both_ways_and_lengths_are_exact() {
+    each_engine(|engine| {
+        let mut driver = Driver::new(Setup { engine, ..Setup::default() });
+        let (status, length, _) = driver.ask(VIRTIO_BLK_T_OUT, 3, &[7; 1024], 0);
+        assert_eq!((status, length), (OK, 1));
+        assert_eq!(driver.on_disk(2, 2048), [vec![2; 512], vec![7; 1024], vec![5; 512]].concat());
+        let (status, length, data) = driver.ask(VIRTIO_BLK_T_IN, 4, &[], 1024);
+        assert_eq!((status, length), (OK, 1025));
+        assert_eq!(driver.bench.bytes(data, 1024), [vec![7; 512], vec![5; 512]].concat());
+        assert_eq!(driver.ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, OK);
+        let (status, length, data) = driver.ask(VIRTIO_BLK_T_GET_ID, 0, &[], 20);
+        assert_eq!((status, length), (OK, 21));
+        assert_eq!(driver.bench.bytes(data, 20), b"the-serial-number-is");
+        let stats = &driver.stats;
+        let counted = [&stats.reads, &stats.read_bytes, &stats.writes, &stats.written_bytes, &stats.flushes];
+        assert_eq!(counted.map(seen), [1, 1024, 1, 1024, 1]);
+        assert_eq!([&stats.errors, &stats.malformed, &stats.throttled].map(seen), [0, 0, 0]);
+        driver.active.take().unwrap().stop();
+    });
+}
+
+#[test]
+fn what_each_request_answers() {
+    let last = SECTORS - 1;
+    let zeroes = VIRTIO_BLK_T_WRITE_ZEROES;
+    let discard = VIRTIO_BLK_T_DISCARD;
+    let (read, write) = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT);
+    type Row = (&'static str, u32, u64, Vec<u8>, u32, u8, u32);
+    let table: Vec<Row> = vec![
+        ("the last sector", read, last, vec![], 512, OK, 513),
+        ("beyond the end", read, last, vec![], 1024, IOERR, 0),
+        ("far beyond the end", read, SECTORS, vec![], 512, IOERR, 0),
+        ("a sector whose byte wraps to 0", read, 1 << 55, vec![], 512, IOERR, 0),
+        ("a sector whose end wraps to 0", read, u64::MAX, vec![], 512, IOERR, 0),
+        ("half a sector", read, 0, vec![], 256, IOERR, 0),
+        ("no data to read", read, 0, vec![], 0, IOERR, 1),
+        ("data in both directions", read, 0, vec![0; 512], 512, IOERR, 0),
+        ("a write beyond the end", write, last, vec![1; 1024], 0, IOERR, 1),
+        ("a write that wraps", write, u64::MAX, vec![1; 512], 0, IOERR, 1),
+        ("a write of half a sector", write, 0, vec![1; 100], 0, IOERR, 1),
+        ("a write with room for an answer", write, 0, vec![1; 512], 8, IOERR, 0),
+        ("no data to write", write, 0, vec![], 0, IOERR, 1),
+        ("an identity that is too short", VIRTIO_BLK_T_GET_ID, 0, vec![], 19, IOERR, 0),
+        ("an old SCSI command", VIRTIO_BLK_T_SCSI_CMD, 0, vec![], 0, UNSUPP, 1),
+        ("a type of the future", 0xffff_ffff, 0, vec![], 0, UNSUPP, 1),
+        ("secure erase", VIRTIO_BLK_T_SECURE_ERASE, 0, range(0, 8, 0), 0, UNSUPP, 1),
+        ("a discard without a range", discard, 0, vec![], 0, IOERR, 1),
+        ("a discard with a cut range", discard, 0, vec![0; 15], 0, IOERR, 1),
+        ("a discard beyond the end", discard, 0, range(last, 2, 0), 0, IOERR, 1),
+        ("a discard that wraps", discard, 0, range(u64::MAX, 1, 0), 0, IOERR, 1),
+        ("a discard of nothing", discard, 0, range(0, 0, 0), 0, IOERR, 1),
+        ("a discard with the flag of the other", discard, 0, range(0, 8, 1), 0, UNSUPP, 1),
+        ("a discard with an unknown flag", discard, 0, range(0, 8, 1 << 31), 0, UNSUPP, 1),
+        ("more ranges than allowed", discard, 0, range(0, 8, 0).repeat(17), 0, IOERR, 1),
+        ("zeroes with an unknown flag", zeroes, 0, range(0, 8, 2), 0, UNSUPP, 1),
+        ("zeroes beyond the end", zeroes, 0, range(0, SECTORS as u32 + 1, 0), 0, IOERR, 1),
+        ("zeroes in two ranges", zeroes, 0, range(0, 8, 0).repeat(2), 0, IOERR, 1),
+    ];
+    let mut driver = Driver::new(Setup::default());
+    let before = driver.on_disk(0, SECTORS as usize * 512);
+    let malformed = table.iter().filter(|row| row.5 == IOERR).count() as u64;
+    for (what, kind, sector, readable, writable, status, length) in table {
+        let (answered, answer_length, _) = driver.ask(kind, sector, &readable, writable);
+        assert_eq!((answered, answer_length), (status, length), "{what}");
+        driver.tidy();
+    }
+    assert_eq!(driver.on_disk(0, SECTORS as usize * 512), before);
+    assert_eq!(seen(&driver.stats.malformed), malformed);
+    assert_eq!(seen(&driver.stats.errors), 0);
+    assert!(driver.heard.log().broken.is_empty());
+}
+
+#[test]
+fn a_read_only_disk_changes_nothing() {
+    let mut driver = Driver::new(Setup { access: Access::ReadOnly, ..Setup::default() });
+    assert_eq!(driver.block.features() & (1 << VIRTIO_BLK_F_RO), 1 << VIRTIO_BLK_F_RO);
+    let changes = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+    assert_eq!(driver.block.features() & changes, 0);
+    assert_eq!(driver.write(0, &[1; 512]), IOERR);
+    assert_eq!(driver.ask(VIRTIO_BLK_T_DISCARD, 0, &range(1, 8, 0), 0).0, IOERR);
+    assert_eq!(driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(1, 8, 0), 0).0, IOERR);
+    assert_eq!(driver.ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, OK);
+    assert_eq!(driver.read(1, 512), (OK, vec![1; 512]));
+    assert_eq!(driver.on_disk(1, 512), [1; 512]);
+}
+
+#[test]
+fn what_was_not_agreed_on_is_not_supported() {
+    let without = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+    let mut driver = Driver::new(Setup { without, ..Setup::default() });
+    assert_eq!(driver.ask(VIRTIO_BLK_T_DISCARD, 0, &range(1, 8, 0), 0).0, UNSUPP);
+    assert_eq!(driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(1, 8, 0), 0).0, UNSUPP);
+}
+
+#[test]
+fn discards_and_zeroes_read_zero_and_keep_the_length() {
+    each_engine(|engine| {
+        let mut driver = Driver::new(Setup { engine, cache: CacheMode::Writethrough, ..Setup::default() });
+        let two = [range(8, 8, 0), range(24, 8, 0)].concat();
+        assert_eq!(driver.ask(VIRTIO_BLK_T_DISCARD, 0, &two, 0).0, OK);
+        assert_eq!(driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(41, 3, 0), 0).0, OK);
+        assert_eq!(driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(50, 3, 1), 0).0, OK);
+        for sector in 0..64 {
+            let is_zero = matches!(sector, 0 | 8..16 | 24..32 | 41..44 | 50..53);
+            assert_eq!(driver.read(sector, 512).1, vec![if is_zero { 0 } else { sector as u8 }; 512]);
+            driver.tidy();
+        }
+        assert_eq!(driver.file.metadata().unwrap().len(), SECTORS * 512);
+        assert_eq!(seen(&driver.stats.discards), 3);
+    });
+}
+
+#[test]
+fn zeroes_are_written_where_the_file_can_do_nothing_else() {
+    // A memfd sealed against nothing cannot ZERO_RANGE: tmpfs only punches holes.
+    let file = File::from(nix::sys::memfd::memfd_create("disk", nix::sys::memfd::MFdFlags::empty()).unwrap());
+    file.write_all_at(&vec![9; SECTORS as usize * 512], 0).unwrap();
+    let mut driver = Driver::over(file, Setup { cache: CacheMode::Writethrough, ..Setup::default() });
+    for sector in [0, 100] {
+        assert_eq!(driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(sector, 90, 0), 0).0, OK);
+        assert_eq!(driver.on_disk(sector, 91 * 512), [vec![0; 90 * 512], vec![9; 512]].concat());
+    }
+    assert_eq!(seen(&driver.stats.errors), 0);
+}
+
+#[test]
+fn errors_of_the_storage_are_told_and_counted() {
+    each_engine(|engine| {
+        let mut driver = Driver::new(Setup { engine, ..Setup::default() });
+        // The file shrinks behind the device's back.
+        driver.file.set_len(512 * 4).unwrap();
+        let (status, length, _) = driver.ask(VIRTIO_BLK_T_IN, 2, &[], 512 * 4);
+        assert_eq!((status, length), (IOERR, 0));
+        assert_eq!(seen(&driver.stats.errors), 1);
+        assert_eq!(seen(&driver.stats.reads), 0);
+        assert_eq!(driver.read(3, 512), (OK, vec![3; 512]));
+    });
+}
+
+#[test]
+fn a_disk_of_broken_sectors_is_refused_with_its_length() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1000).unwrap();
+    assert!(Disk::new(file, Access::ReadOnly).unwrap_err().to_string().contains("1000 bytes"));
+}
+
+#[test]
+fn the_configuration_says_what_the_device_does() {
+    let mut driver = Driver::new(Setup::default());
+    let mut space = [0xff; 64];
+    driver.block.read_config(0, &mut space);
+    assert_eq!(space[..8], SECTORS.to_le_bytes());
+    assert_eq!(space[20..24], 512_u32.to_le_bytes());
+    assert_eq!(space[32], 1);
+    assert_eq!(space[36..40], (1_u32 << 21).to_le_bytes());
+    assert_eq!(space[56..], [1, 0, 0, 0, 0, 0, 0, 0]);
+    let mut piece = [0xff; 4];
+    driver.block.read_config(6, &mut piece);
+    assert_eq!(piece, space[6..10]);
+    for offset in [60, 4096, u64::MAX - 1, u64::MAX] {
+        driver.block.read_config(offset, &mut piece);
+        assert_eq!(piece, [0; 4]);
+    }
+    for (offset, data) in [(0, &[9][..]), (33, &[1]), (32, &[7]), (31, &[0, 0]), (u64::MAX, &[0]), (32, &[])]
+    {
+        driver.block.write_config(offset, data);
+    }
+    let mut unchanged = [0xff; 64];
+    driver.block.read_config(0, &mut unchanged);
+    assert_eq!(unchanged, space);
+
+    driver.block.write_config(32, &[0]);
+    driver.block.read_config(32, &mut piece[..1]);
+    assert_eq!(piece[0], 0);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    driver.active.take().unwrap().stop();
+    driver.block.read_config(32, &mut piece[..1]);
+    assert_eq!(piece[0], 1, "a reset brings the default back");
+}
+
+#[test]
+fn writes_are_durable_when_someone_relies_on_it() {
+    use memory::ring::Durability::{Cached, Durable};
+    let (flush, change) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
+    // The operator's mode, what the driver agreed to, what it then wrote to the configuration.
+    let table = [
+        (CacheMode::Writeback, flush, None, Cached),
+        (CacheMode::Writeback, flush | change, None, Cached),
+        (CacheMode::Writeback, flush | change, Some(0), Durable),
+        (CacheMode::Writeback, flush | change, Some(1), Cached),
+        (CacheMode::Writeback, change, None, Durable),
+        (CacheMode::Writeback, 0, None, Durable),
+        (CacheMode::Writethrough, flush, None, Durable),
+        (CacheMode::Writethrough, flush, Some(1), Durable),
+        (CacheMode::Writethrough, 0, None, Durable),
+    ];
+    for (cache, features, written, durability) in table {
+        let driver = Driver::new(Setup { cache, ..Setup::default() });
+        let caching = driver.block.caching(features);
+        if let Some(value) = written {
+            driver.block.write_config(32, &[value]);
+        }
+        assert_eq!(caching.durability(), durability, "{cache:?}, {features:#x}, {written:?}");
+    }
+}
+
+#[test]
+fn a_disk_written_through_does_not_let_the_guest_weaken_it() {
+    let driver = Driver::new(Setup { cache: CacheMode::Writethrough, ..Setup::default() });
+    assert_eq!(driver.block.features() & (1 << VIRTIO_BLK_F_CONFIG_WCE), 0);
+    driver.block.write_config(32, &[1]);
+    let mut byte = [0xff];
+    driver.block.read_config(32, &mut byte);
+    assert_eq!(byte, [0]);
+}
+
+#[test]
+fn a_driver_resets_and_starts_again_with_the_same_ring() {
+    let mut driver = Driver::new(Setup::default());
+    for round in 0..4_u8 {
+        assert_eq!(driver.write(u64::from(round), &[round; 512]), OK);
+        assert!(!driver.disk.has_ring());
+        driver.active.take().unwrap().stop();
+        assert!(driver.disk.has_ring());
+        driver.tidy();
+        driver.ring = driver.bench.ring(256);
+        let (wiring, heard) = driver.bench.wiring(&[&driver.ring], driver.block.features());
+        (driver.active, driver.heard) = (Some(driver.block.activate(wiring).unwrap()), heard);
+    }
+    assert_eq!(driver.read(3, 512), (OK, vec![3; 512]));
+}
+
+#[test]
+fn limits_hold_a_request_back_and_a_change_lets_it_go() {
+    let operations = Some(TokenBucket { per_second: 1, burst: 1 });
+    let limits = RateLimits { bandwidth: None, operations };
+    let mut driver = Driver::new(Setup { limits, ..Setup::default() });
+    driver.send(VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    driver.ring.wait_used(&driver.heard);
+    // The second waits for a token, which takes a second; the limit goes sooner.
+    let start = Instant::now();
+    driver.send(VIRTIO_BLK_T_IN, 0, &[], 512);
+    driver.heard.wait("throttling", |_| seen(&driver.stats.throttled) == 1);
+    assert_eq!(driver.ring.take_used(), None);
+    driver.block.control().set_limits(RateLimits::default());
+    driver.ring.wait_used(&driver.heard);
+    assert!(start.elapsed().as_millis() < 900, "the change did not wake the device");
+    for _ in 0..50 {
+        assert_eq!(driver.ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, OK);
+    }
+}
+
+#[test]
+fn bandwidth_is_what_the_limit_says() {
+    // 64 KiB at once, then 1 MiB/s: 256 KiB more take a quarter of a second.
+    let bandwidth = Some(TokenBucket { per_second: 1 << 20, burst: 64 << 10 });
+    let mut driver =
+        Driver::new(Setup { limits: RateLimits { bandwidth, operations: None }, ..Setup::default() });
+    let start = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(driver.read(0, 32 << 10).0, OK);
+        driver.tidy();
+    }
+    let took = start.elapsed().as_millis();
+    assert!((250..2500).contains(&took), "10 reads took {took} ms");
+    assert!(seen(&driver.stats.throttled) >= 8);
+}
+
+#[test]
+fn a_paused_disk_takes_nothing_and_loses_nothing() {
+    each_engine(|engine| {
+        let mut driver = Driver::new(Setup { engine, ..Setup::default() });
+        driver.active().pause().unwrap();
+        let sent = driver.send(VIRTIO_BLK_T_OUT, 5, &[8; 512], 0);
+        driver.active().pause().unwrap();
+        assert_eq!(driver.ring.take_used(), None);
+        assert_eq!(driver.on_disk(5, 512), [5; 512]);
+        driver.active().resume();
+        assert_eq!(driver.ring.wait_used(&driver.heard).0, u32::from(sent.head));
+        assert_eq!(driver.on_disk(5, 512), [8; 512]);
+    });
+}
+
+#[test]
+fn a_throttled_request_waits_out_a_pause_in_the_queue() {
+    let operations = Some(TokenBucket { per_second: 20, burst: 1 });
+    let limits = RateLimits { bandwidth: None, operations };
+    let mut driver = Driver::new(Setup { limits, ..Setup::default() });
+    for round in 0..5_u8 {
+        let sector = u64::from(round);
+        driver.send(VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+        let sent = driver.send(VIRTIO_BLK_T_OUT, sector, &[0xee; 512], 0);
+        driver.heard.wait("throttling", |_| seen(&driver.stats.throttled) > u64::from(round));
+        driver.active().pause().unwrap();
+        let taken = driver.ring.take_used().into_iter().count();
+        driver.active().resume();
+        for _ in taken..2 {
+            driver.ring.wait_used(&driver.heard);
+        }
+        assert_eq!(driver.bench.bytes(sent.status, 1), [OK]);
+        assert_eq!(driver.on_disk(sector, 512), [0xee; 512]);
+    }
+}
+
+/// Every request carries its number; whatever the pauses do, each is done exactly once.
+#[test]
+fn nothing_is_lost_or_done_twice_across_pauses_under_load() {
+    for (engine, event_idx) in [(Engine::Plain, false), (Engine::IoUring, false), (Engine::IoUring, true)] {
+        let Driver { mut bench, mut ring, heard, file, active, stats, block: _block, .. } =
+            Driver::new(Setup { engine, event_idx, ..Setup::default() });
+        let mut active = active.unwrap();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&is_over);
+        let pauses = thread::spawn(move || {
+            let mut count = 0;
+            while !over.load(Ordering::Relaxed) {
+                active.pause().unwrap();
+                active.resume();
+                count += 1;
+            }
+            active.stop();
+            count
+        });
+        // 32 places, each with its header, data and status; place n always writes sector n.
+        let places: Vec<[u64; 3]> = (0..32_u64)
+            .map(|sector| {
+                let header = [&1_u32.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+                [bench.filled(&header), bench.filled(&[0; 512]), bench.filled(&[UNANSWERED])]
+            })
+            .collect();
+        let (mut sequence, mut in_flight) = (0_u64, std::collections::HashMap::new());
+        let total = 4000;
+        let mut done = 0;
+        let mut idle: Vec<usize> = (0..places.len()).collect();
+        let mut last = vec![0_u64; places.len()];
+        while done < total {
+            while sequence < total
+                && let Some(place) = idle.pop()
+            {
+                let [header, data, status] = places[place];
+                sequence += 1;
+                bench.memory.write_obj(sequence, GuestAddress(data)).unwrap();
+                bench.memory.write_obj(UNANSWERED, GuestAddress(status)).unwrap();
+                ring.used_event(done as u16);
+                let parts = [Part::Read(header, 16), Part::Read(data, 512), Part::Write(status, 1)];
+                let head = u32::from(ring.submit(&parts));
+                assert!(in_flight.insert(head, (place, sequence)).is_none());
+            }
+            let (head, length) = ring.wait_used(&heard);
+            let (place, number) = in_flight.remove(&head).expect("completed twice or never asked");
+            assert_eq!((bench.bytes(places[place][2], 1)[0], length), (OK, 1));
+            last[place] = number;
+            idle.push(place);
+            done += 1;
+        }
+        assert_eq!(ring.take_used(), None);
+        is_over.store(true, Ordering::Relaxed);
+        assert!(pauses.join().unwrap() > 10);
+        assert_eq!(seen(&stats.writes), total);
+        assert_eq!(seen(&stats.written_bytes), total * 512);
+        for (place, number) in last.into_iter().enumerate() {
+            let mut data = [0; 8];
+            file.read_exact_at(&mut data, place as u64 * 512).unwrap();
+            assert_eq!(u64::from_le_bytes(data), number, "sector {place}");
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Read { sector: u64, sectors: u32 },
+    Write { sector: u64, sectors: u32, byte: u8 },
+    Zeroes { sector: u64, sectors: u32, unmap: u32 },
+    Flush,
+    Pause,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    // Some reach beyond the end.
+    let sector = 0..SECTORS + 4;
+    let sectors = 1..12_u32;
+    let step = prop_oneof![
+        (sector.clone(), sectors.clone()).prop_map(|(sector, sectors)| Step::Read { sector, sectors }),
+        (sector.clone(), sectors.clone(), any::<u8>()).prop_map(|(sector, sectors, byte)| Step::Write {
+            sector,
+            sectors,
+            byte
+        }),
+        (sector, sectors, 0..2_u32).prop_map(|(sector, sectors, unmap)| Step::Zeroes {
+            sector,
+            sectors,
+            unmap
+        }),
+        Just(Step::Flush),
+        Just(Step::Pause),
+    ];
+    proptest::collection::vec(step, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_disk_does_what_a_vector_of_bytes_does(steps in steps(), is_plain in any::<bool>()) {
+        let engine = if is_plain { Engine::Plain } else { Engine::IoUring };
+        let mut driver = Driver::new(Setup { engine, ..Setup::default() });
+        let mut oracle = driver.on_disk(0, SECTORS as usize * 512);
+        for step in steps {
+            driver.tidy();
+            match step {
+                Step::Read { sector, sectors } => {
+                    let place = sector as usize * 512..(sector as usize + sectors as usize) * 512;
+                    let (status, data) = driver.read(sector, sectors * 512);
+                    match oracle.get(place) {
+                        Some(expected) => prop_assert_eq!((status, &data[..]), (OK, expected)),
+                        None => prop_assert_eq!(status, IOERR),
+                    }
+                }
+                Step::Write { sector, sectors, byte } => {
+                    let place = sector as usize * 512..(sector as usize + sectors as usize) * 512;
+                    let status = driver.write(sector, &vec![byte; sectors as usize * 512]);
+                    match oracle.get_mut(place) {
+                        Some(bytes) => {
+                            prop_assert_eq!(status, OK);
+                            bytes.fill(byte);
+                        }
+                        None => prop_assert_eq!(status, IOERR),
+                    }
+                }
+                Step::Zeroes { sector, sectors, unmap } => {
+                    let place = sector as usize * 512..(sector as usize + sectors as usize) * 512;
+                    let ranges = range(sector, sectors, unmap);
+                    let (status, ..) = driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &ranges, 0);
+                    match oracle.get_mut(place) {
+                        Some(bytes) => {
+                            prop_assert_eq!(status, OK);
+                            bytes.fill(0);
+                        }
+                        None => prop_assert_eq!(status, IOERR),
+                    }
+                }
+                Step::Flush => prop_assert_eq!(driver.ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, OK),
+                Step::Pause => {
+                    driver.active().pause().unwrap();
+                    driver.active().resume();
+                }
+            }
+        }
+        prop_assert_eq!(driver.on_disk(0, SECTORS as usize * 512), oracle);
+    }
+}
