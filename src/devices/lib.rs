@@ -30,6 +30,8 @@ pub mod limiter;
 pub mod pause;
 
 pub mod pci;
+pub mod power;
+pub mod serial;
 
 pub mod virtio;
 

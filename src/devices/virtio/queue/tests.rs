@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use vm_memory::Bytes;
 
 use super::*;
-use crate::virtio::bench::{Bench, EVENT_IDX, INDIRECT, NEXT, Part, Ring, WRITE, write_descriptor};
+use crate::virtio::bench::{Bench, EVENT_IDX, INDIRECT, NEXT, PATIENCE, Part, Ring, WRITE, write_descriptor};
 
 fn one_ring(size: u16) -> (Bench, Ring) {
     let mut bench = Bench::new();
@@ -282,6 +282,57 @@ fn asking_for_kicks_tells_of_what_came_before() {
     queue.silence_kicks().unwrap();
     ring.submit(&[Part::Write(0x1000, 1)]);
     assert!(queue.ask_for_kicks().unwrap());
+}
+
+#[test]
+fn descriptors_that_change_while_they_are_read_are_read_once() {
+    use std::sync::atomic::AtomicBool;
+    let (bench, mut ring) = one_ring(8);
+    let mut queue = ring.queue(0);
+    let done = AtomicBool::new(false);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    std::thread::scope(|scope| {
+        let (memory, table, done_too) = (&bench.memory, ring.table, &done);
+        scope.spawn(move || {
+            for round in 0_u32.. {
+                if done_too.load(Ordering::Relaxed) || std::time::Instant::now() > deadline {
+                    break;
+                }
+                for index in 0..8_u64 {
+                    let (length, flags) =
+                        ([0, 16, u32::MAX][round as usize % 3], (round as u16 ^ index as u16) & 7);
+                    let next = (round.wrapping_mul(7) % 9) as u16;
+                    write_descriptor(memory, table + index * 16, table, length, flags, next);
+                }
+            }
+        });
+        let (mut taken, mut faults) = (0, 0);
+        let mut rounds = (0..8_u16).cycle();
+        while taken < 10_000 || faults == 0 {
+            assert!(std::time::Instant::now() < deadline, "{taken} taken, {faults} faults");
+            ring.offer(rounds.next().unwrap());
+            match queue.pop() {
+                Ok(Some(chain)) => {
+                    let sum = |segments: &[Segment]| {
+                        segments.iter().map(|segment| u64::from(segment.length)).sum::<u64>()
+                    };
+                    assert_eq!(sum(chain.readable()), u64::from(chain.readable_bytes()));
+                    assert_eq!(sum(chain.writable()), u64::from(chain.writable_bytes()));
+                    assert!(chain.readable_bytes().checked_add(chain.writable_bytes()).is_some());
+                    queue.complete(chain, 0).unwrap();
+                    taken += 1;
+                }
+                Ok(None) => panic!("a chain was offered"),
+                Err(_) => {
+                    faults += 1;
+                    // A device stops here; this one starts again.
+                    ring.offer_index(0);
+                    queue = ring.queue(0);
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
 }
 
 proptest! {

@@ -148,6 +148,36 @@ fn a_fault_is_told_once_and_no_kick_is_heard_after_it() {
 }
 
 #[test]
+fn a_handler_that_cannot_start_breaks_the_device() {
+    struct Stillborn;
+    impl Handler for Stillborn {
+        fn started(&mut self, _sources: &Sources) -> io::Result<()> {
+            Err(io::ErrorKind::OutOfMemory.into())
+        }
+        fn kicked(&mut self, _index: u16, _sources: &Sources) -> Result<Progress, Fault> {
+            panic!("nothing is heard before the start");
+        }
+    }
+    let heard = Arc::new(Heard::default());
+    let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    kick.write(1).unwrap();
+    let options = WorkerOptions {
+        kind: "probe",
+        device: "probe0".to_owned(),
+        kicks: vec![Kick { index: 0, event: kick }],
+        signals: heard.clone(),
+        threads: Arc::new(|_| {}),
+    };
+    let mut worker = Worker::start(options, Box::new(Stillborn)).unwrap();
+    heard.wait("fault", |log| log.broken.len() == 1);
+    worker.pause().unwrap();
+    worker.resume();
+    worker.pause().unwrap();
+    Box::new(worker).stop();
+    assert_eq!(heard.log().broken.len(), 1);
+}
+
+#[test]
 fn dropping_a_worker_ends_its_thread() {
     let probe = Probe::new();
     let turns = Arc::downgrade(&probe.turns);

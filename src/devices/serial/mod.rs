@@ -1,0 +1,104 @@
+//! A 16550 serial port over `vm_superio`. It keeps no output: that goes to a sink at once. Input is as much as the
+//! receive FIFO holds; the rest stays with the caller. `vmm` puts it at the first serial port.
+use std::convert::Infallible;
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vm_superio::Trigger;
+use vm_superio::serial::NoEvents;
+
+use crate::bus::{Region, locked};
+use crate::interrupt::Interrupt;
+
+/// Ports of one 16550.
+pub const PORTS: u64 = 8;
+
+/// Offset of the receive buffer.
+const RECEIVE: u64 = 0;
+
+type Uart = vm_superio::Serial<Line, NoEvents, Box<dyn Write + Send>>;
+
+/// The port. A [`Region`] of [`PORTS`] ports.
+pub struct Serial {
+    uart: Mutex<Uart>,
+    /// Free places in an empty FIFO.
+    capacity: usize,
+    /// Called when the guest has emptied the FIFO.
+    room: Box<dyn Fn() + Send + Sync>,
+    lost: AtomicU64,
+}
+
+impl Serial {
+    /// A port that raises `interrupt` and writes what the guest sends to `sink`, byte by byte, on the thread of
+    /// the vCPU: the sink must not block and must bound what it keeps.
+    pub fn new(interrupt: Arc<dyn Interrupt>, sink: Box<dyn Write + Send>) -> Serial {
+        Serial::with_room(interrupt, sink, Box::new(|| {}))
+    }
+
+    /// Like [`Serial::new`]; `room` is called, on the vCPU's thread, each time the guest has read the last byte of
+    /// input, so that whoever holds more can give it.
+    pub fn with_room(
+        interrupt: Arc<dyn Interrupt>,
+        sink: Box<dyn Write + Send>,
+        room: Box<dyn Fn() + Send + Sync>,
+    ) -> Serial {
+        let uart = Uart::new(Line(interrupt), sink);
+        let capacity = uart.fifo_capacity();
+        Serial { uart: Mutex::new(uart), capacity, room, lost: AtomicU64::new(0) }
+    }
+
+    /// Gives input to the guest. Returns how many bytes the FIFO took; the caller keeps the others.
+    pub fn input(&self, data: &[u8]) -> usize {
+        locked(&self.uart).enqueue_raw_bytes(data).unwrap_or(0)
+    }
+
+    /// Bytes the sink refused since the port was made.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+impl Region for Serial {
+    /// A wider access is made of byte cycles, as the bus of a PC makes them.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut emptied = false;
+        {
+            let mut uart = locked(&self.uart);
+            for (at, byte) in (0..).zip(data.iter_mut()) {
+                let register = offset.saturating_add(at);
+                let held = uart.fifo_capacity() < self.capacity;
+                *byte = u8::try_from(register).map_or(0xFF, |register| uart.read(register));
+                emptied |= held && register == RECEIVE && uart.fifo_capacity() == self.capacity;
+            }
+        }
+        if emptied {
+            (self.room)();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut uart = locked(&self.uart);
+        for (at, byte) in (0..).zip(data) {
+            let Ok(register) = u8::try_from(offset.saturating_add(at)) else { return };
+            // The interrupt cannot fail, so this is the sink.
+            if uart.write(register, *byte).is_err() {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+struct Line(Arc<dyn Interrupt>);
+
+impl Trigger for Line {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.raise();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
