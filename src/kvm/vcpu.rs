@@ -51,11 +51,16 @@ impl Vcpu {
     /// Shows the guest this CPUID, and brings model-specific registers and the local APIC into the state
     /// firmware would leave them in.
     pub fn prepare(&self, cpuid: &[kvm_cpuid_entry2]) -> Result<(), Error> {
-        let list = CpuId::from_entries(cpuid).map_err(|_| Error::TooLong("CPUID"))?;
-        self.fd.set_cpuid2(&list).map_err(failed("KVM_SET_CPUID2"))?;
+        self.show(cpuid)?;
         self.set_msr(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING)?;
         self.set_msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)?;
         self.set_local_interrupts()
+    }
+
+    /// Shows the guest this CPUID and changes nothing else.
+    pub fn show(&self, cpuid: &[kvm_cpuid_entry2]) -> Result<(), Error> {
+        let list = CpuId::from_entries(cpuid).map_err(|_| Error::TooLong("CPUID"))?;
+        self.fd.set_cpuid2(&list).map_err(failed("KVM_SET_CPUID2"))
     }
 
     /// Puts the boot processor at the entry of a kernel.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::sys::signal::Signal;
+pub use nix::sys::signal::Signal;
 
 /// A process, alive or dead. Its descriptor becomes readable when the process has ended.
 #[derive(Debug)]

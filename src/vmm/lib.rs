@@ -1,1 +1,29 @@
-//! Placeholder.
+//! `toft-vmm`: one process, one machine. It joins `kvm`, `devices` and `memory`, and obeys `wire`. It knows no
+//! HTTP, no tenant, no path: everything it works on arrives as an open descriptor.
+//!
+//! ```text
+//! launcher ──spawns──▶ control ─▶ machine ─▶ vcpu, boot          probe: one tiny guest, one report
+//! ```
+#![forbid(unsafe_code)]
+
+// Storeys: a module uses only modules above it.
+mod limits;
+
+mod bell;
+mod log;
+mod threads;
+mod will;
+
+mod boot;
+mod console;
+mod vcpu;
+
+mod machine;
+
+mod control;
+mod launcher;
+mod probe;
+
+mod modes;
+
+pub use modes::main;

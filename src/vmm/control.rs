@@ -1,0 +1,261 @@
+//! The main thread: a loop around the control listener, its connections and the bell. It owns the machine and is
+//! the only one to build, pause, reset and end it. What the commands do is in `commands`; no peer makes it wait.
+//!
+//! ```text
+//! Shell ──Boot──▶ Running ◀──Pause, Resume──▶ Paused          any ──ending, Quit──▶ Exiting ─▶ exit
+//! ```
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm::Host;
+use sys::seqpacket::Listener;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use wire::control::{Message, Notice};
+use wire::will::Reason;
+
+use crate::bell::{Bell, Ending, News};
+use crate::limits::{CONNECTIONS_MAX, EVENTS_PER_WAIT, FAREWELL_MS_MAX};
+use crate::log;
+use crate::machine::Machine;
+use crate::threads::{self, ThreadKind};
+use crate::will::LastWill;
+
+mod commands;
+mod connection;
+
+use connection::{Connection, Gone};
+
+/// What a VMM is started with.
+#[derive(Debug)]
+pub(crate) struct Inheritance {
+    /// Control listener.
+    pub(crate) control: OwnedFd,
+    /// `/dev/kvm`.
+    pub(crate) kvm: OwnedFd,
+    /// File for the last will.
+    pub(crate) will: OwnedFd,
+}
+
+/// Why a VMM cannot serve at all.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// The control socket or the kernel's event queue.
+    #[error("cannot serve the control socket")]
+    Serve(#[source] io::Error),
+}
+
+const LISTENER: u64 = 0;
+const BELL: u64 = 1;
+const CONNECTION_FIRST: u64 = 2;
+
+/// The whole process.
+struct Shell {
+    host: Host,
+    will: LastWill,
+    bell: Arc<Bell>,
+    machine: Option<Machine>,
+    listener: Listener,
+    epoll: Epoll,
+    connections: BTreeMap<u64, Connection>,
+    next_token: u64,
+    /// Set once: the loop ends after it.
+    reason: Option<Reason>,
+}
+
+/// Serves until the machine ends. Returns when the will is written and the peers were told.
+pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
+    threads::enter(ThreadKind::Control);
+    let Inheritance { control, kvm, will } = inheritance;
+    let will = LastWill::arm(File::from(will));
+    kvm::install_handler()?;
+    let bell = Arc::new(Bell::new().map_err(Error::Serve)?);
+    let mut shell = Shell {
+        host: Host::from_fd(kvm)?,
+        will,
+        bell,
+        machine: None,
+        listener: Listener::from(control),
+        epoll: Epoll::new().map_err(Error::Serve)?,
+        connections: BTreeMap::new(),
+        next_token: CONNECTION_FIRST,
+        reason: None,
+    };
+    shell.listener.set_nonblocking().map_err(Error::Serve)?;
+    shell.watch(shell.listener.as_fd().as_raw_fd(), LISTENER).map_err(Error::Serve)?;
+    shell.watch(shell.bell.event().as_raw_fd(), BELL).map_err(Error::Serve)?;
+    let reason = shell.serve()?;
+    shell.finish(reason);
+    Ok(())
+}
+
+impl Shell {
+    fn serve(&mut self) -> Result<Reason, Error> {
+        let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result.map_err(Error::Serve)?,
+            };
+            for event in &events[..count] {
+                match event.data() {
+                    LISTENER => self.accept(),
+                    BELL => {
+                        let news = self.bell.take();
+                        self.hear(news);
+                    }
+                    token => self.attend(token),
+                }
+                if let Some(reason) = self.reason.take() {
+                    return Ok(reason);
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        // One a turn: with more waiting, the listener stays readable.
+        let socket = match self.listener.accept() {
+            Ok(socket) => socket,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => return log::line(format_args!("cannot accept a control connection: {error}")),
+        };
+        if self.connections.len() >= CONNECTIONS_MAX {
+            return log::line(format_args!("refused a control connection: {CONNECTIONS_MAX} are open"));
+        }
+        let token = self.next_token;
+        let opened = Connection::new(socket)
+            .and_then(|connection| self.watch(connection.raw_fd(), token).map(|()| connection));
+        match opened {
+            Ok(connection) => {
+                self.connections.insert(token, connection);
+                self.next_token += 1;
+            }
+            Err(error) => log::line(format_args!("cannot watch a control connection: {error}")),
+        }
+    }
+
+    /// One connection has something for us, or room for something from us.
+    fn attend(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let (requests, mut gone) = connection.receive();
+        for (request, descriptors) in requests {
+            let (id, result) = (request.id, self.obey(token, request.command, descriptors));
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            gone = gone.or(connection.push(Message::Reply { id, result }).err());
+            if self.reason.is_some() {
+                break;
+            }
+        }
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        gone = gone.or(connection.flush().err());
+        match gone {
+            None => self.rewatch(token),
+            Some(why) => self.drop_connection(token, &why),
+        }
+    }
+
+    /// Tells every connection; one that does not listen is dropped.
+    fn tell_all(&mut self, notice: &Notice) {
+        let tokens: Vec<u64> = self.connections.keys().copied().collect();
+        tokens.into_iter().for_each(|token| self.tell(token, notice.clone()));
+    }
+
+    fn tell(&mut self, token: u64, notice: Notice) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        match connection.push(Message::Notice(notice)).and_then(|()| connection.flush()) {
+            Ok(()) => self.rewatch(token),
+            Err(why) => self.drop_connection(token, &why),
+        }
+    }
+
+    fn drop_connection(&mut self, token: u64, why: &Gone) {
+        if let Some(connection) = self.connections.remove(&token) {
+            let _ = self.epoll.ctl(ControlOperation::Delete, connection.raw_fd(), EpollEvent::default());
+            if let Some(text) = why.complaint() {
+                log::line(format_args!("dropped a control connection: {text}"));
+            }
+        }
+        self.arm_console();
+    }
+
+    /// What the guest and its devices have done.
+    fn hear(&mut self, news: News) {
+        for (device, detail) in news.faults {
+            log::line(format_args!("{device}: {detail}"));
+            self.tell_all(&Notice::DeviceFault { device, detail });
+        }
+        if news.faults_lost > 0 {
+            log::line(format_args!("{} more device faults were not told", news.faults_lost));
+        }
+        if news.console {
+            self.tell_console();
+        }
+        match news.ending {
+            None => (),
+            Some(Ending::ResetAsked) => self.reset_asked(),
+            Some(Ending::PoweredOff) => self.reason = Some(Reason::PoweredOff),
+            Some(Ending::TripleFault) => self.reason = Some(Reason::TripleFault),
+            Some(Ending::Kvm(text)) => self.reason = Some(Reason::KvmError(text)),
+            Some(Ending::GuestPanicked) => {
+                self.tell_all(&Notice::GuestPanicked);
+                self.reason = Some(Reason::GuestPanicked);
+            }
+        }
+    }
+
+    /// The will first; then the peers, for as long as they listen within the bound. What the guest was told is
+    /// done stays done: devices finish what is in flight.
+    fn finish(&mut self, reason: Reason) {
+        self.will.write(reason.clone());
+        self.tell_all(&Notice::Exiting(reason.clone()));
+        self.say_farewell();
+        if let (Some(machine), false) = (&mut self.machine, reason == Reason::Asked) {
+            machine.stop();
+        }
+    }
+
+    fn say_farewell(&mut self) {
+        let deadline = Instant::now() + Duration::from_millis(FAREWELL_MS_MAX);
+        let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+        while self.connections.values().any(Connection::has_queued) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let wait_ms = i32::try_from(left.as_millis()).unwrap_or(i32::MAX).max(1);
+            let Ok(count) = self.epoll.wait(wait_ms, &mut events) else { break };
+            for event in &events[..count] {
+                let token = event.data();
+                let flushed = self.connections.get_mut(&token).map(Connection::flush);
+                match flushed {
+                    Some(Ok(())) => self.rewatch(token),
+                    Some(Err(why)) => self.drop_connection(token, &why),
+                    None => (),
+                }
+            }
+        }
+    }
+
+    fn watch(&self, fd: i32, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
+    }
+
+    /// Waits for room only while something is queued.
+    fn rewatch(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        if let Some(wants) = connection.changed_interest() {
+            let events = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            let event = EpollEvent::new(events, token);
+            if let Err(error) = self.epoll.ctl(ControlOperation::Modify, connection.raw_fd(), event) {
+                log::line(format_args!("cannot watch a control connection: {error}"));
+            }
+        }
+    }
+}

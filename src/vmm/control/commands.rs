@@ -1,0 +1,174 @@
+//! What each command of the wire does to the machine. Checks and effects only; connections are the loop's.
+use std::os::fd::OwnedFd;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use wire::control::{Command, Fault, FaultCode, MachineState, Notice, PROTOCOL, Reply};
+use wire::limits::CONSOLE_INPUT_BYTES_MAX;
+use wire::machine::{MachineSpec, OnReset};
+use wire::will::Reason;
+
+use super::Shell;
+use crate::log;
+use crate::machine::{self, Machine};
+
+type Result<T> = std::result::Result<T, Fault>;
+
+fn fault(code: FaultCode, detail: impl Into<String>) -> Fault {
+    Fault { code, detail: detail.into() }
+}
+
+impl From<machine::Error> for Fault {
+    fn from(error: machine::Error) -> Fault {
+        fault(error.code(), log::chain(&error))
+    }
+}
+
+impl Shell {
+    /// Does what a peer commands.
+    pub(super) fn obey(&mut self, token: u64, command: Command, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+        match command {
+            Command::Hello { protocol: _ } => Ok(Reply::Hello {
+                protocol: PROTOCOL,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                state: self.state(),
+                console_written: self.machine.as_ref().map_or(0, |machine| machine.console().written()),
+            }),
+            Command::Boot(spec) => self.boot(*spec, descriptors),
+            Command::Pause => self.machine()?.pause().map(done).map_err(Fault::from),
+            Command::Resume => self.machine()?.resume().map(done).map_err(Fault::from),
+            Command::PressPowerButton => {
+                self.machine()?.press_power_button();
+                Ok(Reply::Done)
+            }
+            Command::Reset => {
+                self.machine()?;
+                self.rebuild()
+            }
+            Command::Quit => {
+                self.reason = Some(Reason::Asked);
+                Ok(Reply::Done)
+            }
+            Command::Stats => Ok(Reply::Stats(Box::new(self.machine()?.stats()))),
+            Command::WatchConsole { seen } => {
+                self.machine()?;
+                if let Some(connection) = self.connections.get_mut(&token) {
+                    connection.console_seen = Some(seen);
+                }
+                self.arm_console();
+                Ok(Reply::Done)
+            }
+            Command::ConsoleInput { data_base64 } => {
+                let bytes = decode(&data_base64)?;
+                Ok(Reply::Taken { bytes: self.machine()?.type_on_console(&bytes) as u64 })
+            }
+            Command::SetBalloon { target_bytes } => {
+                self.machine()?.set_balloon(target_bytes).map(done).map_err(Fault::from)
+            }
+            Command::LimitDisk { disk, limits } => {
+                self.machine()?.limit_disk(disk, limits).map(done).map_err(Fault::from)
+            }
+            Command::LimitNic { nic, rx, tx } => {
+                self.machine()?.limit_nic(nic, rx, tx).map(done).map_err(Fault::from)
+            }
+        }
+    }
+
+    fn state(&self) -> MachineState {
+        match (&self.reason, &self.machine) {
+            (Some(_), _) => MachineState::Exiting,
+            (None, None) => MachineState::Shell,
+            (None, Some(machine)) if machine.is_paused() => MachineState::Paused,
+            (None, Some(_)) => MachineState::Running,
+        }
+    }
+
+    fn machine(&mut self) -> Result<&mut Machine> {
+        self.machine
+            .as_mut()
+            .ok_or_else(|| fault(FaultCode::WrongState, "there is no machine yet; send Boot first"))
+    }
+
+    fn boot(&mut self, spec: MachineSpec, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+        if self.machine.is_some() {
+            return Err(fault(
+                FaultCode::WrongState,
+                "a VMM boots one machine; start another VMM for another",
+            ));
+        }
+        spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+        self.machine = Some(Machine::build(&self.host, spec, descriptors, &self.bell)?);
+        self.tell_all(&Notice::Booted { resets: 0 });
+        Ok(Reply::Done)
+    }
+
+    /// The guest wants a reset.
+    pub(super) fn reset_asked(&mut self) {
+        match self.machine.as_ref().map(Machine::on_reset) {
+            None => (),
+            Some(OnReset::Exit) => self.reason = Some(Reason::Reset),
+            Some(OnReset::Rebuild) => {
+                // A failure has set the reason to exit.
+                let _ = self.rebuild();
+            }
+        }
+    }
+
+    /// Builds the machine again. There is no way back when that fails, so the process ends with the reason.
+    fn rebuild(&mut self) -> Result<Reply> {
+        let host = &self.host;
+        let rebuilt = self.machine.as_mut().map(|machine| machine.rebuild(host));
+        match rebuilt {
+            None => Ok(Reply::Done),
+            Some(Ok(resets)) => {
+                self.tell_all(&Notice::Booted { resets });
+                Ok(Reply::Done)
+            }
+            Some(Err(error)) => {
+                let detail = format!("cannot build the machine again: {}", log::chain(&error));
+                self.reason = Some(Reason::KvmError(detail.clone()));
+                Err(fault(error.code(), detail))
+            }
+        }
+    }
+
+    /// Puts the console's one watch where the first of the peers wants to be told.
+    pub(super) fn arm_console(&mut self) {
+        if let Some(machine) = &self.machine {
+            machine
+                .console()
+                .watch(self.connections.values().filter_map(|connection| connection.console_seen));
+        }
+    }
+
+    /// Tells every peer whose watch has been passed, and takes its watch away.
+    pub(super) fn tell_console(&mut self) {
+        let Some(written) = self.machine.as_ref().map(|machine| machine.console().written()) else { return };
+        let passed: Vec<u64> = self
+            .connections
+            .iter_mut()
+            .filter(|(_, connection)| connection.console_seen.is_some_and(|seen| seen < written))
+            .map(|(token, connection)| {
+                connection.console_seen = None;
+                *token
+            })
+            .collect();
+        passed.into_iter().for_each(|token| self.tell(token, Notice::Console { written }));
+        self.arm_console();
+    }
+}
+
+fn done((): ()) -> Reply {
+    Reply::Done
+}
+
+fn decode(text: &str) -> Result<Vec<u8>> {
+    let bytes = STANDARD.decode(text);
+    let bytes = bytes.map_err(|error| fault(FaultCode::Invalid, format!("data_base64: {error}")))?;
+    if bytes.len() > CONSOLE_INPUT_BYTES_MAX {
+        let detail =
+            format!("data_base64: {} bytes; send at most {CONSOLE_INPUT_BYTES_MAX} at once", bytes.len());
+        return Err(fault(FaultCode::Invalid, detail));
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,184 @@
+//! The launcher: a small process that starts VMMs, each with exactly the descriptors of [`wire::launch::fd`], and
+//! tells how they end. It serves one daemon; when that is gone it ends, and its children live on.
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use sys::pidfd::{Ended, PidFd};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use wire::channel::{self, Channel};
+use wire::launch::{Command, ExitStatus, Message, Reply, Request};
+
+use crate::limits::{CHILDREN_MAX, EVENTS_PER_WAIT, LABEL_BYTES_MAX};
+use crate::log;
+use crate::threads::{self, ThreadKind};
+
+mod children;
+mod probing;
+
+use probing::Probing;
+
+/// Why the launcher ends early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The daemon's socket failed or spoke nonsense.
+    #[error("the daemon's socket")]
+    Daemon(#[from] channel::Error),
+    /// The kernel refused to wait for events.
+    #[error("cannot wait for events")]
+    Wait(#[source] io::Error),
+}
+
+const DAEMON: u64 = 0;
+
+struct Launcher {
+    daemon: Channel,
+    epoll: Epoll,
+    /// By process id, which is also the epoll token; init is nobody's child, so none is 0.
+    children: HashMap<u64, Child>,
+}
+
+enum Child {
+    Vmm { pid: i32, pidfd: PidFd },
+    Probe { pidfd: PidFd, probing: Probing },
+}
+
+/// Serves the daemon until it closes the socket.
+pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
+    threads::enter(ThreadKind::Control);
+    let daemon = Channel::new(daemon.into());
+    let epoll = Epoll::new().map_err(Error::Wait)?;
+    let mut launcher = Launcher { daemon, epoll, children: HashMap::new() };
+    launcher.watch(launcher.daemon.as_fd(), DAEMON).map_err(Error::Wait)?;
+    let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+    loop {
+        let timeout_ms = launcher.timeout_ms();
+        let count = match launcher.epoll.wait(timeout_ms, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            result => result.map_err(Error::Wait)?,
+        };
+        launcher.expire()?;
+        for event in &events[..count] {
+            match event.data() {
+                DAEMON => match launcher.daemon.receive::<Request>()? {
+                    Some((request, descriptors)) => launcher.answer(request, descriptors)?,
+                    None => return Ok(()),
+                },
+                child => launcher.child_ended(child)?,
+            }
+        }
+    }
+}
+
+impl Launcher {
+    fn answer(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<(), Error> {
+        let id = request.id;
+        let done = match request.command {
+            _ if self.children.len() >= CHILDREN_MAX => Err(format!("there are {CHILDREN_MAX} VMMs already")),
+            Command::Spawn { label } => self.spawn(&label, descriptors).map(Some),
+            // The answer comes when the child has ended.
+            Command::Probe => self.probe(id, descriptors).map(|()| None),
+        };
+        match done {
+            Ok(None) => Ok(()),
+            Ok(Some((pid, pidfd))) => self.send(id, Ok(Reply::Spawned { pid }), &[pidfd.as_fd()]),
+            Err(why) => self.send(id, Err(why), &[]),
+        }
+    }
+
+    fn send(
+        &self,
+        id: u64,
+        result: Result<Reply, String>,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        Ok(self.daemon.send(&Message::Reply { id, result }, descriptors)?)
+    }
+
+    /// Starts a VMM; answers its id and a descriptor of it for the daemon.
+    fn spawn(&mut self, label: &str, descriptors: Vec<OwnedFd>) -> Result<(i32, OwnedFd), String> {
+        if label.len() > LABEL_BYTES_MAX || label.chars().any(char::is_control) {
+            return Err(format!("a label has at most {LABEL_BYTES_MAX} printable characters"));
+        }
+        let descriptors: [OwnedFd; 4] = descriptors.try_into().map_err(|got: Vec<_>| {
+            format!("a VMM needs 4 descriptors (control listener, KVM, will, log); {} came", got.len())
+        })?;
+        let told = |error: io::Error| format!("cannot start a VMM: {error}");
+        let (pid, pidfd) = children::start_vmm(label, &descriptors).map_err(told)?;
+        let copy = pidfd.as_fd().try_clone_to_owned().map_err(told)?;
+        self.adopt(pid, Child::Vmm { pid, pidfd }).map_err(told)?;
+        Ok((pid, copy))
+    }
+
+    fn probe(&mut self, id: u64, descriptors: Vec<OwnedFd>) -> Result<(), String> {
+        let [kvm]: [OwnedFd; 1] = descriptors
+            .try_into()
+            .map_err(|got: Vec<_>| format!("the probe needs 1 descriptor (KVM); {} came", got.len()))?;
+        let told = |error: io::Error| format!("cannot start the probe: {error}");
+        let (pid, pidfd, output) = children::start_probe(&kvm).map_err(told)?;
+        self.adopt(pid, Child::Probe { pidfd, probing: Probing::new(id, output) }).map_err(told)
+    }
+
+    fn adopt(&mut self, pid: i32, child: Child) -> io::Result<()> {
+        let token = pid.unsigned_abs().into();
+        let (Child::Vmm { pidfd, .. } | Child::Probe { pidfd, .. }) = &child;
+        let watched = self.watch(pidfd.as_fd(), token);
+        self.children.insert(token, child);
+        watched
+    }
+
+    fn child_ended(&mut self, token: u64) -> Result<(), Error> {
+        let Some(child) = self.children.get(&token) else { return Ok(()) };
+        let (Child::Vmm { pidfd, .. } | Child::Probe { pidfd, .. }) = child;
+        let ended = match pidfd.reap() {
+            Ok(Some(ended)) => ended,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                log::line(format_args!("cannot reap process {token}: {error}"));
+                self.children.remove(&token);
+                return Ok(());
+            }
+        };
+        match self.children.remove(&token) {
+            Some(Child::Vmm { pid, .. }) => {
+                Ok(self.daemon.send(&Message::Exited { pid, status: status(ended) }, &[])?)
+            }
+            Some(Child::Probe { probing, .. }) => {
+                let (id, result) = probing.finish(ended);
+                self.send(id, result.map(Reply::Probed), &[])
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Ends probes that take too long; their end is then seen like any other.
+    fn expire(&mut self) -> Result<(), Error> {
+        for child in self.children.values_mut() {
+            if let Child::Probe { pidfd, probing } = child {
+                probing.expire(pidfd);
+            }
+        }
+        Ok(())
+    }
+
+    /// How long to wait for events: without probes, for ever.
+    fn timeout_ms(&self) -> i32 {
+        let left = self.children.values().filter_map(|child| match child {
+            Child::Probe { probing, .. } => probing.left_ms(),
+            Child::Vmm { .. } => None,
+        });
+        left.min().unwrap_or(-1)
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        let raw: RawFd = fd.as_raw_fd();
+        self.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(EventSet::IN, token))
+    }
+}
+
+fn status(ended: Ended) -> ExitStatus {
+    match ended {
+        Ended::Code(code) => ExitStatus::Code(code),
+        Ended::Signal(signal) => ExitStatus::Signal(signal),
+    }
+}

@@ -1,0 +1,61 @@
+//! Bounds of this room, each with the reason for its size.
+
+/// Bytes copied at a time from a file into guest memory: large enough that the copy, not the calls, costs.
+pub(crate) const COPY_BYTES: usize = 1 << 20;
+
+/// Most open control connections: the daemon, its successor while it is upgraded, and people who look.
+pub(crate) const CONNECTIONS_MAX: usize = 8;
+
+/// Most messages that wait for one peer. A peer that does not read this many has died or hangs; it is dropped
+/// and may connect again.
+pub(crate) const QUEUED_MESSAGES_MAX: usize = 64;
+
+/// Packets read from one connection before the others get their turn.
+pub(crate) const PACKETS_PER_TURN: usize = 16;
+
+/// Most device faults that wait to be told. A guest can cause them at will; the rest is only counted.
+pub(crate) const FAULTS_MAX: usize = 32;
+
+/// Longest text of one device fault, in bytes.
+pub(crate) const FAULT_BYTES_MAX: usize = 512;
+
+/// How long all vCPUs may take to leave KVM_RUN. They are interrupted by a signal and finish one emulated
+/// access; only a host that does not schedule them takes longer.
+pub(crate) const PARK_MS_MAX: u64 = 5_000;
+
+/// Most lines about the guest's doings that one process writes to its log, which nobody rotates.
+pub(crate) const LOG_LINES_MAX: u32 = 1_000;
+
+/// How long a process that ends waits for its peers to take what is queued for them. The will is written
+/// before, so nothing is lost with a peer that does not listen.
+pub(crate) const FAREWELL_MS_MAX: u64 = 200;
+
+/// Events taken from epoll at once.
+pub(crate) const EVENTS_PER_WAIT: usize = 32;
+
+/// Most VMMs of one launcher: more servers than any host of ours has memory for.
+pub(crate) const CHILDREN_MAX: usize = 4_096;
+
+/// Longest label of a VMM, in bytes.
+pub(crate) const LABEL_BYTES_MAX: usize = 64;
+
+/// How long the launcher waits for its probing child. Where kernel mode is emulated, the probe takes a second.
+pub(crate) const PROBE_MS_MAX: u64 = 30_000;
+
+/// Longest report of a probing child in bytes: below a pipe's capacity, so that the child never waits.
+pub(crate) const REPORT_BYTES_MAX: usize = 32 * 1024;
+
+/// Instructions that the probe's loop runs at first, and the most it runs to get a steady measurement.
+pub(crate) const PROBE_LOOPS_FIRST: u64 = 20_000;
+/// See [`PROBE_LOOPS_FIRST`].
+pub(crate) const PROBE_LOOPS_MAX: u64 = 1 << 32;
+
+/// Shortest measurement of the probe in nanoseconds; the clock's own cost disappears in it.
+pub(crate) const PROBE_NS_MIN: u64 = 20_000_000;
+
+/// Exits that the probe measures: enough for a median.
+pub(crate) const PROBE_EXITS: usize = 200;
+
+/// Instructions per second of kernel mode below which Linux is not expected to boot: it runs about a thousand
+/// million of them on its way to the first process, and users wait a minute, not an hour.
+pub(crate) const LINUX_IPS_MIN: u64 = 20_000_000;

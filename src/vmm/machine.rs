@@ -1,0 +1,262 @@
+//! One machine: built from a specification and descriptors, paused, reset and counted. What its parts are is in
+//! `parts`, how they are put together in `build`. The control loop owns it; nothing here knows a socket.
+//!
+//! ```text
+//! build: memory ─▶ VM ─▶ devices ─▶ buses ─▶ boot ─▶ vCPUs parked ─▶ run       rebuild: stop, drop, build
+//! ```
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::pause::NotDrained;
+use kvm::Host;
+use wire::console::Ring;
+use wire::control::{FaultCode, MachineStats};
+use wire::machine::{MachineSpec, OnReset, RateLimits};
+
+use crate::bell::Bell;
+use crate::boot;
+use crate::console::Console;
+use crate::vcpu::NotParked;
+
+mod build;
+mod net;
+mod parts;
+mod plan;
+mod stats;
+mod translate;
+mod wiring;
+
+use parts::Parts;
+use plan::Plan;
+use stats::Lasting;
+
+/// One machine, for the life of its process.
+pub(crate) struct Machine {
+    plan: Plan,
+    console: Arc<Console>,
+    bell: Arc<Bell>,
+    lasting: Lasting,
+    /// Absent only between the end of one build and the next.
+    parts: Option<Parts>,
+    run: Run,
+}
+
+/// Whether vCPUs run.
+enum Run {
+    Running {
+        since: Instant,
+    },
+    Paused {
+        /// The guest's paravirtual clock when it stopped.
+        clock_ns: u64,
+    },
+}
+
+/// Why a machine cannot be built or changed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{field}: {detail}")]
+    Invalid { field: String, detail: String },
+    #[error("{field}")]
+    File {
+        field: String,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("/boot: {0}")]
+    Boot(#[from] boot::Error),
+    #[error("/cpu: {0}")]
+    Cpu(kvm::cpuid::Lacking),
+    #[error(transparent)]
+    Kvm(kvm::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error("cannot make {what}")]
+    Host {
+        what: String,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(transparent)]
+    NotParked(#[from] NotParked),
+    #[error(transparent)]
+    NotDrained(#[from] NotDrained),
+    #[error("the machine is being built")]
+    Absent,
+}
+
+impl From<kvm::Error> for Error {
+    fn from(error: kvm::Error) -> Error {
+        match error {
+            kvm::Error::Cpuid(lacking) => Error::Cpu(lacking),
+            other => Error::Kvm(other),
+        }
+    }
+}
+
+impl Error {
+    /// Whose fault it is.
+    pub(crate) fn code(&self) -> FaultCode {
+        match self {
+            Error::Invalid { .. } | Error::File { .. } | Error::Boot(_) | Error::Cpu(_) => FaultCode::Invalid,
+            Error::Kvm(_) | Error::Memory(_) | Error::Host { .. } => FaultCode::Host,
+            Error::NotParked(_) | Error::NotDrained(_) => FaultCode::Timeout,
+            Error::Absent => FaultCode::WrongState,
+        }
+    }
+}
+
+impl Machine {
+    /// Builds a machine and lets it run. `spec` has been checked against the number of descriptors.
+    pub(crate) fn build(
+        host: &Host,
+        spec: MachineSpec,
+        descriptors: Vec<OwnedFd>,
+        bell: &Arc<Bell>,
+    ) -> Result<Machine, Error> {
+        host.check()?;
+        let plan = Plan::new(spec, descriptors)?;
+        let ring = plan.console().and_then(Ring::open);
+        let ring = ring.map_err(|cause| Error::File { field: "/console/ring".to_owned(), cause })?;
+        let console = Console::new(ring, Arc::clone(bell));
+        let lasting = Lasting::new(&plan.spec);
+        let parts = build::build(host, &plan, &lasting, &console, bell)?;
+        parts.crew.open();
+        let run = Run::Running { since: Instant::now() };
+        Ok(Machine { plan, console, bell: Arc::clone(bell), lasting, parts: Some(parts), run })
+    }
+
+    /// Ends the machine and builds it again as it was specified, with the limits in force. Answers how many
+    /// times that was done. The old memory goes first, so that there is never twice of it.
+    pub(crate) fn rebuild(&mut self, host: &Host) -> Result<u64, Error> {
+        self.stop();
+        // What the old guest still had to say is not the new one's.
+        let _ = self.bell.take();
+        self.lasting.resets += 1;
+        let parts = build::build(host, &self.plan, &self.lasting, &self.console, &self.bell)?;
+        parts.crew.open();
+        self.parts = Some(parts);
+        self.run = Run::Running { since: Instant::now() };
+        Ok(self.lasting.resets)
+    }
+
+    /// Ends vCPUs and devices; what is in flight is finished first.
+    pub(crate) fn stop(&mut self) {
+        if let Some(mut parts) = self.parts.take() {
+            self.lasting.count_run(&self.run);
+            self.run = Run::Paused { clock_ns: 0 };
+            parts.crew.leave();
+            self.lasting.count_vcpus(&parts.crew);
+            parts.root.stop();
+        }
+    }
+
+    /// Stops vCPUs, then drains devices. When that fails, the machine runs on.
+    pub(crate) fn pause(&mut self) -> Result<(), Error> {
+        if self.is_paused() {
+            return Ok(());
+        }
+        let parts = self.parts.as_ref().ok_or(Error::Absent)?;
+        parts.crew.park()?;
+        let drained = match parts.vm.clock_ns() {
+            Ok(clock_ns) => parts.root.pause().map(|()| clock_ns).map_err(Error::from),
+            Err(error) => Err(error.into()),
+        };
+        match drained {
+            Ok(clock_ns) => {
+                self.lasting.count_run(&self.run);
+                self.run = Run::Paused { clock_ns };
+                Ok(())
+            }
+            Err(error) => {
+                parts.crew.open();
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets devices and then vCPUs go on. The guest's clock goes on from where it stopped: a thread that is
+    /// parked waits for no CPU, so none of the pause is stolen time either.
+    pub(crate) fn resume(&mut self) -> Result<(), Error> {
+        let Run::Paused { clock_ns } = self.run else { return Ok(()) };
+        let parts = self.parts.as_ref().ok_or(Error::Absent)?;
+        parts.vm.set_clock_ns(clock_ns)?;
+        parts.root.resume();
+        parts.crew.open();
+        self.run = Run::Running { since: Instant::now() };
+        Ok(())
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        matches!(self.run, Run::Paused { .. })
+    }
+
+    pub(crate) fn on_reset(&self) -> OnReset {
+        self.plan.spec.on_reset
+    }
+
+    pub(crate) fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// Types on the console; answers how many bytes were taken.
+    pub(crate) fn type_on_console(&self, bytes: &[u8]) -> usize {
+        self.parts.as_ref().map_or(0, |parts| parts.serial.input(bytes))
+    }
+
+    pub(crate) fn press_power_button(&self) {
+        if let Some(parts) = &self.parts {
+            parts.power.press_power_button();
+        }
+    }
+
+    /// Asks the guest for memory, now and after every reset.
+    pub(crate) fn set_balloon(&mut self, target_bytes: u64) -> Result<(), Error> {
+        let balloon = wire::machine::Balloon { target_bytes };
+        self.plan.change(|spec| spec.balloon = balloon)?;
+        if let Some(parts) = &self.parts {
+            parts.balloon.set_target_bytes(target_bytes);
+        }
+        Ok(())
+    }
+
+    /// Replaces the limits of a disk, now and after every reset.
+    pub(crate) fn limit_disk(&mut self, disk: u16, limits: RateLimits) -> Result<(), Error> {
+        let at = usize::from(disk);
+        let has = self.plan.spec.disks.len();
+        self.plan
+            .change(|spec| spec.disks.iter_mut().skip(at).take(1).for_each(|disk| disk.limits = limits))?;
+        match self.parts.as_ref().and_then(|parts| parts.disks.get(at)) {
+            Some(control) => control.set_limits(translate::limits(limits)),
+            None => return Err(none_such("disk", disk, has)),
+        }
+        Ok(())
+    }
+
+    /// Replaces the limits of an interface, now and after every reset.
+    pub(crate) fn limit_nic(&mut self, nic: u16, rx: RateLimits, tx: RateLimits) -> Result<(), Error> {
+        let at = usize::from(nic);
+        let has = self.plan.spec.nics.len();
+        self.plan.change(|spec| {
+            spec.nics.iter_mut().skip(at).take(1).for_each(|nic| (nic.rx_limits, nic.tx_limits) = (rx, tx));
+        })?;
+        match self.parts.as_ref().and_then(|parts| parts.nics.get(at)) {
+            Some(control) => control.set_limits(translate::limits(rx), translate::limits(tx)),
+            None => return Err(none_such("nic", nic, has)),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn stats(&self) -> MachineStats {
+        self.lasting.report(&self.run, self.parts.as_ref(), &self.plan.spec, &self.console)
+    }
+}
+
+fn none_such(what: &str, number: u16, has: usize) -> Error {
+    Error::Invalid {
+        field: format!("/{what}"),
+        detail: format!("there is no {what} {number}; the machine has {has}"),
+    }
+}

@@ -1,0 +1,32 @@
+//! What a machine consists of between two resets. Dropped, it stops: vCPUs first, then devices.
+use std::sync::Arc;
+
+use super::net::NetControl;
+use devices::pci::Root;
+use devices::power::Power;
+use devices::serial::Serial;
+use devices::virtio::balloon::BalloonControl;
+use devices::virtio::block::BlockControl;
+use kvm::Vm;
+
+use crate::vcpu::Crew;
+
+/// The live parts.
+pub(super) struct Parts {
+    // Fields are dropped in this order: nothing enters the guest any more when the rest goes.
+    pub(super) crew: Crew,
+    pub(super) root: Root,
+    pub(super) serial: Arc<Serial>,
+    pub(super) power: Power,
+    pub(super) balloon: BalloonControl,
+    pub(super) disks: Vec<BlockControl>,
+    pub(super) nics: Vec<NetControl>,
+    pub(super) vm: Arc<Vm>,
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        self.crew.leave();
+        self.root.stop();
+    }
+}

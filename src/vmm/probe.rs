@@ -1,0 +1,87 @@
+//! What KVM on this host can do, found by asking it and by running one tiny guest. It boots no kernel and opens
+//! no image. Run as a process of its own, because a guest that misbehaves must not take the launcher along.
+use std::io::Write;
+use std::os::fd::OwnedFd;
+
+use kvm::Host;
+use wire::launch::{KvmReport, LinuxSupport};
+
+use crate::limits::LINUX_IPS_MIN;
+
+mod guest;
+
+/// Why there is no report.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// KVM itself.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Memory for the guest.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The guest's code and tables.
+    #[error("cannot put the probe's guest into its memory")]
+    Prepare,
+    /// The report cannot be printed.
+    #[error("cannot print the report")]
+    Print(#[source] std::io::Error),
+}
+
+/// Prints a report for `kvm` as one JSON document on standard output.
+pub(crate) fn run(kvm: OwnedFd) -> Result<(), Error> {
+    print(&Host::from_fd(kvm)?)
+}
+
+/// The same for people, who name the device.
+pub(crate) fn run_path(path: &str) -> Result<(), Error> {
+    print(&Host::open(path)?)
+}
+
+fn print(host: &Host) -> Result<(), Error> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer(&mut out, &report(host)?).map_err(|cause| Error::Print(cause.into()))?;
+    writeln!(out).map_err(Error::Print)
+}
+
+/// Looks at KVM and tries a guest on it.
+fn report(host: &Host) -> Result<KvmReport, Error> {
+    let offered = host.extensions();
+    let missing: Vec<String> = offered
+        .iter()
+        .filter(|(extension, value)| extension.required && *value <= 0)
+        .map(|(extension, _)| extension.name.to_owned())
+        .collect();
+    let extensions = offered.iter().map(|(extension, value)| (extension.name.to_owned(), *value)).collect();
+    let mut report = KvmReport {
+        api_version: host.api_version(),
+        extensions,
+        linux: LinuxSupport::No(format!("KVM lacks {}", missing.join(", "))),
+        missing,
+        kernel_mode_ips: 0,
+        exit_ns: 0,
+    };
+    if !report.missing.is_empty() {
+        return Ok(report);
+    }
+    let findings = guest::try_out(host)?;
+    report.kernel_mode_ips = findings.loop_ips;
+    report.exit_ns = findings.exit_ns;
+    report.linux = judge(&findings);
+    Ok(report)
+}
+
+fn judge(findings: &guest::Findings) -> LinuxSupport {
+    if let Some(why) = &findings.cmpxchg16b {
+        return LinuxSupport::No(format!("the guest's kernel mode cannot execute cmpxchg16b: {why}"));
+    }
+    if findings.loop_ips < LINUX_IPS_MIN {
+        return LinuxSupport::No(format!(
+            "guest kernel mode runs {} instructions a second, Linux needs {LINUX_IPS_MIN} to boot in reasonable time",
+            findings.loop_ips
+        ));
+    }
+    LinuxSupport::Yes
+}
+
+#[cfg(test)]
+mod tests;
