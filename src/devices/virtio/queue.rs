@@ -2,7 +2,7 @@
 //! available index, chain length in bytes and nested indirection, but ends a bad chain silently; here a bad chain
 //! is an error, and so is a head that is already in flight. Each device's thread owns its queues.
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use memory::Ram;
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -16,6 +16,11 @@ pub use chain::{BufferError, Chain, Segment};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, section 2.7.6).
 const AVAIL_NO_INTERRUPT: u16 = 1;
+
+/// Layout of the used ring (virtio 1.2, section 2.7.8); the index lies at the same place in the available ring.
+const RING_INDEX_OFFSET: u64 = 2;
+const USED_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// Storage kept per queue for chains to come: the usual depth, at a few hundred bytes each.
 const SPARE_MAX: usize = 64;
@@ -74,8 +79,8 @@ pub struct Queue {
     in_flight: Box<[bool]>,
     /// How many entries of `in_flight` are set.
     taken: usize,
-    /// Something was completed since [`Queue::wants_signal`] was last asked.
-    unsignalled: bool,
+    /// The used index when [`Queue::wants_signal`] was last asked.
+    signalled: u16,
     /// Storage of completed chains, so that a busy queue does not allocate.
     spare: Vec<Vec<Segment>>,
 }
@@ -84,7 +89,8 @@ impl Queue {
     /// Serves `ring`, which the caller has found valid in `memory`.
     pub fn new(ring: virtio_queue::Queue, memory: Arc<Ram>) -> Queue {
         let in_flight = vec![false; usize::from(ring.size())].into_boxed_slice();
-        Queue { ring, memory, in_flight, taken: 0, unsignalled: false, spare: Vec::new() }
+        let signalled = ring.next_used();
+        Queue { ring, memory, in_flight, taken: 0, signalled, spare: Vec::new() }
     }
 
     /// The memory the queue and its buffers lie in.
@@ -126,26 +132,47 @@ impl Queue {
 
     /// Hands `chain` back to the driver with `written` bytes in its writable part, counted from its start.
     pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), Fault> {
-        let head = chain.head();
-        let written = written.min(chain.writable_bytes());
-        self.forget(chain);
-        self.unsignalled = true;
-        self.ring.add_used(&*self.memory, head, written).map_err(Fault::Ring)
+        self.complete_all([(chain, written)])
+    }
+
+    /// Hands several chains back at once: the driver sees all of them or none, as it must for a packet that lies in
+    /// several (virtio 1.2, section 5.1.6.4).
+    pub fn complete_all(&mut self, chains: impl IntoIterator<Item = (Chain, u32)>) -> Result<(), Fault> {
+        let mut next = self.ring.next_used();
+        for (chain, written) in chains {
+            let written = written.min(chain.writable_bytes());
+            let element = u64::from(written).wrapping_shl(32) | u64::from(chain.head());
+            self.forget(chain);
+            let slot = next.checked_rem(self.ring.size()).unwrap_or(0);
+            let offset = u64::from(slot).saturating_mul(USED_ELEMENT_BYTES).saturating_add(USED_HEADER_BYTES);
+            let place = GuestAddress(self.ring.used_ring().saturating_add(offset));
+            self.memory.write_obj(element.to_le(), place).map_err(memory_fault)?;
+            next = next.wrapping_add(1);
+        }
+        self.ring.set_next_used(next);
+        let index = GuestAddress(self.ring.used_ring().saturating_add(RING_INDEX_OFFSET));
+        self.memory.store(next.to_le(), index, Ordering::Release).map_err(memory_fault)
     }
 
     /// Whether the driver wants to hear of what was completed since this was last asked. Ask once after each
     /// batch of completions and signal when it is true.
     pub fn wants_signal(&mut self) -> Result<bool, Fault> {
-        let fresh = std::mem::take(&mut self.unsignalled);
-        if !fresh || !self.ring.needs_notification(&*self.memory).map_err(Fault::Ring)? {
+        let next = self.ring.next_used();
+        let signalled = std::mem::replace(&mut self.signalled, next);
+        if next == signalled {
             return Ok(false);
         }
-        if self.ring.event_idx_enabled() {
-            return Ok(true);
+        // The driver sees the used index before its wish is read (virtio 1.2, section 2.7.10).
+        fence(Ordering::SeqCst);
+        let entries = u64::from(self.ring.size()).saturating_mul(2);
+        let wish = if self.ring.event_idx_enabled() { entries.saturating_add(4) } else { 0 };
+        let place = GuestAddress(self.ring.avail_ring().saturating_add(wish));
+        let wish = u16::from_le(self.memory.load(place, Ordering::Relaxed).map_err(memory_fault)?);
+        if !self.ring.event_idx_enabled() {
+            return Ok(wish & AVAIL_NO_INTERRUPT == 0);
         }
-        let flags = self.memory.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
-        let flags = flags.map_err(|cause| Fault::Ring(virtio_queue::Error::GuestMemory(cause)))?;
-        Ok(u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0)
+        // Whether the index the driver waits for has been passed since the last time.
+        Ok(next.wrapping_sub(wish).wrapping_sub(1) < next.wrapping_sub(signalled))
     }
 
     /// Tells the driver that kicks are not needed while the queue is being served.
@@ -188,6 +215,10 @@ impl Queue {
             self.spare.push(chain.into_storage());
         }
     }
+}
+
+fn memory_fault(cause: vm_memory::GuestMemoryError) -> Fault {
+    Fault::Ring(virtio_queue::Error::GuestMemory(cause))
 }
 
 #[cfg(test)]
