@@ -1,0 +1,226 @@
+//! Successful answers: status, ETag, Location, replay mark, and the wait for an operation's end. Handlers call
+//! it with what the host gave them.
+use std::future::Future;
+use std::time::Duration;
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use host::Answer;
+use model::image::Image;
+use model::network::Network;
+use model::operation::{Accepted, Operation, OperationState};
+use model::page::Page;
+use model::server::Server;
+use model::volume::Volume;
+use model::{Code, OperationId};
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::PartialSchema;
+
+use crate::edge::{panic_text, panicked};
+use crate::error::Failure;
+use crate::page::{Fields, project_one, project_page};
+use crate::routes::Api;
+
+const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
+
+/// A resource with a version and a path.
+pub(crate) trait Resource: Serialize + PartialSchema {
+    /// Its version.
+    fn generation(&self) -> u64;
+    /// Its path.
+    fn path(&self) -> String;
+    /// Whether all of its JSON is told apart by its version. Live figures are not.
+    const VERSIONED_WHOLE: bool;
+}
+
+macro_rules! resources {
+    ($($type:ty, $path:literal, $whole:literal;)*) => {$(
+        impl Resource for $type {
+            const VERSIONED_WHOLE: bool = $whole;
+
+            fn generation(&self) -> u64 {
+                self.generation
+            }
+
+            fn path(&self) -> String {
+                format!(concat!("/v1/", $path, "/{}"), self.id)
+            }
+        }
+    )*};
+}
+
+resources! {
+    Server, "servers", true;
+    Image, "images", true;
+    // `used_bytes` moves with every write of the guest.
+    Volume, "volumes", false;
+    // `addresses_used` and `state` move with its servers and the host.
+    Network, "networks", false;
+    Operation, "operations", true;
+}
+
+/// Answers a read of one resource, or 304 when the caller has this version.
+pub(crate) fn one<T: Resource>(
+    resource: &T,
+    fields: Option<&str>,
+    headers: &HeaderMap,
+) -> Result<Response, Failure> {
+    let fields = Fields::of::<T>(fields)?;
+    let tag = etag(resource);
+    let mut response = if T::VERSIONED_WHOLE && has_already(headers, &tag) {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        json(StatusCode::OK, &project_one(resource, fields.as_ref()).map_err(unwritable)?)
+    };
+    response.headers_mut().insert(header::ETAG, tag);
+    Ok(response)
+}
+
+/// Answers a list.
+pub(crate) fn page<T: Resource>(page: &Page<T>, fields: Option<&Fields>) -> Result<Response, Failure> {
+    Ok(json(StatusCode::OK, &project_page(page, fields).map_err(unwritable)?))
+}
+
+/// Answers with plain data.
+pub(crate) fn plain<T: Serialize>(body: &T) -> Result<Response, Failure> {
+    Ok(json(StatusCode::OK, &serde_json::to_value(body).map_err(unwritable)?))
+}
+
+/// Answers the creation of something that is no resource and lies at `location`.
+pub(crate) fn made<T: Serialize>(answer: &Answer<T>, location: &str) -> Result<Response, Failure> {
+    let mut response = json(StatusCode::CREATED, &serde_json::to_value(&answer.body).map_err(unwritable)?);
+    let headers = response.headers_mut();
+    headers.insert(header::LOCATION, ascii(location));
+    mark_replay(headers, answer.replayed);
+    Ok(response)
+}
+
+/// Answers an action that is complete and has a result.
+pub(crate) fn done<T: Serialize>(answer: &Answer<T>) -> Result<Response, Failure> {
+    let mut response = json(StatusCode::OK, &serde_json::to_value(&answer.body).map_err(unwritable)?);
+    mark_replay(response.headers_mut(), answer.replayed);
+    Ok(response)
+}
+
+/// For work that deletes: at its end there is no resource.
+pub(crate) async fn gone<T>(mut body: Accepted<T>) -> Result<Accepted<T>, Failure> {
+    body.resource = None;
+    Ok(body)
+}
+
+/// Answers a change that is complete.
+pub(crate) fn changed<T: Resource>(answer: &Answer<T>) -> Result<Response, Failure> {
+    let mut response = json(StatusCode::OK, &serde_json::to_value(&answer.body).map_err(unwritable)?);
+    let headers = response.headers_mut();
+    headers.insert(header::ETAG, etag(&answer.body));
+    mark_replay(headers, answer.replayed);
+    Ok(response)
+}
+
+/// Answers the start of long work. With `wait`, answers its end if that comes in time: `ended` with the
+/// resource as `fresh` reads it then, or the problem that the work ended with.
+pub(crate) async fn accepted<T, F>(
+    api: &Api,
+    answer: Answer<Accepted<T>>,
+    wait: Option<Duration>,
+    ended: StatusCode,
+    fresh: impl FnOnce(Accepted<T>) -> F,
+) -> Result<Response, Failure>
+where
+    T: Resource,
+    F: Future<Output = Result<Accepted<T>, Failure>>,
+{
+    let Answer { mut body, replayed } = answer;
+    let id = body.operation.id;
+    let mut status = StatusCode::ACCEPTED;
+    if let Some(wait) = wait {
+        body.operation = api.wait_for(id, Some(wait)).await?;
+        match body.operation.state {
+            OperationState::Succeeded => {
+                body = fresh(body).await?;
+                status = ended;
+            }
+            OperationState::Failed | OperationState::Cancelled => return Err(end(body.operation)),
+            OperationState::Pending | OperationState::Running => {}
+        }
+    }
+    let location = match &body.resource {
+        Some(resource) if status == StatusCode::CREATED => resource.path(),
+        _ => format!("/v1/operations/{id}"),
+    };
+    let mut response = json(status, &serde_json::to_value(&body).map_err(unwritable)?);
+    let headers = response.headers_mut();
+    headers.insert(header::LOCATION, ascii(&location));
+    if status != StatusCode::ACCEPTED
+        && let Some(resource) = &body.resource
+    {
+        headers.insert(header::ETAG, etag(resource));
+    }
+    if let Some(wait) = wait {
+        headers.insert(PREFERENCE_APPLIED, ascii(&format!("wait={}", wait.as_secs())));
+    }
+    mark_replay(headers, replayed);
+    Ok(response)
+}
+
+/// The failure that tells of an operation which ended badly.
+fn end(operation: Operation) -> Failure {
+    let id: OperationId = operation.id;
+    match operation.error {
+        Some(problem) => Failure::from_problem(*problem, id),
+        None => Failure::new(Code::WrongState, format!("operation {id} was cancelled")).operation(id),
+    }
+}
+
+/// Runs a change to its end even if the caller hangs up in the middle, so that what is committed is also acted
+/// on. A panic in it is ours.
+pub(crate) async fn undisturbed<T: Send + 'static>(
+    change: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::spawn(change).await {
+        Ok(result) => result,
+        Err(ended) => {
+            if let Ok(panic) = ended.try_into_panic() {
+                tracing::error!(panic = panic_text(panic.as_ref()), "a change panicked");
+            }
+            Err(panicked())
+        }
+    }
+}
+
+/// A response with this JSON.
+pub(crate) fn json(status: StatusCode, body: &Value) -> Response {
+    let mut response = (status, body.to_string()).into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn etag<T: Resource>(resource: &T) -> HeaderValue {
+    ascii(&format!("\"{}\"", resource.generation()))
+}
+
+/// Whether If-None-Match names the tag; the comparison is the weak one (RFC 9110, section 13.1.2).
+fn has_already(headers: &HeaderMap, tag: &HeaderValue) -> bool {
+    let tag = tag.to_str().unwrap_or_default();
+    headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok()).any(|value| {
+        value.split(',').map(str::trim).any(|had| had == "*" || had.strip_prefix("W/").unwrap_or(had) == tag)
+    })
+}
+
+fn mark_replay(headers: &mut HeaderMap, replayed: bool) {
+    if replayed {
+        headers.insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
+    }
+}
+
+/// Text that is made of digits, letters and punctuation by construction.
+fn ascii(text: &str) -> HeaderValue {
+    HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+fn unwritable(cause: serde_json::Error) -> Failure {
+    tracing::error!(%cause, "an answer cannot be written");
+    panicked()
+}

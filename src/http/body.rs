@@ -1,0 +1,113 @@
+//! Request bodies: bounded in bytes and time, of the right content type, parsed with the place of the mistake
+//! named. Nothing here knows what a body is for. Called by `call`, which every mutating handler takes.
+use axum::body::Body;
+use axum::http::{HeaderMap, header};
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use model::Code;
+use model::limits::BODY_BYTES_MAX;
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
+
+use crate::error::Failure;
+use crate::limits::BODY_READ_MAX;
+
+/// Reads a whole body, at most [`BODY_BYTES_MAX`] bytes.
+pub(crate) async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {
+    let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
+    if declared.is_some_and(|length| length > BODY_BYTES_MAX) {
+        return Err(too_large());
+    }
+    let collected = tokio::time::timeout(BODY_READ_MAX, Limited::new(body, BODY_BYTES_MAX).collect()).await;
+    match collected {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(cause)) if cause.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(cause)) => {
+            Err(Failure::new(Code::InvalidRequest, format!("the body broke off: {cause}; send it whole")))
+        }
+        Err(_) => {
+            let detail = format!("the body did not arrive within {} s", BODY_READ_MAX.as_secs());
+            Err(Failure::new(Code::Timeout, detail))
+        }
+    }
+}
+
+fn too_large() -> Failure {
+    Failure::new(Code::BodyTooLarge, format!("the body is longer than {BODY_BYTES_MAX} bytes"))
+}
+
+/// Parses JSON as `T`.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|cause| {
+        let pointer = pointer(cause.path());
+        let cause = cause.into_inner();
+        match cause.classify() {
+            Category::Data => {
+                let detail = without_position(&cause.to_string());
+                Failure::new(Code::Invalid, format!("{}: {detail}", shown(&pointer))).field(
+                    &pointer,
+                    "not_valid",
+                    detail,
+                )
+            }
+            Category::Eof if bytes.is_empty() => {
+                Failure::new(Code::InvalidRequest, "the body is empty; send a JSON object")
+            }
+            _ => {
+                let detail = format!("the body is not valid JSON: {cause}");
+                Failure::new(Code::InvalidRequest, detail.clone()).field(&pointer, "not_json", detail)
+            }
+        }
+    })?;
+    deserializer
+        .end()
+        .map_err(|cause| Failure::new(Code::InvalidRequest, format!("after the JSON value: {cause}")))?;
+    Ok(value)
+}
+
+/// Refuses a body of another content type. Parameters such as `charset` do not matter: JSON is UTF-8.
+pub(crate) fn expect_type(headers: &HeaderMap, allowed: &[&str]) -> Result<(), Failure> {
+    let sent = content_type(headers);
+    if sent.as_deref().is_some_and(|sent| allowed.contains(&sent)) {
+        return Ok(());
+    }
+    let said = sent.map_or_else(|| "no Content-Type".to_owned(), |sent| format!("Content-Type {sent:?}"));
+    let detail = format!("the request has {said}; this path takes {}", allowed.join(" or "));
+    Err(Failure::new(Code::UnsupportedMediaType, detail))
+}
+
+/// The content type without its parameters, in lower case.
+pub(crate) fn content_type(headers: &HeaderMap) -> Option<String> {
+    let text = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    Some(text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
+}
+
+/// The JSON pointer (RFC 6901) of a place in the body; the whole body is the empty pointer.
+fn pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    let mut pointer = String::new();
+    for segment in path.iter() {
+        let name = match segment {
+            Segment::Seq { index } => index.to_string(),
+            Segment::Map { key } => key.replace('~', "~0").replace('/', "~1"),
+            Segment::Enum { variant } => variant.clone(),
+            Segment::Unknown => continue,
+        };
+        pointer.push('/');
+        pointer.push_str(&name);
+    }
+    pointer
+}
+
+fn shown(pointer: &str) -> &str {
+    if pointer.is_empty() { "body" } else { pointer }
+}
+
+/// serde_json's words without the line and column, which mean nothing to a program that wrote one line.
+fn without_position(text: &str) -> String {
+    match text.rfind(" at line ") {
+        Some(end) => text[..end].to_owned(),
+        None => text.to_owned(),
+    }
+}

@@ -1,0 +1,31 @@
+//! `/v1/host`.
+use axum::extract::State;
+use axum::response::Response;
+use model::host::{HostReport, KvmProbe};
+
+use super::servers::Nothing;
+use crate::answer;
+use crate::call::{Mutation, Optional};
+use crate::error::Failure;
+use crate::query::{NoParameters, Query};
+use crate::routes::Api;
+
+/// What the host has, what servers use of it, and what is wrong.
+#[utoipa::path(get, path = "/v1/host", tag = "host", operation_id = "read_host",
+    responses((status = 200, description = "The host.", body = HostReport)))]
+pub(crate) async fn report(State(api): State<Api>, _: Query<NoParameters>) -> Result<Response, Failure> {
+    answer::plain(&api.host.report().await?)
+}
+
+/// Tries KVM with a small guest.
+#[utoipa::path(post, path = "/v1/host/actions/probe", tag = "host", operation_id = "probe_host",
+    request_body = Option<Nothing>,
+    responses((status = 200, description = "What came of it.", body = KvmProbe)))]
+pub(crate) async fn probe(
+    State(api): State<Api>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Optional(Nothing {}), .. }: Mutation<Optional<Nothing>>,
+) -> Result<Response, Failure> {
+    let probed = answer::undisturbed(async move { Ok(api.host.probe_kvm(&call).await?) }).await?;
+    answer::done(&probed)
+}

@@ -1,0 +1,165 @@
+//! `/v1/images`.
+use axum::extract::{FromRequest, FromRequestParts, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::Response;
+use model::image::{CatalogueEntry, Image, ImportImage, UploadImage};
+use model::operation::Accepted;
+use model::page::Page;
+use model::{Code, ImageId, Name};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::answer;
+use crate::body;
+use crate::call::{Head, Json, Mutation};
+use crate::error::Failure;
+use crate::limits::UPLOAD_BYTES_MAX;
+use crate::page::Fields;
+use crate::path::Id;
+use crate::query::{ListParameters, NoParameters, OneParameters, Query};
+use crate::routes::{Api, Slot};
+use crate::upload::Upload;
+
+/// Lists images.
+#[utoipa::path(get, path = "/v1/images", tag = "images", operation_id = "list_images", params(ListParameters),
+    responses((status = 200, description = "One page.", body = Page<Image>)))]
+pub(crate) async fn list(
+    State(api): State<Api>,
+    Query(parameters): Query<ListParameters>,
+) -> Result<Response, Failure> {
+    let (query, fields) = parameters.checked()?;
+    let fields = Fields::of::<Image>(fields.as_deref())?;
+    answer::page(&api.host.images().list(query).await?, fields.as_ref())
+}
+
+/// What an upload says of itself.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct UploadParameters {
+    /// Unique name; needed with `application/x-tar`, and not with JSON, where the body has it.
+    #[param(inline)]
+    name: Option<Name>,
+    /// SHA-256 of the whole body in lower-case hexadecimal; only with `application/x-tar`.
+    #[param(pattern = "^[0-9a-f]{64}$")]
+    sha256: Option<String>,
+}
+
+/// Imports an image: a bundle sent as the body (`application/x-tar`), or a source named in JSON.
+#[utoipa::path(post, path = "/v1/images", tag = "images", operation_id = "import_image", params(UploadParameters),
+    request_body(content((ImportImage = "application/json"), (Vec<u8> = "application/x-tar"))),
+    responses(
+        (status = 201, description = "With `Prefer: wait`: it is ready.", body = Accepted<Image>),
+        (status = 202, description = "It is being imported.", body = Accepted<Image>),
+    ))]
+pub(crate) async fn create(
+    State(api): State<Api>,
+    Query(parameters): Query<UploadParameters>,
+    request: Request,
+) -> Result<Response, Failure> {
+    body::expect_type(request.headers(), &["application/json", "application/x-tar"])?;
+    if body::content_type(request.headers()).as_deref() == Some("application/x-tar") {
+        upload(api, parameters, request).await
+    } else {
+        import(api, parameters, request).await
+    }
+}
+
+async fn import(api: Api, parameters: UploadParameters, request: Request) -> Result<Response, Failure> {
+    if parameters.name.is_some() || parameters.sha256.is_some() {
+        let name = if parameters.name.is_some() { "name" } else { "sha256" };
+        return Err(Failure::parameter(name, "conflict", "with a JSON body, say it in the body"));
+    }
+    let Mutation { call, body: Json(spec), wait } =
+        Mutation::<Json<ImportImage>>::from_request(request, &()).await?;
+    let host = api.host.clone();
+    let begun = answer::undisturbed(async move { Ok(host.images().import(&call, spec).await?) }).await?;
+    answer::accepted(&api, begun, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+}
+
+async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Result<Response, Failure> {
+    let Some(name) = parameters.name else {
+        return Err(Failure::parameter(
+            "name",
+            "missing",
+            "say what the image is to be called, as in ?name=web",
+        ));
+    };
+    let sound = |sha256: &String| {
+        sha256.len() == 64 && sha256.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    if parameters.sha256.as_ref().is_some_and(|sha256| !sound(sha256)) {
+        return Err(Failure::parameter("sha256", "not_valid", "use 64 lower-case hexadecimal digits"));
+    }
+    let (mut parts, body) = request.into_parts();
+    let Head { call, wait } = Head::from_request_parts(&mut parts, &()).await?;
+    let length_bytes = length(&parts.headers)?;
+    let place = api.take(Slot::Upload)?;
+    let spec = UploadImage { name, sha256: parameters.sha256, length_bytes };
+    let host = api.host.clone();
+    let begun = answer::undisturbed(async move {
+        let begun = host.images().upload(&call, spec, Upload::new(body)).await?;
+        drop(place);
+        Ok(begun)
+    })
+    .await?;
+    answer::accepted(&api, begun, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+}
+
+/// The declared length of the body; absent with chunked encoding.
+fn length(headers: &HeaderMap) -> Result<Option<u64>, Failure> {
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    match length {
+        Some(length) if length > UPLOAD_BYTES_MAX => {
+            let detail = format!("the bundle has {length} bytes, {UPLOAD_BYTES_MAX} are allowed");
+            Err(Failure::new(Code::BodyTooLarge, detail))
+        }
+        length => Ok(length),
+    }
+}
+
+/// Lists recipes that images can be imported from.
+#[utoipa::path(get, path = "/v1/images/catalogue", tag = "images", operation_id = "list_catalogue",
+    responses((status = 200, description = "The recipes.", body = Vec<CatalogueEntry>)))]
+pub(crate) async fn catalogue(State(api): State<Api>, _: Query<NoParameters>) -> Result<Response, Failure> {
+    answer::plain(&api.host.images().catalogue().await?)
+}
+
+/// Reads an image.
+#[utoipa::path(get, path = "/v1/images/{id}", tag = "images", operation_id = "read_image",
+    params(("id" = ImageId, Path, description = "The image."), OneParameters),
+    responses((status = 200, description = "The image.", body = Image)))]
+pub(crate) async fn one(
+    State(api): State<Api>,
+    Id(id): Id<ImageId>,
+    Query(parameters): Query<OneParameters>,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    answer::one(&api.host.images().one(id).await?, parameters.fields.as_deref(), &headers)
+}
+
+/// Deletes an image that nothing needs.
+#[utoipa::path(delete, path = "/v1/images/{id}", tag = "images", operation_id = "delete_image",
+    params(("id" = ImageId, Path, description = "The image.")),
+    responses(
+        (status = 200, description = "With `Prefer: wait`: it is deleted.", body = Accepted<Image>),
+        (status = 202, description = "It is being deleted.", body = Accepted<Image>),
+    ))]
+pub(crate) async fn delete(
+    State(api): State<Api>,
+    Id(id): Id<ImageId>,
+    _: Query<NoParameters>,
+    Mutation { call, wait, .. }: Mutation<()>,
+) -> Result<Response, Failure> {
+    let host = api.host.clone();
+    let deleted = answer::undisturbed(async move { Ok(host.images().delete(&call, id).await?) }).await?;
+    answer::accepted(&api, deleted, wait, StatusCode::OK, answer::gone).await
+}
+
+/// The answer with the image as it is at the end of the work.
+async fn fresh(api: &Api, mut body: Accepted<Image>) -> Result<Accepted<Image>, Failure> {
+    if let Some(image) = &body.resource {
+        body.resource = Some(api.host.images().one(image.id).await?);
+    }
+    Ok(body)
+}

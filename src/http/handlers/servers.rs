@@ -1,0 +1,190 @@
+//! `/v1/servers`.
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
+use model::ServerId;
+use model::operation::Accepted;
+use model::page::Page;
+use model::server::{
+    CreateServer, DeleteServer, PatchServer, Server, ServerAction, ServerMetrics, ServerPlan, StopServer,
+};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::answer;
+use crate::call::{Json, Mutation, Optional, Patch, Removable};
+use crate::error::Failure;
+use crate::page::Fields;
+use crate::path::Id;
+use crate::query::{ListParameters, NoParameters, OneParameters, Query};
+use crate::routes::Api;
+
+/// Lists servers.
+#[utoipa::path(get, path = "/v1/servers", tag = "servers", operation_id = "list_servers", params(ListParameters),
+    responses((status = 200, description = "One page.", body = Page<Server>)))]
+pub(crate) async fn list(
+    State(api): State<Api>,
+    Query(parameters): Query<ListParameters>,
+) -> Result<Response, Failure> {
+    let (query, fields) = parameters.checked()?;
+    let fields = Fields::of::<Server>(fields.as_deref())?;
+    answer::page(&api.host.servers().list(query).await?, fields.as_ref())
+}
+
+/// How to create.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct CreateParameters {
+    /// Answer what would be made and make nothing.
+    dry_run: Option<bool>,
+}
+
+/// Creates a server and, unless told otherwise, starts it.
+#[utoipa::path(post, path = "/v1/servers", tag = "servers", operation_id = "create_server",
+    params(CreateParameters), request_body = CreateServer,
+    responses(
+        (status = 200, description = "With `dry_run`: what would be made.", body = ServerPlan),
+        (status = 201, description = "With `Prefer: wait`: it is made.", body = Accepted<Server>),
+        (status = 202, description = "It is being made.", body = Accepted<Server>),
+    ))]
+pub(crate) async fn create(
+    State(api): State<Api>,
+    Query(parameters): Query<CreateParameters>,
+    Mutation { call, body: Json(spec), wait }: Mutation<Json<CreateServer>>,
+) -> Result<Response, Failure> {
+    let host = api.host.clone();
+    if parameters.dry_run == Some(true) {
+        return answer::plain(&host.servers().plan(&call, spec).await?);
+    }
+    let made = answer::undisturbed(async move { Ok(host.servers().create(&call, spec).await?) }).await?;
+    answer::accepted(&api, made, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+}
+
+/// Reads a server.
+#[utoipa::path(get, path = "/v1/servers/{id}", tag = "servers", operation_id = "read_server",
+    params(("id" = ServerId, Path, description = "The server."), OneParameters),
+    responses((status = 200, description = "The server.", body = Server)))]
+pub(crate) async fn one(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    Query(parameters): Query<OneParameters>,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    answer::one(&api.host.servers().one(id).await?, parameters.fields.as_deref(), &headers)
+}
+
+impl Removable for PatchServer {
+    const DEFAULTS: &'static [(&'static str, &'static str)] = &[
+        ("description", "\"\""),
+        ("cpu", "\"host\""),
+        ("restart_policy", "\"on_failure\""),
+        ("disk_limits", "{}"),
+    ];
+}
+
+/// Changes a server by an RFC 7396 merge patch.
+#[utoipa::path(patch, path = "/v1/servers/{id}", tag = "servers", operation_id = "update_server",
+    params(("id" = ServerId, Path, description = "The server.")),
+    request_body(content((PatchServer = "application/merge-patch+json"), (PatchServer = "application/json"))),
+    responses((status = 200, description = "The server as changed.", body = Server)))]
+pub(crate) async fn patch(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Patch(patch), .. }: Mutation<Patch<PatchServer>>,
+) -> Result<Response, Failure> {
+    let changed =
+        answer::undisturbed(async move { Ok(api.host.servers().patch(&call, id, patch).await?) }).await?;
+    answer::changed(&changed)
+}
+
+/// How to delete.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct DeleteParameters {
+    /// Keep its volumes.
+    keep_volumes: Option<bool>,
+}
+
+/// Deletes a server, whatever it does.
+#[utoipa::path(delete, path = "/v1/servers/{id}", tag = "servers", operation_id = "delete_server",
+    params(("id" = ServerId, Path, description = "The server."), DeleteParameters),
+    responses(
+        (status = 200, description = "With `Prefer: wait`: it is deleted.", body = Accepted<Server>),
+        (status = 202, description = "It is being deleted.", body = Accepted<Server>),
+    ))]
+pub(crate) async fn delete(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    Query(parameters): Query<DeleteParameters>,
+    Mutation { call, wait, .. }: Mutation<()>,
+) -> Result<Response, Failure> {
+    let how = DeleteServer { keep_volumes: parameters.keep_volumes == Some(true) };
+    let host = api.host.clone();
+    let deleted =
+        answer::undisturbed(async move { Ok(host.servers().delete(&call, id, how).await?) }).await?;
+    answer::accepted(&api, deleted, wait, StatusCode::OK, answer::gone).await
+}
+
+/// Body of the actions that need none: nothing, or an empty object.
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Nothing {}
+
+macro_rules! actions {
+    ($($name:ident, $body:ty, $doc:literal, |$given:ident| $action:expr;)*) => {$(
+        #[doc = $doc]
+        #[utoipa::path(post, path = concat!("/v1/servers/{id}/actions/", stringify!($name)), tag = "servers",
+            operation_id = concat!(stringify!($name), "_server"),
+            params(("id" = ServerId, Path, description = "The server.")),
+            request_body = Option<$body>,
+            responses(
+                (status = 200, description = "With `Prefer: wait`: it is done.", body = Accepted<Server>),
+                (status = 202, description = "It is being done.", body = Accepted<Server>),
+            ))]
+        pub(crate) async fn $name(
+            State(api): State<Api>,
+            Id(id): Id<ServerId>,
+            _: Query<NoParameters>,
+            mutation: Mutation<Optional<$body>>,
+        ) -> Result<Response, Failure> {
+            let Mutation { call, body: Optional($given), wait } = mutation;
+            let host = api.host.clone();
+            let done =
+                answer::undisturbed(async move { Ok(host.servers().act(&call, id, $action).await?) }).await?;
+            answer::accepted(&api, done, wait, StatusCode::OK, |body| fresh(&api, body)).await
+        }
+    )*};
+}
+
+actions! {
+    start, Nothing, "Starts a server: builds its machine.", |_given| ServerAction::Start;
+    stop, StopServer, "Stops a server: presses its power button and, after the grace, forces it off.",
+        |given| ServerAction::Stop(given);
+    reboot, StopServer, "Reboots a server: asks the guest to shut down, then starts it; with no grace, the reset button.",
+        |given| ServerAction::Reboot(given);
+    pause, Nothing, "Pauses a server: parks its vCPUs and drains its devices.", |_given| ServerAction::Pause;
+    resume, Nothing, "Lets a paused server run again.", |_given| ServerAction::Resume;
+}
+
+/// Counters of a server's machine.
+#[utoipa::path(get, path = "/v1/servers/{id}/metrics", tag = "servers", operation_id = "read_server_metrics",
+    params(("id" = ServerId, Path, description = "The server.")),
+    responses((status = 200, description = "The counters.", body = ServerMetrics)))]
+pub(crate) async fn metrics(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+) -> Result<Response, Failure> {
+    answer::plain(&api.host.servers().metrics(id).await?)
+}
+
+/// The answer with the server as it is at the end of the work.
+async fn fresh(api: &Api, mut body: Accepted<Server>) -> Result<Accepted<Server>, Failure> {
+    if let Some(server) = &body.resource {
+        body.resource = Some(api.host.servers().one(server.id).await?);
+    }
+    Ok(body)
+}

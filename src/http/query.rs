@@ -1,0 +1,183 @@
+//! Query parameters: typed, with unknown and repeated names refused. Handlers take `Query<T>`; the shared
+//! parameters of lists and of single reads are here too.
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use model::limits::{LABEL_CHARS_MAX, LABELS_MAX, PAGE_ITEMS_MAX, WAIT_S_MAX};
+use model::page::{ListQuery, Sort};
+use model::{Code, Name};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::time::Duration;
+use utoipa::IntoParams;
+
+use crate::error::Failure;
+use crate::limits::QUERY_BYTES_MAX;
+
+/// The query string as `T`, whose derive must deny unknown fields.
+pub(crate) struct Query<T>(pub(crate) T);
+
+impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Query<T>, Failure> {
+        parse(parts.uri.query().unwrap_or_default()).map(Query)
+    }
+}
+
+/// Reads a query string.
+pub(crate) fn parse<T: DeserializeOwned>(query: &str) -> Result<T, Failure> {
+    if query.len() > QUERY_BYTES_MAX {
+        let detail = format!("the query string has {} bytes, {QUERY_BYTES_MAX} are allowed", query.len());
+        return Err(Failure::new(Code::InvalidRequest, detail));
+    }
+    let deserializer = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
+    serde_path_to_error::deserialize(deserializer).map_err(|cause| {
+        let path = cause.path().to_string();
+        let name = if path == "." { "query" } else { path.as_str() };
+        Failure::parameter(name, "not_valid", cause.inner().to_string())
+    })
+}
+
+/// Parameters of every list.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ListParameters {
+    /// Most items of the page.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+    /// `next_cursor` of the page before. Keep the other parameters as they were.
+    #[param(pattern = "^[A-Za-z0-9_=.:-]{1,512}$")]
+    cursor: Option<String>,
+    /// Order.
+    #[param(inline)]
+    sort: Option<Sort>,
+    /// Only the resource of this name.
+    #[param(inline)]
+    name: Option<Name>,
+    /// Comma-separated terms that must all hold: `key=value`, `key!=value`, `key`, `!key`.
+    #[param(
+        pattern = "^(!?[A-Za-z0-9._/-]{1,63}|[A-Za-z0-9._/-]{1,63}!?=[A-Za-z0-9._/-]{0,63})(,(!?[A-Za-z0-9._/-]{1,63}|[A-Za-z0-9._/-]{1,63}!?=[A-Za-z0-9._/-]{0,63})){0,31}$"
+    )]
+    label_selector: Option<String>,
+    /// Comma-separated names of the top-level fields to answer with.
+    #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
+    fields: Option<String>,
+}
+
+impl ListParameters {
+    /// What to ask the host for, and which fields to answer with.
+    pub(crate) fn checked(self) -> Result<(ListQuery, Option<String>), Failure> {
+        if let Some(limit) = self.limit
+            && !(1..=PAGE_ITEMS_MAX).contains(&limit)
+        {
+            return Err(Failure::parameter("limit", "out_of_range", format!("use 1 to {PAGE_ITEMS_MAX}")));
+        }
+        if let Some(cursor) = &self.cursor {
+            let sound = |b: u8| b.is_ascii_alphanumeric() || b"_=.:-".contains(&b);
+            if cursor.is_empty() || cursor.len() > 512 || !cursor.bytes().all(sound) {
+                return Err(Failure::parameter("cursor", "not_valid", "send next_cursor of the page before"));
+            }
+        }
+        if let Some(selector) = &self.label_selector {
+            check_selector(selector)?;
+        }
+        let query = ListQuery {
+            limit: self.limit,
+            cursor: self.cursor,
+            sort: self.sort.unwrap_or_default(),
+            name: self.name.map(String::from),
+            label_selector: self.label_selector,
+        };
+        Ok((query, self.fields))
+    }
+}
+
+/// Refuses a selector that cannot match by its form.
+fn check_selector(selector: &str) -> Result<(), Failure> {
+    let sound = |text: &str| {
+        text.len() <= LABEL_CHARS_MAX
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b))
+    };
+    let key_sound = |key: &str| !key.is_empty() && sound(key);
+    for (index, term) in selector.split(',').enumerate() {
+        let good = match term.split_once("!=").or_else(|| term.split_once('=')) {
+            Some((key, value)) => key_sound(key) && sound(value),
+            None => key_sound(term.strip_prefix('!').unwrap_or(term)),
+        };
+        if !good || index >= LABELS_MAX {
+            let detail = format!(
+                "use up to {LABELS_MAX} comma-separated terms of the forms key=value, key!=value, key, !key"
+            );
+            return Err(Failure::parameter("label_selector", "not_valid", detail));
+        }
+    }
+    Ok(())
+}
+
+/// Parameter of every read of one resource.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct OneParameters {
+    /// Comma-separated names of the top-level fields to answer with.
+    #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
+    pub(crate) fields: Option<String>,
+}
+
+/// For paths without parameters: any is refused.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NoParameters {}
+
+/// A wait such as `30s`.
+pub(crate) fn wait(text: &str) -> Result<Duration, Failure> {
+    text.strip_suffix('s')
+        .filter(|digits| digits.len() <= 2 && digits.bytes().all(|b| b.is_ascii_digit()))
+        .and_then(|digits| digits.parse().ok())
+        .filter(|seconds| *seconds <= WAIT_S_MAX)
+        .map(Duration::from_secs)
+        .ok_or_else(|| Failure::parameter("wait", "not_valid", format!("use 0s to {WAIT_S_MAX}s")))
+}
+
+/// Parameters of lists that are in the order of time and have neither names nor labels.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct HistoryParameters {
+    /// Most items of the page.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+    /// `next_cursor` of the page before. Keep the other parameters as they were.
+    #[param(pattern = "^[A-Za-z0-9_=.:-]{1,512}$")]
+    cursor: Option<String>,
+    /// Order.
+    #[param(inline)]
+    sort: Option<Age>,
+    /// Comma-separated names of the top-level fields to answer with.
+    #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
+    fields: Option<String>,
+}
+
+/// Order by time.
+#[derive(Debug, Clone, Copy, Deserialize, utoipa::ToSchema)]
+pub(crate) enum Age {
+    /// Oldest first.
+    #[serde(rename = "created_at")]
+    OldestFirst,
+    /// Newest first.
+    #[serde(rename = "-created_at")]
+    NewestFirst,
+}
+
+impl HistoryParameters {
+    /// What to ask the host for, and which fields to answer with.
+    pub(crate) fn checked(self) -> Result<(ListQuery, Option<String>), Failure> {
+        let sort = match self.sort {
+            Some(Age::NewestFirst) => Sort::CreatedAtDescending,
+            Some(Age::OldestFirst) | None => Sort::CreatedAt,
+        };
+        let HistoryParameters { limit, cursor, fields, .. } = self;
+        ListParameters { limit, cursor, sort: Some(sort), fields, ..ListParameters::default() }.checked()
+    }
+}

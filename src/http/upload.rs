@@ -1,0 +1,76 @@
+//! A streamed request body as a reader, bounded in bytes and in pauses. What it holds is one piece of the
+//! network's; what comes of the bytes is the host's matter. Used by `handlers::images`.
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use axum::body::{Body, HttpBody};
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+use crate::limits::{UPLOAD_BYTES_MAX, UPLOAD_PAUSE_MAX};
+
+/// The body, read as it comes.
+pub(crate) struct Upload {
+    body: Body,
+    piece: Bytes,
+    left_bytes: u64,
+    deadline: Pin<Box<Sleep>>,
+}
+
+impl Upload {
+    /// Reads this body.
+    pub(crate) fn new(body: Body) -> Upload {
+        Upload {
+            body,
+            piece: Bytes::new(),
+            left_bytes: UPLOAD_BYTES_MAX,
+            deadline: Box::pin(tokio::time::sleep(UPLOAD_PAUSE_MAX)),
+        }
+    }
+
+    /// The next piece that is not empty; `None` at the end.
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        loop {
+            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+                ready!(self.deadline.as_mut().poll(cx));
+                return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
+            };
+            self.deadline.as_mut().reset(Instant::now() + UPLOAD_PAUSE_MAX);
+            match frame {
+                None => return Poll::Ready(None),
+                Some(Err(cause)) => {
+                    return Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::UnexpectedEof, cause))));
+                }
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(piece) if !piece.is_empty() => return Poll::Ready(Some(Ok(piece))),
+                    // Trailers say nothing about the bundle.
+                    Ok(_) | Err(_) => {}
+                },
+            }
+        }
+    }
+}
+
+impl AsyncRead for Upload {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.piece.is_empty() {
+            match ready!(this.poll_piece(cx)) {
+                None => return Poll::Ready(Ok(())),
+                Some(Err(cause)) => return Poll::Ready(Err(cause)),
+                Some(Ok(piece)) => this.piece = piece,
+            }
+            match this.left_bytes.checked_sub(this.piece.len() as u64) {
+                Some(left_bytes) => this.left_bytes = left_bytes,
+                None => return Poll::Ready(Err(io::ErrorKind::FileTooLarge.into())),
+            }
+        }
+        let taken = this.piece.len().min(buf.remaining());
+        buf.put_slice(&this.piece[..taken]);
+        this.piece.advance(taken);
+        Poll::Ready(Ok(()))
+    }
+}
