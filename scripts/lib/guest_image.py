@@ -81,11 +81,9 @@ def find_or_build(recipe, locked):
             say(f"WARNING: the lock file of {recipe['name']} is stale: Debian no longer offers {len(missing)} of its packages ({listed}).\n"
                 f"WARNING: building with today's versions; image.json records them. `guest-images/lock {recipe['name']}` brings the lock up to date.")
             lock, result = resolve(recipe, archive), newer
-        for leftover in cache.glob(f".{recipe['name']}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".{recipe['name']}.", dir=cache) as workplace:
-            build(recipe, lock, archive, Path(workplace))
-            os.rename(Path(workplace, "result"), result)
+        with root_disk.workplace(cache, recipe["name"]) as workplace:
+            build(recipe, lock, archive, workplace)
+            os.rename(workplace / "result", result)
         remove_old(cache, recipe["name"], result)
         progress("done", 100)
         return result

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import debian
@@ -34,11 +33,9 @@ def find_or_build():
         return result
     with debian.locked(cache / "build.lock"):
         if not result.is_dir():
-            for leftover in cache.glob(".build.*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".build.", dir=cache) as workplace:
-                _build(Path(workplace))
-                os.rename(Path(workplace, "result"), result)
+            with root_disk.workplace(cache, "build") as workplace:
+                _build(workplace)
+                os.rename(workplace / "result", result)
             say("The lab machine is ready")
     return result
 

@@ -2,31 +2,53 @@
 It is not a recipe: what goes in is its caller's choice. It needs root or unprivileged user namespaces.
 Called by guest_image.py and lab_image.py."""
 
+import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import uuid
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parent
+# What is mounted on the way is seen by the build alone. Others than root build as root of a user
+# namespace that maps their own id to 0, so that it may read their files.
+AS_ROOT = ["unshare", "--mount", "--propagation=private"] if os.geteuid() == 0 else [
+    "unshare", "--user", "--map-root-user", "--map-auto", "--mount", "--pid", "--fork", "--mount-proc"]
 # What mmdebstrap says when it comes to each step, and how far along that is, in percent.
 STEPS = (("running apt-get update", 2), ("downloading packages", 5), ("extracting archives", 10),
          ("installing essential packages", 20), ("installing remaining packages", 35),
          ("running --customize-hook", 85), ("cleaning package lists", 88), ("creating tarball", 90))
+# How long an interrupted mmdebstrap may take to clean up.
+STOP_S = 30
 
 
-def host_packages():
-    """Debian packages that the functions here call."""
-    return ["mmdebstrap", "e2fsprogs", "util-linux", *([] if os.geteuid() == 0 else ["uidmap"])]
+@contextlib.contextmanager
+def workplace(parent, name):
+    """A directory for one build, gone at its end. Call it under the build's lock: it removes what killed builds left."""
+    leftovers = list(parent.glob(f".{name}.*"))
+    path = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
+    try:
+        _remove(leftovers)
+        yield path
+    finally:
+        _remove([path])
+
+
+def _remove(paths):
+    # In a user namespace the files of a tree belong to ids that are not the user's own.
+    if paths:
+        subprocess.run([*AS_ROOT, "rm", "-rf", "--one-file-system", *paths], check=False)
 
 
 def make_tree(tar, lock, archive, recipe, workplace, progress, added_tars=()):
     """Installs the locked packages with the recipe's files and settings; the result is a sorted tar."""
     sources = archive.write_archive(lock, workplace / "archive")
-    command = ["mmdebstrap", "--verbose", "--format=tar", f"--variant={recipe.get('variant', 'apt')}",
+    command = [*AS_ROOT, "mmdebstrap", "--mode=root", "--verbose", "--format=tar", f"--variant={recipe.get('variant', 'apt')}",
                "--architectures=amd64", "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
                f"--include={','.join(recipe['packages'])}",
                "--aptopt=APT::Install-Recommends \"false\"",
@@ -45,15 +67,16 @@ def make_tree(tar, lock, archive, recipe, workplace, progress, added_tars=()):
         command += [f"--customize-hook=copy-in {directory / 'customize'} /",
                     "--customize-hook=chroot \"$1\" sh /customize", "--customize-hook=rm \"$1\"/customize"]
     command += [archive.suite, tar, sources]
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(lock.epoch), "LC_ALL": "C", "TMPDIR": str(workplace)}
+    # What Python compiles by itself while packages are set up differs from run to run; what they ask for does not.
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(lock.epoch), "PYTHONDONTWRITEBYTECODE": "1",
+                   "LC_ALL": "C", "TZ": "UTC", "TMPDIR": str(workplace)}
     _run_with_steps([str(part) for part in command], environment, workplace / "mmdebstrap.log", progress)
 
 
 def make_disk(image, tar, size_bytes, epoch, seed):
     """Turns the tar into a sparse ext4 image, a file system on the whole disk."""
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, seed))
-    as_root = [] if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper"]
-    subprocess.run([*as_root, "bash", LIBRARY / "make-ext4", tar, image, str(size_bytes), str(epoch), identity],
+    subprocess.run([*AS_ROOT, "bash", LIBRARY / "make-ext4", tar, image, str(size_bytes), str(epoch), identity],
                    check=True, stdout=sys.stderr)
 
 
@@ -79,7 +102,7 @@ def _run_with_steps(command, environment, log, progress):
     """Runs mmdebstrap, tells its steps as they come, and shows the end of its log when it fails."""
     with open(log, "w") as out:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out,
-                                   stderr=subprocess.PIPE, text=True, errors="replace")
+                                   stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
         try:
             for line in process.stderr:
                 out.write(line)
@@ -88,9 +111,12 @@ def _run_with_steps(command, environment, log, progress):
                         progress(percent)
             failed = process.wait()
         except BaseException:
-            # mmdebstrap unmounts and removes its tree upon SIGTERM; wait, so nothing is left behind.
-            process.terminate()
-            process.wait()
+            # mmdebstrap removes its tree upon SIGTERM. The whole group, as `unshare` passes no signal on.
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     if failed:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
