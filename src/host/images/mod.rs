@@ -1,18 +1,47 @@
 //! Images: read-only templates. They come in verified or not at all.
 //! Called by the facade, and by `servers` for what a machine boots from.
-use std::fs::File;
+//!
+//! ```text
+//!  stream ─▶ bundle ──┐
+//!  entry ─▶ directory ├─▶ incoming (images/.incoming-<id>) ─ rename ─▶ images/<id> ─ commit ─▶ ready
+//!  recipe ─▶ builder ─┘
+//! ```
+//! The record says `importing` from before the first byte until the last step, so what a crash leaves is removed.
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use model::image::{CatalogueEntry, Image, ImportImage, UploadImage};
+use model::image::{CatalogueEntry, Image, ImageSource, ImageState, ImportImage, ImportSource, UploadImage};
 use model::operation::{Accepted, Operation};
 use model::page::{ListQuery, Page};
 use model::{Code, ImageId};
 use rusqlite::Connection;
+use rustix::fs::OFlags;
 use tokio::io::AsyncRead;
 
 use crate::call::{Answer, Call};
 use crate::core::Shared;
 use crate::error::{Error, Result};
+use crate::operations::{self, Outcome};
 use crate::store::Tx;
+use crate::store::records as store_records;
+use crate::volumes::{files, space, used_bytes};
+
+mod bundle;
+mod directory;
+mod import;
+mod incoming;
+pub mod limits;
+pub mod manifest;
+mod recipe;
+mod records;
+
+use bundle::Conditions;
+use import::{From, Import, ImportHandle};
+use manifest::{Manifest, Role};
 
 pub(crate) const TABLES: &str = crate::table!("images");
 
@@ -20,6 +49,7 @@ pub(crate) const TABLES: &str = crate::table!("images");
 #[derive(Clone)]
 pub struct Images {
     core: Shared,
+    at_work: Arc<Mutex<BTreeMap<ImageId, Arc<ImportHandle>>>>,
 }
 
 /// What a machine starts with, open for reading.
@@ -32,80 +62,318 @@ pub struct BootFiles {
     pub cmdline: String,
 }
 
-fn unbuilt() -> Error {
-    Error::new(Code::HostUnprepared, "images are not built yet")
-}
-
 impl Images {
     pub(crate) fn new(core: Shared) -> Images {
-        Images { core }
+        Images { core, at_work: Arc::default() }
     }
 
     /// Takes up what an earlier daemon left unfinished. Called once, before any other method.
     pub(crate) async fn recover(&self) -> Result<()> {
-        Ok(())
+        let images: Vec<Image> = self.core.store.read(store_records::all).await?;
+        for image in &images {
+            match image.state {
+                ImageState::Ready => {}
+                ImageState::Importing => self.roll_back(image).await?,
+                ImageState::Deleting => self.purge(image.id).await?,
+            }
+        }
+        let directory = self.core.dirs.root().join("images");
+        let shown = directory.display().to_string();
+        let known = images.into_iter().filter(|image| image.state == ImageState::Ready).map(|image| image.id);
+        let known: Vec<ImageId> = known.collect();
+        self.blocking(move || remove_strangers(&directory, &known))
+            .await
+            .map_err(|cause| Error::file(format!("cannot tidy {shown}"), cause))
     }
 
     /// One page.
     pub async fn list(&self, query: ListQuery) -> Result<Page<Image>> {
-        let _ = (&self.core, query);
-        Err(unbuilt())
+        self.core.store.read(move |connection| store_records::page(connection, &query)).await
     }
 
     /// The image.
     pub async fn one(&self, id: ImageId) -> Result<Image> {
-        let _ = id;
-        Err(unbuilt())
+        self.core.store.read(move |connection| store_records::one(connection, id.0)).await
     }
 
-    /// Deletes it. Fails with `in_use` while a volume was made from it and needs it.
+    /// Deletes it. Fails with `in_use` while a server boots from it. Volumes that were made from it are copies of
+    /// their own and stay.
     pub async fn delete(&self, call: &Call, id: ImageId) -> Result<Answer<Accepted<Image>>> {
-        let _ = (call, id);
-        Err(unbuilt())
+        let conditions = call.clone();
+        let change = move |tx: &Tx<'_>| {
+            let image: Image = store_records::one(tx, id.0)?;
+            conditions.check_match(image.generation)?;
+            let (image, operation) = records::doom(tx, image, &conditions.actor)?;
+            Ok(Accepted { operation, resource: Some(image) })
+        };
+        let answer = self.core.mutate(call, change).await?;
+        if !answer.replayed {
+            let images = self.clone();
+            tokio::spawn(async move {
+                if let Err(cause) = images.purge(id).await {
+                    tracing::warn!(image = %id, "is deleted at the next start: {}", cause.chain());
+                }
+            });
+        }
+        Ok(answer)
     }
 
     /// Imports from the import directory or the catalogue.
     pub async fn import(&self, call: &Call, spec: ImportImage) -> Result<Answer<Accepted<Image>>> {
-        let _ = (call, spec);
-        Err(unbuilt())
+        check_sha256(spec.sha256.as_deref(), "/sha256")?;
+        let (source, from) = self.check_source(spec.source).await?;
+        let conditions = Conditions { stream_sha256: None, manifest_sha256: spec.sha256 };
+        let answer = self
+            .accept(call, move |tx, call| records::accept(tx, spec.name, spec.labels, source, &call.actor));
+        let answer = answer.await?;
+        if let (false, Some(image)) = (answer.replayed, &answer.body.resource) {
+            let import = self.start(image.id, answer.body.operation.id, conditions);
+            let images = self.clone();
+            tokio::spawn(async move { images.finish(import, from).await });
+        }
+        Ok(answer)
     }
 
-    /// Imports a bundle from a stream.
+    /// Imports a bundle from a stream, and answers when it has ended: the operation in the answer has succeeded.
     pub async fn upload(
         &self,
         call: &Call,
         spec: UploadImage,
         body: impl AsyncRead + Send + Unpin + 'static,
     ) -> Result<Answer<Accepted<Image>>> {
-        let _ = (call, spec, body);
-        Err(unbuilt())
+        check_sha256(spec.sha256.as_deref(), "sha256")?;
+        let length = spec.length_bytes;
+        space::check(&self.core.dirs.root().join("images"), 0, length.unwrap_or(0))?;
+        let name = spec.name;
+        let answer = self.accept(call, move |tx, call| {
+            records::accept(tx, name, Default::default(), ImageSource::Upload, &call.actor)
+        });
+        let mut answer = answer.await?;
+        let Some(image) = answer.body.resource.as_ref().filter(|_| !answer.replayed) else {
+            return Ok(answer);
+        };
+        let (id, operation) = (image.id, answer.body.operation.id);
+        let conditions = Conditions { stream_sha256: spec.sha256, manifest_sha256: None };
+        let import = self.start(id, operation, conditions);
+        let images = self.clone();
+        // In a task of its own, because the caller may hang up, and then it must still be undone.
+        let work =
+            tokio::spawn(async move { images.finish(import, From::Stream(Box::new(body), length)).await });
+        let ended = work.await.unwrap_or_else(|cause| Err(Error::internal("the import ended badly", cause)));
+        ended.map_err(|cause| cause.with_operation(operation))?;
+        let look = move |connection: &Connection| {
+            Ok((operations::one(connection, operation)?, store_records::one(connection, id.0)?))
+        };
+        let (operation, image) = self.core.store.read(look).await?;
+        answer.body = Accepted { operation, resource: Some(image) };
+        Ok(answer)
     }
 
     /// Recipes that can be imported.
     pub async fn catalogue(&self) -> Result<Vec<CatalogueEntry>> {
-        Err(unbuilt())
+        let Some(guest_images) = self.core.config.guest_images_dir.clone() else { return Ok(Vec::new()) };
+        let shown = guest_images.display().to_string();
+        self.blocking(move || recipe::catalogue(&guest_images)).await.map_err(|cause| {
+            Error::new(
+                Code::HostUnprepared,
+                format!("the catalogue in {shown} cannot be read: {cause}; check --guest-images"),
+            )
+        })
     }
 
     /// For `servers`: the image of this id or name when it is ready. Fails with `invalid` on `/image` otherwise.
     pub(crate) fn ready(connection: &Connection, id_or_name: &str) -> Result<Image> {
-        let _ = (connection, id_or_name);
-        Err(unbuilt())
+        let shown: String = id_or_name.chars().take(model::limits::NAME_CHARS_MAX).collect();
+        match store_records::resolve::<Image>(connection, id_or_name)? {
+            Some(image) if image.state == ImageState::Ready => Ok(image),
+            Some(image) => {
+                let detail = match image.state {
+                    ImageState::Importing => {
+                        format!("image {shown} is still being imported; wait for its operation")
+                    }
+                    _ => format!("image {shown} is being deleted"),
+                };
+                Err(Error::invalid("/image", "not_ready", detail))
+            }
+            None => {
+                let detail = format!("there is no image {shown}; `GET /v1/images` lists what there is");
+                Err(Error::invalid("/image", "not_found", detail))
+            }
+        }
     }
 
     /// For `servers`: what a machine of this image starts with.
     pub(crate) async fn boot_files(&self, id: ImageId) -> Result<BootFiles> {
-        let _ = id;
-        Err(unbuilt())
+        let directory = self.core.dirs.image(id);
+        let opened = self.blocking(move || {
+            let bytes = std::fs::read(directory.join(manifest::NAME))?;
+            let manifest = Manifest::read(&bytes).map_err(io::Error::other)?;
+            let initrd = manifest.initrd.as_ref().map(|_| open(&directory, Role::Initrd)).transpose()?;
+            Ok(BootFiles { kernel: open(&directory, Role::Kernel)?, initrd, cmdline: manifest.cmdline })
+        });
+        opened.await.map_err(|cause| Error::file(format!("cannot open the boot files of image {id}"), cause))
+    }
+
+    /// For `volumes`: the template of root disks, open for reading; none when the image has no disk.
+    pub(crate) async fn disk(&self, id: ImageId) -> Result<Option<File>> {
+        let directory = self.core.dirs.image(id);
+        let opened = self.blocking(move || match open(&directory, Role::Disk) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+            opened => opened.map(Some),
+        });
+        opened.await.map_err(|cause| Error::file(format!("cannot open the disk of image {id}"), cause))
+    }
+
+    /// For `volumes`: how much of the host's disk that template takes.
+    pub(crate) fn disk_stored_bytes(&self, id: ImageId) -> u64 {
+        used_bytes(std::fs::metadata(self.core.dirs.image(id).join(Role::Disk.file_name())))
     }
 
     /// Cancelling an import: in the cancelling transaction, see [`crate::operations::Cancel`].
     pub(crate) fn cancel(tx: &Tx<'_>, id: ImageId, operation: &Operation) -> Result<()> {
-        let _ = (tx, id, operation);
+        // The mark in the operation is all there is: the import reads it in its last transaction.
+        let _: Image = store_records::one(tx, id.0)?;
+        debug_assert_eq!(operation.kind, records::IMPORT);
         Ok(())
     }
 
     /// After that transaction: wakes the import, which looks at `operations::is_cancel_asked`.
     pub(crate) fn wake(&self, id: ImageId) {
-        let _ = id;
+        if let Some(import) = lock(&self.at_work).get(&id) {
+            import.cancel();
+        }
+    }
+
+    /// Refuses a source that cannot be, before anything is recorded.
+    async fn check_source(&self, source: ImportSource) -> Result<(ImageSource, From)> {
+        match source {
+            ImportSource::ImportDirectory(name) => {
+                let import = self.core.config.import_dir.clone().unwrap_or_else(|| self.core.dirs.import());
+                let pointer = "/source/import_directory";
+                if !directory::is_entry_name(&name) {
+                    let detail = "must be the name of one entry of the import directory, without slashes";
+                    return Err(Error::invalid(pointer, "invalid", detail));
+                }
+                if !import.join(&name).exists() {
+                    let detail = format!("there is no such entry; put it into {} first", import.display());
+                    return Err(Error::invalid(pointer, "not_found", detail));
+                }
+                Ok((ImageSource::ImportDirectory(name.clone()), From::Entry(import, name)))
+            }
+            ImportSource::Catalogue(name) => {
+                let Some(guest_images) = self.core.config.guest_images_dir.clone() else {
+                    let detail = "this host has no catalogue; start toftd with --guest-images";
+                    return Err(Error::new(Code::HostUnprepared, detail));
+                };
+                let known = self.catalogue().await?;
+                if !known.iter().any(|entry| entry.name == name) {
+                    let names: Vec<&str> = known.iter().map(|entry| entry.name.as_str()).collect();
+                    let detail = format!("there is no such recipe; there are: {}", names.join(", "));
+                    return Err(Error::invalid("/source/catalogue", "not_found", detail));
+                }
+                Ok((ImageSource::Catalogue(name.clone()), From::Recipe(guest_images, name)))
+            }
+        }
+    }
+
+    async fn accept<F>(&self, call: &Call, record: F) -> Result<Answer<Accepted<Image>>>
+    where
+        F: FnOnce(&Tx<'_>, &Call) -> Result<(Image, Operation)> + Send + 'static,
+    {
+        let (caller, at_work) = (call.clone(), self.at_work.clone());
+        let change = move |tx: &Tx<'_>| {
+            if lock(&at_work).len() >= limits::IMPORTS_MAX {
+                let detail = format!("{} imports are at work; wait for one to end", limits::IMPORTS_MAX);
+                return Err(Error::new(Code::TooMany, detail));
+            }
+            let (image, operation) = record(tx, &caller)?;
+            Ok(Accepted { operation, resource: Some(image) })
+        };
+        self.core.mutate(call, change).await
+    }
+
+    fn start(&self, id: ImageId, operation: model::OperationId, conditions: Conditions) -> Import {
+        let handle = Arc::new(ImportHandle::default());
+        lock(&self.at_work).insert(id, handle.clone());
+        Import { core: self.core.clone(), id, operation, conditions, handle }
+    }
+
+    async fn finish(&self, import: Import, from: From) -> Result<()> {
+        let id = import.id;
+        let ended = import.run(from).await;
+        lock(&self.at_work).remove(&id);
+        if let Err(cause) = &ended {
+            tracing::info!(image = %id, "was not imported: {}", cause.chain());
+        }
+        ended
+    }
+
+    /// The daemon ended during an import: nothing of it is kept.
+    async fn roll_back(&self, image: &Image) -> Result<()> {
+        let id = image.id;
+        self.remove_files(id).await?;
+        let Some(operation) = image.operation_id else {
+            return self.core.store.write(move |tx| records::forget(tx, id)).await;
+        };
+        let detail = "the daemon ended during the import, and nothing of the image was kept; import it again";
+        let outcome = Outcome::Failed(Error::new(Code::Draining, detail));
+        self.core.store.write(move |tx| records::give_up(tx, id, operation, outcome)).await
+    }
+
+    async fn purge(&self, id: ImageId) -> Result<()> {
+        self.remove_files(id).await?;
+        self.core.checkpoint("image.removed")?;
+        self.core.store.write(move |tx| records::forget(tx, id)).await
+    }
+
+    async fn remove_files(&self, id: ImageId) -> Result<()> {
+        let place = self.core.dirs.image(id);
+        let removed = self.blocking(move || files::remove_tree(&place)).await;
+        removed.map_err(|cause| Error::file(format!("cannot remove the files of image {id}"), cause))
+    }
+
+    async fn blocking<T, F>(&self, work: F) -> io::Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> io::Result<T> + Send + 'static,
+    {
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|cause| Err(io::Error::other(cause)))
     }
 }
+
+fn open(directory: &Path, role: Role) -> io::Result<File> {
+    let flags = i32::try_from(OFlags::NOFOLLOW.bits()).map_err(io::Error::other)?;
+    OpenOptions::new().read(true).custom_flags(flags).open(directory.join(role.file_name()))
+}
+
+/// Removes what no ready image owns, by names that Toft gives; what else lies there is left.
+fn remove_strangers(directory: &PathBuf, known: &[ImageId]) -> io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let incoming = name.strip_prefix(incoming::PREFIX);
+        let Ok(id) = incoming.unwrap_or(name).parse::<ImageId>() else { continue };
+        if incoming.is_some() || !known.contains(&id) {
+            files::remove_tree(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn check_sha256(sha256: Option<&str>, pointer: &str) -> Result<()> {
+    match sha256 {
+        Some(text) if !manifest::is_sha256(text) => {
+            Err(Error::invalid(pointer, "invalid", "must be 64 lower-case hexadecimal digits"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A panic elsewhere leaves the map whole: each change is one insert or remove.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -25,7 +25,12 @@ fn unbuilt() -> Error {
 }
 
 impl Report {
-    pub(crate) fn new(core: Shared, servers: Servers, networks: Networks, launcher: Arc<dyn Launch>) -> Report {
+    pub(crate) fn new(
+        core: Shared,
+        servers: Servers,
+        networks: Networks,
+        launcher: Arc<dyn Launch>,
+    ) -> Report {
         Report { core, servers, networks, launcher }
     }
 

@@ -1,18 +1,36 @@
 //! Volumes: writable disks, one raw file each.
 //! Called by the facade, and by `servers`, which makes, opens and removes the root volumes.
+//!
+//! The record is committed before the file is made and removed after it is gone. A file lies at its place only
+//! when it is complete; a volume in state `creating` is filled again from the beginning.
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 
-use model::operation::Accepted;
+use model::event::EventData;
+use model::operation::{Accepted, Resource};
 use model::page::{ListQuery, Page};
-use model::volume::{PatchVolume, Volume};
-use model::{Code, ImageId, Labels, Name, ServerId, VolumeId};
+use model::volume::{FillMethod, PatchVolume, Volume, VolumeFormat, VolumeState};
+use model::{Code, ImageId, Labels, Name, OperationId, ServerId, Time, VolumeId};
 use rusqlite::Connection;
+use uuid::Uuid;
 
 use crate::call::{Answer, Call};
+use crate::config::Dirs;
 use crate::core::Shared;
 use crate::error::{Error, Result};
 use crate::images::Images;
+use crate::operations::{self, NewOperation, Outcome};
 use crate::store::Tx;
+use crate::store::records::{self, Record};
+use crate::{events, labels};
+
+mod disk;
+pub(crate) mod files;
+pub(crate) mod fill;
+pub mod limits;
+mod recover;
+pub(crate) mod space;
 
 pub(crate) const TABLES: &str = crate::table!("volumes");
 
@@ -37,8 +55,26 @@ pub(crate) struct NewVolume {
     pub server_id: Option<ServerId>,
 }
 
-fn unbuilt() -> Error {
-    Error::new(Code::HostUnprepared, "volumes are not built yet")
+impl Record for Volume {
+    const TABLE: &'static str = "volumes";
+    const NOUN: &'static str = "volume";
+
+    fn id(&self) -> Uuid {
+        self.id.0
+    }
+
+    fn name(&self) -> &Name {
+        &self.name
+    }
+
+    fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    fn touch(&mut self) {
+        self.generation += 1;
+        self.updated_at = Time::now();
+    }
 }
 
 impl Volumes {
@@ -49,45 +85,144 @@ impl Volumes {
     /// Takes up what an earlier daemon left unfinished, except volumes that belong to a server: the server's
     /// actor fills or purges those. Files that no record names are removed.
     pub(crate) async fn recover(&self) -> Result<()> {
-        let _ = &self.images;
+        let dirs = self.core.dirs.clone();
+        let doomed = self.core.store.read(move |connection| recover::look(connection, &dirs)).await?;
+        for id in doomed {
+            self.purge(id).await?;
+        }
         Ok(())
     }
 
     /// One page.
     pub async fn list(&self, query: ListQuery) -> Result<Page<Volume>> {
-        let _ = (&self.core, query);
-        Err(unbuilt())
+        let dirs = self.core.dirs.clone();
+        let look = move |connection: &Connection| {
+            let mut page: Page<Volume> = records::page(connection, &query)?;
+            page.items.iter_mut().for_each(|volume| measure(volume, &dirs));
+            Ok(page)
+        };
+        self.core.store.read(look).await
     }
 
     /// The volume.
     pub async fn one(&self, id: VolumeId) -> Result<Volume> {
-        let _ = id;
-        Err(unbuilt())
+        let dirs = self.core.dirs.clone();
+        let look = move |connection: &Connection| {
+            let mut volume: Volume = records::one(connection, id.0)?;
+            measure(&mut volume, &dirs);
+            Ok(volume)
+        };
+        self.core.store.read(look).await
     }
 
     /// Name, labels, size (only larger, and only while its server is off: see `servers::is_off`).
     pub async fn patch(&self, call: &Call, id: VolumeId, patch: PatchVolume) -> Result<Answer<Volume>> {
-        let _ = (call, id, patch);
-        Err(unbuilt())
+        // Held until the file has its new length, so that no machine can start with half of the change.
+        let held = match patch.size_bytes {
+            Some(_) => disk::hold(&self.core, id).await?,
+            None => None,
+        };
+        let is_held = held.is_some();
+        let (conditions, dirs) = (call.clone(), self.core.dirs.clone());
+        let change = move |tx: &Tx<'_>| {
+            let mut volume: Volume = records::one(tx, id.0)?;
+            conditions.check_match(volume.generation)?;
+            if let Some(size_bytes) = patch.size_bytes {
+                check_growth(tx, &volume, size_bytes, &dirs)?;
+                if !is_held {
+                    return Err(attached(&volume));
+                }
+                volume.size_bytes = size_bytes;
+            }
+            if let Some(name) = patch.name {
+                volume.name = name;
+            }
+            if let Some(changes) = patch.labels {
+                volume.labels = labels::merge(&volume.labels, changes)?;
+            }
+            measure(&mut volume, &dirs);
+            records::save(tx, &mut volume)?;
+            announce(tx, &volume, "volume.updated", None)?;
+            Ok(volume)
+        };
+        let answer = self.core.mutate(call, change).await?;
+        if let (Some(held), false) = (held, answer.replayed) {
+            // Should this fail, or the daemon end here, the next opening grows the file.
+            disk::grow(held, answer.body.size_bytes).await?;
+        }
+        Ok(answer)
     }
 
     /// Deletes a volume that belongs to no server. Fails with `in_use` otherwise.
     pub async fn delete(&self, call: &Call, id: VolumeId) -> Result<Answer<Accepted<Volume>>> {
-        let _ = (call, id);
-        Err(unbuilt())
+        let conditions = call.clone();
+        let change = move |tx: &Tx<'_>| {
+            let mut volume: Volume = records::one(tx, id.0)?;
+            conditions.check_match(volume.generation)?;
+            if let Some(server) = volume.server_id {
+                let detail = format!("volume {} belongs to server {server}; delete the server", volume.name);
+                return Err(Error::new(Code::InUse, detail));
+            }
+            if volume.state == VolumeState::Deleting {
+                let detail = format!("volume {} is being deleted already", volume.name);
+                return Err(Error {
+                    allowed_actions: Some(Vec::new()),
+                    ..Error::new(Code::WrongState, detail)
+                });
+            }
+            volume.state = VolumeState::Deleting;
+            records::save(tx, &mut volume)?;
+            let resources = vec![Resource::Volume(id)];
+            let actor = &conditions.actor;
+            let new = NewOperation { kind: "volume.delete", resources, actor, cancellable: false };
+            let operation = operations::accept(tx, new)?;
+            announce(tx, &volume, "volume.deleting", Some(operation.id))?;
+            Ok(Accepted { operation, resource: Some(volume) })
+        };
+        let answer = self.core.mutate(call, change).await?;
+        if !answer.replayed {
+            let volumes = self.clone();
+            tokio::spawn(async move {
+                if let Err(cause) = volumes.purge(id).await {
+                    tracing::warn!(volume = %id, "is deleted at the next start: {}", cause.chain());
+                }
+            });
+        }
+        Ok(answer)
     }
 
     /// For `servers`: writes the record, in state `creating`. Fails with `disk_full` when the file system cannot
     /// hold it, `already_exists` when the name is taken.
     pub(crate) fn create(&self, tx: &Tx<'_>, new: NewVolume) -> Result<Volume> {
-        let _ = (tx, new);
-        Err(unbuilt())
+        let stored = match new.image_id {
+            Some(image) => self.images.disk_stored_bytes(image),
+            None => 0,
+        };
+        space::check(&self.core.dirs.root().join("volumes"), stored, new.size_bytes)?;
+        let now = Time::now();
+        let volume = Volume {
+            id: VolumeId::new(),
+            name: new.name,
+            labels: new.labels,
+            state: VolumeState::Creating,
+            size_bytes: new.size_bytes,
+            used_bytes: 0,
+            format: VolumeFormat::Raw,
+            filled_by: None,
+            image_id: new.image_id,
+            server_id: new.server_id,
+            generation: 1,
+            created_at: now,
+            updated_at: now,
+        };
+        records::insert(tx, &volume)?;
+        announce(tx, &volume, "volume.created", None)?;
+        Ok(volume)
     }
 
     /// For `servers`: the record.
     pub(crate) fn find(connection: &Connection, id: VolumeId) -> Result<Volume> {
-        let _ = (connection, id);
-        Err(unbuilt())
+        records::one(connection, id.0)
     }
 
     /// For `servers`: makes the file and sets the record `ready`. Repeatable; does nothing when it is ready. Looks
@@ -98,25 +233,133 @@ impl Volumes {
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<()> {
-        let _ = (id, cancelled, progress);
-        Err(unbuilt())
+        let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        if volume.state != VolumeState::Creating {
+            return Ok(());
+        }
+        let source = match volume.image_id {
+            Some(image) => self.images.disk(image).await?,
+            None => None,
+        };
+        let place = self.core.dirs.volume(id);
+        let method = disk::make(place, source, volume.size_bytes, cancelled, progress).await?;
+        self.core.checkpoint("volume.filled")?;
+        let dirs = self.core.dirs.clone();
+        self.core.store.write(move |tx| become_ready(tx, id, method, &dirs)).await
     }
 
-    /// For `servers`: opens it for reading and writing.
+    /// For `servers`: opens it for reading and writing. Fails with `in_use` while another opening of it lasts, in
+    /// whatever process that is.
     pub(crate) async fn open(&self, id: VolumeId) -> Result<File> {
-        let _ = id;
-        Err(unbuilt())
+        let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        if volume.state != VolumeState::Ready {
+            return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
+        }
+        let Some(file) = disk::hold(&self.core, id).await? else {
+            return Err(attached(&volume));
+        };
+        disk::grow(file, volume.size_bytes).await
     }
 
     /// For `servers`: gives it to nobody, when its server is deleted and it is kept. Repeatable.
     pub(crate) fn detach(tx: &Tx<'_>, id: VolumeId) -> Result<()> {
-        let _ = (tx, id);
-        Err(unbuilt())
+        let Some(mut volume) = records::find::<Volume>(tx, id.0)? else { return Ok(()) };
+        if volume.server_id.take().is_some() {
+            records::save(tx, &mut volume)?;
+            announce(tx, &volume, "volume.detached", None)?;
+        }
+        Ok(())
     }
 
     /// For `servers`: removes the file, then the record with its event. Repeatable; no record is no error.
     pub(crate) async fn purge(&self, id: VolumeId) -> Result<()> {
-        let _ = id;
-        Err(unbuilt())
+        let place = self.core.dirs.volume(id);
+        disk::blocking(move || files::remove(&place))
+            .await
+            .map_err(|cause| Error::file(format!("cannot remove the file of volume {id}"), cause))?;
+        self.core.checkpoint("volume.removed")?;
+        self.core.store.write(move |tx| forget(tx, id)).await
     }
 }
+
+fn attached(volume: &Volume) -> Error {
+    let detail = format!("volume {} is attached to a machine; stop its server first", volume.name);
+    Error::new(Code::InUse, detail)
+}
+
+fn check_growth(tx: &Tx<'_>, volume: &Volume, size_bytes: u64, dirs: &Dirs) -> Result<()> {
+    let pointer = "/size_bytes";
+    if size_bytes < volume.size_bytes {
+        let detail = format!("{size_bytes} is less than the {} it has; volumes only grow", volume.size_bytes);
+        return Err(Error::invalid(pointer, "smaller", detail));
+    }
+    if !size_bytes.is_multiple_of(4096) || size_bytes > model::limits::VOLUME_BYTES_MAX {
+        let most = model::limits::VOLUME_BYTES_MAX;
+        return Err(Error::invalid(
+            pointer,
+            "invalid",
+            format!("must be a multiple of 4096 and at most {most}"),
+        ));
+    }
+    if volume.state != VolumeState::Ready {
+        return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
+    }
+    if let Some(server) = volume.server_id
+        && !crate::servers::is_off(tx, server)?
+    {
+        let detail =
+            format!("volume {} belongs to server {server}, which is not off; stop it first", volume.name);
+        return Err(Error::new(Code::WrongState, detail));
+    }
+    space::check(&dirs.root().join("volumes"), 0, size_bytes)
+}
+
+fn become_ready(tx: &Tx<'_>, id: VolumeId, method: FillMethod, dirs: &Dirs) -> Result<()> {
+    let mut volume: Volume = records::one(tx, id.0)?;
+    if volume.state != VolumeState::Creating {
+        return Ok(());
+    }
+    volume.state = VolumeState::Ready;
+    volume.filled_by = Some(method);
+    measure(&mut volume, dirs);
+    records::save(tx, &mut volume)?;
+    announce(tx, &volume, "volume.ready", None)
+}
+
+/// Removes the record of a volume whose file is gone, and ends the operation that deleted it.
+fn forget(tx: &Tx<'_>, id: VolumeId) -> Result<()> {
+    let Some(volume) = records::find::<Volume>(tx, id.0)? else { return Ok(()) };
+    records::remove::<Volume>(tx, id.0)?;
+    for operation in operations::unfinished(tx)? {
+        if operation.kind == "volume.delete" && operation.resources.contains(&Resource::Volume(id)) {
+            operations::finish(tx, operation.id, Outcome::Succeeded)?;
+        }
+    }
+    announce(tx, &volume, "volume.deleted", None)
+}
+
+/// Reads how much of the host's disk it takes. A file that is not there yet takes nothing.
+fn measure(volume: &mut Volume, dirs: &Dirs) {
+    volume.used_bytes = used_bytes(std::fs::symlink_metadata(dirs.volume(volume.id)));
+}
+
+/// Bytes a file takes on the disk (`st_blocks` counts 512 bytes, stat(2)).
+pub(crate) fn used_bytes(metadata: io::Result<std::fs::Metadata>) -> u64 {
+    metadata.map(|metadata| metadata.blocks().saturating_mul(512)).unwrap_or_default()
+}
+
+fn announce(tx: &Tx<'_>, volume: &Volume, kind: &str, operation: Option<OperationId>) -> Result<()> {
+    let state = serde_json::to_value(volume.state)?;
+    let data = EventData {
+        resource: Some(Resource::Volume(volume.id)),
+        generation: Some(volume.generation),
+        state: state.as_str().map(str::to_owned),
+        operation_id: operation,
+        ..EventData::default()
+    };
+    events::append(tx, kind, data)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

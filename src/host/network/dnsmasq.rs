@@ -1,0 +1,191 @@
+//! DHCP and DNS of a network: one dnsmasq each, which outlives the daemon. It is found again by its pid file and
+//! its command line. It knows no records and no devices. `HostPlumbing` uses it.
+//!
+//! Addresses are fixed by `dhcp-host` lines, so leases are worth nothing over a restart of dnsmasq: with
+//! `dhcp-authoritative` a guest that renews is confirmed. But while it runs, dnsmasq refuses an address that it
+//! has leased to another interface, even when that one is gone. `given` therefore remembers who had which address
+//! since dnsmasq started; when an address changes hands, dnsmasq is started anew.
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use model::network::NetworkKind;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::DOMAIN;
+use super::limits::{DNSMASQ_LOOK, DNSMASQ_MAX, LEASE_S};
+use super::plumbing::{PlumbingError, Port, Segment};
+use super::program;
+
+/// The dnsmasq of one network.
+pub(super) struct Dnsmasq {
+    directory: PathBuf,
+}
+
+/// What dnsmasq is told, as the contents of its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Files {
+    /// Its configuration; a change needs a new start.
+    pub(super) config: String,
+    /// Who gets which address.
+    pub(super) hosts: String,
+    /// Which name has which address.
+    pub(super) names: String,
+}
+
+impl Dnsmasq {
+    /// Its files are in `directory`, which every user can reach, because dnsmasq drops its privileges.
+    pub(super) fn new(directory: PathBuf) -> Dnsmasq {
+        Dnsmasq { directory }
+    }
+
+    /// The contents of its files for this network.
+    pub(super) fn files(&self, segment: &Segment, ports: &[Port]) -> Files {
+        let mut hosts = String::new();
+        let mut names = String::new();
+        for Port { mac, ipv4, name, .. } in ports {
+            // Writing to a String cannot fail.
+            let _ = writeln!(hosts, "{mac},{ipv4},{name},{LEASE_S}");
+            let _ = writeln!(names, "{ipv4} {name}.{DOMAIN} {name}");
+        }
+        Files { config: self.config(segment), hosts, names }
+    }
+
+    fn config(&self, segment: &Segment) -> String {
+        let file = |name: &str| self.directory.join(name).display().to_string();
+        let (bridge, gateway) = (&segment.bridge, segment.cidr.gateway());
+        let outward = match segment.kind {
+            NetworkKind::Nat => format!("dhcp-option=option:router,{gateway}\n"),
+            // An empty router option keeps dnsmasq from naming itself, and no resolver keeps names from leaking.
+            NetworkKind::Isolated => "dhcp-option=option:router\nno-resolv\n".to_owned(),
+        };
+        format!(
+            "interface={bridge}\nexcept-interface=lo\nbind-dynamic\nno-hosts\nno-ping\nquiet-dhcp\ndomain-needed\n\
+             bogus-priv\ndomain={DOMAIN}\nlocal=/{DOMAIN}/\naddn-hosts={names}\ndhcp-authoritative\n\
+             dhcp-range={base},static,{netmask},{LEASE_S}\ndhcp-lease-max={places}\ndhcp-hostsfile={hosts}\n\
+             dhcp-leasefile={leases}\npid-file={pid}\ndhcp-option=option:dns-server,{gateway}\n\
+             dhcp-option=option:mtu,{mtu}\n{outward}",
+            names = file("names"),
+            base = segment.cidr.base(),
+            netmask = segment.cidr.netmask(),
+            places = segment.cidr.places(),
+            hosts = file("hosts"),
+            leases = file("leases"),
+            pid = file("pid"),
+            mtu = segment.mtu,
+        )
+    }
+
+    /// Whether it runs.
+    pub(super) fn is_running(&self) -> bool {
+        self.find().is_some()
+    }
+
+    /// Makes it run with `files`.
+    pub(super) async fn serve(&self, files: &Files, ports: &[Port]) -> Result<(), PlumbingError> {
+        let failed = |cause: io::Error| {
+            PlumbingError::Failed(format!("cannot write {}: {cause}", self.directory.display()))
+        };
+        let program = program::need("dnsmasq", "dnsmasq-base")?;
+        make_reachable(&self.directory).map_err(failed)?;
+        let given = self.given();
+        let changed_hands =
+            ports.iter().any(|port| given.get(&port.ipv4).is_some_and(|mac| *mac != port.mac.to_string()));
+        let reconfigured = self.read("config") != files.config;
+        let anew = changed_hands || reconfigured || !self.is_running();
+        if anew {
+            self.stop().await?;
+        }
+        let mut owners = if anew { BTreeMap::new() } else { given };
+        owners.extend(ports.iter().map(|port| (port.ipv4, port.mac.to_string())));
+        let owners: String = owners.iter().map(|(ipv4, mac)| format!("{ipv4} {mac}\n")).collect();
+        self.write("given", &owners).map_err(failed)?;
+        self.write("hosts", &files.hosts).map_err(failed)?;
+        self.write("names", &files.names).map_err(failed)?;
+        self.write("config", &files.config).map_err(failed)?;
+        if !anew {
+            return self.signal(Signal::HUP);
+        }
+        self.write("leases", "").map_err(failed)?;
+        let config = self.config_argument();
+        program::run(&program, &[&config], "", DNSMASQ_MAX).await
+    }
+
+    /// Ends it and removes its files.
+    pub(super) async fn remove(&self) -> Result<(), PlumbingError> {
+        self.stop().await?;
+        match std::fs::remove_dir_all(&self.directory) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                Err(PlumbingError::Failed(format!("cannot remove {}: {cause}", self.directory.display())))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn stop(&self) -> Result<(), PlumbingError> {
+        let deadline = Instant::now() + DNSMASQ_MAX;
+        self.signal(Signal::TERM)?;
+        while self.is_running() {
+            if Instant::now() > deadline {
+                self.signal(Signal::KILL)?;
+                return Err(PlumbingError::Failed(
+                    "dnsmasq did not end when asked to, and was killed".to_owned(),
+                ));
+            }
+            tokio::time::sleep(DNSMASQ_LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Its process, if it runs. The descriptor is opened before the command line is read, so it is of the process
+    /// whose command line that is, even when numbers are used again.
+    fn find(&self) -> Option<rustix::fd::OwnedFd> {
+        let number: i32 = self.read("pid").trim().parse().ok()?;
+        let process = pidfd_open(Pid::from_raw(number)?, PidfdFlags::empty()).ok()?;
+        let command_line = std::fs::read(format!("/proc/{number}/cmdline")).ok()?;
+        let config = self.config_argument();
+        command_line.split(|byte| *byte == 0).any(|argument| argument == config.as_bytes()).then_some(process)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), PlumbingError> {
+        let Some(process) = self.find() else { return Ok(()) };
+        match pidfd_send_signal(process, signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(cause) => Err(PlumbingError::Failed(format!("cannot signal dnsmasq: {cause}"))),
+        }
+    }
+
+    /// Who had which address since dnsmasq started.
+    fn given(&self) -> BTreeMap<Ipv4Addr, String> {
+        let text = self.read("given");
+        let pairs = text.lines().filter_map(|line| line.split_once(' '));
+        pairs.filter_map(|(ipv4, mac)| Some((ipv4.parse().ok()?, mac.to_owned()))).collect()
+    }
+
+    fn config_argument(&self) -> String {
+        format!("--conf-file={}", self.directory.join("config").display())
+    }
+
+    /// A file that is missing is empty: it is written next.
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.directory.join(name)).unwrap_or_default()
+    }
+
+    fn write(&self, name: &str, content: &str) -> io::Result<()> {
+        let path = self.directory.join(name);
+        crate::volumes::files::replace(&path, content.as_bytes())?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
+    }
+}
+
+fn make_reachable(directory: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
+}
+
+#[cfg(test)]
+mod tests;

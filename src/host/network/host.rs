@@ -1,0 +1,241 @@
+//! [`Plumbing`] on a real host: netlink, nftables, dnsmasq, sysctl. It knows no records.
+//! `src/bin/toftd.rs` makes one. Everything it does is in the network namespace of the daemon.
+//!
+//! Rules come before devices: a tap is on a bridge only while the rules that bind it are in force.
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use model::NetworkId;
+use model::network::NetworkKind;
+use sys::tap::Tap;
+use tokio::sync::Mutex;
+
+use super::dnsmasq::{Dnsmasq, Files};
+use super::forwarding::Forwarding;
+use super::links::{self, Links};
+use super::nft::{self, Applied};
+use super::plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+use super::rules;
+
+/// [`Plumbing`] on a real host.
+pub struct HostPlumbing {
+    run_dir: PathBuf,
+    forwarding: Forwarding,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What the rules in force were made of.
+    wanted: Wanted,
+    /// Uplinks of the rules in force.
+    uplinks: Vec<String>,
+    /// What each dnsmasq was told by this daemon.
+    served: BTreeMap<NetworkId, Files>,
+}
+
+impl HostPlumbing {
+    /// What must not outlive a restart of the host is kept in `run_dir`, such as `/run/toft`: files of dnsmasq and
+    /// the record of forwarding. Every user must be able to reach it, because dnsmasq drops its privileges.
+    pub fn new(run_dir: impl Into<PathBuf>) -> HostPlumbing {
+        let run_dir = run_dir.into();
+        let forwarding = Forwarding::new(run_dir.join("forwarding"), Path::new("/proc/sys/net/ipv4"));
+        HostPlumbing { run_dir, forwarding, state: Mutex::default() }
+    }
+
+    fn dnsmasq(&self, id: NetworkId) -> Dnsmasq {
+        Dnsmasq::new(self.run_dir.join("networks").join(id.to_string()))
+    }
+
+    async fn ensure_all(&self, wanted: Wanted) -> BTreeMap<NetworkId, String> {
+        let mut state = self.state.lock().await;
+        let mut troubles = BTreeMap::new();
+        let links = match self.ensure_rules(&mut state, &wanted).await {
+            Ok(links) => links,
+            Err(trouble) => {
+                troubles.extend(wanted.segments.iter().map(|segment| (segment.id, trouble.to_string())));
+                return troubles;
+            }
+        };
+        for segment in &wanted.segments {
+            let ports: Vec<Port> =
+                wanted.ports.iter().filter(|port| port.network == segment.id).cloned().collect();
+            let ready = match links.ensure_bridge(segment).await {
+                Ok(()) => self.ensure_served(&mut state, segment, &ports).await,
+                Err(trouble) => Err(trouble),
+            };
+            if let Err(trouble) = ready {
+                troubles.insert(segment.id, trouble.to_string());
+            }
+        }
+        troubles
+    }
+
+    async fn ensure_rules(&self, state: &mut State, wanted: &Wanted) -> Result<Links, PlumbingError> {
+        let links = Links::open()?;
+        if wanted.segments.is_empty() {
+            self.clear_rules(state).await?;
+            return Ok(links);
+        }
+        let nat = wanted.segments.iter().any(|segment| segment.kind == NetworkKind::Nat);
+        let uplinks = if nat { links.uplinks().await? } else { Vec::new() };
+        std::fs::create_dir_all(&self.run_dir).map_err(|cause| file_trouble(&self.run_dir, cause))?;
+        let planned = self.forwarding.plan(&uplinks).map_err(forwarding_trouble)?;
+        nft::apply(&rules::ruleset(wanted, &planned)).await?;
+        self.forwarding.switch_on(&planned).map_err(forwarding_trouble)?;
+        state.wanted = wanted.clone();
+        state.uplinks = planned;
+        Ok(links)
+    }
+
+    /// Nothing of Toft's rules and forwarding is left on a host without networks.
+    async fn clear_rules(&self, state: &mut State) -> Result<(), PlumbingError> {
+        nft::apply(&rules::removal()).await?;
+        self.forwarding.restore().map_err(forwarding_trouble)?;
+        state.wanted = Wanted::default();
+        state.uplinks.clear();
+        Ok(())
+    }
+
+    async fn ensure_served(
+        &self,
+        state: &mut State,
+        segment: &Segment,
+        ports: &[Port],
+    ) -> Result<(), PlumbingError> {
+        let dnsmasq = self.dnsmasq(segment.id);
+        let files = dnsmasq.files(segment, ports);
+        if state.served.get(&segment.id) == Some(&files) && dnsmasq.is_running() {
+            return Ok(());
+        }
+        state.served.remove(&segment.id);
+        dnsmasq.serve(&files, ports).await?;
+        state.served.insert(segment.id, files);
+        Ok(())
+    }
+
+    async fn plug_in(&self, segment: Segment, port: Port) -> Result<OwnedFd, PlumbingError> {
+        let mut state = self.state.lock().await;
+        self.admit(&mut state, &port).await?;
+        let links = Links::open()?;
+        let name = port.tap();
+        links.remove(&name).await?;
+        let tap = Tap::create(&name).map_err(|cause| tap_trouble(&name, cause))?;
+        links.enslave(&name, &segment).await?;
+        Ok(tap.into())
+    }
+
+    /// Somebody may have flushed the tables; then they are made again before anything is let through.
+    async fn admit(&self, state: &mut State, port: &Port) -> Result<(), PlumbingError> {
+        if nft::apply(&rules::admit(port)).await? == Applied::Yes {
+            return Ok(());
+        }
+        tracing::warn!("Toft's nftables rules were gone and are made again");
+        let mut wanted = state.wanted.clone();
+        wanted.ports.retain(|known| known.mac != port.mac);
+        wanted.ports.push(port.clone());
+        nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
+        state.wanted = wanted;
+        Ok(())
+    }
+
+    async fn unplug_all(&self, ports: Vec<Port>) -> Result<(), PlumbingError> {
+        let _state = self.state.lock().await;
+        let links = Links::open()?;
+        for port in &ports {
+            links.remove(&port.tap()).await?;
+        }
+        // Without tables there is nothing to take out of them.
+        let text: String = ports.iter().map(rules::silence).collect();
+        nft::apply(&text).await.map(|_| ())
+    }
+
+    async fn remove_network(&self, segment: Segment) -> Result<(), PlumbingError> {
+        let mut state = self.state.lock().await;
+        self.dnsmasq(segment.id).remove().await?;
+        state.served.remove(&segment.id);
+        Links::open()?.remove_bridge(&segment).await?;
+        let mut wanted = state.wanted.clone();
+        wanted.segments.retain(|other| other.id != segment.id);
+        wanted.ports.retain(|port| port.network != segment.id);
+        if wanted.segments.is_empty() {
+            return self.clear_rules(&mut state).await;
+        }
+        nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
+        state.wanted = wanted;
+        Ok(())
+    }
+}
+
+impl Plumbing for HostPlumbing {
+    fn surroundings(&self) -> BoxFuture<'_, Surroundings> {
+        async {
+            let found = match Links::open() {
+                Ok(links) => links.surroundings().await,
+                Err(trouble) => Err(trouble),
+            };
+            found.unwrap_or_else(|trouble| {
+                tracing::warn!("a new network may overlap what the host reaches: {trouble}");
+                Surroundings::default()
+            })
+        }
+        .boxed()
+    }
+
+    fn ensure(&self, wanted: Wanted) -> BoxFuture<'_, BTreeMap<NetworkId, String>> {
+        self.ensure_all(wanted).boxed()
+    }
+
+    fn serve(&self, segment: Segment, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
+        async move {
+            let mut state = self.state.lock().await;
+            self.ensure_served(&mut state, &segment, &ports).await
+        }
+        .boxed()
+    }
+
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
+        self.plug_in(segment, port).boxed()
+    }
+
+    fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
+        self.unplug_all(ports).boxed()
+    }
+
+    fn remove(&self, segment: Segment) -> BoxFuture<'_, Result<(), PlumbingError>> {
+        self.remove_network(segment).boxed()
+    }
+}
+
+fn file_trouble(path: &Path, cause: io::Error) -> PlumbingError {
+    let detail = format!("cannot write {}: {cause}", path.display());
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => PlumbingError::Unprepared(format!("{detail}; run toftd as root")),
+        _ => PlumbingError::Failed(detail),
+    }
+}
+
+fn forwarding_trouble(cause: io::Error) -> PlumbingError {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            PlumbingError::Unprepared(format!(
+                "IPv4 forwarding cannot be switched on ({cause}); run toftd as root, with /proc/sys writable"
+            ))
+        }
+        _ => PlumbingError::Failed(format!("IPv4 forwarding cannot be switched on: {cause}")),
+    }
+}
+
+fn tap_trouble(name: &str, cause: io::Error) -> PlumbingError {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => links::unprivileged(),
+        io::ErrorKind::NotFound => PlumbingError::Unprepared(
+            "/dev/net/tun is missing; load the kernel module with `modprobe tun`".to_owned(),
+        ),
+        _ => PlumbingError::Failed(format!("cannot make the tap {name}: {cause}")),
+    }
+}

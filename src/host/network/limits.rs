@@ -1,0 +1,43 @@
+//! Bounds of networks, each with the reason for its size.
+
+use std::time::Duration;
+
+/// Shortest prefix of a network: 65,533 servers, more than one host can run.
+pub const PREFIX_MIN: u8 = 16;
+
+/// Longest prefix of a network: the smallest range with more than one address for servers worth having.
+pub const PREFIX_MAX: u8 = 29;
+
+/// Prefix of a network whose range Toft chooses.
+pub const PREFIX_CHOSEN: u8 = 24;
+
+/// Bridges are numbered below this; more networks than that on one host is a mistake.
+pub const BRIDGES_MAX: u32 = 4096;
+
+/// Longest run of `nft`: it takes milliseconds, unless the machine is in deep trouble.
+pub const NFT_MAX: Duration = Duration::from_secs(20);
+
+/// What is kept of what `nft` and `dnsmasq` say about a failure, in bytes: enough for a person.
+pub const COMPLAINT_BYTES_MAX: usize = 2048;
+
+/// Longest wait for dnsmasq to have started (it returns when it serves) or ended.
+pub const DNSMASQ_MAX: Duration = Duration::from_secs(10);
+
+/// Pause between two looks at whether dnsmasq has ended.
+pub const DNSMASQ_LOOK: Duration = Duration::from_millis(10);
+
+/// Tries to find a MAC that no interface has: with 16 million of them each try nearly always succeeds.
+pub const MAC_TRIES_MAX: u32 = 64;
+
+/// Length of a DHCP lease in seconds. Addresses are fixed, so leases only say how often a guest asks again.
+pub const LEASE_S: u32 = 3600;
+
+/// Largest packet on a network in bytes: Ethernet's, which every uplink carries.
+pub const MTU: u16 = 1500;
+
+/// How often everything is looked at again unasked: the longest time that flushed rules or a dead DHCP server
+/// go unnoticed. One pass costs a few milliseconds.
+pub const SETTLE_EVERY: Duration = Duration::from_secs(60);
+
+/// Pause after a pass that failed, as when the disk is full.
+pub const SETTLE_AGAIN: Duration = Duration::from_secs(2);

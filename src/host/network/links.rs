@@ -1,0 +1,252 @@
+//! Devices, addresses and routes of the host's kernel, over netlink. It knows no rules and no records.
+//! `HostPlumbing` uses it. Every call opens a socket of its own, in the network namespace of the calling thread.
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+
+use futures_util::TryStreamExt;
+use model::network::NetworkKind;
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
+use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkUnspec, RouteMessageBuilder};
+
+use super::cidr::Cidr;
+use super::mac::Mac;
+use super::plumbing::{PlumbingError, Segment, Surroundings};
+
+/// Shorter prefixes than this are ways out by another name (VPNs split the default route in two), not ranges that
+/// a network must stay clear of.
+const RANGE_PREFIX_MIN: u8 = 8;
+
+/// A netlink socket.
+pub(super) struct Links {
+    handle: Handle,
+    connection: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+struct Device {
+    index: u32,
+    mac: Option<Mac>,
+    is_bridge: bool,
+}
+
+impl Links {
+    /// Opens a socket; needs no privilege.
+    pub(super) fn open() -> Result<Links, PlumbingError> {
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(|cause| PlumbingError::Failed(format!("cannot open a netlink socket: {cause}")))?;
+        Ok(Links { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// What the host has already.
+    pub(super) async fn surroundings(&self) -> Result<Surroundings, PlumbingError> {
+        let links = self.all_links().await?;
+        let routes = self.routes().await?;
+        Ok(Surroundings {
+            ranges: routes
+                .iter()
+                .filter_map(destination)
+                .filter(|r| r.prefix() >= RANGE_PREFIX_MIN)
+                .collect(),
+            devices: links.iter().filter_map(|(_, name)| name.clone()).collect(),
+        })
+    }
+
+    /// Names of the devices that have a default route.
+    pub(super) async fn uplinks(&self) -> Result<Vec<String>, PlumbingError> {
+        let links = self.all_links().await?;
+        let mut uplinks = Vec::new();
+        for route in self.routes().await? {
+            if destination(&route).is_some() {
+                continue;
+            }
+            let out = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let name = links.iter().find(|(index, _)| Some(*index) == out).and_then(|(_, name)| name.clone());
+            uplinks.extend(name.filter(|name| !uplinks.contains(name)));
+        }
+        Ok(uplinks)
+    }
+
+    /// Makes the bridge of a network with its address, and brings it up. Fails when a device of that name is
+    /// there that Toft did not make.
+    pub(super) async fn ensure_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
+        let name = &segment.bridge;
+        let mac = Mac::of_bridge(segment.id);
+        if self.find(name).await?.is_none() {
+            let bridge =
+                LinkBridge::new(name).address(mac.0.to_vec()).mtu(segment.mtu.into()).mcast_snooping(false);
+            self.handle
+                .link()
+                .add(bridge.build())
+                .execute()
+                .await
+                .map_err(|cause| failed("make", name, cause))?;
+        }
+        let index = self.own_bridge(segment).await?.ok_or_else(|| vanished(name))?;
+        // Guests speak IPv4 with the host; no IPv6 address of the host is to be reachable from them.
+        set_switch(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+        let forwarding = if segment.kind == NetworkKind::Nat { "1" } else { "0" };
+        set_switch(&format!("ipv4/conf/{name}/forwarding"), forwarding)?;
+        let address = AddressMessageBuilder::<Ipv4Addr>::new()
+            .index(index)
+            .address(segment.cidr.gateway(), segment.cidr.prefix());
+        let mut request = self
+            .handle
+            .address()
+            .add(index, IpAddr::V4(segment.cidr.gateway()), segment.cidr.prefix())
+            .replace();
+        *request.message_mut() = address.build();
+        request.execute().await.map_err(|cause| failed("give an address to", name, cause))?;
+        let up = LinkUnspec::new_with_index(index).mtu(segment.mtu.into()).up().build();
+        self.handle.link().change(up).execute().await.map_err(|cause| failed("bring up", name, cause))
+    }
+
+    /// Removes the bridge of a network, if it is there and Toft's.
+    pub(super) async fn remove_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
+        match self.own_bridge(segment).await {
+            Ok(Some(index)) => self.delete(index, &segment.bridge).await,
+            Ok(None) | Err(PlumbingError::Unprepared(_)) => Ok(()),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Puts a tap on a bridge and brings it up.
+    pub(super) async fn enslave(&self, tap: &str, segment: &Segment) -> Result<(), PlumbingError> {
+        let bridge = self.own_bridge(segment).await?.ok_or_else(|| vanished(&segment.bridge))?;
+        let port = self.find(tap).await?.ok_or_else(|| vanished(tap))?;
+        set_switch(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")?;
+        let up =
+            LinkUnspec::new_with_index(port.index).controller(bridge).mtu(segment.mtu.into()).up().build();
+        self.handle.link().change(up).execute().await.map_err(|cause| failed("connect", tap, cause))
+    }
+
+    /// Removes a device, if it is there.
+    pub(super) async fn remove(&self, name: &str) -> Result<(), PlumbingError> {
+        match self.find(name).await? {
+            Some(device) => self.delete(device.index, name).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn delete(&self, index: u32, name: &str) -> Result<(), PlumbingError> {
+        match self.handle.link().del(index).execute().await {
+            Err(cause) if code(&cause) == Some(ENODEV) => Ok(()),
+            other => other.map_err(|cause| failed("remove", name, cause)),
+        }
+    }
+
+    /// Index of the network's bridge; none when there is no device of its name.
+    async fn own_bridge(&self, segment: &Segment) -> Result<Option<u32>, PlumbingError> {
+        match self.find(&segment.bridge).await? {
+            Some(Device { index, mac, is_bridge: true }) if mac == Some(Mac::of_bridge(segment.id)) => {
+                Ok(Some(index))
+            }
+            Some(_) => Err(PlumbingError::Unprepared(format!(
+                "a device named {} is there that Toft did not make; remove it with `ip link delete {}`",
+                segment.bridge, segment.bridge
+            ))),
+            None => Ok(None),
+        }
+    }
+
+    async fn find(&self, name: &str) -> Result<Option<Device>, PlumbingError> {
+        match self.handle.link().get().match_name(name.to_owned()).execute().try_next().await {
+            Ok(found) => Ok(found.map(|message| device(&message))),
+            Err(cause) if code(&cause) == Some(ENODEV) => Ok(None),
+            Err(cause) => Err(failed("find", name, cause)),
+        }
+    }
+
+    async fn all_links(&self) -> Result<Vec<(u32, Option<String>)>, PlumbingError> {
+        let messages: Result<Vec<LinkMessage>, _> = self.handle.link().get().execute().try_collect().await;
+        let messages = messages.map_err(|cause| failed("list", "devices", cause))?;
+        Ok(messages.iter().map(|message| (message.header.index, name(message))).collect())
+    }
+
+    /// IPv4 routes of the main table.
+    async fn routes(&self) -> Result<Vec<RouteMessage>, PlumbingError> {
+        let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes: Result<Vec<RouteMessage>, _> =
+            self.handle.route().get(query).execute().try_collect().await;
+        let mut routes = routes.map_err(|cause| failed("list", "routes", cause))?;
+        routes.retain(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
+        Ok(routes)
+    }
+}
+
+/// Where a route leads; none for a default route.
+fn destination(route: &RouteMessage) -> Option<Cidr> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(base))
+            if route.header.destination_prefix_length > 0 =>
+        {
+            Some(Cidr::around(*base, route.header.destination_prefix_length))
+        }
+        _ => None,
+    })
+}
+
+fn name(message: &LinkMessage) -> Option<String> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    })
+}
+
+fn device(message: &LinkMessage) -> Device {
+    let mut device = Device { index: message.header.index, mac: None, is_bridge: false };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::Address(bytes) => device.mac = bytes.as_slice().try_into().ok().map(Mac),
+            LinkAttribute::LinkInfo(infos) => {
+                device.is_bridge = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bridge)));
+            }
+            _ => {}
+        }
+    }
+    device
+}
+
+/// Kernel without IPv6 has no such switch, and needs none.
+fn set_switch(name: &str, value: &str) -> Result<(), PlumbingError> {
+    match std::fs::write(Path::new("/proc/sys/net").join(name), value) {
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => Err(unprivileged()),
+        Err(cause) => Err(PlumbingError::Failed(format!("cannot set {name}: {cause}"))),
+        Ok(()) => Ok(()),
+    }
+}
+
+const EPERM: i32 = 1;
+const ENODEV: i32 = 19;
+
+fn code(cause: &rtnetlink::Error) -> Option<i32> {
+    match cause {
+        rtnetlink::Error::NetlinkError(message) => Some(message.raw_code().saturating_neg()),
+        _ => None,
+    }
+}
+
+fn failed(what: &str, name: &str, cause: rtnetlink::Error) -> PlumbingError {
+    if code(&cause) == Some(EPERM) {
+        return unprivileged();
+    }
+    PlumbingError::Failed(format!("cannot {what} {name}: {cause}"))
+}
+
+fn vanished(name: &str) -> PlumbingError {
+    PlumbingError::Failed(format!("the device {name} is gone; it comes back within a minute"))
+}
+
+/// The daemon may not change network devices.
+pub(super) fn unprivileged() -> PlumbingError {
+    PlumbingError::Unprepared("the daemon may not change network devices; run toftd as root".to_owned())
+}

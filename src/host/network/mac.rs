@@ -1,0 +1,85 @@
+//! Hardware addresses of servers and names of their taps, derived from identities so that they can be known
+//! before anything exists. Pure. `servers` asks for them when a server is made.
+
+use std::fmt;
+use std::str::FromStr;
+
+use model::{NetworkId, ServerId};
+use sha2::{Digest, Sha256};
+
+use super::limits::MAC_TRIES_MAX;
+
+/// A hardware address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mac(pub [u8; 6]);
+
+/// The text is not a hardware address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a hardware address such as 52:54:00:12:34:56")]
+pub struct BadMac(String);
+
+impl Mac {
+    /// The address of interface `index` of a server: 52:54:00 and 24 bits of a digest, so a server keeps its
+    /// address for ever and a database restored elsewhere gives the same. `taken` says whether another
+    /// interface has it; then the next of the sequence is tried. None when all tries were taken.
+    pub fn of_server(server: ServerId, index: u8, taken: impl Fn(Mac) -> bool) -> Option<Mac> {
+        (0..MAC_TRIES_MAX)
+            .map(|attempt| {
+                let mut digest = Sha256::new();
+                digest.update(server.0.as_bytes());
+                digest.update([index]);
+                digest.update(attempt.to_be_bytes());
+                let bytes = digest.finalize();
+                Mac([0x52, 0x54, 0x00, bytes[0], bytes[1], bytes[2]])
+            })
+            .find(|mac| !taken(*mac))
+    }
+
+    /// The address of a network's bridge: locally administered, and 40 bits of a digest. A bridge that has it
+    /// is known to be Toft's, because address and device are made in one step.
+    pub fn of_bridge(network: NetworkId) -> Mac {
+        let bytes = Sha256::digest(network.0.as_bytes());
+        Mac([0x02, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]])
+    }
+
+    /// Name of the tap of the interface that has this address. Addresses are unique on the host, so names are.
+    pub fn tap_name(self) -> String {
+        let [.., a, b, c] = self.0;
+        format!("{TAP_PREFIX}{a:02x}{b:02x}{c:02x}")
+    }
+}
+
+/// Every tap's name begins with it, and no bridge's does: the anti-spoofing rules catch taps by this prefix, so
+/// that a tap they do not know passes nothing.
+pub const TAP_PREFIX: &str = "tofttap";
+
+/// Every bridge's name begins with it.
+pub const BRIDGE_PREFIX: &str = "toftbr";
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for Mac {
+    type Err = BadMac;
+
+    fn from_str(text: &str) -> Result<Mac, BadMac> {
+        let bad = || BadMac(text.chars().take(32).collect());
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or_else(bad)?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        if parts.next().is_some() { Err(bad()) } else { Ok(Mac(bytes)) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

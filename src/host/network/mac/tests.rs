@@ -1,0 +1,52 @@
+use std::collections::BTreeSet;
+
+use super::*;
+
+#[test]
+fn a_servers_address_stays_and_its_interfaces_differ() {
+    let server = ServerId::new();
+    let first = Mac::of_server(server, 0, |_| false).unwrap();
+    assert_eq!(first, Mac::of_server(server, 0, |_| false).unwrap());
+    assert_ne!(first, Mac::of_server(server, 1, |_| false).unwrap());
+    assert!(first.to_string().starts_with("52:54:00:"));
+}
+
+#[test]
+fn a_taken_address_gives_way_to_the_next() {
+    let server = ServerId::new();
+    let mut taken = BTreeSet::new();
+    for _ in 0..5 {
+        let mac = Mac::of_server(server, 0, |mac| taken.contains(&mac)).unwrap();
+        assert!(taken.insert(mac));
+    }
+    assert_eq!(Mac::of_server(server, 0, |_| true), None);
+}
+
+#[test]
+fn names_fit_the_kernels_fifteen_characters_and_taps_are_told_from_bridges() {
+    let tap = Mac([0x52, 0x54, 0, 0xab, 0, 0x0f]).tap_name();
+    assert_eq!(tap, "tofttapab000f");
+    assert!(tap.len() <= 15);
+    assert!(!BRIDGE_PREFIX.starts_with(TAP_PREFIX) && !TAP_PREFIX.starts_with(BRIDGE_PREFIX));
+}
+
+#[test]
+fn a_bridge_has_a_local_unicast_address() {
+    let Mac([first, ..]) = Mac::of_bridge(NetworkId::new());
+    assert_eq!(first & 0b11, 0b10);
+}
+
+#[test]
+fn text_is_read_strictly() {
+    assert_eq!("52:54:00:0a:0B:0c".parse::<Mac>().unwrap().to_string(), "52:54:00:0a:0b:0c");
+    for bad in [
+        "",
+        "52:54:00:0a:0b",
+        "52:54:00:0a:0b:0c:0d",
+        "52-54-00-0a-0b-0c",
+        "+2:54:00:0a:0b:0c",
+        "é:54:00:0a:0b:0c",
+    ] {
+        assert!(bad.parse::<Mac>().is_err(), "{bad:?} was taken");
+    }
+}

@@ -1,0 +1,151 @@
+//! The text of Toft's nftables rules. Pure: `nft` applies it; a golden file and tests with real frames hold it.
+//! All of it lies in the tables `inet toft` and `bridge toft`; nothing else is read, changed or flushed.
+//!
+//! `bridge toft` sees each frame as it leaves a guest, before the bridge or the host does anything with it. It
+//! passes ARP and IPv4 with the sender's own addresses, and drops the rest: IPv6 (networks are IPv4), VLAN tags
+//! (they would hide what is inside), anything from a tap that is not in the sets. `inet toft` decides what may
+//! reach the host and pass through it.
+
+use std::fmt::Write;
+
+use model::network::NetworkKind;
+
+use super::mac::{BRIDGE_PREFIX, TAP_PREFIX};
+use super::plumbing::{Port, Wanted};
+
+/// Both tables, complete, in place of what they were. One transaction: there is no moment without rules.
+/// `uplinks` are devices whose forwarding Toft switched on: through them the host forwards to Toft's networks
+/// and to nothing else, as before.
+pub fn ruleset(wanted: &Wanted, uplinks: &[String]) -> String {
+    let mut text = removal();
+    bridge_table(&mut text, &wanted.ports);
+    inet_table(&mut text, wanted, uplinks);
+    text
+}
+
+/// Takes both tables away, whether they are there or not.
+pub fn removal() -> String {
+    "add table bridge toft\ndelete table bridge toft\nadd table inet toft\ndelete table inet toft\n"
+        .to_owned()
+}
+
+/// Lets `port` speak. Adding what is there changes nothing.
+pub fn admit(port: &Port) -> String {
+    elements(port).map(|(set, element)| format!("add element bridge toft {set} {{ {element} }}\n")).concat()
+}
+
+/// Silences `port`. It is added first because removing what is not there would fail.
+pub fn silence(port: &Port) -> String {
+    let removal =
+        elements(port).map(|(set, element)| format!("delete element bridge toft {set} {{ {element} }}\n"));
+    admit(port) + &removal.concat()
+}
+
+fn elements(port: &Port) -> [(&'static str, String); 2] {
+    let tap = port.tap();
+    [("senders", format!("\"{tap}\" . {}", port.mac)), ("addresses", format!("\"{tap}\" . {}", port.ipv4))]
+}
+
+fn bridge_table(text: &mut String, ports: &[Port]) {
+    let mut sets = [String::new(), String::new()];
+    for (at, separator) in ports.iter().zip(std::iter::once("").chain(std::iter::repeat(",\n            "))) {
+        for (set, (_, element)) in sets.iter_mut().zip(elements(at)) {
+            set.push_str(separator);
+            set.push_str(&element);
+        }
+    }
+    let [senders, addresses] = sets.map(|set| match set.as_str() {
+        "" => String::new(),
+        set => format!("\n        elements = {{\n            {set}\n        }}"),
+    });
+    // Writing to a String cannot fail.
+    let _ = write!(
+        text,
+        r#"
+table bridge toft {{
+    set senders {{
+        type ifname . ether_addr{senders}
+    }}
+    set addresses {{
+        type ifname . ipv4_addr{addresses}
+    }}
+    chain from_port {{
+        type filter hook prerouting priority -300; policy accept;
+        iifname "{TAP_PREFIX}*" jump from_guest
+    }}
+    chain from_guest {{
+        iifname . ether saddr != @senders counter drop
+        ether type arp goto arp_from_guest
+        ether type ip goto ipv4_from_guest
+        counter drop
+    }}
+    chain arp_from_guest {{
+        arp htype != 1 counter drop
+        arp ptype != ip counter drop
+        arp hlen != 6 counter drop
+        arp plen != 4 counter drop
+        iifname . arp saddr ether != @senders counter drop
+        arp operation request arp saddr ip 0.0.0.0 accept
+        iifname . arp saddr ip != @addresses counter drop
+        accept
+    }}
+    chain ipv4_from_guest {{
+        udp sport 67 counter drop
+        ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
+        iifname . ip saddr != @addresses counter drop
+        accept
+    }}
+}}
+"#
+    );
+}
+
+fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String]) {
+    let mut through = String::new();
+    let mut masquerade = String::new();
+    for segment in &wanted.segments {
+        let (bridge, cidr) = (&segment.bridge, segment.cidr);
+        let _ = writeln!(through, "        iifname \"{bridge}\" oifname \"{bridge}\" accept");
+        if segment.kind == NetworkKind::Nat {
+            let _ = writeln!(
+                through,
+                "        iifname \"{bridge}\" oifname != \"{BRIDGE_PREFIX}*\" ip saddr {cidr} accept\n        iifname \
+                 != \"{BRIDGE_PREFIX}*\" oifname \"{bridge}\" ip daddr {cidr} ct state established,related accept"
+            );
+            let _ = writeln!(
+                masquerade,
+                "        oifname != \"{BRIDGE_PREFIX}*\" ip saddr {cidr} ip daddr != {cidr} masquerade"
+            );
+        }
+    }
+    for uplink in uplinks {
+        let _ = writeln!(through, "        iifname \"{uplink}\" counter drop");
+    }
+    let _ = write!(
+        text,
+        r#"
+table inet toft {{
+    chain to_host {{
+        type filter hook input priority 0; policy accept;
+        iifname "{BRIDGE_PREFIX}*" goto guest_to_host
+    }}
+    chain guest_to_host {{
+        ct state established,related accept
+        meta nfproto != ipv4 counter drop
+        udp dport {{ 53, 67 }} accept
+        tcp dport 53 accept
+        icmp type echo-request accept
+        counter drop
+    }}
+    chain through_host {{
+        type filter hook forward priority 0; policy accept;
+{through}        iifname "{BRIDGE_PREFIX}*" counter drop
+        oifname "{BRIDGE_PREFIX}*" counter drop
+    }}
+    chain leaving {{
+        type nat hook postrouting priority 100; policy accept;
+{masquerade}    }}
+}}
+"#
+    );
+}

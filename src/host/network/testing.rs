@@ -1,0 +1,112 @@
+//! [`Plumbing`] that only remembers, for tests of everything above it without privileges. It refuses what a real
+//! host would refuse: a plug into a network that is not there.
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use model::NetworkId;
+
+use super::plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+
+/// [`Plumbing`] that only remembers.
+#[derive(Debug, Default)]
+pub struct FakePlumbing {
+    scene: Mutex<Scene>,
+}
+
+/// What a fake host has.
+#[derive(Debug, Clone, Default)]
+pub struct Scene {
+    /// What [`Plumbing::surroundings`] answers.
+    pub surroundings: Surroundings,
+    /// When present, the host can do nothing, for this reason.
+    pub trouble: Option<PlumbingError>,
+    /// Networks that have a bridge.
+    pub segments: BTreeMap<NetworkId, Segment>,
+    /// Interfaces that DHCP and DNS of each network know.
+    pub served: BTreeMap<NetworkId, Vec<Port>>,
+    /// Taps that were made and not removed, by name.
+    pub taps: BTreeMap<String, Port>,
+}
+
+impl FakePlumbing {
+    /// A host that has and knows nothing, and can do everything.
+    pub fn new() -> FakePlumbing {
+        FakePlumbing::default()
+    }
+
+    /// What the host has, to look at and to change.
+    pub fn scene(&self) -> MutexGuard<'_, Scene> {
+        self.scene.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn able(&self) -> Result<MutexGuard<'_, Scene>, PlumbingError> {
+        let scene = self.scene();
+        match &scene.trouble {
+            Some(trouble) => Err(trouble.clone()),
+            None => Ok(scene),
+        }
+    }
+}
+
+impl Plumbing for FakePlumbing {
+    fn surroundings(&self) -> BoxFuture<'_, Surroundings> {
+        let surroundings = self.scene().surroundings.clone();
+        async { surroundings }.boxed()
+    }
+
+    fn ensure(&self, wanted: Wanted) -> BoxFuture<'_, BTreeMap<NetworkId, String>> {
+        let troubles = match self.able() {
+            Ok(mut scene) => {
+                for segment in wanted.segments {
+                    let ports =
+                        wanted.ports.iter().filter(|port| port.network == segment.id).cloned().collect();
+                    scene.served.insert(segment.id, ports);
+                    scene.segments.insert(segment.id, segment);
+                }
+                BTreeMap::new()
+            }
+            Err(trouble) => wanted.segments.iter().map(|segment| (segment.id, trouble.to_string())).collect(),
+        };
+        async { troubles }.boxed()
+    }
+
+    fn serve(&self, segment: Segment, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
+        let outcome = self.able().map(|mut scene| {
+            scene.served.insert(segment.id, ports);
+        });
+        async { outcome }.boxed()
+    }
+
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
+        let outcome = self.able().and_then(|mut scene| {
+            if !scene.segments.contains_key(&segment.id) {
+                return Err(PlumbingError::Failed(format!("there is no bridge {}", segment.bridge)));
+            }
+            scene.taps.insert(port.tap(), port);
+            let stand_in = File::options().read(true).write(true).open("/dev/null");
+            stand_in.map(OwnedFd::from).map_err(|cause| PlumbingError::Failed(cause.to_string()))
+        });
+        async { outcome }.boxed()
+    }
+
+    fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
+        let outcome = self.able().map(|mut scene| {
+            for port in ports {
+                scene.taps.remove(&port.tap());
+            }
+        });
+        async { outcome }.boxed()
+    }
+
+    fn remove(&self, segment: Segment) -> BoxFuture<'_, Result<(), PlumbingError>> {
+        let outcome = self.able().map(|mut scene| {
+            scene.segments.remove(&segment.id);
+            scene.served.remove(&segment.id);
+        });
+        async { outcome }.boxed()
+    }
+}

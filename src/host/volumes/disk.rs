@@ -1,0 +1,140 @@
+//! The file of a volume: making, opening, growing it. It knows no records but their sizes.
+//! `volumes` calls it. Everything that touches the disk runs on a thread that may wait.
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use model::volume::FillMethod;
+use model::{Code, VolumeId};
+use rustix::fs::OFlags;
+
+use super::files::Unfinished;
+use super::fill::{Watch, fill};
+use super::limits::PROGRESS_EVERY;
+use crate::core::Shared;
+use crate::error::{Error, Result};
+
+/// Makes the file at `place`, filled from `source`, and says how. When this fails nothing lies there.
+pub(super) async fn make(
+    place: PathBuf,
+    source: Option<File>,
+    size_bytes: u64,
+    cancelled: &(dyn Fn() -> bool + Send + Sync),
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+) -> Result<FillMethod> {
+    let watch = Arc::new(Watch::default());
+    // Whoever waits may be dropped; then nobody wants the file any more.
+    let _stop = StopOnDrop(watch.clone());
+    let shared = watch.clone();
+    let shown = place.display().to_string();
+    let mut work =
+        tokio::task::spawn_blocking(move || make_now(&place, source.as_ref(), size_bytes, &shared));
+    let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut work => break outcome,
+            _ = tick.tick() => {
+                progress(watch.done.load(Ordering::Relaxed), watch.total.load(Ordering::Relaxed));
+                if cancelled() {
+                    watch.cancelled.store(true, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    match outcome {
+        Ok(Ok(method)) => Ok(method),
+        Ok(Err(cause)) if cause.kind() == io::ErrorKind::Interrupted => {
+            Err(Error::new(Code::Draining, "the volume was not filled to the end, as was asked"))
+        }
+        Ok(Err(cause)) => Err(file_trouble(format!("cannot fill {shown}"), cause)),
+        Err(cause) => Err(Error::internal(format!("filling {shown} ended badly"), cause)),
+    }
+}
+
+fn make_now(place: &Path, source: Option<&File>, size_bytes: u64, watch: &Watch) -> io::Result<FillMethod> {
+    let mut unfinished = Unfinished::create(place)?;
+    let method = match source {
+        Some(source) => fill(source, unfinished.file(), size_bytes, watch)?,
+        None => {
+            unfinished.file().set_len(size_bytes)?;
+            FillMethod::Empty
+        }
+    };
+    watch.check()?;
+    unfinished.finish()?;
+    Ok(method)
+}
+
+struct StopOnDrop(Arc<Watch>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Opens the file of a volume for reading and writing and takes its lock; none when another opening has it,
+/// or when there is no file. The lock belongs to the opening: it goes with the descriptor to the VMM and lasts until the last copy is closed, so
+/// it outlives the daemon and no disk is ever given to two machines.
+pub(super) async fn hold(core: &Shared, id: VolumeId) -> Result<Option<File>> {
+    let place = core.dirs.volume(id);
+    blocking(move || hold_now(&place))
+        .await
+        .map_err(|cause| Error::file(format!("cannot open the file of volume {id}"), cause))
+}
+
+fn hold_now(place: &Path) -> io::Result<Option<File>> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+    let flags = i32::try_from(flags).map_err(|cause| io::Error::new(io::ErrorKind::InvalidInput, cause))?;
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(place);
+    let file = match opened {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file"));
+    }
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(cause)) => Err(cause),
+    }
+}
+
+/// Makes the file at least `size_bytes` long, and answers it.
+pub(super) async fn grow(file: File, size_bytes: u64) -> Result<File> {
+    let grown = blocking(move || {
+        if file.metadata()?.len() < size_bytes {
+            file.set_len(size_bytes)?;
+            file.sync_all()?;
+        }
+        Ok(file)
+    });
+    grown.await.map_err(|cause| file_trouble("cannot grow the volume".to_owned(), cause))
+}
+
+/// The disk being full has a code of its own, and so has a file that the file system cannot hold.
+fn file_trouble(what: String, cause: io::Error) -> Error {
+    match cause.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            Error::new(
+                Code::DiskFull,
+                "the host's disk is full; delete volumes or images, or add space, and try again",
+            )
+            .caused_by(cause)
+        }
+        _ => Error::file(what, cause),
+    }
+}
+
+/// Runs work that waits for the disk.
+pub(super) async fn blocking<T, F>(work: F) -> io::Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> io::Result<T> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|cause| Err(io::Error::other(cause)))
+}

@@ -1,0 +1,82 @@
+//! Files that appear whole or not at all: written beside their place under another name, flushed, then renamed.
+//! It knows no volumes. Every module of this room that writes files uses it.
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Ends the name of a file that is being written. Nothing that a crash leaves under such a name is worth keeping.
+pub(crate) const UNFINISHED: &str = ".unfinished";
+
+/// Replaces `path` by a file of these bytes that its owner alone can read.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut unfinished = Unfinished::create(path)?;
+    unfinished.file().write_all(content)?;
+    unfinished.finish()
+}
+
+/// A file that takes its place with [`Unfinished::finish`]; dropped before, it is removed.
+pub(crate) struct Unfinished {
+    file: File,
+    path: PathBuf,
+    place: PathBuf,
+    finished: bool,
+}
+
+impl Unfinished {
+    /// Starts a file that is to lie at `place`, in place of what an earlier try left.
+    pub(crate) fn create(place: &Path) -> io::Result<Unfinished> {
+        let mut path = place.as_os_str().to_owned();
+        path.push(UNFINISHED);
+        let path = PathBuf::from(path);
+        remove(&path)?;
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+        Ok(Unfinished { file, path, place: place.to_owned(), finished: false })
+    }
+
+    /// To write to.
+    pub(crate) fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Flushes it to the disk and gives it its place.
+    pub(crate) fn finish(mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.path, &self.place)?;
+        self.finished = true;
+        sync_parent(&self.place)
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.finished {
+            // The next start removes what cannot be removed now.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes names in the directory of `path` last through a power failure.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// Removes a file; that there is none is no error.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Removes a directory with all that is in it; that there is none is no error.
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

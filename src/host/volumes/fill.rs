@@ -1,0 +1,108 @@
+//! Fills a new file from another: by sharing its blocks where the file system can (FICLONE, ioctl_ficlone(2)),
+//! else by copying data and leaving holes. It knows no records and no paths. `volumes` calls it.
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use model::volume::FillMethod;
+use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use rustix::io::Errno;
+
+use super::limits::PIECE_BYTES;
+
+/// How far a copy is, and whether it should stop; shared with whoever waits for it.
+#[derive(Debug, Default)]
+pub(crate) struct Watch {
+    /// Set to stop.
+    pub(crate) cancelled: AtomicBool,
+    /// Bytes of data copied.
+    pub(crate) done: AtomicU64,
+    /// Bytes of data in all; 0 while that is not known.
+    pub(crate) total: AtomicU64,
+}
+
+impl Watch {
+    /// Fails with `Interrupted` when it should stop.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
+        }
+        Ok(())
+    }
+}
+
+/// Makes `target`, which is empty, hold what `source` holds, and be `size_bytes` long, which is at least the
+/// length of `source`. Fails with `Interrupted` when `watch` says stop.
+pub(crate) fn fill(source: &File, target: &File, size_bytes: u64, watch: &Watch) -> io::Result<FillMethod> {
+    watch.check()?;
+    let method = match ioctl_ficlone(target, source) {
+        Ok(()) => FillMethod::Reflink,
+        // Which of these is answered depends on the file system and on whether both files are on the same.
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS | Errno::PERM) => {
+            copy(source, target, watch)?;
+            FillMethod::SparseCopy
+        }
+        Err(cause) => return Err(cause.into()),
+    };
+    target.set_len(size_bytes)?;
+    Ok(method)
+}
+
+fn copy(source: &File, target: &File, watch: &Watch) -> io::Result<()> {
+    let length = source.metadata()?.len();
+    let extents = extents(source, length)?;
+    watch.total.store(extents.iter().map(|extent| extent.end - extent.start).sum(), Ordering::Relaxed);
+    let mut buffer = Vec::new();
+    for extent in extents {
+        let mut at = extent.start;
+        while at < extent.end {
+            watch.check()?;
+            let most = usize::try_from(extent.end - at).unwrap_or(usize::MAX).min(PIECE_BYTES);
+            let copied = copy_piece(source, target, at, most, &mut buffer)?;
+            if copied == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the source became shorter"));
+            }
+            at += copied as u64;
+            watch.done.fetch_add(copied as u64, Ordering::Relaxed);
+        }
+    }
+    Ok(())
+}
+
+/// Where `source` has data, by lseek(2). A file system that does not tell answers one piece.
+fn extents(source: &File, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while at < length {
+        let start = match seek(source, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(cause) => return Err(cause.into()),
+        };
+        let end = seek(source, SeekFrom::Hole(start))?.min(length);
+        if end <= start {
+            break;
+        }
+        extents.push(start..end);
+        at = end;
+    }
+    Ok(extents)
+}
+
+fn copy_piece(source: &File, target: &File, at: u64, most: usize, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    let (mut from, mut to) = (at, at);
+    match copy_file_range(source, Some(&mut from), target, Some(&mut to), most) {
+        Ok(copied) => Ok(copied),
+        Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
+            buffer.resize(most, 0);
+            let read = source.read_at(buffer, at)?;
+            target.write_all_at(&buffer[..read], at)?;
+            Ok(read)
+        }
+        Err(cause) => Err(cause.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests;
