@@ -20,7 +20,7 @@ pub struct Error {
     pub allowed_actions: Option<Vec<String>>,
     /// The operation that is in the way, or that failed.
     pub operation_id: Option<OperationId>,
-    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+    pub(crate) source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {

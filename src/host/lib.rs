@@ -12,6 +12,7 @@ pub mod call;
 pub mod config;
 pub mod core;
 pub mod error;
+pub mod labels;
 pub mod limits;
 
 pub mod store;

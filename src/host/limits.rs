@@ -33,3 +33,15 @@ pub const SELECTOR_TERMS_MAX: usize = 32;
 
 /// Most access tokens of one host: they are made by hand.
 pub const TOKENS_MAX: u32 = 1000;
+
+/// Most commands that wait for one VMM's or launcher's answers: a few readers of a console and an actor.
+pub const COMMANDS_MAX: usize = 256;
+
+/// How long the launcher may take to start a VMM.
+pub const SPAWN: Duration = Duration::from_secs(10);
+
+/// How long the launcher may take to try KVM with a guest, which counts instructions for a while.
+pub const PROBE: Duration = Duration::from_secs(60);
+
+/// How long the launcher's word on a process that has ended may follow its end.
+pub const EXIT_STATUS: Duration = Duration::from_millis(500);

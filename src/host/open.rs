@@ -1,5 +1,6 @@
 //! Opens the host: the lock, the records, what was left unfinished. Then hands out the facades.
 //! Called once by `src/bin/toftd.rs`, and by tests.
+use std::fs::{File, TryLockError};
 use std::sync::Arc;
 
 use crate::call::{Answer, Call};
@@ -12,6 +13,8 @@ use crate::network::{Networks, Plumbing};
 use crate::operations::{Cancel, Operations};
 use crate::report::Report;
 use crate::servers::Servers;
+use crate::servers::capacity::Capacity;
+use crate::servers::registry::Workshop;
 use crate::store::{Store, Tx};
 use crate::tokens::Tokens;
 use crate::vmms::Launch;
@@ -26,6 +29,8 @@ pub struct Host {
 }
 
 struct Inner {
+    /// Held while the host is open.
+    _lock: File,
     core: Shared,
     servers: Servers,
     images: Images,
@@ -44,24 +49,35 @@ impl Host {
         plumbing: Arc<dyn Plumbing>,
     ) -> Result<Host> {
         let dirs = Dirs::prepare(&config.state_dir)?;
+        let lock = lock(&dirs)?;
         let store = Store::open(&dirs.database(), config.checkpoint.clone()).await?;
         store.write(|tx| events::identify(tx)).await?;
+        let capacity = Capacity::of_host(config.memory_bytes)?;
         let core = Arc::new(Core { config, dirs, store, started_at: model::Time::now() });
         let images = Images::new(core.clone());
         let volumes = Volumes::new(core.clone(), images.clone());
         let networks = Networks::new(core.clone(), plumbing);
-        let servers = Servers::new(core.clone());
-        let cancels = Cancels { images: images.clone() };
+        let servers = Servers::new(Workshop {
+            core: core.clone(),
+            images: images.clone(),
+            volumes: volumes.clone(),
+            networks: networks.clone(),
+            launcher: launcher.clone(),
+            capacity,
+        });
+        let cancels = Cancels { images: images.clone(), servers: servers.clone() };
         let operations = Operations::new(core.clone(), Arc::new(cancels));
         let report = Report::new(core.clone(), servers.clone(), networks.clone(), launcher);
         images.recover().await?;
         volumes.recover().await?;
         networks.recover().await?;
-        Ok(Host { inner: Arc::new(Inner { core, servers, images, volumes, networks, operations, report }) })
+        servers.recover().await?;
+        Ok(Host { inner: Arc::new(Inner { _lock: lock, core, servers, images, volumes, networks, operations, report }) })
     }
 
     /// Stops working; servers run on. Everything that was promised is in the records.
     pub async fn close(&self) {
+        self.inner.servers.close().await;
         self.inner.networks.close().await;
         self.inner.core.store.close().await;
     }
@@ -121,19 +137,41 @@ impl Host {
 /// Sends a cancelled operation to whoever works on its first resource.
 struct Cancels {
     images: Images,
+    servers: Servers,
 }
 
 impl Cancel for Cancels {
     fn ask(&self, tx: &Tx<'_>, operation: &Operation) -> Result<()> {
         match operation.resources.first() {
             Some(Resource::Image(id)) => Images::cancel(tx, *id, operation),
+            Some(Resource::Server(id)) => Servers::cancel(tx, *id, operation.id),
             _ => Err(Error::new(model::Code::WrongState, "this operation cannot be cancelled")),
         }
     }
 
     fn wake(&self, operation: &Operation) {
-        if let Some(Resource::Image(id)) = operation.resources.first() {
-            self.images.wake(*id);
+        match operation.resources.first() {
+            Some(Resource::Image(id)) => self.images.wake(*id),
+            Some(Resource::Server(id)) => self.servers.wake(*id),
+            _ => {}
         }
+    }
+}
+
+/// Two daemons in one state directory would undo each other's work.
+fn lock(dirs: &Dirs) -> Result<File> {
+    let path = dirs.run().join("lock");
+    let failed = |cause| Error::file(format!("cannot lock {}", path.display()), cause);
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::new(
+            model::Code::HostUnprepared,
+            format!(
+                "another toftd uses {}; stop it, or choose another --state-dir",
+                dirs.root().display()
+            ),
+        )),
+        Err(TryLockError::Error(cause)) => Err(failed(cause)),
     }
 }

@@ -49,8 +49,13 @@ pub enum Outcome {
 
 /// Accepts an operation, with its event, in the caller's transaction.
 pub fn accept(tx: &Tx<'_>, new: NewOperation<'_>) -> Result<Operation> {
+    accept_as(tx, OperationId::new(), new)
+}
+
+/// As [`accept`], under an identity that was chosen before.
+pub fn accept_as(tx: &Tx<'_>, id: OperationId, new: NewOperation<'_>) -> Result<Operation> {
     let operation = Operation {
-        id: OperationId::new(),
+        id,
         kind: new.kind.to_owned(),
         state: OperationState::Pending,
         progress: Progress::default(),

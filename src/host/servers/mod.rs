@@ -1,173 +1,50 @@
 //! Servers: what a customer creates. The facade checks and records; an actor per server does the work.
 //! It knows no HTTP; it reaches VMMs only through `vmms`.
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
     ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, PatchServer, Server, ServerAction,
-    ServerMetrics, ServerPlan,
+    ServerMetrics, ServerPlan, StopServer,
 };
-use model::{Code, ServerId};
+use model::{Code, OperationId, ServerId};
+use rusqlite::Connection;
+use wire::control::{Command, Reply};
 
 use crate::call::{Answer, Call};
-use crate::core::Shared;
 use crate::error::{Error, Result};
+use crate::labels;
+use crate::network::Networks;
+use crate::store::{Tx, records};
 
-pub(crate) const TABLES: &str = concat!(
-    crate::table!("servers"),
-    "ALTER TABLE servers ADD COLUMN external_ref TEXT;
-     CREATE UNIQUE INDEX servers_by_external_ref ON servers (external_ref);
-     CREATE TABLE console_tokens (hash TEXT PRIMARY KEY, server TEXT NOT NULL, read_only INTEGER NOT NULL,
-        position INTEGER, expires_ms INTEGER NOT NULL) STRICT;"
-);
+mod actor;
+mod advance;
+pub mod capacity;
+mod console;
+mod create;
+mod effects;
+pub mod lifecycle;
+pub mod limits;
+mod machine;
+mod metrics;
+pub mod record;
+mod recover;
+pub mod registry;
+mod view;
+
+pub use console::{ConsolePiece, ConsoleStream, Keyboard};
+use lifecycle::Ask;
+pub(crate) use record::TABLES;
+use record::ServerRecord;
+use registry::{Registry, Workshop};
 
 /// Servers, for callers. Cheap to clone.
 #[derive(Clone)]
 pub struct Servers {
-    core: Shared,
-}
-
-/// A piece of console output.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConsolePiece {
-    /// Position of the first byte, counted from the console's first.
-    pub start: u64,
-    /// The bytes.
-    pub data: Vec<u8>,
-    /// Bytes the console has written in all.
-    pub written: u64,
-}
-
-/// An open console: output to follow and a keyboard. Reading and writing go on side by side.
-pub struct ConsoleStream {
-    /// Whether [`ConsoleStream::write`] is refused.
-    pub read_only: bool,
-    /// Which server.
-    pub server: ServerId,
-}
-
-impl ConsoleStream {
-    /// The next piece of output: at least one byte, as soon as there is one; `None` when the server is gone.
-    /// Cancel-safe.
-    pub async fn next(&mut self) -> Result<Option<ConsolePiece>> {
-        Err(unbuilt())
-    }
-
-    /// A keyboard for this console that can be used beside [`ConsoleStream::next`].
-    pub fn keyboard(&self) -> Keyboard {
-        Keyboard { server: self.server }
-    }
-}
-
-/// Types on a console.
-pub struct Keyboard {
-    server: ServerId,
-}
-
-impl Keyboard {
-    /// Types; returns when the guest's serial port has taken all of it. Fails with `forbidden` when the console
-    /// is read-only, `wrong_state` when no machine runs.
-    pub async fn write(&self, data: &[u8]) -> Result<()> {
-        let _ = (self.server, data);
-        Err(unbuilt())
-    }
-}
-
-fn unbuilt() -> Error {
-    Error::new(Code::HostUnprepared, "servers are not built yet")
-}
-
-impl Servers {
-    pub(crate) fn new(core: Shared) -> Servers {
-        Servers { core }
-    }
-
-    /// Accepts a new server.
-    pub async fn create(&self, call: &Call, spec: CreateServer) -> Result<Answer<Accepted<Server>>> {
-        let _ = (&self.core, call, spec);
-        Err(unbuilt())
-    }
-
-    /// What `create` would do; changes nothing.
-    pub async fn plan(&self, call: &Call, spec: CreateServer) -> Result<ServerPlan> {
-        let _ = (call, spec);
-        Err(unbuilt())
-    }
-
-    /// One page.
-    pub async fn list(&self, query: ListQuery) -> Result<Page<Server>> {
-        let _ = query;
-        Err(unbuilt())
-    }
-
-    /// The server.
-    pub async fn one(&self, id: ServerId) -> Result<Server> {
-        let _ = id;
-        Err(unbuilt())
-    }
-
-    /// Changes what can be changed.
-    pub async fn patch(&self, call: &Call, id: ServerId, patch: PatchServer) -> Result<Answer<Server>> {
-        let _ = (call, id, patch);
-        Err(unbuilt())
-    }
-
-    /// Deletes it, whatever it does. `resource` of the answer is the server as it is being deleted.
-    pub async fn delete(
-        &self,
-        call: &Call,
-        id: ServerId,
-        how: DeleteServer,
-    ) -> Result<Answer<Accepted<Server>>> {
-        let _ = (call, id, how);
-        Err(unbuilt())
-    }
-
-    /// Starts, stops, reboots, pauses or resumes it. What is done already succeeds at once; what is being done is
-    /// answered with the operation that does it.
-    pub async fn act(
-        &self,
-        call: &Call,
-        id: ServerId,
-        action: ServerAction,
-    ) -> Result<Answer<Accepted<Server>>> {
-        let _ = (call, id, action);
-        Err(unbuilt())
-    }
-
-    /// A piece of the console's output: from position `from`, else the last `tail_bytes`.
-    pub async fn console_log(
-        &self,
-        id: ServerId,
-        from: Option<u64>,
-        tail_bytes: usize,
-    ) -> Result<ConsolePiece> {
-        let _ = (id, from, tail_bytes);
-        Err(unbuilt())
-    }
-
-    /// Makes a one-use ticket to the console. Its url is `/v1/servers/{id}/console?token={secret}`.
-    pub async fn console_token(
-        &self,
-        call: &Call,
-        id: ServerId,
-        spec: CreateConsoleToken,
-    ) -> Result<Answer<ConsoleToken>> {
-        let _ = (call, id, spec);
-        Err(unbuilt())
-    }
-
-    /// Opens the console of server `id` with a ticket, which is worth nothing afterwards. Fails with
-    /// `unauthenticated`, or `too_many` when too many read it already.
-    pub async fn console_open(&self, id: ServerId, secret: &str) -> Result<ConsoleStream> {
-        let _ = (id, secret);
-        Err(unbuilt())
-    }
-
-    /// Counters of its machine. Fails with `wrong_state` when none runs.
-    pub async fn metrics(&self, id: ServerId) -> Result<ServerMetrics> {
-        let _ = id;
-        Err(unbuilt())
-    }
+    registry: Arc<Registry>,
 }
 
 /// What servers have of the host.
@@ -180,18 +57,320 @@ pub struct Usage {
     /// Virtual CPUs of those servers.
     pub vcpus_used: u32,
     /// Servers by state.
-    pub by_state: std::collections::BTreeMap<String, u32>,
+    pub by_state: BTreeMap<String, u32>,
 }
 
 impl Servers {
+    pub(crate) fn new(workshop: Workshop) -> Servers {
+        Servers { registry: Arc::new(Registry::new(Arc::new(workshop))) }
+    }
+
+    /// Starts an actor for every server; each finds its machine again or takes up its work.
+    pub(crate) async fn recover(&self) -> Result<()> {
+        let all: Vec<ServerRecord> = self.workshop().core.store.read(records::all).await?;
+        for record in all {
+            self.registry.poke(record.id);
+        }
+        Ok(())
+    }
+
+    /// Ends every actor; machines run on.
+    pub(crate) async fn close(&self) {
+        self.registry.close().await;
+    }
+
+    /// Accepts a new server. With `start`, the operation succeeds when its vCPUs run; when it fails, nothing of
+    /// the server is left.
+    pub async fn create(&self, call: &Call, spec: CreateServer) -> Result<Answer<Accepted<Server>>> {
+        let (workshop, actor) = (self.workshop().clone(), call.actor.clone());
+        let answer = self
+            .workshop()
+            .core
+            .mutate(call, move |tx| {
+                let (operation, record) = create::server(tx, &workshop, spec, &actor)?;
+                Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
+            })
+            .await?;
+        self.workshop().networks.wake();
+        self.poke(&answer);
+        Ok(answer)
+    }
+
+    /// What `create` would do; changes nothing. Fails as `create` would.
+    pub async fn plan(&self, call: &Call, spec: CreateServer) -> Result<ServerPlan> {
+        let (workshop, actor) = (self.workshop().clone(), call.actor.clone());
+        self.workshop()
+            .core
+            .store
+            .rehearse(move |tx| {
+                let (_, record) = create::server(tx, &workshop, spec, &actor)?;
+                let server = view::server(tx, &record)?;
+                let (held, _) = record::held(tx, None)?;
+                let memory_bytes_left = workshop.capacity.memory_bytes.saturating_sub(held);
+                Ok(ServerPlan { steps: steps(&server, &record), server, memory_bytes_left })
+            })
+            .await
+    }
+
+    /// One page.
+    pub async fn list(&self, query: ListQuery) -> Result<Page<Server>> {
+        self.workshop()
+            .core
+            .store
+            .read(move |connection| {
+                let page: Page<ServerRecord> = records::page(connection, &query)?;
+                let items = page.items.iter().map(|record| view::server(connection, record));
+                Ok(Page {
+                    items: items.collect::<Result<_>>()?,
+                    next_cursor: page.next_cursor,
+                    watch_cursor: page.watch_cursor,
+                })
+            })
+            .await
+    }
+
+    /// The server.
+    pub async fn one(&self, id: ServerId) -> Result<Server> {
+        let store = &self.workshop().core.store;
+        store.read(move |connection| view::server(connection, &records::one(connection, id.0)?)).await
+    }
+
+    /// Changes what can be changed: names, words and limits at once, CPUs and memory at the next start.
+    pub async fn patch(&self, call: &Call, id: ServerId, patch: PatchServer) -> Result<Answer<Server>> {
+        let conditions = call.clone();
+        let limits = patch.disk_limits;
+        let answer = self
+            .workshop()
+            .core
+            .mutate(call, move |tx| {
+                let mut record: ServerRecord = records::one(tx, id.0)?;
+                conditions.check_match(record.generation)?;
+                apply(tx, &mut record, patch)?;
+                record::save(tx, &mut record)?;
+                advance::announce(tx, &record, "server.updated", Some(&conditions.actor))?;
+                view::server(tx, &record)
+            })
+            .await?;
+        self.workshop().networks.wake();
+        if let (Some(limits), Some(entry)) = (limits, self.registry.find(id))
+            && entry.machine().is_some()
+        {
+            let command = Command::LimitDisk { disk: 0, limits: machine::disk_limits(&limits) };
+            let link = entry.link(limits::COMMAND).await.map_err(Error::from)?;
+            link.order(command, limits::COMMAND).await.map_err(Error::from)?;
+        }
+        self.registry.poke(id);
+        Ok(answer)
+    }
+
+    /// Deletes it, whatever it does. `resource` of the answer is the server as it is being deleted.
+    pub async fn delete(
+        &self,
+        call: &Call,
+        id: ServerId,
+        how: DeleteServer,
+    ) -> Result<Answer<Accepted<Server>>> {
+        self.ask(call, id, Ask::Delete { keep_volumes: how.keep_volumes }).await
+    }
+
+    /// Starts, stops, reboots, pauses or resumes it. What is done already succeeds at once; what is being done is
+    /// answered with the operation that does it; what makes no sense fails with `wrong_state`.
+    pub async fn act(
+        &self,
+        call: &Call,
+        id: ServerId,
+        action: ServerAction,
+    ) -> Result<Answer<Accepted<Server>>> {
+        let ask = match action {
+            ServerAction::Start => Ask::Start,
+            ServerAction::Stop(how) => Ask::Stop { grace_ms: grace_ms(how)? },
+            ServerAction::Reboot(how) => Ask::Reboot { grace_ms: grace_ms(how)? },
+            ServerAction::Pause => Ask::Pause,
+            ServerAction::Resume => Ask::Resume,
+        };
+        self.ask(call, id, ask).await
+    }
+
+    async fn ask(&self, call: &Call, id: ServerId, ask: Ask) -> Result<Answer<Accepted<Server>>> {
+        let (workshop, conditions) = (self.workshop().clone(), call.clone());
+        let answer = self
+            .workshop()
+            .core
+            .mutate(call, move |tx| {
+                let record: ServerRecord = records::one(tx, id.0)?;
+                conditions.check_match(record.generation)?;
+                let before_start = |record: &ServerRecord| create::before_start(&workshop, record);
+                let (operation, record) =
+                    advance::ask(tx, workshop.capacity, record, ask, &conditions.actor, before_start)?;
+                Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
+            })
+            .await?;
+        self.poke(&answer);
+        Ok(answer)
+    }
+
+    /// A piece of the console's output: from position `from`, else the last `tail_bytes`.
+    pub async fn console_log(
+        &self,
+        id: ServerId,
+        from: Option<u64>,
+        tail_bytes: usize,
+    ) -> Result<ConsolePiece> {
+        self.one(id).await?;
+        console::log(&self.ring(id), from, tail_bytes).await
+    }
+
+    /// Makes a one-use ticket to the console. Its url is `/v1/servers/{id}/console?token={secret}`. It is never
+    /// kept in readable form, so a repeated call makes another.
+    pub async fn console_token(
+        &self,
+        call: &Call,
+        id: ServerId,
+        spec: CreateConsoleToken,
+    ) -> Result<Answer<ConsoleToken>> {
+        let actor = call.actor.clone();
+        let body = self
+            .workshop()
+            .core
+            .store
+            .write(move |tx| {
+                let record: ServerRecord = records::one(tx, id.0)?;
+                advance::announce(tx, &record, "server.console_token_created", Some(&actor))?;
+                console::issue(tx, id, spec)
+            })
+            .await?;
+        Ok(Answer { body, replayed: false })
+    }
+
+    /// Opens the console of server `id` with a ticket, which is worth nothing afterwards. Fails with
+    /// `unauthenticated`, or `too_many` when too many read it already.
+    pub async fn console_open(&self, id: ServerId, secret: &str) -> Result<ConsoleStream> {
+        let entry = self.registry.find(id).ok_or_else(|| Error::not_found("server", id))?;
+        let permit = entry.readers.clone().try_acquire_owned().map_err(|_| {
+            let most = limits::CONSOLE_READERS_MAX;
+            Error::new(Code::TooMany, format!("{most} readers have this console open; close one"))
+        })?;
+        let secret = secret.to_owned();
+        let ticket =
+            self.workshop().core.store.write(move |tx| console::redeem(tx, id, &secret)).await?;
+        ConsoleStream::open(entry, &self.ring(id), permit, ticket).await
+    }
+
+    /// Counters of its machine. Fails with `wrong_state` when none runs.
+    pub async fn metrics(&self, id: ServerId) -> Result<ServerMetrics> {
+        let server = self.one(id).await?;
+        let off = || {
+            let mut error =
+                Error::new(Code::WrongState, format!("server {} has no machine to measure", server.name));
+            error.allowed_actions = Some(server.allowed_actions.clone());
+            error
+        };
+        let entry = self.registry.find(id).ok_or_else(off)?;
+        let process = entry.machine().ok_or_else(off)?.process;
+        let link = entry.link(limits::COMMAND).await.map_err(Error::from)?;
+        match link.ask(Command::Stats, &[], limits::COMMAND).await.map_err(Error::from)? {
+            Reply::Stats(stats) => Ok(metrics::shown(&stats, &process.id())),
+            other => Err(Error::new(Code::MachineFailed, format!("the VMM answered {other:?}"))),
+        }
+    }
+
     /// What servers have of the host.
     pub async fn usage(&self) -> Result<Usage> {
-        Err(unbuilt())
+        let memory_total_bytes = self.workshop().capacity.memory_bytes;
+        self.workshop()
+            .core
+            .store
+            .read(move |connection| {
+                let (memory_used_bytes, vcpus_used) = record::held(connection, None)?;
+                let mut by_state = BTreeMap::new();
+                for record in records::all::<ServerRecord>(connection)? {
+                    *by_state.entry(view::state_text(&record)).or_default() += 1;
+                }
+                Ok(Usage { memory_used_bytes, memory_total_bytes, vcpus_used, by_state })
+            })
+            .await
+    }
+
+    /// In the transaction that cancels an operation on a server.
+    pub(crate) fn cancel(tx: &Tx<'_>, id: ServerId, operation: OperationId) -> Result<()> {
+        advance::cancel(tx, id, operation)
+    }
+
+    /// After that transaction.
+    pub(crate) fn wake(&self, id: ServerId) {
+        self.registry.poke(id);
+    }
+
+    fn poke(&self, answer: &Answer<Accepted<Server>>) {
+        if let (false, Some(server)) = (answer.replayed, &answer.body.resource) {
+            self.registry.poke(server.id);
+        }
+    }
+
+    fn workshop(&self) -> &Arc<Workshop> {
+        self.registry.workshop()
+    }
+
+    fn ring(&self, id: ServerId) -> PathBuf {
+        self.workshop().core.dirs.server(id).join("console.ring")
     }
 }
 
 /// For `volumes`: whether a server has no machine, so that its volumes can be changed. True when there is none.
-pub(crate) fn is_off(connection: &rusqlite::Connection, id: ServerId) -> Result<bool> {
-    let _ = (connection, id);
-    Err(unbuilt())
+pub(crate) fn is_off(connection: &Connection, id: ServerId) -> Result<bool> {
+    let record: Option<ServerRecord> = records::find(connection, id.0)?;
+    Ok(record.is_none_or(|record| record.life.is_off()))
+}
+
+fn grace_ms(how: StopServer) -> Result<i64> {
+    let most = model::limits::GRACE_S_MAX;
+    if how.grace_s > most {
+        return Err(Error::invalid("/grace_s", "out_of_range", format!("must be at most {most}")));
+    }
+    Ok(i64::try_from(how.grace_s).unwrap_or_default() * 1000)
+}
+
+fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<()> {
+    let mut faults = create::Faults::default();
+    faults.machine(patch.vcpus, patch.memory_bytes);
+    faults.description(patch.description.as_deref().unwrap_or_default());
+    if let Some(limits) = &patch.disk_limits {
+        faults.disk_limits("/disk_limits", limits);
+        faults.unless(!record.disks.is_empty(), "/disk_limits", "no_disk", || {
+            "the server has no root volume".to_owned()
+        });
+    }
+    faults.end()?;
+    if let Some(name) = patch.name {
+        Networks::rename(tx, record.id, &name)?;
+        record.name = name;
+    }
+    if let Some(changes) = patch.labels {
+        record.labels = labels::merge(&record.labels, changes)?;
+    }
+    if let (Some(limits), Some(disk)) = (patch.disk_limits, record.disks.first_mut()) {
+        disk.limits = limits;
+    }
+    record.description = patch.description.unwrap_or(std::mem::take(&mut record.description));
+    record.vcpus = patch.vcpus.unwrap_or(record.vcpus);
+    record.memory_bytes = patch.memory_bytes.unwrap_or(record.memory_bytes);
+    record.cpu = patch.cpu.unwrap_or(record.cpu);
+    record.restart_policy = patch.restart_policy.unwrap_or(record.restart_policy);
+    Ok(())
+}
+
+/// What creating it would do, for people.
+fn steps(server: &Server, record: &ServerRecord) -> Vec<String> {
+    let mut steps = Vec::new();
+    for volume in &server.volumes {
+        steps.push(format!("make a root volume of {} bytes from image {}", volume.size_bytes, server.image_id));
+    }
+    for nic in &server.nics {
+        steps.push(format!("reserve {} ({}) on network {}", nic.ipv4, nic.mac, nic.network_id));
+    }
+    if record.life.holds_memory() {
+        steps.push(format!("reserve {} bytes of memory", record.held.memory_bytes));
+        steps.push(format!("start a machine with {} virtual CPUs", server.vcpus));
+    }
+    steps
 }

@@ -112,6 +112,23 @@ impl Store {
         .await
     }
 
+    /// Runs `change` in one transaction and takes all of it back: what it answers is what would have happened.
+    pub async fn rehearse<T, F>(&self, change: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Tx<'_>) -> Result<T> + Send + 'static,
+    {
+        let inner = self.inner.clone();
+        blocking(move || {
+            let mut writer = lock(&inner.writer);
+            inner.check_alive()?;
+            let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            // Dropping a transaction rolls it back.
+            change(&Tx { transaction, changes: RefCell::default() })
+        })
+        .await
+    }
+
     /// Runs `look` on one consistent view of the records.
     pub async fn read<T, F>(&self, look: F) -> Result<T>
     where

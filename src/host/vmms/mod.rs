@@ -2,6 +2,7 @@
 //! It knows no server, volume or network: it gets descriptors and a `MachineSpec`.
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -9,16 +10,29 @@ use wire::launch::{ExitStatus, KvmReport};
 
 use crate::error::Result;
 
+pub mod launcher;
+pub mod link;
+pub(crate) mod process;
+mod watched;
+
+pub use launcher::Launcher;
+pub use link::Link;
+
 /// Starts VMM processes and finds them again. The real one is [`launcher::Launcher`]; tests have a fake.
 pub trait Launch: Send + Sync + 'static {
     /// Fails with `kvm_unavailable` or `host_unprepared`, saying what to do, when no VMM could be started.
     fn check(&self) -> Result<()>;
 
     /// Starts a VMM that has no machine yet.
-    fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Box<dyn Process>>>;
+    fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Arc<dyn Process>>>;
 
     /// Finds a process again that an earlier daemon started; `None` when it has ended.
-    fn adopt(&self, id: &ProcessId) -> Result<Option<Box<dyn Process>>>;
+    fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>>;
+
+    /// The host's present boot, as [`ProcessId::boot_id`] names it.
+    fn boot_id(&self) -> Result<String> {
+        process::boot_id()
+    }
 
     /// Looks at KVM and tries a guest on it.
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>>;

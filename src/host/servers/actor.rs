@@ -1,0 +1,249 @@
+//! The one task that acts for a server. It does the work of the phase the record is in, one piece at a time,
+//! and saves what comes of it; it holds no truth of its own.
+//! It decides nothing: `lifecycle::step` does.
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use model::{Code, Time};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use wire::control::Notice;
+use wire::launch::ExitStatus;
+
+use super::lifecycle::{Event, Life, Phase, Work};
+use super::record::ServerRecord;
+use super::registry::{Entry, Workshop};
+use super::{advance, effects, limits, recover};
+use crate::call;
+use crate::error::Result;
+use crate::store::records;
+
+/// A server's actor.
+pub(super) struct Actor {
+    workshop: Arc<Workshop>,
+    entry: Arc<Entry>,
+    notices: mpsc::Receiver<Notice>,
+    /// When events that a guest causes at will may be recorded again.
+    guest_event_at: Option<Instant>,
+}
+
+/// A piece of work in progress.
+struct Busy {
+    work: Work,
+    run: u64,
+    stop: Arc<AtomicBool>,
+    future: BoxFuture<'static, Result<Event>>,
+}
+
+/// What woke the actor.
+enum Woken {
+    Done(u64, Result<Event>),
+    Ended(Option<ExitStatus>),
+    Deadline,
+    Notice(Notice),
+    Poked,
+    Disconnected,
+}
+
+impl Actor {
+    pub(super) fn new(
+        workshop: Arc<Workshop>,
+        entry: Arc<Entry>,
+        notices: mpsc::Receiver<Notice>,
+    ) -> Actor {
+        Actor { workshop, entry, notices, guest_event_at: None }
+    }
+
+    /// Acts until the server is no more, or the records are closed.
+    pub(super) async fn run(mut self) {
+        let id = self.entry.id;
+        match self.live().await {
+            Ok(()) => tracing::info!(server = %id, "is no more"),
+            Err(cause) if cause.code == Code::Draining => {}
+            Err(cause) => tracing::error!(server = %id, "its actor ends: {}", cause.chain()),
+        }
+    }
+
+    async fn live(&mut self) -> Result<()> {
+        let mut busy: Option<Busy> = None;
+        let mut pause = Pause::default();
+        let Some(record) = self.record().await? else { return Ok(()) };
+        if let Some(event) = recover::look(&self.workshop, &self.entry, &record).await? {
+            self.save(record.life.run, event).await?;
+        }
+        loop {
+            let Some(record) = self.record().await? else { return Ok(()) };
+            let life = &record.life;
+            if let Some(busy) = &busy
+                && life.phase.work() != Some(busy.work)
+            {
+                // Long work looks at this between its pieces; the rest is short and bounded.
+                busy.stop.store(true, Ordering::SeqCst);
+            }
+            if let (None, Some(work), true) = (&busy, life.phase.work(), pause.is_over()) {
+                busy = Some(self.start(work, &record));
+            }
+            match self.wait(life, &mut busy, &pause).await {
+                Woken::Done(run, Ok(event)) => {
+                    busy = None;
+                    pause = Pause::default();
+                    self.save(run, event).await?;
+                }
+                Woken::Done(_, Err(cause)) if self.workshop.core.store.is_dead() => return Err(cause),
+                Woken::Done(_, Err(cause)) => {
+                    busy = None;
+                    pause.lengthen();
+                    tracing::warn!(server = %self.entry.id, "work is tried again: {}", cause.chain());
+                }
+                Woken::Ended(status) => {
+                    let end = effects::end_of(&self.workshop, self.entry.id, status).await;
+                    self.save(life.run, Event::Ended(end)).await?;
+                }
+                Woken::Deadline => self.save(life.run, Event::DeadlinePassed).await?,
+                Woken::Notice(notice) => self.take_notice(notice).await?,
+                Woken::Disconnected => self.reconnect().await,
+                // Whoever pokes has a reason to try at once.
+                Woken::Poked => pause = Pause::default(),
+            }
+        }
+    }
+
+    fn start(&self, work: Work, record: &ServerRecord) -> Busy {
+        let stop = Arc::new(AtomicBool::new(false));
+        let doing = effects::Doing {
+            workshop: self.workshop.clone(),
+            entry: self.entry.clone(),
+            record: record.clone(),
+            stop: stop.clone(),
+        };
+        Busy { work, run: record.life.run, stop, future: Box::pin(doing.perform(work)) }
+    }
+
+    async fn wait(&mut self, life: &Life, busy: &mut Option<Busy>, pause: &Pause) -> Woken {
+        let process = self.entry.machine().map(|machine| machine.process);
+        let watched = process.filter(|_| life.phase.vmm().is_some());
+        let ended = async {
+            match &watched {
+                Some(process) => process.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        let done = async {
+            match busy {
+                Some(busy) => (busy.run, Pin::new(&mut busy.future).await),
+                None => std::future::pending().await,
+            }
+        };
+        let deadline = async {
+            match life.phase.deadline_ms() {
+                Some(at_ms) => tokio::time::sleep(until(at_ms)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            (run, outcome) = done => Woken::Done(run, outcome),
+            status = ended => Woken::Ended(status),
+            () = self.entry.poke.notified() => Woken::Poked,
+            () = deadline => Woken::Deadline,
+            () = pause.over() => Woken::Poked,
+            Some(notice) = self.notices.recv() => Woken::Notice(notice),
+            () = disconnected(&self.entry, &life.phase) => Woken::Disconnected,
+        }
+    }
+
+    async fn record(&self) -> Result<Option<ServerRecord>> {
+        let id = self.entry.id;
+        self.workshop.core.store.read(move |connection| records::find(connection, id.0)).await
+    }
+
+    async fn save(&self, run: u64, event: Event) -> Result<()> {
+        let (id, capacity) = (self.entry.id, self.workshop.capacity);
+        tracing::debug!(server = %id, run, "{event:?}");
+        let saved =
+            self.workshop.core.store.write(move |tx| advance::event(tx, capacity, id, run, event)).await?;
+        if saved.is_none() {
+            self.workshop.networks.wake();
+        }
+        self.entry.wake_readers();
+        Ok(())
+    }
+
+    /// A VMM that lives and has closed its connection, or was never reached, is greeted again.
+    async fn reconnect(&mut self) {
+        if let Err(cause) = self.entry.link(limits::COMMAND).await {
+            tracing::debug!(server = %self.entry.id, "its VMM does not answer: {cause}");
+        }
+    }
+
+    async fn take_notice(&mut self, notice: Notice) -> Result<()> {
+        let (kind, reason) = match notice {
+            Notice::Booted { resets: 0 } | Notice::Console { .. } | Notice::Exiting(_) => return Ok(()),
+            Notice::Booted { resets } => ("server.reset", format!("its machine was reset {resets} times in all")),
+            Notice::GuestPanicked => ("server.guest_panicked", "the guest's kernel crashed".to_owned()),
+            Notice::DeviceFault { device, detail } => {
+                let detail: String = detail.chars().take(limits::FAULT_CHARS_MAX).collect();
+                ("server.device_fault", format!("{device}: {detail}"))
+            }
+        };
+        let now = Instant::now();
+        if self.guest_event_at.is_some_and(|at| now < at) {
+            return Ok(());
+        }
+        self.guest_event_at = Some(now + limits::GUEST_EVENT_EVERY);
+        let id = self.entry.id;
+        self.workshop
+            .core
+            .store
+            .write(move |tx| {
+                let Some(record) = records::find::<ServerRecord>(tx, id.0)? else { return Ok(()) };
+                advance::guest_event(tx, &record, kind, reason, &call::Actor::Guest)
+            })
+            .await
+    }
+}
+
+/// Ends when a running machine's connection has closed or there is none, after a pause.
+async fn disconnected(entry: &Entry, phase: &Phase) {
+    let expected = matches!(phase, Phase::Running { .. } | Phase::Paused { .. });
+    if !expected || entry.machine().is_none() {
+        return std::future::pending().await;
+    }
+    if entry.is_linked() {
+        entry.link_closed().await;
+    }
+    tokio::time::sleep(limits::RECONNECT).await;
+}
+
+fn until(at_ms: i64) -> Duration {
+    let left_ms = at_ms.saturating_sub(Time::now().unix_ms());
+    Duration::from_millis(u64::try_from(left_ms).unwrap_or_default())
+}
+
+/// How long work that failed waits before it is tried again.
+#[derive(Default)]
+struct Pause {
+    length: Option<Duration>,
+    until: Option<Instant>,
+}
+
+impl Pause {
+    fn lengthen(&mut self) {
+        let length = self.length.map_or(limits::RETRY, |length| (length * 2).min(limits::RETRY_MAX));
+        *self = Pause { length: Some(length), until: Some(Instant::now() + length) };
+    }
+
+    fn is_over(&self) -> bool {
+        self.until.is_none_or(|until| Instant::now() >= until)
+    }
+
+    async fn over(&self) {
+        match self.until {
+            Some(until) if Instant::now() < until => tokio::time::sleep_until(until).await,
+            _ => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Saves what a step of the life leads to: record, operations, events, all in one transaction.
+//! It touches nothing but records. The facade calls it for asks, actors call it for everything else.
+use model::event::EventData;
+use model::operation::{Operation, Progress, Resource};
+use model::{Code, OperationId, ServerId, Time};
+
+use super::capacity::Capacity;
+use super::lifecycle::{Ask, Asked, Event, Phase, Push, Step, Trouble, Verdict, step};
+use super::record::{self, ServerRecord};
+use super::view;
+use crate::call::Actor;
+use crate::error::{Error, Result};
+use crate::network::Networks;
+use crate::operations::{self, NewOperation, Outcome};
+use crate::store::{Tx, records};
+use crate::volumes::Volumes;
+use crate::events;
+
+impl From<Trouble> for Error {
+    fn from(trouble: Trouble) -> Error {
+        Error::new(trouble.code, trouble.detail)
+    }
+}
+
+impl From<&Error> for Trouble {
+    fn from(error: &Error) -> Trouble {
+        Trouble { code: error.code, detail: error.detail.clone() }
+    }
+}
+
+/// Applies an event to a server; `run` is the number of the machine it is about. An event about an earlier
+/// machine is stale. Answers the record, or nothing when the server is no more.
+pub(super) fn event(
+    tx: &Tx<'_>,
+    capacity: Capacity,
+    id: ServerId,
+    run: u64,
+    event: Event,
+) -> Result<Option<ServerRecord>> {
+    let Some(mut record) = records::find::<ServerRecord>(tx, id.0)? else { return Ok(None) };
+    if record.life.run != run {
+        return Ok(Some(record));
+    }
+    let mut next = step(&record.life, event, record.context());
+    if begins_run(&record, &next) {
+        let mut admitted = record.clone();
+        match capacity.admit(tx, &mut admitted) {
+            Ok(()) => record.held = admitted.held,
+            Err(cause) => {
+                let failed = step(&next.life, Event::StartFailed(Trouble::from(&cause)), record.context());
+                next = Step { ended: [next.ended, failed.ended].concat(), ..failed };
+            }
+        }
+    }
+    save(tx, record, next, &Actor::Host)
+}
+
+/// Asks a server for something on behalf of a caller. Answers the operation that brings it about.
+pub(super) fn ask(
+    tx: &Tx<'_>,
+    capacity: Capacity,
+    mut record: ServerRecord,
+    ask: Ask,
+    actor: &Actor,
+    before_start: impl FnOnce(&ServerRecord) -> Result<()>,
+) -> Result<(Operation, ServerRecord)> {
+    let id = OperationId::new();
+    let asked = record.life.ask(ask, id, record.context()).map_err(|_| refusal(&record, ask))?;
+    let resource = Resource::Server(record.id);
+    let mut resources = vec![resource];
+    resources.extend(record.disks.iter().map(|disk| Resource::Volume(disk.volume_id)));
+    let new = NewOperation { kind: ask.job_kind().operation_kind(), resources, actor, cancellable: false };
+    let (operation, next) = match asked {
+        Asked::Joined(operation, next) => (operation, next),
+        Asked::Done(next) => (operations::accept_as(tx, id, new)?.id, next),
+        Asked::Began(next) => {
+            if begins_run(&record, &next) {
+                before_start(&record)?;
+                capacity.admit(tx, &mut record)?;
+            }
+            (operations::accept_as(tx, id, new)?.id, next)
+        }
+    };
+    let gone = || Error::not_found("server", id);
+    let record = save(tx, record, next, actor)?.ok_or_else(gone)?;
+    Ok((operations::one(tx, operation)?, record))
+}
+
+/// Asks to cancel an operation on a server.
+pub(super) fn cancel(tx: &Tx<'_>, id: ServerId, operation: OperationId) -> Result<()> {
+    let record: ServerRecord = records::one(tx, id.0)?;
+    let next = record.life.cancel(operation).map_err(|_| {
+        Error::new(Code::WrongState, "the operation can no longer be cancelled safely").with_operation(operation)
+    })?;
+    save(tx, record, next, &Actor::Host).map(drop)
+}
+
+fn refusal(record: &ServerRecord, ask: Ask) -> Error {
+    let verb = ask.job_kind().operation_kind().trim_start_matches("server.");
+    let actions = view::allowed_actions(record);
+    let state = view::state_text(record);
+    let detail = match actions.as_slice() {
+        [] => format!("server {} is {state}: it cannot {verb} now, and nothing else can be asked of it", record.name),
+        some => format!("server {} is {state}: it cannot {verb} now; possible are {}", record.name, some.join(", ")),
+    };
+    let mut error = Error::new(Code::WrongState, detail);
+    error.allowed_actions = Some(actions);
+    error.operation_id = record.life.job.map(|job| job.id);
+    error
+}
+
+fn begins_run(record: &ServerRecord, next: &Step) -> bool {
+    next.life.run != record.life.run && matches!(next.life.phase, Phase::Starting { .. })
+}
+
+/// Writes a step down.
+pub(super) fn save(
+    tx: &Tx<'_>,
+    mut record: ServerRecord,
+    next: Step,
+    actor: &Actor,
+) -> Result<Option<ServerRecord>> {
+    for (id, verdict) in next.ended {
+        operations::finish(tx, id, outcome(verdict))?;
+    }
+    if next.gone {
+        return forget(tx, &record).map(|()| None);
+    }
+    if next.life == record.life {
+        return Ok(Some(record));
+    }
+    let before = (record.life.phase.state(), record.life.phase.why().cloned());
+    record.life = next.life;
+    if let Some(booted_ms) = record.life.booted_ms {
+        record.started_at = Some(Time::from_unix_ms(booted_ms));
+    }
+    record::save(tx, &mut record)?;
+    if before != (record.life.phase.state(), record.life.phase.why().cloned()) {
+        announce(tx, &record, "server.state_changed", Some(actor))?;
+    }
+    report_progress(tx, &record)?;
+    Ok(Some(record))
+}
+
+/// Appends an event about a server.
+pub(super) fn announce(tx: &Tx<'_>, record: &ServerRecord, kind: &str, actor: Option<&Actor>) -> Result<()> {
+    let data = EventData {
+        resource: Some(Resource::Server(record.id)),
+        generation: Some(record.generation),
+        state: Some(view::state_text(record)),
+        reason: record.life.phase.why().map(|why| why.detail.clone()),
+        operation_id: record.life.job.map(|job| job.id),
+        actor: actor.map(Actor::to_string),
+    };
+    events::append(tx, kind, data).map(drop)
+}
+
+/// Appends an event that the guest caused.
+pub(super) fn guest_event(
+    tx: &Tx<'_>,
+    record: &ServerRecord,
+    kind: &str,
+    reason: String,
+    actor: &Actor,
+) -> Result<()> {
+    let data = EventData {
+        resource: Some(Resource::Server(record.id)),
+        state: Some(view::state_text(record)),
+        reason: Some(reason),
+        actor: Some(actor.to_string()),
+        ..EventData::default()
+    };
+    events::append(tx, kind, data).map(drop)
+}
+
+/// The server is no more: what only its record kept goes with it.
+fn forget(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
+    Networks::release(tx, record.id)?;
+    for disk in &record.disks {
+        Volumes::detach(tx, disk.volume_id)?;
+    }
+    tx.execute("DELETE FROM console_tokens WHERE server = ?1", [record.id.to_string()])?;
+    records::remove::<ServerRecord>(tx, record.id.0)?;
+    announce(tx, record, "server.deleted", None)
+}
+
+fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
+    let Some(job) = record.life.job else { return Ok(()) };
+    let (phase, percent) = match &record.life.phase {
+        Phase::Creating { .. } => ("filling_volumes", 1),
+        Phase::Starting { vmm: None } => ("starting_vmm", 70),
+        Phase::Starting { vmm: Some(_) } => ("booting", 80),
+        Phase::Pausing { .. } => ("pausing", 10),
+        Phase::Resuming { .. } => ("resuming", 10),
+        Phase::Resetting { .. } => ("resetting", 10),
+        Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
+        Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),
+        Phase::Releasing { .. } => ("releasing", 60),
+        Phase::Deleting { .. } => ("removing", 80),
+        Phase::Waiting { .. } => ("waiting", 60),
+        Phase::Stopped { .. } | Phase::Running { .. } | Phase::Paused { .. } | Phase::Failed { .. } => {
+            return Ok(());
+        }
+    };
+    operations::progress(tx, job.id, Progress { phase: phase.to_owned(), percent, ..Progress::default() })?;
+    operations::set_cancellable(tx, job.id, record.life.cancel(job.id).is_ok())
+}
+
+fn outcome(verdict: Verdict) -> Outcome {
+    match verdict {
+        Verdict::Succeeded => Outcome::Succeeded,
+        Verdict::Failed(trouble) => Outcome::Failed(trouble.into()),
+        Verdict::Cancelled(why) => Outcome::Cancelled(why),
+    }
+}

@@ -1,0 +1,59 @@
+//! How much memory servers may have, and whether another machine fits. Memory is never promised twice.
+//! CPUs are shared, so they are counted and not refused.
+use model::Code;
+use rusqlite::Connection;
+
+use super::limits;
+use super::record::{self, ServerRecord};
+use crate::error::{Error, Result};
+
+/// Memory that servers may have in all.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// In bytes.
+    pub memory_bytes: u64,
+}
+
+impl Capacity {
+    /// As the operator says, else the host's memory less what the host needs for itself.
+    pub fn of_host(configured: Option<u64>) -> Result<Capacity> {
+        if let Some(memory_bytes) = configured {
+            return Ok(Capacity { memory_bytes });
+        }
+        let text = std::fs::read_to_string("/proc/meminfo")
+            .map_err(|cause| Error::internal("the host's memory cannot be read", cause))?;
+        let total_kib: u64 = text
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok())
+            .unwrap_or_default();
+        let total_bytes = total_kib.saturating_mul(1024);
+        let reserve_bytes = limits::HOST_RESERVE_BYTES.saturating_add(total_bytes / limits::HOST_RESERVE_PART);
+        Ok(Capacity { memory_bytes: total_bytes.saturating_sub(reserve_bytes) })
+    }
+
+    /// Promises memory to the record's next machine. Fails with `no_capacity`.
+    pub fn admit(&self, connection: &Connection, record: &mut ServerRecord) -> Result<()> {
+        let left = self.left(connection, record)?;
+        let needed = record.memory_bytes.saturating_add(limits::VMM_OVERHEAD_BYTES);
+        if needed > left {
+            const MIB: u64 = 1 << 20;
+            return Err(Error::new(
+                Code::NoCapacity,
+                format!(
+                    "server {} needs {} MiB of memory and {} MiB are left; stop or delete servers, or ask for less",
+                    record.name,
+                    needed.div_ceil(MIB),
+                    left / MIB
+                ),
+            ));
+        }
+        record.held = record::Held { memory_bytes: record.memory_bytes, vcpus: record.vcpus };
+        Ok(())
+    }
+
+    /// Memory that nobody but this server holds, in bytes.
+    pub fn left(&self, connection: &Connection, record: &ServerRecord) -> Result<u64> {
+        let (others, _) = record::held(connection, Some(record.id))?;
+        Ok(self.memory_bytes.saturating_sub(others))
+    }
+}

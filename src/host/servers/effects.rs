@@ -1,0 +1,294 @@
+//! The work of each phase: what is done to the world between two saved steps. Each can be done again after a
+//! crash anywhere inside it, and ends with the event that the lifecycle waits for.
+//! An error means that the host cannot do it now; the actor tries again. What is final is an event.
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use model::operation::Progress;
+use model::{Code, ServerId, Time};
+use sys::seqpacket::Listener;
+use tokio::sync::{mpsc, watch};
+use wire::console::Ring;
+use wire::control::Command;
+use wire::launch::ExitStatus;
+use wire::will::Will;
+
+use super::lifecycle::{End, Event, Phase, Trouble, Work};
+use super::record::ServerRecord;
+use super::registry::{Entry, Workshop};
+use super::{limits, machine};
+use crate::error::{Error, Result};
+use crate::operations;
+use crate::vmms::link::AskError;
+use crate::vmms::{Link, Start};
+
+/// One piece of work on one server.
+pub(super) struct Doing {
+    pub(super) workshop: Arc<Workshop>,
+    pub(super) entry: Arc<Entry>,
+    pub(super) record: ServerRecord,
+    /// Set when nobody wants it any more.
+    pub(super) stop: Arc<AtomicBool>,
+}
+
+impl Doing {
+    /// Does it.
+    pub(super) async fn perform(self, work: Work) -> Result<Event> {
+        match work {
+            Work::Make => self.make().await,
+            Work::Spawn => self.final_or(self.spawn().await, Event::StartFailed),
+            Work::Boot => self.final_or(self.boot().await, Event::StartFailed),
+            Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
+            Work::Resume => self.order(Command::Resume, Event::Resumed, Event::ResumeFailed).await,
+            Work::Reset => self.order(Command::Reset, Event::WasReset, Event::ResetFailed).await,
+            Work::Press => Ok(self.press().await),
+            Work::Kill => self.kill().await,
+            Work::Release => self.release().await,
+            Work::Purge => self.purge().await,
+        }
+    }
+
+    /// Makes an error an event that ends the phase, unless the daemon itself is ending.
+    fn final_or(&self, outcome: Result<Event>, failed: fn(Trouble) -> Event) -> Result<Event> {
+        match outcome {
+            Err(cause) if cause.code == Code::Draining => Err(cause),
+            Err(cause) => {
+                tracing::warn!(server = %self.record.id, "{}", cause.chain());
+                Ok(failed(Trouble::from(&cause)))
+            }
+            ok => ok,
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.workshop.core.dirs.server(self.record.id).join(name)
+    }
+
+    async fn make(&self) -> Result<Event> {
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        let made = async {
+            blocking(move || machine::make_directory(&directory)).await?;
+            self.workshop.core.checkpoint("server.directory_made")?;
+            self.fill().await
+        };
+        let outcome = made.await.map(|()| Event::Made);
+        // Stopped because nobody wants it: what event it is matters no more, and it is no trouble.
+        if self.stop.load(Ordering::SeqCst) && !self.workshop.core.store.is_dead() {
+            let detail = "the work was stopped".to_owned();
+            return Ok(Event::MakeFailed(Trouble { code: Code::Draining, detail }));
+        }
+        self.final_or(outcome, Event::MakeFailed)
+    }
+
+    async fn fill(&self) -> Result<()> {
+        let done = AtomicU64::new(0);
+        let total = AtomicU64::new(0);
+        let filling = async {
+            for disk in &self.record.disks {
+                let stopped = || self.stop.load(Ordering::SeqCst);
+                let moved = |bytes_done: u64, bytes_total: u64| {
+                    done.store(bytes_done, Ordering::Relaxed);
+                    total.store(bytes_total, Ordering::Relaxed);
+                };
+                self.workshop.volumes.fill(disk.volume_id, &stopped, &moved).await?;
+                self.workshop.core.checkpoint("server.volume_filled")?;
+            }
+            Ok(())
+        };
+        tokio::pin!(filling);
+        loop {
+            tokio::select! {
+                outcome = &mut filling => return outcome,
+                () = tokio::time::sleep(limits::PROGRESS_EVERY) => {
+                    self.report(done.load(Ordering::Relaxed), total.load(Ordering::Relaxed)).await?;
+                }
+            }
+        }
+    }
+
+    async fn report(&self, bytes_done: u64, bytes_total: u64) -> Result<()> {
+        let Some(job) = self.record.life.job else { return Ok(()) };
+        // Filling is most of the work: 1 to 60 percent of the operation.
+        let part = bytes_done.saturating_mul(59).checked_div(bytes_total).unwrap_or_default().min(59);
+        let progress = Progress {
+            phase: "filling_volumes".to_owned(),
+            percent: 1 + u8::try_from(part).unwrap_or_default(),
+            bytes_done: Some(bytes_done),
+            bytes_total: Some(bytes_total),
+        };
+        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
+    }
+
+    async fn spawn(&self) -> Result<Event> {
+        self.dismiss_stranger().await;
+        self.entry.drop_machine();
+        let (socket, will, log) = (self.file("control.sock"), self.file("will.json"), self.file("vmm.log"));
+        let (listener, will, log) = blocking(move || {
+            machine::remove_file(&socket)?;
+            let listener = Listener::bind(&socket)
+                .map_err(|cause| Error::file(format!("cannot bind {}", socket.display()), cause))?;
+            Ok((listener, machine::fresh_file(&will)?, machine::open_log(&log)?))
+        })
+        .await?;
+        let start =
+            Start { label: self.record.name.to_string(), listener: listener.into(), will, log };
+        let process = self.workshop.launcher.spawn(start).await?;
+        self.workshop.core.checkpoint("server.spawned")?;
+        let id = process.id();
+        self.entry.hold(process);
+        Ok(Event::Spawned(id))
+    }
+
+    /// A VMM that was started and lost before it was recorded listens on the server's socket. It has no machine;
+    /// it is told to leave before another takes its place.
+    async fn dismiss_stranger(&self) {
+        let (console, (notices, _)) = (watch::Sender::new(0), mpsc::channel(1));
+        let socket = self.file("control.sock");
+        if let Ok((link, _)) = Link::connect(&socket, console, notices, limits::QUIT).await {
+            tracing::warn!(server = %self.record.id, "a VMM that was never recorded is told to quit");
+            if link.order(Command::Quit, limits::QUIT).await.is_ok() {
+                let _ = tokio::time::timeout(limits::QUIT, link.closed()).await;
+            }
+        }
+    }
+
+    async fn boot(&self) -> Result<Event> {
+        let booted = machine::boot(&self.workshop, &self.entry, &self.record).await;
+        self.workshop.core.checkpoint("server.booted")?;
+        match booted {
+            Ok(()) => Ok(Event::Booted),
+            Err(cause) => match self.ended_meanwhile().await {
+                // The last will says more than a connection that broke.
+                Some(end) => Err(Error::new(Code::MachineFailed, end.detail).caused_by(cause)),
+                None => Err(cause),
+            },
+        }
+    }
+
+    async fn ended_meanwhile(&self) -> Option<End> {
+        let process = self.entry.machine()?.process;
+        let status = tokio::time::timeout(limits::ENDED, process.ended()).await.ok()?;
+        Some(end_of(&self.workshop, self.record.id, status).await)
+    }
+
+    async fn order(&self, command: Command, done: Event, failed: fn(Trouble) -> Event) -> Result<Event> {
+        let ordered = async {
+            self.entry.link(limits::COMMAND).await?.order(command, limits::PAUSE).await
+        };
+        let outcome = ordered.await;
+        self.workshop.core.checkpoint("server.ordered")?;
+        Ok(match outcome {
+            Ok(()) => done,
+            Err(cause) => failed(Trouble::from(&Error::from(cause))),
+        })
+    }
+
+    /// A parked guest cannot see a button, so it runs first.
+    async fn press(&self) -> Event {
+        let pressed = async {
+            let link = self.entry.link(limits::COMMAND).await?;
+            link.order(Command::Resume, limits::COMMAND).await?;
+            link.order(Command::PressPowerButton, limits::COMMAND).await
+        };
+        match pressed.await {
+            Ok(()) => Event::Pressed,
+            Err(AskError::Gone) => Event::Pressed,
+            Err(cause) => {
+                tracing::warn!(server = %self.record.id, "the power button cannot be pressed: {cause}");
+                Event::PressFailed
+            }
+        }
+    }
+
+    async fn kill(&self) -> Result<Event> {
+        let Some(machine) = self.entry.machine() else {
+            self.dismiss_stranger().await;
+            return Ok(Event::Ended(end_of(&self.workshop, self.record.id, None).await));
+        };
+        let asked = async {
+            let link = self.entry.link(limits::QUIT).await?;
+            link.order(Command::Quit, limits::QUIT).await
+        };
+        // Whether it answers or not: what counts is whether it ends.
+        let _ = asked.await;
+        let status = match tokio::time::timeout(limits::QUIT, machine.process.ended()).await {
+            Ok(status) => status,
+            Err(_) => {
+                tracing::warn!(server = %self.record.id, "its VMM does not quit and is killed");
+                machine.process.kill()?;
+                tokio::time::timeout(limits::KILL, machine.process.ended()).await.map_err(|_| {
+                    Error::new(Code::Internal, format!("the VMM has not ended {:?} after SIGKILL", limits::KILL))
+                })?
+            }
+        };
+        self.workshop.core.checkpoint("server.killed")?;
+        Ok(Event::Ended(end_of(&self.workshop, self.record.id, status).await))
+    }
+
+    async fn release(&self) -> Result<Event> {
+        self.entry.drop_machine();
+        self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
+        self.workshop.core.checkpoint("server.unplugged")?;
+        let socket = self.file("control.sock");
+        blocking(move || machine::remove_file(&socket)).await?;
+        self.workshop.core.checkpoint("server.released")?;
+        Ok(Event::Released)
+    }
+
+    async fn purge(&self) -> Result<Event> {
+        let keep_volumes = matches!(self.record.life.phase, Phase::Deleting { keep_volumes: true, .. });
+        if !keep_volumes {
+            for disk in &self.record.disks {
+                self.workshop.volumes.purge(disk.volume_id).await?;
+                self.workshop.core.checkpoint("server.volume_purged")?;
+            }
+        }
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        blocking(move || machine::remove_directory(&directory)).await?;
+        self.workshop.core.checkpoint("server.directory_removed")?;
+        Ok(Event::Purged)
+    }
+}
+
+/// How the machine of a server ended, as far as can be known.
+pub(super) async fn end_of(workshop: &Workshop, id: ServerId, status: Option<ExitStatus>) -> End {
+    let path = workshop.core.dirs.server(id).join("will.json");
+    let will = blocking(move || {
+        let file = File::open(&path).map_err(|cause| Error::file("the last will cannot be opened", cause))?;
+        Will::read(&file).map_err(|cause| Error::file("the last will cannot be read", cause))
+    });
+    let will = will.await.unwrap_or_else(|cause| {
+        tracing::debug!(server = %id, "{}", cause.chain());
+        None
+    });
+    End::of(will, status, Time::now().unix_ms())
+}
+
+/// Runs what waits for the disk where waiting is allowed.
+pub(super) async fn blocking<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
+}
+
+/// Opens or makes the console ring of a server.
+pub(super) fn open_ring(path: &std::path::Path) -> Result<File> {
+    let failed = |cause| Error::file(format!("cannot open {}", path.display()), cause);
+    match File::options().read(true).write(true).open(path) {
+        Ok(file) => return Ok(file),
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(failed(cause)),
+        Err(_) => {}
+    }
+    // A ring is whole before it has its name, so a crash leaves none that cannot be read.
+    let fresh = path.with_extension("new");
+    let file = machine::fresh_file(&fresh)?;
+    Ring::create(file, wire::limits::CONSOLE_RING_BYTES).map_err(failed)?;
+    std::fs::rename(&fresh, path).map_err(failed)?;
+    File::options().read(true).write(true).open(path).map_err(failed)
+}

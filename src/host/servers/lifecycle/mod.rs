@@ -1,0 +1,378 @@
+//! What a server does and what comes next, as data. Pure: no clock, no disk, no VMM; the actor and the facade
+//! feed it and save what it answers before they touch the world.
+//!
+//! Each phase names the one piece of work that leads out of it ([`Phase::work`]), so a daemon that died
+//! anywhere takes up again by doing the work of the phase it finds.
+//!
+//! ```text
+//!  Creating ──made──▶ Stopped ◀───────────────────────────────┐
+//!     │ (start)          │ start                              │ released: stop
+//!     └─────made─────▶ Starting ──booted──▶ Running ──ended──▶ Releasing ──▶ Failed
+//!                        ▲   │              │ ▲  │ ▲              │  ▲ │
+//!                        │   │       Pausing▼ │  ▼ │Resetting     │  │ └──▶ Deleting ──purged──▶ (gone)
+//!                        │   │        Paused──┘                  │  │
+//!                        │   │       Resuming                    │  │
+//!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
+//!                        │                        ▲ stop, reboot, delete from any phase with a machine
+//!                        └── Waiting ◀── released: failure, policy restarts it
+//! ```
+use model::server::{RestartPolicy, ServerState, StateReason, Wanted};
+use model::{Code, OperationId};
+use serde::{Deserialize, Serialize};
+
+use crate::vmms::ProcessId;
+
+pub mod ask;
+pub mod end;
+pub mod step;
+
+pub use ask::{Ask, Asked, Refused};
+pub use end::{End, EndKind};
+pub use step::{Event, Found, step};
+
+/// All that decides what a server does next. Saved as one piece.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// Where it is.
+    pub phase: Phase,
+    /// What it should do.
+    pub wanted: Wanted,
+    /// The operation it works for.
+    pub job: Option<Job>,
+    /// Number of the latest machine: events of earlier ones are stale.
+    pub run: u64,
+    /// When that machine booted, in milliseconds since the Unix epoch.
+    pub booted_ms: Option<i64>,
+    /// Ends that were failures, one after the other.
+    pub failures: u32,
+}
+
+/// An operation that the server's phases carry out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Its identity.
+    pub id: OperationId,
+    /// What it is to reach.
+    pub kind: JobKind,
+}
+
+/// What an operation on a server is to reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    /// A new server, started if asked.
+    Create,
+    /// A running machine.
+    Start,
+    /// No machine.
+    Stop,
+    /// A machine that has started afresh.
+    Reboot,
+    /// Parked vCPUs.
+    Pause,
+    /// Running vCPUs.
+    Resume,
+    /// Nothing left.
+    Delete,
+}
+
+impl JobKind {
+    /// Kind of the operation, such as `server.create`.
+    pub fn operation_kind(self) -> &'static str {
+        match self {
+            JobKind::Create => "server.create",
+            JobKind::Start => "server.start",
+            JobKind::Stop => "server.stop",
+            JobKind::Reboot => "server.reboot",
+            JobKind::Pause => "server.pause",
+            JobKind::Resume => "server.resume",
+            JobKind::Delete => "server.delete",
+        }
+    }
+}
+
+/// Where a server is. Data that exists only in one phase lives inside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Its disk is being made; then it is started or not.
+    Creating {
+        /// Whether to start it.
+        start: bool,
+    },
+    /// No machine.
+    Stopped {
+        /// Why, where that says more than the state.
+        why: Option<StateReason>,
+    },
+    /// A VMM is being started (no process yet) or builds its machine.
+    Starting {
+        /// The process, once it is known. Only a known process is sent a machine, so one that is lost before
+        /// it was recorded never touches a disk.
+        vmm: Option<ProcessId>,
+    },
+    /// vCPUs run.
+    Running {
+        /// The process.
+        vmm: ProcessId,
+    },
+    /// vCPUs are being parked.
+    Pausing {
+        /// The process.
+        vmm: ProcessId,
+    },
+    /// vCPUs are parked.
+    Paused {
+        /// The process.
+        vmm: ProcessId,
+    },
+    /// vCPUs are being let go.
+    Resuming {
+        /// The process.
+        vmm: ProcessId,
+    },
+    /// The reset button is being pressed.
+    Resetting {
+        /// The process.
+        vmm: ProcessId,
+    },
+    /// The machine is to end.
+    Stopping {
+        /// The process, if there is one.
+        vmm: Option<ProcessId>,
+        /// How hard.
+        push: Push,
+        /// What follows.
+        then: Then,
+    },
+    /// The machine has ended; taps and sockets are being given back.
+    Releasing {
+        /// What follows.
+        then: Then,
+    },
+    /// A failed server waits before it is started again.
+    Waiting {
+        /// Until then, in milliseconds since the Unix epoch.
+        until_ms: i64,
+        /// Why it failed.
+        why: StateReason,
+    },
+    /// Everything it has is being removed.
+    Deleting {
+        /// Whether its volumes stay.
+        keep_volumes: bool,
+        /// How the job ends afterwards.
+        verdict: Verdict,
+    },
+    /// Its machine ended badly and nothing restarts it.
+    Failed {
+        /// Why.
+        why: StateReason,
+    },
+}
+
+/// How hard a machine is made to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Push {
+    /// The power button; the guest has until then.
+    Button {
+        /// In milliseconds since the Unix epoch.
+        deadline_ms: i64,
+        /// Whether the button was pressed.
+        pressed: bool,
+    },
+    /// The process is told to quit, then killed.
+    Force,
+}
+
+/// What follows the end of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    /// The server stays off.
+    Stop,
+    /// The server is started again.
+    Start,
+    /// It ended unasked: the policy decides.
+    Decide(End),
+    /// It could not be started.
+    Fail(Trouble),
+    /// It is deleted.
+    Delete {
+        /// Whether its volumes stay.
+        keep_volumes: bool,
+        /// How the job ends.
+        verdict: Verdict,
+    },
+}
+
+/// Why something did not work, as it is saved and shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// For programs.
+    pub code: Code,
+    /// For people.
+    pub detail: String,
+}
+
+/// How an operation ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Done.
+    Succeeded,
+    /// It failed and is undone.
+    Failed(Trouble),
+    /// Something else was asked for; the sentence says what.
+    Cancelled(String),
+}
+
+/// The one piece of work that leads out of a phase. Each can be repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Make the directory and fill the volumes.
+    Make,
+    /// Start a VMM process.
+    Spawn,
+    /// Send it the machine.
+    Boot,
+    /// Park its vCPUs.
+    Pause,
+    /// Let them run.
+    Resume,
+    /// Build the machine again.
+    Reset,
+    /// Press the power button.
+    Press,
+    /// End the process.
+    Kill,
+    /// Give taps and sockets back.
+    Release,
+    /// Remove everything.
+    Purge,
+}
+
+/// What [`step`] answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// The life from now on.
+    pub life: Life,
+    /// Operations that end with this step.
+    pub ended: Vec<(OperationId, Verdict)>,
+    /// Whether the server is no more: remove its record.
+    pub gone: bool,
+}
+
+/// What a step may know besides the life.
+#[derive(Debug, Clone, Copy)]
+pub struct Context {
+    /// The present, in milliseconds since the Unix epoch.
+    pub now_ms: i64,
+    /// What to do after an unasked end.
+    pub policy: RestartPolicy,
+}
+
+impl Life {
+    /// A server that is being created for `job`.
+    pub fn new(job: OperationId, start: bool) -> Life {
+        Life {
+            phase: Phase::Creating { start },
+            wanted: if start { Wanted::Running } else { Wanted::Stopped },
+            job: Some(Job { id: job, kind: JobKind::Create }),
+            run: 0,
+            booted_ms: None,
+            failures: 0,
+        }
+    }
+
+    /// Whether memory is promised to it.
+    pub fn holds_memory(&self) -> bool {
+        match &self.phase {
+            Phase::Creating { start } => *start,
+            Phase::Stopped { .. } | Phase::Deleting { .. } | Phase::Failed { .. } => false,
+            _ => true,
+        }
+    }
+
+    /// Whether it has no machine and none is about to be started, so that its disks can be changed.
+    pub fn is_off(&self) -> bool {
+        matches!(self.phase, Phase::Stopped { .. } | Phase::Failed { .. })
+    }
+}
+
+impl Phase {
+    /// What callers see of it.
+    pub fn state(&self) -> ServerState {
+        match self {
+            Phase::Creating { .. } => ServerState::Creating,
+            Phase::Stopped { .. } => ServerState::Stopped,
+            Phase::Starting { .. } | Phase::Waiting { .. } => ServerState::Starting,
+            Phase::Running { .. } | Phase::Pausing { .. } | Phase::Resetting { .. } => ServerState::Running,
+            Phase::Paused { .. } | Phase::Resuming { .. } => ServerState::Paused,
+            Phase::Stopping { .. } => ServerState::Stopping,
+            Phase::Releasing { then } => match then {
+                Then::Delete { .. } => ServerState::Deleting,
+                _ => ServerState::Stopping,
+            },
+            Phase::Deleting { .. } => ServerState::Deleting,
+            Phase::Failed { .. } => ServerState::Failed,
+        }
+    }
+
+    /// Why it is there, where that says more than the state.
+    pub fn why(&self) -> Option<&StateReason> {
+        match self {
+            Phase::Stopped { why } => why.as_ref(),
+            Phase::Waiting { why, .. } | Phase::Failed { why } => Some(why),
+            _ => None,
+        }
+    }
+
+    /// The work that leads out of it.
+    pub fn work(&self) -> Option<Work> {
+        match self {
+            Phase::Creating { .. } => Some(Work::Make),
+            Phase::Starting { vmm: None } => Some(Work::Spawn),
+            Phase::Starting { vmm: Some(_) } => Some(Work::Boot),
+            Phase::Pausing { .. } => Some(Work::Pause),
+            Phase::Resuming { .. } => Some(Work::Resume),
+            Phase::Resetting { .. } => Some(Work::Reset),
+            Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
+            Phase::Stopping { push: Push::Force, .. } => Some(Work::Kill),
+            Phase::Releasing { .. } => Some(Work::Release),
+            Phase::Deleting { .. } => Some(Work::Purge),
+            Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }
+            | Phase::Stopped { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Waiting { .. }
+            | Phase::Failed { .. } => None,
+        }
+    }
+
+    /// When [`Event::DeadlinePassed`] is due, in milliseconds since the Unix epoch.
+    pub fn deadline_ms(&self) -> Option<i64> {
+        match self {
+            Phase::Stopping { push: Push::Button { deadline_ms, .. }, .. } => Some(*deadline_ms),
+            Phase::Waiting { until_ms, .. } => Some(*until_ms),
+            _ => None,
+        }
+    }
+
+    /// The process it has, if it is known.
+    pub fn vmm(&self) -> Option<&ProcessId> {
+        match self {
+            Phase::Starting { vmm } | Phase::Stopping { vmm, .. } => vmm.as_ref(),
+            Phase::Running { vmm }
+            | Phase::Pausing { vmm }
+            | Phase::Paused { vmm }
+            | Phase::Resuming { vmm }
+            | Phase::Resetting { vmm } => Some(vmm),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

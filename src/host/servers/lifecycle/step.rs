@@ -1,0 +1,308 @@
+//! What follows when work is done, a machine ends, time passes or a daemon starts. Pure.
+//! An event that does not belong to the phase is stale and changes nothing.
+use model::Code;
+use model::server::{RestartPolicy, StateReason, Wanted};
+use model::{OperationId, Time};
+use wire::control::MachineState;
+
+use super::end::{End, EndKind};
+use super::{Context, JobKind, Life, Phase, Push, Step, Then, Trouble, Verdict};
+use crate::servers::limits;
+use crate::vmms::ProcessId;
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Directory and volumes are there.
+    Made,
+    /// They could not be made.
+    MakeFailed(Trouble),
+    /// A VMM process was started.
+    Spawned(ProcessId),
+    /// Its vCPUs run.
+    Booted,
+    /// No process, or no machine in it.
+    StartFailed(Trouble),
+    /// vCPUs are parked.
+    Paused,
+    /// They run on.
+    PauseFailed(Trouble),
+    /// vCPUs run.
+    Resumed,
+    /// They are parked still.
+    ResumeFailed(Trouble),
+    /// The machine was built again.
+    WasReset,
+    /// It was not.
+    ResetFailed(Trouble),
+    /// The power button was pressed.
+    Pressed,
+    /// It cannot be pressed.
+    PressFailed,
+    /// The machine has ended.
+    Ended(End),
+    /// Taps and sockets were given back.
+    Released,
+    /// Nothing is left.
+    Purged,
+    /// [`Phase::deadline_ms`] has come.
+    DeadlinePassed,
+    /// A daemon has started and looked for the machine of a phase that should have one.
+    Found(Found),
+}
+
+/// What a starting daemon found of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// The process answers.
+    Alive(MachineState),
+    /// The process lives and does not answer.
+    Mute,
+    /// It has ended.
+    Gone(End),
+}
+
+/// The next life after `event`.
+pub fn step(life: &Life, event: Event, context: Context) -> Step {
+    let mut stepping = Stepping { life: life.clone(), ended: Vec::new(), gone: false, context };
+    stepping.take(event);
+    Step { life: stepping.life, ended: stepping.ended, gone: stepping.gone }
+}
+
+impl Life {
+    /// Goes to the start of a new machine.
+    pub(super) fn begin_run(&mut self) {
+        self.run += 1;
+        self.booted_ms = None;
+        self.phase = Phase::Starting { vmm: None };
+    }
+}
+
+struct Stepping {
+    life: Life,
+    ended: Vec<(OperationId, Verdict)>,
+    gone: bool,
+    context: Context,
+}
+
+impl Stepping {
+    fn take(&mut self, event: Event) {
+        let phase = self.life.phase.clone();
+        match (phase, event) {
+            (Phase::Creating { start: true }, Event::Made) => self.life.begin_run(),
+            (Phase::Creating { start: false }, Event::Made) => {
+                self.life.phase = Phase::Stopped { why: None };
+                self.end_job(Verdict::Succeeded);
+            }
+            (Phase::Creating { .. }, Event::MakeFailed(trouble)) => {
+                self.delete(false, Verdict::Failed(trouble));
+            }
+            (Phase::Starting { .. }, Event::Spawned(vmm)) => {
+                self.life.phase = Phase::Starting { vmm: Some(vmm) };
+            }
+            (Phase::Stopping { push, then, .. }, Event::Spawned(vmm)) => {
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then };
+            }
+            (Phase::Starting { vmm: Some(vmm) }, Event::Booted) => self.booted(vmm),
+            (Phase::Starting { vmm }, Event::StartFailed(trouble)) => {
+                let then = Then::Fail(trouble);
+                self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
+            }
+            (Phase::Pausing { vmm }, Event::Paused) => {
+                self.life.phase = Phase::Paused { vmm };
+                self.end_job(Verdict::Succeeded);
+            }
+            (Phase::Pausing { vmm }, Event::PauseFailed(trouble)) => {
+                self.life.phase = Phase::Running { vmm };
+                self.life.wanted = Wanted::Running;
+                self.end_job(Verdict::Failed(trouble));
+            }
+            (Phase::Resuming { vmm }, Event::Resumed) | (Phase::Resetting { vmm }, Event::WasReset) => {
+                self.life.phase = Phase::Running { vmm };
+                self.end_job(Verdict::Succeeded);
+            }
+            (Phase::Resuming { vmm }, Event::ResumeFailed(trouble)) => {
+                self.life.phase = Phase::Paused { vmm };
+                self.life.wanted = Wanted::Paused;
+                self.end_job(Verdict::Failed(trouble));
+            }
+            (Phase::Resetting { vmm }, Event::ResetFailed(trouble)) => {
+                self.life.phase = Phase::Running { vmm };
+                self.end_job(Verdict::Failed(trouble));
+            }
+            (Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then }, Event::Pressed) => {
+                let push = Push::Button { deadline_ms, pressed: true };
+                self.life.phase = Phase::Stopping { vmm, push, then };
+            }
+            (Phase::Stopping { vmm, then, .. }, Event::PressFailed) => {
+                self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
+            }
+            (Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then }, Event::DeadlinePassed)
+                if self.context.now_ms >= deadline_ms =>
+            {
+                self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
+            }
+            (Phase::Waiting { until_ms, .. }, Event::DeadlinePassed) if self.context.now_ms >= until_ms => {
+                self.life.begin_run();
+            }
+            (phase, Event::Ended(end)) => self.machine_ended(phase, end),
+            (Phase::Releasing { then }, Event::Released) => self.released(then),
+            (Phase::Deleting { verdict, .. }, Event::Purged) => {
+                self.end_job(verdict);
+                self.gone = true;
+            }
+            (phase, Event::Found(found)) => self.found(phase, found),
+            _ => {}
+        }
+    }
+
+    fn booted(&mut self, vmm: ProcessId) {
+        self.life.booted_ms = Some(self.context.now_ms);
+        // A host restart took a paused machine away; the one that replaces it is parked as well.
+        self.life.phase = match self.life.wanted {
+            Wanted::Paused => Phase::Pausing { vmm },
+            _ => Phase::Running { vmm },
+        };
+        self.end_job(Verdict::Succeeded);
+    }
+
+    fn machine_ended(&mut self, phase: Phase, end: End) {
+        match phase {
+            Phase::Starting { .. } => {
+                let trouble = Trouble { code: Code::MachineFailed, detail: end.detail };
+                self.life.phase = Phase::Releasing { then: Then::Fail(trouble) };
+            }
+            Phase::Running { .. }
+            | Phase::Pausing { .. }
+            | Phase::Paused { .. }
+            | Phase::Resuming { .. }
+            | Phase::Resetting { .. } => {
+                let trouble = Trouble {
+                    code: Code::MachineFailed,
+                    detail: format!("the machine ended meanwhile: {}", end.detail),
+                };
+                self.end_job(Verdict::Failed(trouble));
+                self.life.phase = Phase::Releasing { then: Then::Decide(end) };
+            }
+            Phase::Stopping { then, .. } => self.life.phase = Phase::Releasing { then },
+            _ => {}
+        }
+    }
+
+    fn released(&mut self, then: Then) {
+        match then {
+            Then::Stop => {
+                self.life.phase = Phase::Stopped { why: None };
+                self.life.wanted = Wanted::Stopped;
+                let cancelled = self.life.job.is_some_and(|job| job.kind == JobKind::Start);
+                self.end_job(if cancelled {
+                    Verdict::Cancelled("cancelled".to_owned())
+                } else {
+                    Verdict::Succeeded
+                });
+            }
+            Then::Start => self.life.begin_run(),
+            Then::Decide(end) => self.decide(end),
+            Then::Fail(trouble) => self.start_failed(trouble),
+            Then::Delete { keep_volumes, verdict } => self.delete(keep_volumes, verdict),
+        }
+    }
+
+    /// A machine ended unasked: the policy decides.
+    fn decide(&mut self, end: End) {
+        if end.kind == EndKind::HostRestarted {
+            self.life.failures = 0;
+            return self.life.begin_run();
+        }
+        let restarts = match self.context.policy {
+            RestartPolicy::Never => false,
+            RestartPolicy::OnFailure => end.is_failure(),
+            RestartPolicy::Always => true,
+        };
+        if restarts {
+            self.wait(end.reason());
+        } else {
+            self.life.wanted = Wanted::Stopped;
+            self.life.phase = match end.is_failure() {
+                true => Phase::Failed { why: end.reason() },
+                false => Phase::Stopped { why: Some(end.reason()) },
+            };
+        }
+    }
+
+    /// A machine could not be started. What an operation had begun is undone; an automatic start is tried again
+    /// as the policy says.
+    fn start_failed(&mut self, trouble: Trouble) {
+        let why = StateReason {
+            code: trouble.code.as_str(),
+            detail: trouble.detail.clone(),
+            at: Time::from_unix_ms(self.context.now_ms),
+        };
+        match self.life.job.map(|job| job.kind) {
+            Some(JobKind::Create) => return self.delete(false, Verdict::Failed(trouble)),
+            Some(JobKind::Start) => {
+                self.life.wanted = Wanted::Stopped;
+                self.life.phase = Phase::Stopped { why: Some(why) };
+            }
+            _ if self.context.policy == RestartPolicy::Never => {
+                self.life.wanted = Wanted::Stopped;
+                self.life.phase = Phase::Failed { why };
+            }
+            _ => self.wait(why),
+        }
+        self.end_job(Verdict::Failed(trouble));
+    }
+
+    fn wait(&mut self, why: StateReason) {
+        let ran_ms = self.life.booted_ms.map_or(0, |booted_ms| self.context.now_ms - booted_ms);
+        if ran_ms >= limits::STABLE_MS {
+            self.life.failures = 0;
+        }
+        let pause_ms =
+            limits::RESTART_PAUSE_MS.saturating_mul(1 << self.life.failures.min(16)).min(limits::RESTART_PAUSE_MS_MAX);
+        self.life.failures = self.life.failures.saturating_add(1);
+        self.life.phase = Phase::Waiting { until_ms: self.context.now_ms.saturating_add(pause_ms), why };
+    }
+
+    fn delete(&mut self, keep_volumes: bool, verdict: Verdict) {
+        self.life.wanted = Wanted::Deleted;
+        self.life.phase = Phase::Deleting { keep_volumes, verdict };
+    }
+
+    fn found(&mut self, phase: Phase, found: Found) {
+        match (phase, found) {
+            // A process that was lost before it was recorded has no machine; the work starts another.
+            (Phase::Starting { vmm: None }, _) => {}
+            (Phase::Starting { .. }, Found::Gone(_)) => self.life.begin_run(),
+            (phase, Found::Gone(end)) => self.machine_ended(phase, end),
+            (_, Found::Alive(MachineState::Exiting) | Found::Mute) => {}
+            (Phase::Starting { vmm: Some(vmm) }, Found::Alive(MachineState::Running | MachineState::Paused)) => {
+                self.booted(vmm);
+            }
+            (Phase::Running { vmm }, Found::Alive(MachineState::Paused)) => {
+                self.life.phase = Phase::Resuming { vmm };
+            }
+            (Phase::Paused { vmm }, Found::Alive(MachineState::Running)) => {
+                self.life.phase = Phase::Pausing { vmm };
+            }
+            (
+                Phase::Running { vmm }
+                | Phase::Pausing { vmm }
+                | Phase::Paused { vmm }
+                | Phase::Resuming { vmm }
+                | Phase::Resetting { vmm },
+                Found::Alive(MachineState::Shell),
+            ) => {
+                self.life.phase =
+                    Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };
+            }
+            (_, Found::Alive(_)) => {}
+        }
+    }
+
+    fn end_job(&mut self, verdict: Verdict) {
+        if let Some(job) = self.life.job.take() {
+            self.ended.push((job.id, verdict));
+        }
+    }
+}

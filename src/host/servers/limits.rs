@@ -1,0 +1,83 @@
+//! Bounds of servers: waits for VMMs, restarts, console readers. Each with the reason for its size.
+use std::time::Duration;
+
+/// First pause before a failed server is started again, in milliseconds; doubled with each failure.
+pub const RESTART_PAUSE_MS: i64 = 1000;
+
+/// Longest such pause, in milliseconds: somebody who mends the cause sees it work within minutes.
+pub const RESTART_PAUSE_MS_MAX: i64 = 300_000;
+
+/// A machine that ran so long in milliseconds was sound; pauses begin anew after it.
+pub const STABLE_MS: i64 = 600_000;
+
+/// How long a VMM may take to build and start its machine. 1 TiB of memory slots and a cold disk fit.
+pub const BOOT: Duration = Duration::from_secs(60);
+
+/// How long a VMM may take to answer a command that touches no disk.
+pub const COMMAND: Duration = Duration::from_secs(5);
+
+/// How long parking may take: the VMM's own bound on draining its devices, and some.
+pub const PAUSE: Duration = Duration::from_secs(30);
+
+/// How long a VMM that was told to quit may take before it is killed.
+pub const QUIT: Duration = Duration::from_secs(2);
+
+/// How long the kernel may take to end a killed process: it frees the guest's memory meanwhile.
+pub const KILL: Duration = Duration::from_secs(30);
+
+/// First pause before work that failed for the host's reasons is tried again; doubled each time.
+pub const RETRY: Duration = Duration::from_millis(200);
+
+/// Longest such pause.
+pub const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// Pause between attempts to reach a VMM that lives and does not answer.
+pub const RECONNECT: Duration = Duration::from_secs(2);
+
+/// Readers of one console at once: people and a recorder; each costs a task and one piece of output.
+pub const CONSOLE_READERS_MAX: usize = 16;
+
+/// Bytes of one piece of console output.
+pub const CONSOLE_PIECE_BYTES: usize = 32 * 1024;
+
+/// Most bytes of one `console_log` answer: the whole ring.
+pub const CONSOLE_LOG_BYTES_MAX: usize = 1 << 20;
+
+/// How long a console ticket is worth something.
+pub const CONSOLE_TOKEN: Duration = Duration::from_secs(60);
+
+/// Pause before typing goes on when the guest's serial port is full.
+pub const CONSOLE_FULL: Duration = Duration::from_millis(10);
+
+/// How long typing waits for a guest that reads nothing before it gives up.
+pub const CONSOLE_STUCK: Duration = Duration::from_secs(30);
+
+/// Least time between two events of one kind that a guest causes at will, such as resets and device faults.
+pub const GUEST_EVENT_EVERY: Duration = Duration::from_secs(10);
+
+/// What a VMM needs besides its guest's memory, in bytes: measured at 5 MiB, with room for queues.
+pub const VMM_OVERHEAD_BYTES: u64 = 16 << 20;
+
+/// Memory kept for the host itself, in bytes, besides one part in [`HOST_RESERVE_PART`] of the total.
+pub const HOST_RESERVE_BYTES: u64 = 256 << 20;
+
+/// One part in so many of the host's memory is kept for its page tables and caches.
+pub const HOST_RESERVE_PART: u64 = 32;
+
+/// Largest VMM log in bytes that is kept when the next machine starts; a longer one loses its beginning.
+pub const LOG_BYTES_MAX: u64 = 1 << 20;
+
+/// Notices of one VMM that wait for its actor. More are dropped: a guest can cause them at will.
+pub const NOTICES_MAX: usize = 64;
+
+/// How often progress of a copy is written down.
+pub const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+
+/// Most characters of what a VMM says about a device's fault that are recorded.
+pub const FAULT_CHARS_MAX: usize = 500;
+
+/// How long a start that failed waits for the VMM's end, so that its last will can say why.
+pub const ENDED: Duration = Duration::from_secs(1);
+
+/// Most tickets of one server that are still worth something.
+pub const CONSOLE_TOKENS_MAX: usize = 256;

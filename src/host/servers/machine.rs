@@ -1,0 +1,239 @@
+//! A machine's description made from a server's record, its files opened, and the command that boots it.
+//! It decides nothing; `effects` calls it. Paths stay here: the VMM gets descriptors.
+use std::fs::{DirBuilder, File};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use model::server::{self, NicLimits, ServerNic};
+use model::Code;
+use wire::control::{Command, MachineState, Reply};
+use wire::machine::{
+    Access, Balloon, Boot, CacheMode, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset,
+    RateLimits, TokenBucket,
+};
+
+use super::effects::{blocking, open_ring};
+use super::limits;
+use super::record::ServerRecord;
+use super::registry::{Entry, Workshop};
+use crate::error::{Error, Result};
+use crate::network::{Lease, Networks};
+use crate::seed::{self, Seed, SeedNic};
+
+/// Boots the machine of `record` in the VMM at hand. Repeatable: a machine that runs is left alone.
+pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
+    let link = entry.link(limits::BOOT).await?;
+    let state = match link.ask(Command::Hello { protocol: wire::control::PROTOCOL }, &[], limits::COMMAND).await? {
+        Reply::Hello { state, .. } => state,
+        other => return Err(Error::new(Code::MachineFailed, format!("the VMM greeted with {other:?}"))),
+    };
+    match state {
+        MachineState::Shell => {}
+        MachineState::Running | MachineState::Paused => return Ok(()),
+        MachineState::Exiting => return Err(Error::new(Code::MachineFailed, "the VMM is ending")),
+    }
+    let (spec, descriptors) = describe(workshop, record).await?;
+    workshop.core.checkpoint("server.plugged")?;
+    spec.check(descriptors.len())
+        .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
+    let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    match link.ask(Command::Boot(Box::new(spec)), &borrowed, limits::BOOT).await? {
+        Reply::Done => Ok(()),
+        other => Err(Error::new(Code::MachineFailed, format!("the VMM answered a boot with {other:?}"))),
+    }
+}
+
+/// Numbers descriptors as they are added.
+#[derive(Default)]
+struct Packet(Vec<OwnedFd>);
+
+impl Packet {
+    fn add(&mut self, descriptor: impl Into<OwnedFd>) -> FdIndex {
+        self.0.push(descriptor.into());
+        // The spec's own limits keep the count far below this; `MachineSpec::check` refuses more.
+        FdIndex(u16::try_from(self.0.len() - 1).unwrap_or(u16::MAX))
+    }
+}
+
+async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<(MachineSpec, Vec<OwnedFd>)> {
+    let mut packet = Packet::default();
+    let files = workshop.images.boot_files(record.image_id).await?;
+    let boot = Boot {
+        kernel: packet.add(files.kernel),
+        initrd: files.initrd.map(|initrd| packet.add(initrd)),
+        cmdline: files.cmdline,
+    };
+    let mut disks = Vec::new();
+    for disk in &record.disks {
+        let file = workshop.volumes.open(disk.volume_id).await?;
+        disks.push(Disk {
+            file: packet.add(file),
+            access: Access::ReadWrite,
+            cache: match disk.cache {
+                server::CacheMode::Writeback => CacheMode::Writeback,
+                server::CacheMode::Writethrough => CacheMode::Writethrough,
+            },
+            serial: serial(disk.volume_id.0),
+            limits: disk_limits(&disk.limits),
+        });
+    }
+    let seed = write_seed(workshop, record).await?;
+    disks.push(Disk {
+        file: packet.add(seed),
+        access: Access::ReadOnly,
+        cache: CacheMode::Writeback,
+        serial: "seed".to_owned(),
+        limits: RateLimits::default(),
+    });
+    let mut nics = Vec::new();
+    for nic in &record.nics {
+        let lease = lease(workshop, nic).await?;
+        let tap = workshop.networks.plug(record.id, nic).await?;
+        let (rx_limits, tx_limits) = nic_limits(&nic.limits);
+        nics.push(Nic { tap: packet.add(tap), mac: mac(&nic.mac)?, mtu: lease.mtu, rx_limits, tx_limits });
+    }
+    let ring = workshop.core.dirs.server(record.id).join("console.ring");
+    let ring = blocking(move || open_ring(&ring)).await?;
+    let spec = MachineSpec {
+        memory_bytes: record.memory_bytes,
+        vcpus: record.vcpus,
+        cpu: match record.cpu {
+            server::CpuTemplate::Host => CpuTemplate::Host,
+            server::CpuTemplate::X86_64V2 => CpuTemplate::X86_64V2,
+            server::CpuTemplate::X86_64V3 => CpuTemplate::X86_64V3,
+        },
+        boot,
+        disks,
+        nics,
+        balloon: Balloon::default(),
+        console: Console { ring: packet.add(ring) },
+        on_reset: OnReset::Rebuild,
+    };
+    Ok((spec, packet.0))
+}
+
+async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {
+    let network = nic.network_id;
+    workshop.core.store.read(move |connection| Networks::lease(connection, network)).await
+}
+
+async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> {
+    let mut nics = Vec::new();
+    for nic in &record.nics {
+        let lease = lease(workshop, nic).await?;
+        nics.push(SeedNic {
+            mac: nic.mac.clone(),
+            ipv4: nic.ipv4,
+            prefix: lease.prefix,
+            gateway: lease.gateway,
+            mtu: lease.mtu,
+            routed: lease.routed,
+        });
+    }
+    let record = record.clone();
+    let path = workshop.core.dirs.server(record.id).join("seed.img");
+    blocking(move || {
+        let seed = Seed {
+            server: record.id,
+            name: &record.name,
+            default_user: &record.default_user,
+            ssh_keys: &record.ssh_keys,
+            user_data: record.user_data.as_deref(),
+            nics,
+        };
+        seed::write(&path, &seed)?;
+        File::open(&path).map_err(|cause| Error::file(format!("cannot open {}", path.display()), cause))
+    })
+    .await
+}
+
+/// What a guest sees as a disk's serial: the last 20 hexadecimal digits of the volume's id, which are the random
+/// ones.
+fn serial(id: uuid::Uuid) -> String {
+    let digits = id.simple().to_string();
+    digits[digits.len() - wire::limits::SERIAL_BYTES_MAX..].to_owned()
+}
+
+/// Limits of a disk as the VMM takes them.
+pub(super) fn disk_limits(limits: &server::DiskLimits) -> RateLimits {
+    RateLimits {
+        bandwidth: limits.bandwidth_bytes.map(bucket),
+        operations: limits.operations.map(bucket),
+    }
+}
+
+fn nic_limits(limits: &NicLimits) -> (RateLimits, RateLimits) {
+    let rx = RateLimits {
+        bandwidth: limits.rx_bytes.map(bucket),
+        operations: limits.rx_packets.map(bucket),
+    };
+    let tx = RateLimits {
+        bandwidth: limits.tx_bytes.map(bucket),
+        operations: limits.tx_packets.map(bucket),
+    };
+    (rx, tx)
+}
+
+fn bucket(rate: server::Rate) -> TokenBucket {
+    TokenBucket { per_second: rate.per_second, burst: rate.burst.unwrap_or(rate.per_second) }
+}
+
+fn mac(text: &str) -> Result<[u8; 6]> {
+    let mac: crate::network::mac::Mac =
+        text.parse().map_err(|cause| Error::internal("a hardware address is not one", cause))?;
+    Ok(mac.0)
+}
+
+/// Makes a server's directory with its console ring. Repeatable.
+pub(super) fn make_directory(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|cause| Error::file(format!("cannot make {}", path.display()), cause))?;
+    open_ring(&path.join("console.ring")).map(drop)
+}
+
+/// Removes a directory with all that is in it. Repeatable.
+pub(super) fn remove_directory(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => {
+            Err(Error::file(format!("cannot remove {}", path.display()), cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes a file. Repeatable.
+pub(super) fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => {
+            Err(Error::file(format!("cannot remove {}", path.display()), cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An empty file in place of what was there. It is a new file: a VMM that still holds the old one does not
+/// write into this.
+pub(super) fn fresh_file(path: &Path) -> Result<File> {
+    remove_file(path)?;
+    File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|cause| Error::file(format!("cannot make {}", path.display()), cause))
+}
+
+/// The VMM's log, to append to. One that has grown long is set aside, in place of the one before it.
+pub(super) fn open_log(path: &Path) -> Result<File> {
+    let failed = |cause| Error::file(format!("cannot open {}", path.display()), cause);
+    if std::fs::metadata(path).is_ok_and(|found| found.len() > limits::LOG_BYTES_MAX) {
+        std::fs::rename(path, path.with_extension("log.old")).map_err(failed)?;
+    }
+    File::options().append(true).create(true).mode(0o600).open(path).map_err(failed)
+}

@@ -1,0 +1,57 @@
+//! Counters of a machine as callers see them. It asks the VMM and keeps nothing.
+use model::server::{DiskMetrics, NicMetrics, ServerMetrics};
+use wire::control::MachineStats;
+
+use crate::vmms::ProcessId;
+
+const NS_PER_MS: u64 = 1_000_000;
+
+/// As callers see them.
+pub(super) fn shown(stats: &MachineStats, process: &ProcessId) -> ServerMetrics {
+    let disk_faults: u64 = stats.disks.iter().map(|disk| disk.malformed).sum();
+    let nic_faults: u64 = stats.nics.iter().map(|nic| nic.malformed).sum();
+    ServerMetrics {
+        running_ms: stats.running_ns / NS_PER_MS,
+        resets: stats.resets,
+        vcpu_cpu_ms: stats.vcpus.iter().map(|vcpu| vcpu.cpu_ns / NS_PER_MS).collect(),
+        vcpu_exits: stats.vcpus.iter().map(|vcpu| vcpu.exits).collect(),
+        memory_resident_bytes: resident_bytes(process.pid).unwrap_or_default(),
+        disks: stats
+            .disks
+            .iter()
+            .map(|disk| DiskMetrics {
+                reads: disk.reads,
+                read_bytes: disk.read_bytes,
+                writes: disk.writes,
+                written_bytes: disk.written_bytes,
+                flushes: disk.flushes,
+                discards: disk.discards,
+                errors: disk.errors,
+                throttled: disk.throttled,
+            })
+            .collect(),
+        nics: stats
+            .nics
+            .iter()
+            .map(|nic| NicMetrics {
+                rx_packets: nic.rx_packets,
+                rx_bytes: nic.rx_bytes,
+                tx_packets: nic.tx_packets,
+                tx_bytes: nic.tx_bytes,
+                rx_dropped: nic.rx_dropped,
+                tx_dropped: nic.tx_dropped,
+                throttled: nic.throttled,
+            })
+            .collect(),
+        balloon_bytes: stats.balloon.actual_bytes,
+        reported_bytes: stats.balloon.reported_bytes,
+        device_faults: disk_faults.saturating_add(nic_faults).saturating_add(stats.balloon.malformed),
+    }
+}
+
+/// `VmRSS` of `/proc/<pid>/status` (proc_pid_status(5)).
+fn resident_bytes(pid: i32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}

@@ -1,0 +1,157 @@
+//! A server as it is kept: what was asked for, what it has, and its life. Never shown; see `view`.
+//! It knows SQL only through the shared shape of records.
+use model::server::{CacheMode, CpuTemplate, DiskLimits, RestartPolicy, ServerNic};
+use model::{Code, ImageId, Labels, Name, ServerId, Time, VolumeId};
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::lifecycle::{Context, Life};
+use super::limits;
+use crate::error::{Error, Result};
+use crate::store::records::{self, Record};
+use crate::store::Tx;
+
+pub(crate) const TABLES: &str = concat!(
+    crate::table!("servers"),
+    "ALTER TABLE servers ADD COLUMN external_ref TEXT;
+     ALTER TABLE servers ADD COLUMN memory_held INTEGER NOT NULL DEFAULT 0;
+     ALTER TABLE servers ADD COLUMN vcpus_held INTEGER NOT NULL DEFAULT 0;
+     CREATE UNIQUE INDEX servers_by_external_ref ON servers (external_ref);
+     CREATE TABLE console_tokens (hash TEXT PRIMARY KEY, server TEXT NOT NULL, read_only INTEGER NOT NULL,
+        position INTEGER, expires_ms INTEGER NOT NULL) STRICT;"
+);
+
+/// A server as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerRecord {
+    /// Identity.
+    pub id: ServerId,
+    /// Unique name.
+    pub name: Name,
+    /// The caller's own words.
+    pub description: String,
+    /// The caller's own pairs.
+    pub labels: Labels,
+    /// The caller's own unique reference.
+    pub external_ref: Option<String>,
+    /// What decides what it does next.
+    pub life: Life,
+    /// Virtual CPUs of the next machine.
+    pub vcpus: u8,
+    /// Memory of the next machine, in bytes.
+    pub memory_bytes: u64,
+    /// CPU of the next machine.
+    pub cpu: CpuTemplate,
+    /// What the latest machine was promised; counted while the life holds memory.
+    pub held: Held,
+    /// Image it was made from.
+    pub image_id: ImageId,
+    /// User of the image that keys are given to.
+    pub default_user: String,
+    /// Its disks, the root volume first.
+    pub disks: Vec<Disk>,
+    /// Its interfaces.
+    pub nics: Vec<ServerNic>,
+    /// Public keys.
+    pub ssh_keys: Vec<String>,
+    /// cloud-init user data.
+    pub user_data: Option<String>,
+    /// What happens after an unasked end.
+    pub restart_policy: RestartPolicy,
+    /// Version.
+    pub generation: u64,
+    /// When it was made.
+    pub created_at: Time,
+    /// When it last changed.
+    pub updated_at: Time,
+    /// When its machine was last started.
+    pub started_at: Option<Time>,
+}
+
+/// What a machine was promised.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+}
+
+/// A disk of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// What a completed write promises.
+    pub cache: CacheMode,
+    /// Limits in force.
+    pub limits: DiskLimits,
+}
+
+impl Record for ServerRecord {
+    const TABLE: &'static str = "servers";
+    const NOUN: &'static str = "server";
+    fn id(&self) -> Uuid {
+        self.id.0
+    }
+    fn name(&self) -> &Name {
+        &self.name
+    }
+    fn labels(&self) -> &Labels {
+        &self.labels
+    }
+    fn touch(&mut self) {
+        self.generation += 1;
+        self.updated_at = Time::now();
+    }
+}
+
+impl ServerRecord {
+    /// What a step may know.
+    pub fn context(&self) -> Context {
+        Context { now_ms: Time::now().unix_ms(), policy: self.restart_policy }
+    }
+}
+
+/// Adds a server. Fails with `already_exists` when its name or reference is taken.
+pub(super) fn insert(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
+    records::insert(tx, record)?;
+    tx.prepare_cached("UPDATE servers SET external_ref = ?2 WHERE id = ?1")?
+        .execute(params![record.id.to_string(), record.external_ref])
+        .map_err(|cause| match (cause.sqlite_error_code(), &record.external_ref) {
+            (Some(rusqlite::ErrorCode::ConstraintViolation), Some(reference)) => Error::new(
+                Code::AlreadyExists,
+                format!("there is a server with external_ref {reference:?} already"),
+            ),
+            _ => Error::from(cause),
+        })?;
+    hold(tx, record)
+}
+
+/// Saves a server with what it holds of the host.
+pub(super) fn save(tx: &Tx<'_>, record: &mut ServerRecord) -> Result<()> {
+    records::save(tx, record)?;
+    hold(tx, record)
+}
+
+fn hold(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
+    let (memory, vcpus) = if record.life.holds_memory() {
+        (record.held.memory_bytes.saturating_add(limits::VMM_OVERHEAD_BYTES), record.held.vcpus)
+    } else {
+        (0, 0)
+    };
+    tx.prepare_cached("UPDATE servers SET memory_held = ?2, vcpus_held = ?3 WHERE id = ?1")?
+        .execute(params![record.id.to_string(), memory, vcpus])?;
+    Ok(())
+}
+
+/// Memory and CPUs that servers hold, but for one of them.
+pub(super) fn held(connection: &Connection, except: Option<ServerId>) -> Result<(u64, u32)> {
+    let except = except.map(|id| id.to_string()).unwrap_or_default();
+    Ok(connection
+        .prepare_cached(
+            "SELECT coalesce(sum(memory_held), 0), coalesce(sum(vcpus_held), 0) FROM servers WHERE id != ?1",
+        )?
+        .query_row([except], |row| Ok((row.get(0)?, row.get(1)?)))?)
+}

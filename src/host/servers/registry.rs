@@ -1,0 +1,220 @@
+//! Which servers have an actor, and what a server's actor and the facade share: the machine at hand.
+//! It decides nothing. Everything here is gone with the daemon and found again by `recover`.
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use model::ServerId;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::task::JoinHandle;
+use wire::control::Notice;
+
+use super::capacity::Capacity;
+use super::{actor, limits};
+use crate::core::Shared;
+use crate::images::Images;
+use crate::network::Networks;
+use crate::vmms::link::{AskError, Hello};
+use crate::vmms::{Launch, Link, Process};
+use crate::volumes::Volumes;
+
+/// What actors work with.
+pub struct Workshop {
+    /// Records and directories.
+    pub core: Shared,
+    /// What machines boot from.
+    pub images: Images,
+    /// Their disks.
+    pub volumes: Volumes,
+    /// Their addresses and taps.
+    pub networks: Networks,
+    /// Starts VMMs.
+    pub launcher: Arc<dyn Launch>,
+    /// How much memory there is.
+    pub capacity: Capacity,
+}
+
+/// Every server's entry.
+pub struct Registry {
+    workshop: Arc<Workshop>,
+    entries: Mutex<Entries>,
+}
+
+#[derive(Default)]
+struct Entries {
+    closed: bool,
+    by_id: HashMap<ServerId, (Arc<Entry>, JoinHandle<()>)>,
+}
+
+/// What a server's actor and the facade share.
+pub struct Entry {
+    /// Whose.
+    pub id: ServerId,
+    /// Wakes the actor after the record changed.
+    pub poke: Notify,
+    /// Total bytes of console output; changes also when the machine or the server goes.
+    pub console: watch::Sender<u64>,
+    /// Set when the server is no more.
+    pub gone: AtomicBool,
+    /// Readers of the console.
+    pub readers: Arc<Semaphore>,
+    socket: PathBuf,
+    notices: mpsc::Sender<Notice>,
+    machine: Mutex<Option<Machine>>,
+    /// Held while a connection is made, so that there is one.
+    connecting: tokio::sync::Mutex<()>,
+}
+
+/// A VMM process at hand.
+#[derive(Clone)]
+pub struct Machine {
+    /// The process.
+    pub process: Arc<dyn Process>,
+    link: Option<Link>,
+}
+
+impl Entry {
+    /// The machine at hand.
+    pub fn machine(&self) -> Option<Machine> {
+        self.held().clone()
+    }
+
+    /// Takes a process up; its connection follows when it is needed.
+    pub fn hold(&self, process: Arc<dyn Process>) {
+        *self.held() = Some(Machine { process, link: None });
+    }
+
+    /// Lets the process and its connection go.
+    pub fn drop_machine(&self) {
+        *self.held() = None;
+        self.wake_readers();
+    }
+
+    /// Makes readers of the console look again.
+    pub fn wake_readers(&self) {
+        self.console.send_modify(|_| {});
+    }
+
+    /// The connection to the machine, made anew when there is none or it has closed.
+    pub async fn link(&self, timeout: Duration) -> Result<Link, AskError> {
+        Ok(self.greet(timeout).await?.0)
+    }
+
+    /// As [`Entry::link`], with what the VMM says of itself when the connection is new.
+    pub async fn greet(&self, timeout: Duration) -> Result<(Link, Option<Hello>), AskError> {
+        let _connecting = self.connecting.lock().await;
+        match self.held().as_ref() {
+            None => return Err(AskError::Gone),
+            Some(Machine { link: Some(link), .. }) if !link.is_closed() => return Ok((link.clone(), None)),
+            Some(_) => {}
+        }
+        let (link, hello) =
+            Link::connect(&self.socket, self.console.clone(), self.notices.clone(), timeout).await?;
+        if let Some(machine) = self.held().as_mut() {
+            machine.link = Some(link.clone());
+        }
+        // Readers of the console ask the new connection for word of more.
+        self.wake_readers();
+        Ok((link, Some(hello)))
+    }
+
+    /// Whether there is a connection that has not closed.
+    pub fn is_linked(&self) -> bool {
+        self.held().as_ref().is_some_and(|held| held.link.as_ref().is_some_and(|link| !link.is_closed()))
+    }
+
+    /// Waits until the connection at hand has closed; for ever when there is none.
+    pub async fn link_closed(&self) {
+        let link = self.held().as_ref().and_then(|machine| machine.link.clone());
+        match link {
+            Some(link) => link.closed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Machine>> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registry {
+    /// Nobody yet.
+    pub fn new(workshop: Arc<Workshop>) -> Registry {
+        Registry { workshop, entries: Mutex::default() }
+    }
+
+    /// What actors work with.
+    pub fn workshop(&self) -> &Arc<Workshop> {
+        &self.workshop
+    }
+
+    /// The entry of a server; its actor is started if there is none. Call it only for servers that have a record.
+    pub fn entry(self: &Arc<Self>, id: ServerId) -> Option<Arc<Entry>> {
+        let mut entries = self.entries();
+        if entries.closed {
+            return None;
+        }
+        if let Some((entry, _)) = entries.by_id.get(&id) {
+            return Some(entry.clone());
+        }
+        let (notices, inbox) = mpsc::channel(limits::NOTICES_MAX);
+        let entry = Arc::new(Entry {
+            id,
+            poke: Notify::new(),
+            console: watch::Sender::new(0),
+            gone: AtomicBool::new(false),
+            readers: Arc::new(Semaphore::new(limits::CONSOLE_READERS_MAX)),
+            socket: self.workshop.core.dirs.server(id).join("control.sock"),
+            notices,
+            machine: Mutex::new(None),
+            connecting: tokio::sync::Mutex::new(()),
+        });
+        let actor = actor::Actor::new(self.workshop.clone(), entry.clone(), inbox);
+        let registry = Arc::downgrade(self);
+        let ended = entry.clone();
+        let task = tokio::spawn(async move {
+            actor.run().await;
+            ended.gone.store(true, Ordering::SeqCst);
+            ended.wake_readers();
+            if let Some(registry) = registry.upgrade() {
+                registry.entries().by_id.remove(&id);
+            }
+        });
+        entries.by_id.insert(id, (entry.clone(), task));
+        Some(entry)
+    }
+
+    /// The entry of a server that has an actor.
+    pub fn find(&self, id: ServerId) -> Option<Arc<Entry>> {
+        self.entries().by_id.get(&id).map(|(entry, _)| entry.clone())
+    }
+
+    /// Wakes a server's actor after its record changed, or starts it.
+    pub fn poke(self: &Arc<Self>, id: ServerId) {
+        if let Some(entry) = self.entry(id) {
+            entry.poke.notify_one();
+        }
+    }
+
+    /// Ends every actor where it stands; what it was doing is taken up by the next daemon.
+    pub async fn close(&self) {
+        let tasks: Vec<JoinHandle<()>> = {
+            let mut entries = self.entries();
+            entries.closed = true;
+            entries.by_id.drain().map(|(_, (_, task))| task).collect()
+        };
+        for task in &tasks {
+            task.abort();
+        }
+        for task in tasks {
+            // An aborted task answers an error that says so.
+            let _ = task.await;
+        }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,309 @@
+//! The real launcher: a mode of `toft-vmm`, started once in a session of its own, that starts VMMs and tells of
+//! their ends. It is started again when it has gone; VMMs live on without it.
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use model::Code;
+use sys::pidfd::PidFd;
+use sys::seqpacket::Socket;
+use sys::spawn::{Program, Session};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{oneshot, watch};
+use wire::channel::Channel;
+use wire::launch::{Command, ExitStatus, KvmReport, Message, Reply, Request};
+
+use super::process::Held;
+use super::watched::{Watched, watch};
+use super::{Launch, Process, ProcessId, Start};
+use crate::error::{Error, Result};
+use crate::limits;
+
+/// Starts VMMs through a launcher process.
+pub struct Launcher {
+    vmm: PathBuf,
+    kvm: PathBuf,
+    connection: tokio::sync::Mutex<Option<Arc<Connection>>>,
+}
+
+struct Connection {
+    socket: AsyncFd<Watched<Channel>>,
+    next: AtomicU64,
+    state: Mutex<State>,
+    process: PidFd,
+}
+
+#[derive(Default)]
+struct State {
+    closed: bool,
+    waiting: HashMap<u64, oneshot::Sender<Replied>>,
+    /// How children ended; an entry is made when the child is told of and goes with its last listener.
+    children: HashMap<i32, watch::Sender<Option<ExitStatus>>>,
+}
+
+struct Replied {
+    result: std::result::Result<Reply, String>,
+    descriptors: Vec<OwnedFd>,
+    status: Option<watch::Receiver<Option<ExitStatus>>>,
+}
+
+impl Launcher {
+    /// A launcher that executes `vmm` and opens `kvm`; neither is looked at before it is needed.
+    pub fn new(vmm: impl Into<PathBuf>, kvm: impl Into<PathBuf>) -> Launcher {
+        Launcher { vmm: vmm.into(), kvm: kvm.into(), connection: tokio::sync::Mutex::new(None) }
+    }
+
+    fn open_kvm(&self) -> Result<File> {
+        let path = self.kvm.display();
+        File::options().read(true).write(true).open(&self.kvm).map_err(|cause| {
+            let what_to_do = match cause.kind() {
+                std::io::ErrorKind::NotFound => {
+                    "load the kvm_intel or kvm_amd module, and turn virtualisation on in the firmware"
+                }
+                std::io::ErrorKind::PermissionDenied => "run toftd as root or as a member of the group kvm",
+                _ => "see the kernel's log",
+            };
+            Error::new(Code::KvmUnavailable, format!("{path} cannot be opened ({cause}); {what_to_do}"))
+                .caused_by(cause)
+        })
+    }
+
+    fn check_vmm(&self) -> Result<()> {
+        match nix::unistd::access(&self.vmm, nix::unistd::AccessFlags::X_OK) {
+            Ok(()) => Ok(()),
+            Err(cause) => Err(Error::new(
+                Code::HostUnprepared,
+                format!("{} cannot be executed ({cause}); pass --vmm PATH", self.vmm.display()),
+            )
+            .caused_by(cause)),
+        }
+    }
+
+    /// The connection to a launcher that lives.
+    async fn connection(&self) -> Result<Arc<Connection>> {
+        let mut held = self.connection.lock().await;
+        if let Some(connection) = held.as_ref() {
+            if !connection.state().closed {
+                return Ok(connection.clone());
+            }
+            // Our child: reaped here, or it would stay a zombie.
+            let _ = connection.process.reap();
+        }
+        let started = Connection::start(&self.vmm)?;
+        *held = Some(started.clone());
+        Ok(started)
+    }
+
+    async fn ask(
+        &self,
+        command: Command,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> Result<Replied> {
+        let connection = self.connection().await?;
+        connection.ask(command, descriptors, timeout).await
+    }
+}
+
+impl Launch for Launcher {
+    fn check(&self) -> Result<()> {
+        self.check_vmm()?;
+        self.open_kvm().map(drop)
+    }
+
+    fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Arc<dyn Process>>> {
+        async move {
+            self.check_vmm()?;
+            let kvm = self.open_kvm()?;
+            let descriptors =
+                [start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
+            let replied =
+                self.ask(Command::Spawn { label: start.label.clone() }, &descriptors, limits::SPAWN).await?;
+            match (replied.result, replied.descriptors.into_iter().next(), replied.status) {
+                (Ok(Reply::Spawned { pid }), Some(pidfd), Some(status)) => {
+                    Ok(Arc::new(Held::started(pid, pidfd, status)?) as Arc<dyn Process>)
+                }
+                (Err(why), _, _) => Err(Error::new(Code::MachineFailed, why)),
+                _ => Err(nonsense()),
+            }
+        }
+        .boxed()
+    }
+
+    fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>> {
+        Ok(Held::adopt(id)?.map(|held| Arc::new(held) as Arc<dyn Process>))
+    }
+
+    fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {
+        async move {
+            self.check_vmm()?;
+            let kvm = self.open_kvm()?;
+            let replied = self.ask(Command::Probe, &[kvm.as_fd()], limits::PROBE).await?;
+            match replied.result {
+                Ok(Reply::Probed(report)) => Ok(report),
+                Ok(Reply::Spawned { .. }) => Err(nonsense()),
+                Err(why) => Err(Error::new(Code::KvmUnavailable, why)),
+            }
+        }
+        .boxed()
+    }
+}
+
+impl Connection {
+    fn start(vmm: &std::path::Path) -> Result<Arc<Connection>> {
+        let failed = |cause: std::io::Error| {
+            Error::new(Code::HostUnprepared, format!("the launcher {} cannot be started: {cause}", vmm.display()))
+                .caused_by(cause)
+        };
+        let (ours, theirs) = Socket::pair().map_err(failed)?;
+        let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
+        let (_, process) = sys::spawn::spawn(&Program {
+            executable: vmm,
+            name: OsStr::new("toft-vmm"),
+            arguments: &[OsStr::new("launcher")],
+            descriptors: &[
+                (null.as_fd(), 0),
+                (std::io::stdout().as_fd(), 1),
+                (std::io::stderr().as_fd(), 2),
+                (theirs.as_fd(), 3),
+            ],
+            session: Session::Own,
+        })
+        .map_err(failed)?;
+        ours.set_nonblocking().map_err(failed)?;
+        let socket =
+            watch(Channel::new(ours), Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
+        let connection =
+            Arc::new(Connection { socket, next: AtomicU64::new(1), state: Mutex::default(), process });
+        let reading = Arc::downgrade(&connection);
+        tokio::spawn(async move {
+            // The reader holds the connection while it reads, so the launcher lives as long as the daemon.
+            if let Some(connection) = reading.upgrade() {
+                connection.read().await;
+                let mut state = connection.state();
+                state.closed = true;
+                state.waiting.clear();
+                state.children.clear();
+            }
+        });
+        Ok(connection)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn ask(
+        &self,
+        command: Command,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> Result<Replied> {
+        let gone = || Error::new(Code::MachineFailed, "the launcher has ended; try again");
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut state = self.state();
+            if state.closed {
+                return Err(gone());
+            }
+            if state.waiting.len() >= limits::COMMANDS_MAX {
+                return Err(Error::new(Code::TooMany, "too many VMMs are being started; try again"));
+            }
+            state.waiting.insert(id, sender);
+        }
+        let exchange = async {
+            self.send(&Request { id, command }, descriptors).await?;
+            receiver.await.map_err(|_| gone())
+        };
+        let answer = tokio::time::timeout(timeout, exchange).await;
+        self.state().waiting.remove(&id);
+        answer.unwrap_or_else(|_| {
+            Err(Error::new(Code::MachineFailed, format!("the launcher did not answer within {timeout:?}")))
+        })
+    }
+
+    async fn send(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let failed = |cause: &dyn std::fmt::Display| {
+            Error::new(Code::MachineFailed, format!("the launcher cannot be reached: {cause}"))
+        };
+        loop {
+            let mut ready = self.socket.writable().await.map_err(|cause| failed(&cause))?;
+            match ready.get_inner().0.send(request, descriptors) {
+                Ok(()) => return Ok(()),
+                Err(cause) if cause.is_would_block() => ready.clear_ready(),
+                Err(cause) => return Err(failed(&cause)),
+            }
+        }
+    }
+
+    async fn read(&self) {
+        loop {
+            let Ok(mut ready) = self.socket.readable().await else { return };
+            match ready.get_inner().0.receive::<Message>() {
+                Ok(Some((message, descriptors))) => self.take(message, descriptors),
+                Ok(None) => return,
+                Err(cause) if cause.is_would_block() => ready.clear_ready(),
+                Err(cause) => {
+                    tracing::warn!("the launcher's message cannot be read: {cause}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take(&self, message: Message, descriptors: Vec<OwnedFd>) {
+        let mut state = self.state();
+        match message {
+            Message::Reply { id, result } => {
+                let status = match &result {
+                    Ok(Reply::Spawned { pid }) => {
+                        state.children.retain(|_, sender| !sender.is_closed());
+                        let sender = state.children.entry(*pid).or_insert_with(|| watch::Sender::new(None));
+                        Some(sender.subscribe())
+                    }
+                    _ => None,
+                };
+                let waiting = state.waiting.remove(&id);
+                drop(state);
+                let replied = Replied { result, descriptors, status };
+                let taken = match waiting {
+                    Some(sender) => sender.send(replied),
+                    None => Err(replied),
+                };
+                if let Err(replied) = taken {
+                    end_unwanted(replied);
+                }
+            }
+            Message::Exited { pid, status } => {
+                if let Some(sender) = state.children.remove(&pid) {
+                    sender.send_replace(Some(status));
+                }
+            }
+        }
+    }
+}
+
+/// A VMM that came after its time has no machine and no record; nobody else would ever end it.
+fn end_unwanted(replied: Replied) {
+    if let (Ok(Reply::Spawned { pid }), Some(pidfd)) =
+        (replied.result, replied.descriptors.into_iter().next())
+    {
+        tracing::warn!("VMM {pid} was started too late and is ended");
+        if let Err(cause) = PidFd::from(pidfd).signal(nix::sys::signal::Signal::SIGKILL) {
+            tracing::warn!("VMM {pid} cannot be ended: {cause}");
+        }
+    }
+}
+
+fn nonsense() -> Error {
+    Error::new(Code::MachineFailed, "the launcher answered something else than it was asked")
+}

@@ -1,0 +1,233 @@
+//! One control connection to a VMM: requests matched with replies, notices passed on, every wait bounded.
+//! It knows no server; `servers` decides what to ask and what a notice means.
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use model::Code;
+use sys::seqpacket::Socket;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot, watch};
+use wire::channel::Channel;
+use wire::control::{Command, Fault, FaultCode, MachineState, Message, Notice, PROTOCOL, Reply, Request};
+
+use super::watched::{Watched, watch};
+use crate::error::Error;
+use crate::limits;
+
+/// A connection to a VMM. Cheap to clone; closed when the last clone is dropped.
+#[derive(Clone)]
+pub struct Link {
+    shared: Arc<Shared>,
+    _reader: Arc<Reader>,
+}
+
+/// What a VMM says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hello {
+    /// What its machine does.
+    pub state: MachineState,
+    /// Total bytes the console has written.
+    pub console_written: u64,
+}
+
+/// Why a command did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The VMM closed the connection, which it does when it ends.
+    #[error("the VMM has closed its control connection")]
+    Gone,
+    /// It did not answer in time.
+    #[error("the VMM did not answer within {0:?}")]
+    Timeout(Duration),
+    /// It refused.
+    #[error("the VMM refused")]
+    Refused(#[source] Fault),
+    /// It answered something else, or the command could not be sent.
+    #[error("the VMM and the daemon do not understand each other: {0}")]
+    Protocol(String),
+}
+
+impl AskError {
+    /// Whether the devices did not drain in time and the machine runs on.
+    pub fn is_drain_timeout(&self) -> bool {
+        matches!(self, AskError::Refused(fault) if fault.code == FaultCode::Timeout)
+    }
+}
+
+impl From<AskError> for Error {
+    fn from(cause: AskError) -> Error {
+        let detail = match &cause {
+            AskError::Refused(fault) => format!("the VMM refused: {}", fault.detail),
+            other => other.to_string(),
+        };
+        Error::new(Code::MachineFailed, detail).caused_by(cause)
+    }
+}
+
+type Waiting = HashMap<u64, oneshot::Sender<std::result::Result<Reply, Fault>>>;
+
+struct Shared {
+    socket: AsyncFd<Watched<Channel>>,
+    next: AtomicU64,
+    /// `None` once the connection has closed.
+    waiting: Mutex<Option<Waiting>>,
+    closed: watch::Sender<bool>,
+}
+
+/// The task that reads; it ends with the last clone of the link.
+struct Reader(tokio::task::JoinHandle<()>);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Link {
+    /// Connects to the socket at `path` and exchanges greetings within `timeout`. Notices other than console
+    /// output go to `notices`; when it is full they are dropped, because a guest can cause them at will.
+    pub async fn connect(
+        path: &Path,
+        console: watch::Sender<u64>,
+        notices: mpsc::Sender<Notice>,
+        timeout: Duration,
+    ) -> std::result::Result<(Link, Hello), AskError> {
+        let socket = Socket::connect(path).map_err(|_| AskError::Gone)?;
+        let unusable = |cause: std::io::Error| AskError::Protocol(cause.to_string());
+        socket.set_nonblocking().map_err(unusable)?;
+        let socket =
+            watch(Channel::new(socket), Interest::READABLE | Interest::WRITABLE).map_err(unusable)?;
+        let shared = Arc::new(Shared {
+            socket,
+            next: AtomicU64::new(1),
+            waiting: Mutex::new(Some(HashMap::new())),
+            closed: watch::Sender::new(false),
+        });
+        let reading = shared.clone();
+        let reader = tokio::spawn(async move {
+            reading.read(&console, &notices).await;
+            reading.close();
+        });
+        let link = Link { shared, _reader: Arc::new(Reader(reader)) };
+        match link.ask(Command::Hello { protocol: PROTOCOL }, &[], timeout).await? {
+            Reply::Hello { state, console_written, .. } => Ok((link, Hello { state, console_written })),
+            other => Err(AskError::Protocol(format!("a greeting was answered with {other:?}"))),
+        }
+    }
+
+    /// Sends a command with its descriptors and waits for its reply.
+    pub async fn ask(
+        &self,
+        command: Command,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> std::result::Result<Reply, AskError> {
+        let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        match self.shared.waiting().as_mut() {
+            Some(waiting) if waiting.len() < limits::COMMANDS_MAX => waiting.insert(id, sender),
+            Some(_) => return Err(AskError::Protocol("too many commands wait for this VMM".to_owned())),
+            None => return Err(AskError::Gone),
+        };
+        let exchange = async {
+            self.shared.send(&Request { id, command }, descriptors).await?;
+            receiver.await.map_err(|_| AskError::Gone)?.map_err(AskError::Refused)
+        };
+        let answer = tokio::time::timeout(timeout, exchange).await;
+        if let Some(waiting) = self.shared.waiting().as_mut() {
+            waiting.remove(&id);
+        }
+        answer.unwrap_or(Err(AskError::Timeout(timeout)))
+    }
+
+    /// Sends a command whose only good answer is `Done`.
+    pub async fn order(&self, command: Command, timeout: Duration) -> std::result::Result<(), AskError> {
+        match self.ask(command, &[], timeout).await? {
+            Reply::Done => Ok(()),
+            other => Err(AskError::Protocol(format!("a command was answered with {other:?}"))),
+        }
+    }
+
+    /// Whether the VMM has closed it.
+    pub fn is_closed(&self) -> bool {
+        *self.shared.closed.borrow()
+    }
+
+    /// Waits until the VMM has closed it. Cancel-safe.
+    pub async fn closed(&self) {
+        let mut closed = self.shared.closed.subscribe();
+        // The sender lives in `self`, so this ends only by being closed.
+        let _ = closed.wait_for(|closed| *closed).await;
+    }
+}
+
+impl Shared {
+    fn waiting(&self) -> std::sync::MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Dropping the senders tells everybody who waits.
+    fn close(&self) {
+        *self.waiting() = None;
+        self.closed.send_replace(true);
+    }
+
+    async fn send(
+        &self,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> std::result::Result<(), AskError> {
+        loop {
+            let mut ready = self.socket.writable().await.map_err(|_| AskError::Gone)?;
+            match ready.get_inner().0.send(request, descriptors) {
+                Ok(()) => return Ok(()),
+                Err(cause) if cause.is_would_block() => ready.clear_ready(),
+                Err(wire::channel::Error::Socket(_)) => return Err(AskError::Gone),
+                Err(cause) => return Err(AskError::Protocol(cause.to_string())),
+            }
+        }
+    }
+
+    async fn read(&self, console: &watch::Sender<u64>, notices: &mpsc::Sender<Notice>) {
+        loop {
+            let Ok(mut ready) = self.socket.readable().await else { return };
+            let message = match ready.get_inner().0.receive::<Message>() {
+                Ok(Some((message, _))) => message,
+                Ok(None) => return,
+                Err(cause) if cause.is_would_block() => {
+                    ready.clear_ready();
+                    continue;
+                }
+                Err(cause) => {
+                    tracing::warn!("a VMM's message cannot be read: {cause}");
+                    return;
+                }
+            };
+            match message {
+                Message::Reply { id, result } => {
+                    let sender = self.waiting().as_mut().and_then(|waiting| waiting.remove(&id));
+                    // Nobody waits any more when the reply came after its time.
+                    if let Some(sender) = sender {
+                        let _ = sender.send(result);
+                    }
+                }
+                Message::Notice(Notice::Console { written }) => {
+                    console.send_replace(written);
+                }
+                Message::Notice(notice) => {
+                    if let Err(mpsc::error::TrySendError::Full(notice)) = notices.try_send(notice) {
+                        tracing::debug!("dropped a notice: {notice:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
