@@ -45,10 +45,15 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
         match cause.classify() {
             Category::Data => {
                 let detail = without_position(&cause.to_string());
+                let (kind, member) = mistake(&detail);
+                let pointer = match member.filter(|_| kind != "unknown_field") {
+                    Some(member) => format!("{pointer}/{member}"),
+                    None => pointer,
+                };
                 Failure::new(Code::Invalid, format!("{}: {detail}", shown(&pointer))).field(
                     &pointer,
-                    "not_valid",
-                    detail,
+                    kind,
+                    detail.as_str(),
                 )
             }
             Category::Eof if bytes.is_empty() => {
@@ -98,6 +103,21 @@ fn pointer(path: &serde_path_to_error::Path) -> String {
         pointer.push_str(&name);
     }
     pointer
+}
+
+/// What kind of mistake serde's words tell of, and the member they name. The path of a missing or repeated
+/// member ends at its parent, that of an unknown one at itself.
+pub(crate) fn mistake(detail: &str) -> (&'static str, Option<&str>) {
+    for (words, kind) in [
+        ("missing field `", "missing"),
+        ("duplicate field `", "repeated"),
+        ("unknown field `", "unknown_field"),
+    ] {
+        if let Some(rest) = detail.strip_prefix(words) {
+            return (kind, rest.split('`').next());
+        }
+    }
+    ("not_valid", None)
 }
 
 fn shown(pointer: &str) -> &str {

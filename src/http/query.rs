@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use std::time::Duration;
 use utoipa::IntoParams;
 
+use crate::body::mistake;
 use crate::error::Failure;
 use crate::limits::QUERY_BYTES_MAX;
 
@@ -33,8 +34,10 @@ pub(crate) fn parse<T: DeserializeOwned>(query: &str) -> Result<T, Failure> {
     let deserializer = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
     serde_path_to_error::deserialize(deserializer).map_err(|cause| {
         let path = cause.path().to_string();
-        let name = if path == "." { "query" } else { path.as_str() };
-        Failure::parameter(name, "not_valid", cause.inner().to_string())
+        let detail = cause.inner().to_string();
+        let (kind, member) = mistake(&detail);
+        let name = member.unwrap_or(if path == "." { "query" } else { path.as_str() });
+        Failure::parameter(name, kind, detail.as_str())
     })
 }
 

@@ -1,2 +1,5 @@
 //! Tests of the room: what is generated, and the real router over real sockets.
+mod callers;
+mod errors;
 mod generated;
+mod served;
