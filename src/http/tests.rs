@@ -2,4 +2,6 @@
 mod callers;
 mod errors;
 mod generated;
+mod networks;
 mod served;
+mod streams;
