@@ -58,3 +58,13 @@ pub const WRITE_ZEROES_RANGES_MAX: u32 = 1;
 
 /// Sectors of one zeroed range: 64 MiB, the most that one system call writes where it has to be written out.
 pub const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;
+
+/// Entries of each queue of an interface: QEMU's default, and enough receive buffers for a burst of 64 KiB packets.
+pub const NET_QUEUE_SIZE: u16 = 256;
+
+/// The largest frame in either direction: an IP packet of 64 KiB, as segmentation offload makes them, with an Ethernet
+/// header and a VLAN tag. What is longer no kernel sends.
+pub const NET_FRAME_BYTES_MAX: u32 = (64 << 10) + 18;
+
+/// Packets handled in one direction before the other has its turn.
+pub const NET_BATCH: usize = 128;

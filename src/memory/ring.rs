@@ -24,7 +24,7 @@ use plain::Plain;
 use uring::Uring;
 use vectors::Vectors;
 pub use vectors::{PIECES_MAX, Refused};
-pub(crate) use vectors::{append, mark_written};
+pub(crate) use vectors::append;
 
 /// How long dropping a ring waits for the kernel. What is not answered then is leaked with the memory it may
 /// still write, which is safe; a disk that hangs longer than this seldom comes back at all.

@@ -9,6 +9,7 @@ pub mod worker;
 
 pub mod balloon;
 pub mod block;
+pub mod net;
 pub mod rng;
 
 pub mod transport;

@@ -135,7 +135,7 @@ pub(crate) fn append(
 }
 
 /// Notes the pieces in the dirty bitmap.
-pub(crate) fn mark_written(memory: &Ram, pieces: impl IntoIterator<Item = (GuestAddress, u32)>) {
+fn mark_written(memory: &Ram, pieces: impl IntoIterator<Item = (GuestAddress, u32)>) {
     for (address, length) in pieces {
         for slice in memory.get_slices(address, length as usize).flatten() {
             slice.bitmap().mark_dirty(0, slice.len());
