@@ -65,12 +65,20 @@ impl ReadVolatile for Image<'_> {
         &mut self,
         to: &mut VolatileSlice<'_, B>,
     ) -> Result<usize, VolatileMemoryError> {
-        let length = to.len().min(COPY_BYTES);
+        // The loader asks once for all it wants and takes a short answer for the end of the file.
         self.buffer.resize(COPY_BYTES, 0);
-        let read = self.file.read_at(&mut self.buffer[..length], self.position);
-        let read = read.map_err(VolatileMemoryError::IOError)?;
-        to.subslice(0, read)?.copy_from(&self.buffer[..read]);
-        self.position = self.position.saturating_add(read as u64);
-        Ok(read)
+        let mut done = 0;
+        while done < to.len() {
+            let length = (to.len() - done).min(COPY_BYTES);
+            let read = self.file.read_at(&mut self.buffer[..length], self.position);
+            let read = read.map_err(VolatileMemoryError::IOError)?;
+            if read == 0 {
+                break;
+            }
+            to.subslice(done, read)?.copy_from(&self.buffer[..read]);
+            self.position = self.position.saturating_add(read as u64);
+            done += read;
+        }
+        Ok(done)
     }
 }
