@@ -23,8 +23,8 @@ mod vectors;
 use plain::Plain;
 use uring::Uring;
 use vectors::Vectors;
-pub use vectors::{PIECES_MAX, Refused};
 pub(crate) use vectors::append;
+pub use vectors::{PIECES_MAX, Refused};
 
 /// How long dropping a ring waits for the kernel. What is not answered then is leaked with the memory it may
 /// still write, which is safe; a disk that hangs longer than this seldom comes back at all.
@@ -32,6 +32,10 @@ const DROP_WAIT: Duration = Duration::from_secs(10);
 
 /// How often one request is tried again after an interruption that made no progress.
 const RETRIES_MAX: u8 = 16;
+
+/// How often in a row the kernel may put a submission off before plain system calls take over: far more than a
+/// shortage of memory lasts that anything else survives.
+const STALLS_MAX: u32 = 1000;
 
 /// What does the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +76,7 @@ pub struct Ring {
     file: Arc<File>,
     ready: EventFd,
     fell_back: Option<io::Error>,
+    stalls: u32,
 }
 
 /// A request as an engine sees it.
@@ -120,6 +125,7 @@ impl Ring {
             file,
             ready: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
             fell_back: None,
+            stalls: 0,
         })
     }
 
@@ -230,9 +236,12 @@ impl Ring {
             _ => Ok(()),
         };
         match sent {
-            Ok(()) => {}
+            Ok(()) => self.stalls = 0,
             // The kernel wants answers taken first or is short of memory for a moment: come back for another try.
-            Err(cause) if is_passing(&cause) => self.call_again(),
+            Err(cause) if is_passing(&cause) && self.stalls < STALLS_MAX => {
+                self.stalls += 1;
+                self.call_again();
+            }
             Err(cause) => self.fall_back(cause),
         }
         if self.plain.submit(&self.file, &self.slots) {

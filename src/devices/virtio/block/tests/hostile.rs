@@ -1,4 +1,7 @@
 //! Drivers that break the rules, by mistake or on purpose.
+use std::sync::atomic::AtomicBool;
+use std::thread;
+
 use vm_memory::GuestMemoryBackend;
 
 use super::*;
@@ -99,6 +102,37 @@ fn chains_that_cannot_be_served_are_answered_where_possible() {
     }
     assert_eq!(driver.read(1, 512), (OK, vec![1; 512]));
     assert!(driver.heard.log().broken.is_empty());
+}
+
+/// Two requests fill what may be in flight; the others wait in the queue, and none is forgotten there.
+#[test]
+fn more_bytes_than_may_be_in_flight_wait_their_turn() {
+    each_engine(|engine| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(&[3; 512], (32 << 20) - 512).unwrap();
+        let mut driver = Driver::over(file, Setup { engine, ..Setup::default() });
+        let header = driver.header(VIRTIO_BLK_T_IN, 0);
+        let status = driver.filled(&[UNANSWERED]);
+        let mebibyte = driver.buffer(1 << 20);
+        let pieces = std::iter::repeat_n(Part::Write(mebibyte, 1 << 20), 32);
+        let parts: Vec<Part> =
+            [Part::Read(header, 16)].into_iter().chain(pieces).chain([Part::Write(status, 1)]).collect();
+        for _ in 0..7 {
+            let head = driver.ring.chain(&parts);
+            driver.ring.offer(head);
+        }
+        driver.ring.kick.write(1).unwrap();
+        for _ in 0..7 {
+            assert_eq!(driver.ring.wait_used(&driver.heard).1, (32 << 20) + 1);
+        }
+        assert_eq!(driver.bench.bytes(mebibyte + (1 << 20) - 512, 512), [3; 512]);
+        assert_eq!(seen(&driver.stats.read_bytes), 7 * (32 << 20));
+        // A sector more than one request may have.
+        let parts = [&parts[..33], &[Part::Write(mebibyte, 512), Part::Write(status, 1)]].concat();
+        assert_eq!(exchange(&mut driver, &parts), 0);
+        assert_eq!(driver.bench.bytes(status, 1), [IOERR]);
+    });
 }
 
 #[test]
