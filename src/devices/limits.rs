@@ -24,6 +24,14 @@ pub const RNG_BYTES_MAX: u32 = 64 << 10;
 /// Page numbers in one request to inflate or deflate. Linux sends 256; sixteen times that is 16 KiB to read.
 pub const BALLOON_PAGES_PER_REQUEST_MAX: u32 = 4096;
 
+/// Requests of a balloon in one turn. Each may be thousands of system calls over gigabytes, and a stop or a pause
+/// waits for the turn to end; drivers have no second request in flight that could gain from more.
+pub const BALLOON_ANSWERS_PER_TURN: usize = 1;
+
+/// Ranges of one report of free pages: twice what Linux sends, and as many as fit into the queue itself. Returning
+/// a range of gigabytes takes part of a second, so an indirect table full of them would hold up a stop for minutes.
+pub const BALLOON_RANGES_PER_REPORT_MAX: usize = 64;
+
 /// Entries of the queues of rng and balloon: Linux keeps at most one request in flight in each, but puts up to 32
 /// free ranges into one report.
 pub const SMALL_QUEUE_SIZE: u16 = 64;

@@ -9,7 +9,7 @@ use super::backend::{self, Outcome};
 use super::config::Config;
 use super::request::{self, Pages};
 use crate::bus::locked;
-use crate::limits::{ANSWERS_PER_TURN, SMALL_QUEUE_SIZE};
+use crate::limits::{BALLOON_ANSWERS_PER_TURN, BALLOON_RANGES_PER_REPORT_MAX, SMALL_QUEUE_SIZE};
 use crate::virtio::device::{ActivateError, Active, QueueWiring, Signals, VirtioDevice, Wiring};
 use crate::virtio::queue::{Chain, Fault};
 use crate::virtio::worker::{Handler, Progress, Sources, Worker, WorkerOptions};
@@ -152,7 +152,7 @@ impl Handler for BalloonHandler {
             return Ok(Progress::Idle);
         };
         let (shared, features) = (&self.shared, self.features);
-        let more = wiring.queue.answer_each(ANSWERS_PER_TURN, |memory, chain| {
+        let more = wiring.queue.answer_each(BALLOON_ANSWERS_PER_TURN, |memory, chain| {
             match index {
                 INFLATE => shared.inflate(memory, chain),
                 // The guest touches what it takes back, and gets a fresh page then.
@@ -186,8 +186,13 @@ impl Shared {
         if features & PAGE_POISON != 0 && self.config.poison() != 0 {
             return;
         }
-        for pages in request::reported(chain) {
+        let mut ranges = request::reported(chain);
+        for pages in ranges.by_ref().take(BALLOON_RANGES_PER_REPORT_MAX) {
             self.discard(memory, pages, &self.stats.reported_bytes);
+        }
+        // A report is a hint: what is left out costs memory and nothing else.
+        if ranges.next().is_some() {
+            count(&self.stats.malformed, 1);
         }
     }
 

@@ -3,8 +3,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::super::config::PAGE_BYTES;
 use super::*;
-use crate::limits::BALLOON_PAGES_PER_REQUEST_MAX;
-use crate::virtio::bench::{Bench, Heard, Part, Ring};
+use crate::limits::{BALLOON_PAGES_PER_REQUEST_MAX, BALLOON_RANGES_PER_REPORT_MAX};
+use crate::virtio::bench::{Bench, Heard, INDIRECT, NEXT, Part, Ring, WRITE, write_descriptor};
 
 struct Rig {
     bench: Bench,
@@ -160,6 +160,45 @@ fn requests_that_break_the_protocol_are_counted_and_answered() {
     );
     assert!(rig.heard.log().broken.is_empty());
     assert_eq!(rig.count(|stats| &stats.failed), 0);
+}
+
+#[test]
+fn each_request_is_a_turn_of_its_own_so_that_a_stop_waits_for_one_at_most() {
+    let mut rig = rig(0);
+    let start = rig.pages(1);
+    let number = rig.bench.filled(&((start / PAGE_BYTES) as u32).to_le_bytes());
+    for _ in 0..8 {
+        let head = rig.rings[0].chain(&[Part::Read(number, 4)]);
+        rig.rings[0].offer(head);
+    }
+    rig.rings[0].kick.write(1).unwrap();
+    for _ in 0..8 {
+        rig.rings[0].wait_used(&rig.heard);
+    }
+    // A turn that completes something ends with a signal.
+    rig.heard.wait("signal for each request", |log| log.used.len() == 8);
+}
+
+#[test]
+fn a_report_of_more_ranges_than_a_queue_holds_is_cut() {
+    const RANGES: u64 = 500;
+    let mut rig = rig(REPORTING);
+    let start = rig.pages(RANGES);
+    let table = rig.bench.buffer(RANGES * 16);
+    for at in 0..RANGES {
+        let more = if at + 1 < RANGES { NEXT } else { 0 };
+        let range = start + at * PAGE_BYTES;
+        let next = (at + 1) as u16;
+        write_descriptor(&rig.bench.memory, table + at * 16, range, PAGE_BYTES as u32, WRITE | more, next);
+    }
+    rig.rings[2].descriptor(0, table, RANGES as u32 * 16, INDIRECT, 0);
+    rig.rings[2].offer(0);
+    rig.rings[2].kick.write(1).unwrap();
+    rig.rings[2].wait_used(&rig.heard);
+    let most = BALLOON_RANGES_PER_REPORT_MAX as u64;
+    assert_eq!(rig.count(|stats| &stats.reported_bytes), most * PAGE_BYTES);
+    assert_eq!(rig.count(|stats| &stats.malformed), 1);
+    assert!(rig.kept(start, RANGES).iter().skip(most as usize).all(|kept| *kept));
 }
 
 #[test]
