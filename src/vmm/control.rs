@@ -241,6 +241,8 @@ impl Shell {
                 }
             }
         }
+        // A peer whose packets are left unread hears of a reset connection before it hears the rest.
+        self.connections.values_mut().for_each(|connection| drop(connection.receive()));
     }
 
     fn watch(&self, fd: i32, token: u64) -> io::Result<()> {

@@ -21,7 +21,6 @@ use crate::console::Console;
 use crate::vcpu::NotParked;
 
 mod build;
-mod net;
 mod parts;
 mod plan;
 mod stats;

@@ -3,12 +3,12 @@
 use std::io;
 use std::sync::Arc;
 
-use super::net::{Net, NetControl, NetOptions};
 use devices::power::{self, Power, PowerEvents};
 use devices::serial::{self, Serial};
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use devices::virtio::block::{Block, BlockControl, BlockOptions, Disk};
+use devices::virtio::net::{Link, Net, NetControl, NetOptions};
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::pci::VirtioPci;
 use devices::{Bus, Doorbells, Interrupt, Notices, Region, pci};
@@ -171,18 +171,20 @@ fn attach_nics(slots: &mut Slots, plan: &Plan, lasting: &Lasting) -> Result<Vec<
     for ((at, nic), stats) in plan.spec.nics.iter().enumerate().zip(&lasting.nics) {
         let field = || format!("/nics/{at}/tap");
         let tap = plan.copy(nic.tap).map_err(|cause| Error::File { field: field(), cause })?;
+        let link = Link::new(tap);
+        let link = link.map_err(|error| Error::File { field: field(), cause: io::Error::other(error) })?;
         let net = Net::new(NetOptions {
             name: format!("nic{at}"),
-            tap,
+            link,
             mac: nic.mac,
             mtu: nic.mtu,
             rx_limits: translate::limits(nic.rx_limits),
             tx_limits: translate::limits(nic.tx_limits),
             stats: Arc::clone(stats),
         });
-        let net = net.map_err(|error| Error::File { field: field(), cause: io::Error::other(error) })?;
+        let net = net.map_err(|cause| Error::Host { what: format!("nic{at}"), cause })?;
         controls.push(net.control());
-        slots.attach(Box::new(Rng::from(net)))?;
+        slots.attach(Box::new(net))?;
     }
     Ok(controls)
 }

@@ -1,12 +1,12 @@
 //! What a machine consists of between two resets. Dropped, it stops: vCPUs first, then devices.
 use std::sync::Arc;
 
-use super::net::NetControl;
 use devices::pci::Root;
 use devices::power::Power;
 use devices::serial::Serial;
 use devices::virtio::balloon::BalloonControl;
 use devices::virtio::block::BlockControl;
+use devices::virtio::net::NetControl;
 use kvm::Vm;
 
 use crate::vcpu::Crew;

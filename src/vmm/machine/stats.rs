@@ -3,9 +3,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::net::NetStats;
 use devices::virtio::balloon::BalloonStats;
 use devices::virtio::block::BlockStats;
+use devices::virtio::net::NetStats;
 use devices::virtio::rng::RngStats;
 use wire::control::{self, MachineStats, VcpuStats};
 use wire::machine::MachineSpec;

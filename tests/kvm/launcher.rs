@@ -1,0 +1,179 @@
+//! The launcher through its own wire: it starts VMMs, tells how they end, and looks at KVM.
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use sys::pidfd::{Ended, PidFd, Signal};
+use sys::seqpacket::{Listener, Socket};
+use sys::spawn::{Program, Session, spawn};
+use wire::channel::Channel;
+use wire::control;
+use wire::launch::{Command, ExitStatus, LinuxSupport, Message, Reply, Request, fd};
+use wire::will::{Reason, Will};
+
+use crate::vmm_driver::{PATIENCE, program, readable};
+
+struct Launcher {
+    channel: Option<Channel>,
+    pidfd: PidFd,
+    directory: tempfile::TempDir,
+}
+
+impl Launcher {
+    fn start() -> Launcher {
+        let directory = tempfile::Builder::new().prefix("toft-launcher").tempdir().unwrap();
+        let (ours, theirs) = Socket::pair().unwrap();
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let (_, pidfd) = spawn(&Program {
+            executable: &program(),
+            name: "toft-vmm".as_ref(),
+            arguments: &["launcher".as_ref()],
+            descriptors: &[(null.as_fd(), 0), (null.as_fd(), 1), (null.as_fd(), 2), (theirs.as_fd(), fd::CONTROL)],
+            session: Session::Own,
+        })
+        .unwrap();
+        Launcher { channel: Some(Channel::new(ours)), pidfd, directory }
+    }
+
+    fn channel(&self) -> &Channel {
+        self.channel.as_ref().expect("the launcher was not left")
+    }
+
+    fn ask(&self, id: u64, command: Command, descriptors: &[OwnedFd]) {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        self.channel().send(&Request { id, command }, &descriptors).unwrap();
+    }
+
+    fn hear(&self) -> (Message, Vec<OwnedFd>) {
+        assert!(readable(self.channel().as_fd(), Instant::now() + PATIENCE), "the launcher says nothing");
+        self.channel().receive().unwrap().expect("the launcher lives")
+    }
+
+    fn descriptors(&self, name: &str) -> [OwnedFd; 4] {
+        let path = |kind: &str| self.directory.path().join(format!("{name}.{kind}"));
+        let file = |kind: &str| OwnedFd::from(File::create(path(kind)).unwrap());
+        let listener = Listener::bind(&path("sock")).unwrap();
+        [listener.into(), kvm(), file("will"), file("log")]
+    }
+
+    fn spawn(&self, name: &str) -> (i32, PidFd, Channel) {
+        self.ask(1, Command::Spawn { label: name.to_owned() }, &self.descriptors(name));
+        let (message, mut descriptors) = self.hear();
+        let Message::Reply { id: 1, result: Ok(Reply::Spawned { pid }) } = message else { panic!("{message:?}") };
+        let pidfd = PidFd::from(descriptors.pop().expect("the pidfd comes along"));
+        let socket = Socket::connect(&self.directory.path().join(format!("{name}.sock"))).unwrap();
+        (pid, pidfd, Channel::new(socket))
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.channel = None;
+        if !readable(self.pidfd.as_fd(), Instant::now() + PATIENCE) {
+            let _ = self.pidfd.signal(Signal::SIGKILL);
+        }
+        let _ = self.pidfd.reap();
+    }
+}
+
+fn kvm() -> OwnedFd {
+    File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm").into()
+}
+
+fn command(channel: &Channel, command: control::Command) -> control::Message {
+    channel.send(&control::Request { id: 7, command }, &[]).unwrap();
+    assert!(readable(channel.as_fd(), Instant::now() + PATIENCE), "the VMM says nothing");
+    channel.receive().unwrap().expect("the VMM lives").0
+}
+
+#[test]
+fn a_vmm_has_its_descriptors_and_no_others() {
+    let launcher = Launcher::start();
+    let (pid, _pidfd, channel) = launcher.spawn("server");
+    assert!(matches!(
+        command(&channel, control::Command::Hello { protocol: 1 }),
+        control::Message::Reply { id: 7, result: Ok(control::Reply::Hello { .. }) }
+    ));
+    let mut open: Vec<(i32, String)> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name().to_str().unwrap().parse().unwrap(), std::fs::read_link(entry.path()).unwrap()))
+        .map(|(number, target)| (number, target.to_string_lossy().into_owned()))
+        .collect();
+    open.sort();
+    // Beyond those it was given it has only what it made itself: epoll, the bell, our connection.
+    for (number, target) in &open {
+        match number {
+            0 => assert_eq!(target, "/dev/null"),
+            1 | 2 => assert!(target.ends_with("server.log"), "{target}"),
+            4 => assert_eq!(target, "/dev/kvm"),
+            5 => assert!(target.ends_with("server.will"), "{target}"),
+            _ => assert!(target.starts_with("socket:") || target.starts_with("anon_inode:"), "{number}: {target}"),
+        }
+    }
+    let title = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    assert_eq!(title, "toft-vmm\0machine\0--label\0server\0");
+    assert_eq!(std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap(), "toft-vmm\n");
+}
+
+#[test]
+fn the_end_of_a_vmm_is_told_once_with_its_status() {
+    let launcher = Launcher::start();
+    let (first, _pidfd, channel) = launcher.spawn("first");
+    let (second, pidfd, _channel) = launcher.spawn("second");
+    command(&channel, control::Command::Quit);
+    let (message, _) = launcher.hear();
+    assert_eq!(message, Message::Exited { pid: first, status: ExitStatus::Code(0) });
+    let will = Will::read(&File::open(launcher.directory.path().join("first.will")).unwrap()).unwrap();
+    assert_eq!(will.unwrap().reason, Reason::Asked);
+    pidfd.signal(Signal::SIGKILL).unwrap();
+    let (message, _) = launcher.hear();
+    assert_eq!(message, Message::Exited { pid: second, status: ExitStatus::Signal(9) });
+}
+
+#[test]
+fn vmms_live_on_when_launcher_and_daemon_go() {
+    let mut launcher = Launcher::start();
+    let (_, pidfd, channel) = launcher.spawn("orphan");
+    launcher.channel = None;
+    assert!(readable(launcher.pidfd.as_fd(), Instant::now() + PATIENCE), "the launcher does not end");
+    assert_eq!(launcher.pidfd.reap().unwrap(), Some(Ended::Code(0)));
+    assert!(!pidfd.has_ended().unwrap());
+    command(&channel, control::Command::Quit);
+    assert!(readable(pidfd.as_fd(), Instant::now() + PATIENCE), "the VMM does not end");
+}
+
+#[test]
+fn a_request_with_the_wrong_descriptors_is_answered() {
+    let launcher = Launcher::start();
+    launcher.ask(3, Command::Spawn { label: "x".to_owned() }, &[kvm()]);
+    let (message, _) = launcher.hear();
+    assert!(matches!(message, Message::Reply { id: 3, result: Err(text) } if text.contains("4 descriptors")));
+    launcher.ask(4, Command::Spawn { label: "a\nb".to_owned() }, &launcher.descriptors("label"));
+    let (message, _) = launcher.hear();
+    assert!(matches!(message, Message::Reply { id: 4, result: Err(text) } if text.contains("label")));
+}
+
+#[test]
+fn the_probe_reports_what_it_measured() {
+    let launcher = Launcher::start();
+    launcher.ask(5, Command::Probe, &[kvm()]);
+    let (message, _) = launcher.hear();
+    let Message::Reply { id: 5, result: Ok(Reply::Probed(report)) } = message else { panic!("{message:?}") };
+    assert_eq!((report.api_version, report.missing.len()), (12, 0));
+    assert!(report.kernel_mode_ips > 1_000 && report.exit_ns > 100, "{report:?}");
+    if let LinuxSupport::No(why) = &report.linux {
+        assert!(why.contains("cmpxchg16b") || why.contains("instructions a second"), "{why}");
+    }
+}
+
+#[test]
+fn a_probe_of_something_else_than_kvm_is_answered() {
+    let launcher = Launcher::start();
+    launcher.ask(6, Command::Probe, &[File::open("/dev/null").unwrap().into()]);
+    let (message, _) = launcher.hear();
+    assert!(
+        matches!(&message, Message::Reply { id: 6, result: Err(text) } if text.contains("not a usable /dev/kvm")),
+        "{message:?}"
+    );
+}

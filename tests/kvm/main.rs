@@ -1,0 +1,9 @@
+//! Tests that need /dev/kvm and nothing else: a real `toft-vmm`, driven through the wire, runs the probe guest.
+//! Stock Linux is the business of `tests/linux`.
+
+#[path = "../support/vmm_driver.rs"]
+mod vmm_driver;
+
+mod launcher;
+mod machine;
+mod probe_guest;

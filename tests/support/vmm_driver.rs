@@ -1,0 +1,315 @@
+//! Plays the daemon for one VMM: makes the files it is given, starts it with the descriptors of the wire, and
+//! commands it. Everything lies in a directory that goes with the driver, and so does the process.
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::pidfd::{Ended, PidFd, Signal};
+use sys::seqpacket::{Listener, Socket};
+use sys::spawn::{Program, Session, spawn};
+use wire::channel::{Channel, Error};
+use wire::console::Ring;
+use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Request};
+use wire::launch::fd;
+use wire::limits::CONSOLE_RING_BYTES;
+use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
+use wire::will::Will;
+
+/// How long anything may take. A machine that runs probe guests answers in milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program under test.
+pub fn program() -> PathBuf {
+    match std::env::var_os("TOFT_BIN") {
+        Some(directory) => Path::new(&directory).join("toft-vmm"),
+        None => option_env!("CARGO_BIN_EXE_toft-vmm").expect("set TOFT_BIN").into(),
+    }
+}
+
+/// A VMM process and the connection to it.
+pub struct Vmm {
+    pidfd: PidFd,
+    channel: Channel,
+    directory: tempfile::TempDir,
+    console: Option<Ring>,
+    next_id: u64,
+    notices: VecDeque<Notice>,
+}
+
+/// A machine to boot: the specification is changed freely before [`Vmm::boot`].
+pub struct Machine {
+    pub spec: MachineSpec,
+    pub files: Vec<File>,
+}
+
+impl Machine {
+    /// One vCPU, 64 MiB, no devices but those that are always there.
+    pub fn new(kernel: &Path, cmdline: &str) -> Machine {
+        Machine {
+            spec: MachineSpec {
+                memory_bytes: 64 << 20,
+                vcpus: 1,
+                cpu: CpuTemplate::Host,
+                boot: Boot { kernel: FdIndex(0), initrd: None, cmdline: cmdline.to_owned() },
+                disks: Vec::new(),
+                nics: Vec::new(),
+                balloon: Balloon::default(),
+                // Replaced when the console's file is made.
+                console: Console { ring: FdIndex(u16::MAX) },
+                on_reset: OnReset::Rebuild,
+            },
+            files: vec![File::open(kernel).unwrap()],
+        }
+    }
+
+    /// Adds a descriptor; answers its place in the packet.
+    pub fn add(&mut self, file: File) -> FdIndex {
+        self.files.push(file);
+        FdIndex(self.files.len() as u16 - 1)
+    }
+
+    /// Adds an initial RAM disk.
+    pub fn initrd(&mut self, path: &Path) {
+        let at = self.add(File::open(path).unwrap());
+        self.spec.boot.initrd = Some(at);
+    }
+
+    /// Adds a disk.
+    pub fn disk(&mut self, file: File, change: impl FnOnce(&mut Disk)) {
+        let file = self.add(file);
+        let mut disk = Disk {
+            file,
+            access: wire::machine::Access::ReadWrite,
+            cache: Default::default(),
+            serial: format!("disk-{}", self.spec.disks.len()),
+            limits: Default::default(),
+        };
+        change(&mut disk);
+        self.spec.disks.push(disk);
+    }
+
+    /// Adds an interface over a tap.
+    pub fn nic(&mut self, tap: File) {
+        let tap = self.add(tap);
+        let last = self.spec.nics.len() as u8;
+        self.spec.nics.push(Nic {
+            tap,
+            mac: [0x02, 0, 0, 0, 0, last],
+            mtu: 1500,
+            rx_limits: Default::default(),
+            tx_limits: Default::default(),
+        });
+    }
+}
+
+impl Vmm {
+    /// Starts a VMM and connects to it.
+    pub fn start() -> Vmm {
+        let directory = tempfile::Builder::new().prefix("toft-vmm").tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let listener: OwnedFd = Listener::bind(&path("control.sock")).unwrap().into();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm");
+        let will = File::create(path("will.json")).unwrap();
+        let log = File::create(path("vmm.log")).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let (_, pidfd) = spawn(&Program {
+            executable: &program(),
+            name: "toft-vmm".as_ref(),
+            arguments: &["machine".as_ref(), "--label".as_ref(), "test".as_ref()],
+            descriptors: &[
+                (null.as_fd(), fd::STDIN),
+                (log.as_fd(), 1),
+                (log.as_fd(), 2),
+                (listener.as_fd(), fd::CONTROL),
+                (kvm.as_fd(), fd::KVM),
+                (will.as_fd(), fd::WILL),
+            ],
+            session: Session::Own,
+        })
+        .unwrap();
+        let channel = Channel::new(Socket::connect(&path("control.sock")).unwrap());
+        Vmm { pidfd, channel, directory, console: None, next_id: 0, notices: VecDeque::new() }
+    }
+
+    /// Starts a VMM and boots a machine in it.
+    pub fn boot(machine: Machine) -> Vmm {
+        let mut vmm = Vmm::start();
+        vmm.try_boot(machine).unwrap();
+        vmm
+    }
+
+    /// Boots a machine; gives the refusal back.
+    pub fn try_boot(&mut self, mut machine: Machine) -> Result<(), Fault> {
+        let path = self.directory.path().join("console.ring");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+        Ring::create(file.try_clone().unwrap(), CONSOLE_RING_BYTES).unwrap();
+        self.console = Some(Ring::open(file.try_clone().unwrap()).unwrap());
+        machine.spec.console = Console { ring: machine.add(file) };
+        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
+        let id = self.send(Command::Boot(Box::new(machine.spec)), &descriptors);
+        self.reply(id).map(drop)
+    }
+
+    /// Another connection to the same VMM.
+    pub fn connect(&self) -> Channel {
+        Channel::new(Socket::connect(&self.directory.path().join("control.sock")).unwrap())
+    }
+
+    /// Gives a command and waits for its answer.
+    pub fn command(&mut self, command: Command) -> Result<Reply, Fault> {
+        let id = self.send(command, &[]);
+        self.reply(id)
+    }
+
+    /// The machine's counters.
+    pub fn stats(&mut self) -> MachineStats {
+        match self.command(Command::Stats) {
+            Ok(Reply::Stats(stats)) => *stats,
+            other => panic!("no stats: {other:?}"),
+        }
+    }
+
+    /// Everything the console holds.
+    pub fn console(&mut self) -> String {
+        let ring = self.console.as_mut().expect("the machine was booted");
+        let piece = ring.read(0, CONSOLE_RING_BYTES as usize).unwrap();
+        String::from_utf8_lossy(&piece.data).into_owned()
+    }
+
+    /// Waits until the console holds `text`; answers all of it.
+    pub fn wait_for_console(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let seen = self.console.as_mut().unwrap().read(u64::MAX, 0).unwrap().start;
+            let all = self.console();
+            if all.contains(text) {
+                return all;
+            }
+            // The watch fires for whatever came after the total was read.
+            let id = self.send(Command::WatchConsole { seen }, &[]);
+            if let Err(fault) = self.reply(id) {
+                panic!("cannot watch the console: {fault}");
+            }
+            self.notice_before(deadline, text, |notice| matches!(notice, Notice::Console { .. }));
+        }
+    }
+
+    /// Types a line.
+    pub fn type_line(&mut self, line: &str) {
+        let mut rest = format!("{line}\n").into_bytes();
+        let deadline = Instant::now() + PATIENCE;
+        while !rest.is_empty() {
+            assert!(Instant::now() < deadline, "the console takes no input\n{}", self.console());
+            match self.command(Command::ConsoleInput { data_base64: STANDARD.encode(&rest) }) {
+                Ok(Reply::Taken { bytes }) => drop(rest.drain(..bytes as usize)),
+                other => panic!("cannot type: {other:?}"),
+            }
+        }
+    }
+
+    /// Waits for a notice that fits.
+    pub fn wait_for_notice(&mut self, what: &str, fits: impl Fn(&Notice) -> bool) -> Notice {
+        self.notice_before(Instant::now() + PATIENCE, what, fits)
+    }
+
+    /// Waits until the process has ended by itself; answers how, and its last will.
+    pub fn wait_for_end(&mut self) -> (Ended, Option<Will>) {
+        assert!(readable(self.pidfd.as_fd(), Instant::now() + PATIENCE), "the VMM does not end\n{}", self.told());
+        let ended = self.pidfd.reap().unwrap().expect("its descriptor is readable");
+        (ended, self.will())
+    }
+
+    /// The last will, when there is one.
+    pub fn will(&self) -> Option<Will> {
+        Will::read(&File::open(self.directory.path().join("will.json")).unwrap()).unwrap()
+    }
+
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: Signal) {
+        self.pidfd.signal(signal).unwrap();
+    }
+
+    /// The VMM's log and console, for a failure's text.
+    pub fn told(&mut self) -> String {
+        let log = std::fs::read_to_string(self.directory.path().join("vmm.log")).unwrap_or_default();
+        let console = if self.console.is_some() { self.console() } else { String::new() };
+        format!("log:\n{log}\nconsole:\n{console}")
+    }
+
+    fn send(&mut self, command: Command, descriptors: &[std::os::fd::BorrowedFd<'_>]) -> u64 {
+        self.next_id += 1;
+        let request = Request { id: self.next_id, command };
+        self.channel.send(&request, descriptors).unwrap_or_else(|error| panic!("{error:?}\n{}", self.told()));
+        self.next_id
+    }
+
+    fn reply(&mut self, wanted: u64) -> Result<Reply, Fault> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.receive(deadline, "a reply") {
+                Message::Reply { id, result } if id == wanted => return result,
+                Message::Reply { id, .. } => panic!("reply to {id}, not to {wanted}"),
+                Message::Notice(notice) => self.notices.push_back(notice),
+            }
+        }
+    }
+
+    fn notice_before(&mut self, deadline: Instant, what: &str, fits: impl Fn(&Notice) -> bool) -> Notice {
+        loop {
+            if let Some(at) = self.notices.iter().position(&fits) {
+                return self.notices.remove(at).expect("the position was just found");
+            }
+            match self.receive(deadline, what) {
+                Message::Notice(notice) => self.notices.push_back(notice),
+                Message::Reply { id, .. } => panic!("unexpected reply to {id}"),
+            }
+        }
+    }
+
+    fn receive(&mut self, deadline: Instant, what: &str) -> Message {
+        if !readable(self.channel.as_fd(), deadline) {
+            panic!("{what} did not come\n{}", self.told());
+        }
+        loop {
+            match self.channel.receive() {
+                Ok(Some((message, _))) => return message,
+                // A peer that ends with something of ours unread is told first; what it sent comes after.
+                Err(Error::Socket(cause)) if cause.kind() == io::ErrorKind::ConnectionReset => continue,
+                other => panic!("{what} did not come: {:?}\n{}", other.map(|_| "closed"), self.told()),
+            }
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        match self.pidfd.signal(Signal::SIGKILL) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => eprintln!("cannot end the VMM: {error}"),
+            _ => {
+                readable(self.pidfd.as_fd(), Instant::now() + PATIENCE);
+                let _ = self.pidfd.reap();
+            }
+        }
+    }
+}
+
+/// Waits for a descriptor; answers whether it became readable in time.
+pub fn readable(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+            Err(nix::errno::Errno::EINTR) => continue,
+            Ok(0) if left.is_zero() => return false,
+            Ok(0) => continue,
+            Ok(_) => return true,
+            Err(error) => panic!("poll: {error}"),
+        }
+    }
+}
