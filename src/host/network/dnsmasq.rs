@@ -9,21 +9,22 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use model::network::NetworkKind;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::DOMAIN;
-use super::limits::{DNSMASQ_LOOK, DNSMASQ_MAX, LEASE_S};
+use super::limits::{DNSMASQ_MAX, LEASE_S};
 use super::plumbing::{PlumbingError, Port, Segment};
 use super::program;
 
 /// The dnsmasq of one network.
 pub(super) struct Dnsmasq {
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
 }
 
 /// What dnsmasq is told, as the contents of its files.
@@ -126,32 +127,37 @@ impl Dnsmasq {
         }
     }
 
-    async fn stop(&self) -> Result<(), PlumbingError> {
-        let deadline = Instant::now() + DNSMASQ_MAX;
+    /// Ends it, and waits until the kernel has closed its sockets: a descriptor of a process says so, while its
+    /// command line is gone before.
+    pub(super) async fn stop(&self) -> Result<(), PlumbingError> {
+        let Some(process) = self.find() else { return Ok(()) };
         self.signal(Signal::TERM)?;
-        while self.is_running() {
-            if Instant::now() > deadline {
+        let ended = tokio::task::spawn_blocking(move || {
+            let mut descriptors = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+            poll(&mut descriptors, PollTimeout::try_from(DNSMASQ_MAX).unwrap_or(PollTimeout::MAX))
+        });
+        match ended.await {
+            Ok(Ok(1..)) => Ok(()),
+            _ => {
                 self.signal(Signal::KILL)?;
-                return Err(PlumbingError::Failed(
-                    "dnsmasq did not end when asked to, and was killed".to_owned(),
-                ));
+                Err(PlumbingError::Failed(
+                    "dnsmasq did not end when it was asked to, and was killed".to_owned(),
+                ))
             }
-            tokio::time::sleep(DNSMASQ_LOOK).await;
         }
-        Ok(())
     }
 
     /// Its process, if it runs. The descriptor is opened before the command line is read, so it is of the process
     /// whose command line that is, even when numbers are used again.
     fn find(&self) -> Option<rustix::fd::OwnedFd> {
-        let number: i32 = self.read("pid").trim().parse().ok()?;
+        let number: i32 = self.read("pid").trim().parse().ok().filter(|number| *number > 0)?;
         let process = pidfd_open(Pid::from_raw(number)?, PidfdFlags::empty()).ok()?;
         let command_line = std::fs::read(format!("/proc/{number}/cmdline")).ok()?;
         let config = self.config_argument();
         command_line.split(|byte| *byte == 0).any(|argument| argument == config.as_bytes()).then_some(process)
     }
 
-    fn signal(&self, signal: Signal) -> Result<(), PlumbingError> {
+    pub(super) fn signal(&self, signal: Signal) -> Result<(), PlumbingError> {
         let Some(process) = self.find() else { return Ok(()) };
         match pidfd_send_signal(process, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),

@@ -23,9 +23,6 @@ pub const COMPLAINT_BYTES_MAX: usize = 2048;
 /// Longest wait for dnsmasq to have started (it returns when it serves) or ended.
 pub const DNSMASQ_MAX: Duration = Duration::from_secs(10);
 
-/// Pause between two looks at whether dnsmasq has ended.
-pub const DNSMASQ_LOOK: Duration = Duration::from_millis(10);
-
 /// Tries to find a MAC that no interface has: with 16 million of them each try nearly always succeeds.
 pub const MAC_TRIES_MAX: u32 = 64;
 

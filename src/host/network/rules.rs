@@ -3,7 +3,8 @@
 //!
 //! `bridge toft` sees each frame as it leaves a guest, before the bridge or the host does anything with it. It
 //! passes ARP and IPv4 with the sender's own addresses, and drops the rest: IPv6 (networks are IPv4), VLAN tags
-//! (they would hide what is inside), anything from a tap that is not in the sets. `inet toft` decides what may
+//! (they would hide what is inside), anything from a tap that is not in the sets. Each chain names what may pass and
+//! drops the rest, because an expression that cannot be read, as in a frame cut short, matches nothing. `inet toft` decides what may
 //! reach the host and pass through it.
 
 use std::fmt::Write;
@@ -74,9 +75,8 @@ table bridge toft {{
         iifname "{TAP_PREFIX}*" jump from_guest
     }}
     chain from_guest {{
-        iifname . ether saddr != @senders counter drop
-        ether type arp goto arp_from_guest
-        ether type ip goto ipv4_from_guest
+        iifname . ether saddr @senders ether type arp goto arp_from_guest
+        iifname . ether saddr @senders ether type ip goto ipv4_from_guest
         counter drop
     }}
     chain arp_from_guest {{
@@ -84,16 +84,15 @@ table bridge toft {{
         arp ptype != ip counter drop
         arp hlen != 6 counter drop
         arp plen != 4 counter drop
-        iifname . arp saddr ether != @senders counter drop
-        arp operation request arp saddr ip 0.0.0.0 accept
-        iifname . arp saddr ip != @addresses counter drop
-        accept
+        iifname . arp saddr ether @senders iifname . arp saddr ip @addresses accept
+        iifname . arp saddr ether @senders arp operation request arp saddr ip 0.0.0.0 accept
+        counter drop
     }}
     chain ipv4_from_guest {{
         udp sport 67 counter drop
-        ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
-        iifname . ip saddr != @addresses counter drop
-        accept
+        ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+        iifname . ip saddr @addresses accept
+        counter drop
     }}
 }}
 "#

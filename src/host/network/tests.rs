@@ -1,1 +1,54 @@
-use super::*;
+//! Rules as text, and then everything on real devices in a network namespace of the test's own: guests are taps
+//! whose frames the tests write and read.
+mod frames;
+mod ground;
+mod real;
+
+use model::network::NetworkKind;
+use model::{Name, NetworkId};
+
+use super::cidr::Cidr;
+use super::mac::Mac;
+use super::plumbing::{Port, Segment, Wanted};
+use super::rules;
+
+fn segment(number: u8, kind: NetworkKind) -> Segment {
+    Segment {
+        id: NetworkId(uuid::Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0000 + u128::from(number))),
+        bridge: format!("toftbr{number}"),
+        cidr: Cidr::for_network(&format!("10.77.{number}.0/24")).unwrap(),
+        kind,
+        mtu: 1500,
+    }
+}
+
+fn port(segment: &Segment, last: u8, name: &str) -> Port {
+    let [a, b, c, _] = segment.cidr.base().octets();
+    let name: Name = name.parse().unwrap();
+    Port { network: segment.id, mac: Mac([0x52, 0x54, 0, 0, c, last]), ipv4: [a, b, c, last].into(), name }
+}
+
+#[test]
+fn the_ruleset_is_the_one_on_record() {
+    let (nat, isolated) = (segment(0, NetworkKind::Nat), segment(1, NetworkKind::Isolated));
+    let ports = vec![port(&nat, 2, "web1"), port(&nat, 3, "web2"), port(&isolated, 2, "db1")];
+    let wanted = Wanted { segments: vec![nat, isolated], ports };
+    let text = rules::ruleset(&wanted, &["eth0".to_owned()]);
+    assert_eq!(text, include_str!("tests/ruleset.nft"), "the text is:\n{text}");
+}
+
+#[test]
+fn without_ports_there_are_no_empty_element_lists() {
+    let wanted = Wanted { segments: vec![segment(0, NetworkKind::Nat)], ports: Vec::new() };
+    assert!(!rules::ruleset(&wanted, &[]).contains("elements"));
+}
+
+#[test]
+fn a_port_is_silenced_by_adding_it_first_so_that_it_can_be_repeated() {
+    let port = port(&segment(0, NetworkKind::Nat), 2, "web1");
+    let text = rules::silence(&port);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 4);
+    assert_eq!(lines[0], "add element bridge toft senders { \"tofttap000002\" . 52:54:00:00:00:02 }");
+    assert_eq!(lines[3], "delete element bridge toft addresses { \"tofttap000002\" . 10.77.0.2 }");
+}

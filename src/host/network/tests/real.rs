@@ -1,0 +1,327 @@
+//! What the plumbing does on a real kernel. Each test has a network namespace of its own and needs root.
+use std::net::{IpAddr, Ipv4Addr};
+
+use futures_util::TryStreamExt;
+use model::network::NetworkKind;
+use rtnetlink::{LinkUnspec, RouteMessageBuilder};
+use sys::tap::Tap;
+
+use super::frames::{Arp, BROADCAST, Udp, dhcp, dns_question, ethernet, read_dhcp};
+use super::ground::{Ground, Guest, run};
+use super::port;
+use crate::network::mac::Mac;
+use crate::network::plumbing::{Plumbing, PlumbingError};
+use crate::network::{nft, rules};
+
+const STRANGER: Mac = Mac([0x52, 0x54, 0, 0xee, 0xee, 0xee]);
+
+/// Each forgery is followed by an honest packet; when that one has come, the forgery would have.
+#[test]
+fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["evil", "victim"]).await;
+        let evil = ground.plug(&segment, &ports[0]).await;
+        let victim = ground.plug(&segment, &ports[1]).await;
+        let gateway = segment.cidr.gateway();
+        let own = (evil.mac, evil.ipv4);
+        let udp = |from: Ipv4Addr, ports: (u16, u16)| Udp {
+            from: (from, ports.0),
+            to: (victim.ipv4, ports.1),
+            data: b"forged".to_vec(),
+        };
+        let honest = udp(evil.ipv4, (1000, 1000));
+        let tagged = [&[0, 5, 8, 0][..], &udp(gateway, (1000, 1000)).payload()].concat();
+        let mut cut = Arp::request(own, victim.ipv4).payload();
+        cut[4] = 8;
+        let mut router_advertisement = vec![0x60, 0, 0, 0, 0, 16, 58, 255];
+        router_advertisement.extend([0xfe; 32]);
+        router_advertisement.extend([134, 0, 0, 0, 64, 0, 0, 30, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let forgeries = [
+            ("another's MAC", honest.frame(victim.mac, STRANGER)),
+            ("the victim's MAC", honest.frame(victim.mac, victim.mac)),
+            ("another's IPv4 address", udp(gateway, (1000, 1000)).frame(victim.mac, evil.mac)),
+            ("no IPv4 address", udp(Ipv4Addr::UNSPECIFIED, (68, 67)).frame(victim.mac, evil.mac)),
+            (
+                "another's ARP address",
+                Arp::request((evil.mac, gateway), victim.ipv4).frame(BROADCAST, evil.mac),
+            ),
+            (
+                "another's ARP hardware",
+                Arp::request((STRANGER, evil.ipv4), victim.ipv4).frame(BROADCAST, evil.mac),
+            ),
+            (
+                "an unasked ARP answer",
+                Arp { operation: 2, sender: (evil.mac, gateway), target: (victim.mac, victim.ipv4) }
+                    .frame(victim.mac, evil.mac),
+            ),
+            (
+                "an ARP answer from nobody",
+                Arp {
+                    operation: 2,
+                    sender: (evil.mac, Ipv4Addr::UNSPECIFIED),
+                    target: (victim.mac, victim.ipv4),
+                }
+                .frame(victim.mac, evil.mac),
+            ),
+            ("ARP of an odd shape", ethernet(BROADCAST, evil.mac, 0x0806, &cut)),
+            ("a DHCP server's reply", udp(evil.ipv4, (67, 68)).frame(victim.mac, evil.mac)),
+            ("an IPv6 router advertisement", ethernet(BROADCAST, evil.mac, 0x86dd, &router_advertisement)),
+            ("a VLAN tag", ethernet(victim.mac, evil.mac, 0x8100, &tagged)),
+            ("a provider's VLAN tag", ethernet(victim.mac, evil.mac, 0x88a8, &tagged)),
+            ("a protocol nobody asked for", ethernet(victim.mac, evil.mac, 0x88b5, b"forged")),
+            ("IPv4 cut short", ethernet(victim.mac, evil.mac, 0x0800, b"")),
+            ("an 802.3 frame", ethernet(victim.mac, evil.mac, 46, &[0xaa; 46])),
+        ];
+        for (number, (what, forged)) in forgeries.iter().enumerate() {
+            evil.send(forged);
+            let mark = format!("mark {number}");
+            evil.udp((victim.mac, victim.ipv4, 9), 9, mark.as_bytes());
+            let before = victim.frames_before(mark.as_bytes());
+            let passed =
+                before.iter().any(|frame| frame[6..12] == forged[6..12] && frame[12..14] == forged[12..14]);
+            assert!(!passed, "{what} left the port: {before:02x?}");
+        }
+        // The same victim hears what is honest, so it was not deaf.
+        evil.send(&honest.frame(victim.mac, evil.mac));
+        victim.wait("an honest packet", |frame| Udp::read(frame).filter(|udp| *udp == honest));
+        evil.send(&Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), victim.ipv4).frame(BROADCAST, evil.mac));
+        evil.udp((victim.mac, victim.ipv4, 9), 9, b"mark");
+        victim.frames_before(b"mark");
+        let answer = evil.wait("the answer to a probe for a taken address", Arp::read);
+        assert_eq!((answer.operation, answer.sender), (2, (victim.mac, victim.ipv4)));
+        assert_eq!(evil.resolve(gateway), Mac::of_bridge(segment.id));
+    });
+}
+
+#[test]
+fn an_unplugged_or_unknown_tap_is_silent_and_plugging_in_again_mends_it() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
+        let one = ground.plug(&segment, &ports[0]).await;
+        let two = ground.plug(&segment, &ports[1]).await;
+        nft::apply(&rules::silence(&ports[0])).await.unwrap();
+        nft::apply(&rules::silence(&ports[0])).await.unwrap();
+        one.udp((two.mac, two.ipv4, 9), 9, b"silenced");
+        two.udp((one.mac, one.ipv4, 9), 9, b"mark");
+        assert!(one.frames_before(b"mark").is_empty());
+        // The tap of a machine that did not let go is replaced.
+        let again = ground.plug(&segment, &ports[0]).await;
+        again.udp((two.mac, two.ipv4, 9), 9, b"heard");
+        let heard = two.frames_before(b"heard");
+        assert!(heard.iter().all(|frame| Udp::read(frame).is_none()), "{heard:02x?}");
+        ground.plumbing.unplug(ports.clone()).await.unwrap();
+        ground.plumbing.unplug(ports.clone()).await.unwrap();
+        let devices = ground.plumbing.surroundings().await.devices;
+        assert!(!devices.contains(&ports[0].tap()), "{devices:?}");
+    });
+}
+
+#[test]
+fn flushed_rules_come_back_before_a_tap_does() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["evil", "victim"]).await;
+        nft::apply("flush ruleset").await.unwrap();
+        let evil = ground.plug(&segment, &ports[0]).await;
+        let victim = ground.plug(&segment, &ports[1]).await;
+        let forged =
+            Udp { from: (segment.cidr.gateway(), 9), to: (victim.ipv4, 9), data: b"forged".to_vec() };
+        evil.send(&forged.frame(victim.mac, evil.mac));
+        evil.udp((victim.mac, victim.ipv4, 9), 9, b"mark");
+        assert!(victim.frames_before(b"mark").iter().all(|frame| Udp::read(frame).is_none()));
+    });
+}
+
+fn lease(guest: &Guest) -> (Ipv4Addr, Vec<(u8, Vec<u8>)>) {
+    let ask = |kind, asked| {
+        let message = dhcp(kind, guest.mac, asked);
+        let udp = Udp { from: (Ipv4Addr::UNSPECIFIED, 68), to: (Ipv4Addr::BROADCAST, 67), data: message };
+        guest.ask("an answer of the DHCP server", &udp.frame(BROADCAST, guest.mac), |frame| {
+            let udp = Udp::read(frame).filter(|udp| udp.from.1 == 67)?;
+            read_dhcp(&udp.data).filter(|(answer, ..)| *answer != if kind == 1 { 5 } else { 2 })
+        })
+    };
+    let (kind, offered, _) = ask(1, None);
+    assert_eq!(kind, 2, "no offer");
+    let (kind, given, options) = ask(3, Some(offered));
+    assert_eq!((kind, given), (5, offered), "not acknowledged");
+    (given, options)
+}
+
+fn option(options: &[(u8, Vec<u8>)], code: u8) -> Option<Vec<u8>> {
+    options.iter().find(|(other, _)| *other == code).map(|(_, value)| value.clone())
+}
+
+fn address_of(guest: &Guest, gateway: Ipv4Addr, name: &str) -> Option<Ipv4Addr> {
+    let host = guest.resolve(gateway);
+    guest.udp((host, gateway, 53), 5353, &dns_question(name));
+    let answer = guest.wait("an answer of the DNS server", |frame| {
+        Udp::read(frame).filter(|udp| udp.from == (gateway, 53)).map(|udp| udp.data)
+    });
+    (answer[7] > 0).then(|| <[u8; 4]>::try_from(&answer[answer.len() - 4..]).unwrap().into())
+}
+
+#[test]
+fn dhcp_gives_each_server_its_own_address_and_dns_knows_its_name() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["web1", "web2"]).await;
+        let gateway = segment.cidr.gateway();
+        let web2 = ground.plug(&segment, &ports[1]).await;
+        let (given, options) = lease(&web2);
+        assert_eq!(given, ports[1].ipv4);
+        assert_eq!(option(&options, 3), Some(gateway.octets().to_vec()), "router");
+        assert_eq!(option(&options, 6), Some(gateway.octets().to_vec()), "DNS");
+        assert_eq!(address_of(&web2, gateway, "web1.toft.internal"), Some(ports[0].ipv4));
+        assert_eq!(address_of(&web2, gateway, "web2"), Some(ports[1].ipv4));
+        assert_eq!(address_of(&web2, gateway, "web3.toft.internal"), None);
+
+        // web2 goes, and web3 gets its address while the lease of web2 still runs.
+        let web3 = crate::network::Port { ipv4: ports[1].ipv4, ..port(&segment, 9, "web3") };
+        ground.plumbing.unplug(vec![ports[1].clone()]).await.unwrap();
+        ground.plumbing.serve(segment.clone(), vec![ports[0].clone(), web3.clone()]).await.unwrap();
+        let guest = ground.plug(&segment, &web3).await;
+        assert_eq!(lease(&guest).0, web3.ipv4);
+        assert_eq!(address_of(&guest, gateway, "web3.toft.internal"), Some(web3.ipv4));
+        assert_eq!(address_of(&guest, gateway, "web2.toft.internal"), None);
+    });
+}
+
+#[test]
+fn a_new_daemon_finds_dnsmasq_again_and_a_dead_one_is_started() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Isolated, &["db1"]).await;
+        let pid = || std::fs::read_to_string(ground.dnsmasq(&segment).directory.join("pid")).unwrap();
+        let first = pid();
+        let successor = crate::network::HostPlumbing::new(ground.run_dir());
+        assert_eq!(successor.ensure(ground.wanted.clone()).await, Default::default());
+        assert_eq!(pid(), first);
+        ground.dnsmasq(&segment).stop().await.unwrap();
+        successor.serve(segment.clone(), ports.clone()).await.unwrap();
+        assert_ne!(pid(), first);
+        let guest = ground.plug(&segment, &ports[0]).await;
+        let (given, options) = lease(&guest);
+        assert_eq!(given, ports[0].ipv4);
+        assert_eq!(option(&options, 3), None, "an isolated network has no router");
+    });
+}
+
+/// Another host behind a tap that is the default route of the test's host.
+async fn uplink() -> Guest {
+    let tap = Tap::create("up0").unwrap();
+    let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+    let connection = tokio::spawn(connection);
+    let link = handle.link().get().match_name("up0".to_owned()).execute().try_next().await.unwrap().unwrap();
+    let index = link.header.index;
+    handle.address().add(index, IpAddr::V4([198, 51, 100, 1].into()), 24).execute().await.unwrap();
+    handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .gateway([198, 51, 100, 2].into())
+        .output_interface(index)
+        .build();
+    handle.route().add(route).execute().await.unwrap();
+    connection.abort();
+    Guest::new(tap.into(), Mac([2, 0, 0, 0, 0, 2]), [198, 51, 100, 2].into())
+}
+
+fn forwarding(device: &str) -> String {
+    std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{device}/forwarding")).unwrap().trim().to_owned()
+}
+
+#[test]
+fn nat_leads_out_and_answers_back_in_and_nothing_else_passes() {
+    run(|mut ground| async move {
+        let world = uplink().await;
+        let (nat, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        let (isolated, others) = ground.network(1, NetworkKind::Isolated, &["db1"]).await;
+        assert_eq!((forwarding("up0").as_str(), forwarding("all").as_str()), ("1", "0"));
+        let web1 = ground.plug(&nat, &ports[0]).await;
+        let db1 = ground.plug(&isolated, &others[0]).await;
+        let (host, elsewhere) = (web1.resolve(nat.cidr.gateway()), Ipv4Addr::new(203, 0, 113, 9));
+
+        web1.udp((host, elsewhere, 7), 4000, b"out");
+        let (router, sent) = world.wait("a packet from inside", |frame| {
+            let from = Mac(frame[6..12].try_into().unwrap());
+            Udp::read(frame).filter(|udp| udp.data == b"out").map(|udp| (from, udp))
+        });
+        assert_eq!(
+            (sent.from.0, sent.to),
+            (Ipv4Addr::new(198, 51, 100, 1), (elsewhere, 7)),
+            "not masqueraded"
+        );
+
+        let answer = Udp { from: sent.to, to: sent.from, data: b"back".to_vec() };
+        world.send(&answer.frame(router, world.mac));
+        let back = web1.wait("the answer", |frame| Udp::read(frame).filter(|udp| udp.data == b"back"));
+        assert_eq!(back.to, (web1.ipv4, 4000));
+
+        // From outside, between networks, and out of an isolated one: none of it arrives before the honest one.
+        let barge = Udp { from: (elsewhere, 7), to: (web1.ipv4, 80), data: b"barge".to_vec() };
+        world.send(&barge.frame(router, world.mac));
+        let isolated_host = db1.resolve(isolated.cidr.gateway());
+        db1.udp((isolated_host, web1.ipv4, 80), 1, b"cross");
+        db1.udp((isolated_host, elsewhere, 80), 1, b"escape");
+        web1.udp((host, db1.ipv4, 80), 1, b"cross");
+        world.send(&Udp { data: b"mark".to_vec(), ..answer }.frame(router, world.mac));
+        assert_eq!(web1.frames_before(b"mark").iter().filter_map(|frame| Udp::read(frame)).count(), 0);
+        web1.udp((host, elsewhere, 7), 4000, b"mark");
+        assert_eq!(world.frames_before(b"mark").iter().filter_map(|frame| Udp::read(frame)).count(), 0);
+
+        // The host serves DHCP, DNS and ping to guests, and nothing else.
+        let socket = tokio::net::UdpSocket::bind("0.0.0.0:8080").await.unwrap();
+        web1.udp((host, nat.cidr.gateway(), 8080), 1, b"to the host");
+        let mut buffer = [0; 16];
+        assert!(socket.try_recv(&mut buffer).is_err(), "a guest reached a service of the host");
+        socket.send_to(b"from the host", (web1.ipv4, 9)).await.unwrap();
+        web1.wait("a packet from the host", |frame| {
+            Udp::read(frame).filter(|udp| udp.data == b"from the host")
+        });
+    });
+}
+
+#[test]
+fn a_removed_network_leaves_the_host_as_it_was() {
+    run(|mut ground| async move {
+        let _world = uplink().await;
+        let before = ground.plumbing.surroundings().await;
+        let (nat, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        let (isolated, _) = ground.network(1, NetworkKind::Isolated, &[]).await;
+        ground.ensure().await;
+        drop(ground.plug(&nat, &ports[0]).await);
+        ground.plumbing.unplug(ports).await.unwrap();
+        for segment in [&nat, &isolated, &nat] {
+            ground.plumbing.remove(segment.clone()).await.unwrap();
+        }
+        assert_eq!(ground.plumbing.surroundings().await, before);
+        assert_eq!(forwarding("up0"), "0");
+        assert_eq!(nft::apply("delete table inet toft").await, Ok(nft::Applied::NoTable));
+        assert_eq!(nft::apply("delete table bridge toft").await, Ok(nft::Applied::NoTable));
+        assert!(!ground.dnsmasq(&nat).is_running());
+        let left = std::fs::read_dir(ground.run_dir().join("networks")).unwrap().count();
+        assert_eq!(left, 0);
+    });
+}
+
+#[test]
+fn a_device_of_somebody_else_is_left_alone_and_reported() {
+    run(|mut ground| async move {
+        let foreign = Tap::create("toftbr0").unwrap();
+        let segment = super::segment(0, NetworkKind::Nat);
+        ground.wanted.segments.push(segment.clone());
+        let troubles = ground.plumbing.ensure(ground.wanted.clone()).await;
+        assert!(troubles[&segment.id].contains("toftbr0"), "{troubles:?}");
+        ground.plumbing.remove(segment).await.unwrap();
+        assert!(ground.plumbing.surroundings().await.devices.contains(&"toftbr0".to_owned()));
+        drop(foreign);
+    });
+}
+
+#[test]
+fn a_plug_into_a_bridge_that_is_gone_is_refused() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        ground.plumbing.remove(segment.clone()).await.unwrap();
+        ground.wanted.segments.clear();
+        let refused = ground.plumbing.plug(segment, ports[0].clone()).await.unwrap_err();
+        assert!(matches!(refused, PlumbingError::Failed(_)), "{refused}");
+        assert_eq!(ground.plumbing.surroundings().await.devices, ["lo"]);
+    });
+}
