@@ -8,6 +8,10 @@ pub const DRAIN_MS_MAX: u64 = 5_000;
 /// because memory that a late answer lands in may belong to something else by then; Linux gives a disk 30 s.
 pub const STOP_MS_MAX: u64 = 60_000;
 
+/// How long the vCPU that writes a reset waits for its end. Within it, drivers that do not ask again find the device
+/// reset; the others ask every millisecond, and no vCPU is held in the hands of a disk that hangs.
+pub const RESET_WAIT_MS: u64 = 50;
+
 /// Descriptors in one chain, indirect ones included. Larger than any Linux driver makes (block: 128 + 2, net:
 /// 19) and equal to what QEMU accepts, so a driver that works there works here.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;

@@ -47,5 +47,6 @@ impl Function for HostBridge {
         Ok(())
     }
     fn resume(&self) {}
+    fn ask_to_stop(&self) {}
     fn stop(&self) {}
 }

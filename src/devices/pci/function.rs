@@ -19,6 +19,8 @@ pub trait Function: Send + Sync {
     fn pause(&self) -> Result<(), NotDrained>;
     /// Goes on after [`Function::pause`], whether that succeeded or not.
     fn resume(&self);
+    /// Begins what [`Function::stop`] ends. Returns at once, so that several functions can end side by side.
+    fn ask_to_stop(&self);
     /// Ends what the function does for its driver, as a reset of the machine.
     fn stop(&self);
 }

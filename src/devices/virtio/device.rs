@@ -2,6 +2,7 @@
 //! the devices through them and gives them what they need to serve a driver.
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use memory::Ram;
 use vmm_sys_util::eventfd::EventFd;
@@ -72,6 +73,11 @@ pub trait Active: Send {
     fn pause(&mut self) -> Result<(), NotDrained>;
     /// Goes on after [`Active::pause`].
     fn resume(&mut self);
+    /// Takes nothing new from here on and begins to end. Returns at once.
+    fn ask_to_stop(&mut self);
+    /// Waits for at most `patience` for the end that [`Active::ask_to_stop`] began; true when guest memory is no
+    /// longer touched.
+    fn has_stopped(&mut self, patience: Duration) -> bool;
     /// Ends the threads and returns when guest memory is no longer touched.
     fn stop(self: Box<Self>);
 }

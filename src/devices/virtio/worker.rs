@@ -129,6 +129,8 @@ pub struct Worker {
     device: String,
     commands: Sender<Command>,
     wake: Arc<EventFd>,
+    /// Disconnected when the thread has dropped its handler. Nothing is ever sent.
+    ended: Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -165,12 +167,14 @@ impl Worker {
             phase: Phase::Serving,
             broken: false,
         };
+        let (ending, ended) = channel();
         let run = move || {
             threads(kind);
             service.run();
+            drop(ending);
         };
         let thread = std::thread::Builder::new().name(kind.to_owned()).spawn(run).map_err(failed)?;
-        Ok(Worker { device, commands, wake, thread: Some(thread) })
+        Ok(Worker { device, commands, wake, ended, thread: Some(thread) })
     }
 
     /// A thread that has ended takes no command and holds nothing, so a failed send needs no answer.
@@ -207,6 +211,14 @@ impl Active for Worker {
 
     fn resume(&mut self) {
         self.send(Command::Resume);
+    }
+
+    fn ask_to_stop(&mut self) {
+        self.send(Command::Stop);
+    }
+
+    fn has_stopped(&mut self, patience: Duration) -> bool {
+        self.ended.recv_timeout(patience) == Err(std::sync::mpsc::RecvTimeoutError::Disconnected)
     }
 
     fn stop(mut self: Box<Self>) {
@@ -334,6 +346,8 @@ impl Service {
                 self.turns.fill(true);
             }
             Command::Resume => {}
+            // Whoever asked first has the deadline; asking again does not put it off.
+            Command::Stop if matches!(self.phase, Phase::Stopping { .. }) => {}
             Command::Stop => {
                 self.quieten();
                 self.phase = Phase::Stopping { deadline: in_ms(STOP_MS_MAX) };

@@ -13,6 +13,8 @@ struct Card {
     stuck: bool,
     pauses: AtomicUsize,
     resumes: AtomicUsize,
+    /// What was done to end it, in order.
+    endings: Mutex<Vec<&'static str>>,
 }
 
 impl Card {
@@ -27,6 +29,7 @@ impl Card {
             stuck,
             pauses: AtomicUsize::new(0),
             resumes: AtomicUsize::new(0),
+            endings: Mutex::default(),
         })
     }
 }
@@ -60,7 +63,12 @@ impl Function for Card {
     fn resume(&self) {
         self.resumes.fetch_add(1, Ordering::SeqCst);
     }
-    fn stop(&self) {}
+    fn ask_to_stop(&self) {
+        self.endings.lock().unwrap().push("ask");
+    }
+    fn stop(&self) {
+        self.endings.lock().unwrap().push("stop");
+    }
 }
 
 fn read(region: &dyn Region, offset: u64, length: usize) -> Vec<u8> {
@@ -171,4 +179,39 @@ fn a_pause_that_fails_lets_everything_go_on() {
     };
     assert_eq!(count(|card| &card.pauses), [1, 1, 0]);
     assert_eq!(count(|card| &card.resumes), [1, 1, 0]);
+}
+
+#[test]
+fn every_function_is_asked_to_stop_before_one_is_waited_for() {
+    let root = Root::new();
+    let cards = [Card::new(1, false), Card::new(2, false)];
+    /// Sees, when it is waited for, what the other was asked.
+    struct Last(Arc<Card>, Mutex<Vec<&'static str>>);
+    impl Function for Last {
+        fn read_config(&self, _offset: u16, _data: &mut [u8]) {}
+        fn write_config(&self, _offset: u16, _data: &[u8]) {}
+        fn assign(&self, _address: u64) {}
+        fn decoded(&self) -> Option<Decoded> {
+            None
+        }
+        fn read_memory(&self, _offset: u64, _data: &mut [u8]) {}
+        fn write_memory(&self, _offset: u64, _data: &[u8]) {}
+        fn pause(&self) -> Result<(), NotDrained> {
+            Ok(())
+        }
+        fn resume(&self) {}
+        fn ask_to_stop(&self) {}
+        fn stop(&self) {
+            self.1.lock().unwrap().extend(self.0.endings.lock().unwrap().iter());
+        }
+    }
+    let first = Arc::new(Last(Arc::clone(&cards[1]), Mutex::default()));
+    root.attach(1, first.clone(), 0).unwrap();
+    root.attach(2, cards[0].clone(), 0xC001_0000).unwrap();
+    root.attach(3, cards[1].clone(), 0xC002_0000).unwrap();
+    root.stop();
+    assert_eq!(*first.1.lock().unwrap(), ["ask"]);
+    for card in cards {
+        assert_eq!(*card.endings.lock().unwrap(), ["ask", "stop"]);
+    }
 }

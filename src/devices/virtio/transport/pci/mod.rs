@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use memory::Ram;
 use memory::layout::{PCI_MMIO_BYTES, PCI_MMIO_START};
@@ -14,6 +15,7 @@ use super::super::device::{Active, QueueWiring, Signals, ThreadHook, VirtioDevic
 use super::super::queue::Queue;
 use crate::bus::{locked, read_image};
 use crate::interrupt::{Doorbells, Msi, Notices};
+use crate::limits::{DRAIN_MS_MAX, RESET_WAIT_MS};
 use crate::pause::NotDrained;
 use crate::pci::msix::Msix;
 use crate::pci::{Decoded, Function};
@@ -54,6 +56,8 @@ struct State {
     config: Config,
     common: Common,
     active: Option<Box<dyn Active>>,
+    /// What was active until the driver's reset, which is done when this has ended.
+    ending: Option<Box<dyn Active>>,
     /// Doorbells in place: the address, and the queue they kick.
     attached: Vec<(u64, usize)>,
 }
@@ -80,7 +84,7 @@ impl VirtioPci {
         let config = Config::new(device.device_type(), queues, vectors).ok_or_else(too_many)?;
         let offered = device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX;
         let common = Common::new(offered, sizes);
-        let state = State { device, config, common, active: None, attached: Vec::new() };
+        let state = State { device, config, common, active: None, ending: None, attached: Vec::new() };
         Ok(VirtioPci {
             state: Mutex::new(state),
             signals: Arc::new(signals),
@@ -93,17 +97,26 @@ impl VirtioPci {
     }
 
     fn read_common(&self, offset: u64, data: &mut [u8]) {
-        let image = locked(&self.state).common.image(&self.signals.live());
+        let mut state = locked(&self.state);
+        self.finish_reset(&mut state, Duration::ZERO);
+        let image = state.common.image(&self.signals.live());
         read_image(&image, offset, data);
     }
 
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut state = locked(&self.state);
+        if !self.finish_reset(&mut state, Duration::ZERO) {
+            // The driver waits for a status of 0 before it does anything else (virtio 1.2, section 4.1.4.3.2).
+            return;
+        }
         match state.common.write(offset, data, self.signals.is_broken()) {
             Outcome::Nothing => {}
             Outcome::ConfigVector(vector) => self.signals.set_config_vector(vector),
             Outcome::QueueVector(queue, vector) => self.signals.set_queue_vector(queue, vector),
-            Outcome::Reset => self.reset(&mut state),
+            Outcome::Reset => {
+                self.begin_reset(&mut state);
+                self.finish_reset(&mut state, Duration::from_millis(RESET_WAIT_MS));
+            }
             Outcome::Activate => {
                 if let Err(detail) = self.activate(&mut state) {
                     self.signals.broken(detail);
@@ -156,15 +169,33 @@ impl VirtioPci {
         Ok(Queue::new(queue, Arc::clone(&self.memory)))
     }
 
-    /// Ends what the driver has started. Returns when the device no longer touches guest memory, so a status of
-    /// 0 is read only then: whoever reads it waits for the lock.
-    fn reset(&self, state: &mut State) {
+    /// Begins to end what the driver has started.
+    fn begin_reset(&self, state: &mut State) {
         self.signals.set_running(false);
-        let active = state.active.take();
-        self.ring_doorbells(state);
-        if let Some(active) = active {
-            active.stop();
+        if let Some(mut active) = state.active.take() {
+            active.ask_to_stop();
+            state.ending = Some(active);
         }
+        self.ring_doorbells(state);
+        if state.ending.is_none() {
+            self.clear(state);
+        }
+    }
+
+    /// Whether no reset is under way, after waiting for at most `patience`. The registers stay as they are while the
+    /// device may still touch guest memory, so a status of 0 says that it does not.
+    fn finish_reset(&self, state: &mut State, patience: Duration) -> bool {
+        let Some(ending) = &mut state.ending else { return true };
+        if !ending.has_stopped(patience) {
+            return false;
+        }
+        state.ending = None;
+        self.clear(state);
+        true
+    }
+
+    /// Back to what a driver finds first.
+    fn clear(&self, state: &mut State) {
         for kick in &self.kicks {
             // An empty eventfd refuses, which is what is wanted.
             let _ = kick.read();
@@ -285,7 +316,11 @@ impl Function for VirtioPci {
     }
 
     fn pause(&self) -> Result<(), NotDrained> {
-        locked(&self.state).active.as_mut().map_or(Ok(()), |active| active.pause())
+        let mut state = locked(&self.state);
+        if !self.finish_reset(&mut state, Duration::from_millis(DRAIN_MS_MAX)) {
+            return Err(NotDrained { device: state.device.name().to_owned(), in_flight: 1 });
+        }
+        state.active.as_mut().map_or(Ok(()), |active| active.pause())
     }
 
     fn resume(&self) {
@@ -294,8 +329,17 @@ impl Function for VirtioPci {
         }
     }
 
+    fn ask_to_stop(&self) {
+        self.begin_reset(&mut locked(&self.state));
+    }
+
     fn stop(&self) {
-        self.reset(&mut locked(&self.state));
+        let mut state = locked(&self.state);
+        self.begin_reset(&mut state);
+        if let Some(ending) = state.ending.take() {
+            ending.stop();
+            self.clear(&mut state);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::bench::Part;
+use crate::virtio::bench::{PATIENCE, Part};
 
 mod rig;
 
@@ -60,6 +60,45 @@ fn a_reset_ends_the_thread_before_status_reads_zero() {
     rig.wait("interrupt", |around| around.raised.lock().unwrap().last() == Some(&2));
     rig.function.stop();
     assert_eq!(rig.running.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_reset_of_a_device_that_hangs_holds_no_vcpu_and_is_done_when_status_says_so() {
+    let mut rig = Rig::new();
+    rig.start();
+    rig.hung.begin();
+    let started = std::time::Instant::now();
+    rig.write(20, 0, 1);
+    assert!(started.elapsed() < PATIENCE / 2, "the vCPU was held for {:?}", started.elapsed());
+    assert_eq!((rig.read(20, 1), rig.running.load(Ordering::SeqCst)), (15, 1));
+    assert!(rig.doorbells().is_empty());
+    // Until then the device takes nothing, not even another reset or start.
+    for (offset, value, width) in [(20, 0, 1), (20, 15, 1), (22, 1, 2), (26, 2, 2)] {
+        rig.write(offset, value, width);
+    }
+    assert_eq!((rig.read(22, 2), rig.read(26, 2)), (1, 2));
+    rig.hung.end();
+    rig.wait("end of the reset", |_| rig.read(20, 1) == 0);
+    assert_eq!((rig.running.load(Ordering::SeqCst), rig.read(26, 2)), (0, 0xFFFF));
+    let [mut ring, _] = rig.start();
+    let head = ring.chain(&[Part::Write(0x1000, 5)]);
+    ring.offer(head);
+    rig.write(layout::NOTIFY, 0, 2);
+    rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1]);
+}
+
+#[test]
+fn a_device_that_hangs_in_its_reset_is_not_drained() {
+    let mut rig = Rig::new();
+    rig.start();
+    rig.hung.begin();
+    rig.write(20, 0, 1);
+    assert_eq!(rig.function.pause(), Err(NotDrained { device: "echo".to_owned(), in_flight: 1 }));
+    rig.function.resume();
+    rig.hung.end();
+    rig.function.pause().unwrap();
+    assert_eq!(rig.read(20, 1), 0);
+    rig.function.stop();
 }
 
 #[test]

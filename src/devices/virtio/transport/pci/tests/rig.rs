@@ -1,6 +1,8 @@
 //! A function with everything around it, and a driver's hands. The tests beside it say what should happen.
 use std::sync::atomic::AtomicUsize;
 
+use vmm_sys_util::epoll::EventSet;
+
 use super::super::*;
 use crate::bus::little_endian;
 use crate::interrupt::MsiMessage;
@@ -52,7 +54,24 @@ impl Notices for Around {
 struct Echo {
     config: Arc<Mutex<[u8; 8]>>,
     running: Arc<AtomicUsize>,
+    hung: Arc<Hung>,
     needs_both: bool,
+}
+
+/// A request that does not end before it is told to.
+pub(super) struct Hung {
+    requests: AtomicUsize,
+    answered: EventFd,
+}
+
+impl Hung {
+    pub(super) fn begin(&self) {
+        self.requests.store(1, Ordering::SeqCst);
+    }
+    pub(super) fn end(&self) {
+        self.requests.store(0, Ordering::SeqCst);
+        self.answered.write(1).unwrap();
+    }
 }
 
 impl VirtioDevice for Echo {
@@ -91,7 +110,8 @@ impl VirtioDevice for Echo {
         };
         self.running.fetch_add(1, Ordering::SeqCst);
         let running = Arc::clone(&self.running);
-        let handler = EchoHandler { queues: wiring.queues, signals: wiring.signals, running };
+        let hung = Arc::clone(&self.hung);
+        let handler = EchoHandler { queues: wiring.queues, signals: wiring.signals, running, hung };
         Ok(Box::new(Worker::start(options, Box::new(handler))?))
     }
 }
@@ -100,9 +120,20 @@ struct EchoHandler {
     queues: Vec<QueueWiring>,
     signals: Arc<dyn Signals>,
     running: Arc<AtomicUsize>,
+    hung: Arc<Hung>,
 }
 
 impl Handler for EchoHandler {
+    fn started(&mut self, sources: &Sources) -> io::Result<()> {
+        sources.add(&self.hung.answered, 0, EventSet::IN)
+    }
+    fn event(&mut self, _token: u32, _sources: &Sources) -> Result<(), Fault> {
+        let _ = self.hung.answered.read();
+        Ok(())
+    }
+    fn in_flight(&self) -> usize {
+        self.hung.requests.load(Ordering::SeqCst)
+    }
     fn kicked(&mut self, index: u16, _sources: &Sources) -> Result<Progress, Fault> {
         let wiring = self.queues.iter_mut().find(|queue| queue.index == index).unwrap();
         while let Some(chain) = wiring.queue.pop()? {
@@ -128,6 +159,7 @@ pub(super) struct Rig {
     pub(super) around: Arc<Around>,
     pub(super) function: VirtioPci,
     pub(super) running: Arc<AtomicUsize>,
+    pub(super) hung: Arc<Hung>,
 }
 
 pub(super) const BASE: u64 = PCI_MMIO_START + 0x5_0000;
@@ -141,7 +173,9 @@ impl Rig {
         let (bench, around) = (Bench::new(), Arc::new(around));
         let running = Arc::new(AtomicUsize::new(0));
         let config = Arc::new(Mutex::new(*b"toftecho"));
-        let device = Echo { config, running: running.clone(), needs_both };
+        let hung = Hung { requests: AtomicUsize::new(0), answered: EventFd::new(EFD_NONBLOCK).unwrap() };
+        let hung = Arc::new(hung);
+        let device = Echo { config, running: running.clone(), hung: hung.clone(), needs_both };
         let function = VirtioPci::new(
             Box::new(device),
             bench.memory.clone(),
@@ -152,7 +186,7 @@ impl Rig {
         );
         let function = function.unwrap();
         function.assign(BASE);
-        Rig { bench, around, function, running }
+        Rig { bench, around, function, running, hung }
     }
 
     pub(super) fn write(&self, offset: u64, value: u64, width: usize) {
