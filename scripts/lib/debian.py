@@ -80,9 +80,13 @@ def cache_directory():
 def locked(path):
     """Holds a file lock, so that two runs do the same work once; says when it has to wait."""
     with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        # Short waits are common and not worth a word.
+        for _ in range(10):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
             print(f"Waiting for another run that holds {path}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

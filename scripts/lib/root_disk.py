@@ -82,6 +82,9 @@ def make_disk(image, tar, size_bytes, epoch, seed):
 
 def _write_tar(path, directory, epoch):
     """The files of a checkout with the modes git keeps; its umask and owners must not matter."""
+    for name in ("bin", "lib", "lib64", "sbin"):
+        if (directory / name).exists():
+            raise SystemExit(f"{directory / name} would replace a link of the merged /usr; put the files under usr/{name}")
     with tarfile.open(path, "w") as tar:
         for source in sorted(directory.rglob("*")):
             entry = tarfile.TarInfo(str(source.relative_to(directory)))
