@@ -1,7 +1,10 @@
 //! Tests of the room: what is generated, and the real router over real sockets.
 mod callers;
+mod consoles;
 mod errors;
+mod fuzz;
 mod generated;
 mod networks;
 mod served;
+mod servers;
 mod streams;

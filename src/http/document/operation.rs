@@ -69,6 +69,7 @@ pub(super) fn finish(path: &str, method: &str, operation: &mut Value) {
     }
     if name == "follow_events" {
         statuses.push(410);
+        operation["responses"]["200"]["content"]["text/event-stream"]["schema"] = server_sent_event();
     }
     let Some(responses) = operation["responses"].as_object_mut() else { return };
     if traits.conditional {
@@ -83,6 +84,23 @@ pub(super) fn finish(path: &str, method: &str, operation: &mut Value) {
     }
 }
 
+/// One event of a stream, with its fields as SSE names them.
+fn server_sent_event() -> Value {
+    json!({
+        "type": "object",
+        "properties": {
+            "id": { "type": "string", "description": "Position: send the last one as `Last-Event-ID`." },
+            "event": { "type": "string", "description": "Its `type`, or `problem` when the stream cannot go on." },
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": { "$ref": "#/components/schemas/Event" },
+            },
+        },
+        "required": ["data"],
+    })
+}
+
 /// What kind of operation it is.
 #[derive(Clone, Copy)]
 struct Traits {
@@ -93,17 +111,15 @@ struct Traits {
 }
 
 fn request_headers(traits: Traits) -> Vec<Value> {
-    let header = |name: &str, pattern: &str, description: &str| {
-        json!({
-            "name": name, "in": "header", "required": false, "description": description,
-            "schema": { "type": "string", "pattern": pattern },
-        })
-    };
+    let header = |name: &str, schema: Value, description: &str| json!({ "name": name, "in": "header", "required": false, "description": description, "schema": schema });
+    let strict = |pattern: &str| json!({ "type": "string", "pattern": pattern });
+    // Conditions and preferences that make no sense are ignored, as their RFCs want; so anything fits.
+    let lenient = |example: &str| json!({ "type": "string", "examples": [example] });
     let mut headers = Vec::new();
     if traits.changes {
         headers.push(header(
             "Idempotency-Key",
-            "^[!-~]{1,128}$",
+            strict("^[!-~]{1,128}$"),
             "Makes the request safe to repeat: the same key with the same request is answered as the first time, \
              with `Idempotency-Replayed: true`.",
         ));
@@ -111,14 +127,14 @@ fn request_headers(traits: Traits) -> Vec<Value> {
     if traits.changes && traits.about_one {
         headers.push(header(
             "If-Match",
-            "^(\\*|\"[0-9]{1,20}\"(, ?\"[0-9]{1,20}\"){0,7})$",
+            strict("^(\\*|\"[0-9]{1,20}\"(, ?\"[0-9]{1,20}\"){0,7})$"),
             "`ETag` of the version that is to be changed; another version is answered 412.",
         ));
     }
     if traits.long {
         headers.push(header(
             "Prefer",
-            "^wait=[0-9]{1,2}$",
+            lenient("wait=10"),
             "`wait=10` answers when the work has ended, or after so many seconds (at most 60). Work that failed is \
              then answered with its problem.",
         ));
@@ -126,7 +142,7 @@ fn request_headers(traits: Traits) -> Vec<Value> {
     if traits.conditional {
         headers.push(header(
             "If-None-Match",
-            "^\"[0-9]{1,20}\"$",
+            lenient("\"7\""),
             "`ETag` that the caller has; the same version is answered 304.",
         ));
     }

@@ -1,14 +1,10 @@
 //! A host on fakes, served over a real Unix socket and a real TCP port, and a client for both.
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
-use host::network::testing::FakePlumbing;
-use host::vmms::{Launch, Process, ProcessId, Start};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode};
@@ -20,6 +16,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::stage::Stage;
 use crate::{Config, TcpListen, UnixListen};
 
 /// Longest wait of a test for anything.
@@ -28,7 +25,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// A served host; everything of it goes when it goes.
 pub(super) struct Served {
     pub(super) host: host::Host,
-    pub(super) directory: tempfile::TempDir,
+    pub(super) stage: Stage,
+    directory: tempfile::TempDir,
     pub(super) tcp: SocketAddr,
     pub(super) token: String,
     stop: Option<oneshot::Sender<()>>,
@@ -38,9 +36,8 @@ pub(super) struct Served {
 impl Served {
     pub(super) async fn start() -> Served {
         let directory = tempfile::tempdir().unwrap();
-        let config = host::Config::new(directory.path().join("state"));
-        let host =
-            host::Host::open(config, Arc::new(NoMachines), Arc::new(FakePlumbing::new())).await.unwrap();
+        let stage = Stage::new();
+        let host = stage.open_with_image().await;
         let (_, token) = host.tokens().create("test", None).await.unwrap();
         let bound = crate::bind(&Config {
             unix: Some(UnixListen { path: directory.path().join("toftd.sock"), group_id: None }),
@@ -52,7 +49,7 @@ impl Served {
         let (stop, stopped) = oneshot::channel();
         let serving = host.clone();
         let served = tokio::spawn(async move { bound.serve(serving, stopped.map(drop)).await });
-        Served { host, directory, tcp, token, stop: Some(stop), served }
+        Served { host, stage, directory, tcp, token, stop: Some(stop), served }
     }
 
     pub(super) fn socket(&self) -> PathBuf {
@@ -184,29 +181,4 @@ impl Answer {
         );
         problem
     }
-}
-
-/// A launcher on a host without KVM.
-struct NoMachines;
-
-impl Launch for NoMachines {
-    fn check(&self) -> host::Result<()> {
-        Err(none())
-    }
-
-    fn spawn(&self, _: Start) -> BoxFuture<'_, host::Result<Arc<dyn Process>>> {
-        async { Err(none()) }.boxed()
-    }
-
-    fn adopt(&self, _: &ProcessId) -> host::Result<Option<Arc<dyn Process>>> {
-        Ok(None)
-    }
-
-    fn probe(&self) -> BoxFuture<'_, host::Result<wire::launch::KvmReport>> {
-        async { Err(none()) }.boxed()
-    }
-}
-
-fn none() -> host::Error {
-    host::Error::new(Code::KvmUnavailable, "this host has no KVM, because it is a test's")
 }
