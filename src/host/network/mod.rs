@@ -16,7 +16,7 @@ pub mod mac;
 mod networks;
 mod nft;
 pub mod plumbing;
-mod program;
+pub(crate) mod program;
 mod records;
 pub mod rules;
 pub mod testing;

@@ -1,0 +1,236 @@
+//! What can be read of the host's kernel, and what to do where it is not good. Each check reads a file or two and
+//! judges them; nothing is changed. `report` collects them.
+use std::fs;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use model::host::{Check, CheckStatus};
+use rustix::fs::{Mode, OFlags, ioctl_ficlone, open};
+
+use crate::network::program;
+
+/// The files of a host, below a root that tests choose.
+pub(super) struct System {
+    root: PathBuf,
+}
+
+/// How a check came out, before it has its name.
+type Finding = (CheckStatus, String);
+
+fn good(detail: impl Into<String>) -> Finding {
+    (CheckStatus::Ok, detail.into())
+}
+
+fn lesser(detail: impl Into<String>) -> Finding {
+    (CheckStatus::Degraded, detail.into())
+}
+
+impl System {
+    pub(super) fn new(root: &Path) -> System {
+        System { root: root.to_owned() }
+    }
+
+    /// Every check, in the order people read them: safety, then what is needed, then speed.
+    pub(super) fn checks(&self, volumes: &Path) -> Vec<Check> {
+        let findings = [
+            ("mitigations", self.mitigations()),
+            ("smt", self.smt()),
+            ("ksm", self.ksm()),
+            ("swap", self.swap()),
+            ("user_namespaces", self.user_namespaces()),
+            ("cgroups", self.cgroups()),
+            ("tun", self.tun()),
+            (
+                "nft",
+                installed("nft", "nftables", "packets of servers cannot be filtered, so they get no network"),
+            ),
+            ("dnsmasq", installed("dnsmasq", "dnsmasq-base", "networks have neither DHCP nor DNS")),
+            ("ip_forward", self.forwarding()),
+            ("reflink", reflink(volumes)),
+            ("clock_source", self.clock_source()),
+            ("huge_pages", self.huge_pages()),
+            ("transparent_huge_pages", self.transparent_huge_pages()),
+        ];
+        findings
+            .into_iter()
+            .map(|(name, (status, detail))| Check { name: name.to_owned(), status, detail })
+            .collect()
+    }
+
+    /// As the processor names itself.
+    pub(super) fn cpu_model(&self) -> String {
+        let text = self.read("proc/cpuinfo").unwrap_or_default();
+        let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        model.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
+    }
+
+    /// Documentation/admin-guide/hw-vuln: each file says `Not affected`, `Mitigation: …` or `Vulnerable…`.
+    fn mitigations(&self) -> Finding {
+        let Ok(entries) = fs::read_dir(self.root.join("sys/devices/system/cpu/vulnerabilities")) else {
+            return lesser("the kernel does not say what the processor is vulnerable to; use a newer kernel");
+        };
+        let mut vulnerable: Vec<String> = entries
+            .flatten()
+            .filter(|entry| fs::read_to_string(entry.path()).is_ok_and(|text| text.starts_with("Vulnerable")))
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        vulnerable.sort();
+        match vulnerable.as_slice() {
+            [] => good("the kernel mitigates what the processor is vulnerable to"),
+            list => lesser(format!(
+                "not mitigated: {}; a guest may read what is not its own. Update the kernel and the microcode, and \
+                 boot without mitigations=off",
+                list.join(", ")
+            )),
+        }
+    }
+
+    fn smt(&self) -> Finding {
+        match self.read("sys/devices/system/cpu/smt/active").as_deref() {
+            Some("1") => lesser(
+                "hyper-threading is on: two servers can share a core and watch each other's caches. Boot with nosmt \
+                 where tenants do not trust each other",
+            ),
+            _ => good("hyper-threading is off or absent"),
+        }
+    }
+
+    fn ksm(&self) -> Finding {
+        match self.read("sys/kernel/mm/ksm/run").as_deref() {
+            Some("1") => lesser(
+                "kernel samepage merging is on: by timing a write a server can tell what another has in memory. \
+                 Switch it off with `echo 2 > /sys/kernel/mm/ksm/run`",
+            ),
+            _ => good("kernel samepage merging is off"),
+        }
+    }
+
+    fn swap(&self) -> Finding {
+        let text = self.read("proc/swaps").unwrap_or_default();
+        let used = text.lines().skip(1).filter_map(|line| line.split_whitespace().next());
+        let on_disk: Vec<&str> = used.filter(|device| !device.contains("zram")).collect();
+        match on_disk.as_slice() {
+            [] => good("no memory of servers is written to a disk"),
+            devices => lesser(format!(
+                "memory of servers can be written to {}; encrypt it, or switch it off with `swapoff`",
+                devices.join(", ")
+            )),
+        }
+    }
+
+    fn user_namespaces(&self) -> Finding {
+        match self.read("proc/sys/user/max_user_namespaces").as_deref() {
+            Some("0") => {
+                lesser("user namespaces are off; allow them with `sysctl user.max_user_namespaces=10000`")
+            }
+            Some(_) => good("user namespaces can be made"),
+            None => lesser("the kernel has no user namespaces, which jails use"),
+        }
+    }
+
+    fn cgroups(&self) -> Finding {
+        let Some(controllers) = self.read("sys/fs/cgroup/cgroup.controllers") else {
+            return lesser(
+                "control groups are version 1; memory and CPU of servers are not bounded by the kernel. Boot with \
+                 systemd.unified_cgroup_hierarchy=1",
+            );
+        };
+        let missing: Vec<&str> = ["cpu", "memory", "io", "pids"]
+            .into_iter()
+            .filter(|wanted| !controllers.split_whitespace().any(|controller| controller == *wanted))
+            .collect();
+        match missing.as_slice() {
+            [] => good("control groups are version 2 with every controller"),
+            list => {
+                lesser(format!("control groups lack {}; enable them for the root group", list.join(", ")))
+            }
+        }
+    }
+
+    fn tun(&self) -> Finding {
+        match self.root.join("dev/net/tun").exists() {
+            true => good("taps can be made"),
+            false => {
+                lesser("/dev/net/tun is missing, so servers get no network; load it with `modprobe tun`")
+            }
+        }
+    }
+
+    fn forwarding(&self) -> Finding {
+        match self.read("proc/sys/net/ipv4/ip_forward").as_deref() {
+            Some("0") => good("the host forwards nothing but what Toft's NAT networks need"),
+            Some(_) => {
+                good("somebody made the host forward between all its devices; Toft leaves that as it is")
+            }
+            None => lesser("the kernel has no IPv4, which networks need"),
+        }
+    }
+
+    fn clock_source(&self) -> Finding {
+        let path = "sys/devices/system/clocksource/clocksource0/current_clocksource";
+        match self.read(path).as_deref() {
+            Some(source @ ("tsc" | "kvm-clock" | "hyperv_clocksource_tsc_page")) => {
+                good(format!("the clock is {source}, which guests can read by themselves"))
+            }
+            Some(source) => lesser(format!(
+                "the clock is {source}, so guests read the time slowly; look in `dmesg` for why the TSC was given up"
+            )),
+            None => lesser("the kernel does not say what its clock is"),
+        }
+    }
+
+    fn huge_pages(&self) -> Finding {
+        let text = self.read("proc/meminfo").unwrap_or_default();
+        let reserved = text.lines().find_map(|line| line.strip_prefix("HugePages_Total:")).map(str::trim);
+        match reserved {
+            Some("0") | None => good("none are reserved; servers do not need them"),
+            Some(count) => good(format!("{count} are reserved, which servers do not use")),
+        }
+    }
+
+    fn transparent_huge_pages(&self) -> Finding {
+        let text = self.read("sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+        let chosen = text.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+        match chosen {
+            Some("never" | "deny") | None => good(
+                "off for shared memory; `echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled` makes \
+                 large servers faster",
+            ),
+            Some(chosen) => good(format!("{chosen} for shared memory")),
+        }
+    }
+
+    fn read(&self, path: &str) -> Option<String> {
+        fs::read_to_string(self.root.join(path)).ok().map(|text| text.trim().to_owned())
+    }
+}
+
+fn installed(name: &str, package: &str, without: &str) -> Finding {
+    match program::find(name) {
+        Some(path) => good(format!("found at {}", path.display())),
+        None => lesser(format!("{name} is missing: {without}; install it with `apt install {package}`")),
+    }
+}
+
+/// Tries it with two files that have no names, so nothing is left whatever happens.
+fn reflink(directory: &Path) -> Finding {
+    let nameless = || -> std::io::Result<OwnedFd> {
+        Ok(open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?)
+    };
+    let shared = || -> std::io::Result<()> {
+        let mut source = fs::File::from(nameless()?);
+        source.write_all(&[1; 4096])?;
+        Ok(ioctl_ficlone(nameless()?, &source)?)
+    };
+    match shared() {
+        Ok(()) => good("disks are made from images without copying"),
+        Err(_) => lesser(format!(
+            "the file system of {} cannot share blocks, so every disk is copied from its image; use XFS or btrfs",
+            directory.display()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+use super::*;
+
+struct Fake(tempfile::TempDir);
+
+impl Fake {
+    fn new(files: &[(&str, &str)]) -> Fake {
+        let fake = Fake(tempfile::tempdir().unwrap());
+        for (path, content) in files {
+            let path = fake.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        fake
+    }
+
+    fn status(&self, name: &str) -> (CheckStatus, String) {
+        let checks = System::new(self.0.path()).checks(self.0.path());
+        let check = checks.into_iter().find(|check| check.name == name).unwrap();
+        (check.status, check.detail)
+    }
+}
+
+#[test]
+fn each_check_tells_good_from_lesser() {
+    let meltdown = "sys/devices/system/cpu/vulnerabilities/meltdown";
+    let clock = "sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let swap = "Filename Type Size Used Priority\n";
+    let cases = [
+        ("mitigations", meltdown, "Mitigation: PTI\n", "Vulnerable: no microcode\n"),
+        ("smt", "sys/devices/system/cpu/smt/active", "0\n", "1\n"),
+        ("ksm", "sys/kernel/mm/ksm/run", "0\n", "1\n"),
+        ("swap", "proc/swaps", swap, "Filename Type Size Used Priority\n/dev/sda2 partition 1 0 -2\n"),
+        ("user_namespaces", "proc/sys/user/max_user_namespaces", "5000\n", "0\n"),
+        ("cgroups", "sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n", "hugetlb\n"),
+        ("clock_source", clock, "tsc\n", "hpet\n"),
+    ];
+    for (name, path, well, ill) in cases {
+        assert_eq!(Fake::new(&[(path, well)]).status(name).0, CheckStatus::Ok, "{name} of {well:?}");
+        assert_eq!(Fake::new(&[(path, ill)]).status(name).0, CheckStatus::Degraded, "{name} of {ill:?}");
+    }
+}
+
+#[test]
+fn what_is_not_mitigated_is_named_in_order() {
+    let directory = "sys/devices/system/cpu/vulnerabilities";
+    let fake = Fake::new(&[
+        (&format!("{directory}/spectre_v2"), "Vulnerable\n"),
+        (&format!("{directory}/mds"), "Vulnerable: Clear CPU buffers attempted, no microcode\n"),
+        (&format!("{directory}/l1tf"), "Not affected\n"),
+    ]);
+    assert!(fake.status("mitigations").1.starts_with("not mitigated: mds, spectre_v2; "));
+}
+
+#[test]
+fn compressed_memory_is_no_disk() {
+    let fake = Fake::new(&[("proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 1 0 5\n")]);
+    assert_eq!(fake.status("swap").0, CheckStatus::Ok);
+}
+
+#[test]
+fn an_empty_host_has_every_check_and_a_remedy_for_each_that_is_not_good() {
+    let fake = Fake::new(&[]);
+    let checks = System::new(fake.0.path()).checks(fake.0.path());
+    assert_eq!(checks.len(), 14);
+    assert!(
+        checks.iter().all(|check| check.status != CheckStatus::Failed && check.detail.len() > 15),
+        "{checks:?}"
+    );
+}
+
+#[test]
+fn the_real_host_can_be_read_and_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let system = System::new(Path::new("/"));
+    let names: Vec<String> = system.checks(directory.path()).into_iter().map(|check| check.name).collect();
+    assert!(names.contains(&"reflink".to_owned()));
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    assert!(!system.cpu_model().is_empty());
+}
