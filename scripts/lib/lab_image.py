@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import debian
@@ -17,6 +18,8 @@ SOURCES = Path(__file__).resolve().parent / "lab"
 SUITE = "bookworm"
 # Sparse: what nothing was written to takes no space.
 ROOT_BYTES = 16 << 30
+# Earlier builds are kept this long after their last use, since other checkouts may have them.
+KEPT_S = 14 * 24 * 3600
 BOOT_MODULES = ("virtio_pci", "virtio_blk")
 
 
@@ -30,12 +33,16 @@ def find_or_build():
     cache.mkdir(exist_ok=True)
     result = cache / digest.hexdigest()[:24]
     if result.is_dir():
+        os.utime(result)
         return result
     with debian.locked(cache / "build.lock"):
         if not result.is_dir():
             with root_disk.workplace(cache, "build") as workplace:
                 _build(workplace)
                 os.rename(workplace / "result", result)
+            for path in cache.glob("[0-9a-f]*"):
+                if path != result and time.time() - path.stat().st_mtime > KEPT_S and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
             say("The lab machine is ready")
     return result
 
