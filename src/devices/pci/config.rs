@@ -12,9 +12,10 @@ const CAPABILITIES_POINTER: u16 = 0x34;
 const CAPABILITIES_START: u16 = 0x40;
 
 /// Bits of the command register a function without I/O ports and INTx has: memory space, bus master, interrupt
-/// disable. The guest may set the last two; they change nothing here, since virtio's own status gates the device.
-const COMMAND_WRITABLE: u16 = 1 << 1 | 1 << 2 | 1 << 10;
-const COMMAND_MEMORY: u64 = 1 << 1;
+/// disable. The guest may set the last one; it changes nothing, since there is no interrupt line.
+const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | COMMAND_MASTER | 1 << 10;
+const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_MASTER: u16 = 1 << 2;
 /// Status register: there is a capabilities list.
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 /// A 64-bit memory BAR, not prefetchable.
@@ -133,10 +134,15 @@ impl ConfigSpace {
 
     /// Where the memory BAR points, if the function decodes memory accesses.
     pub fn memory_bar(&self) -> Option<u64> {
-        let enabled = u64::from(self.word(COMMAND)) & COMMAND_MEMORY != 0;
+        let enabled = self.word(COMMAND) & COMMAND_MEMORY != 0;
         let mut data = [0; 8];
         self.read(BAR0, &mut data);
         enabled.then(|| little_endian(&data) & !0xF)
+    }
+
+    /// Whether the function may reach memory by itself (PCI 3.0, section 6.2.2).
+    pub fn is_bus_master(&self) -> bool {
+        self.word(COMMAND) & COMMAND_MASTER != 0
     }
 
     /// Points the memory BAR at `address`, a multiple of its size.

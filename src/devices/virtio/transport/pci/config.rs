@@ -90,6 +90,10 @@ impl Config {
         self.space.memory_bar()
     }
 
+    pub(super) fn is_bus_master(&self) -> bool {
+        self.space.is_bus_master()
+    }
+
     pub(super) fn assign(&mut self, address: u64) {
         self.space.assign_memory_bar(address);
     }

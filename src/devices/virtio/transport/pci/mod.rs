@@ -60,6 +60,11 @@ struct State {
     ending: Option<Box<dyn Active>>,
     /// Doorbells in place: the address, and the queue they kick.
     attached: Vec<(u64, usize)>,
+    /// The machine is paused. Until it goes on, nothing else lets the device go on.
+    held: bool,
+    /// The guest lets the function reach memory. Kernels take that away before they start another kernel, so that
+    /// no packet lands in the memory of that one.
+    master: bool,
 }
 
 impl VirtioPci {
@@ -84,7 +89,16 @@ impl VirtioPci {
         let config = Config::new(device.device_type(), queues, vectors).ok_or_else(too_many)?;
         let offered = device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX;
         let common = Common::new(offered, sizes);
-        let state = State { device, config, common, active: None, ending: None, attached: Vec::new() };
+        let state = State {
+            device,
+            config,
+            common,
+            active: None,
+            ending: None,
+            attached: Vec::new(),
+            held: false,
+            master: false,
+        };
         Ok(VirtioPci {
             state: Mutex::new(state),
             signals: Arc::new(signals),
@@ -144,7 +158,12 @@ impl VirtioPci {
             signals,
             threads: Arc::clone(&self.threads),
         };
-        state.active = Some(state.device.activate(wiring).map_err(|error| with_causes(&error))?);
+        let mut active = state.device.activate(wiring).map_err(|error| with_causes(&error))?;
+        if !state.master {
+            // Nothing can be in flight yet.
+            let _ = active.pause();
+        }
+        state.active = Some(active);
         self.ring_doorbells(state);
         Ok(())
     }
@@ -241,6 +260,16 @@ impl VirtioPci {
         if self.base.swap(base, Ordering::SeqCst) != base {
             self.ring_doorbells(state);
         }
+        let master = state.config.is_bus_master();
+        if std::mem::replace(&mut state.master, master) == master {
+            return;
+        }
+        match &mut state.active {
+            // A device that cannot be drained takes nothing new all the same.
+            Some(active) if !master => drop(active.pause()),
+            Some(active) if !state.held => active.resume(),
+            _ => {}
+        }
     }
 
     fn notify(&self, offset: u64) {
@@ -320,11 +349,14 @@ impl Function for VirtioPci {
         if !self.finish_reset(&mut state, Duration::from_millis(DRAIN_MS_MAX)) {
             return Err(NotDrained { device: state.device.name().to_owned(), in_flight: 1 });
         }
+        state.held = true;
         state.active.as_mut().map_or(Ok(()), |active| active.pause())
     }
 
     fn resume(&self) {
-        if let Some(active) = &mut locked(&self.state).active {
+        let mut state = locked(&self.state);
+        state.held = false;
+        if let (true, Some(active)) = (state.master, &mut state.active) {
             active.resume();
         }
     }

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::bench::{PATIENCE, Part};
+use crate::virtio::bench::{PATIENCE, Part, Ring};
 
 mod rig;
 
@@ -261,6 +261,41 @@ fn a_pause_reaches_the_device_and_work_goes_on_after_it() {
     assert_eq!(ring.take_used(), None);
     rig.function.resume();
     rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1]);
+}
+
+#[test]
+fn a_function_that_is_no_bus_master_leaves_memory_alone() {
+    const MEMORY: u32 = 2;
+    const MASTER: u32 = 4;
+    let mut rig = Rig::new();
+    let [mut ring, _] = rig.start();
+    let offer = |rig: &Rig, ring: &mut Ring| {
+        let head = ring.chain(&[Part::Write(0x1000, 5)]);
+        ring.offer(head);
+        rig.write(layout::NOTIFY, 0, 2);
+    };
+    // What a kernel does with every device before it starts another kernel.
+    rig.set_config(4, MEMORY, 2);
+    offer(&rig, &mut ring);
+    // A pause of the machine ends after everything that the device would have begun.
+    rig.function.pause().unwrap();
+    rig.function.resume();
+    rig.function.pause().unwrap();
+    assert_eq!(ring.take_used(), None);
+    // Mastering again does not undo the machine's pause, and the pause's end does not wait for another kick.
+    rig.set_config(4, MEMORY | MASTER, 2);
+    rig.function.pause().unwrap();
+    assert_eq!(ring.take_used(), None);
+    rig.function.resume();
+    rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1]);
+    assert_eq!(ring.take_used(), Some((0, 5)));
+
+    rig.write(20, 0, 1);
+    let [mut ring, _] = rig.start();
+    rig.set_config(4, MEMORY, 2);
+    offer(&rig, &mut ring);
+    rig.set_config(4, MEMORY | MASTER, 2);
+    rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1, 1]);
 }
 
 proptest! {
