@@ -4,6 +4,8 @@
 #[path = "../support/vmm_driver.rs"]
 mod vmm_driver;
 
+mod devices;
 mod launcher;
 mod machine;
+mod peers;
 mod probe_guest;

@@ -93,6 +93,3 @@ fn load_bzimage(ram: &Ram, image: &mut Image<'_>) -> Result<Kernel, Error> {
 fn loader_said(error: linux_loader::loader::Error) -> Error {
     Error::Load(error.to_string())
 }
-
-#[cfg(test)]
-mod tests;
