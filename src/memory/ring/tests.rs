@@ -1,3 +1,4 @@
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
@@ -28,8 +29,13 @@ fn each_engine(test: impl Fn(&dyn Fn(Arc<File>, u16) -> Ring)) {
             assert_eq!(ring.engine(), Engine::IoUring);
             ring
         }),
-        Some(cause) => eprintln!("SKIPPED with io_uring: the kernel does not give it here ({cause})"),
+        Some(cause) => skipped(cause),
     }
+}
+
+/// Past the capture of the test harness, so that it is always seen.
+fn skipped(cause: &io::Error) {
+    writeln!(io::stderr(), "skipped: io_uring: this host does not give it: {cause}").unwrap();
 }
 
 fn finish(ring: &mut Ring) -> Vec<Completed> {
@@ -254,7 +260,7 @@ fn a_ring_does_nothing_but_what_it_was_made_for() {
     let ready = EventFd::new().unwrap();
     let mut uring = match Uring::new(file.as_fd(), ready.as_fd(), 4) {
         Ok(uring) => uring,
-        Err(cause) => return eprintln!("SKIPPED: the kernel does not give io_uring here ({cause})"),
+        Err(cause) => return skipped(&cause),
     };
     assert_eq!(uring.probe_refusals(), vec![Some(libc::EACCES); 4]);
 }
