@@ -374,3 +374,6 @@ fn steps(server: &Server, record: &ServerRecord) -> Vec<String> {
     }
     steps
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,600 @@
+//! VMMs without KVM: each is a thread that speaks the real control protocol over the real listener it is given,
+//! with a guest that does what the test says. They live on when the daemon that started them has gone.
+//! Included by `#[path]` in tests of rooms above `vmms`; it needs no privilege.
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use host::vmms::{Launch, Process, ProcessId, Start};
+use host::{Error, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::seqpacket::Listener;
+use tokio::sync::watch;
+use wire::channel::Channel;
+use wire::console::Ring;
+use wire::control::{
+    Command, DiskStats, Fault, FaultCode, MachineState, MachineStats, Message, NicStats, Notice, PROTOCOL,
+    Reply, Request, VcpuStats,
+};
+use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
+use wire::machine::{MachineSpec, RateLimits};
+use wire::will::{Reason, Will};
+
+/// What the guests of new machines do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Guest {
+    /// Boots, says so on the console, powers off when the button is pressed.
+    #[default]
+    Obeys,
+    /// As [`Guest::Obeys`], but does nothing when the button is pressed.
+    IgnoresButton,
+    /// Powers off as soon as it has booted.
+    PowersOff,
+    /// Its kernel crashes as soon as it has booted.
+    Panics,
+    /// The VMM refuses to build its machine.
+    CannotBoot,
+    /// The VMM dies of a signal while it builds the machine.
+    DiesAtBoot,
+    /// The devices do not drain, so it cannot be paused.
+    CannotPause,
+    /// Its serial port takes no input.
+    Deaf,
+}
+
+/// Starts VMMs that are threads. Share one among the daemons of a test: it plays the kernel's part.
+#[derive(Clone, Default)]
+pub struct FakeLaunch {
+    kernel: Arc<Kernel>,
+}
+
+#[derive(Default)]
+struct Kernel {
+    pids: AtomicI32,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    guest: Guest,
+    boot: u32,
+    /// When present, no VMM can be started, for this reason.
+    trouble: Option<Error>,
+    vmms: BTreeMap<i32, Arc<FakeVmm>>,
+    violations: Vec<String>,
+}
+
+/// One VMM.
+pub struct FakeVmm {
+    /// Its number; above every number that Linux gives to a process.
+    pub pid: i32,
+    /// What `ps` would show.
+    pub label: String,
+    boot: u32,
+    wake: UnixStream,
+    ended: watch::Sender<Option<Option<ExitStatus>>>,
+    inside: Mutex<Inside>,
+}
+
+#[derive(Default)]
+struct Inside {
+    orders: Vec<Order>,
+    state: Option<MachineState>,
+    spec: Option<MachineSpec>,
+    disk: Option<(u64, u64)>,
+    typed: Vec<u8>,
+    limits: BTreeMap<u16, RateLimits>,
+    resets: u64,
+    presses: u32,
+}
+
+enum Order {
+    Kill,
+    End(Reason),
+    Print(Vec<u8>),
+    Notice(Notice),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FakeLaunch {
+    /// What guests of machines that are started from here on do.
+    pub fn set_guest(&self, guest: Guest) {
+        lock(&self.kernel.state).guest = guest;
+    }
+
+    /// From here on no VMM can be started, for this reason; or again.
+    pub fn set_trouble(&self, trouble: Option<Error>) {
+        lock(&self.kernel.state).trouble = trouble;
+    }
+
+    /// Every VMM that lives.
+    pub fn alive(&self) -> Vec<Arc<FakeVmm>> {
+        let state = lock(&self.kernel.state);
+        state.vmms.values().filter(|vmm| vmm.ended.borrow().is_none()).cloned().collect()
+    }
+
+    /// The only VMM that lives.
+    pub fn only(&self) -> Arc<FakeVmm> {
+        let alive = self.alive();
+        assert_eq!(alive.len(), 1, "one VMM should live");
+        alive[0].clone()
+    }
+
+    /// What must never happen and did, such as two machines on one disk.
+    pub fn violations(&self) -> Vec<String> {
+        lock(&self.kernel.state).violations.clone()
+    }
+
+    /// The host loses power: every VMM is gone without a word, and the kernel has another boot id.
+    pub async fn power_cycle(&self) {
+        let vmms = self.alive();
+        lock(&self.kernel.state).boot += 1;
+        for vmm in vmms {
+            vmm.kill();
+            vmm.wait_for_end().await;
+        }
+    }
+
+    fn boot_id_of(boot: u32) -> String {
+        format!("fake-boot-{boot}")
+    }
+
+    fn start(&self, start: Start) -> Result<Arc<FakeVmm>> {
+        let failed = |cause: std::io::Error| Error::internal("a fake VMM cannot be started", cause);
+        let (wake, woken) = UnixStream::pair().map_err(failed)?;
+        wake.set_nonblocking(true).map_err(failed)?;
+        let mut state = lock(&self.kernel.state);
+        if let Some(trouble) = &state.trouble {
+            return Err(trouble.clone());
+        }
+        let pid = i32::MAX - self.kernel.pids.fetch_add(1, Ordering::Relaxed);
+        let vmm = Arc::new(FakeVmm {
+            pid,
+            label: start.label,
+            boot: state.boot,
+            wake,
+            ended: watch::Sender::new(None),
+            inside: Mutex::new(Inside { state: Some(MachineState::Shell), ..Inside::default() }),
+        });
+        state.vmms.insert(pid, vmm.clone());
+        let running = Running {
+            vmm: vmm.clone(),
+            kernel: self.kernel.clone(),
+            guest: state.guest,
+            listener: Listener::from(start.listener),
+            woken,
+            will: start.will,
+            log: start.log,
+            connections: Vec::new(),
+            ring: None,
+        };
+        std::thread::spawn(move || running.run());
+        Ok(vmm)
+    }
+}
+
+impl Launch for FakeLaunch {
+    fn check(&self) -> Result<()> {
+        lock(&self.kernel.state).trouble.clone().map_or(Ok(()), Err)
+    }
+
+    fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Arc<dyn Process>>> {
+        async move { Ok(self.start(start)? as Arc<dyn Process>) }.boxed()
+    }
+
+    fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>> {
+        let state = lock(&self.kernel.state);
+        let found = state.vmms.get(&id.pid).filter(|vmm| vmm.ended.borrow().is_none() && vmm.id() == *id);
+        Ok(found.map(|vmm| vmm.clone() as Arc<dyn Process>))
+    }
+
+    fn boot_id(&self) -> Result<String> {
+        Ok(FakeLaunch::boot_id_of(lock(&self.kernel.state).boot))
+    }
+
+    fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {
+        async {
+            self.check()?;
+            Ok(KvmReport {
+                api_version: 12,
+                extensions: vec![("KVM_CAP_IRQFD".to_owned(), 1)],
+                missing: Vec::new(),
+                linux: LinuxSupport::No("a fake runs no guest".to_owned()),
+                kernel_mode_ips: 1_000_000,
+                exit_ns: 10_000,
+            })
+        }
+        .boxed()
+    }
+}
+
+impl Process for FakeVmm {
+    fn id(&self) -> ProcessId {
+        ProcessId { pid: self.pid, start_ticks: 1, boot_id: FakeLaunch::boot_id_of(self.boot) }
+    }
+
+    fn kill(&self) -> Result<()> {
+        FakeVmm::kill(self);
+        Ok(())
+    }
+
+    fn ended(&self) -> BoxFuture<'_, Option<ExitStatus>> {
+        async move {
+            let mut ended = self.ended.subscribe();
+            match ended.wait_for(Option::is_some).await {
+                Ok(status) => status.flatten(),
+                Err(_) => None,
+            }
+        }
+        .boxed()
+    }
+}
+
+impl FakeVmm {
+    /// Ends it as SIGKILL does: no will, no word.
+    pub fn kill(&self) {
+        self.order(Order::Kill);
+    }
+
+    /// Ends its machine for this reason, as the guest or a bug would.
+    pub fn end(&self, reason: Reason) {
+        self.order(Order::End(reason));
+    }
+
+    /// The guest writes on its console.
+    pub fn print(&self, text: &str) {
+        self.order(Order::Print(text.as_bytes().to_vec()));
+    }
+
+    /// The VMM says something unasked.
+    pub fn say(&self, notice: Notice) {
+        self.order(Order::Notice(notice));
+    }
+
+    /// Waits until it has ended.
+    pub async fn wait_for_end(&self) {
+        let mut ended = self.ended.subscribe();
+        let _ = ended.wait_for(Option::is_some).await;
+    }
+
+    /// What its machine does.
+    pub fn state(&self) -> MachineState {
+        lock(&self.inside).state.unwrap_or(MachineState::Exiting)
+    }
+
+    /// The machine it was told to build.
+    pub fn spec(&self) -> Option<MachineSpec> {
+        lock(&self.inside).spec.clone()
+    }
+
+    /// What was typed on its console.
+    pub fn typed(&self) -> Vec<u8> {
+        lock(&self.inside).typed.clone()
+    }
+
+    /// Limits that were set live, by disk.
+    pub fn disk_limits(&self) -> BTreeMap<u16, RateLimits> {
+        lock(&self.inside).limits.clone()
+    }
+
+    /// Times its machine was built again.
+    pub fn resets(&self) -> u64 {
+        lock(&self.inside).resets
+    }
+
+    /// Times its power button was pressed.
+    pub fn presses(&self) -> u32 {
+        lock(&self.inside).presses
+    }
+
+    fn order(&self, order: Order) {
+        lock(&self.inside).orders.push(order);
+        // A thread that has ended needs no waking, nor one that has not heard of earlier orders yet.
+        let _ = (&self.wake).write_all(&[1]);
+    }
+}
+
+/// The thread's own.
+struct Running {
+    vmm: Arc<FakeVmm>,
+    kernel: Arc<Kernel>,
+    guest: Guest,
+    listener: Listener,
+    woken: UnixStream,
+    will: File,
+    log: File,
+    connections: Vec<Connection>,
+    ring: Option<Ring>,
+}
+
+struct Connection {
+    channel: Channel,
+    watching: Option<u64>,
+}
+
+/// How a VMM ends.
+struct Ended(Option<ExitStatus>);
+
+impl Running {
+    fn run(mut self) {
+        let _ = writeln!(self.log, "fake VMM {} of {}", self.vmm.pid, self.vmm.label);
+        let Ended(status) = loop {
+            if let Err(ended) = self.turn() {
+                break ended;
+            }
+        };
+        {
+            let mut inside = lock(&self.vmm.inside);
+            inside.state = None;
+            inside.disk = None;
+        }
+        let Running { vmm, listener, connections, .. } = self;
+        // As the kernel does: descriptors close before anybody hears that the process has gone.
+        drop((listener, connections));
+        vmm.ended.send_replace(Some(status));
+    }
+
+    fn turn(&mut self) -> std::result::Result<(), Ended> {
+        let (woken, knocking, speaking) = self.wait();
+        if woken {
+            let mut drain = [0; 64];
+            let _ = self.woken.read(&mut drain);
+            let orders = std::mem::take(&mut lock(&self.vmm.inside).orders);
+            for order in orders {
+                self.carry_out(order)?;
+            }
+        }
+        if knocking && let Ok(socket) = self.listener.accept() {
+            self.connections.push(Connection { channel: Channel::new(socket), watching: None });
+        }
+        for at in speaking.into_iter().rev() {
+            match self.connections[at].channel.receive::<Request>() {
+                Ok(Some((request, descriptors))) => self.answer(at, request, descriptors)?,
+                Ok(None) | Err(_) => drop(self.connections.remove(at)),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> (bool, bool, Vec<usize>) {
+        let mut polled = vec![
+            PollFd::new(self.woken.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        polled.extend(self.connections.iter().map(|one| PollFd::new(one.channel.as_fd(), PollFlags::POLLIN)));
+        let _ = poll(&mut polled, PollTimeout::NONE);
+        let ready = |one: &PollFd<'_>| one.any().unwrap_or(false);
+        let speaking =
+            polled[2..].iter().enumerate().filter(|(_, one)| ready(one)).map(|(at, _)| at).collect();
+        (ready(&polled[0]), ready(&polled[1]), speaking)
+    }
+
+    fn carry_out(&mut self, order: Order) -> std::result::Result<(), Ended> {
+        match order {
+            Order::Kill => return Err(Ended(Some(ExitStatus::Signal(9)))),
+            Order::End(reason) => return Err(self.end(reason)),
+            Order::Print(text) => self.print(&text),
+            Order::Notice(notice) => self.tell(&notice),
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, reason: Reason) -> Ended {
+        let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        let code = if matches!(reason, Reason::Crashed(_)) { 1 } else { 0 };
+        lock(&self.vmm.inside).state = Some(MachineState::Exiting);
+        let _ = Will { reason: reason.clone(), at_unix_ms }.write(&self.will);
+        self.tell(&Notice::Exiting(reason));
+        Ended(Some(ExitStatus::Code(code)))
+    }
+
+    fn tell(&self, notice: &Notice) {
+        for connection in &self.connections {
+            let _ = connection.channel.send(&Message::Notice(notice.clone()), &[]);
+        }
+    }
+
+    fn print(&mut self, text: &[u8]) {
+        let Some(Ok(written)) = self.ring.as_mut().map(|ring| ring.append(text)) else { return };
+        for connection in &mut self.connections {
+            if connection.watching.is_some_and(|seen| written > seen) {
+                connection.watching = None;
+                let notice = Message::Notice(Notice::Console { written });
+                let _ = connection.channel.send(&notice, &[]);
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        at: usize,
+        request: Request,
+        descriptors: Vec<OwnedFd>,
+    ) -> std::result::Result<(), Ended> {
+        let id = request.id;
+        let mut follows = Ok(());
+        let result = match request.command {
+            Command::Hello { .. } => Ok(Reply::Hello {
+                protocol: PROTOCOL,
+                version: "fake".to_owned(),
+                state: self.vmm.state(),
+                console_written: self.ring.as_ref().map_or(0, Ring::written),
+            }),
+            Command::Boot(spec) => {
+                let (result, ended) = self.boot(*spec, descriptors);
+                follows = ended;
+                result
+            }
+            Command::Pause if self.guest == Guest::CannotPause => {
+                Err(Fault { code: FaultCode::Timeout, detail: "disk0 did not drain".to_owned() })
+            }
+            Command::Pause => self.turn_to(MachineState::Paused),
+            Command::Resume => self.turn_to(MachineState::Running),
+            Command::PressPowerButton => {
+                lock(&self.vmm.inside).presses += 1;
+                if !matches!(self.guest, Guest::IgnoresButton) && self.vmm.state() == MachineState::Running {
+                    follows = Err(());
+                }
+                Ok(Reply::Done)
+            }
+            Command::Reset => {
+                let resets = {
+                    let mut inside = lock(&self.vmm.inside);
+                    inside.resets += 1;
+                    inside.resets
+                };
+                self.tell(&Notice::Booted { resets });
+                Ok(Reply::Done)
+            }
+            Command::Quit => {
+                self.reply(at, id, Ok(Reply::Done));
+                return Err(self.end(Reason::Asked));
+            }
+            Command::Stats => Ok(Reply::Stats(Box::new(self.stats()))),
+            Command::WatchConsole { seen } => {
+                self.connections[at].watching = Some(seen);
+                Ok(Reply::Done)
+            }
+            Command::ConsoleInput { data_base64 } => {
+                Ok(Reply::Taken { bytes: self.take_input(&data_base64) })
+            }
+            Command::LimitDisk { disk, limits } => {
+                lock(&self.vmm.inside).limits.insert(disk, limits);
+                Ok(Reply::Done)
+            }
+            Command::SetBalloon { .. } | Command::LimitNic { .. } => Ok(Reply::Done),
+        };
+        if follows.is_err() && self.guest == Guest::DiesAtBoot {
+            return Err(Ended(Some(ExitStatus::Signal(11))));
+        }
+        self.reply(at, id, result);
+        // A watch that has something to tell already, told after its reply.
+        let written = self.ring.as_ref().map_or(0, Ring::written);
+        if self.connections[at].watching.is_some_and(|seen| written > seen) {
+            self.connections[at].watching = None;
+            let _ = self.connections[at].channel.send(&Message::Notice(Notice::Console { written }), &[]);
+        }
+        match (follows, self.guest) {
+            (Ok(()), _) => Ok(()),
+            (Err(()), Guest::Panics) => {
+                self.tell(&Notice::GuestPanicked);
+                Err(self.end(Reason::GuestPanicked))
+            }
+            (Err(()), _) => Err(self.end(Reason::PoweredOff)),
+        }
+    }
+
+    fn reply(&self, at: usize, id: u64, result: std::result::Result<Reply, Fault>) {
+        let _ = self.connections[at].channel.send(&Message::Reply { id, result }, &[]);
+    }
+
+    fn turn_to(&self, state: MachineState) -> std::result::Result<Reply, Fault> {
+        let mut inside = lock(&self.vmm.inside);
+        match inside.state {
+            Some(MachineState::Running | MachineState::Paused) => {
+                inside.state = Some(state);
+                Ok(Reply::Done)
+            }
+            _ => Err(Fault { code: FaultCode::WrongState, detail: "there is no machine".to_owned() }),
+        }
+    }
+
+    /// Builds the machine; the second answer is an error when the guest ends right afterwards.
+    #[allow(clippy::type_complexity, reason = "read once, just above")]
+    fn boot(
+        &mut self,
+        spec: MachineSpec,
+        descriptors: Vec<OwnedFd>,
+    ) -> (std::result::Result<Reply, Fault>, std::result::Result<(), ()>) {
+        let refuse = |code, detail: String| (Err(Fault { code, detail }), Ok(()));
+        if self.vmm.state() != MachineState::Shell {
+            return refuse(FaultCode::WrongState, "there is a machine already".to_owned());
+        }
+        if let Err(cause) = spec.check(descriptors.len()) {
+            return refuse(FaultCode::Invalid, cause.to_string());
+        }
+        match self.guest {
+            Guest::CannotBoot => return refuse(FaultCode::Host, "KVM_CREATE_VM: no space left".to_owned()),
+            // The connection breaks in the middle of the command.
+            Guest::DiesAtBoot => return (Ok(Reply::Done), Err(())),
+            _ => {}
+        }
+        let mut files: Vec<Option<File>> =
+            descriptors.into_iter().map(|descriptor| Some(File::from(descriptor))).collect();
+        let disk = spec.disks.first().and_then(|disk| files[usize::from(disk.file.0)].as_ref());
+        let disk = disk.and_then(|file| file.metadata().ok()).map(|meta| (meta.dev(), meta.ino()));
+        self.claim(disk);
+        let ring = files[usize::from(spec.console.ring.0)].take().map(Ring::open);
+        let Some(Ok(ring)) = ring else {
+            return refuse(FaultCode::Invalid, "the console ring cannot be opened".to_owned());
+        };
+        self.ring = Some(ring);
+        {
+            let mut inside = lock(&self.vmm.inside);
+            inside.state = Some(MachineState::Running);
+            inside.spec = Some(spec);
+        }
+        self.tell(&Notice::Booted { resets: 0 });
+        self.print(b"fake guest: booted\r\n");
+        match self.guest {
+            Guest::PowersOff | Guest::Panics => (Ok(Reply::Done), Err(())),
+            _ => (Ok(Reply::Done), Ok(())),
+        }
+    }
+
+    /// Two machines must never have one disk.
+    fn claim(&self, disk: Option<(u64, u64)>) {
+        let Some(disk) = disk else { return };
+        let mut state = lock(&self.kernel.state);
+        let others: Vec<i32> = state
+            .vmms
+            .values()
+            .filter(|other| other.pid != self.vmm.pid && lock(&other.inside).disk == Some(disk))
+            .map(|other| other.pid)
+            .collect();
+        for other in others {
+            state.violations.push(format!("VMMs {other} and {} have the same disk", self.vmm.pid));
+        }
+        lock(&self.vmm.inside).disk = Some(disk);
+    }
+
+    fn take_input(&mut self, data_base64: &str) -> u64 {
+        if self.guest == Guest::Deaf {
+            return 0;
+        }
+        let data = STANDARD.decode(data_base64).unwrap_or_default();
+        // As small as a real FIFO, so that callers have to come again.
+        let taken = data.len().min(16);
+        lock(&self.vmm.inside).typed.extend_from_slice(&data[..taken]);
+        self.print(&data[..taken]);
+        taken as u64
+    }
+
+    fn stats(&self) -> MachineStats {
+        let spec = self.vmm.spec();
+        let (vcpus, disks, nics) =
+            spec.map_or((0, 0, 0), |spec| (usize::from(spec.vcpus), spec.disks.len(), spec.nics.len()));
+        MachineStats {
+            running_ns: 5_000_000,
+            resets: self.vmm.resets(),
+            vcpus: vec![VcpuStats { exits: 7, cpu_ns: 3_000_000 }; vcpus],
+            disks: vec![DiskStats { reads: 1, malformed: 1, ..DiskStats::default() }; disks],
+            nics: vec![NicStats { rx_packets: 2, ..NicStats::default() }; nics],
+            console_written: self.ring.as_ref().map_or(0, Ring::written),
+            ..MachineStats::default()
+        }
+    }
+}
