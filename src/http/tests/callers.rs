@@ -1,12 +1,15 @@
 //! Who may call, over which socket.
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::time::Duration;
 
 use model::Code;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener};
+use tokio::time::Instant;
 
 use super::served::{Sent, Served, within};
 use crate::auth::Trusted;
+use crate::limits::{BODY_READ_MAX, HEAD_READ_MAX};
 use crate::{Config, Error, TcpListen, TlsFiles, UnixListen};
 
 #[tokio::test]
@@ -141,5 +144,89 @@ async fn what_is_not_http_is_answered_and_closed() {
     let long = format!("GET / HTTP/1.1\r\nx: {}", "x".repeat(2 * crate::limits::HEAD_BYTES_MAX));
     let _ = stream.write_all(long.as_bytes()).await;
     assert!(to_the_end(stream).await.starts_with(b"HTTP/1.1 431"));
+    served.stop().await;
+}
+
+/// Sends this and tells when the daemon gives the connection up.
+async fn given_up_after(served: &Served, sent: &str) -> (Duration, Vec<u8>) {
+    let mut stream = TcpStream::connect(served.tcp).await.unwrap();
+    stream.write_all(sent.as_bytes()).await.unwrap();
+    // From here on time passes as soon as nobody has anything to do.
+    tokio::time::pause();
+    let begun = Instant::now();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    tokio::time::resume();
+    (begun.elapsed(), answer)
+}
+
+#[tokio::test]
+async fn a_slow_or_silent_client_does_not_keep_a_connection() {
+    let served = Served::start().await;
+    for head in ["", "GET /v1 HTTP/1.1\r\nhost: to"] {
+        let (after, answer) = given_up_after(&served, head).await;
+        assert!(after <= HEAD_READ_MAX + Duration::from_secs(1), "{head:?} was waited for {after:?}");
+        assert!(after >= HEAD_READ_MAX - Duration::from_secs(1), "{head:?} was given up after {after:?}");
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"), "{answer:?}");
+    }
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_arrive_is_a_timeout() {
+    let served = Served::start().await;
+    let head = format!(
+        "POST /v1/servers HTTP/1.1\r\nhost: toft\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\n\
+         content-length: 100\r\n\r\n{{",
+        served.token
+    );
+    let (after, answer) = given_up_after(&served, &head).await;
+    assert!(after >= BODY_READ_MAX - Duration::from_secs(1), "given up after {after:?}");
+    let text = String::from_utf8_lossy(&answer);
+    assert!(text.starts_with("HTTP/1.1 408") && text.contains("application/problem+json"), "{text}");
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn tokens_travel_over_tls_where_it_is_configured() {
+    let directory = tempfile::tempdir().unwrap();
+    let (certificates, key) = (directory.path().join("cert.pem"), directory.path().join("key.pem"));
+    let made = rcgen::generate_simple_self_signed(["toft.test".to_owned()]).unwrap();
+    std::fs::write(&certificates, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let tls = Some(TlsFiles { certificates, key });
+    let tcp = Some(TcpListen { address: "127.0.0.1:0".parse().unwrap(), tls });
+    let served = Served::start().await;
+    let bound = crate::bind(&Config { unix: None, tcp }).await.unwrap();
+    let address = bound.tcp_address().unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let host = served.host.clone();
+    let second = tokio::spawn(async move { bound.serve(host, async { drop(stopped.await) }).await });
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(client));
+    let stream = TcpStream::connect(address).await.unwrap();
+    let mut stream = within(connector.connect("toft.test".try_into().unwrap(), stream)).await.unwrap();
+    let request = format!(
+        "GET /v1/networks HTTP/1.1\r\nhost: toft\r\nconnection: close\r\nauthorization: Bearer {}\r\n\r\n",
+        served.token
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    within(stream.read_to_end(&mut answer)).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+
+    let mut plain = TcpStream::connect(address).await.unwrap();
+    plain.write_all(request.as_bytes()).await.unwrap();
+    assert!(!to_the_end(plain).await.starts_with(b"HTTP/"));
+    stop.send(()).unwrap();
+    within(second).await.unwrap();
     served.stop().await;
 }
