@@ -1,16 +1,23 @@
 //! Unix seqpacket sockets that carry descriptors (unix(7), SCM_RIGHTS). A packet is whole or an error: what
 //! does not fit is refused, never cut. `wire` puts JSON on top.
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    accept4, bind, connect, listen, recvmsg, sendmsg, socket, socketpair,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect,
+    listen, sendmsg, socket, socketpair,
 };
 
 /// The kernel's bound on descriptors in one packet (SCM_MAX_FD in include/net/scm.h).
 pub const DESCRIPTORS_MAX: usize = 253;
+
+/// Control data for as many descriptors as there can be, in words, which keeps it aligned.
+const CONTROL_WORDS: usize = {
+    // SAFETY: arithmetic only.
+    let bytes = unsafe { libc::CMSG_SPACE((DESCRIPTORS_MAX * size_of::<RawFd>()) as u32) };
+    (bytes as usize).div_ceil(size_of::<u64>())
+};
 
 /// A connected seqpacket socket.
 #[derive(Debug)]
@@ -57,24 +64,24 @@ impl Socket {
     /// means that the peer has closed. A packet longer than `data` or with more than `descriptors_max`
     /// descriptors is dropped whole, its descriptors closed, and reported as `InvalidData`.
     pub fn receive(&self, data: &mut [u8], descriptors_max: usize) -> io::Result<(usize, Vec<OwnedFd>)> {
-        let mut space = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
-        let mut slices = [IoSliceMut::new(data)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = recvmsg::<()>(self.0.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-        let mut descriptors = Vec::new();
-        for message in received.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = message {
-                for fd in raw {
-                    // SAFETY: the kernel installed `fd` for this message, and nothing else knows its number.
-                    descriptors.push(unsafe { OwnedFd::from_raw_fd(fd) });
-                }
-            }
-        }
-        let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
-        if received.flags.intersects(cut) || descriptors.len() > descriptors_max {
+        let mut control = [0_u64; CONTROL_WORDS];
+        let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+        // SAFETY: a msghdr is numbers and pointers, for all of which zero is a value.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        (header.msg_iov, header.msg_iovlen) = (&raw mut part, 1);
+        header.msg_control = control.as_mut_ptr().cast();
+        header.msg_controllen = size_of_val(&control) as _;
+        // SAFETY: `header` leads to `data` and `control` with their own lengths; both outlive the call.
+        let length = unsafe { libc::recvmsg(self.0.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+        let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+        // Taken before anything else is looked at: a process that can hold no more descriptors gets some of them,
+        // and only their owner closes those.
+        let descriptors = take_descriptors(&header);
+        let cut = libc::MSG_TRUNC | libc::MSG_CTRUNC;
+        if header.msg_flags & cut != 0 || descriptors.len() > descriptors_max {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "packet or descriptors over the limit"));
         }
-        Ok((received.bytes, descriptors))
+        Ok((length, descriptors))
     }
 }
 
@@ -99,6 +106,34 @@ impl Listener {
         // SAFETY: `accept4` returned a new descriptor that nothing else knows.
         Ok(Socket(unsafe { OwnedFd::from_raw_fd(raw) }))
     }
+}
+
+/// Owns every descriptor that recvmsg(2) has put into the control data of `header`.
+fn take_descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut descriptors = Vec::new();
+    // SAFETY: `header` describes control data that recvmsg has written and that is still in place.
+    let mut at = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: the macros of cmsg(3) give null or a whole, aligned header inside the control data.
+    while let Some(message) = unsafe { at.as_ref() } {
+        if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: arithmetic only.
+            let empty = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = message.cmsg_len.saturating_sub(empty) / size_of::<RawFd>();
+            // SAFETY: arithmetic only; the data follows the header.
+            let data = unsafe { libc::CMSG_DATA(at) }.cast::<RawFd>();
+            for index in 0..count {
+                // SAFETY: the message's length says that it holds `count` numbers.
+                let number = unsafe { data.add(index) };
+                // SAFETY: as above; the number need not be aligned.
+                let raw = unsafe { number.read_unaligned() };
+                // SAFETY: the kernel installed `raw` for this message, and nothing else knows its number.
+                descriptors.push(unsafe { OwnedFd::from_raw_fd(raw) });
+            }
+        }
+        // SAFETY: as for the first.
+        at = unsafe { libc::CMSG_NXTHDR(header, at) };
+    }
+    descriptors
 }
 
 fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
