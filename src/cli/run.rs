@@ -252,7 +252,8 @@ impl Typist {
                     self.type_in(&typed[..length], raw.is_some())?;
                 }
                 _ = interrupted.recv() => self.press()?,
-                _ = terminated.recv() => self.press()?,
+                // A supervisor that says so means it; a person may first be asked for patience.
+                _ = terminated.recv() => self.ask(Command::Quit).map(drop)?,
             }
         }
         self.show()?;
