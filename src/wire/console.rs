@@ -6,9 +6,9 @@
 //!  0        8          16         24          4096                 4096 + capacity
 //!  │ magic  │ capacity │ written  │ (zero)     │ data, byte n at n % capacity │
 //! ```
-//! All numbers are little-endian. The writer puts data down before it counts it, so bytes below `written`
-//! and above `written - capacity` are whole. A reader looks at `written` again after it has read, because
-//! the writer may have lapped it in between.
+//! All numbers are little-endian. The writer puts down at most 1024 bytes before it counts them, so bytes below
+//! `written` and above `written - capacity + 1024` are whole. A reader looks at `written` again after it has
+//! read, because the writer may have lapped it in between.
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -17,6 +17,13 @@ use crate::limits::{CONSOLE_RING_BYTES_MAX, CONSOLE_RING_BYTES_MIN};
 
 const MAGIC: &[u8; 8] = b"TOFTCON1";
 const DATA: u64 = 4096;
+
+/// No console writes so much; a count above is damage, and adding to it could overflow.
+const WRITTEN_MAX: u64 = 1 << 62;
+
+/// Most bytes that are put down before they are counted. So many of the oldest are never read, since they may be
+/// overwritten at that moment.
+const STEP: u64 = 1024;
 
 /// A console ring over an open file.
 #[derive(Debug)]
@@ -71,6 +78,7 @@ impl Ring {
         let (capacity, written) = (number(8), number(16));
         let sound = &header[..8] == MAGIC
             && (CONSOLE_RING_BYTES_MIN..=CONSOLE_RING_BYTES_MAX).contains(&capacity)
+            && written <= WRITTEN_MAX
             && file.metadata()?.len() == DATA + capacity;
         if !sound {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not a console ring"));
@@ -85,19 +93,17 @@ impl Ring {
 
     /// Appends output; returns the new total. Only one handle may write.
     pub fn append(&mut self, data: &[u8]) -> io::Result<u64> {
-        // Of a write longer than the ring only the tail can stay.
-        let skipped = data.len().saturating_sub(self.capacity as usize);
-        let mut position = self.written + skipped as u64;
-        let mut rest = &data[skipped..];
+        let mut position = self.written;
+        let mut rest = data;
         while !rest.is_empty() {
             let offset = position % self.capacity;
-            let room = (self.capacity - offset).min(rest.len() as u64) as usize;
+            let room = (self.capacity - offset).min(STEP).min(rest.len() as u64) as usize;
             self.file.write_all_at(&rest[..room], DATA + offset)?;
             position += room as u64;
+            self.file.write_all_at(&position.to_le_bytes(), 16)?;
+            self.written = position;
             rest = &rest[room..];
         }
-        self.file.write_all_at(&position.to_le_bytes(), 16)?;
-        self.written = position;
         Ok(position)
     }
 
@@ -105,18 +111,23 @@ impl Ring {
     /// piece starts at the oldest byte still held; compare [`Piece::start`] with `from` to see the gap.
     pub fn read(&mut self, from: u64, length_max: usize) -> io::Result<Piece> {
         let before = self.refresh()?;
-        let start = from.clamp(before.saturating_sub(self.capacity), before);
-        let length = (before - start).min(length_max as u64).min(self.capacity) as usize;
+        let start = from.clamp(self.oldest(before), before);
+        let length = (before - start).min(length_max as u64) as usize;
         let mut data = vec![0; length];
         let offset = start % self.capacity;
         let first = ((self.capacity - offset) as usize).min(length);
         self.file.read_exact_at(&mut data[..first], DATA + offset)?;
         self.file.read_exact_at(&mut data[first..], DATA)?;
         // The writer may have lapped the oldest of these bytes while they were read.
-        let oldest = self.refresh()?.saturating_sub(self.capacity);
-        let lapped = oldest.saturating_sub(start).min(length as u64) as usize;
+        let after = self.refresh()?;
+        let lapped = self.oldest(after).saturating_sub(start).min(length as u64) as usize;
         data.drain(..lapped);
         Ok(Piece { start: start + lapped as u64, data })
+    }
+
+    /// The first byte that is not being overwritten when `written` bytes are counted.
+    fn oldest(&self, written: u64) -> u64 {
+        written.saturating_sub(self.capacity - STEP)
     }
 
     fn refresh(&mut self) -> io::Result<u64> {

@@ -22,13 +22,30 @@ proptest! {
             all.extend_from_slice(&data);
             prop_assert_eq!(writer.append(&data).unwrap(), all.len() as u64);
             let piece = reader.read(position, step).unwrap();
-            let oldest = (all.len() as u64).saturating_sub(4096);
+            let oldest = (all.len() as u64).saturating_sub(4096 - STEP);
             prop_assert_eq!(piece.start, position.max(oldest));
             prop_assert!(piece.data.len() <= step);
             prop_assert_eq!(&all[piece.start as usize..piece.end() as usize], &piece.data[..]);
             position = piece.end();
         }
     }
+}
+
+#[test]
+fn bytes_that_are_being_overwritten_are_never_read_as_old_ones() {
+    let (mut writer, mut reader) = ring(4096);
+    writer.append(&[b'a'; 4096]).unwrap();
+    // The writer has put down the next bytes and not yet counted them.
+    writer.file.write_all_at(&[b'b'; STEP as usize], DATA).unwrap();
+    let piece = reader.read(0, 4096).unwrap();
+    assert_eq!(piece, Piece { start: STEP, data: vec![b'a'; 4096 - STEP as usize] });
+}
+
+#[test]
+fn a_count_that_no_console_reaches_is_refused() {
+    let (writer, _) = ring(4096);
+    writer.file.write_all_at(&(u64::MAX - 10).to_le_bytes(), 16).unwrap();
+    assert_eq!(Ring::open(writer.file).unwrap_err().kind(), io::ErrorKind::InvalidData);
 }
 
 #[test]
