@@ -1,10 +1,14 @@
 //! Access tokens of the API: random, stored hashed, revocable. It knows no HTTP.
 //! `http` verifies with it; `toftd token` makes them.
+use std::path::Path;
+use std::sync::Arc;
+
 use model::{Code, Time, TokenId};
 use rusqlite::{OptionalExtension, params};
 
 use crate::call::Actor;
-use crate::core::Shared;
+use crate::config::Dirs;
+use crate::core::{AlwaysLive, Shared};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::store::Store;
@@ -39,9 +43,10 @@ impl Tokens {
         Tokens { store: core.store.clone() }
     }
 
-    /// Over a store alone: for `toftd token`, beside a daemon that runs.
-    pub fn of(store: Store) -> Tokens {
-        Tokens { store }
+    /// Of a state directory, beside a daemon that may run: for `toftd token`.
+    pub async fn open(state_dir: &Path) -> Result<Tokens> {
+        let dirs = Dirs::prepare(state_dir)?;
+        Ok(Tokens { store: Store::open(&dirs.database(), Arc::new(AlwaysLive)).await? })
     }
 
     /// Who holds this secret. Fails with `unauthenticated`.

@@ -1,0 +1,30 @@
+//! The daemon: flags, log, host, API, until it is told to stop. Servers run on without it.
+use std::sync::Arc;
+
+use clap::Parser;
+use host::network::HostPlumbing;
+use host::vmms::Launcher;
+use tokio::signal::unix::{SignalKind, signal};
+
+#[path = "toftd/flags.rs"]
+mod flags;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let mut flags = flags::Flags::parse();
+    let filter = tracing_subscriber::EnvFilter::try_new(&flags.log)?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    if let Some(flags::Command::Token(token)) = flags.command.take() {
+        return token.run(&flags).await;
+    }
+    let (mut terminated, mut interrupted) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let launcher = Arc::new(Launcher::new(flags.vmm()?, &flags.kvm));
+    let host = host::Host::open(flags.host(), launcher, Arc::new(HostPlumbing::new(&flags.run_dir))).await?;
+    let stop = async {
+        tokio::select! { _ = terminated.recv() => (), _ = interrupted.recv() => () }
+    };
+    let served = http::serve(host.clone(), &flags.http(), stop).await;
+    host.close().await;
+    Ok(served?)
+}

@@ -1,0 +1,130 @@
+//! The daemon's flags and what they come to. It starts nothing; `main` does.
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use host::Config;
+use http::{TcpListen, TlsFiles, UnixListen};
+
+/// Keeps this host's servers and serves the API.
+#[derive(Parser)]
+#[command(version)]
+pub struct Flags {
+    /// Where everything is kept.
+    #[arg(long, env = "TOFT_STATE_DIR", default_value = "/var/lib/toft", global = true)]
+    pub state_dir: PathBuf,
+    /// What must not outlive a restart of the host; every user must be able to reach it.
+    #[arg(long, default_value = "/run/toft")]
+    pub run_dir: PathBuf,
+    /// Unix socket of the API; run/toftd.sock in the state directory when absent.
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+    /// Group id whose members may use the socket beside root and the daemon's own user.
+    #[arg(long, value_name = "GID")]
+    pub socket_group: Option<u32>,
+    /// Address and port of the API for holders of tokens; beyond loopback only with TLS.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Certificate chain for --listen, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "listen"])]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key for --listen, PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// The VMM's binary; toft-vmm beside this one when absent.
+    #[arg(long, value_name = "FILE")]
+    pub vmm: Option<PathBuf>,
+    /// Device of KVM.
+    #[arg(long, value_name = "FILE", default_value = "/dev/kvm")]
+    pub kvm: PathBuf,
+    /// Where images are imported from by name; import/ in the state directory when absent.
+    #[arg(long, value_name = "DIR")]
+    pub import_dir: Option<PathBuf>,
+    /// The catalogue's recipes and what was built of them.
+    #[arg(long, value_name = "DIR")]
+    pub guest_images: Option<PathBuf>,
+    /// Memory that servers may have in all, in bytes; the host's own less a reserve when absent.
+    #[arg(long, value_name = "BYTES")]
+    pub memory_bytes: Option<u64>,
+    /// What is logged, such as `info` or `info,host=debug`.
+    #[arg(long, env = "TOFT_LOG", default_value = "info", global = true)]
+    pub log: String,
+    /// Something else than serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// Something else than serving. It works beside a daemon that runs.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Access tokens of the API.
+    #[command(subcommand)]
+    Token(Token),
+}
+
+/// What can be done about tokens.
+#[derive(Subcommand)]
+pub enum Token {
+    /// Makes one and prints its secret, which is never shown again.
+    Create {
+        /// What it is for.
+        name: String,
+    },
+    /// Lists them without their secrets.
+    List,
+    /// Makes one worthless.
+    Revoke {
+        /// Its id.
+        id: model::TokenId,
+    },
+}
+
+impl Flags {
+    /// What the host is configured with.
+    pub fn host(&self) -> Config {
+        let mut config = Config::new(&self.state_dir);
+        config.import_dir.clone_from(&self.import_dir);
+        config.guest_images_dir.clone_from(&self.guest_images);
+        config.memory_bytes = self.memory_bytes;
+        config
+    }
+
+    /// Where the API is served.
+    pub fn http(&self) -> http::Config {
+        let socket = self.socket.clone().unwrap_or_else(|| self.state_dir.join("run/toftd.sock"));
+        let tls = self.tls_cert.clone().zip(self.tls_key.clone());
+        http::Config {
+            unix: Some(UnixListen { path: socket, group_id: self.socket_group }),
+            tcp: self.listen.map(|address| TcpListen {
+                address,
+                tls: tls.map(|(certificate, key)| TlsFiles { certificates: certificate, key }),
+            }),
+        }
+    }
+
+    /// The VMM's binary.
+    pub fn vmm(&self) -> anyhow::Result<PathBuf> {
+        match &self.vmm {
+            Some(vmm) => Ok(vmm.clone()),
+            None => Ok(std::env::current_exe().context("cannot find this binary")?.with_file_name("toft-vmm")),
+        }
+    }
+}
+
+impl Token {
+    /// Does it.
+    pub async fn run(self, flags: &Flags) -> anyhow::Result<()> {
+        let tokens = host::tokens::Tokens::open(&flags.state_dir).await?;
+        match self {
+            Token::Create { name } => println!("{}", tokens.create(&name, None).await?.1),
+            Token::List => {
+                for token in tokens.list().await? {
+                    println!("{}  {}  {}", token.id, token.created_at, token.name);
+                }
+            }
+            Token::Revoke { id } => tokens.revoke(id).await?,
+        }
+        Ok(())
+    }
+}
