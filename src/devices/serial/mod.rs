@@ -17,6 +17,17 @@ pub const PORTS: u64 = 8;
 /// Offset of the receive buffer.
 const RECEIVE: u64 = 0;
 
+/// Registers that [`Uart`] does not act on, or that stand in the way of those, as it counts them.
+const RECEIVE_REGISTER: u8 = 0;
+const FIFO_CONTROL: u8 = 2;
+const LINE_CONTROL: u8 = 3;
+
+/// FIFO control: drop what was received. The bit takes itself back.
+const CLEAR_RECEIVED: u8 = 1 << 1;
+
+/// Line control: the divisor is shown where the receive buffer was.
+const DIVISOR_SHOWN: u8 = 1 << 7;
+
 type Uart = vm_superio::Serial<Line, NoEvents, Box<dyn Write + Send>>;
 
 /// The port. A [`Region`] of [`PORTS`] ports.
@@ -78,15 +89,36 @@ impl Region for Serial {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mut uart = locked(&self.uart);
-        for (at, byte) in (0..).zip(data) {
-            let Ok(register) = u8::try_from(offset.saturating_add(at)) else { return };
-            // The interrupt cannot fail, so this is the sink.
-            if uart.write(register, *byte).is_err() {
-                self.lost.fetch_add(1, Ordering::Relaxed);
+        let mut emptied = false;
+        {
+            let mut uart = locked(&self.uart);
+            for (at, byte) in (0..).zip(data) {
+                let Ok(register) = u8::try_from(offset.saturating_add(at)) else { break };
+                // The interrupt cannot fail, so this is the sink.
+                if uart.write(register, *byte).is_err() {
+                    self.lost.fetch_add(1, Ordering::Relaxed);
+                }
+                if register == FIFO_CONTROL && byte & CLEAR_RECEIVED != 0 {
+                    emptied |= uart.fifo_capacity() < self.capacity;
+                    clear_received(&mut uart, self.capacity);
+                }
             }
         }
+        if emptied {
+            (self.room)();
+        }
     }
+}
+
+/// Reads the FIFO empty, which is how the crate lets go of what it has received and of its interrupt.
+fn clear_received(uart: &mut Uart, capacity: usize) {
+    let control = uart.read(LINE_CONTROL);
+    // Writing this register fails for nobody: it reaches neither interrupt nor sink.
+    let _ = uart.write(LINE_CONTROL, control & !DIVISOR_SHOWN);
+    for _ in uart.fifo_capacity()..capacity {
+        uart.read(RECEIVE_REGISTER);
+    }
+    let _ = uart.write(LINE_CONTROL, control);
 }
 
 struct Line(Arc<dyn Interrupt>);

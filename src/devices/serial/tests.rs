@@ -7,6 +7,7 @@ use super::*;
 
 const IER: u64 = 1;
 const IIR: u64 = 2;
+const FCR: u64 = 2;
 const LCR: u64 = 3;
 const MCR: u64 = 4;
 const LSR: u64 = 5;
@@ -98,6 +99,26 @@ fn a_sink_that_fails_loses_bytes_and_nothing_else() {
         serial.write(0, b"x");
     }
     assert_eq!((serial.lost(), read(&serial, LSR) & 0x60), (1000, 0x60));
+}
+
+#[test]
+fn clearing_the_receive_fifo_drops_what_was_typed_before() {
+    let (serial, _, rooms) = serial(&Tape::default());
+    assert_eq!(serial.input(b"for the driver before"), 21);
+    // Enabling alone keeps it; the transmitter keeps nothing.
+    serial.write(FCR, &[0x01]);
+    serial.write(FCR, &[0x05]);
+    assert_eq!((read(&serial, LSR) & 1, rooms.load(Ordering::SeqCst)), (1, 0));
+    // The register is the same whether the divisor is shown or not.
+    serial.write(LCR, &[0x83]);
+    serial.write(FCR, &[0x07]);
+    assert_eq!(read(&serial, LCR), 0x83);
+    serial.write(LCR, &[3]);
+    assert_eq!((read(&serial, LSR) & 1, rooms.load(Ordering::SeqCst)), (0, 1));
+    serial.write(FCR, &[0x07]);
+    assert_eq!(rooms.load(Ordering::SeqCst), 1, "an empty FIFO is not emptied again");
+    assert_eq!(serial.input(b"x"), 1);
+    assert_eq!(read(&serial, 0), b'x');
 }
 
 #[test]
