@@ -105,9 +105,8 @@ pub(crate) fn done<T: Serialize>(answer: &Answer<T>) -> Result<Response, Failure
 }
 
 /// For work that deletes: at its end there is no resource.
-pub(crate) async fn gone<T>(mut body: Accepted<T>) -> Result<Accepted<T>, Failure> {
-    body.resource = None;
-    Ok(body)
+pub(crate) async fn gone<T>(_: T) -> Option<T> {
+    None
 }
 
 /// Answers a change that is complete.
@@ -119,32 +118,37 @@ pub(crate) fn changed<T: Resource>(answer: &Answer<T>) -> Result<Response, Failu
     Ok(response)
 }
 
-/// Answers the start of long work. With `wait`, answers its end if that comes in time: `ended` with the
-/// resource as `fresh` reads it then, or the problem that the work ended with.
+/// Answers the start of long work. With `wait`, answers its end if that comes in time: the status `ended` with
+/// the resource as `fresh` reads it then, if it is still there, or the problem that the work ended with.
 pub(crate) async fn accepted<T, F>(
     api: &Api,
     answer: Answer<Accepted<T>>,
     wait: Option<Duration>,
     ended: StatusCode,
-    fresh: impl FnOnce(Accepted<T>) -> F,
+    fresh: impl FnOnce(T) -> F,
 ) -> Result<Response, Failure>
 where
     T: Resource,
-    F: Future<Output = Result<Accepted<T>, Failure>>,
+    F: Future<Output = Option<T>>,
 {
     let Answer { mut body, replayed } = answer;
     let id = body.operation.id;
     let mut status = StatusCode::ACCEPTED;
-    if let Some(wait) = wait {
-        body.operation = api.wait_for(id, Some(wait)).await?;
-        match body.operation.state {
-            OperationState::Succeeded => {
-                body = fresh(body).await?;
-                status = ended;
-            }
-            OperationState::Failed | OperationState::Cancelled => return Err(end(body.operation)),
-            OperationState::Pending | OperationState::Running => {}
+    let ended_in_time = match wait {
+        // The change is made, so whatever is in the way of waiting must not look as if it were not.
+        Some(wait) => api.wait_for(id, Some(wait)).await.ok().filter(|operation| operation.state.is_final()),
+        None => None,
+    };
+    if let Some(operation) = ended_in_time {
+        if operation.state != OperationState::Succeeded {
+            return Err(end(operation));
         }
+        body.operation = operation;
+        body.resource = match body.resource {
+            Some(resource) => fresh(resource).await,
+            None => None,
+        };
+        status = ended;
     }
     let location = match &body.resource {
         Some(resource) if status == StatusCode::CREATED => resource.path(),
@@ -158,7 +162,7 @@ where
     {
         headers.insert(header::ETAG, etag(resource));
     }
-    if let Some(wait) = wait {
+    if let Some(wait) = wait.filter(|_| status != StatusCode::ACCEPTED) {
         headers.insert(PREFERENCE_APPLIED, ascii(&format!("wait={}", wait.as_secs())));
     }
     mark_replay(headers, replayed);

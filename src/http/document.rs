@@ -1,5 +1,6 @@
 //! The OpenAPI document and the list of error codes, both made from the types. What holds for every path (its
 //! problems, its headers) is added here, so that no handler repeats it and none can forget it.
+mod links;
 pub(crate) mod operation;
 mod shape;
 

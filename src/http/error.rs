@@ -121,7 +121,7 @@ impl Failure {
         if let Some((name, value)) = &self.0.header {
             headers.insert(name.clone(), value.clone());
         }
-        if matches!(status.as_u16(), 429 | 503) {
+        if matches!(status.as_u16(), 429 | 503) && problem.retryable {
             headers.entry(header::RETRY_AFTER).or_insert(HeaderValue::from(RETRY_AFTER_S));
         }
         if status == StatusCode::UNAUTHORIZED {

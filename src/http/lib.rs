@@ -34,11 +34,11 @@ pub use serve::{Bound, Config, Error, TcpListen, TlsFiles, UnixListen, bind, ser
 
 #[cfg(test)]
 #[path = "../../tests/support/fake_vmm.rs"]
-#[allow(dead_code, reason = "shared with the tests of other rooms, which use all of it")]
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of other rooms, which use all of it")]
 mod fake_vmm;
 #[cfg(test)]
 #[path = "../../tests/support/stage.rs"]
-#[allow(dead_code, reason = "shared with the tests of other rooms, which use all of it")]
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of other rooms, which use all of it")]
 mod stage;
 #[cfg(test)]
 mod tests;

@@ -63,6 +63,12 @@ impl Api {
         Arc::clone(places).try_acquire_owned().map_err(|_| full(most, what))
     }
 
+    /// Waits until no console is open: their tasks outlive the connections they came from.
+    pub(crate) async fn consoles_closed(&self) {
+        let all = u32::try_from(CONSOLES_MAX).unwrap_or(u32::MAX);
+        let _ = self.consoles.acquire_many(all).await;
+    }
+
     /// Reads an operation, waiting for its end at most `wait`. Ends early when the daemon closes.
     pub(crate) async fn wait_for(
         &self,

@@ -159,7 +159,8 @@ impl Bound {
     /// Serves the API until `stop` ends; then streams end, requests are answered, and it returns.
     pub async fn serve(self, host: Host, stop: impl Future<Output = ()> + Send) {
         let (order, closing) = Closing::new();
-        let router = crate::routes::router(Api::new(host, closing.clone()));
+        let api = Api::new(host, closing.clone());
+        let router = crate::routes::router(api.clone());
         let mut listeners = JoinSet::new();
         if let Some(unix) = self.unix {
             listeners.spawn(serve_unix(unix, router.clone(), closing.clone()));
@@ -170,6 +171,7 @@ impl Bound {
         stop.await;
         let _ = order.send(true);
         while listeners.join_next().await.is_some() {}
+        let _ = tokio::time::timeout(CLOSE_MAX, api.consoles_closed()).await;
     }
 }
 

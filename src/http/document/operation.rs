@@ -2,7 +2,7 @@
 use model::Code;
 use serde_json::{Map, Value, json};
 
-use super::shape;
+use super::{links, shape};
 use crate::error::Failure;
 
 /// Statuses that any request can end with.
@@ -77,6 +77,9 @@ pub(super) fn finish(path: &str, method: &str, operation: &mut Value) {
     }
     for (status, response) in responses.iter_mut() {
         document_headers(status, traits, response);
+        if let Some(links) = links::of(&name, status) {
+            response["links"] = links;
+        }
     }
     for status in statuses {
         let reference = format!("#/components/responses/Problem{status}");

@@ -51,10 +51,9 @@ pub(crate) async fn follow(
     uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let after = match parameters.after {
-        Some(after) => Some(EventId(after)),
-        None => last_event_id(&headers)?,
-    };
+    // Read even where `after` wins, so that a mistake in it does not pass unseen.
+    let last = last_event_id(&headers)?;
+    let after = parameters.after.map(EventId).or(last);
     let reader = Reader {
         format: format(parameters.format, &headers),
         instance: uri.path().to_owned(),

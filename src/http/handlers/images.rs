@@ -74,7 +74,7 @@ async fn import(api: Api, parameters: UploadParameters, request: Request) -> Res
         Mutation::<Json<ImportImage>>::from_request(request, &()).await?;
     let host = api.host.clone();
     let begun = answer::undisturbed(async move { Ok(host.images().import(&call, spec).await?) }).await?;
-    answer::accepted(&api, begun, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+    answer::accepted(&api, begun, wait, StatusCode::CREATED, |image| fresh(&api, image)).await
 }
 
 async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Result<Response, Failure> {
@@ -103,7 +103,7 @@ async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Res
         Ok(begun)
     })
     .await?;
-    answer::accepted(&api, begun, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+    answer::accepted(&api, begun, wait, StatusCode::CREATED, |image| fresh(&api, image)).await
 }
 
 /// The declared length of the body; absent with chunked encoding.
@@ -156,10 +156,7 @@ pub(crate) async fn delete(
     answer::accepted(&api, deleted, wait, StatusCode::OK, answer::gone).await
 }
 
-/// The answer with the image as it is at the end of the work.
-async fn fresh(api: &Api, mut body: Accepted<Image>) -> Result<Accepted<Image>, Failure> {
-    if let Some(image) = &body.resource {
-        body.resource = Some(api.host.images().one(image.id).await?);
-    }
-    Ok(body)
+/// The image as it is at the end of the work.
+async fn fresh(api: &Api, image: Image) -> Option<Image> {
+    api.host.images().one(image.id).await.ok()
 }

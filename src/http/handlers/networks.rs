@@ -41,7 +41,7 @@ pub(crate) async fn create(
 ) -> Result<Response, Failure> {
     let host = api.host.clone();
     let made = answer::undisturbed(async move { Ok(host.networks().create(&call, spec).await?) }).await?;
-    answer::accepted(&api, made, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+    answer::accepted(&api, made, wait, StatusCode::CREATED, |network| fresh(&api, network)).await
 }
 
 /// Reads a network.
@@ -95,10 +95,7 @@ pub(crate) async fn delete(
     answer::accepted(&api, deleted, wait, StatusCode::OK, answer::gone).await
 }
 
-/// The answer with the network as it is at the end of the work.
-async fn fresh(api: &Api, mut body: Accepted<Network>) -> Result<Accepted<Network>, Failure> {
-    if let Some(network) = &body.resource {
-        body.resource = Some(api.host.networks().one(network.id).await?);
-    }
-    Ok(body)
+/// The network as it is at the end of the work.
+async fn fresh(api: &Api, network: Network) -> Option<Network> {
+    api.host.networks().one(network.id).await.ok()
 }

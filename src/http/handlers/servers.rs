@@ -58,7 +58,7 @@ pub(crate) async fn create(
         return answer::plain(&host.servers().plan(&call, spec).await?);
     }
     let made = answer::undisturbed(async move { Ok(host.servers().create(&call, spec).await?) }).await?;
-    answer::accepted(&api, made, wait, StatusCode::CREATED, |body| fresh(&api, body)).await
+    answer::accepted(&api, made, wait, StatusCode::CREATED, |server| fresh(&api, server)).await
 }
 
 /// Reads a server.
@@ -154,7 +154,7 @@ macro_rules! actions {
             let host = api.host.clone();
             let done =
                 answer::undisturbed(async move { Ok(host.servers().act(&call, id, $action).await?) }).await?;
-            answer::accepted(&api, done, wait, StatusCode::OK, |body| fresh(&api, body)).await
+            answer::accepted(&api, done, wait, StatusCode::OK, |server| fresh(&api, server)).await
         }
     )*};
 }
@@ -181,10 +181,7 @@ pub(crate) async fn metrics(
     answer::plain(&api.host.servers().metrics(id).await?)
 }
 
-/// The answer with the server as it is at the end of the work.
-async fn fresh(api: &Api, mut body: Accepted<Server>) -> Result<Accepted<Server>, Failure> {
-    if let Some(server) = &body.resource {
-        body.resource = Some(api.host.servers().one(server.id).await?);
-    }
-    Ok(body)
+/// The server as it is at the end of the work.
+async fn fresh(api: &Api, server: Server) -> Option<Server> {
+    api.host.servers().one(server.id).await.ok()
 }

@@ -99,6 +99,30 @@ fn every_reference_in_the_document_leads_somewhere() {
 }
 
 #[test]
+fn every_link_names_an_operation() {
+    let document: serde_json::Value = serde_json::from_str(&document::openapi_json()).unwrap();
+    let operations: Vec<&serde_json::Value> = document["paths"]
+        .as_object()
+        .unwrap()
+        .values()
+        .flat_map(|item| item.as_object().unwrap().values())
+        .collect();
+    let known: Vec<&str> =
+        operations.iter().map(|operation| operation["operationId"].as_str().unwrap()).collect();
+    let mut links = 0;
+    for response in
+        operations.iter().flat_map(|operation| operation["responses"].as_object().unwrap().values())
+    {
+        for link in response["links"].as_object().into_iter().flat_map(|links| links.values()) {
+            let target = link["operationId"].as_str().unwrap();
+            assert!(known.contains(&target), "{target} is no operation");
+            links += 1;
+        }
+    }
+    assert!(links > 50, "only {links} links");
+}
+
+#[test]
 fn every_request_body_refuses_unknown_members() {
     let document: serde_json::Value = serde_json::from_str(&document::openapi_json()).unwrap();
     let mut bodies = 0;

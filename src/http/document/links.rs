@@ -1,0 +1,56 @@
+//! Where an answer's ids lead: the links of OpenAPI, which tools follow from one request to the next.
+use serde_json::{Map, Value, json};
+
+/// What a resource's id can be used for.
+const OF_SERVER: &[&str] = &[
+    "read_server",
+    "update_server",
+    "delete_server",
+    "start_server",
+    "stop_server",
+    "reboot_server",
+    "pause_server",
+    "resume_server",
+    "read_server_metrics",
+    "read_console_log",
+    "create_console_token",
+];
+const OF_IMAGE: &[&str] = &["read_image", "delete_image"];
+const OF_VOLUME: &[&str] = &["read_volume", "update_volume", "delete_volume"];
+const OF_NETWORK: &[&str] = &["read_network", "update_network", "delete_network"];
+const OF_OPERATION: &[&str] = &["read_operation", "cancel_operation"];
+
+/// The links of a successful response of this operation.
+pub(super) fn of(operation: &str, status: &str) -> Option<Value> {
+    let (targets, id) = match operation {
+        "create_server" if status != "200" => (OF_SERVER, "/resource/id"),
+        "import_image" => (OF_IMAGE, "/resource/id"),
+        "create_network" => (OF_NETWORK, "/resource/id"),
+        "list_servers" => (OF_SERVER, "/items/0/id"),
+        "list_images" => (OF_IMAGE, "/items/0/id"),
+        "list_volumes" => (OF_VOLUME, "/items/0/id"),
+        "list_networks" => (OF_NETWORK, "/items/0/id"),
+        "list_operations" => (OF_OPERATION, "/items/0/id"),
+        _ => return accepted(status),
+    };
+    let mut links = Map::new();
+    add(&mut links, targets, id);
+    if status == "202" {
+        add(&mut links, OF_OPERATION, "/operation/id");
+    }
+    Some(Value::Object(links))
+}
+
+/// What else answers 202 leads to its operation.
+fn accepted(status: &str) -> Option<Value> {
+    let mut links = Map::new();
+    add(&mut links, OF_OPERATION, "/operation/id");
+    (status == "202").then_some(Value::Object(links))
+}
+
+fn add(links: &mut Map<String, Value>, targets: &[&str], id: &str) {
+    for target in targets {
+        let parameters = json!({ "id": format!("$response.body#{id}") });
+        links.insert((*target).to_owned(), json!({ "operationId": target, "parameters": parameters }));
+    }
+}
