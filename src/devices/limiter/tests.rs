@@ -162,7 +162,7 @@ proptest! {
 
 #[test]
 fn a_throttle_wakes_its_thread_when_tokens_are_there() {
-    let limits = RateLimits { bandwidth: None, operations: bucket(200, 1) };
+    let limits = RateLimits { bandwidth: None, operations: bucket(2, 1) };
     let mut throttle = Throttle::new(Arc::new(LimitsSlot::new(limits).unwrap())).unwrap();
     assert!(throttle.allows(0));
     assert!(!throttle.allows(0));

@@ -1,6 +1,8 @@
 //! The driver's side of virtqueues for tests: a small guest memory, rings written the way a guest writes them,
 //! right or wrong, and signals that can be waited for. Every device's tests stand on it; no KVM is needed.
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use memory::Ram;
@@ -8,7 +10,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{QueueWiring, Signals, Wiring};
+use super::device::{Active, QueueWiring, Signals, Wiring};
 use super::queue::Queue;
 
 pub(crate) const NEXT: u16 = 1;
@@ -148,7 +150,7 @@ impl Ring {
     /// Sets the available index as it is told.
     pub(crate) fn offer_index(&mut self, index: u16) {
         self.offered = index;
-        let order = std::sync::atomic::Ordering::Release;
+        let order = Ordering::Release;
         self.memory.store(index, GuestAddress(self.avail + 2), order).unwrap();
     }
 
@@ -178,7 +180,7 @@ impl Ring {
 
     /// The next used element, (head, written), if there is one.
     pub(crate) fn take_used(&mut self) -> Option<(u32, u32)> {
-        let order = std::sync::atomic::Ordering::Acquire;
+        let order = Ordering::Acquire;
         let index: u16 = self.memory.load(GuestAddress(self.used + 2), order).unwrap();
         if index == self.seen {
             return None;
@@ -198,6 +200,40 @@ impl Ring {
             found.is_some()
         });
         found.unwrap()
+    }
+}
+
+/// Pauses and resumes a device as fast as it can, in a thread of its own.
+pub(crate) struct Pauses {
+    thread: JoinHandle<()>,
+    is_over: Arc<AtomicBool>,
+    count: Arc<AtomicUsize>,
+}
+
+impl Pauses {
+    pub(crate) fn start(mut active: Box<dyn Active>) -> Pauses {
+        let (is_over, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (over, counter) = (Arc::clone(&is_over), Arc::clone(&count));
+        let thread = std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                active.pause().unwrap();
+                active.resume();
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+            active.stop();
+        });
+        Pauses { thread, is_over, count }
+    }
+
+    /// How often it has paused.
+    pub(crate) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Stops the device.
+    pub(crate) fn end(self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
     }
 }
 

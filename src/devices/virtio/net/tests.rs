@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::limiter::TokenBucket;
 use crate::limits::NET_FRAME_BYTES_MAX;
-use crate::virtio::bench::{Bench, EVENT_IDX, Heard, PATIENCE, Part, Ring};
+use crate::virtio::bench::{Bench, EVENT_IDX, Heard, PATIENCE, Part, Pauses, Ring};
 use crate::virtio::{Active, VirtioDevice};
 
 mod header;
@@ -272,15 +272,15 @@ fn a_flood_without_buffers_neither_freezes_nor_spins() {
 
 #[test]
 fn limits_hold_each_direction_back_and_a_change_lets_it_go() {
-    let operations = Some(TokenBucket { per_second: 1, burst: 1 });
-    let slow = RateLimits { bandwidth: None, operations };
+    // One packet of any size passes, and the next only after as many seconds as it had bytes.
+    let bandwidth = Some(TokenBucket { per_second: 1, burst: 1 });
+    let slow = RateLimits { bandwidth, operations: None };
     let mut driver = Driver::new(Setup { rx_limits: slow, tx_limits: slow, ..Setup::default() });
     driver.post(2000);
     driver.post(2000);
     driver.send([0; HEADER], &frame(1, 60));
     driver.say(&frame(2, 60));
     driver.rx.wait_used(&driver.heard);
-    let start = Instant::now();
     driver.say(&frame(3, 60));
     let (header, data) = (driver.bench.filled(&[0; HEADER]), driver.bench.filled(&frame(4, 60)));
     driver.tx.submit(&[Part::Read(header, 12), Part::Read(data, 60)]);
@@ -289,7 +289,6 @@ fn limits_hold_each_direction_back_and_a_change_lets_it_go() {
     driver.net.control().set_limits(RateLimits::default(), RateLimits::default());
     driver.rx.wait_used(&driver.heard);
     driver.tx.wait_used(&driver.heard);
-    assert!(start.elapsed().as_millis() < 900, "the change did not wake the device");
     assert_eq!((driver.hear(), driver.hear()), (frame(1, 60), frame(4, 60)));
 }
 
@@ -304,14 +303,14 @@ fn bandwidth_is_what_the_limit_says() {
         assert_eq!(driver.hear(), frame(round, 1000));
     }
     let sent_ms = start.elapsed().as_millis();
-    assert!((190..2000).contains(&sent_ms), "sending took {sent_ms} ms");
+    assert!(sent_ms >= 190, "sending took only {sent_ms} ms");
     for round in 0..30 {
         driver.post(2000);
         driver.say(&frame(round, 1000));
         driver.rx.wait_used(&driver.heard);
     }
     let received_ms = start.elapsed().as_millis() - sent_ms;
-    assert!((190..2000).contains(&received_ms), "receiving took {received_ms} ms");
+    assert!(received_ms >= 190, "receiving took only {received_ms} ms");
 }
 
 #[test]
@@ -348,29 +347,18 @@ fn nothing_is_lost_or_doubled_across_pauses_under_load() {
     for event_idx in [false, true] {
         let Driver { mut bench, mut rx, mut tx, heard, far, net: _net, active, stats, .. } =
             Driver::new(Setup { event_idx, ..Setup::default() });
-        let mut active = active.unwrap();
-        let is_over = Arc::new(AtomicBool::new(false));
-        let over = Arc::clone(&is_over);
-        let pauses = thread::spawn(move || {
-            let mut count = 0;
-            while !over.load(Ordering::Relaxed) {
-                active.pause().unwrap();
-                active.resume();
-                count += 1;
-            }
-            active.stop();
-            count
-        });
-        let total = 3000_u32;
+        let pauses = Pauses::start(active.unwrap());
         let echo = thread::spawn(move || {
-            for expected in 0..total {
+            for expected in 0.. {
                 let mut packet = [0; 200];
                 let length = far.recv(&mut packet).unwrap();
+                if length < HEADER + 60 {
+                    break;
+                }
                 let number = u32::from_le_bytes(packet[HEADER + 14..HEADER + 18].try_into().unwrap());
                 assert_eq!((length, number), (HEADER + 60, expected));
                 far.send(&packet[..length]).unwrap();
             }
-            far
         });
         let header = bench.filled(&[0; HEADER]);
         let places: Vec<u64> = (0..16).map(|_| bench.filled(&frame(0, 60))).collect();
@@ -382,13 +370,18 @@ fn nothing_is_lost_or_doubled_across_pauses_under_load() {
         let (mut sent, mut taken, mut received) = (0_u32, 0_u32, 0_u32);
         let mut half = Vec::new();
         let mut next_buffer = 0;
-        while received < total {
-            while sent < total && sent - taken < 16 {
+        loop {
+            let goes_on = received < 3000 || pauses.count() < 10;
+            // No more at once than a socket of the smallest backlog takes: what it does not take is dropped.
+            while goes_on && sent - received < 8 && sent - taken < 16 {
                 let place = places[sent as usize % 16];
                 bench.memory.write_obj(sent, GuestAddress(place + 14)).unwrap();
                 tx.used_event(taken as u16);
                 tx.submit(&[Part::Read(header, 12), Part::Read(place, 60)]);
                 sent += 1;
+            }
+            if received == sent {
+                break;
             }
             heard.wait("traffic", |_| {
                 let mut moved = false;
@@ -413,10 +406,12 @@ fn nothing_is_lost_or_doubled_across_pauses_under_load() {
                 moved
             });
         }
-        is_over.store(true, Ordering::Relaxed);
-        assert!(pauses.join().unwrap() > 10);
-        drop(echo.join().unwrap());
-        assert_eq!([&stats.rx_packets, &stats.tx_packets].map(seen), [u64::from(total); 2]);
+        // A short packet ends the echo.
+        let parts = [Part::Read(header, 12), Part::Read(places[0], 20)];
+        tx.submit(&parts);
+        echo.join().unwrap();
+        pauses.end();
+        assert_eq!([&stats.rx_packets, &stats.tx_packets].map(seen), [sent.into(), u64::from(sent) + 1]);
         assert_eq!([&stats.rx_dropped, &stats.tx_dropped, &stats.malformed].map(seen), [0; 3]);
         assert!(heard.log().broken.is_empty());
     }
