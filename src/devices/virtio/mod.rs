@@ -16,6 +16,8 @@ pub mod transport;
 
 #[cfg(test)]
 pub(crate) mod bench;
+#[cfg(test)]
+pub(crate) mod hostile;
 
 pub use device::{ActivateError, Active, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring};
 pub use queue::{BufferError, Chain, Fault, Queue, Segment};

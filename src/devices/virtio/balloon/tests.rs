@@ -5,6 +5,7 @@ use super::super::config::PAGE_BYTES;
 use super::*;
 use crate::limits::{BALLOON_PAGES_PER_REQUEST_MAX, BALLOON_RANGES_PER_REPORT_MAX};
 use crate::virtio::bench::{Bench, Heard, INDIRECT, NEXT, Part, Ring, WRITE, write_descriptor};
+use crate::virtio::hostile::CHAINS;
 
 struct Rig {
     bench: Bench,
@@ -14,7 +15,7 @@ struct Rig {
     stats: Arc<BalloonStats>,
     balloon: Balloon,
     control: BalloonControl,
-    _active: Box<dyn Active>,
+    active: Box<dyn Active>,
 }
 
 fn rig(features: u64) -> Rig {
@@ -32,7 +33,7 @@ fn rig_with(features: u64, indices: &[u16; 3]) -> Rig {
         queue.index = *index;
     }
     let active = balloon.activate(wiring).unwrap();
-    Rig { bench, rings, heard, stats, balloon, control, _active: active }
+    Rig { bench, rings, heard, stats, balloon, control, active }
 }
 
 impl Rig {
@@ -199,6 +200,26 @@ fn a_report_of_more_ranges_than_a_queue_holds_is_cut() {
     assert_eq!(rig.count(|stats| &stats.reported_bytes), most * PAGE_BYTES);
     assert_eq!(rig.count(|stats| &stats.malformed), 1);
     assert!(rig.kept(start, RANGES).iter().skip(most as usize).all(|kept| *kept));
+}
+
+#[test]
+fn every_chain_that_no_driver_may_make_breaks_the_device_once_in_each_queue() {
+    for (what, offer) in CHAINS {
+        for at in 0..3 {
+            let mut rig = rig(REPORTING);
+            let start = rig.pages(2);
+            offer(&mut rig.bench, &mut rig.rings[at]);
+            rig.rings[at].kick.write(1).unwrap();
+            rig.heard.wait(what, |log| log.broken.len() == 1);
+            // Neither this queue nor another is looked at before a reset.
+            let other = (at + 1) % 3;
+            rig.rings[other].submit(&[Part::Read(start, 4)]);
+            rig.active.pause().unwrap();
+            assert_eq!(rig.heard.log().broken.len(), 1, "{what}");
+            assert!(rig.rings.iter_mut().all(|ring| ring.take_used().is_none()), "{what}");
+            assert_eq!(rig.kept(start, 2), [true, true], "{what}");
+        }
+    }
 }
 
 #[test]

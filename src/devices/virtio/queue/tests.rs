@@ -68,6 +68,38 @@ fn parts_of_a_chain_are_cut_at_any_byte() {
     assert_eq!(chain.writable_at(1, 2).count(), 1);
 }
 
+#[test]
+fn buffers_at_the_edges_of_memory_are_whole_or_refused() {
+    use memory::layout::{RAM_ABOVE_4G_START, RAM_BELOW_4G_MAX};
+    const ABOVE: u64 = 2 << 20;
+    let memory = memory::new(RAM_BELOW_4G_MAX + ABOVE).unwrap();
+    let (low_end, high, high_end) = (RAM_BELOW_4G_MAX, RAM_ABOVE_4G_START, RAM_ABOVE_4G_START + ABOVE);
+    let cases = [
+        (0, 8, true),
+        (low_end - 8, 8, true),
+        (low_end - 7, 8, false),
+        (low_end, 8, false),
+        (high - 8, 8, false),
+        (high - 1, 2, false),
+        (high, 8, true),
+        (high_end - 8, 8, true),
+        (high_end - 7, 8, false),
+        (high_end, 1, false),
+        (u64::MAX - 7, 8, false),
+        (u64::MAX - 6, 8, false),
+        (u64::MAX, 1, false),
+    ];
+    for (address, length, is_memory) in cases {
+        let (_bench, mut ring) = one_ring(4);
+        let head = ring.chain(&[Part::Read(address, length), Part::Write(address, length)]);
+        ring.offer(head);
+        let chain = ring.queue(0).pop().unwrap().unwrap();
+        let mut data = vec![0; length as usize];
+        assert_eq!(chain.read(&memory, 0, &mut data).is_ok(), is_memory, "{address:#x} {length}");
+        assert_eq!(chain.write(&memory, 0, &data).is_ok(), is_memory, "{address:#x} {length}");
+    }
+}
+
 /// How a guest may get a chain wrong, and the fault it is.
 type Case = (&'static str, fn(&mut Bench, &mut Ring) -> u16, fn(&Fault) -> bool);
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::virtio::bench::{Bench, EVENT_IDX, Heard, Part, Ring};
+use crate::virtio::hostile::CHAINS;
 
 struct Rig {
     bench: Bench,
@@ -87,4 +88,20 @@ fn a_broken_ring_stops_the_device() {
     rig.ring.offer_index(SMALL_QUEUE_SIZE + 1);
     rig.ring.kick.write(1).unwrap();
     rig.heard.wait("fault", |log| log.broken.len() == 1);
+}
+
+#[test]
+fn every_chain_that_no_driver_may_make_breaks_the_device_once() {
+    for (what, offer) in CHAINS {
+        let mut rig = rig(0);
+        rig.bench.buffer(0x1000);
+        offer(&mut rig.bench, &mut rig.ring);
+        rig.ring.kick.write(1).unwrap();
+        rig.heard.wait(what, |log| log.broken.len() == 1);
+        // Whatever comes after is not looked at.
+        rig.ring.kick.write(1).unwrap();
+        rig.active.stop();
+        assert_eq!((rig.ring.take_used(), rig.heard.log().broken.len()), (None, 1), "{what}");
+        assert_eq!(rig.stats.bytes.load(Ordering::Relaxed), 0, "{what}");
+    }
 }
