@@ -82,6 +82,11 @@ impl Host {
         self.inner.core.store.close().await;
     }
 
+    /// Whether a test's checkpoint decided that this daemon is dead.
+    pub fn is_dead(&self) -> bool {
+        self.inner.core.store.is_dead()
+    }
+
     /// Servers.
     pub fn servers(&self) -> &Servers {
         &self.inner.servers

@@ -168,6 +168,9 @@ impl Doing {
     }
 
     async fn ended_meanwhile(&self) -> Option<End> {
+        if self.entry.is_linked() {
+            return None;
+        }
         let process = self.entry.machine()?.process;
         let status = tokio::time::timeout(limits::ENDED, process.ended()).await.ok()?;
         Some(end_of(&self.workshop, self.record.id, status).await)

@@ -12,6 +12,8 @@ use crate::fake_vmm::Guest;
 use crate::stage::{self, Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Error};
 
+mod sweep;
+
 const START: ServerAction = ServerAction::Start;
 
 fn stop(grace_s: u64) -> ServerAction {

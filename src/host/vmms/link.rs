@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use wire::channel::Channel;
-use wire::control::{Command, Fault, FaultCode, MachineState, Message, Notice, PROTOCOL, Reply, Request};
+use wire::control::{Command, Fault, MachineState, Message, Notice, PROTOCOL, Reply, Request};
 
 use super::watched::{Watched, watch};
 use crate::error::Error;
@@ -45,27 +45,16 @@ pub enum AskError {
     #[error("the VMM did not answer within {0:?}")]
     Timeout(Duration),
     /// It refused.
-    #[error("the VMM refused")]
-    Refused(#[source] Fault),
+    #[error("the VMM refused: {}", .0.detail)]
+    Refused(Fault),
     /// It answered something else, or the command could not be sent.
     #[error("the VMM and the daemon do not understand each other: {0}")]
     Protocol(String),
 }
 
-impl AskError {
-    /// Whether the devices did not drain in time and the machine runs on.
-    pub fn is_drain_timeout(&self) -> bool {
-        matches!(self, AskError::Refused(fault) if fault.code == FaultCode::Timeout)
-    }
-}
-
 impl From<AskError> for Error {
     fn from(cause: AskError) -> Error {
-        let detail = match &cause {
-            AskError::Refused(fault) => format!("the VMM refused: {}", fault.detail),
-            other => other.to_string(),
-        };
-        Error::new(Code::MachineFailed, detail).caused_by(cause)
+        Error::new(Code::MachineFailed, cause.to_string())
     }
 }
 

@@ -19,7 +19,7 @@ impl<T: AsFd> AsRawFd for Watched<T> {
 #[expect(
     deprecated,
     reason = "the successor is unsafe, which this room forbids; what it demands holds: `Watched` owns its \
-              descriptor, which AsyncFd outlives nowhere"
+              descriptor, so that it stays open and the same as long as AsyncFd holds it"
 )]
 pub(super) fn watch<T: AsFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<Watched<T>>> {
     AsyncFd::with_interest(Watched(inner), interest)
