@@ -39,8 +39,11 @@ pub(crate) async fn around(mut request: Request, next: Next) -> Response {
     let failure = response.extensions_mut().remove::<Failure>();
     if status.is_client_error() || status.is_server_error() {
         let failure = failure.unwrap_or_else(|| Failure::from(status));
-        if status.is_server_error() {
-            tracing::error!(request_id, %method, path, code = failure.code().as_str(), cause = failure.chain(), "failed");
+        let (code, cause) = (failure.code().as_str(), failure.chain());
+        match status.as_u16() {
+            500 => tracing::error!(request_id, %method, path, code, cause, "failed"),
+            501.. => tracing::warn!(request_id, %method, path, code, cause, "failed"),
+            _ => tracing::debug!(request_id, %method, path, code, cause, "refused"),
         }
         let allow = response.headers_mut().remove(header::ALLOW);
         response = failure.written(&path, &request_id);

@@ -8,3 +8,4 @@ mod networks;
 mod served;
 mod servers;
 mod streams;
+mod uploads;

@@ -1,0 +1,124 @@
+//! Images sent as a stream: whole ones become images, broken ones leave nothing.
+use model::image::{Image, ImageState};
+use model::operation::Accepted;
+use model::page::Page;
+use model::{Code, Problem};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::served::{Sent, Served, within};
+
+/// The import directory's image as one tar, its manifest first.
+fn bundle(served: &Served) -> Vec<u8> {
+    let directory = served.stage.config().import_dir.unwrap().join("tiny");
+    let mut tar = tar::Builder::new(Vec::new());
+    for name in ["image.json", "kernel", "initrd", "root.raw"] {
+        tar.append_path_with_name(directory.join(name), name).unwrap();
+    }
+    tar.into_inner().unwrap()
+}
+
+async fn images(served: &Served, name: &str) -> Vec<Image> {
+    let path = format!("/v1/images?name={name}");
+    served.call("GET", &path, Sent::nothing()).await.json::<Page<Image>>(200).items
+}
+
+/// Begins a chunked upload over a connection of its own.
+async fn begin(served: &Served, name: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(served.socket()).await.unwrap();
+    let head = format!(
+        "POST /v1/images?name={name} HTTP/1.1\r\nhost: toft\r\ncontent-type: application/x-tar\r\n\
+         prefer: wait=20\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+async fn send(stream: &mut UnixStream, piece: &[u8]) {
+    stream.write_all(format!("{:x}\r\n", piece.len()).as_bytes()).await.unwrap();
+    stream.write_all(piece).await.unwrap();
+    stream.write_all(b"\r\n").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_whole_bundle_becomes_an_image() {
+    let served = Served::start().await;
+    let tar = bundle(&served);
+    let sent = Sent::text("application/x-tar", tar.clone()).with("prefer", "wait=20");
+    let answer = served.call("POST", "/v1/images?name=sent", sent).await;
+    let image = answer.json::<Accepted<Image>>(201).resource.unwrap();
+    assert_eq!((image.name.as_str(), image.state), ("sent", ImageState::Ready));
+    assert_eq!(answer.header("location"), format!("/v1/images/{}", image.id));
+
+    let mut stream = begin(&served, "chunked").await;
+    for piece in tar.chunks(50_000) {
+        send(&mut stream, piece).await;
+    }
+    stream.write_all(b"0\r\n\r\n").await.unwrap();
+    let mut status = [0; 12];
+    within(stream.read_exact(&mut status)).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 201");
+    assert_eq!(images(&served, "chunked").await[0].sha256, image.sha256);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_bundle_with_another_checksum_than_it_says_is_not_kept() {
+    let served = Served::start().await;
+    let path = format!("/v1/images?name=sent&sha256={}", "0".repeat(64));
+    let sent = Sent::text("application/x-tar", bundle(&served)).with("prefer", "wait=20");
+    let problem: Problem = served.call("POST", &path, sent).await.problem(Code::ImageCorrupt);
+    assert!(problem.detail.to_lowercase().contains("sha"), "{problem:?}");
+    assert_eq!(images(&served, "sent").await, []);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn an_upload_that_breaks_off_leaves_nothing() {
+    let served = Served::start().await;
+    let tar = bundle(&served);
+    let mut stream = begin(&served, "broken").await;
+    send(&mut stream, &tar[..100_000]).await;
+    // The name is taken as soon as the upload is known, so its absence afterwards means it was undone.
+    drop(stream);
+    let gone = async {
+        loop {
+            let sent = Sent::text("application/x-tar", tar.clone()).with("prefer", "wait=20");
+            let answer = served.call("POST", "/v1/images?name=broken", sent).await;
+            if answer.status == 201 {
+                break;
+            }
+            answer.problem(Code::AlreadyExists);
+        }
+    };
+    within(gone).await;
+    assert_eq!(images(&served, "broken").await.len(), 1);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn more_uploads_than_there_is_room_for_are_told_to_wait() {
+    let served = Served::start().await;
+    let mut open = Vec::new();
+    for number in 0..crate::limits::UPLOADS_MAX {
+        let mut stream = begin(&served, &format!("upload{number}")).await;
+        send(&mut stream, &bundle(&served)[..512]).await;
+        open.push(stream);
+    }
+    // A connection is accepted before it is read, so the last upload may not have begun yet.
+    let refused = async {
+        loop {
+            let sent = Sent::text("application/x-tar", bundle(&served)).with("prefer", "wait=20");
+            let answer = served.call("POST", "/v1/images?name=more", sent).await;
+            if answer.status == 429 {
+                return answer;
+            }
+            let image = images(&served, "more").await[0].id;
+            let delete = Sent::nothing().with("prefer", "wait=20");
+            assert_eq!(served.call("DELETE", &format!("/v1/images/{image}"), delete).await.status, 200);
+        }
+    };
+    within(refused).await.problem(Code::TooMany);
+    drop(open);
+    served.stop().await;
+}
