@@ -69,10 +69,8 @@ impl Error {
 
     /// Trouble with a file: `disk_full` when the disk is, otherwise `internal`.
     pub fn file(what: impl Into<String>, cause: std::io::Error) -> Error {
-        let full = matches!(
-            cause.kind(),
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-        );
+        let full =
+            matches!(cause.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded);
         let code = if full { Code::DiskFull } else { Code::Internal };
         Error::new(code, what).caused_by(cause)
     }

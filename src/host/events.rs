@@ -101,11 +101,10 @@ impl Follower {
 }
 
 fn load(connection: &Connection, after: EventId, limit: u32) -> Result<Vec<Event>> {
-    let (first, last): (u64, u64) = connection.query_row(
-        "SELECT coalesce(min(id), 0), coalesce(max(id), 0) FROM events",
-        [],
-        |row| Ok((row.get(0)?, row.get(1)?)),
-    )?;
+    let (first, last): (u64, u64) =
+        connection.query_row("SELECT coalesce(min(id), 0), coalesce(max(id), 0) FROM events", [], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?;
     if after.0 + 1 < first || after.0 > last {
         return Err(Error::new(
             Code::CursorExpired,
@@ -117,8 +116,9 @@ fn load(connection: &Connection, after: EventId, limit: u32) -> Result<Vec<Event
         ));
     }
     let source = source(connection)?;
-    let mut statement = connection
-        .prepare_cached("SELECT id, kind, subject, time_ms, data FROM events WHERE id > ?1 ORDER BY id LIMIT ?2")?;
+    let mut statement = connection.prepare_cached(
+        "SELECT id, kind, subject, time_ms, data FROM events WHERE id > ?1 ORDER BY id LIMIT ?2",
+    )?;
     let mut rows = statement.query(params![after.0, limit])?;
     let mut found = Vec::new();
     while let Some(row) = rows.next()? {
@@ -137,9 +137,8 @@ fn load(connection: &Connection, after: EventId, limit: u32) -> Result<Vec<Event
 
 /// The host's identity as a URN, made on the first start.
 fn source(connection: &Connection) -> Result<String> {
-    let id: Option<String> = connection
-        .query_row("SELECT value FROM host WHERE key = 'id'", [], |row| row.get(0))
-        .optional()?;
+    let id: Option<String> =
+        connection.query_row("SELECT value FROM host WHERE key = 'id'", [], |row| row.get(0)).optional()?;
     Ok(format!("urn:uuid:{}", id.unwrap_or_default()))
 }
 

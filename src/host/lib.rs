@@ -40,9 +40,11 @@ mod open;
 extern crate self as host;
 #[cfg(test)]
 #[path = "../../tests/support/fake_vmm.rs"]
+#[allow(unreachable_pub, dead_code, reason = "several rooms include it, and each uses a part of it")]
 mod fake_vmm;
 #[cfg(test)]
 #[path = "../../tests/support/stage.rs"]
+#[allow(unreachable_pub, dead_code, reason = "several rooms include it, and each uses a part of it")]
 mod stage;
 
 pub use call::{Actor, Answer, Call, Idempotency};

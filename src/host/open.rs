@@ -72,7 +72,18 @@ impl Host {
         volumes.recover().await?;
         networks.recover().await?;
         servers.recover().await?;
-        Ok(Host { inner: Arc::new(Inner { _lock: lock, core, servers, images, volumes, networks, operations, report }) })
+        Ok(Host {
+            inner: Arc::new(Inner {
+                _lock: lock,
+                core,
+                servers,
+                images,
+                volumes,
+                networks,
+                operations,
+                report,
+            }),
+        })
     }
 
     /// Stops working; servers run on. Everything that was promised is in the records.
@@ -80,6 +91,12 @@ impl Host {
         self.inner.servers.close().await;
         self.inner.networks.close().await;
         self.inner.core.store.close().await;
+    }
+
+    /// The records, for tests of what is kept.
+    #[cfg(test)]
+    pub(crate) fn store(&self) -> &Store {
+        &self.inner.core.store
     }
 
     /// Whether a test's checkpoint decided that this daemon is dead.
@@ -172,10 +189,7 @@ fn lock(dirs: &Dirs) -> Result<File> {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::new(
             model::Code::HostUnprepared,
-            format!(
-                "another toftd uses {}; stop it, or choose another --state-dir",
-                dirs.root().display()
-            ),
+            format!("another toftd uses {}; stop it, or choose another --state-dir", dirs.root().display()),
         )),
         Err(TryLockError::Error(cause)) => Err(failed(cause)),
     }

@@ -67,14 +67,13 @@ pub fn accept_as(tx: &Tx<'_>, id: OperationId, new: NewOperation<'_>) -> Result<
         error: None,
         parent_id: None,
     };
-    tx.prepare_cached("INSERT INTO operations (id, state, created_ms, body) VALUES (?1, ?2, ?3, ?4)")?.execute(
-        params![
+    tx.prepare_cached("INSERT INTO operations (id, state, created_ms, body) VALUES (?1, ?2, ?3, ?4)")?
+        .execute(params![
             operation.id.to_string(),
             state_text(operation.state),
             operation.created_at.unix_ms(),
             serde_json::to_string(&operation)?
-        ],
-    )?;
+        ])?;
     let oldest = operation.created_at.unix_ms() - limits::OPERATIONS_KEPT.as_millis() as i64;
     tx.prepare_cached(
         "DELETE FROM operations WHERE created_ms < ?1 AND state IN ('succeeded', 'failed', 'cancelled')",
@@ -269,18 +268,23 @@ impl Operations {
 /// Operations are in the order of their ids and have no names or labels.
 fn page(connection: &Connection, query: &ListQuery) -> Result<Page<Operation>> {
     if query.label_selector.is_some() || query.name.is_some() {
-        return Err(records::bad_parameter("label_selector", "operations have no names or labels".to_owned()));
+        return Err(records::bad_parameter(
+            "label_selector",
+            "operations have no names or labels".to_owned(),
+        ));
     }
     let (limit, after, descending) = records::by_creation(query)?;
     let (compare, order) = if descending { ("<", "DESC") } else { (">", "ASC") };
     let after = after.unwrap_or_else(|| if descending { "~".to_owned() } else { String::new() });
-    let sql = format!("SELECT body FROM operations WHERE id {compare} ?1 ORDER BY id {order} LIMIT {}", limit + 1);
+    let sql =
+        format!("SELECT body FROM operations WHERE id {compare} ?1 ORDER BY id {order} LIMIT {}", limit + 1);
     let mut statement = connection.prepare_cached(&sql)?;
     let rows = statement.query_map([after], |row| row.get::<_, String>(0))?;
     let mut items: Vec<Operation> =
         rows.map(|body| Ok(serde_json::from_str(&body?)?)).collect::<Result<_>>()?;
     let more = items.len() > limit as usize;
     items.truncate(limit as usize);
-    let next_cursor = items.last().filter(|_| more).map(|last| records::cursor(&last.id.to_string(), query.sort));
+    let next_cursor =
+        items.last().filter(|_| more).map(|last| records::cursor(&last.id.to_string(), query.sort));
     Ok(Page { items, next_cursor, watch_cursor: records::watch_cursor(connection)? })
 }

@@ -76,8 +76,7 @@ impl Tokens {
     /// Makes a token; the secret is shown here and never again.
     pub async fn create(&self, name: &str, expires_at: Option<Time>) -> Result<(Token, String)> {
         let secret = format!("toft_{}", random_hex()?);
-        let token =
-            Token { id: TokenId::new(), name: name.to_owned(), created_at: Time::now(), expires_at };
+        let token = Token { id: TokenId::new(), name: name.to_owned(), created_at: Time::now(), expires_at };
         let (row, hash) = (token.clone(), hash(&secret));
         self.store
             .write(move |tx| {

@@ -220,7 +220,11 @@ impl Vmm {
 
     /// Waits until the process has ended by itself; answers how, and its last will.
     pub fn wait_for_end(&mut self) -> (Ended, Option<Will>) {
-        assert!(readable(self.pidfd.as_fd(), Instant::now() + PATIENCE), "the VMM does not end\n{}", self.told());
+        assert!(
+            readable(self.pidfd.as_fd(), Instant::now() + PATIENCE),
+            "the VMM does not end\n{}",
+            self.told()
+        );
         let ended = self.pidfd.reap().unwrap().expect("its descriptor is readable");
         (ended, self.will())
     }

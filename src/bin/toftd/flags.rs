@@ -107,7 +107,9 @@ impl Flags {
     pub fn vmm(&self) -> anyhow::Result<PathBuf> {
         match &self.vmm {
             Some(vmm) => Ok(vmm.clone()),
-            None => Ok(std::env::current_exe().context("cannot find this binary")?.with_file_name("toft-vmm")),
+            None => {
+                Ok(std::env::current_exe().context("cannot find this binary")?.with_file_name("toft-vmm"))
+            }
         }
     }
 }

@@ -49,11 +49,7 @@ enum Woken {
 }
 
 impl Actor {
-    pub(super) fn new(
-        workshop: Arc<Workshop>,
-        entry: Arc<Entry>,
-        notices: mpsc::Receiver<Notice>,
-    ) -> Actor {
+    pub(super) fn new(workshop: Arc<Workshop>, entry: Arc<Entry>, notices: mpsc::Receiver<Notice>) -> Actor {
         Actor { workshop, entry, notices, guest_event_at: None }
     }
 
@@ -182,7 +178,9 @@ impl Actor {
     async fn take_notice(&mut self, notice: Notice) -> Result<()> {
         let (kind, reason) = match notice {
             Notice::Booted { resets: 0 } | Notice::Console { .. } | Notice::Exiting(_) => return Ok(()),
-            Notice::Booted { resets } => ("server.reset", format!("its machine was reset {resets} times in all")),
+            Notice::Booted { resets } => {
+                ("server.reset", format!("its machine was reset {resets} times in all"))
+            }
             Notice::GuestPanicked => ("server.guest_panicked", "the guest's kernel crashed".to_owned()),
             Notice::DeviceFault { device, detail } => {
                 let detail: String = detail.chars().take(limits::FAULT_CHARS_MAX).collect();

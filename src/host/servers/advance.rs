@@ -10,11 +10,11 @@ use super::record::{self, ServerRecord};
 use super::view;
 use crate::call::Actor;
 use crate::error::{Error, Result};
+use crate::events;
 use crate::network::Networks;
 use crate::operations::{self, NewOperation, Outcome};
 use crate::store::{Tx, records};
 use crate::volumes::Volumes;
-use crate::events;
 
 impl From<Trouble> for Error {
     fn from(trouble: Trouble) -> Error {
@@ -90,7 +90,8 @@ pub(super) fn ask(
 pub(super) fn cancel(tx: &Tx<'_>, id: ServerId, operation: OperationId) -> Result<()> {
     let record: ServerRecord = records::one(tx, id.0)?;
     let next = record.life.cancel(operation).map_err(|_| {
-        Error::new(Code::WrongState, "the operation can no longer be cancelled safely").with_operation(operation)
+        Error::new(Code::WrongState, "the operation can no longer be cancelled safely")
+            .with_operation(operation)
     })?;
     save(tx, record, next, &Actor::Host).map(drop)
 }
@@ -100,8 +101,15 @@ fn refusal(record: &ServerRecord, ask: Ask) -> Error {
     let actions = view::allowed_actions(record);
     let state = view::state_text(record);
     let detail = match actions.as_slice() {
-        [] => format!("server {} is {state}: it cannot {verb} now, and nothing else can be asked of it", record.name),
-        some => format!("server {} is {state}: it cannot {verb} now; possible are {}", record.name, some.join(", ")),
+        [] => format!(
+            "server {} is {state}: it cannot {verb} now, and nothing else can be asked of it",
+            record.name
+        ),
+        some => format!(
+            "server {} is {state}: it cannot {verb} now; possible are {}",
+            record.name,
+            some.join(", ")
+        ),
     };
     let mut error = Error::new(Code::WrongState, detail);
     error.allowed_actions = Some(actions);

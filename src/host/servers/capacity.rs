@@ -27,7 +27,8 @@ impl Capacity {
             .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok())
             .unwrap_or_default();
         let total_bytes = total_kib.saturating_mul(1024);
-        let reserve_bytes = limits::HOST_RESERVE_BYTES.saturating_add(total_bytes / limits::HOST_RESERVE_PART);
+        let reserve_bytes =
+            limits::HOST_RESERVE_BYTES.saturating_add(total_bytes / limits::HOST_RESERVE_PART);
         Ok(Capacity { memory_bytes: total_bytes.saturating_sub(reserve_bytes) })
     }
 

@@ -139,7 +139,12 @@ impl Keyboard {
             let link = self.entry.link(limits::COMMAND).await.map_err(Error::from)?;
             let taken = match link.ask(command, &[], limits::COMMAND).await.map_err(Error::from)? {
                 Reply::Taken { bytes } => usize::try_from(bytes).unwrap_or(usize::MAX).min(piece.len()),
-                other => return Err(Error::new(Code::MachineFailed, format!("typing was answered with {other:?}"))),
+                other => {
+                    return Err(Error::new(
+                        Code::MachineFailed,
+                        format!("typing was answered with {other:?}"),
+                    ));
+                }
             };
             rest = &rest[taken..];
             if taken > 0 {
@@ -173,7 +178,8 @@ pub(super) async fn log(path: &Path, from: Option<u64>, tail_bytes: usize) -> Re
 async fn open(path: &Path) -> Result<Ring> {
     let path = path.to_owned();
     blocking(move || {
-        Ring::open(open_ring(&path)?).map_err(|cause| Error::file("the console's output cannot be read", cause))
+        Ring::open(open_ring(&path)?)
+            .map_err(|cause| Error::file("the console's output cannot be read", cause))
     })
     .await
 }
@@ -196,9 +202,10 @@ pub(super) fn issue(tx: &Tx<'_>, id: ServerId, spec: CreateConsoleToken) -> Resu
     let lifetime_ms = i64::try_from(limits::CONSOLE_TOKEN.as_millis()).unwrap_or_default();
     let expires_at = Time::from_unix_ms(now.unix_ms() + lifetime_ms);
     tx.execute("DELETE FROM console_tokens WHERE expires_ms < ?1", [now.unix_ms()])?;
-    let live: usize = tx.query_row("SELECT count(*) FROM console_tokens WHERE server = ?1", [id.to_string()], |row| {
-        row.get(0)
-    })?;
+    let live: usize =
+        tx.query_row("SELECT count(*) FROM console_tokens WHERE server = ?1", [id.to_string()], |row| {
+            row.get(0)
+        })?;
     if live >= limits::CONSOLE_TOKENS_MAX {
         return Err(Error::new(Code::TooMany, format!("{live} tickets are open; use them or wait a minute")));
     }

@@ -117,7 +117,8 @@ fn reserve(tx: &Tx<'_>, record: &ServerRecord, wanted: Vec<CreateNic>) -> Result
 }
 
 fn memory(spec: &CreateServer, least: u64) -> Result<u64> {
-    let memory_bytes = spec.memory_bytes.unwrap_or_else(|| least.max(MEMORY_BYTES_DEFAULT).next_multiple_of(MEMORY_STEP));
+    let memory_bytes =
+        spec.memory_bytes.unwrap_or_else(|| least.max(MEMORY_BYTES_DEFAULT).next_multiple_of(MEMORY_STEP));
     if memory_bytes < least {
         let detail = format!("the image needs at least {least} bytes");
         return Err(Error::invalid("/memory_bytes", "too_small", detail));
@@ -129,7 +130,8 @@ fn memory(spec: &CreateServer, least: u64) -> Result<u64> {
 fn disk_size(spec: &CreateServer, image_bytes: u64) -> Result<Option<u64>> {
     match spec.disk_bytes {
         Some(size_bytes) if size_bytes < image_bytes => {
-            let detail = format!("the image's disk has {image_bytes} bytes; a volume made from it cannot be smaller");
+            let detail =
+                format!("the image's disk has {image_bytes} bytes; a volume made from it cannot be smaller");
             Err(Error::invalid("/disk_bytes", "too_small", detail))
         }
         Some(size_bytes) => Ok(Some(size_bytes)),
@@ -177,9 +179,12 @@ fn check(spec: &CreateServer) -> Result<()> {
     faults.description(&spec.description);
     if let Some(reference) = &spec.external_ref {
         let chars = reference.chars().count();
-        faults.unless((1..=bounds::EXTERNAL_REF_CHARS_MAX).contains(&chars), "/external_ref", "length", || {
-            format!("must have 1 to {} characters", bounds::EXTERNAL_REF_CHARS_MAX)
-        });
+        faults.unless(
+            (1..=bounds::EXTERNAL_REF_CHARS_MAX).contains(&chars),
+            "/external_ref",
+            "length",
+            || format!("must have 1 to {} characters", bounds::EXTERNAL_REF_CHARS_MAX),
+        );
     }
     faults.end()
 }
@@ -189,13 +194,7 @@ fn check(spec: &CreateServer) -> Result<()> {
 pub(super) struct Faults(Vec<FieldError>);
 
 impl Faults {
-    pub(super) fn unless(
-        &mut self,
-        sound: bool,
-        pointer: &str,
-        code: &str,
-        detail: impl FnOnce() -> String,
-    ) {
+    pub(super) fn unless(&mut self, sound: bool, pointer: &str, code: &str, detail: impl FnOnce() -> String) {
         if !sound {
             self.0.push(FieldError { pointer: pointer.to_owned(), code: code.to_owned(), detail: detail() });
         }

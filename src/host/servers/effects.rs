@@ -132,8 +132,7 @@ impl Doing {
             Ok((listener, machine::fresh_file(&will)?, machine::open_log(&log)?))
         })
         .await?;
-        let start =
-            Start { label: self.record.name.to_string(), listener: listener.into(), will, log };
+        let start = Start { label: self.record.name.to_string(), listener: listener.into(), will, log };
         let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
         let id = process.id();
@@ -177,9 +176,7 @@ impl Doing {
     }
 
     async fn order(&self, command: Command, done: Event, failed: fn(Trouble) -> Event) -> Result<Event> {
-        let ordered = async {
-            self.entry.link(limits::COMMAND).await?.order(command, limits::PAUSE).await
-        };
+        let ordered = async { self.entry.link(limits::COMMAND).await?.order(command, limits::PAUSE).await };
         let outcome = ordered.await;
         self.workshop.core.checkpoint("server.ordered")?;
         Ok(match outcome {
@@ -222,7 +219,10 @@ impl Doing {
                 tracing::warn!(server = %self.record.id, "its VMM does not quit and is killed");
                 machine.process.kill()?;
                 tokio::time::timeout(limits::KILL, machine.process.ended()).await.map_err(|_| {
-                    Error::new(Code::Internal, format!("the VMM has not ended {:?} after SIGKILL", limits::KILL))
+                    Error::new(
+                        Code::Internal,
+                        format!("the VMM has not ended {:?} after SIGKILL", limits::KILL),
+                    )
                 })?
             }
         };

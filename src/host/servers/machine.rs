@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-use model::server::{self, NicLimits, ServerNic};
 use model::Code;
+use model::server::{self, NicLimits, ServerNic};
 use wire::control::{Command, MachineState, Reply};
 use wire::machine::{
     Access, Balloon, Boot, CacheMode, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset,
@@ -25,10 +25,11 @@ use crate::seed::{self, Seed, SeedNic};
 /// Boots the machine of `record` in the VMM at hand. Repeatable: a machine that runs is left alone.
 pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
     let link = entry.link(limits::BOOT).await?;
-    let state = match link.ask(Command::Hello { protocol: wire::control::PROTOCOL }, &[], limits::COMMAND).await? {
-        Reply::Hello { state, .. } => state,
-        other => return Err(Error::new(Code::MachineFailed, format!("the VMM greeted with {other:?}"))),
-    };
+    let state =
+        match link.ask(Command::Hello { protocol: wire::control::PROTOCOL }, &[], limits::COMMAND).await? {
+            Reply::Hello { state, .. } => state,
+            other => return Err(Error::new(Code::MachineFailed, format!("the VMM greeted with {other:?}"))),
+        };
     match state {
         MachineState::Shell => {}
         MachineState::Running | MachineState::Paused => return Ok(()),
@@ -158,21 +159,12 @@ fn serial(id: uuid::Uuid) -> String {
 
 /// Limits of a disk as the VMM takes them.
 pub(super) fn disk_limits(limits: &server::DiskLimits) -> RateLimits {
-    RateLimits {
-        bandwidth: limits.bandwidth_bytes.map(bucket),
-        operations: limits.operations.map(bucket),
-    }
+    RateLimits { bandwidth: limits.bandwidth_bytes.map(bucket), operations: limits.operations.map(bucket) }
 }
 
 fn nic_limits(limits: &NicLimits) -> (RateLimits, RateLimits) {
-    let rx = RateLimits {
-        bandwidth: limits.rx_bytes.map(bucket),
-        operations: limits.rx_packets.map(bucket),
-    };
-    let tx = RateLimits {
-        bandwidth: limits.tx_bytes.map(bucket),
-        operations: limits.tx_packets.map(bucket),
-    };
+    let rx = RateLimits { bandwidth: limits.rx_bytes.map(bucket), operations: limits.rx_packets.map(bucket) };
+    let tx = RateLimits { bandwidth: limits.tx_bytes.map(bucket), operations: limits.tx_packets.map(bucket) };
     (rx, tx)
 }
 

@@ -37,8 +37,8 @@ mod view;
 
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
 use lifecycle::Ask;
-pub(crate) use record::TABLES;
 use record::ServerRecord;
+pub(crate) use record::TABLES;
 use registry::{Registry, Workshop};
 
 /// Servers, for callers. Cheap to clone.
@@ -251,8 +251,7 @@ impl Servers {
             Error::new(Code::TooMany, format!("{most} readers have this console open; close one"))
         })?;
         let secret = secret.to_owned();
-        let ticket =
-            self.workshop().core.store.write(move |tx| console::redeem(tx, id, &secret)).await?;
+        let ticket = self.workshop().core.store.write(move |tx| console::redeem(tx, id, &secret)).await?;
         ConsoleStream::open(entry, &self.ring(id), permit, ticket).await
     }
 
@@ -363,7 +362,10 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
 fn steps(server: &Server, record: &ServerRecord) -> Vec<String> {
     let mut steps = Vec::new();
     for volume in &server.volumes {
-        steps.push(format!("make a root volume of {} bytes from image {}", volume.size_bytes, server.image_id));
+        steps.push(format!(
+            "make a root volume of {} bytes from image {}",
+            volume.size_bytes, server.image_id
+        ));
     }
     for nic in &server.nics {
         steps.push(format!("reserve {} ({}) on network {}", nic.ipv4, nic.mac, nic.network_id));

@@ -9,8 +9,8 @@ use uuid::Uuid;
 use super::lifecycle::{Context, Life};
 use super::limits;
 use crate::error::{Error, Result};
-use crate::store::records::{self, Record};
 use crate::store::Tx;
+use crate::store::records::{self, Record};
 
 pub(crate) const TABLES: &str = concat!(
     crate::table!("servers"),

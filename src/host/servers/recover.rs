@@ -9,11 +9,7 @@ use crate::error::Result;
 use crate::vmms::link::AskError;
 
 /// Looks for the machine of a phase that has one. Nothing for other phases.
-pub(super) async fn look(
-    workshop: &Workshop,
-    entry: &Entry,
-    record: &ServerRecord,
-) -> Result<Option<Event>> {
+pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<Option<Event>> {
     let Some(vmm) = record.life.phase.vmm() else { return Ok(None) };
     let Some(process) = workshop.launcher.adopt(vmm)? else {
         let now_ms = record.context().now_ms;

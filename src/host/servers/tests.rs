@@ -3,7 +3,8 @@
 use model::Code;
 use model::operation::OperationState;
 use model::server::{
-    CreateConsoleToken, DeleteServer, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer, Wanted,
+    CreateConsoleToken, DeleteServer, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer,
+    Wanted,
 };
 use wire::control::{MachineState, Notice};
 use wire::will::Reason;
@@ -300,8 +301,9 @@ async fn after_the_host_lost_power_what_was_wanted_runs_again() {
     drop(host);
     stage.launch.power_cycle().await;
     let host = stage.open().await;
-    let again =
-        |server: &model::server::Server| server.state == ServerState::Running && server.started_at != before.started_at;
+    let again = |server: &model::server::Server| {
+        server.state == ServerState::Running && server.started_at != before.started_at
+    };
     until(&host, runs, again).await;
     assert_eq!(host.servers().one(rests).await.unwrap().state, ServerState::Stopped);
     assert_eq!(stage.launch.only().label, "runs");
@@ -373,7 +375,8 @@ async fn names_and_references_are_unique_under_a_crowd() {
     let servers = host.servers().list(Default::default()).await.unwrap().items;
     assert_eq!(servers.len(), made);
     for one in &servers {
-        let twins = servers.iter().filter(|other| other.name == one.name || other.external_ref == one.external_ref);
+        let twins =
+            servers.iter().filter(|other| other.name == one.name || other.external_ref == one.external_ref);
         assert_eq!(twins.count(), 1);
     }
     assert!((1..=3).contains(&made), "{made}");
@@ -456,9 +459,13 @@ async fn a_patch_is_checked_applied_and_counted() {
     assert!(after.generation > before.generation);
     let live = stage.launch.only().disk_limits();
     assert_eq!(live[&0].operations.unwrap().per_second, 100);
-    let bad: PatchServer = serde_json::from_value(serde_json::json!({ "vcpus": 0, "memory_bytes": 1 })).unwrap();
+    let bad: PatchServer =
+        serde_json::from_value(serde_json::json!({ "vcpus": 0, "memory_bytes": 1 })).unwrap();
     let refused = host.servers().patch(&Call::by_host(), before.id, bad).await.unwrap_err();
-    assert_eq!(refused.errors.iter().map(|e| e.pointer.as_str()).collect::<Vec<_>>(), ["/vcpus", "/memory_bytes"]);
+    assert_eq!(
+        refused.errors.iter().map(|e| e.pointer.as_str()).collect::<Vec<_>>(),
+        ["/vcpus", "/memory_bytes"]
+    );
     host.close().await;
 }
 

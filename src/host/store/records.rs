@@ -155,8 +155,7 @@ pub fn page<R: Record>(connection: &Connection, query: &ListQuery) -> Result<Pag
     let mut found: Vec<(String, String)> = rows.collect::<rusqlite::Result<_>>()?;
     let more = found.len() > limit as usize;
     found.truncate(limit as usize);
-    let next_cursor =
-        found.last().filter(|_| more).map(|(last, _)| cursor(last, query.sort));
+    let next_cursor = found.last().filter(|_| more).map(|(last, _)| cursor(last, query.sort));
     let items = found.iter().map(|(_, body)| Ok(serde_json::from_str(body)?)).collect::<Result<_>>()?;
     Ok(Page { items, next_cursor, watch_cursor: watch_cursor(connection)? })
 }

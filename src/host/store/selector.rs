@@ -25,9 +25,8 @@ pub fn parse(text: &str) -> Result<Vec<Term>, String> {
 }
 
 fn parse_term(text: &str) -> Result<Term, String> {
-    let refused = || {
-        format!("cannot read {text:?}: terms are key=value, key!=value, key or !key, separated by commas")
-    };
+    let refused =
+        || format!("cannot read {text:?}: terms are key=value, key!=value, key or !key, separated by commas");
     let word = |part: &str| {
         let sound = part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b));
         if sound { Ok(part.to_owned()) } else { Err(refused()) }

@@ -123,8 +123,7 @@ impl Launch for Launcher {
         async move {
             self.check_vmm()?;
             let kvm = self.open_kvm()?;
-            let descriptors =
-                [start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
+            let descriptors = [start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
             let replied =
                 self.ask(Command::Spawn { label: start.label.clone() }, &descriptors, limits::SPAWN).await?;
             match (replied.result, replied.descriptors.into_iter().next(), replied.status) {
@@ -160,8 +159,11 @@ impl Launch for Launcher {
 impl Connection {
     fn start(vmm: &std::path::Path) -> Result<Arc<Connection>> {
         let failed = |cause: std::io::Error| {
-            Error::new(Code::HostUnprepared, format!("the launcher {} cannot be started: {cause}", vmm.display()))
-                .caused_by(cause)
+            Error::new(
+                Code::HostUnprepared,
+                format!("the launcher {} cannot be started: {cause}", vmm.display()),
+            )
+            .caused_by(cause)
         };
         let (ours, theirs) = Socket::pair().map_err(failed)?;
         let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
@@ -179,8 +181,7 @@ impl Connection {
         })
         .map_err(failed)?;
         ours.set_nonblocking().map_err(failed)?;
-        let socket =
-            watch(Channel::new(ours), Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
+        let socket = watch(Channel::new(ours), Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         let connection =
             Arc::new(Connection { socket, next: AtomicU64::new(1), state: Mutex::default(), process });
         let reading = Arc::downgrade(&connection);

@@ -73,9 +73,8 @@ impl Ask {
 impl Life {
     /// Actions that would change something now.
     pub fn allowed_actions(&self, context: Context) -> Vec<&'static str> {
-        let changes = |ask: Ask| {
-            matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)))
-        };
+        let changes =
+            |ask: Ask| matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)));
         ACTIONS.into_iter().filter(|(_, ask)| changes(*ask)).map(|(name, _)| name).collect()
     }
 
@@ -129,10 +128,7 @@ fn harder(one: Push, other: Push) -> Push {
         (
             Push::Button { deadline_ms, pressed },
             Push::Button { deadline_ms: deadline_too_ms, pressed: pressed_too },
-        ) => Push::Button {
-            deadline_ms: deadline_ms.min(deadline_too_ms),
-            pressed: pressed || pressed_too,
-        },
+        ) => Push::Button { deadline_ms: deadline_ms.min(deadline_too_ms), pressed: pressed || pressed_too },
         _ => Push::Force,
     }
 }

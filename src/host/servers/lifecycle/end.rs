@@ -67,9 +67,10 @@ impl End {
             let (kind, detail) = match will.reason {
                 Reason::PoweredOff => (EndKind::GuestPoweredOff, "the guest powered itself off".to_owned()),
                 Reason::Reset => (EndKind::GuestReset, "the guest asked for a reset".to_owned()),
-                Reason::TripleFault => {
-                    (EndKind::TripleFault, "a virtual CPU faulted while handling a fault twice over".to_owned())
-                }
+                Reason::TripleFault => (
+                    EndKind::TripleFault,
+                    "a virtual CPU faulted while handling a fault twice over".to_owned(),
+                ),
                 Reason::GuestPanicked => (EndKind::GuestPanicked, "the guest's kernel crashed".to_owned()),
                 Reason::Asked => (EndKind::Asked, "the machine was forced off".to_owned()),
                 Reason::KvmError(words) => (EndKind::KvmError, format!("KVM could not go on: {words}")),
@@ -81,9 +82,10 @@ impl End {
             Some(ExitStatus::Signal(signal)) => {
                 (EndKind::VmmKilled, format!("the VMM was killed by signal {signal}"))
             }
-            Some(ExitStatus::Code(code)) => {
-                (EndKind::VmmCrashed, format!("the VMM left with status {code} and no last will; see its log"))
-            }
+            Some(ExitStatus::Code(code)) => (
+                EndKind::VmmCrashed,
+                format!("the VMM left with status {code} and no last will; see its log"),
+            ),
             None => (EndKind::Vanished, "the VMM has gone and left no last will; see its log".to_owned()),
         };
         End { kind, detail, at_ms: now_ms }

@@ -137,9 +137,10 @@ impl Stepping {
             (Phase::Stopping { vmm, then, .. }, Event::PressFailed) => {
                 self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
             }
-            (Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then }, Event::DeadlinePassed)
-                if self.context.now_ms >= deadline_ms =>
-            {
+            (
+                Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then },
+                Event::DeadlinePassed,
+            ) if self.context.now_ms >= deadline_ms => {
                 self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
             }
             (Phase::Waiting { until_ms, .. }, Event::DeadlinePassed) if self.context.now_ms >= until_ms => {
@@ -258,8 +259,9 @@ impl Stepping {
         if ran_ms >= limits::STABLE_MS {
             self.life.failures = 0;
         }
-        let pause_ms =
-            limits::RESTART_PAUSE_MS.saturating_mul(1 << self.life.failures.min(16)).min(limits::RESTART_PAUSE_MS_MAX);
+        let pause_ms = limits::RESTART_PAUSE_MS
+            .saturating_mul(1 << self.life.failures.min(16))
+            .min(limits::RESTART_PAUSE_MS_MAX);
         self.life.failures = self.life.failures.saturating_add(1);
         self.life.phase = Phase::Waiting { until_ms: self.context.now_ms.saturating_add(pause_ms), why };
     }
@@ -276,7 +278,10 @@ impl Stepping {
             (Phase::Starting { .. }, Found::Gone(_)) => self.life.begin_run(),
             (phase, Found::Gone(end)) => self.machine_ended(phase, end),
             (_, Found::Alive(MachineState::Exiting) | Found::Mute) => {}
-            (Phase::Starting { vmm: Some(vmm) }, Found::Alive(MachineState::Running | MachineState::Paused)) => {
+            (
+                Phase::Starting { vmm: Some(vmm) },
+                Found::Alive(MachineState::Running | MachineState::Paused),
+            ) => {
                 self.booted(vmm);
             }
             (Phase::Running { vmm }, Found::Alive(MachineState::Paused)) => {
@@ -293,8 +298,7 @@ impl Stepping {
                 | Phase::Resetting { vmm },
                 Found::Alive(MachineState::Shell),
             ) => {
-                self.life.phase =
-                    Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };
             }
             (_, Found::Alive(_)) => {}
         }

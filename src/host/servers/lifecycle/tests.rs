@@ -1,1 +1,314 @@
+//! The lifecycle against a small world and an oracle: whatever is asked in whatever order, and wherever the daemon
+//! dies in between, the server ends where the last accepted ask points, and each operation ends once.
+use std::collections::BTreeMap;
 
+use model::server::ServerState;
+use proptest::prelude::*;
+use wire::control::MachineState;
+use wire::will::{Reason, Will};
+
+use super::*;
+
+/// What happens to a server in a test.
+#[derive(Debug, Clone, Copy)]
+enum Happening {
+    Ask(Ask),
+    /// The actor does the next piece of work and saves its event.
+    Work,
+    /// The actor does the work, and the daemon dies before the event is saved.
+    WorkAndDie,
+    Die,
+    /// Time passes beyond every deadline.
+    Wait,
+}
+
+/// What there is besides the records.
+#[derive(Debug, Default)]
+struct World {
+    machine: Option<(ProcessId, MachineState)>,
+    spawned: i32,
+    now_ms: i64,
+}
+
+impl World {
+    fn context(&self) -> Context {
+        Context { now_ms: self.now_ms, policy: RestartPolicy::Always }
+    }
+
+    fn end(&self) -> End {
+        End::of(Some(Will { reason: Reason::Asked, at_unix_ms: 0 }), None, self.now_ms)
+    }
+
+    /// Does a piece of work as the effects do.
+    fn perform(&mut self, work: Work) -> Event {
+        match work {
+            Work::Make => Event::Made,
+            Work::Spawn => {
+                self.spawned += 1;
+                let id = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
+                // A process that was never recorded is dismissed first.
+                assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
+                self.machine = Some((id.clone(), MachineState::Shell));
+                Event::Spawned(id)
+            }
+            Work::Boot | Work::Resume | Work::Pause if self.machine.is_none() => Event::Ended(self.end()),
+            Work::Boot => self.turn(MachineState::Running, Event::Booted),
+            Work::Pause => self.turn(MachineState::Paused, Event::Paused),
+            Work::Resume => self.turn(MachineState::Running, Event::Resumed),
+            Work::Reset => Event::WasReset,
+            Work::Press => Event::Pressed,
+            Work::Kill => {
+                self.machine = None;
+                Event::Ended(self.end())
+            }
+            Work::Release => {
+                assert!(self.machine.is_none(), "released under a machine");
+                Event::Released
+            }
+            Work::Purge => {
+                assert!(self.machine.is_none(), "purged under a machine");
+                Event::Purged
+            }
+        }
+    }
+
+    fn turn(&mut self, state: MachineState, event: Event) -> Event {
+        if let Some((_, held)) = &mut self.machine {
+            *held = state;
+        }
+        event
+    }
+
+    /// What a starting daemon finds.
+    fn look(&self, life: &Life) -> Option<Event> {
+        let vmm = life.phase.vmm()?;
+        Some(Event::Found(match &self.machine {
+            Some((id, state)) if id == vmm => Found::Alive(*state),
+            _ => Found::Gone(self.end()),
+        }))
+    }
+}
+
+struct Test {
+    world: World,
+    life: Option<Life>,
+    /// Operations by number, with how often they ended.
+    operations: BTreeMap<OperationId, u32>,
+    oracle: ServerState,
+}
+
+impl Test {
+    fn save(&mut self, next: Step) {
+        for (id, _) in next.ended {
+            *self.operations.get_mut(&id).expect("an operation that was accepted") += 1;
+        }
+        self.life = Some(next.life).filter(|_| !next.gone);
+    }
+
+    fn event(&mut self, event: Event) {
+        if let Some(life) = &self.life {
+            let next = step(life, event, self.world.context());
+            self.save(next);
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        let Some(life) = self.life.clone() else { return };
+        match happening {
+            Happening::Ask(ask) => self.ask(&life, ask),
+            Happening::Work | Happening::WorkAndDie => {
+                let Some(work) = life.phase.work() else { return };
+                let event = self.world.perform(work);
+                match happening {
+                    Happening::Work => self.event(event),
+                    _ => self.die(),
+                }
+            }
+            Happening::Die => self.die(),
+            Happening::Wait => {
+                self.world.now_ms += 10_000_000;
+                self.event(Event::DeadlinePassed);
+            }
+        }
+    }
+
+    /// The next daemon reads the record and looks at the world.
+    fn die(&mut self) {
+        let found = self.life.as_ref().and_then(|life| self.world.look(life));
+        if let Some(found) = found {
+            self.event(found);
+        }
+    }
+
+    fn ask(&mut self, life: &Life, ask: Ask) {
+        let id = OperationId::new();
+        match life.ask(ask, id, self.world.context()) {
+            Ok(Asked::Began(next) | Asked::Done(next)) => {
+                self.operations.insert(id, 0);
+                self.save(next);
+            }
+            Ok(Asked::Joined(joined, next)) => {
+                assert!(self.operations.contains_key(&joined));
+                self.save(next);
+            }
+            Err(Refused) => return,
+        }
+        // The oracle: the last ask that was accepted says where it ends.
+        self.oracle = match ask {
+            Ask::Start | Ask::Resume | Ask::Reboot { .. } => ServerState::Running,
+            Ask::Stop { .. } => ServerState::Stopped,
+            Ask::Pause => ServerState::Paused,
+            Ask::Delete { .. } => ServerState::Deleting,
+        };
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..50 {
+            self.happen(Happening::Work);
+            if self.life.as_ref().is_some_and(|life| life.phase.work().is_none()) {
+                self.happen(Happening::Wait);
+            }
+        }
+    }
+}
+
+fn happenings() -> impl Strategy<Value = Vec<Happening>> {
+    let grace = prop_oneof![Just(0), Just(1000), Just(60_000)];
+    let ask = prop_oneof![
+        3 => Just(Ask::Start),
+        3 => grace.clone().prop_map(|grace_ms| Ask::Stop { grace_ms }),
+        2 => grace.prop_map(|grace_ms| Ask::Reboot { grace_ms }),
+        2 => Just(Ask::Pause),
+        2 => Just(Ask::Resume),
+        1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
+    ];
+    let happening = prop_oneof![
+        4 => ask.prop_map(Happening::Ask),
+        6 => Just(Happening::Work),
+        1 => Just(Happening::WorkAndDie),
+        1 => Just(Happening::Die),
+        1 => Just(Happening::Wait),
+    ];
+    prop::collection::vec(happening, 0..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #[test]
+    fn a_server_ends_where_the_last_accepted_ask_points(start: bool, happenings in happenings()) {
+        let create = OperationId::new();
+        let mut test = Test {
+            world: World::default(),
+            life: Some(Life::new(create, start)),
+            operations: BTreeMap::from([(create, 0)]),
+            oracle: if start { ServerState::Running } else { ServerState::Stopped },
+        };
+        for happening in happenings {
+            test.happen(happening);
+        }
+        test.settle();
+        let state = test.life.as_ref().map_or(ServerState::Deleting, |life| life.phase.state());
+        prop_assert_eq!(state, test.oracle);
+        let machine = test.world.machine.as_ref().map(|(_, state)| *state);
+        let wanted = match state {
+            ServerState::Running => Some(MachineState::Running),
+            ServerState::Paused => Some(MachineState::Paused),
+            _ => None,
+        };
+        prop_assert_eq!(machine, wanted);
+        prop_assert!(test.operations.values().all(|ends| *ends == 1), "{:?}", test.operations);
+        prop_assert!(test.life.is_none_or(|life| life.job.is_none()));
+    }
+}
+
+fn vmm() -> ProcessId {
+    ProcessId { pid: 1, start_ticks: 1, boot_id: "boot".to_owned() }
+}
+
+fn life(phase: Phase) -> Life {
+    Life { phase, wanted: Wanted::Running, job: None, run: 1, booted_ms: Some(0), failures: 0 }
+}
+
+fn ended(reason: Reason) -> Event {
+    Event::Ended(End::of(Some(Will { reason, at_unix_ms: 5 }), None, 5))
+}
+
+/// The phase after a machine that ran until `now_ms` has ended and was released.
+fn after(reason: Reason, policy: RestartPolicy, failures: u32, now_ms: i64) -> Life {
+    let context = Context { now_ms, policy };
+    let running = Life { failures, ..life(Phase::Running { vmm: vmm() }) };
+    let ended = step(&running, ended(reason), context);
+    step(&ended.life, Event::Released, context).life
+}
+
+#[test]
+fn each_policy_restarts_what_it_says() {
+    use ServerState::{Failed, Starting, Stopped};
+    let table = [
+        (RestartPolicy::Never, Reason::PoweredOff, Stopped),
+        (RestartPolicy::Never, Reason::TripleFault, Failed),
+        (RestartPolicy::OnFailure, Reason::PoweredOff, Stopped),
+        (RestartPolicy::OnFailure, Reason::GuestPanicked, Starting),
+        (RestartPolicy::OnFailure, Reason::Crashed("here".to_owned()), Starting),
+        (RestartPolicy::Always, Reason::PoweredOff, Starting),
+        (RestartPolicy::Always, Reason::TripleFault, Starting),
+    ];
+    for (policy, reason, state) in table {
+        assert_eq!(after(reason.clone(), policy, 0, 10).phase.state(), state, "{policy:?} {reason:?}");
+    }
+}
+
+#[test]
+fn pauses_before_restarts_grow_to_a_bound_and_begin_anew_after_a_sound_run() {
+    let pause_ms = |failures, now_ms| {
+        let life = after(Reason::TripleFault, RestartPolicy::OnFailure, failures, now_ms);
+        life.phase.deadline_ms().unwrap() - now_ms
+    };
+    assert_eq!([0, 1, 2, 3].map(|failures| pause_ms(failures, 10)), [1000, 2000, 4000, 8000]);
+    assert_eq!(pause_ms(40, 10), crate::servers::limits::RESTART_PAUSE_MS_MAX);
+    assert_eq!(pause_ms(40, crate::servers::limits::STABLE_MS), 1000);
+}
+
+#[test]
+fn the_grace_ends_in_force_and_not_before() {
+    let context = Context { now_ms: 1000, policy: RestartPolicy::Never };
+    let asked =
+        life(Phase::Running { vmm: vmm() }).ask(Ask::Stop { grace_ms: 500 }, OperationId::new(), context);
+    let Ok(Asked::Began(stopping)) = asked else { panic!("{asked:?}") };
+    assert_eq!(stopping.life.phase.work(), Some(Work::Press));
+    let pressed = step(&stopping.life, Event::Pressed, context).life;
+    assert_eq!(pressed.phase.work(), None);
+    let early = step(&pressed, Event::DeadlinePassed, Context { now_ms: 1499, ..context }).life;
+    assert_eq!(early.phase.work(), None);
+    let late = step(&pressed, Event::DeadlinePassed, Context { now_ms: 1500, ..context }).life;
+    assert_eq!(late.phase.work(), Some(Work::Kill));
+}
+
+#[test]
+fn what_is_saved_is_read_back() {
+    let phases = [
+        Phase::Creating { start: true },
+        Phase::Starting { vmm: Some(vmm()) },
+        Phase::Stopping {
+            vmm: None,
+            push: Push::Button { deadline_ms: 3, pressed: true },
+            then: Then::Fail(Trouble { code: Code::NoCapacity, detail: "no".to_owned() }),
+        },
+        Phase::Releasing { then: Then::Decide(End::host_restarted(7)) },
+        Phase::Deleting { keep_volumes: true, verdict: Verdict::Cancelled("by hand".to_owned()) },
+    ];
+    for phase in phases {
+        let before = life(phase);
+        let text = serde_json::to_string(&before).unwrap();
+        assert_eq!(serde_json::from_str::<Life>(&text).unwrap(), before);
+    }
+}
+
+#[test]
+fn a_process_that_was_never_recorded_is_never_sent_a_machine() {
+    let starting = life(Phase::Starting { vmm: None });
+    let context = Context { now_ms: 0, policy: RestartPolicy::Never };
+    assert_eq!(starting.phase.work(), Some(Work::Spawn));
+    // Booted can only follow a process that was recorded.
+    assert_eq!(step(&starting, Event::Booted, context).life, starting);
+}

@@ -1,15 +1,16 @@
 //! The daemon dies at every checkpoint of a server's whole life, one after the other, and a client that repeats its
 //! calls with their keys never notices: every call is carried out once and nothing is left over.
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use model::operation::OperationState;
+use model::operation::{Operation, OperationState};
 use model::server::{DeleteServer, ServerAction, ServerState, StopServer};
 use model::{Code, ServerId};
 
 use super::nothing_left;
+use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, keyed, server, until};
 use crate::{Checkpoint, Fate, Host, Result};
 
@@ -17,7 +18,7 @@ use crate::{Checkpoint, Fate, Host, Result};
 struct DieAt {
     number: u32,
     passed: AtomicU32,
-    points: std::sync::Mutex<BTreeSet<&'static str>>,
+    points: Mutex<BTreeSet<&'static str>>,
 }
 
 impl Checkpoint for DieAt {
@@ -63,20 +64,25 @@ async fn call(host: &Host, verb: &str, id: Option<ServerId>) -> Result<(model::O
 /// One call, carried through: repeated with its key until it is answered, then waited for.
 async fn carried_out(host: &Host, verb: &str, id: Option<ServerId>) -> Result<ServerId> {
     let (operation, id) = call(host, verb, id).await?;
-    let deadline = tokio::time::Instant::now() + SOON;
-    let operation = loop {
-        // A daemon that has died wakes nobody, so the wait is cut short to find out.
-        let found = host.operations().one(operation, Some(Duration::from_millis(50))).await?;
-        if found.state.is_final() || tokio::time::Instant::now() > deadline {
-            break found;
-        }
-    };
+    let operation = wait(host, operation).await?;
     assert_eq!(operation.state, OperationState::Succeeded, "{verb}: {operation:?}");
     Ok(id)
 }
 
+/// Waits for the end of an operation, with a daemon that may have died.
+async fn wait(host: &Host, id: model::OperationId) -> Result<Operation> {
+    let deadline = tokio::time::Instant::now() + SOON;
+    loop {
+        // A daemon that has died wakes nobody, so each wait is cut short to find out.
+        let found = host.operations().one(id, Some(Duration::from_millis(50))).await?;
+        if found.state.is_final() || tokio::time::Instant::now() > deadline {
+            return Ok(found);
+        }
+    }
+}
+
 /// Lives the whole life with a daemon that dies at checkpoint `number`. Answers whether it died.
-async fn live(number: u32, points: &mut BTreeSet<&'static str>) -> bool {
+async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
     let stage = Stage::new();
     let host = stage.open_with_image().await;
     host.close().await;
@@ -124,7 +130,7 @@ async fn live(number: u32, points: &mut BTreeSet<&'static str>) -> bool {
     let host = stage.open().await;
     nothing_left(&stage, &host).await;
     host.close().await;
-    points.extend(checkpoint.points.lock().unwrap().iter());
+    points.lock().unwrap().extend(checkpoint.points.lock().unwrap().iter());
     died
 }
 
@@ -133,14 +139,82 @@ fn host_is_dead(host: &Host, died: bool) -> bool {
     !died && host.is_dead()
 }
 
+/// A create whose machine cannot be built, with a daemon that dies at checkpoint `number`. Answers whether it died.
+async fn fail_to_create(number: u32) -> bool {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    host.close().await;
+    drop(host);
+    stage.launch.set_guest(Guest::CannotBoot);
+    let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
+    let mut died = false;
+    let mut host = stage.open_watched(checkpoint).await;
+    let operation = loop {
+        let outcome = match &host {
+            Ok(host) => create_ended(host).await,
+            Err(cause) => Err(cause.clone()),
+        };
+        match outcome {
+            Ok(operation) => break operation,
+            Err(cause) => assert!(cause.code == Code::Draining && !died, "{}", cause.chain()),
+        }
+        died = true;
+        if let Ok(host) = host {
+            host.close().await;
+        }
+        host = Ok(stage.open().await);
+    };
+    assert_eq!(operation.state, OperationState::Failed, "checkpoint {number}");
+    if let Ok(host) = host {
+        host.close().await;
+    }
+    let host = stage.open().await;
+    nothing_left(&stage, &host).await;
+    host.close().await;
+    died
+}
+
+async fn create_ended(host: &Host) -> Result<Operation> {
+    let (operation, _) = call(host, "create", None).await?;
+    wait(host, operation).await
+}
+
+/// How many daemons die side by side: their time goes into waiting for the disk.
+const SIDE_BY_SIDE: u32 = 8;
+
+/// Tries checkpoint after checkpoint until a daemon lives through; answers how many there are.
+async fn sweep<F>(live: impl Fn(u32) -> F) -> u32
+where
+    F: Future<Output = bool> + Send + 'static,
+{
+    for first in (1..1000).step_by(SIDE_BY_SIDE as usize) {
+        let tasks: Vec<_> =
+            (first..first + SIDE_BY_SIDE).map(|number| (number, tokio::spawn(live(number)))).collect();
+        let mut survivor = None;
+        for (number, task) in tasks {
+            if !task.await.unwrap() {
+                survivor = survivor.or(Some(number));
+            }
+        }
+        if let Some(survivor) = survivor {
+            return survivor - 1;
+        }
+    }
+    panic!("the life does not end");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_daemon_that_dies_anywhere_converges() {
-    let mut points = BTreeSet::new();
-    let mut number = 1;
-    while live(number, &mut points).await {
-        number += 1;
-        assert!(number < 1000, "the life does not end");
-    }
-    println!("died at {} checkpoints of {} kinds: {points:?}", number - 1, points.len());
-    assert!(number > 40, "only {number} checkpoints: the instrumentation is gone");
+    let points = Arc::new(Mutex::new(BTreeSet::new()));
+    let seen = points.clone();
+    let count = sweep(move |number| live(number, seen.clone())).await;
+    let points = points.lock().unwrap();
+    assert!(count > 40, "only {count} checkpoints: the instrumentation is gone");
+    assert!(points.len() > 10, "only these kinds of checkpoints: {points:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_create_that_fails_is_undone_wherever_the_daemon_dies() {
+    let count = sweep(fail_to_create).await;
+    assert!(count > 10, "only {count} checkpoints: the instrumentation is gone");
 }
