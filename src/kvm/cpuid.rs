@@ -103,14 +103,6 @@ pub fn for_processor(entries: &[kvm_cpuid_entry2], index: u8) -> Vec<kvm_cpuid_e
     entries
 }
 
-/// Every feature that the guest of these entries sees, by name: for people and for comparing hosts.
-pub fn names(entries: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
-    let shown = FEATURES.iter().filter(|feature| feature.is_in(entries));
-    let mut names: Vec<_> = shown.map(|feature| feature.name).collect();
-    names.dedup();
-    names
-}
-
 impl Template {
     fn name(self) -> &'static str {
         match self {

@@ -1,6 +1,5 @@
 //! A virtual processor: its set-up and its way in and out of the guest. Threads and buses are `vmm`'s.
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::{self as b, CpuId, Msrs, kvm_cpuid_entry2, kvm_mp_state, kvm_msr_entry};
@@ -85,16 +84,6 @@ impl Vcpu {
             Err(cause) if cause.errno() != libc::EINVAL => Err(failed("KVM_KVMCLOCK_CTRL")(cause)),
             _ => Ok(()),
         }
-    }
-
-    /// The frequency of the guest's time stamp counter in kHz, when KVM tells.
-    pub fn tsc_khz(&self) -> Option<u32> {
-        self.fd.get_tsc_khz().ok()
-    }
-
-    /// Instruction pointer.
-    pub fn rip(&self) -> Result<u64, Error> {
-        Ok(self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?.rip)
     }
 
     /// Runs the guest until it needs something. The data of a read must be filled in before the next call.
@@ -190,12 +179,6 @@ impl Vcpu {
             }
         }
         self.fd.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))
-    }
-}
-
-impl AsRawFd for Vcpu {
-    fn as_raw_fd(&self) -> i32 {
-        self.fd.as_raw_fd()
     }
 }
 

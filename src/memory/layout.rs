@@ -45,7 +45,11 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const ACPI_TABLES: u64 = 0xE_0000;
 
 /// End of the area for ACPI tables.
-pub const ACPI_TABLES_END: u64 = 0x10_0000;
+pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
+
+/// Where real mode starts after a reset: the last 16 bytes below 1 MiB hold code that asks for one. A kernel on
+/// hardware-reduced ACPI without EFI jumps here to restart instead of using the reset register.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 
 /// PCI memory window for BARs.
 pub const PCI_MMIO_START: u64 = 0xC000_0000;

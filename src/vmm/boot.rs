@@ -57,6 +57,12 @@ pub(crate) enum Error {
     Write(&'static str),
 }
 
+/// `mov dx, RESET_PORT; mov al, 1; out dx, al; 1: hlt; jmp 1b` in 16-bit code: what firmware would do.
+const RESET_CODE: [u8; 9] = {
+    let [low, high] = layout::RESET_PORT.to_le_bytes();
+    [0xBA, low, high, 0xB0, 0x01, 0xEE, 0xF4, 0xEB, 0xFD]
+};
+
 /// Prepares memory; answers how the boot processor starts.
 pub(crate) fn prepare(ram: &Ram, source: &Source<'_>) -> Result<Start, Error> {
     let kernel = kernel::load(ram, source.kernel)?;
@@ -67,6 +73,7 @@ pub(crate) fn prepare(ram: &Ram, source: &Source<'_>) -> Result<Start, Error> {
     let mut cmdline = source.cmdline.as_bytes().to_vec();
     cmdline.push(0);
     put(ram, layout::CMDLINE, &cmdline, "command line")?;
+    put(ram, layout::RESET_VECTOR, &RESET_CODE, "reset vector")?;
     let rsdp = acpi::write(ram, source.vcpus)?;
     let parameters =
         Parameters { rsdp, cmdline_bytes: cmdline.len() as u64 - 1, initrd, map: memory_map(ram) };

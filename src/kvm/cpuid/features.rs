@@ -7,13 +7,13 @@ use kvm_bindings::kvm_cpuid_entry2;
 /// When a guest sees a feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
-    /// The x86-64 baseline: always, where the host has it.
+    /// Belongs to the x86-64 baseline of the psABI.
     Base,
     /// Belongs to x86-64-v2.
     V2,
     /// Belongs to x86-64-v3.
     V3,
-    /// Emulated by KVM on any host: always.
+    /// What a kernel finds in nearly every processor or KVM emulates on any: always, where it is offered.
     Platform,
     /// Protects the guest from its own programs or from the processor's leaks: always, because losing a
     /// protection is worse than losing a host to move to.
@@ -106,23 +106,23 @@ const KVM: u32 = super::KVM_FEATURES;
 pub(super) const FEATURES: &[Feature] = &[
     // Leaf 1.
     row(1, 0, Edx, 0, "fpu", Base),
-    row(1, 0, Edx, 1, "vme", Base),
-    row(1, 0, Edx, 2, "de", Base),
-    row(1, 0, Edx, 3, "pse", Base),
-    row(1, 0, Edx, 4, "tsc", Base),
-    row(1, 0, Edx, 5, "msr", Base),
-    row(1, 0, Edx, 6, "pae", Base),
-    row(1, 0, Edx, 7, "mce", Base),
+    row(1, 0, Edx, 1, "vme", Platform),
+    row(1, 0, Edx, 2, "de", Platform),
+    row(1, 0, Edx, 3, "pse", Platform),
+    row(1, 0, Edx, 4, "tsc", Platform),
+    row(1, 0, Edx, 5, "msr", Platform),
+    row(1, 0, Edx, 6, "pae", Platform),
+    row(1, 0, Edx, 7, "mce", Platform),
     row(1, 0, Edx, 8, "cx8", Base),
-    row(1, 0, Edx, 9, "apic", Base),
-    row(1, 0, Edx, 11, "sep", Base),
-    row(1, 0, Edx, 12, "mtrr", Base),
-    row(1, 0, Edx, 13, "pge", Base),
-    row(1, 0, Edx, 14, "mca", Base),
+    row(1, 0, Edx, 9, "apic", Platform),
+    row(1, 0, Edx, 11, "sep", Platform),
+    row(1, 0, Edx, 12, "mtrr", Platform),
+    row(1, 0, Edx, 13, "pge", Platform),
+    row(1, 0, Edx, 14, "mca", Platform),
     row(1, 0, Edx, 15, "cmov", Base),
-    row(1, 0, Edx, 16, "pat", Base),
-    row(1, 0, Edx, 17, "pse36", Base),
-    row(1, 0, Edx, 19, "clflush", Base),
+    row(1, 0, Edx, 16, "pat", Platform),
+    row(1, 0, Edx, 17, "pse36", Platform),
+    row(1, 0, Edx, 19, "clflush", Platform),
     row(1, 0, Edx, 23, "mmx", Base),
     row(1, 0, Edx, 24, "fxsr", Base),
     row(1, 0, Edx, 25, "sse", Base),

@@ -43,6 +43,11 @@ fn boastful(vendor: &[u8; 12]) -> Vec<kvm_cpuid_entry2> {
     ]
 }
 
+/// Every feature that the guest of these entries sees.
+fn names(entries: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
+    FEATURES.iter().filter(|feature| feature.is_in(entries)).map(|feature| feature.name).collect()
+}
+
 const TWO: Processors = Processors { count: 2, tsc_deadline: true };
 
 fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {

@@ -45,8 +45,7 @@ fn elf(address: u64, pvh: Option<u32>) -> Vec<u8> {
 
 /// A bzImage with one setup sector after the first and `kernel_bytes` of kernel.
 fn bzimage(change: impl FnOnce(&mut setup_header), kernel_bytes: usize) -> Vec<u8> {
-    let mut page = boot_params::default();
-    page.hdr = setup_header {
+    let mut header = setup_header {
         setup_sects: 1,
         boot_flag: 0xAA55,
         header: 0x5372_6448,
@@ -61,7 +60,8 @@ fn bzimage(change: impl FnOnce(&mut setup_header), kernel_bytes: usize) -> Vec<u
         init_size: 0x20_0000,
         ..Default::default()
     };
-    change(&mut page.hdr);
+    change(&mut header);
+    let page = boot_params { hdr: header, ..Default::default() };
     let mut image = page.as_slice()[..1024].to_vec();
     image[..0x1F1].fill(0);
     image.extend((0..kernel_bytes).map(|at| at as u8));
@@ -86,6 +86,11 @@ fn an_elf_with_the_note_is_entered_by_pvh() {
     let mut cmdline = [0xFF; 6];
     ram.read_slice(&mut cmdline, GuestAddress(layout::CMDLINE)).unwrap();
     assert_eq!(&cmdline, b"a=b c\0");
+
+    // mov dx, 0x602; mov al, 1; out dx, al
+    let mut code = [0; 6];
+    ram.read_slice(&mut code, GuestAddress(0xF_FFF0)).unwrap();
+    assert_eq!(code, [0xBA, 0x02, 0x06, 0xB0, 0x01, 0xEE]);
 
     // One module, on the last whole page.
     assert_eq!(word(8) >> 32, 1);

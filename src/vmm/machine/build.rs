@@ -80,6 +80,11 @@ pub(super) fn build(
 
 fn make_vcpus(host: &Host, plan: &Plan, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, Error> {
     let spec = &plan.spec;
+    if usize::from(spec.vcpus) > host.vcpus_max() {
+        let detail =
+            format!("{} vCPUs; KVM on this host gives a machine at most {}", spec.vcpus, host.vcpus_max());
+        return Err(Error::Invalid { field: "/vcpus".to_owned(), detail });
+    }
     let processors = cpuid::Processors { count: spec.vcpus, tsc_deadline: host.has("TSC_DEADLINE_TIMER") };
     let shaped = cpuid::shape(&host.supported_cpuid()?, translate::template(spec.cpu), processors);
     let shaped = shaped.map_err(Error::Cpu)?;
