@@ -65,7 +65,10 @@ fn unpack<R: Read>(
             expected.length.unwrap_or(expected.bytes_max),
             &name,
         )?;
-        incoming.receive(&expected, &mut Whole::of(&mut entry), watch)?;
+        incoming.receive(&expected, &mut Whole::of(&mut entry), watch).map_err(|refusal| match refusal {
+            Refusal::Source(cause) => unreadable(cause),
+            other => other,
+        })?;
     }
     drop(missing);
     match entries.next() {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use model::image::{Image, ImageState};
 use model::operation::Progress;
 use model::{Code, ImageId, OperationId};
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -19,6 +20,7 @@ use super::{directory, records};
 use crate::core::Shared;
 use crate::error::{Error, Result};
 use crate::operations::{self, Outcome};
+use crate::store::records::find;
 use crate::volumes::files;
 use crate::volumes::fill::Watch;
 
@@ -106,11 +108,16 @@ impl Import {
         self.core.store.write(move |tx| records::arrive(tx, id, operation, &arrived)).await
     }
 
-    /// Removes what there is of it, then its record.
+    /// Removes what there is of it, then its record; but only while the record says that it is coming in. A commit
+    /// that was told as failed may have been made all the same, and then the image is complete.
     async fn give_up(&self, cause: Error) -> Result<()> {
-        let place = self.core.dirs.image(self.id);
-        blocking(move || files::remove_tree(&place).map_err(Refusal::Store)).await.map_err(refused)?;
         let (id, operation) = (self.id, self.operation);
+        let image: Option<Image> = self.core.store.read(move |connection| find(connection, id.0)).await?;
+        if image.is_none_or(|image| image.state != ImageState::Importing) {
+            return Ok(());
+        }
+        let place = self.core.dirs.image(id);
+        blocking(move || files::remove_tree(&place).map_err(Refusal::Store)).await.map_err(refused)?;
         let outcome = Outcome::Failed(cause);
         self.core.store.write(move |tx| records::give_up(tx, id, operation, outcome)).await
     }

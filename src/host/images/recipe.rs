@@ -151,7 +151,8 @@ async fn listen(output: impl AsyncRead + Unpin, stage: &Stage) -> String {
 /// Reads `progress: <phase> <percent>`.
 fn progress(line: &str) -> Option<(String, u8)> {
     let (phase, percent) = line.strip_prefix("progress: ")?.split_once(' ')?;
-    let plain = phase.len() <= 32 && phase.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    let plain = (1..=32).contains(&phase.len())
+        && phase.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
     let percent: u8 = percent.parse().ok().filter(|percent| *percent <= 100)?;
     plain.then(|| (phase.to_owned(), percent))
 }

@@ -30,12 +30,13 @@ pub(crate) struct Reservation<'a> {
 
 /// A hardware address that no interface has, for interface `index` of a server that is being made.
 pub(super) fn free_mac(connection: &Connection, server: ServerId, index: u8) -> Result<Mac> {
-    let mut statement = connection.prepare_cached("SELECT mac FROM addresses WHERE mac LIKE '52:54:00:%'")?;
-    let taken: BTreeSet<String> =
-        statement.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-    Mac::of_server(server, index, |mac| taken.contains(&mac.to_string())).ok_or_else(|| {
-        Error::new(Code::NoAddress, "no free hardware address was found; delete servers that are not used")
-    })
+    let mut statement = connection.prepare_cached("SELECT 1 FROM addresses WHERE mac = ?1")?;
+    for mac in Mac::of_server(server, index) {
+        if !statement.exists([mac.to_string()])? {
+            return Ok(mac);
+        }
+    }
+    Err(Error::new(Code::NoAddress, "no free hardware address was found; delete servers that are not used"))
 }
 
 /// Reserves an address. The network's record counts it.

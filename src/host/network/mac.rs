@@ -19,20 +19,17 @@ pub struct Mac(pub [u8; 6]);
 pub struct BadMac(String);
 
 impl Mac {
-    /// The address of interface `index` of a server: 52:54:00 and 24 bits of a digest, so a server keeps its
-    /// address for ever and a database restored elsewhere gives the same. `taken` says whether another
-    /// interface has it; then the next of the sequence is tried. None when all tries were taken.
-    pub fn of_server(server: ServerId, index: u8, taken: impl Fn(Mac) -> bool) -> Option<Mac> {
-        (0..MAC_TRIES_MAX)
-            .map(|attempt| {
-                let mut digest = Sha256::new();
-                digest.update(server.0.as_bytes());
-                digest.update([index]);
-                digest.update(attempt.to_be_bytes());
-                let bytes = digest.finalize();
-                Mac([0x52, 0x54, 0x00, bytes[0], bytes[1], bytes[2]])
-            })
-            .find(|mac| !taken(*mac))
+    /// Addresses for interface `index` of a server, to be tried in this order: 52:54:00 and 24 bits of a digest, so
+    /// that a server gets the same address in whatever order things happen.
+    pub fn of_server(server: ServerId, index: u8) -> impl Iterator<Item = Mac> {
+        (0..MAC_TRIES_MAX).map(move |attempt| {
+            let mut digest = Sha256::new();
+            digest.update(server.0.as_bytes());
+            digest.update([index]);
+            digest.update(attempt.to_be_bytes());
+            let bytes = digest.finalize();
+            Mac([0x52, 0x54, 0x00, bytes[0], bytes[1], bytes[2]])
+        })
     }
 
     /// The address of a network's bridge: locally administered, and 40 bits of a digest. A bridge that has it

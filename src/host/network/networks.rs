@@ -33,11 +33,11 @@ use crate::store::{Tx, records};
 /// Networks, for callers. Cheap to clone.
 #[derive(Clone)]
 pub struct Networks {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
-    core: Shared,
+pub(super) struct Inner {
+    pub(super) core: Shared,
     plumbing: Arc<dyn Plumbing>,
     /// What is wrong, by network; those that are absent are ready.
     troubles: Mutex<BTreeMap<NetworkId, String>>,

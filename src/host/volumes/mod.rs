@@ -362,4 +362,6 @@ fn announce(tx: &Tx<'_>, volume: &Volume, kind: &str, operation: Option<Operatio
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;

@@ -1,1 +1,223 @@
+//! Volumes with records and directories of a host, and crashes at every point.
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use model::operation::OperationState;
+
+use super::testing::{Place, ended};
 use super::*;
+use crate::images::testing::{DISK_BYTES, Sample};
+
+const MIB: u64 = 1 << 20;
+
+async fn opened(place: &Place) -> Volumes {
+    let core = place.open().await;
+    let images = Images::new(core.clone());
+    images.recover().await.unwrap();
+    let volumes = Volumes::new(core, images);
+    volumes.recover().await.unwrap();
+    volumes
+}
+
+async fn sample_image(volumes: &Volumes) -> ImageId {
+    let spec =
+        model::image::UploadImage { name: "sample".parse().unwrap(), sha256: None, length_bytes: None };
+    let body = std::io::Cursor::new(Sample::new().bundle());
+    let answer = volumes.images.upload(&Call::by_host(), spec, body).await.unwrap();
+    answer.body.resource.unwrap().id
+}
+
+fn new(name: &str, size_bytes: u64, image_id: Option<ImageId>) -> NewVolume {
+    let server_id = Some(ServerId::new());
+    NewVolume { name: name.parse().unwrap(), labels: Labels::default(), size_bytes, image_id, server_id }
+}
+
+async fn created(volumes: &Volumes, new: NewVolume) -> Result<Volume> {
+    let maker = volumes.clone();
+    volumes.core.store.write(move |tx| maker.create(tx, new)).await
+}
+
+async fn filled(volumes: &Volumes, new: NewVolume) -> VolumeId {
+    let id = created(volumes, new).await.unwrap().id;
+    volumes.fill(id, &|| false, &|_, _| {}).await.unwrap();
+    id
+}
+
+fn grown(size_bytes: u64) -> PatchVolume {
+    PatchVolume { size_bytes: Some(size_bytes), ..PatchVolume::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_holds_its_images_bytes_and_is_as_large_as_asked() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let image = sample_image(&volumes).await;
+    let told = AtomicU64::new(0);
+    let id = created(&volumes, new("web1", 8 * MIB, Some(image))).await.unwrap().id;
+    volumes.fill(id, &|| false, &|_, total| told.store(total, Ordering::Relaxed)).await.unwrap();
+    volumes.fill(id, &|| true, &|_, _| panic!("it was filled twice")).await.unwrap();
+    let volume = volumes.one(id).await.unwrap();
+    assert_eq!((volume.state, volume.size_bytes), (VolumeState::Ready, 8 * MIB));
+    assert!(matches!(volume.filled_by, Some(FillMethod::Reflink | FillMethod::SparseCopy)));
+    assert!(volume.used_bytes > 0 && volume.used_bytes < MIB, "{}", volume.used_bytes);
+    let file = volumes.open(id).await.unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 8 * MIB);
+    let mut bytes = vec![0; DISK_BYTES];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == Sample::new().files[0].1, "the bytes differ");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_never_open_twice_and_the_lock_goes_with_the_last_copy() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("web1", MIB, None)).await;
+    let file = volumes.open(id).await.unwrap();
+    assert_eq!(volumes.open(id).await.unwrap_err().code, Code::InUse);
+    // What a VMM holds is a copy of the descriptor; the daemon's own is closed after it was sent.
+    let copy = file.try_clone().unwrap();
+    drop(file);
+    assert_eq!(volumes.open(id).await.unwrap_err().code, Code::InUse);
+    drop(copy);
+    volumes.open(id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_only_grows_and_only_while_nothing_has_it() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("web1", MIB, None)).await;
+    let call = Call::by_host();
+    for bad in [MIB - 4096, MIB + 1, model::limits::VOLUME_BYTES_MAX + 4096] {
+        let refused = volumes.patch(&call, id, grown(bad)).await.unwrap_err();
+        assert_eq!(
+            (refused.code, refused.errors[0].pointer.as_str()),
+            (Code::Invalid, "/size_bytes"),
+            "{bad}"
+        );
+    }
+    let held = volumes.open(id).await.unwrap();
+    assert_eq!(volumes.patch(&call, id, grown(2 * MIB)).await.unwrap_err().code, Code::InUse);
+    drop(held);
+    let answer = volumes.patch(&call, id, grown(2 * MIB)).await.unwrap();
+    assert_eq!(answer.body.size_bytes, 2 * MIB);
+    assert_eq!(volumes.open(id).await.unwrap().metadata().unwrap().len(), 2 * MIB);
+    let huge = volumes.patch(&call, id, grown(model::limits::VOLUME_BYTES_MAX)).await.unwrap_err();
+    assert_eq!(huge.code, Code::DiskFull);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_growth_that_a_crash_cut_off_is_made_good_at_the_next_opening() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("web1", MIB, None)).await;
+    let enlarge = move |tx: &Tx<'_>| {
+        let mut volume: Volume = records::one(tx, id.0)?;
+        volume.size_bytes = 3 * MIB;
+        records::save(tx, &mut volume)
+    };
+    volumes.core.store.write(enlarge).await.unwrap();
+    assert_eq!(volumes.open(id).await.unwrap().metadata().unwrap().len(), 3 * MIB);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_filling_leaves_no_file_and_can_be_begun_again() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let image = sample_image(&volumes).await;
+    let id = created(&volumes, new("web1", MIB, Some(image))).await.unwrap().id;
+    // The copy of a small image may be done before anybody looks; both ends are right, nothing in between is.
+    match volumes.fill(id, &|| true, &|_, _| {}).await {
+        Ok(()) => assert_eq!(place.names("volumes"), [format!("{id}.raw")]),
+        Err(refused) => {
+            assert_eq!(refused.code, Code::Draining);
+            assert_eq!(place.names("volumes"), Vec::<String>::new());
+        }
+    }
+    volumes.fill(id, &|| false, &|_, _| {}).await.unwrap();
+    assert_eq!(volumes.one(id).await.unwrap().state, VolumeState::Ready);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_disk_cannot_hold_is_refused_before_anything_is_recorded() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let refused = created(&volumes, new("web1", model::limits::VOLUME_BYTES_MAX, None)).await.unwrap_err();
+    assert_eq!(refused.code, Code::DiskFull);
+    assert!(volumes.list(ListQuery::default()).await.unwrap().items.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_of_a_server_is_not_deleted_and_one_that_was_kept_is() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("web1", MIB, None)).await;
+    assert_eq!(volumes.delete(&Call::by_host(), id).await.unwrap_err().code, Code::InUse);
+    for _ in 0..2 {
+        volumes.core.store.write(move |tx| Volumes::detach(tx, id)).await.unwrap();
+    }
+    let answer = volumes.delete(&Call::by_host(), id).await.unwrap();
+    assert_eq!(ended(&volumes.core, answer.body.operation.id).await.state, OperationState::Succeeded);
+    assert_eq!(place.names("volumes"), Vec::<String>::new());
+    assert_eq!(volumes.one(id).await.unwrap_err().code, Code::NotFound);
+    volumes.purge(id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_files_of_ours_that_no_record_names_are_tidied_away() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("web1", MIB, None)).await;
+    let directory = place.directory.path().join("volumes");
+    let stranger = VolumeId::new();
+    for name in
+        [format!("{stranger}.raw"), format!("{stranger}.raw.unfinished"), format!("{id}.raw.unfinished")]
+    {
+        std::fs::write(directory.join(name), "left by a crash").unwrap();
+    }
+    std::fs::write(directory.join("notes.txt"), "an operator's").unwrap();
+    drop(volumes);
+    opened(&place).await;
+    assert_eq!(place.names("volumes"), [format!("{id}.raw"), "notes.txt".to_owned()]);
+}
+
+/// Ends the daemon's life after each step of filling, keeping and deleting a volume. The next life can go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_at_any_point_can_be_gone_on_from() {
+    for point in 2..20 {
+        let place = Place::new();
+        let core = place.open_to_die_at(point).await;
+        let volumes = Volumes::new(core.clone(), Images::new(core));
+        let made = created(&volumes, new("web1", MIB, None)).await;
+        let id = made.as_ref().ok().map(|volume| volume.id);
+        let mut whole = false;
+        if let Some(id) = id
+            && volumes.fill(id, &|| false, &|_, _| {}).await.is_ok()
+            && volumes.core.store.write(move |tx| Volumes::detach(tx, id)).await.is_ok()
+        {
+            whole = volumes.purge(id).await.is_ok();
+        }
+        drop(volumes);
+        let volumes = opened(&place).await;
+        for volume in volumes.list(ListQuery::default()).await.unwrap().items {
+            volumes.fill(volume.id, &|| false, &|_, _| {}).await.unwrap();
+            if place.names("volumes").is_empty() {
+                // Its purge had removed the file; the record follows when it is asked for again.
+                volumes.purge(volume.id).await.unwrap();
+                continue;
+            }
+            assert_eq!(
+                volumes.open(volume.id).await.unwrap().metadata().unwrap().len(),
+                MIB,
+                "point {point}"
+            );
+        }
+        let recorded = volumes.list(ListQuery::default()).await.unwrap().items.len();
+        assert_eq!(place.names("volumes").len(), recorded, "point {point}");
+        if whole {
+            assert!(point > 5, "a life has more points than that");
+            return;
+        }
+    }
+    panic!("no life was long enough");
+}
