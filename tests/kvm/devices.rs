@@ -69,7 +69,10 @@ fn attacks_on_rings_and_registers_end_in_the_device() {
     let mut machine = probe("evil-config evil-blk blk");
     machine.disk(disk_file(), |_| ());
     let mut vmm = Vmm::boot(machine);
-    vmm.wait_for_notice("a fault", |notice| matches!(notice, Notice::DeviceFault { device, .. } if device == "disk0"));
+    vmm.wait_for_notice(
+        "a fault",
+        |notice| matches!(notice, Notice::DeviceFault { device, .. } if device == "disk0"),
+    );
     vmm.wait_for_end();
     let console = vmm.console();
     assert!(console.contains("probe: done failed=0"), "{}", vmm.told());

@@ -28,7 +28,12 @@ impl Launcher {
             executable: &program(),
             name: "toft-vmm".as_ref(),
             arguments: &["launcher".as_ref()],
-            descriptors: &[(null.as_fd(), 0), (null.as_fd(), 1), (null.as_fd(), 2), (theirs.as_fd(), fd::CONTROL)],
+            descriptors: &[
+                (null.as_fd(), 0),
+                (null.as_fd(), 1),
+                (null.as_fd(), 2),
+                (theirs.as_fd(), fd::CONTROL),
+            ],
             session: Session::Own,
         })
         .unwrap();
@@ -59,7 +64,9 @@ impl Launcher {
     fn spawn(&self, name: &str) -> (i32, PidFd, Channel) {
         self.ask(1, Command::Spawn { label: name.to_owned() }, &self.descriptors(name));
         let (message, mut descriptors) = self.hear();
-        let Message::Reply { id: 1, result: Ok(Reply::Spawned { pid }) } = message else { panic!("{message:?}") };
+        let Message::Reply { id: 1, result: Ok(Reply::Spawned { pid }) } = message else {
+            panic!("{message:?}")
+        };
         let pidfd = PidFd::from(descriptors.pop().expect("the pidfd comes along"));
         let socket = Socket::connect(&self.directory.path().join(format!("{name}.sock"))).unwrap();
         (pid, pidfd, Channel::new(socket))
@@ -97,7 +104,9 @@ fn a_vmm_has_its_descriptors_and_no_others() {
     let mut open: Vec<(i32, String)> = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
         .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().to_str().unwrap().parse().unwrap(), std::fs::read_link(entry.path()).unwrap()))
+        .map(|entry| {
+            (entry.file_name().to_str().unwrap().parse().unwrap(), std::fs::read_link(entry.path()).unwrap())
+        })
         .map(|(number, target)| (number, target.to_string_lossy().into_owned()))
         .collect();
     open.sort();
@@ -108,7 +117,10 @@ fn a_vmm_has_its_descriptors_and_no_others() {
             1 | 2 => assert!(target.ends_with("server.log"), "{target}"),
             4 => assert_eq!(target, "/dev/kvm"),
             5 => assert!(target.ends_with("server.will"), "{target}"),
-            _ => assert!(target.starts_with("socket:") || target.starts_with("anon_inode:"), "{number}: {target}"),
+            _ => assert!(
+                target.starts_with("socket:") || target.starts_with("anon_inode:"),
+                "{number}: {target}"
+            ),
         }
     }
     let title = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();

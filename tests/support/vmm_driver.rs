@@ -22,10 +22,10 @@ use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineS
 use wire::will::Will;
 
 /// How long anything may take. A machine that runs probe guests answers in milliseconds.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program under test.
-pub fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     match std::env::var_os("TOFT_BIN") {
         Some(directory) => Path::new(&directory).join("toft-vmm"),
         None => option_env!("CARGO_BIN_EXE_toft-vmm").expect("set TOFT_BIN").into(),
@@ -33,7 +33,7 @@ pub fn program() -> PathBuf {
 }
 
 /// A VMM process and the connection to it.
-pub struct Vmm {
+pub(crate) struct Vmm {
     pidfd: PidFd,
     channel: Channel,
     directory: tempfile::TempDir,
@@ -43,14 +43,14 @@ pub struct Vmm {
 }
 
 /// A machine to boot: the specification is changed freely before [`Vmm::boot`].
-pub struct Machine {
-    pub spec: MachineSpec,
-    pub files: Vec<File>,
+pub(crate) struct Machine {
+    pub(crate) spec: MachineSpec,
+    pub(crate) files: Vec<File>,
 }
 
 impl Machine {
     /// One vCPU, 64 MiB, no devices but those that are always there.
-    pub fn new(kernel: &Path, cmdline: &str) -> Machine {
+    pub(crate) fn new(kernel: &Path, cmdline: &str) -> Machine {
         Machine {
             spec: MachineSpec {
                 memory_bytes: 64 << 20,
@@ -69,19 +69,13 @@ impl Machine {
     }
 
     /// Adds a descriptor; answers its place in the packet.
-    pub fn add(&mut self, file: File) -> FdIndex {
+    pub(crate) fn add(&mut self, file: File) -> FdIndex {
         self.files.push(file);
         FdIndex(self.files.len() as u16 - 1)
     }
 
-    /// Adds an initial RAM disk.
-    pub fn initrd(&mut self, path: &Path) {
-        let at = self.add(File::open(path).unwrap());
-        self.spec.boot.initrd = Some(at);
-    }
-
     /// Adds a disk.
-    pub fn disk(&mut self, file: File, change: impl FnOnce(&mut Disk)) {
+    pub(crate) fn disk(&mut self, file: File, change: impl FnOnce(&mut Disk)) {
         let file = self.add(file);
         let mut disk = Disk {
             file,
@@ -95,7 +89,7 @@ impl Machine {
     }
 
     /// Adds an interface over a tap.
-    pub fn nic(&mut self, tap: File) {
+    pub(crate) fn nic(&mut self, tap: File) {
         let tap = self.add(tap);
         let last = self.spec.nics.len() as u8;
         self.spec.nics.push(Nic {
@@ -110,7 +104,7 @@ impl Machine {
 
 impl Vmm {
     /// Starts a VMM and connects to it.
-    pub fn start() -> Vmm {
+    pub(crate) fn start() -> Vmm {
         let directory = tempfile::Builder::new().prefix("toft-vmm").tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let listener: OwnedFd = Listener::bind(&path("control.sock")).unwrap().into();
@@ -138,14 +132,14 @@ impl Vmm {
     }
 
     /// Starts a VMM and boots a machine in it.
-    pub fn boot(machine: Machine) -> Vmm {
+    pub(crate) fn boot(machine: Machine) -> Vmm {
         let mut vmm = Vmm::start();
         vmm.try_boot(machine).unwrap();
         vmm
     }
 
     /// Boots a machine; gives the refusal back.
-    pub fn try_boot(&mut self, mut machine: Machine) -> Result<(), Fault> {
+    pub(crate) fn try_boot(&mut self, mut machine: Machine) -> Result<(), Fault> {
         let path = self.directory.path().join("console.ring");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
         Ring::create(file.try_clone().unwrap(), CONSOLE_RING_BYTES).unwrap();
@@ -157,18 +151,18 @@ impl Vmm {
     }
 
     /// Another connection to the same VMM.
-    pub fn connect(&self) -> Channel {
+    pub(crate) fn connect(&self) -> Channel {
         Channel::new(Socket::connect(&self.directory.path().join("control.sock")).unwrap())
     }
 
     /// Gives a command and waits for its answer.
-    pub fn command(&mut self, command: Command) -> Result<Reply, Fault> {
+    pub(crate) fn command(&mut self, command: Command) -> Result<Reply, Fault> {
         let id = self.send(command, &[]);
         self.reply(id)
     }
 
     /// The machine's counters.
-    pub fn stats(&mut self) -> MachineStats {
+    pub(crate) fn stats(&mut self) -> MachineStats {
         match self.command(Command::Stats) {
             Ok(Reply::Stats(stats)) => *stats,
             other => panic!("no stats: {other:?}"),
@@ -176,14 +170,14 @@ impl Vmm {
     }
 
     /// Everything the console holds.
-    pub fn console(&mut self) -> String {
+    pub(crate) fn console(&mut self) -> String {
         let ring = self.console.as_mut().expect("the machine was booted");
         let piece = ring.read(0, CONSOLE_RING_BYTES as usize).unwrap();
         String::from_utf8_lossy(&piece.data).into_owned()
     }
 
     /// Waits until the console holds `text`; answers all of it.
-    pub fn wait_for_console(&mut self, text: &str) -> String {
+    pub(crate) fn wait_for_console(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let seen = self.console.as_mut().unwrap().read(u64::MAX, 0).unwrap().start;
@@ -201,7 +195,7 @@ impl Vmm {
     }
 
     /// Types a line.
-    pub fn type_line(&mut self, line: &str) {
+    pub(crate) fn type_line(&mut self, line: &str) {
         let mut rest = format!("{line}\n").into_bytes();
         let deadline = Instant::now() + PATIENCE;
         while !rest.is_empty() {
@@ -214,12 +208,12 @@ impl Vmm {
     }
 
     /// Waits for a notice that fits.
-    pub fn wait_for_notice(&mut self, what: &str, fits: impl Fn(&Notice) -> bool) -> Notice {
+    pub(crate) fn wait_for_notice(&mut self, what: &str, fits: impl Fn(&Notice) -> bool) -> Notice {
         self.notice_before(Instant::now() + PATIENCE, what, fits)
     }
 
     /// Waits until the process has ended by itself; answers how, and its last will.
-    pub fn wait_for_end(&mut self) -> (Ended, Option<Will>) {
+    pub(crate) fn wait_for_end(&mut self) -> (Ended, Option<Will>) {
         assert!(
             readable(self.pidfd.as_fd(), Instant::now() + PATIENCE),
             "the VMM does not end\n{}",
@@ -230,17 +224,17 @@ impl Vmm {
     }
 
     /// The last will, when there is one.
-    pub fn will(&self) -> Option<Will> {
+    pub(crate) fn will(&self) -> Option<Will> {
         Will::read(&File::open(self.directory.path().join("will.json")).unwrap()).unwrap()
     }
 
     /// Sends a signal to the process.
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         self.pidfd.signal(signal).unwrap();
     }
 
     /// The VMM's log and console, for a failure's text.
-    pub fn told(&mut self) -> String {
+    pub(crate) fn told(&mut self) -> String {
         let log = std::fs::read_to_string(self.directory.path().join("vmm.log")).unwrap_or_default();
         let console = if self.console.is_some() { self.console() } else { String::new() };
         format!("log:\n{log}\nconsole:\n{console}")
@@ -304,7 +298,7 @@ impl Drop for Vmm {
 }
 
 /// Waits for a descriptor; answers whether it became readable in time.
-pub fn readable(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> bool {
+pub(crate) fn readable(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
