@@ -1,4 +1,6 @@
 //! The daemon: flags, log, host, API, until it is told to stop. Servers run on without it.
+#![forbid(unsafe_code)]
+
 use std::sync::Arc;
 
 use clap::Parser;

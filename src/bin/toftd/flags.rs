@@ -10,54 +10,54 @@ use http::{TcpListen, TlsFiles, UnixListen};
 /// Keeps this host's servers and serves the API.
 #[derive(Parser)]
 #[command(version)]
-pub struct Flags {
+pub(crate) struct Flags {
     /// Where everything is kept.
     #[arg(long, env = "TOFT_STATE_DIR", default_value = "/var/lib/toft", global = true)]
-    pub state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// What must not outlive a restart of the host; every user must be able to reach it.
     #[arg(long, default_value = "/run/toft")]
-    pub run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     /// Unix socket of the API; run/toftd.sock in the state directory when absent.
     #[arg(long)]
-    pub socket: Option<PathBuf>,
+    pub(crate) socket: Option<PathBuf>,
     /// Group id whose members may use the socket beside root and the daemon's own user.
     #[arg(long, value_name = "GID")]
-    pub socket_group: Option<u32>,
+    pub(crate) socket_group: Option<u32>,
     /// Address and port of the API for holders of tokens; beyond loopback only with TLS.
     #[arg(long, value_name = "ADDRESS:PORT")]
-    pub listen: Option<SocketAddr>,
+    pub(crate) listen: Option<SocketAddr>,
     /// Certificate chain for --listen, PEM.
     #[arg(long, value_name = "FILE", requires_all = ["tls_key", "listen"])]
-    pub tls_cert: Option<PathBuf>,
+    pub(crate) tls_cert: Option<PathBuf>,
     /// Private key for --listen, PEM.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
+    pub(crate) tls_key: Option<PathBuf>,
     /// The VMM's binary; toft-vmm beside this one when absent.
     #[arg(long, value_name = "FILE")]
-    pub vmm: Option<PathBuf>,
+    pub(crate) vmm: Option<PathBuf>,
     /// Device of KVM.
     #[arg(long, value_name = "FILE", default_value = "/dev/kvm")]
-    pub kvm: PathBuf,
+    pub(crate) kvm: PathBuf,
     /// Where images are imported from by name; import/ in the state directory when absent.
     #[arg(long, value_name = "DIR")]
-    pub import_dir: Option<PathBuf>,
+    pub(crate) import_dir: Option<PathBuf>,
     /// The catalogue's recipes and what was built of them.
     #[arg(long, value_name = "DIR")]
-    pub guest_images: Option<PathBuf>,
+    pub(crate) guest_images: Option<PathBuf>,
     /// Memory that servers may have in all, in bytes; the host's own less a reserve when absent.
     #[arg(long, value_name = "BYTES")]
-    pub memory_bytes: Option<u64>,
+    pub(crate) memory_bytes: Option<u64>,
     /// What is logged, such as `info` or `info,host=debug`.
     #[arg(long, env = "TOFT_LOG", default_value = "info", global = true)]
-    pub log: String,
+    pub(crate) log: String,
     /// Something else than serving.
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub(crate) command: Option<Command>,
 }
 
 /// Something else than serving. It works beside a daemon that runs.
 #[derive(Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Access tokens of the API.
     #[command(subcommand)]
     Token(Token),
@@ -65,7 +65,7 @@ pub enum Command {
 
 /// What can be done about tokens.
 #[derive(Subcommand)]
-pub enum Token {
+pub(crate) enum Token {
     /// Makes one and prints its secret, which is never shown again.
     Create {
         /// What it is for.
@@ -82,7 +82,7 @@ pub enum Token {
 
 impl Flags {
     /// What the host is configured with.
-    pub fn host(&self) -> Config {
+    pub(crate) fn host(&self) -> Config {
         let mut config = Config::new(&self.state_dir);
         config.import_dir.clone_from(&self.import_dir);
         config.guest_images_dir.clone_from(&self.guest_images);
@@ -91,7 +91,7 @@ impl Flags {
     }
 
     /// Where the API is served.
-    pub fn http(&self) -> http::Config {
+    pub(crate) fn http(&self) -> http::Config {
         let socket = self.socket.clone().unwrap_or_else(|| self.state_dir.join("run/toftd.sock"));
         let tls = self.tls_cert.clone().zip(self.tls_key.clone());
         http::Config {
@@ -104,7 +104,7 @@ impl Flags {
     }
 
     /// The VMM's binary.
-    pub fn vmm(&self) -> anyhow::Result<PathBuf> {
+    pub(crate) fn vmm(&self) -> anyhow::Result<PathBuf> {
         match &self.vmm {
             Some(vmm) => Ok(vmm.clone()),
             None => {
@@ -116,7 +116,7 @@ impl Flags {
 
 impl Token {
     /// Does it.
-    pub async fn run(self, flags: &Flags) -> anyhow::Result<()> {
+    pub(crate) async fn run(self, flags: &Flags) -> anyhow::Result<()> {
         let tokens = host::tokens::Tokens::open(&flags.state_dir).await?;
         match self {
             Token::Create { name } => println!("{}", tokens.create(&name, None).await?.1),
