@@ -166,7 +166,7 @@ struct Blocking {
 impl Read for Blocking {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = tokio::time::timeout(UPLOAD_SILENCE_MAX, self.stream.read(buffer));
-        match self.runtime.block_on(async { read.await }) {
+        match self.runtime.block_on(read) {
             // Whatever the transport calls it, to the reader of a bundle the sender is gone.
             Ok(read) => read.map_err(|cause| io::Error::new(io::ErrorKind::ConnectionAborted, cause)),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),

@@ -93,6 +93,13 @@ impl Dnsmasq {
         };
         let program = program::need("dnsmasq", "dnsmasq-base")?;
         make_reachable(&self.directory).map_err(failed)?;
+        if let Some(barrier) = barrier(&self.directory) {
+            return Err(PlumbingError::Unprepared(format!(
+                "dnsmasq, which runs without privileges, cannot reach its files through {}; use a directory such as \
+                 /run/toft, or `chmod a+x` that one",
+                barrier.display()
+            )));
+        }
         let given = self.given();
         let changed_hands =
             ports.iter().any(|port| given.get(&port.ipv4).is_some_and(|mac| *mac != port.mac.to_string()));
@@ -188,9 +195,24 @@ impl Dnsmasq {
     }
 }
 
-fn make_reachable(directory: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(directory)?;
+/// Makes the directory and those above it that are missing, open to every user: dnsmasq gives up its privileges
+/// and reads its files again later.
+pub(super) fn make_reachable(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = directory.parent() {
+        make_reachable(parent)?;
+    }
+    std::fs::create_dir(directory)?;
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
+}
+
+/// The directory at or above this one that keeps other users out, if there is one.
+fn barrier(directory: &Path) -> Option<&Path> {
+    directory.ancestors().find(|above| {
+        std::fs::metadata(above).is_ok_and(|metadata| metadata.permissions().mode() & 0o001 == 0)
+    })
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ impl HostPlumbing {
         }
         let nat = wanted.segments.iter().any(|segment| segment.kind == NetworkKind::Nat);
         let uplinks = if nat { links.uplinks().await? } else { Vec::new() };
-        std::fs::create_dir_all(&self.run_dir).map_err(|cause| file_trouble(&self.run_dir, cause))?;
+        super::dnsmasq::make_reachable(&self.run_dir).map_err(|cause| file_trouble(&self.run_dir, cause))?;
         let planned = self.forwarding.plan(&uplinks).map_err(forwarding_trouble)?;
         nft::apply(&rules::ruleset(wanted, &planned)).await?;
         self.forwarding.switch_on(&planned).map_err(forwarding_trouble)?;

@@ -54,7 +54,7 @@ impl Place {
         let dirs = Dirs::prepare(&config.state_dir).unwrap();
         let store = Store::open(&dirs.database(), config.checkpoint.clone()).await.unwrap();
         // A life that ends at its first point ends here; the identity is in the records all the same.
-        let _ = store.write(|tx| crate::events::identify(tx)).await;
+        let _ = store.write(crate::events::identify).await;
         Arc::new(Core { config, dirs, store, started_at: model::Time::now() })
     }
 

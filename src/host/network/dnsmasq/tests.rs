@@ -31,3 +31,14 @@ fn another_process_with_the_recorded_number_is_not_taken_for_dnsmasq() {
     dnsmasq.write("pid", "-1").unwrap();
     assert!(!dnsmasq.is_running());
 }
+
+#[test]
+fn a_directory_that_keeps_dnsmasq_out_is_named() {
+    let closed = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(closed.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let inner = closed.path().join("networks/x");
+    make_reachable(&inner).unwrap();
+    assert_eq!(barrier(&inner), Some(closed.path()));
+    std::fs::set_permissions(closed.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+    assert_eq!(barrier(&inner), None);
+}

@@ -114,21 +114,33 @@ pub(super) fn dhcp(kind: u8, mac: Mac, asked: Option<Ipv4Addr>) -> Vec<u8> {
     message
 }
 
-/// Kind, address and options of a DHCP server's message.
-pub(super) fn read_dhcp(message: &[u8]) -> Option<(u8, Ipv4Addr, Vec<(u8, Vec<u8>)>)> {
-    let address = <[u8; 4]>::try_from(message.get(16..20)?).ok()?.into();
-    let mut options = Vec::new();
-    let mut rest = message.get(240..)?;
-    while let [code, length, more @ ..] = rest {
-        if *code == 255 {
-            break;
+/// What a DHCP server says: 2 offers, 5 acknowledges, 6 refuses.
+pub(super) struct DhcpAnswer {
+    pub(super) kind: u8,
+    pub(super) address: Ipv4Addr,
+    options: Vec<(u8, Vec<u8>)>,
+}
+
+impl DhcpAnswer {
+    pub(super) fn read(message: &[u8]) -> Option<DhcpAnswer> {
+        let address = <[u8; 4]>::try_from(message.get(16..20)?).ok()?.into();
+        let mut options = Vec::new();
+        let mut rest = message.get(240..)?;
+        while let [code, length, more @ ..] = rest {
+            if *code == 255 {
+                break;
+            }
+            let (value, after) = more.split_at_checked(usize::from(*length))?;
+            options.push((*code, value.to_vec()));
+            rest = after;
         }
-        let (value, after) = more.split_at_checked(usize::from(*length))?;
-        options.push((*code, value.to_vec()));
-        rest = after;
+        let kind = options.iter().find(|(code, _)| *code == 53)?.1.first().copied()?;
+        Some(DhcpAnswer { kind, address, options })
     }
-    let kind = options.iter().find(|(code, _)| *code == 53)?.1.first().copied()?;
-    Some((kind, address, options))
+
+    pub(super) fn option(&self, code: u8) -> Option<&[u8]> {
+        self.options.iter().find(|(other, _)| *other == code).map(|(_, value)| value.as_slice())
+    }
 }
 
 /// A DNS question for the address of a name (RFC 1035).

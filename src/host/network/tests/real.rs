@@ -6,8 +6,8 @@ use model::network::NetworkKind;
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 use sys::tap::Tap;
 
-use super::frames::{Arp, BROADCAST, Udp, dhcp, dns_question, ethernet, read_dhcp};
-use super::ground::{Ground, Guest, run};
+use super::frames::{Arp, BROADCAST, DhcpAnswer, Udp, dhcp, dns_question, ethernet};
+use super::ground::{Guest, run};
 use super::port;
 use crate::network::mac::Mac;
 use crate::network::plumbing::{Plumbing, PlumbingError};
@@ -131,24 +131,22 @@ fn flushed_rules_come_back_before_a_tap_does() {
     });
 }
 
-fn lease(guest: &Guest) -> (Ipv4Addr, Vec<(u8, Vec<u8>)>) {
+/// Gets a lease as a DHCP client does, and answers the acknowledgement.
+fn lease(guest: &Guest) -> DhcpAnswer {
     let ask = |kind, asked| {
         let message = dhcp(kind, guest.mac, asked);
         let udp = Udp { from: (Ipv4Addr::UNSPECIFIED, 68), to: (Ipv4Addr::BROADCAST, 67), data: message };
         guest.ask("an answer of the DHCP server", &udp.frame(BROADCAST, guest.mac), |frame| {
             let udp = Udp::read(frame).filter(|udp| udp.from.1 == 67)?;
-            read_dhcp(&udp.data).filter(|(answer, ..)| *answer != if kind == 1 { 5 } else { 2 })
+            // A late answer to the question before is none to this one.
+            DhcpAnswer::read(&udp.data).filter(|answer| answer.kind != if kind == 1 { 5 } else { 2 })
         })
     };
-    let (kind, offered, _) = ask(1, None);
-    assert_eq!(kind, 2, "no offer");
-    let (kind, given, options) = ask(3, Some(offered));
-    assert_eq!((kind, given), (5, offered), "not acknowledged");
-    (given, options)
-}
-
-fn option(options: &[(u8, Vec<u8>)], code: u8) -> Option<Vec<u8>> {
-    options.iter().find(|(other, _)| *other == code).map(|(_, value)| value.clone())
+    let offer = ask(1, None);
+    assert_eq!(offer.kind, 2, "no offer");
+    let given = ask(3, Some(offer.address));
+    assert_eq!((given.kind, given.address), (5, offer.address), "not acknowledged");
+    given
 }
 
 fn address_of(guest: &Guest, gateway: Ipv4Addr, name: &str) -> Option<Ipv4Addr> {
@@ -166,10 +164,10 @@ fn dhcp_gives_each_server_its_own_address_and_dns_knows_its_name() {
         let (segment, ports) = ground.network(0, NetworkKind::Nat, &["web1", "web2"]).await;
         let gateway = segment.cidr.gateway();
         let web2 = ground.plug(&segment, &ports[1]).await;
-        let (given, options) = lease(&web2);
-        assert_eq!(given, ports[1].ipv4);
-        assert_eq!(option(&options, 3), Some(gateway.octets().to_vec()), "router");
-        assert_eq!(option(&options, 6), Some(gateway.octets().to_vec()), "DNS");
+        let given = lease(&web2);
+        assert_eq!(given.address, ports[1].ipv4);
+        assert_eq!(given.option(3), Some(&gateway.octets()[..]), "router");
+        assert_eq!(given.option(6), Some(&gateway.octets()[..]), "DNS");
         assert_eq!(address_of(&web2, gateway, "web1.toft.internal"), Some(ports[0].ipv4));
         assert_eq!(address_of(&web2, gateway, "web2"), Some(ports[1].ipv4));
         assert_eq!(address_of(&web2, gateway, "web3.toft.internal"), None);
@@ -179,7 +177,7 @@ fn dhcp_gives_each_server_its_own_address_and_dns_knows_its_name() {
         ground.plumbing.unplug(vec![ports[1].clone()]).await.unwrap();
         ground.plumbing.serve(segment.clone(), vec![ports[0].clone(), web3.clone()]).await.unwrap();
         let guest = ground.plug(&segment, &web3).await;
-        assert_eq!(lease(&guest).0, web3.ipv4);
+        assert_eq!(lease(&guest).address, web3.ipv4);
         assert_eq!(address_of(&guest, gateway, "web3.toft.internal"), Some(web3.ipv4));
         assert_eq!(address_of(&guest, gateway, "web2.toft.internal"), None);
     });
@@ -198,9 +196,9 @@ fn a_new_daemon_finds_dnsmasq_again_and_a_dead_one_is_started() {
         successor.serve(segment.clone(), ports.clone()).await.unwrap();
         assert_ne!(pid(), first);
         let guest = ground.plug(&segment, &ports[0]).await;
-        let (given, options) = lease(&guest);
-        assert_eq!(given, ports[0].ipv4);
-        assert_eq!(option(&options, 3), None, "an isolated network has no router");
+        let given = lease(&guest);
+        assert_eq!(given.address, ports[0].ipv4);
+        assert_eq!(given.option(3), None, "an isolated network has no router");
     });
 }
 
