@@ -122,6 +122,8 @@ impl Shell {
             None => Ok(Reply::Done),
             Some(Ok(resets)) => {
                 self.tell_all(&Notice::Booted { resets });
+                // The old machine's news went with it, but its console is the new one's.
+                self.tell_console();
                 Ok(Reply::Done)
             }
             Some(Err(error)) => {
