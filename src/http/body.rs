@@ -7,9 +7,9 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use model::Code;
 use model::limits::BODY_BYTES_MAX;
 use serde::de::DeserializeOwned;
-use serde_json::error::Category;
 
 use crate::error::Failure;
+use crate::json::{Json, escape};
 use crate::limits::BODY_READ_MAX;
 
 /// Reads a whole body, at most [`BODY_BYTES_MAX`] bytes.
@@ -38,37 +38,44 @@ fn too_large() -> Failure {
 
 /// Parses JSON as `T`.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
-    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|cause| {
-        let pointer = pointer(cause.path());
-        let cause = cause.into_inner();
-        match cause.classify() {
-            Category::Data => {
-                let detail = without_position(&cause.to_string());
-                let (kind, member) = mistake(&detail);
-                let pointer = match member.filter(|_| kind != "unknown_field") {
-                    Some(member) => format!("{pointer}/{member}"),
-                    None => pointer,
-                };
-                Failure::new(Code::Invalid, format!("{}: {detail}", shown(&pointer))).field(
-                    &pointer,
-                    kind,
-                    detail.as_str(),
-                )
-            }
-            Category::Eof if bytes.is_empty() => {
-                Failure::new(Code::InvalidRequest, "the body is empty; send a JSON object")
-            }
-            _ => {
-                let detail = format!("the body is not valid JSON: {cause}");
-                Failure::new(Code::InvalidRequest, detail.clone()).field(&pointer, "not_json", detail)
-            }
-        }
+    typed(read_json(bytes)?)
+}
+
+/// Reads JSON in which no name comes twice.
+pub(crate) fn read_json(bytes: &[u8]) -> Result<Json, Failure> {
+    if bytes.is_empty() {
+        return Err(Failure::new(Code::InvalidRequest, "the body is empty; send a JSON object"));
+    }
+    let json: Json = serde_json::from_slice(bytes).map_err(|cause| {
+        let detail = format!("the body is not valid JSON: {cause}");
+        Failure::new(Code::InvalidRequest, detail.clone()).field("", "not_json", detail)
     })?;
-    deserializer
-        .end()
-        .map_err(|cause| Failure::new(Code::InvalidRequest, format!("after the JSON value: {cause}")))?;
-    Ok(value)
+    match json.repeated() {
+        Some(pointer) => {
+            let detail = "the name comes twice in its object; send it once";
+            Err(Failure::new(Code::Invalid, format!("{pointer}: {detail}"))
+                .field(&pointer, "repeated", detail))
+        }
+        None => Ok(json),
+    }
+}
+
+/// Takes JSON for a `T`, or says where it is none.
+pub(crate) fn typed<T: DeserializeOwned>(json: Json) -> Result<T, Failure> {
+    serde_path_to_error::deserialize(json).map_err(|cause| {
+        let pointer = pointer(cause.path());
+        let detail = cause.inner().to_string();
+        let (kind, member) = mistake(&detail);
+        let pointer = match member.filter(|_| kind != "unknown_field") {
+            Some(member) => format!("{pointer}/{}", escape(member)),
+            None => pointer,
+        };
+        Failure::new(Code::Invalid, format!("{}: {detail}", shown(&pointer))).field(
+            &pointer,
+            kind,
+            detail.as_str(),
+        )
+    })
 }
 
 /// Refuses a body of another content type. Parameters such as `charset` do not matter: JSON is UTF-8.
@@ -95,7 +102,7 @@ fn pointer(path: &serde_path_to_error::Path) -> String {
     for segment in path.iter() {
         let name = match segment {
             Segment::Seq { index } => index.to_string(),
-            Segment::Map { key } => key.replace('~', "~0").replace('/', "~1"),
+            Segment::Map { key } => escape(key),
             Segment::Enum { variant } => variant.clone(),
             Segment::Unknown => continue,
         };
@@ -122,12 +129,4 @@ pub(crate) fn mistake(detail: &str) -> (&'static str, Option<&str>) {
 
 fn shown(pointer: &str) -> &str {
     if pointer.is_empty() { "body" } else { pointer }
-}
-
-/// serde_json's words without the line and column, which mean nothing to a program that wrote one line.
-fn without_position(text: &str) -> String {
-    match text.rfind(" at line ") {
-        Some(end) => text[..end].to_owned(),
-        None => text.to_owned(),
-    }
 }

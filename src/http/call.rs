@@ -10,12 +10,12 @@ use host::{Actor, Call, Idempotency};
 use model::Code;
 use model::limits::{IDEMPOTENCY_KEY_CHARS_MAX, WAIT_S_MAX};
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::body;
 use crate::edge::RequestId;
 use crate::error::Failure;
+use crate::json;
 
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const PREFER: HeaderName = HeaderName::from_static("prefer");
@@ -77,32 +77,26 @@ impl<T: DeserializeOwned + Default> RequestBody for Optional<T> {
 impl<T: DeserializeOwned + Removable> RequestBody for Patch<T> {
     fn read(headers: &HeaderMap, bytes: &Bytes) -> Result<Patch<T>, Failure> {
         body::expect_type(headers, &["application/merge-patch+json", "application/json"])?;
-        // As the type first, so that repeated names, which a map would swallow, are refused in its words.
-        body::parse::<T>(bytes)?;
-        let mut members: Map<String, Value> = body::parse(bytes)?;
-        let mut removed = false;
-        for (name, value) in &mut members {
-            if !value.is_null() {
-                continue;
+        let mut json = body::read_json(bytes)?;
+        if let json::Json::Object(members) = &mut json {
+            for (name, value) in members.iter_mut().filter(|(_, value)| *value == json::Json::Null) {
+                *value = default_of::<T>(name)?;
             }
-            let default = T::DEFAULTS.iter().find(|(removable, _)| removable == name);
-            let Some((_, default)) = default else {
-                let detail = "it cannot be removed; send a value or leave it out";
-                return Err(Failure::new(Code::Invalid, format!("/{name}: {detail}")).field(
-                    &format!("/{name}"),
-                    "not_removable",
-                    detail,
-                ));
-            };
-            *value = serde_json::from_str(default).unwrap_or_default();
-            removed = true;
         }
-        if !removed {
-            return body::parse(bytes).map(Patch);
-        }
-        let written = serde_json::to_vec(&members).unwrap_or_default();
-        body::parse(&written).map(Patch)
+        body::typed(json).map(Patch)
     }
+}
+
+/// What null takes this member of a merge patch back to.
+fn default_of<T: Removable>(name: &str) -> Result<json::Json, Failure> {
+    let default = T::DEFAULTS.iter().find(|(removable, _)| *removable == name);
+    let pointer = format!("/{}", json::escape(name));
+    let detail = "it cannot be removed; send a value or leave it out";
+    let refused = || {
+        Failure::new(Code::Invalid, format!("{pointer}: {detail}")).field(&pointer, "not_removable", detail)
+    };
+    let (_, default) = default.ok_or_else(refused)?;
+    serde_json::from_str(default).map_err(|_| refused())
 }
 
 impl<S: Sync, B: RequestBody> FromRequest<S> for Mutation<B> {

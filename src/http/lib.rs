@@ -8,6 +8,7 @@ mod error;
 pub mod limits;
 
 mod body;
+mod json;
 mod page;
 mod path;
 mod query;

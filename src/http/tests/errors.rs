@@ -50,8 +50,11 @@ async fn a_mistake_in_a_body_is_pointed_at() {
         ("", Code::InvalidRequest, None),
         ("{", Code::InvalidRequest, Some("")),
         ("\u{0}", Code::InvalidRequest, Some("")),
-        (r#"{"name": "a", "image": "b"} x"#, Code::InvalidRequest, None),
+        (r#"{"name": "a", "image": "b"} x"#, Code::InvalidRequest, Some("")),
         ("[]", Code::Invalid, Some("")),
+        (r#"["a", "b"]"#, Code::Invalid, Some("")),
+        (r#"{"name": "a", "image": "b", "disk_limits": []}"#, Code::Invalid, Some("/disk_limits")),
+        (r#"{"name": "a", "image": "b", "labels": {"a": "", "a": ""}}"#, Code::Invalid, Some("/labels/a")),
         ("null", Code::Invalid, Some("")),
         ("{}", Code::Invalid, Some("/name")),
         (
