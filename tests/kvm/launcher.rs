@@ -61,13 +61,13 @@ impl Launcher {
         [listener.into(), kvm(), file("will"), file("log")]
     }
 
-    fn spawn(&self, name: &str) -> (i32, PidFd, Channel) {
+    fn spawn(&self, name: &str) -> (i32, Orphan, Channel) {
         self.ask(1, Command::Spawn { label: name.to_owned() }, &self.descriptors(name));
         let (message, mut descriptors) = self.hear();
         let Message::Reply { id: 1, result: Ok(Reply::Spawned { pid }) } = message else {
             panic!("{message:?}")
         };
-        let pidfd = PidFd::from(descriptors.pop().expect("the pidfd comes along"));
+        let pidfd = Orphan(PidFd::from(descriptors.pop().expect("the pidfd comes along")));
         let socket = Socket::connect(&self.directory.path().join(format!("{name}.sock"))).unwrap();
         (pid, pidfd, Channel::new(socket))
     }
@@ -80,6 +80,15 @@ impl Drop for Launcher {
             let _ = self.pidfd.signal(Signal::SIGKILL);
         }
         let _ = self.pidfd.reap();
+    }
+}
+
+/// A VMM, which would outlive its launcher and the test.
+struct Orphan(PidFd);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::SIGKILL);
     }
 }
 
@@ -138,7 +147,7 @@ fn the_end_of_a_vmm_is_told_once_with_its_status() {
     assert_eq!(message, Message::Exited { pid: first, status: ExitStatus::Code(0) });
     let will = Will::read(&File::open(launcher.directory.path().join("first.will")).unwrap()).unwrap();
     assert_eq!(will.unwrap().reason, Reason::Asked);
-    pidfd.signal(Signal::SIGKILL).unwrap();
+    pidfd.0.signal(Signal::SIGKILL).unwrap();
     let (message, _) = launcher.hear();
     assert_eq!(message, Message::Exited { pid: second, status: ExitStatus::Signal(9) });
 }
@@ -150,9 +159,9 @@ fn vmms_live_on_when_launcher_and_daemon_go() {
     launcher.channel = None;
     assert!(readable(launcher.pidfd.as_fd(), Instant::now() + PATIENCE), "the launcher does not end");
     assert_eq!(launcher.pidfd.reap().unwrap(), Some(Ended::Code(0)));
-    assert!(!pidfd.has_ended().unwrap());
+    assert!(!pidfd.0.has_ended().unwrap());
     command(&channel, control::Command::Quit);
-    assert!(readable(pidfd.as_fd(), Instant::now() + PATIENCE), "the VMM does not end");
+    assert!(readable(pidfd.0.as_fd(), Instant::now() + PATIENCE), "the VMM does not end");
 }
 
 #[test]
