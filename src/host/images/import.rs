@@ -9,12 +9,11 @@ use model::image::{Image, ImageState};
 use model::operation::Progress;
 use model::{Code, ImageId, OperationId};
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 
 use super::bundle::{self, Conditions};
 use super::incoming::{Arrived, Incoming, Refusal};
-use super::limits::{PROGRESS_EVERY, UPLOAD_SILENCE_MAX};
+use super::limits::{PROGRESS_EVERY, UPLOAD_PIECE_BYTES, UPLOAD_PIECES_MAX, UPLOAD_SILENCE_MAX};
 use super::recipe::{self, BuildError, Stage};
 use super::{directory, records};
 use crate::core::Shared;
@@ -85,8 +84,14 @@ impl Import {
         let arrived = match from {
             From::Stream(stream, length) => {
                 watch.total.store(length.unwrap_or(0), Ordering::Relaxed);
-                let stream = Blocking { stream, runtime: Handle::current() };
-                blocking(move || bundle::receive(stream, incoming, &conditions, &watch)).await
+                let (sender, pieces) = mpsc::channel(UPLOAD_PIECES_MAX);
+                let pieces = Pieces { pieces, piece: Vec::new(), at: 0, ended: false };
+                let work = blocking(move || bundle::receive(pieces, incoming, &conditions, &watch));
+                tokio::pin!(work);
+                tokio::select! {
+                    arrived = &mut work => arrived,
+                    () = pump(stream, sender) => work.await,
+                }
             }
             From::Entry(import, name) => {
                 blocking(move || directory::receive(&import, &name, incoming, &conditions, &watch)).await
@@ -157,20 +162,47 @@ impl Import {
     }
 }
 
-/// Reads a stream from a thread that may wait.
-struct Blocking {
-    stream: Box<dyn AsyncRead + Send + Unpin>,
-    runtime: Handle,
-}
-
-impl Read for Blocking {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = tokio::time::timeout(UPLOAD_SILENCE_MAX, self.stream.read(buffer));
-        match self.runtime.block_on(read) {
+/// Hands a caller's stream on, piece by piece, until it ends or nobody takes it. The end is an empty piece, so that
+/// it is told from a daemon that goes down.
+async fn pump(mut stream: Box<dyn AsyncRead + Send + Unpin>, pieces: mpsc::Sender<io::Result<Vec<u8>>>) {
+    loop {
+        let mut piece = vec![0; UPLOAD_PIECE_BYTES];
+        let read = match tokio::time::timeout(UPLOAD_SILENCE_MAX, stream.read(&mut piece)).await {
             // Whatever the transport calls it, to the reader of a bundle the sender is gone.
             Ok(read) => read.map_err(|cause| io::Error::new(io::ErrorKind::ConnectionAborted, cause)),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        let last = !matches!(read, Ok(1..));
+        let piece = read.map(|length| {
+            piece.truncate(length);
+            piece
+        });
+        if pieces.send(piece).await.is_err() || last {
+            return;
         }
+    }
+}
+
+/// Reads what is pumped, from a thread that may wait.
+struct Pieces {
+    pieces: mpsc::Receiver<io::Result<Vec<u8>>>,
+    piece: Vec<u8>,
+    at: usize,
+    ended: bool,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.at == self.piece.len() && !self.ended {
+            self.at = 0;
+            self.piece =
+                self.pieces.blocking_recv().unwrap_or(Err(io::ErrorKind::ConnectionAborted.into()))?;
+            self.ended = self.piece.is_empty();
+        }
+        let mut left = self.piece.get(self.at..).unwrap_or_default();
+        let read = Read::read(&mut left, buffer)?;
+        self.at += read;
+        Ok(read)
     }
 }
 
