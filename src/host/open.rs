@@ -51,7 +51,7 @@ impl Host {
         let dirs = Dirs::prepare(&config.state_dir)?;
         let lock = lock(&dirs)?;
         let store = Store::open(&dirs.database(), config.checkpoint.clone()).await?;
-        store.write(|tx| events::identify(tx)).await?;
+        store.write(events::identify).await?;
         let capacity = Capacity::of_host(config.memory_bytes)?;
         let core = Arc::new(Core { config, dirs, store, started_at: model::Time::now() });
         let images = Images::new(core.clone());

@@ -3,8 +3,7 @@
 use model::Code;
 use model::operation::OperationState;
 use model::server::{
-    CreateConsoleToken, DeleteServer, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer,
-    Wanted,
+    DeleteServer, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer, Wanted,
 };
 use wire::control::{MachineState, Notice};
 use wire::will::Reason;
@@ -13,6 +12,7 @@ use crate::fake_vmm::Guest;
 use crate::stage::{self, Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Error};
 
+mod console;
 mod sweep;
 
 const START: ServerAction = ServerAction::Start;
@@ -470,77 +470,6 @@ async fn a_patch_is_checked_applied_and_counted() {
 }
 
 #[tokio::test]
-async fn two_readers_of_a_console_see_the_same_bytes_and_one_types() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let id = created(&host, server("web1")).await.id;
-    let mut one = open_console(&host, id, false).await;
-    let mut two = open_console(&host, id, true).await;
-    one.keyboard().write(b"a line that is longer than the guest's FIFO\r").await.unwrap();
-    let refused = two.keyboard().write(b"x").await.unwrap_err();
-    assert_eq!(refused.code, Code::Forbidden);
-    let wanted = b"fake guest: booted\r\na line that is longer than the guest's FIFO\r";
-    for reader in [&mut one, &mut two] {
-        let mut seen = Vec::new();
-        while seen.len() < wanted.len() {
-            let piece = tokio::time::timeout(stage::SOON, reader.next()).await.unwrap().unwrap().unwrap();
-            assert_eq!(piece.start, seen.len() as u64);
-            seen.extend(piece.data);
-        }
-        assert_eq!(seen, wanted);
-    }
-    // More output wakes a reader that waits.
-    let waiting = tokio::spawn(async move { one.next().await });
-    stage.launch.only().print("login: ");
-    let piece = tokio::time::timeout(stage::SOON, waiting).await.unwrap().unwrap().unwrap().unwrap();
-    assert_eq!(piece.data, b"login: ");
-    let log = host.servers().console_log(id, None, 7).await.unwrap();
-    assert_eq!(log.data, b"login: ");
-    host.close().await;
-}
-
-#[tokio::test]
-async fn a_console_ticket_opens_once_and_readers_are_bounded() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let id = created(&host, server("web1")).await.id;
-    let secret = ticket(&host, id, false).await;
-    let first = host.servers().console_open(id, &secret).await.unwrap();
-    let again = host.servers().console_open(id, &secret).await.err().unwrap();
-    assert_eq!(again.code, Code::Unauthenticated);
-    let mut readers = vec![first];
-    while readers.len() < super::limits::CONSOLE_READERS_MAX {
-        readers.push(open_console(&host, id, true).await);
-    }
-    let secret = ticket(&host, id, true).await;
-    let refused = host.servers().console_open(id, &secret).await.err().unwrap();
-    assert_eq!(refused.code, Code::TooMany);
-    readers.pop();
-    host.servers().console_open(id, &secret).await.unwrap();
-    host.close().await;
-}
-
-#[tokio::test]
-async fn a_console_is_followed_across_a_restart_of_the_machine() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let id = created(&host, server("web1")).await.id;
-    let mut reader = open_console(&host, id, true).await;
-    reader.next().await.unwrap().unwrap();
-    let stopped = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
-    succeeded(&host, stopped.body.operation.id).await;
-    let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
-    succeeded(&host, started.body.operation.id).await;
-    let piece = tokio::time::timeout(stage::SOON, reader.next()).await.unwrap().unwrap().unwrap();
-    assert_eq!(piece.data, b"fake guest: booted\r\n");
-    let deleted = host.servers().delete(&Call::by_host(), id, DeleteServer::default()).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
-    let end = tokio::time::timeout(stage::SOON, reader.next()).await.unwrap();
-    assert_eq!(end.ok().flatten(), None);
-    host.close().await;
-}
-
-#[tokio::test]
 async fn metrics_come_from_the_machine_and_need_one() {
     let stage = Stage::new();
     let host = stage.open_with_image().await;
@@ -582,17 +511,6 @@ async fn two_daemons_do_not_share_a_state_directory() {
     host.close().await;
     drop(host);
     stage.open().await.close().await;
-}
-
-async fn ticket(host: &crate::Host, id: model::ServerId, read_only: bool) -> String {
-    let spec = CreateConsoleToken { read_only, from: None };
-    let token = host.servers().console_token(&Call::by_host(), id, spec).await.unwrap().body;
-    token.url.split_once("token=").unwrap().1.to_owned()
-}
-
-async fn open_console(host: &crate::Host, id: model::ServerId, read_only: bool) -> super::ConsoleStream {
-    let secret = ticket(host, id, read_only).await;
-    host.servers().console_open(id, &secret).await.unwrap()
 }
 
 /// No server, VMM, tap, address, volume or directory.

@@ -1,0 +1,144 @@
+//! Consoles on fakes: readers, keyboards, tickets.
+use model::server::{CreateConsoleToken, DeleteServer};
+use model::{Code, ServerId};
+
+use super::super::{ConsoleStream, limits};
+use super::{START, stop};
+use crate::fake_vmm::Guest;
+use crate::stage::{SOON, Stage, created, server, succeeded};
+use crate::{Call, Host};
+
+#[tokio::test]
+async fn two_readers_of_a_console_see_the_same_bytes_and_one_types() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let mut one = open_console(&host, id, false).await;
+    let mut two = open_console(&host, id, true).await;
+    one.keyboard().write(b"a line that is longer than the guest's FIFO\r").await.unwrap();
+    let refused = two.keyboard().write(b"x").await.unwrap_err();
+    assert_eq!(refused.code, Code::Forbidden);
+    let wanted = b"fake guest: booted\r\na line that is longer than the guest's FIFO\r";
+    for reader in [&mut one, &mut two] {
+        let mut seen = Vec::new();
+        while seen.len() < wanted.len() {
+            let piece = tokio::time::timeout(SOON, reader.next()).await.unwrap().unwrap().unwrap();
+            assert_eq!(piece.start, seen.len() as u64);
+            seen.extend(piece.data);
+        }
+        assert_eq!(seen, wanted);
+    }
+    // More output wakes a reader that waits.
+    let waiting = tokio::spawn(async move { one.next().await });
+    stage.launch.only().print("login: ");
+    let piece = tokio::time::timeout(SOON, waiting).await.unwrap().unwrap().unwrap().unwrap();
+    assert_eq!(piece.data, b"login: ");
+    let log = host.servers().console_log(id, None, 7).await.unwrap();
+    assert_eq!(log.data, b"login: ");
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_console_ticket_opens_once_and_readers_are_bounded() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let secret = ticket(&host, id, false).await;
+    let first = host.servers().console_open(id, &secret).await.unwrap();
+    let again = host.servers().console_open(id, &secret).await.err().unwrap();
+    assert_eq!(again.code, Code::Unauthenticated);
+    let mut readers = vec![first];
+    while readers.len() < limits::CONSOLE_READERS_MAX {
+        readers.push(open_console(&host, id, true).await);
+    }
+    let secret = ticket(&host, id, true).await;
+    let refused = host.servers().console_open(id, &secret).await.err().unwrap();
+    assert_eq!(refused.code, Code::TooMany);
+    readers.pop();
+    host.servers().console_open(id, &secret).await.unwrap();
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_console_is_followed_across_a_restart_of_the_machine() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let mut reader = open_console(&host, id, true).await;
+    reader.next().await.unwrap().unwrap();
+    let stopped = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
+    succeeded(&host, stopped.body.operation.id).await;
+    let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
+    succeeded(&host, started.body.operation.id).await;
+    let piece = tokio::time::timeout(SOON, reader.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(piece.data, b"fake guest: booted\r\n");
+    let deleted = host.servers().delete(&Call::by_host(), id, DeleteServer::default()).await.unwrap();
+    succeeded(&host, deleted.body.operation.id).await;
+    let end = tokio::time::timeout(SOON, reader.next()).await.unwrap();
+    assert_eq!(end.ok().flatten(), None);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_reader_that_stalls_finds_the_newest_output_and_sees_the_gap() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let mut reader = open_console(&host, id, true).await;
+    let line = "x".repeat(64 * 1024);
+    let total = 20 + 20 * line.len() as u64 + 4;
+    for _ in 0..20 {
+        stage.launch.only().print(&line);
+    }
+    stage.launch.only().print("end.");
+    // Waits by position until the guest has written everything.
+    let mut watcher = open_console(&host, id, true).await;
+    let mut position = 0;
+    while position < total {
+        let piece = tokio::time::timeout(SOON, watcher.next()).await.unwrap().unwrap().unwrap();
+        position = piece.start + piece.data.len() as u64;
+    }
+    let first = tokio::time::timeout(SOON, reader.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(first.start, total - wire::limits::CONSOLE_RING_BYTES, "the oldest byte that is held");
+    assert!(first.data.len() <= limits::CONSOLE_PIECE_BYTES);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_console_of_a_server_without_a_machine_is_read_and_not_typed_on() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let mut spec = server("web1");
+    spec.start = false;
+    let id = created(&host, spec).await.id;
+    let reader = open_console(&host, id, false).await;
+    let refused = reader.keyboard().write(b"x").await.unwrap_err();
+    assert_eq!(refused.code, Code::WrongState);
+    assert_eq!(host.servers().console_log(id, None, 100).await.unwrap().data, b"");
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_ticket_of_another_server_opens_nothing_and_stays_good() {
+    let stage = Stage::new();
+    stage.launch.set_guest(Guest::Deaf);
+    let host = stage.open_with_image().await;
+    let one = created(&host, server("one")).await.id;
+    let two = created(&host, server("two")).await.id;
+    let secret = ticket(&host, one, false).await;
+    let refused = host.servers().console_open(two, &secret).await.err().unwrap();
+    assert_eq!(refused.code, Code::Unauthenticated);
+    host.servers().console_open(one, &secret).await.unwrap();
+    host.close().await;
+}
+
+async fn ticket(host: &Host, id: ServerId, read_only: bool) -> String {
+    let spec = CreateConsoleToken { read_only, from: None };
+    let token = host.servers().console_token(&Call::by_host(), id, spec).await.unwrap().body;
+    token.url.split_once("token=").unwrap().1.to_owned()
+}
+
+async fn open_console(host: &Host, id: ServerId, read_only: bool) -> ConsoleStream {
+    let secret = ticket(host, id, read_only).await;
+    host.servers().console_open(id, &secret).await.unwrap()
+}
