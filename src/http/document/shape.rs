@@ -72,14 +72,15 @@ pub(super) fn bound_integers(schema: &mut Value) {
             let format = members.get("format").and_then(Value::as_str);
             let unsigned =
                 members.get("minimum").and_then(Value::as_f64).is_some_and(|minimum| minimum >= 0.0);
-            let most = match (format, unsigned) {
-                (Some("int64"), true) => Some(json!(u64::MAX)),
-                (Some("int64"), false) => Some(json!(i64::MAX)),
-                (Some("int32"), _) => Some(json!(u32::MAX)),
+            let bound = match (format, unsigned) {
+                (Some("int64"), true) => Some(("uint64", json!(u64::MAX))),
+                (Some("int64"), false) => Some(("int64", json!(i64::MAX))),
+                (Some("int32"), true) => Some(("uint32", json!(u32::MAX))),
                 _ => None,
             };
-            if let (Some(most), false) = (most, members.contains_key("maximum")) {
-                members.insert("maximum".into(), most);
+            if let Some((format, most)) = bound {
+                members.insert("format".into(), json!(format));
+                members.entry("maximum").or_insert(most);
             }
             members.values_mut().for_each(bound_integers);
         }

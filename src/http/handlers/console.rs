@@ -78,8 +78,10 @@ pub(crate) async fn token(
     State(api): State<Api>,
     Id(id): Id<ServerId>,
     _: Query<NoParameters>,
-    Mutation { call, body: Optional(spec), .. }: Mutation<Optional<CreateConsoleToken>>,
+    Mutation { call, body: Optional(mut spec), .. }: Mutation<Optional<CreateConsoleToken>>,
 ) -> Result<Response, Failure> {
+    // Any position beyond the end means "nothing that is there already"; records hold 63 bits of it.
+    spec.from = spec.from.map(|position| position.min(i64::MAX as u64));
     let made =
         answer::undisturbed(async move { Ok(api.host.servers().console_token(&call, id, spec).await?) })
             .await?;

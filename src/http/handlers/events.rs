@@ -53,7 +53,7 @@ pub(crate) async fn follow(
 ) -> Result<Response, Failure> {
     // Read even where `after` wins, so that a mistake in it does not pass unseen.
     let last = last_event_id(&headers)?;
-    let after = parameters.after.map(EventId).or(last);
+    let after = parameters.after.map(EventId).or(last).map(writable);
     let reader = Reader {
         format: format(parameters.format, &headers),
         instance: uri.path().to_owned(),
@@ -68,6 +68,12 @@ pub(crate) async fn follow(
     // The log holds at least so many events.
     let oldest = EventId(events.last().0.saturating_sub(host::limits::EVENTS_KEPT));
     stream::replay(reader, events, after.unwrap_or(oldest)).await
+}
+
+/// The nearest position that the log can hold; its integers have 63 bits. Far beyond its end is as wrong as at
+/// that position.
+fn writable(position: EventId) -> EventId {
+    EventId(position.0.min(i64::MAX as u64))
 }
 
 /// Where a reconnecting SSE reader stopped.

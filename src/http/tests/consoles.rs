@@ -39,15 +39,18 @@ async fn open(served: &Served, server: &Server, body: Value) -> Socket {
 
 /// Reads binary frames until their bytes end so; text frames are returned beside.
 async fn read_until(socket: &mut Socket, end: &str) -> (String, Vec<Value>) {
-    let (mut bytes, mut notices) = (Vec::new(), Vec::new());
-    while !bytes.ends_with(end.as_bytes()) {
-        match within(socket.next()).await.expect("the console was closed").unwrap() {
-            Message::Binary(data) => bytes.extend_from_slice(&data),
-            Message::Text(text) => notices.push(serde_json::from_str(text.as_str()).unwrap()),
-            _ => {}
+    let reading = async {
+        let (mut bytes, mut notices) = (Vec::new(), Vec::new());
+        while !bytes.ends_with(end.as_bytes()) {
+            match socket.next().await.expect("the console was closed").unwrap() {
+                Message::Binary(data) => bytes.extend_from_slice(&data),
+                Message::Text(text) => notices.push(serde_json::from_str(text.as_str()).unwrap()),
+                _ => {}
+            }
         }
-    }
-    (String::from_utf8(bytes).unwrap(), notices)
+        (String::from_utf8(bytes).unwrap(), notices)
+    };
+    within(reading).await
 }
 
 #[tokio::test]
@@ -66,6 +69,18 @@ async fn two_readers_see_the_same_bytes_from_the_first_on() {
     let from = json!({ "from": early.len() });
     let mut third = open(&served, &server, from).await;
     assert_eq!(read_until(&mut third, "three\n").await.0, "three\n");
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_may_begin_at_the_end_wherever_that_is() {
+    let served = Served::start().await;
+    let server = running(&served).await;
+    let path = format!("/v1/servers/{}/console-tokens", server.id);
+    for beyond in [u64::MAX, i64::MAX as u64 + 1] {
+        let answer = served.call("POST", &path, json!({ "from": beyond })).await;
+        connect(&served, &answer.json::<ConsoleToken>(201).url).await.unwrap();
+    }
     served.stop().await;
 }
 

@@ -44,8 +44,12 @@ async fn what_is_there_is_read_to_its_end_in_order() {
     let accept = Sent::nothing().with("accept", "application/x-ndjson");
     let rest = served.call("GET", &path, accept).await;
     assert_eq!(events(std::str::from_utf8(&rest.body).unwrap()), all[all.len() - 1..]);
-    let beyond = format!("/v1/events?after={}", all.len() + 5);
-    served.call("GET", &beyond, Sent::nothing()).await.problem(Code::CursorExpired);
+    for beyond in [all.len() as u64 + 5, i64::MAX as u64 + 1, u64::MAX] {
+        for follow in [true, false] {
+            let path = format!("/v1/events?after={beyond}&follow={follow}");
+            served.call("GET", &path, Sent::nothing()).await.problem(Code::CursorExpired);
+        }
+    }
     served.stop().await;
 }
 
