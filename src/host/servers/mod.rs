@@ -152,12 +152,19 @@ impl Servers {
             })
             .await?;
         self.workshop().networks.wake();
-        if let (Some(limits), Some(entry)) = (limits, self.registry.find(id))
-            && entry.machine().is_some()
+        if limits.is_some()
+            && let Some(entry) = self.registry.find(id)
         {
-            let command = Command::LimitDisk { disk: 0, limits: machine::disk_limits(&limits) };
-            let link = entry.link(limits::COMMAND).await.map_err(Error::from)?;
-            link.order(command, limits::COMMAND).await.map_err(Error::from)?;
+            let record = self
+                .workshop()
+                .core
+                .store
+                .read(move |connection| records::one::<ServerRecord>(connection, id.0))
+                .await?;
+            // They are recorded and in force from the next start at the latest.
+            if let Err(cause) = entry.limit_disk(&record).await {
+                tracing::warn!(server = %id, "its disk's limits are not in force: {cause}");
+            }
         }
         self.registry.poke(id);
         Ok(answer)

@@ -24,6 +24,10 @@ pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerReco
     let found = match entry.greet(limits::COMMAND).await {
         Ok((_, Some(hello))) => {
             entry.console.send_replace(hello.console_written);
+            // The daemon may have died between the record of new limits and the VMM's word of them.
+            if let Err(cause) = entry.limit_disk(record).await {
+                tracing::warn!(server = %record.id, "its disk's limits are not in force: {cause}");
+            }
             Found::Alive(hello.state)
         }
         Ok((_, None)) | Err(AskError::Gone | AskError::Timeout(_)) => Found::Mute,

@@ -9,10 +9,11 @@ use std::time::Duration;
 use model::ServerId;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
-use wire::control::Notice;
+use wire::control::{Command, FaultCode, Notice};
 
 use super::capacity::Capacity;
-use super::{actor, limits};
+use super::record::ServerRecord;
+use super::{actor, limits, machine};
 use crate::core::Shared;
 use crate::images::Images;
 use crate::network::Networks;
@@ -118,6 +119,17 @@ impl Entry {
         // Readers of the console ask the new connection for word of more.
         self.wake_readers();
         Ok((link, Some(hello)))
+    }
+
+    /// Puts the limits of the root volume in force in a machine that runs; does nothing in a VMM without one,
+    /// which gets them as it boots.
+    pub async fn limit_disk(&self, record: &ServerRecord) -> Result<(), AskError> {
+        let (Some(disk), true) = (record.disks.first(), self.machine().is_some()) else { return Ok(()) };
+        let command = Command::LimitDisk { disk: 0, limits: machine::disk_limits(&disk.limits) };
+        match self.link(limits::COMMAND).await?.order(command, limits::COMMAND).await {
+            Err(AskError::Refused(fault)) if fault.code == FaultCode::WrongState => Ok(()),
+            outcome => outcome,
+        }
     }
 
     /// Whether there is a connection that has not closed.
