@@ -22,7 +22,7 @@ pub(crate) enum Verb {
 /// Where to begin.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Only events after this position; all that are kept when absent.
+    /// Only events after this position. When absent, `list` begins with the oldest and `follow` now.
     #[arg(long)]
     after: Option<u64>,
 }
