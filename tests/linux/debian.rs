@@ -45,7 +45,7 @@ fn interfaces() -> Vec<String> {
 fn a_debian_server_lives_a_whole_life() {
     let daemon = Daemon::start();
     daemon.import("debian-12");
-    let key = daemon.state().join("key");
+    let key = daemon.scratch().join("key");
     let made =
         Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status().unwrap();
     assert!(made.success());

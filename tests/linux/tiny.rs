@@ -11,7 +11,7 @@ fn boot(daemon: &Daemon, name: &str, more: &[&str]) {
 }
 
 fn user_data(daemon: &Daemon, script: &str) -> String {
-    let path = daemon.state().join("user-data");
+    let path = daemon.scratch().join("user-data");
     std::fs::write(&path, script).unwrap();
     path.to_str().unwrap().to_owned()
 }
@@ -68,7 +68,7 @@ fn two_readers_of_one_console_see_the_same_bytes() {
     daemon.import("tiny");
     boot(&daemon, "talker", &[]);
     let reader = |name: &str| {
-        let path = daemon.state().join(name);
+        let path = daemon.scratch().join(name);
         let output = std::fs::File::create(&path).unwrap();
         let child = daemon
             .command(&["console", "--read-only", "talker"])

@@ -10,20 +10,21 @@ use serde_json::Value;
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// A running daemon.
-pub struct Daemon {
+pub(crate) struct Daemon {
     process: Child,
     bin: PathBuf,
-    state: tempfile::TempDir,
+    /// Holds the state and the run directory. Every user may enter it, because dnsmasq gives up its privileges.
+    base: tempfile::TempDir,
     images: PathBuf,
 }
 
 /// The directory an environment variable names; the test cannot run without it.
-pub fn directory(variable: &str) -> PathBuf {
+pub(crate) fn directory(variable: &str) -> PathBuf {
     std::env::var_os(variable).unwrap_or_else(|| panic!("set {variable}, as scripts/test does")).into()
 }
 
 /// Waits until `look` finds something; panics with `what` when the time is up.
-pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + limit;
     loop {
         if let Some(found) = look() {
@@ -36,21 +37,22 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option
 
 impl Daemon {
     /// Starts a daemon with an empty state and waits until it answers.
-    pub fn start() -> Daemon {
+    pub(crate) fn start() -> Daemon {
         let bin = directory("TOFT_BIN");
         let images = directory("TOFT_IMAGES");
-        let state = tempfile::Builder::new().prefix("toft").tempdir().unwrap();
-        let process = spawn(&bin, state.path(), &images);
-        let daemon = Daemon { process, bin, state, images };
+        let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir().unwrap();
+        let process = spawn(&bin, base.path(), &images);
+        let daemon = Daemon { process, bin, base, images };
         daemon.wait_until_it_answers();
         daemon
     }
 
     /// Kills the daemon without warning and starts another on the same state.
-    pub fn die_and_start_again(&mut self) {
+    pub(crate) fn die_and_start_again(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
-        self.process = spawn(&self.bin, self.state.path(), &self.images);
+        self.process = spawn(&self.bin, self.base.path(), &self.images);
         self.wait_until_it_answers();
     }
 
@@ -60,15 +62,20 @@ impl Daemon {
         });
     }
 
-    /// Where the daemon keeps everything.
-    pub fn state(&self) -> &Path {
-        self.state.path()
+    /// Where the daemon keeps its state.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.base.path().join("state")
+    }
+
+    /// Where a test keeps files of its own.
+    pub(crate) fn scratch(&self) -> &Path {
+        self.base.path()
     }
 
     /// A command of the command line.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.bin.join("toft"));
-        let socket = self.state.path().join("run/toftd.sock");
+        let socket = self.state().join("run/toftd.sock");
         command
             .env("TOFT_ENDPOINT", format!("unix:{}", socket.display()))
             .args(arguments)
@@ -77,7 +84,7 @@ impl Daemon {
     }
 
     /// Runs a command that must work.
-    pub fn run(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         let output = self.command(arguments).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "toft {arguments:?}: {stderr}\n{}", self.log());
@@ -85,25 +92,25 @@ impl Daemon {
     }
 
     /// Runs a command that must work and answers with its JSON.
-    pub fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let output = self.run(&[&["-o", "json"], arguments].concat());
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Runs a command that must fail; answers with its exit code and what it said.
-    pub fn fails(&self, arguments: &[&str]) -> (i32, String) {
+    pub(crate) fn fails(&self, arguments: &[&str]) -> (i32, String) {
         let output = self.command(arguments).output().unwrap();
         assert!(!output.status.success(), "toft {arguments:?} was to fail");
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
     /// Everything still held of a server's console.
-    pub fn console(&self, server: &str) -> String {
+    pub(crate) fn console(&self, server: &str) -> String {
         String::from_utf8_lossy(&self.run(&["server", "console-log", server]).stdout).into_owned()
     }
 
     /// Waits until a server's console holds `text`; answers with the whole log.
-    pub fn wait_for_console(&self, server: &str, text: &str, limit: Duration) -> String {
+    pub(crate) fn wait_for_console(&self, server: &str, text: &str, limit: Duration) -> String {
         let found = wait_for_quietly(limit, || Some(self.console(server)).filter(|log| log.contains(text)));
         found.unwrap_or_else(|| {
             panic!(
@@ -115,13 +122,13 @@ impl Daemon {
     }
 
     /// Imports an image from the directory `TOFT_IMAGES` under its own name.
-    pub fn import(&self, image: &str) {
+    pub(crate) fn import(&self, image: &str) {
         self.run(&["--wait", "image", "import", image, "--from", image]);
     }
 
     /// The end of the daemon's log, for failures.
-    pub fn log(&self) -> String {
-        let text = std::fs::read_to_string(self.state.path().join("toftd.log")).unwrap_or_default();
+    pub(crate) fn log(&self) -> String {
+        let text = std::fs::read_to_string(self.base.path().join("toftd.log")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
@@ -138,11 +145,13 @@ fn wait_for_quietly<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> 
     None
 }
 
-fn spawn(bin: &Path, state: &Path, images: &Path) -> Child {
-    let log = std::fs::File::options().create(true).append(true).open(state.join("toftd.log")).unwrap();
+fn spawn(bin: &Path, base: &Path, images: &Path) -> Child {
+    let log = std::fs::File::options().create(true).append(true).open(base.join("toftd.log")).unwrap();
     Command::new(bin.join("toftd"))
         .arg("--state-dir")
-        .arg(state)
+        .arg(base.join("state"))
+        .arg("--run-dir")
+        .arg(base.join("run"))
         .arg("--vmm")
         .arg(bin.join("toft-vmm"))
         .arg("--import-dir")
