@@ -99,7 +99,10 @@ async fn a_reader_that_stalls_finds_the_newest_output_and_sees_the_gap() {
         position = piece.start + piece.data.len() as u64;
     }
     let first = tokio::time::timeout(SOON, reader.next()).await.unwrap().unwrap().unwrap();
-    assert_eq!(first.start, total - wire::limits::CONSOLE_RING_BYTES, "the oldest byte that is held");
+    // The oldest bytes of a full ring are not given out, because the writer may be at them.
+    let held = total - first.start;
+    let full = wire::limits::CONSOLE_RING_BYTES;
+    assert!((full - 4096..=full).contains(&held), "the oldest byte that is held, {held} of {full}");
     assert!(first.data.len() <= limits::CONSOLE_PIECE_BYTES);
     host.close().await;
 }
