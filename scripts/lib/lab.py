@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import re
 import selectors
@@ -24,6 +25,8 @@ import lab_image
 # The lab's own failures, so that they are not taken for the command's.
 STATUS_LAB_FAILED = 125
 STATUS_TIMEOUT = 124
+# Between functions here only; no command can end with it.
+STATUS_STOPPED = -1
 # Beyond the command's own time: boot, unpacking, packing. Slow machines need most of it.
 GRACE_S = 180
 # What keeps guests alive on an emulated EPYC. It shows no constant TSC, so Linux would distrust the clock, and KVM then
@@ -46,12 +49,13 @@ def arguments():
         epilog="A COMMAND without arguments may be a line of shell: scripts/lab 'uname -a; ls -l /dev/kvm'\n"
                "Output arrives as it is written, on the same stream, and the command's exit status is returned;\n"
                "124 means that the time was up, 125 that the lab itself failed. One such failure is that the emulated host\n"
-               f"stopped: it gave no sign of life for {SILENCE_S} s. The lab says so and ends at once; it may be tried again.\n"
+               f"stopped: it gave no sign of life for {SILENCE_S} s. The lab says so and ends at once, or starts over with --again.\n"
                "The command reads no standard input, and the host has no network beyond its loopback.\n"
                "`shell` opens a shell on the host's console; nobody watches whether that host lives.")
     parser.add_argument("--memory-mib", type=int, default=3072, metavar="N", help="memory of the host (3072)")
     parser.add_argument("--disk-mib", type=int, default=0, metavar="N", help="add an empty ext4 disk of this size, mounted on /space")
     parser.add_argument("--timeout", type=int, default=1200, metavar="S", help="end the command after so many seconds (1200)")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="start over on a new host, up to N times, when the emulated host stops (0)")
     parser.add_argument("--put", action="append", default=[], metavar="SRC:DEST", help="copy a file or directory to this path of the host first")
     parser.add_argument("--get", action="append", default=[], metavar="PATH:DEST", help="copy a file or directory of the host here at the end, also after a failure or a timeout")
     parser.add_argument("--verbose", action="store_true", help="show the host's kernel console on stderr")
@@ -61,8 +65,8 @@ def arguments():
         del wanted.command[0]
     if not wanted.command:
         parser.error("say which command to run, or `shell`")
-    if wanted.memory_mib < 512 or wanted.timeout < 1 or wanted.disk_mib < 0:
-        parser.error("--memory-mib needs 512 or more, --timeout 1 or more, --disk-mib 0 or more")
+    if wanted.memory_mib < 512 or wanted.timeout < 1 or wanted.disk_mib < 0 or wanted.again < 0:
+        parser.error("--memory-mib needs 512 or more, --timeout 1 or more, --disk-mib and --again 0 or more")
     for name in ("put", "get"):
         pairs = [tuple(pair.rsplit(":", 1)) for pair in getattr(wanted, name)]
         setattr(wanted, name, pairs)
@@ -143,7 +147,7 @@ class Host:
         self.errors = directory / "qemu.log"
         self.results = directory / "results.raw"
         self.shell = wanted.command == ["shell"]
-        self.stopped = False
+        self.stopped = None
         disks = [f"file={image / 'root.raw'},snapshot=on", f"file={pack(wanted, directory)},serial=put,readonly=on"]
         if wanted.get:
             _sparse(self.results, RESULTS_BYTES)
@@ -168,7 +172,10 @@ class Host:
             drive = f"disk{len(command)}"
             command += ["-drive", f"{file},format=raw,if=none,id={drive},cache=unsafe,discard=unmap{drive_options}",
                         "-device", f"virtio-blk-pci,drive={drive}{serial_option}"]
-        self.streams, ends = {}, []
+        ours, theirs = socket.socketpair()
+        self.monitor, ends = ours, [theirs]
+        command += ["-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"]
+        self.streams = {}
         for name in ("stdout", "stderr", "status", "beat"):
             ours, theirs = socket.socketpair()
             self.streams[name] = ours
@@ -210,11 +217,29 @@ class Host:
                 # The host writes its status when all output is out; ending QEMU then closes every stream.
                 if status.endswith(b"\n") or time.monotonic() > deadline:
                     self.process.kill()
-                elif silence and silence.too_long():
-                    self.stopped = True
+                elif silence and not self.stopped and silence.too_long():
+                    self.stopped = self.processors()
                     self.process.kill()
         self.process.wait()
         return status.decode().split()
+
+    def processors(self):
+        """Where the processors of the host stand, looked at three times: says whether one spins, waits or is lost."""
+        lines = []
+        self.monitor.settimeout(5)
+        with contextlib.suppress(OSError, ValueError), self.monitor.makefile("rw") as monitor:
+            def ask(command, **arguments):
+                monitor.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+                monitor.flush()
+                while True:
+                    answer = json.loads(monitor.readline())
+                    if "return" in answer:
+                        return answer["return"]
+            ask("qmp_capabilities")
+            for _ in range(3):
+                registers = ask("human-monitor-command", **{"command-line": "info registers -a"})
+                lines += [line for line in registers.splitlines() if re.match("CPU#|RIP=|CR0=|EFER", line)]
+        return lines or ["nothing could be read"]
 
     def end(self):
         self.process.kill()
@@ -273,19 +298,32 @@ def run(wanted):
             why = "the emulated host stopped" if host.stopped else "the host went off before the command ended"
             tail = "".join(f"  {line}\n" for path in (host.errors, host.console) if path.exists()
                            for line in path.read_text(errors="replace").splitlines()[-30:] if "TCG doesn't support" not in line)
+            for line in host.stopped or []:
+                tail += f"  {line}\n"
             print(f"lab: {why}; its last words:\n{tail}", file=sys.stderr, end="")
-            return STATUS_LAB_FAILED
+            return STATUS_STOPPED if host.stopped else STATUS_LAB_FAILED
         if "get-failed" in ended:
             print(f"lab: not all of these could be read from the host: {', '.join(path for path, _ in wanted.get)}", file=sys.stderr)
             return int(ended[1]) if ended[0] == "exit" and ended[1] != "0" else STATUS_LAB_FAILED
         return int(ended[1])
 
 
+def run_again(wanted):
+    """Runs; a host that stopped is the emulator's failure, so the run may be repeated on a new one."""
+    for attempt in range(1, wanted.again + 2):
+        status = run(wanted)
+        if status != STATUS_STOPPED:
+            return status
+        if attempt <= wanted.again:
+            print(f"lab: starting over on a new host ({attempt} of at most {wanted.again})", file=sys.stderr)
+    return STATUS_LAB_FAILED
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     try:
-        sys.exit(run(arguments()))
+        sys.exit(run_again(arguments()))
     except KeyboardInterrupt:
         sys.exit(130)
     except (debian.Failure, OSError, subprocess.CalledProcessError) as failure:
