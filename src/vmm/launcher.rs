@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use sys::pidfd::{Ended, PidFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::channel::{self, Channel};
-use wire::launch::{Command, ExitStatus, Message, Reply, Request};
+use wire::launch::{Command, ExitStatus, Jail, Message, Reply, Request};
 
 use crate::limits::{CHILDREN_MAX, EVENTS_PER_WAIT, LABEL_BYTES_MAX};
 use crate::log;
@@ -75,13 +75,15 @@ impl Launcher {
         let id = request.id;
         let done = match request.command {
             _ if self.children.len() >= CHILDREN_MAX => Err(format!("there are {CHILDREN_MAX} VMMs already")),
-            Command::Spawn { label } => self.spawn(&label, descriptors).map(Some),
+            Command::Spawn { label, jail } => self.spawn(&label, &jail, descriptors).map(Some),
             // The answer comes when the child has ended.
             Command::Probe => self.probe(id, descriptors).map(|()| None),
         };
         match done {
             Ok(None) => Ok(()),
-            Ok(Some((pid, pidfd))) => self.send(id, Ok(Reply::Spawned { pid }), &[pidfd.as_fd()]),
+            Ok(Some((pid, pidfd))) => {
+                self.send(id, Ok(Reply::Spawned { pid, missing: Vec::new() }), &[pidfd.as_fd()])
+            }
             Err(why) => self.send(id, Err(why), &[]),
         }
     }
@@ -96,7 +98,12 @@ impl Launcher {
     }
 
     /// Starts a VMM; answers its id and a descriptor of it for the daemon.
-    fn spawn(&mut self, label: &str, descriptors: Vec<OwnedFd>) -> Result<(i32, OwnedFd), String> {
+    fn spawn(
+        &mut self,
+        label: &str,
+        _jail: &Jail,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(i32, OwnedFd), String> {
         if label.len() > LABEL_BYTES_MAX || label.chars().any(char::is_control) {
             return Err(format!("a label has at most {LABEL_BYTES_MAX} printable characters"));
         }

@@ -2,6 +2,8 @@
 //! in any order, and tells every exit of its children.
 use serde::{Deserialize, Serialize};
 
+use crate::isolation::Missing;
+
 /// Descriptors a VMM is started with, by number. Anything else is closed before exec.
 pub mod fd {
     /// `/dev/null`.
@@ -29,14 +31,65 @@ pub struct Request {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Command {
     /// Start a VMM. The packet carries four descriptors in this order: control listener, KVM, last will,
-    /// log (becomes standard output and error).
+    /// log (becomes standard output and error); then those of [`Jail::cgroups`].
     Spawn {
         /// Shown by `ps`, at most 64 printable characters. Nothing is derived from it.
         label: String,
+        /// What it is kept in.
+        jail: Jail,
     },
     /// Look at KVM and try a guest on it. The packet carries one descriptor: KVM.
     Probe,
 }
+
+/// How a VMM is confined. Namespaces, the empty root, the loss of every capability and `no_new_privs` need no
+/// words: they are the same for all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jail {
+    /// Whose rights it has.
+    pub user: JailUser,
+    /// How many descriptors of cgroups the packet carries after the first four, at most [`CGROUPS_MAX`]. Each is
+    /// a `cgroup.procs` (v2) or `tasks` (v1) file open for writing, into which the child writes itself before
+    /// anything else.
+    pub cgroups: u8,
+    /// Limits of the process.
+    pub rlimits: Rlimits,
+    /// Whether a step that the host cannot do fails the spawn. Otherwise it is left out and told in
+    /// [`Reply::Spawned`].
+    pub required: bool,
+}
+
+/// Whose rights a VMM has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum JailUser {
+    /// Ids that nobody else on the host has, and no further groups. Needs a launcher with the right to change ids.
+    Own {
+        /// User id, not 0.
+        uid: u32,
+        /// Group id, not 0.
+        gid: u32,
+    },
+    /// The launcher's own: there is no root to change them. A user namespace that knows this one user stands in
+    /// for the rights that the other namespaces need.
+    Caller,
+}
+
+/// Limits of a process (getrlimit(2)). Core dumps and locked memory are always 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rlimits {
+    /// Most open descriptors.
+    pub nofile: u64,
+    /// Largest file it can write, in bytes; `u64::MAX` for no limit. Guest memory is a file, too.
+    pub fsize_bytes: u64,
+    /// Most tasks of its user id.
+    pub nproc: u64,
+}
+
+/// Most cgroups a VMM is put into: v1 has a hierarchy for each of cpu, cpuacct, memory, pids and a few more.
+pub const CGROUPS_MAX: u8 = 16;
 
 /// Anything a launcher sends.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +119,8 @@ pub enum Reply {
     Spawned {
         /// Process id in the launcher's pid namespace.
         pid: i32,
+        /// What the jail is without; empty when all of it stands.
+        missing: Vec<Missing>,
     },
     /// Answer to [`Command::Probe`].
     Probed(KvmReport),

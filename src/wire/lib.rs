@@ -10,6 +10,7 @@
 pub mod channel;
 pub mod console;
 pub mod control;
+pub mod isolation;
 pub mod launch;
 pub mod limits;
 pub mod machine;

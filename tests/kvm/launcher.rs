@@ -8,7 +8,7 @@ use sys::seqpacket::{Listener, Socket};
 use sys::spawn::{Program, Session, spawn};
 use wire::channel::Channel;
 use wire::control;
-use wire::launch::{Command, ExitStatus, LinuxSupport, Message, Reply, Request, fd};
+use wire::launch::{Command, ExitStatus, Jail, JailUser, LinuxSupport, Message, Reply, Request, Rlimits, fd};
 use wire::will::{Reason, Will};
 
 use crate::vmm_driver::{PATIENCE, program, readable};
@@ -62,9 +62,9 @@ impl Launcher {
     }
 
     fn spawn(&self, name: &str) -> (i32, Orphan, Channel) {
-        self.ask(1, Command::Spawn { label: name.to_owned() }, &self.descriptors(name));
+        self.ask(1, spawn_command(name), &self.descriptors(name));
         let (message, mut descriptors) = self.hear();
-        let Message::Reply { id: 1, result: Ok(Reply::Spawned { pid }) } = message else {
+        let Message::Reply { id: 1, result: Ok(Reply::Spawned { pid, .. }) } = message else {
             panic!("{message:?}")
         };
         let pidfd = Orphan(PidFd::from(descriptors.pop().expect("the pidfd comes along")));
@@ -90,6 +90,15 @@ impl Drop for Orphan {
     fn drop(&mut self) {
         let _ = self.0.signal(Signal::SIGKILL);
     }
+}
+
+/// The jail as far as this host and user allow it.
+fn spawn_command(label: &str) -> Command {
+    let root = nix::unistd::geteuid().is_root();
+    let user = if root { JailUser::Own { uid: 65_534, gid: 65_534 } } else { JailUser::Caller };
+    let rlimits = Rlimits { nofile: 1_024, fsize_bytes: u64::MAX, nproc: 4_096 };
+    let jail = Jail { user, cgroups: 0, rlimits, required: false };
+    Command::Spawn { label: label.to_owned(), jail }
 }
 
 fn kvm() -> OwnedFd {
@@ -167,10 +176,10 @@ fn vmms_live_on_when_launcher_and_daemon_go() {
 #[test]
 fn a_request_with_the_wrong_descriptors_is_answered() {
     let launcher = Launcher::start();
-    launcher.ask(3, Command::Spawn { label: "x".to_owned() }, &[kvm()]);
+    launcher.ask(3, spawn_command("x"), &[kvm()]);
     let (message, _) = launcher.hear();
     assert!(matches!(message, Message::Reply { id: 3, result: Err(text) } if text.contains("4 descriptors")));
-    launcher.ask(4, Command::Spawn { label: "a\nb".to_owned() }, &launcher.descriptors("label"));
+    launcher.ask(4, spawn_command("a\nb"), &launcher.descriptors("label"));
     let (message, _) = launcher.hear();
     assert!(matches!(message, Message::Reply { id: 4, result: Err(text) } if text.contains("label")));
 }

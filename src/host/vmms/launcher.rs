@@ -19,7 +19,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 use wire::channel::Channel;
-use wire::launch::{Command, ExitStatus, KvmReport, Message, Reply, Request};
+use wire::launch::{Command, ExitStatus, Jail, JailUser, KvmReport, Message, Reply, Request, Rlimits};
 
 use super::process::Held;
 use super::watched::{Watched, watch};
@@ -124,10 +124,13 @@ impl Launch for Launcher {
             self.check_vmm()?;
             let kvm = self.open_kvm()?;
             let descriptors = [start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
-            let replied =
-                self.ask(Command::Spawn { label: start.label.clone() }, &descriptors, limits::SPAWN).await?;
+            let command = Command::Spawn { label: start.label.clone(), jail: jail() };
+            let replied = self.ask(command, &descriptors, limits::SPAWN).await?;
             match (replied.result, replied.descriptors.into_iter().next(), replied.status) {
-                (Ok(Reply::Spawned { pid }), Some(pidfd), Some(status)) => {
+                (Ok(Reply::Spawned { pid, missing }), Some(pidfd), Some(status)) => {
+                    for missing in missing {
+                        tracing::warn!("VMM {pid} runs without {missing}");
+                    }
                     Ok(Arc::new(Held::started(pid, pidfd, status)?) as Arc<dyn Process>)
                 }
                 (Err(why), _, _) => Err(Error::new(Code::MachineFailed, why)),
@@ -266,7 +269,7 @@ impl Connection {
         match message {
             Message::Reply { id, result } => {
                 let status = match &result {
-                    Ok(Reply::Spawned { pid }) => {
+                    Ok(Reply::Spawned { pid, .. }) => {
                         state.children.retain(|_, sender| !sender.is_closed());
                         let sender = state.children.entry(*pid).or_insert_with(|| watch::Sender::new(None));
                         Some(sender.subscribe())
@@ -295,7 +298,7 @@ impl Connection {
 
 /// A VMM that came after its time has no machine and no record; nobody else would ever end it.
 fn end_unwanted(replied: Replied) {
-    if let (Ok(Reply::Spawned { pid }), Some(pidfd)) =
+    if let (Ok(Reply::Spawned { pid, .. }), Some(pidfd)) =
         (replied.result, replied.descriptors.into_iter().next())
     {
         tracing::warn!("VMM {pid} was started too late and is ended");
@@ -304,6 +307,20 @@ fn end_unwanted(replied: Replied) {
         }
     }
 }
+
+/// What every VMM is kept in: the ids of nobody where they can be changed.
+fn jail() -> Jail {
+    let user = if nix::unistd::geteuid().is_root() {
+        JailUser::Own { uid: NOBODY, gid: NOBODY }
+    } else {
+        JailUser::Caller
+    };
+    let rlimits = Rlimits { nofile: limits::VMM_NOFILE, fsize_bytes: u64::MAX, nproc: limits::VMM_NPROC };
+    Jail { user, cgroups: 0, rlimits, required: false }
+}
+
+/// The kernel's overflow ids, which own nothing.
+const NOBODY: u32 = 65_534;
 
 fn nonsense() -> Error {
     Error::new(Code::MachineFailed, "the launcher answered something else than it was asked")
