@@ -8,6 +8,9 @@ use host::network::HostPlumbing;
 use host::vmms::Launcher;
 use tokio::signal::unix::{SignalKind, signal};
 
+#[cfg(debug_assertions)]
+#[path = "toftd/checkpoint.rs"]
+mod checkpoint;
 #[path = "toftd/flags.rs"]
 mod flags;
 
@@ -22,7 +25,7 @@ async fn main() -> anyhow::Result<()> {
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let launcher = Arc::new(Launcher::new(flags.vmm()?, &flags.kvm));
-    let host = host::Host::open(flags.host(), launcher, Arc::new(HostPlumbing::new(&flags.run_dir))).await?;
+    let host = host::Host::open(flags.host()?, launcher, Arc::new(HostPlumbing::new(&flags.run_dir))).await?;
     let stop = async {
         tokio::select! { _ = terminated.recv() => (), _ = interrupted.recv() => () }
     };

@@ -23,6 +23,9 @@ pub struct Config {
     pub memory_bytes: Option<u64>,
     /// Told of every step that a crash could follow. Only tests set it.
     pub checkpoint: Arc<dyn Checkpoint>,
+    /// Puts every commit after the effects that were to follow it: the mistake that tests of crashes must find.
+    #[cfg(debug_assertions)]
+    pub late_commits: bool,
 }
 
 impl Config {
@@ -34,6 +37,8 @@ impl Config {
             guest_images_dir: None,
             memory_bytes: None,
             checkpoint: Arc::new(AlwaysLive),
+            #[cfg(debug_assertions)]
+            late_commits: false,
         }
     }
 }

@@ -51,6 +51,10 @@ impl Host {
         let dirs = Dirs::prepare(&config.state_dir)?;
         let lock = lock(&dirs)?;
         let store = Store::open(&dirs.database(), config.checkpoint.clone()).await?;
+        #[cfg(debug_assertions)]
+        if config.late_commits {
+            store.commit_late();
+        }
         store.write(events::identify).await?;
         let capacity = Capacity::of_host(config.memory_bytes)?;
         let core = Arc::new(Core { config, dirs, store, started_at: model::Time::now() });

@@ -82,12 +82,17 @@ pub(crate) enum Token {
 
 impl Flags {
     /// What the host is configured with.
-    pub(crate) fn host(&self) -> Config {
+    pub(crate) fn host(&self) -> anyhow::Result<Config> {
         let mut config = Config::new(&self.state_dir);
         config.import_dir.clone_from(&self.import_dir);
         config.guest_images_dir.clone_from(&self.guest_images);
         config.memory_bytes = self.memory_bytes;
-        config
+        #[cfg(debug_assertions)]
+        {
+            config.checkpoint = crate::checkpoint::ordered()?.unwrap_or(config.checkpoint);
+            config.late_commits = std::env::var_os("TOFT_LATE_COMMITS").is_some();
+        }
+        Ok(config)
     }
 
     /// Where the API is served.

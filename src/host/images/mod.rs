@@ -312,6 +312,7 @@ impl Images {
     async fn roll_back(&self, image: &Image) -> Result<()> {
         let id = image.id;
         self.remove_files(id).await?;
+        self.core.checkpoint("image.rolled_back")?;
         let Some(operation) = image.operation_id else {
             return self.core.store.write(move |tx| records::forget(tx, id)).await;
         };

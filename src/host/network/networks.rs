@@ -260,6 +260,7 @@ impl Networks {
             return Err(Error::new(Code::Internal, detail));
         };
         self.inner.plumbing.serve(segment.clone(), ports).await.map_err(refused)?;
+        self.inner.core.checkpoint("network.served")?;
         self.inner.plumbing.plug(segment, port).await.map_err(refused)
     }
 
@@ -313,6 +314,7 @@ impl Inner {
         let _working = self.working.lock().await;
         let (wanted, doomed) = self.core.store.read(read_wanted).await?;
         let troubles = self.plumbing.ensure(wanted).await;
+        self.core.checkpoint("network.settled")?;
         let known = troubles.clone();
         let failed = self.core.store.write(move |tx| record_states(tx, &known)).await?;
         *lock(&self.troubles) = troubles;
@@ -343,7 +345,7 @@ impl Inner {
                 self.ask_to_settle();
             }
         }
-        Ok(())
+        self.core.checkpoint("network.served")
     }
 }
 

@@ -43,7 +43,7 @@ impl Doing {
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
             Work::Resume => self.order(Command::Resume, Event::Resumed, Event::ResumeFailed).await,
             Work::Reset => self.order(Command::Reset, Event::WasReset, Event::ResetFailed).await,
-            Work::Press => Ok(self.press().await),
+            Work::Press => self.press().await,
             Work::Kill => self.kill().await,
             Work::Release => self.release().await,
             Work::Purge => self.purge().await,
@@ -132,6 +132,7 @@ impl Doing {
             Ok((listener, machine::fresh_file(&will)?, machine::open_log(&log)?))
         })
         .await?;
+        self.workshop.core.checkpoint("server.socket_bound")?;
         let start = Start { label: self.record.name.to_string(), listener: listener.into(), will, log };
         let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
@@ -186,20 +187,21 @@ impl Doing {
     }
 
     /// A parked guest cannot see a button, so it runs first.
-    async fn press(&self) -> Event {
+    async fn press(&self) -> Result<Event> {
         let pressed = async {
             let link = self.entry.link(limits::COMMAND).await?;
             link.order(Command::Resume, limits::COMMAND).await?;
             link.order(Command::PressPowerButton, limits::COMMAND).await
         };
-        match pressed.await {
-            Ok(()) => Event::Pressed,
-            Err(AskError::Gone) => Event::Pressed,
+        let outcome = pressed.await;
+        self.workshop.core.checkpoint("server.pressed")?;
+        Ok(match outcome {
+            Ok(()) | Err(AskError::Gone) => Event::Pressed,
             Err(cause) => {
                 tracing::warn!(server = %self.record.id, "the power button cannot be pressed: {cause}");
                 Event::PressFailed
             }
-        }
+        })
     }
 
     async fn kill(&self) -> Result<Event> {

@@ -81,6 +81,7 @@ async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<(Machine
         });
     }
     let seed = write_seed(workshop, record).await?;
+    workshop.core.checkpoint("server.seeded")?;
     disks.push(Disk {
         file: packet.add(seed),
         access: Access::ReadOnly,

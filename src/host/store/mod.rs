@@ -16,6 +16,8 @@ use crate::core::{Checkpoint, Fate};
 use crate::error::{Error, Result};
 use crate::limits;
 
+#[cfg(debug_assertions)]
+mod late;
 pub mod records;
 mod schema;
 pub mod selector;
@@ -38,6 +40,9 @@ struct Inner {
     checkpoint: Arc<dyn Checkpoint>,
     dead: AtomicBool,
     closed: AtomicBool,
+    /// See [`crate::Config::late_commits`].
+    #[cfg(debug_assertions)]
+    late: AtomicBool,
 }
 
 /// One write transaction. It is also a connection to read from.
@@ -90,6 +95,8 @@ impl Store {
                     checkpoint,
                     dead: AtomicBool::new(false),
                     closed: AtomicBool::new(false),
+                    #[cfg(debug_assertions)]
+                    late: AtomicBool::new(false),
                 }),
             })
         })
@@ -122,6 +129,8 @@ impl Store {
         blocking(move || {
             let mut writer = lock(&inner.writer);
             inner.check_alive()?;
+            #[cfg(debug_assertions)]
+            late::catch_up(&writer)?;
             let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
             // Dropping a transaction rolls it back.
             change(&Tx { transaction, changes: RefCell::default() })
@@ -140,6 +149,10 @@ impl Store {
         let shared = self.inner.clone();
         let answer = blocking(move || {
             shared.check_alive()?;
+            #[cfg(debug_assertions)]
+            if shared.late.load(Ordering::SeqCst) {
+                return look(&lock(&shared.writer));
+            }
             let idle = lock(&shared.readers).pop();
             let mut reader = match idle {
                 Some(reader) => reader,
@@ -171,11 +184,22 @@ impl Store {
         self.inner.dead.load(Ordering::SeqCst)
     }
 
+    /// Makes each transaction lasting only when the next one begins: what the daemon does in between comes before
+    /// the commit that should have come first. Nobody but a test of crashes wants that.
+    #[cfg(debug_assertions)]
+    pub(crate) fn commit_late(&self) {
+        self.inner.late.store(true, Ordering::SeqCst);
+    }
+
     /// Refuses everything from now on and folds the write-ahead log into the database.
     pub async fn close(&self) {
         let inner = self.inner.clone();
         let closed = blocking(move || {
             let writer = lock(&inner.writer);
+            #[cfg(debug_assertions)]
+            if !inner.dead.load(Ordering::SeqCst) {
+                late::catch_up(&writer)?;
+            }
             inner.closed.store(true, Ordering::SeqCst);
             lock(&inner.readers).clear();
             writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
@@ -192,10 +216,17 @@ impl Inner {
     fn commit<T>(&self, change: impl FnOnce(&Tx<'_>) -> Result<T>) -> Result<(T, Changes)> {
         let mut writer = lock(&self.writer);
         self.check_alive()?;
+        #[cfg(debug_assertions)]
+        late::catch_up(&writer)?;
         let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let tx = Tx { transaction, changes: RefCell::default() };
         let answer = change(&tx)?;
         let Tx { transaction, changes } = tx;
+        #[cfg(debug_assertions)]
+        if self.late.load(Ordering::SeqCst) {
+            late::leave_open(transaction);
+            return Ok((answer, changes.into_inner()));
+        }
         transaction.commit()?;
         Ok((answer, changes.into_inner()))
     }

@@ -2,6 +2,7 @@
 //! A word that fails does not stop those after it. Called by `main`.
 
 mod balloon;
+mod beat;
 mod bench;
 mod blk;
 mod button;
@@ -137,6 +138,7 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "timer" => time::timer(first.unwrap_or(100), report),
         "pause" => time::wait(first.unwrap_or(1000)),
         "dirty" => dirty::run(machine, first.unwrap_or(16), second.unwrap_or(0), third, report),
+        "beat" => beat::run(machine, first.unwrap_or(500), report),
         "button" => button::run(machine, first.unwrap_or(30_000), report),
         "evil-blk" => evil::block(settings.disk, report),
         "evil-net" => evil::net(settings.nic, report),

@@ -1,0 +1,13 @@
+//! The real daemon with the real launcher and VMM on the probe guest, killed wherever it hurts. Needs root, a
+//! /dev/kvm of any kind, nftables and dnsmasq. Each test runs itself again in namespaces of its own, so tests run
+//! beside each other and what they leave can be counted.
+//! `TOFT_LONG=1` runs the long forms.
+
+#[path = "../support/api.rs"]
+mod api;
+#[path = "../support/daemon.rs"]
+mod daemon;
+#[path = "../support/world.rs"]
+mod world;
+
+mod sweep;
