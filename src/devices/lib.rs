@@ -35,6 +35,17 @@ pub mod serial;
 
 pub mod virtio;
 
+#[cfg(any(test, fuzzing))]
+#[allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    reason = "a judge that meets the unexpected is meant to fail there and then"
+)]
+pub mod fuzz;
+
 pub use bus::{Bus, Claim, Region};
 pub use interrupt::{Doorbells, Interrupt, Msi, MsiMessage, Notices};
 pub use pause::NotDrained;

@@ -168,6 +168,11 @@ impl Worker {
             broken: false,
         };
         let (ending, ended) = channel();
+        #[cfg(any(test, fuzzing))]
+        let service = match by_hand::keep(service) {
+            Some(service) => service,
+            None => return Ok(Worker { device, commands, wake, ended, thread: None }),
+        };
         let run = move || {
             threads(kind);
             service.run();
@@ -256,29 +261,38 @@ struct Service {
 
 impl Service {
     fn run(mut self) {
+        self.begin();
+        loop {
+            self.advance();
+            if self.is_over() || !self.turn(self.timeout_ms()) {
+                return;
+            }
+        }
+    }
+
+    fn begin(&mut self) {
         let started = self.handler.started(&self.sources).and_then(|()| self.listen(Listen::Start));
         if let Err(cause) = started {
             self.fail(format!("the device's thread cannot listen: {cause}"));
         }
+    }
+
+    /// Waits once and does what there is to do; false when there is no more waiting.
+    fn turn(&mut self, timeout_ms: i32) -> bool {
         let mut events = [EpollEvent::default(); EVENTS_MAX];
-        loop {
-            self.advance();
-            if self.is_over() {
-                return;
+        let count = match self.sources.epoll.wait(timeout_ms, &mut events) {
+            Ok(count) => count,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => 0,
+            Err(cause) => {
+                self.fail(format!("the device's thread cannot wait: {cause}"));
+                return false;
             }
-            let count = match self.sources.epoll.wait(self.timeout_ms(), &mut events) {
-                Ok(count) => count,
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => 0,
-                Err(cause) => {
-                    self.fail(format!("the device's thread cannot wait: {cause}"));
-                    return;
-                }
-            };
-            for event in events.iter().take(count) {
-                self.dispatch(event.data());
-            }
-            self.take_turns();
+        };
+        for event in events.iter().take(count) {
+            self.dispatch(event.data());
         }
+        self.take_turns();
+        true
     }
 
     fn dispatch(&mut self, data: u64) {
@@ -442,5 +456,7 @@ fn in_ms(ms: u64) -> Instant {
     now.checked_add(Duration::from_millis(ms)).unwrap_or(now)
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod by_hand;
 #[cfg(test)]
 mod tests;

@@ -33,7 +33,7 @@ pub struct Link {
 enum Kind {
     Tap,
     /// Keeps packets apart as a tap does and knows no offloads.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     Socket,
 }
 
@@ -45,9 +45,9 @@ impl Link {
     }
 
     /// A packet socket in place of a tap.
-    #[cfg(test)]
-    pub(super) fn socket(socket: File) -> Link {
-        Link::with(socket, Kind::Socket).unwrap()
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn socket(socket: File) -> Result<Link, LinkError> {
+        Link::with(socket, Kind::Socket)
     }
 
     fn with(tap: File, kind: Kind) -> Result<Link, LinkError> {
@@ -63,7 +63,7 @@ impl Link {
     pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         match self.kind {
             Kind::Tap => sys::tap::set_offloads(self.tap.as_fd(), offloads),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Kind::Socket => Ok(()),
         }
     }

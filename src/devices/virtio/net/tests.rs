@@ -55,7 +55,7 @@ impl Driver {
     fn new(setup: Setup) -> Driver {
         let (near, far) = UnixDatagram::pair().unwrap();
         far.set_read_timeout(Some(PATIENCE)).unwrap();
-        Driver::over(Link::socket(File::from(OwnedFd::from(near))), far, setup)
+        Driver::over(Link::socket(File::from(OwnedFd::from(near))).unwrap(), far, setup)
     }
 
     fn over(link: Link, far: UnixDatagram, setup: Setup) -> Driver {

@@ -159,7 +159,7 @@ impl VirtioPci {
             threads: Arc::clone(&self.threads),
         };
         let mut active = state.device.activate(wiring).map_err(|error| with_causes(&error))?;
-        if !state.master {
+        if !state.master || state.held {
             // Nothing can be in flight yet.
             let _ = active.pause();
         }

@@ -1,0 +1,73 @@
+//! The disk: requests of any shape against a small file. Nothing may reach memory that was not given, a file that is
+//! read-only, or a byte beyond its end.
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use arbitrary::Unstructured;
+
+use super::driver::{Guest, Manner, Step, Unheard, byte, word};
+use crate::limiter::{RateLimits, TokenBucket};
+use crate::virtio::VirtioDevice;
+use crate::virtio::block::{Access, Block, BlockOptions, BlockStats, CacheMode, Disk};
+
+const DISK_BYTES: u64 = 32 << 10;
+const PATTERN: u8 = 0xD5;
+
+/// Serves a driver made of `data`.
+pub fn block(data: &[u8]) {
+    let mut input = Unstructured::new(data);
+    let mut guest = Guest::new(&mut input, 1);
+    let how = byte(&mut input);
+    let access = if how & 1 != 0 { Access::ReadOnly } else { Access::ReadWrite };
+    let cache = if how & 2 != 0 { CacheMode::Writethrough } else { CacheMode::Writeback };
+    let few = TokenBucket { per_second: 1, burst: 4 };
+    let operations = (how & 12 == 12).then_some(few);
+    let file = disk_file();
+    let stats = Arc::new(BlockStats::default());
+    let options = BlockOptions {
+        name: "disk0".to_owned(),
+        disk: Disk::plain(file.try_clone().unwrap(), access).unwrap(),
+        cache,
+        serial: "a serial".to_owned(),
+        limits: RateLimits { bandwidth: None, operations },
+        stats: Arc::clone(&stats),
+    };
+    let mut block = Block::new(options).unwrap();
+    let features = block.features() & u64::from(word(&mut input)) | block.features() & 0xFFFF_0000;
+    let (_active, mut device) = guest.start(&mut block, features, Arc::new(Unheard));
+    while let Some(step) = guest.next(&mut input) {
+        match step {
+            Step::Kick(queue) => guest.kick(&mut device, queue, Manner::Writes),
+            Step::Pause => assert!(guest.judged(&mut device, Manner::Writes, |device| device.pause())),
+            Step::Resume => guest.judged(&mut device, Manner::Writes, |device| device.resume()),
+            Step::Own(offset) => {
+                let value = byte(&mut input);
+                block.write_config(u64::from(offset % 64), &[value]);
+                let mut space = [0xA5; 80];
+                block.read_config(u64::from(offset), &mut space);
+            }
+        }
+        // Plain system calls answer at once.
+        assert_eq!(device.in_flight(), 0);
+    }
+    drop(device);
+    judge(&file, access, &stats);
+}
+
+fn disk_file() -> File {
+    let file = sys::memfd::create("disk", DISK_BYTES).unwrap();
+    file.write_all_at(&[PATTERN; DISK_BYTES as usize], 0).unwrap();
+    file
+}
+
+fn judge(file: &File, access: Access, stats: &BlockStats) {
+    assert_eq!(file.metadata().unwrap().len(), DISK_BYTES, "the disk's length changed");
+    let changes = stats.writes.load(Ordering::Relaxed) + stats.discards.load(Ordering::Relaxed);
+    if access == Access::ReadOnly || (changes == 0 && stats.errors.load(Ordering::Relaxed) == 0) {
+        let mut found = vec![0; DISK_BYTES as usize];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert!(found.iter().all(|byte| *byte == PATTERN), "a disk changed that nobody wrote to");
+    }
+}
