@@ -1,4 +1,5 @@
 //! The small guest: a stock kernel that reaches its prompt in seconds.
+use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,33 @@ fn four_virtual_cpus_are_four_cpus_in_the_guest() {
     boot(&daemon, "smp", &["--vcpus", "4", "--user-data-file", &script]);
     let log = daemon.wait_for_console("smp", "cpus: ", Duration::from_secs(120));
     assert!(log.contains("cpus: 4"), "{log}");
+}
+
+#[test]
+fn a_guest_that_reboots_finds_a_fresh_machine() {
+    let daemon = Daemon::start();
+    daemon.import("tiny");
+    boot(&daemon, "again", &[]);
+    daemon.wait_for_console("again", READY, Duration::from_secs(180));
+    // From within: Linux resets the machine its own way.
+    let mut typing = daemon.command(&["console", "--no-replay", "again"]);
+    let mut typing = typing.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    writeln!(typing.stdin.as_mut().unwrap(), "reboot").unwrap();
+    wait_for_boots(&daemon, 2);
+    let _ = typing.kill();
+    typing.wait().unwrap();
+    assert_eq!(daemon.json(&["server", "metrics", "again"])["resets"], 1);
+    // From without: the power button first, so that the guest ends in order, and then another machine.
+    daemon.run(&["--wait", "server", "reboot", "again", "--grace-s", "60"]);
+    wait_for_boots(&daemon, 3);
+    assert_eq!(daemon.json(&["server", "show", "again"])["state"], "running");
+}
+
+/// Waits until the server has reached its prompt so many times.
+fn wait_for_boots(daemon: &Daemon, boots: usize) {
+    wait_for("another prompt", Duration::from_secs(180), || {
+        (daemon.console("again").matches(READY).count() >= boots).then_some(())
+    });
 }
 
 #[test]
