@@ -11,6 +11,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use model::NetworkId;
 use model::network::NetworkKind;
+use nix::net::if_::if_nametoindex;
 use sys::tap::Tap;
 use tokio::sync::Mutex;
 
@@ -85,9 +86,12 @@ impl HostPlumbing {
         let uplinks = if nat { links.uplinks().await? } else { Vec::new() };
         super::dnsmasq::make_reachable(&self.run_dir).map_err(|cause| file_trouble(&self.run_dir, cause))?;
         let planned = self.forwarding.plan(&uplinks).map_err(forwarding_trouble)?;
-        nft::apply(&rules::ruleset(wanted, &planned)).await?;
+        let mut in_force = wanted.clone();
+        // A server that is off has no tap, and nothing that speaks in its name; plugging it in lets it.
+        in_force.ports.retain(|port| if_nametoindex(port.tap().as_str()).is_ok());
+        nft::apply(&rules::ruleset(&in_force, &planned)).await?;
         self.forwarding.switch_on(&planned).map_err(forwarding_trouble)?;
-        state.wanted = wanted.clone();
+        state.wanted = in_force;
         state.uplinks = planned;
         Ok(links)
     }
@@ -131,24 +135,26 @@ impl HostPlumbing {
 
     /// Somebody may have flushed the tables; then they are made again before anything is let through.
     async fn admit(&self, state: &mut State, port: &Port) -> Result<(), PlumbingError> {
-        if nft::apply(&rules::admit(port)).await? == Applied::Yes {
-            return Ok(());
-        }
-        tracing::warn!("Toft's nftables rules were gone and are made again");
         let mut wanted = state.wanted.clone();
         wanted.ports.retain(|known| known.mac != port.mac);
         wanted.ports.push(port.clone());
+        if nft::apply(&rules::admit(port)).await? == Applied::Yes {
+            state.wanted = wanted;
+            return Ok(());
+        }
+        tracing::warn!("Toft's nftables rules were gone and are made again");
         nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
         state.wanted = wanted;
         Ok(())
     }
 
     async fn unplug_all(&self, ports: Vec<Port>) -> Result<(), PlumbingError> {
-        let _state = self.state.lock().await;
+        let mut state = self.state.lock().await;
         let links = Links::open()?;
         for port in &ports {
             links.remove(&port.tap()).await?;
         }
+        state.wanted.ports.retain(|known| ports.iter().all(|port| port.mac != known.mac));
         // Without tables there is nothing to take out of them.
         let text: String = ports.iter().map(rules::silence).collect();
         nft::apply(&text).await.map(|_| ())

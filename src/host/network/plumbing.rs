@@ -21,7 +21,8 @@ pub trait Plumbing: Send + Sync + 'static {
     /// What the host has already: a new network must stay clear of it. Empty where it cannot be read.
     fn surroundings(&self) -> BoxFuture<'_, Surroundings>;
 
-    /// Makes devices, rules, DHCP and DNS be exactly as `wanted`, in place of what Toft made before. A network
+    /// Makes devices, rules, DHCP and DNS be exactly as `wanted`, in place of what Toft made before; an interface
+    /// that is not plugged in stays silent. A network
     /// that is not in it loses its rules; its other things go with [`Plumbing::remove`]. Answers what is wrong
     /// with each network that is not as it should be; the others are ready.
     fn ensure(&self, wanted: Wanted) -> BoxFuture<'_, BTreeMap<NetworkId, String>>;
