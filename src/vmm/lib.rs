@@ -26,4 +26,7 @@ mod probe;
 
 mod modes;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 pub use modes::main;

@@ -10,6 +10,8 @@
 pub mod channel;
 pub mod console;
 pub mod control;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod isolation;
 pub mod launch;
 pub mod limits;

@@ -1,0 +1,78 @@
+//! What fuzzers call: kernels and initial RAM disks of any shape, put into guest memory. No part of a machine.
+//! `tests/fuzz` calls it with new bytes, and the test here with the seeds kept there.
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use kvm::Start;
+use memory::{Ram, layout};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::boot::{Source, prepare};
+
+const MEMORY_BYTES: u64 = 24 << 20;
+/// Files are no longer than the input, but may be stretched by a hole, so that offsets reach far.
+const HOLE_BYTES_MAX: u64 = 1 << 20;
+
+/// Boots `data`: a byte that says how much of it is an initrd, one for a hole behind the kernel, and the kernel.
+pub fn elf(data: &[u8]) {
+    let [split, hole, rest @ ..] = data else { return };
+    let (initrd_bytes, kernel) = rest.split_at(rest.len().min(usize::from(*split)));
+    let hole = u64::from(*hole) * (HOLE_BYTES_MAX / 255);
+    let ram = memory::new(MEMORY_BYTES).expect("memory for a small machine");
+    let (kernel, initrd) = (file(kernel, hole), file(initrd_bytes, 0));
+    let source = Source { kernel: &kernel, initrd: Some(&initrd), cmdline: "console=ttyS0", vcpus: 2 };
+    match prepare(&ram, &source) {
+        Ok(Start::Pvh { entry, start_info }) => {
+            assert!(ram.address_in_range(GuestAddress(entry)), "entered at {entry:#x}");
+            let module = word(&ram, start_info + 16);
+            let modules = word(&ram, start_info + 8) >> 32;
+            let told = (modules > 0).then(|| (word(&ram, module), word(&ram, module + 8)));
+            judge_initrd(&ram, initrd_bytes, told);
+        }
+        Ok(Start::Long { entry, zero_page, .. }) => {
+            assert!(ram.address_in_range(GuestAddress(entry)), "entered at {entry:#x}");
+            let half = |low, high| {
+                word(&ram, zero_page + low) & 0xFFFF_FFFF | (word(&ram, zero_page + high) & 0xFFFF_FFFF) << 32
+            };
+            let (start, bytes) = (half(0x218, 0xC0), half(0x21C, 0xC4));
+            judge_initrd(&ram, initrd_bytes, (bytes > 0).then_some((start, bytes)));
+        }
+        Err(refused) => {
+            let detail = refused.to_string();
+            assert!(!detail.is_empty() && detail.len() < 1024, "told in {} bytes", detail.len());
+        }
+    }
+}
+
+fn word(ram: &Ram, address: u64) -> u64 {
+    ram.read_obj(GuestAddress(address)).expect("parameters lie in memory")
+}
+
+/// What the kernel is told of its initrd is where the initrd is.
+fn judge_initrd(ram: &Ram, wanted: &[u8], told: Option<(u64, u64)>) {
+    assert_eq!(told.map_or(0, |(_, bytes)| bytes), wanted.len() as u64);
+    let Some((start, _)) = told else { return };
+    assert!(start >= layout::HIGH_RAM_START, "an initrd at {start:#x}");
+    let mut found = vec![0; wanted.len()];
+    ram.read_slice(&mut found, GuestAddress(start)).expect("the initrd lies in memory");
+    assert!(found == wanted, "the initrd was written over");
+}
+
+fn file(bytes: &[u8], hole: u64) -> File {
+    let file = sys::memfd::create("fuzz", bytes.len() as u64 + hole).expect("a memory file");
+    file.write_all_at(bytes, 0).expect("room for the input");
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn seeds_of_the_kernel_loader_hold() {
+        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/elf");
+        for entry in std::fs::read_dir(seeds).unwrap() {
+            let path = entry.unwrap().path();
+            println!("{}", path.display());
+            super::elf(&std::fs::read(path).unwrap());
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! What fuzzers call: packets of every kind in both directions, the last will, the console's ring. No part of a
+//! program. `tests/fuzz` calls it with new bytes, and the test here with the seeds kept there.
+//!
+//! What parses is written again and parses to the same; a specification that passes its check keeps every bound; the
+//! ring answers what was written to it, and something bounded whatever its header says.
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sys::seqpacket::Socket;
+
+use crate::channel::Channel;
+use crate::console::Ring;
+use crate::machine::MachineSpec;
+use crate::will::Will;
+use crate::{control, launch, limits};
+
+/// Reads `data` as what its first byte says.
+pub fn wire(data: &[u8]) {
+    let Some((kind, rest)) = data.split_first() else { return };
+    match kind % 10 {
+        0 => again::<control::Request>(rest),
+        1 => again::<control::Message>(rest),
+        2 => again::<launch::Request>(rest),
+        3 => again::<launch::Message>(rest),
+        4 => specification(rest),
+        5 => will(rest),
+        6 => ring_as_found(rest),
+        7 => ring_as_written(rest),
+        8 => packet::<control::Request>(rest),
+        _ => packet::<launch::Request>(rest),
+    }
+}
+
+fn again<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(text: &[u8]) {
+    let Ok(value) = serde_json::from_slice::<T>(text) else { return };
+    let written = serde_json::to_vec(&value).expect("what was read can be written");
+    let read: T = serde_json::from_slice(&written).expect("what was written can be read");
+    assert_eq!(read, value);
+}
+
+/// A specification that came with so many descriptors.
+fn specification(data: &[u8]) {
+    let Some((descriptors, text)) = data.split_first() else { return };
+    let descriptors = usize::from(*descriptors) % (limits::DESCRIPTORS_MAX + 1);
+    again::<MachineSpec>(text);
+    let Ok(spec) = serde_json::from_slice::<MachineSpec>(text) else { return };
+    if let Err(refused) = spec.check(descriptors) {
+        assert!(refused.field.starts_with('/') && !refused.detail.is_empty());
+        return;
+    }
+    let named: Vec<usize> = spec.descriptors().iter().map(|(_, fd)| usize::from(fd.0)).collect();
+    let distinct: BTreeSet<&usize> = named.iter().collect();
+    assert_eq!(distinct.len(), named.len(), "a descriptor is named twice");
+    assert!(named.iter().all(|fd| *fd < descriptors), "a descriptor is named that did not come");
+    assert_eq!(named.len(), 2 + usize::from(spec.boot.initrd.is_some()) + spec.disks.len() + spec.nics.len());
+    assert!((limits::MEMORY_BYTES_MIN..=limits::MEMORY_BYTES_MAX).contains(&spec.memory_bytes));
+    assert!(spec.memory_bytes.is_multiple_of(2 << 20) && (1..=limits::VCPUS_MAX).contains(&spec.vcpus));
+    assert!(spec.disks.len() <= limits::DISKS_MAX && spec.nics.len() <= limits::NICS_MAX);
+    assert!(spec.boot.cmdline.len() < limits::CMDLINE_BYTES_MAX && !spec.boot.cmdline.contains('\0'));
+    assert!(spec.balloon.target_bytes < spec.memory_bytes);
+    assert!(
+        spec.disks.iter().all(|disk| disk.serial.len() <= limits::SERIAL_BYTES_MAX && disk.serial.is_ascii())
+    );
+    assert!(spec.nics.iter().all(|nic| nic.mac[0] & 1 == 0 && nic.mtu >= 68));
+    let limits = spec.disks.iter().map(|disk| disk.limits);
+    let limits = limits.chain(spec.nics.iter().flat_map(|nic| [nic.rx_limits, nic.tx_limits]));
+    for bucket in limits.flat_map(|limits| [limits.bandwidth, limits.operations]).flatten() {
+        assert!(bucket.per_second > 0 && bucket.burst > 0, "a bucket that never fills");
+    }
+}
+
+fn file(bytes: &[u8]) -> File {
+    // In memory where there is such a place; a memfd of ours could not grow.
+    let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile());
+    let mut file = file.expect("a temporary file");
+    file.write_all(bytes).expect("room for the input");
+    file
+}
+
+fn will(text: &[u8]) {
+    let file = file(text);
+    let Some(found) = Will::read(&file).expect("a memory file can be read") else { return };
+    again::<Will>(text);
+    let (empty, other) = (self::file(&[]), Will { at_unix_ms: 1, ..found.clone() });
+    found.write(&empty).expect("it can be written");
+    other.write(&empty).expect("it can be asked for again");
+    assert_eq!(Will::read(&empty).expect("it can be read"), Some(found), "the first will stands");
+}
+
+/// Numbers from the start of the input; zero when it has ended.
+struct Numbers<'a>(&'a [u8]);
+
+impl Numbers<'_> {
+    fn next(&mut self, bytes: usize) -> u64 {
+        let (taken, rest) = self.0.split_at(bytes.min(self.0.len()));
+        self.0 = rest;
+        taken.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+
+    /// Small, near a power of two, or anything.
+    fn wide(&mut self) -> u64 {
+        match self.next(1) {
+            small @ 0..128 => small,
+            shift @ 128..192 => (1_u64 << (shift - 128)).wrapping_add(self.next(1)).wrapping_sub(128),
+            _ => self.next(8),
+        }
+    }
+}
+
+/// A ring as a VMM that somebody else has taken over may leave it, and change it while it is read.
+fn ring_as_found(data: &[u8]) {
+    let mut numbers = Numbers(data);
+    let (capacity, written) = (numbers.wide(), numbers.wide());
+    let length = if numbers.next(1) & 1 == 0 { capacity.wrapping_add(4096) } else { numbers.wide() };
+    let file = file(b"TOFTCON1");
+    file.write_all_at(&capacity.to_le_bytes(), 8).expect("a header");
+    file.write_all_at(&written.to_le_bytes(), 16).expect("a header");
+    // A file that cannot be so long stays short.
+    let _ = file.set_len(length.min(limits::CONSOLE_RING_BYTES_MAX + 8192));
+    let Ok(mut ring) = Ring::open(file.try_clone().expect("a descriptor")) else { return };
+    assert!(capacity <= limits::CONSOLE_RING_BYTES_MAX && length == capacity + 4096);
+    for _ in 0..16 {
+        let (from, most) = (numbers.wide(), numbers.next(2) as usize);
+        if let Ok(piece) = ring.read(from, most) {
+            assert!(piece.data.len() <= most && piece.data.len() as u64 <= capacity);
+            assert!(piece.end() >= piece.start && piece.end() <= ring.written().max(piece.start));
+        }
+        if numbers.next(1) & 1 != 0 {
+            file.write_all_at(&numbers.wide().to_le_bytes(), 16).expect("a header");
+        }
+    }
+}
+
+/// A ring that is written as it should be answers what was written.
+fn ring_as_written(data: &[u8]) {
+    let mut numbers = Numbers(data);
+    let capacity = limits::CONSOLE_RING_BYTES_MIN + numbers.next(2) % 4096;
+    let file = file(&[]);
+    let mut ring =
+        Ring::create(file.try_clone().expect("a descriptor"), capacity).expect("the capacity is one");
+    let mut reader = Ring::open(file).expect("it was just made");
+    let mut model: Vec<u8> = Vec::new();
+    for step in 0..32_u8 {
+        if numbers.0.is_empty() {
+            break;
+        }
+        let written: Vec<u8> =
+            (0..numbers.next(2) % 6000).map(|at| (at as u8).wrapping_mul(7) ^ step).collect();
+        model.extend(&written);
+        assert_eq!(ring.append(&written).expect("there is room"), model.len() as u64);
+        let (from, most) = (numbers.next(2), numbers.next(2) as usize);
+        let piece = reader.read(from, most).expect("a memory file can be read");
+        let (start, end) = (piece.start as usize, piece.end() as usize);
+        assert_eq!(piece.data, model[start..end], "the ring answers something else than was written");
+        assert!(start as u64 == from.min(model.len() as u64) || (start as u64) > from);
+        assert!(!piece.data.is_empty() || most == 0 || from >= model.len() as u64, "there was more to read");
+    }
+}
+
+/// A packet over a socket, with as many descriptors as its first byte says.
+fn packet<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(data: &[u8]) {
+    let Some((count, text)) = data.split_first() else { return };
+    let (near, far) = Socket::pair().expect("a pair of sockets");
+    let descriptor: OwnedFd = self::file(&[]).into();
+    let descriptors = vec![descriptor.as_fd(); usize::from(*count % 80)];
+    let sent = match near.send(text, &descriptors) {
+        Err(cause) => return assert_ne!(cause.kind(), io::ErrorKind::BrokenPipe, "nobody closed it"),
+        Ok(()) => text.len(),
+    };
+    match Channel::new(far).receive::<T>() {
+        Ok(None) => assert_eq!(sent, 0, "a packet is not the end"),
+        Ok(Some((_, taken))) => {
+            assert_eq!(taken.len(), descriptors.len());
+            assert!(taken.len() <= limits::DESCRIPTORS_MAX && sent <= limits::PACKET_BYTES_MAX);
+            again::<T>(text);
+        }
+        Err(cause) => assert!(!cause.is_would_block()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn seeds_of_the_wire_hold() {
+        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/wire");
+        for entry in std::fs::read_dir(seeds).unwrap() {
+            let path = entry.unwrap().path();
+            println!("{}", path.display());
+            super::wire(&std::fs::read(path).unwrap());
+        }
+    }
+}
