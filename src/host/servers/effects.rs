@@ -11,7 +11,7 @@ use model::{Code, ServerId, Time};
 use sys::seqpacket::Listener;
 use tokio::sync::{mpsc, watch};
 use wire::console::Ring;
-use wire::control::Command;
+use wire::control::{Command, Reply};
 use wire::launch::ExitStatus;
 use wire::will::Will;
 
@@ -42,7 +42,15 @@ impl Doing {
             Work::Boot => self.final_or(self.boot().await, Event::StartFailed),
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
             Work::Resume => self.order(Command::Resume, Event::Resumed, Event::ResumeFailed).await,
-            Work::Reset => self.order(Command::Reset, Event::WasReset, Event::ResetFailed).await,
+            Work::CountResets => Ok(match self.resets().await {
+                Ok(resets) => Event::ResetsCounted(resets),
+                Err(cause) => Event::ResetFailed(Trouble::from(&Error::from(cause))),
+            }),
+            Work::Reset { resets } => match self.resets().await {
+                // The guest started afresh after it was asked for: this is what was wanted.
+                Ok(now) if now > resets => Ok(Event::WasReset),
+                _ => self.order(Command::Reset, Event::WasReset, Event::ResetFailed).await,
+            },
             Work::Press => self.press().await,
             Work::Kill => self.kill().await,
             Work::Release => self.release().await,
@@ -184,6 +192,15 @@ impl Doing {
             Ok(()) => done,
             Err(cause) => failed(Trouble::from(&Error::from(cause))),
         })
+    }
+
+    /// How often the machine was reset.
+    async fn resets(&self) -> std::result::Result<u64, AskError> {
+        let link = self.entry.link(limits::COMMAND).await?;
+        match link.ask(Command::Stats, &[], limits::COMMAND).await? {
+            Reply::Stats(stats) => Ok(stats.resets),
+            other => Err(AskError::Protocol(format!("counters were answered with {other:?}"))),
+        }
     }
 
     /// A parked guest cannot see a button, so it runs first.

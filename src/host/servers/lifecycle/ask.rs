@@ -184,7 +184,7 @@ impl Asking {
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
-            | Phase::Resetting { vmm } => {
+            | Phase::Resetting { vmm, .. } => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Stop };
                 self.interrupt();
                 self.begin(Wanted::Stopped)
@@ -224,7 +224,7 @@ impl Asking {
         let phase = self.life.phase.clone();
         match phase {
             Phase::Running { vmm } if push == Push::Force => {
-                self.life.phase = Phase::Resetting { vmm };
+                self.life.phase = Phase::Resetting { vmm, resets: None };
                 self.begin(Wanted::Running)
             }
             Phase::Running { vmm } | Phase::Paused { vmm } => {
@@ -296,7 +296,7 @@ impl Asking {
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
-            | Phase::Resetting { vmm } => Phase::Stopping { vmm: Some(vmm), push: Push::Force, then },
+            | Phase::Resetting { vmm, .. } => Phase::Stopping { vmm: Some(vmm), push: Push::Force, then },
         };
         self.interrupt();
         self.begin(Wanted::Deleted)

@@ -135,6 +135,10 @@ pub enum Phase {
     Resetting {
         /// The process.
         vmm: ProcessId,
+        /// How often its machine had been reset before, once that is known: the button is pressed only while that
+        /// is so, or a daemon that died behind the press would have another one press it again.
+        #[serde(default)]
+        resets: Option<u64>,
     },
     /// The machine is to end.
     Stopping {
@@ -241,8 +245,13 @@ pub enum Work {
     Pause,
     /// Let them run.
     Resume,
-    /// Build the machine again.
-    Reset,
+    /// Ask how often the machine was reset.
+    CountResets,
+    /// Build the machine again, if it was reset so often and no more.
+    Reset {
+        /// How often.
+        resets: u64,
+    },
     /// Press the power button.
     Press,
     /// End the process.
@@ -337,7 +346,8 @@ impl Phase {
             Phase::Starting { vmm: Some(_) } => Some(Work::Boot),
             Phase::Pausing { .. } => Some(Work::Pause),
             Phase::Resuming { .. } => Some(Work::Resume),
-            Phase::Resetting { .. } => Some(Work::Reset),
+            Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
+            Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
             Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
             Phase::Stopping { push: Push::Force, .. } => Some(Work::Kill),
             Phase::Releasing { .. } => Some(Work::Release),
@@ -368,7 +378,7 @@ impl Phase {
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
-            | Phase::Resetting { vmm } => Some(vmm),
+            | Phase::Resetting { vmm, .. } => Some(vmm),
             _ => None,
         }
     }

@@ -31,6 +31,8 @@ pub enum Event {
     Resumed,
     /// They are parked still.
     ResumeFailed(Trouble),
+    /// The machine was reset so often before.
+    ResetsCounted(u64),
     /// The machine was built again.
     WasReset,
     /// It was not.
@@ -117,7 +119,10 @@ impl Stepping {
                 self.life.wanted = Wanted::Running;
                 self.end_job(Verdict::Failed(trouble));
             }
-            (Phase::Resuming { vmm }, Event::Resumed) | (Phase::Resetting { vmm }, Event::WasReset) => {
+            (Phase::Resetting { vmm, resets: None }, Event::ResetsCounted(resets)) => {
+                self.life.phase = Phase::Resetting { vmm, resets: Some(resets) };
+            }
+            (Phase::Resuming { vmm }, Event::Resumed) | (Phase::Resetting { vmm, .. }, Event::WasReset) => {
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Succeeded);
             }
@@ -126,7 +131,7 @@ impl Stepping {
                 self.life.wanted = Wanted::Paused;
                 self.end_job(Verdict::Failed(trouble));
             }
-            (Phase::Resetting { vmm }, Event::ResetFailed(trouble)) => {
+            (Phase::Resetting { vmm, .. }, Event::ResetFailed(trouble)) => {
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Failed(trouble));
             }
@@ -295,7 +300,7 @@ impl Stepping {
                 | Phase::Pausing { vmm }
                 | Phase::Paused { vmm }
                 | Phase::Resuming { vmm }
-                | Phase::Resetting { vmm },
+                | Phase::Resetting { vmm, .. },
                 Found::Alive(MachineState::Shell),
             ) => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };

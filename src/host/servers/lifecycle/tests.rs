@@ -27,6 +27,7 @@ enum Happening {
 struct World {
     machine: Option<(ProcessId, MachineState)>,
     spawned: i32,
+    resets: u64,
     now_ms: i64,
 }
 
@@ -55,7 +56,11 @@ impl World {
             Work::Boot => self.turn(MachineState::Running, Event::Booted),
             Work::Pause => self.turn(MachineState::Paused, Event::Paused),
             Work::Resume => self.turn(MachineState::Running, Event::Resumed),
-            Work::Reset => Event::WasReset,
+            Work::CountResets => Event::ResetsCounted(self.resets),
+            Work::Reset { resets } => {
+                self.resets += u64::from(self.resets == resets);
+                Event::WasReset
+            }
             Work::Press => Event::Pressed,
             Work::Kill => {
                 self.machine = None;
@@ -302,6 +307,21 @@ fn what_is_saved_is_read_back() {
         let text = serde_json::to_string(&before).unwrap();
         assert_eq!(serde_json::from_str::<Life>(&text).unwrap(), before);
     }
+}
+
+#[test]
+fn the_reset_button_is_pressed_once_however_many_daemons_die_behind_it() {
+    let mut world = World { resets: 7, ..World::default() };
+    let mut life = life(Phase::Resetting { vmm: vmm(), resets: None });
+    let counted = world.perform(life.phase.work().unwrap());
+    life = step(&life, counted, world.context()).life;
+    for _ in 0..3 {
+        // The daemon dies before it can record that the machine was reset.
+        let _ = world.perform(life.phase.work().unwrap());
+    }
+    let reset = world.perform(life.phase.work().unwrap());
+    assert_eq!(step(&life, reset, world.context()).life.phase, Phase::Running { vmm: vmm() });
+    assert_eq!(world.resets, 8);
 }
 
 #[test]

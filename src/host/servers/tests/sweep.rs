@@ -121,6 +121,9 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
             let machines = stage.launch.alive().len();
             let wanted = if *state == ServerState::Stopped { 0 } else { 1 };
             assert_eq!(machines, wanted, "checkpoint {number}, after {verb}");
+            if *verb == "reset" {
+                assert_eq!(stage.launch.only().resets(), 1, "checkpoint {number}");
+            }
             assert_eq!(stage.plumbing.scene().taps.len(), wanted, "checkpoint {number}, after {verb}");
         }
     }
