@@ -31,6 +31,9 @@ mod routes;
 
 mod serve;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 pub use serve::{Bound, Config, Error, TcpListen, TlsFiles, UnixListen, bind, serve};
 
 #[cfg(test)]

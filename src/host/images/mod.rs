@@ -32,6 +32,8 @@ use crate::volumes::{files, space, used_bytes};
 
 mod bundle;
 mod directory;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod import;
 mod incoming;
 pub mod limits;

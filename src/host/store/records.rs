@@ -191,7 +191,8 @@ pub(crate) fn cursor(last: &str, sort: Sort) -> String {
     URL_SAFE_NO_PAD.encode(format!("{}{last}", sort_mark(sort)))
 }
 
-fn open_cursor(cursor: &str, sort: Sort) -> Result<String> {
+/// What [`cursor`] made, for the same order.
+pub(crate) fn open_cursor(cursor: &str, sort: Sort) -> Result<String> {
     let refused = || bad_parameter("cursor", "is not a next_cursor of this list in this order".to_owned());
     let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| refused())?;
     let text = String::from_utf8(bytes).map_err(|_| refused())?;
