@@ -35,6 +35,9 @@ pub mod report;
 
 mod open;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 // Lets the fake VMM be the same file in this room's tests and in those of the rooms above.
 #[cfg(test)]
 extern crate self as host;
