@@ -10,4 +10,5 @@ mod daemon;
 #[path = "../support/world.rs"]
 mod world;
 
+mod kills;
 mod sweep;

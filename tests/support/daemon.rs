@@ -247,12 +247,17 @@ impl Stage {
         processes().into_iter().find(|(_, line)| line == "toft-vmm launcher").map(|(pid, _)| pid)
     }
 
-    /// How often the guest of a server has counted since it booted, and how often it has booted in all.
+    /// How often the guest of a server has counted since its latest boot, and how often it has booted in all.
     pub(crate) async fn beats(&self, id: &str) -> (u64, usize) {
-        let log = self.api().get(&format!("/v1/servers/{id}/console-log")).await;
-        let log = text(&log);
-        let last = log.lines().rev().find_map(|line| line.trim().strip_prefix("probe: beat ")?.parse().ok());
-        (last.unwrap_or(0), log.matches("probe: hello").count())
+        let answer = self.api().read(&format!("/v1/servers/{id}/console-log")).await;
+        // A server that is being deleted may go between two looks.
+        let Some(log) = answer.ok().and_then(|answer| answer.body.as_str().map(str::to_owned)) else {
+            return (0, 0);
+        };
+        let boots: Vec<&str> = log.split("probe: hello").collect();
+        let beat = |line: &str| line.trim().strip_prefix("probe: beat ")?.parse().ok();
+        let last = boots.last().and_then(|boot| boot.lines().rev().find_map(beat));
+        (last.unwrap_or(0), boots.len() - 1)
     }
 
     /// Imports the image and waits for it.
@@ -282,7 +287,8 @@ impl Stage {
 
     /// Makes a server that runs; answers its id.
     pub(crate) async fn create(&self, name: &str) -> String {
-        let answer = self.call(Method::POST, "/v1/servers", name, Some(server_body(name))).await;
+        let key = format!("create-{}-{name}", lock(&self.ids).len());
+        let answer = self.call(Method::POST, "/v1/servers", &key, Some(server_body(name))).await;
         self.succeeded(&answer.operation()).await.unwrap();
         text(&answer.body["resource"]["id"])
     }

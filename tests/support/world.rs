@@ -11,8 +11,8 @@ const INSIDE: &str = "TOFT_TEST_INSIDE";
 /// process there and reaps what is orphaned; whatever still runs when the test has ended, ends with it.
 pub(crate) fn inside(name: &str, test: impl Future<Output = ()>) {
     if std::env::var_os(INSIDE).is_some() {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-        return runtime.expect("a runtime").block_on(test);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        return tokio::task::LocalSet::new().block_on(&runtime.expect("a runtime"), test);
     }
     let status = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
