@@ -82,7 +82,12 @@ pub(crate) struct Client {
     tls: Option<TlsConnector>,
     show_http: bool,
     idempotency_key: Option<String>,
+    /// The daemon has asked for the body of an upload.
+    may_send: Arc<tokio::sync::Notify>,
 }
+
+/// Asks to be told before the body is sent, so that a refusal is read and not lost behind a broken pipe.
+const EXPECT: (&str, &str) = ("expect", "100-continue");
 
 /// A whole answer.
 #[derive(Debug)]
@@ -112,7 +117,7 @@ impl Client {
             }
             _ => None,
         };
-        Ok(Client { endpoint, token, tls, show_http, idempotency_key })
+        Ok(Client { endpoint, token, tls, show_http, idempotency_key, may_send: Arc::default() })
     }
 
     /// Sends a request and reads the whole answer. A mutating request carries an idempotency key. Statuses from
@@ -153,9 +158,15 @@ impl Client {
         if self.show_http {
             eprintln!("{} --data-binary @FILE", self.curl("POST", path, &[("content-type", kind)]));
         }
+        let may_send = self.may_send.clone();
         let chunks = futures_util::stream::try_unfold((file, 0u64), move |(mut file, sent)| {
             on_progress(sent);
+            let may_send = may_send.clone();
             async move {
+                if sent == 0 {
+                    // A daemon that refuses says so first. One that says nothing may not know the question.
+                    let _ = tokio::time::timeout(limits::CONTINUE_TIMEOUT, may_send.notified()).await;
+                }
                 let mut chunk = vec![0; 256 * 1024];
                 let read = tokio::io::AsyncReadExt::read(&mut file, &mut chunk).await?;
                 chunk.truncate(read);
@@ -165,7 +176,7 @@ impl Client {
         });
         let body = http_body_util::StreamBody::new(chunks.into_stream());
         let body = BodyExt::boxed(SyncBody(std::sync::Mutex::new(Box::pin(body))));
-        let response = self.exchange("POST", path, Some(kind), Some(length_bytes), body, &[]).await?;
+        let response = self.exchange("POST", path, Some(kind), Some(length_bytes), body, &[EXPECT]).await?;
         self.collect(response).await
     }
 
@@ -252,7 +263,9 @@ impl Client {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let request = request.body(body).map_err(|error| Error::Usage(format!("bad request: {error}")))?;
+        let mut request = request.body(body).map_err(|error| Error::Usage(format!("bad request: {error}")))?;
+        let may_send = self.may_send.clone();
+        hyper::ext::on_informational(&mut request, move |_| may_send.notify_one());
         let answer = tokio::time::timeout(limits::ANSWER_TIMEOUT, sender.send_request(request));
         // An upload takes as long as it takes; everything else is bounded.
         match kind {

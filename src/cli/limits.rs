@@ -13,6 +13,9 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time to the head of an answer: the longest long poll and some.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(model::limits::WAIT_S_MAX + 30);
 
+/// Time to the word that an upload may be sent, as RFC 9110 advises: a second, then it is sent all the same.
+pub(crate) const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Largest answer read into memory, in bytes: a page of 200 servers is 300 KiB, a console log 1 MiB.
 pub(crate) const ANSWER_BYTES_MAX: usize = 64 << 20;
 

@@ -98,7 +98,7 @@ pub(crate) struct ListOptions {
     #[arg(short = 'l', long)]
     label_selector: Option<String>,
     /// Order: created_at, -created_at, name or -name.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     sort: Option<String>,
     /// At most this many; all when absent.
     #[arg(long)]
