@@ -67,12 +67,29 @@ impl Error {
         Error::new(Code::Internal, what).caused_by(cause)
     }
 
-    /// Trouble with a file: `disk_full` when the disk is, otherwise `internal`.
+    /// Trouble with a file, told with what to do about it: `disk_full`, `too_many` without a descriptor left,
+    /// `no_capacity` without memory, otherwise `internal`.
     pub fn file(what: impl Into<String>, cause: std::io::Error) -> Error {
-        let full =
-            matches!(cause.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded);
-        let code = if full { Code::DiskFull } else { Code::Internal };
-        Error::new(code, what).caused_by(cause)
+        let (code, advice) = match rustix::io::Errno::from_io_error(&cause) {
+            Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => {
+                (Code::DiskFull, "the host's disk is full; delete volumes or images, or add space")
+            }
+            Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => (
+                Code::TooMany,
+                "too many files are open; try again, or raise the daemon's limit of open files",
+            ),
+            Some(rustix::io::Errno::NOMEM) => {
+                (Code::NoCapacity, "the host is out of memory; stop or delete servers, or add memory")
+            }
+            Some(rustix::io::Errno::IO) => {
+                (Code::Internal, "the host's disk reported an input/output error; see the kernel's log")
+            }
+            Some(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+                (Code::Internal, "permission denied; the daemon needs root, or files that are its own")
+            }
+            _ => return Error::new(Code::Internal, what).caused_by(cause),
+        };
+        Error::new(code, format!("{}: {advice}", what.into())).caused_by(cause)
     }
 
     /// Attaches the cause.
@@ -131,9 +148,21 @@ impl std::error::Error for Error {
 
 impl From<rusqlite::Error> for Error {
     fn from(cause: rusqlite::Error) -> Error {
-        let full = cause.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull);
-        let code = if full { Code::DiskFull } else { Code::Internal };
-        Error::new(code, "the host's records cannot be read or written").caused_by(cause)
+        let (code, detail) = match cause.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => (
+                Code::DiskFull,
+                "the host's disk is full, and its records cannot be written; delete volumes or images, or add space",
+            ),
+            Some(rusqlite::ErrorCode::OutOfMemory) => {
+                (Code::NoCapacity, "the host is out of memory; stop or delete servers, or add memory")
+            }
+            Some(rusqlite::ErrorCode::SystemIoFailure) => (
+                Code::Internal,
+                "the disk of the host's records reported an error; see the kernel's and the daemon's log",
+            ),
+            _ => (Code::Internal, "the host's records cannot be read or written; see the daemon's log"),
+        };
+        Error::new(code, detail).caused_by(cause)
     }
 }
 
