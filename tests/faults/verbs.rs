@@ -1,0 +1,335 @@
+//! Every verb of the command line on the real daemon: exit codes, and what each form of output holds.
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::images;
+use crate::stage::{Said, Stage, wait_for};
+use crate::world;
+
+/// Remembers which verbs were used, so that a new one cannot be forgotten here.
+struct Cli<'s> {
+    stage: &'s Stage,
+    used: RefCell<BTreeSet<String>>,
+}
+
+impl Cli<'_> {
+    fn note(&self, arguments: &[&str]) {
+        let mut words = arguments.iter().filter(|word| !word.starts_with('-'));
+        let pair = (words.next().unwrap(), words.next().map_or("", |word| *word));
+        self.used.borrow_mut().insert(format!("{} {}", pair.0, pair.1));
+    }
+
+    fn ok(&self, arguments: &[&str]) -> String {
+        self.note(arguments);
+        self.stage.ok(arguments)
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        self.note(arguments);
+        self.stage.json(arguments)
+    }
+
+    fn fails(&self, arguments: &[&str], exit: i32) -> Said {
+        let said = self.stage.toft(arguments);
+        assert_eq!(said.code, exit, "toft {arguments:?}: {said:?}");
+        assert!(said.err.starts_with("toft: ") || exit == 2, "{said:?}");
+        said
+    }
+
+    /// A list or a single thing in its three forms: JSON with this name, a line for the name, a table with a head.
+    fn three_forms(&self, arguments: &[&str], name: &str, head: &str) {
+        let json = self.json(arguments);
+        let items = json.as_array().cloned().unwrap_or_else(|| vec![json.clone()]);
+        let named = |item: &Value| item["name"].as_str().or(item["id"].as_str()) == Some(name);
+        assert!(items.iter().any(named), "{json}");
+        let names = self.ok(&[&["-o", "name"], arguments].concat());
+        assert!(names.lines().any(|line| line == name), "{names}");
+        assert_eq!(names.lines().count(), items.len(), "{names}");
+        let table = self.ok(&[&["-o", "table"], arguments].concat());
+        assert!(table.contains(head) && table.contains(name), "{table}");
+    }
+
+    /// Nouns and verbs as the help tells them, without those that were used.
+    fn unused(&self) -> Vec<String> {
+        let words = |help: &str| -> Vec<String> {
+            let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+            let lines = commands.take_while(|line| !line.is_empty());
+            let names = lines.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+            names.filter_map(|line| Some(line.split_whitespace().next()?.to_owned())).collect()
+        };
+        let mut all = Vec::new();
+        for noun in words(&self.stage.ok(&["--help"])).into_iter().filter(|noun| noun != "help") {
+            let verbs = words(&self.stage.ok(&[&noun, "--help"]));
+            all.extend(verbs.iter().filter(|verb| *verb != "help").map(|verb| format!("{noun} {verb}")));
+            if verbs.is_empty() {
+                all.push(noun);
+            }
+        }
+        assert!(all.len() > 30, "the help cannot be read: {all:?}");
+        let used = self.used.borrow();
+        let is_used = |command: &String| used.iter().any(|line| line.starts_with(command.as_str()));
+        all.into_iter().filter(|command| !is_used(command)).collect()
+    }
+}
+
+#[test]
+fn every_verb_does_its_work_on_the_real_daemon() {
+    world::inside("verbs::every_verb_does_its_work_on_the_real_daemon", async {
+        let mut stage = Stage::new();
+        catalogue(&stage);
+        let recipes = stage.path("guest-images");
+        stage.flags(&["--guest-images", recipes.to_str().unwrap(), "--listen", "127.0.0.1:7700"]);
+        images::write(&stage.path("import/reader"), "serial=600000 beat=100");
+        stage.start();
+        let cli = Cli { stage: &stage, used: RefCell::default() };
+        the_host(&cli);
+        bring_images(&cli);
+        networks(&cli);
+        servers(&cli);
+        consoles(&cli);
+        volumes(&cli);
+        operations_and_events(&cli);
+        tokens(&stage);
+        without_a_daemon(&cli);
+        let unused = cli.unused();
+        assert!(unused.is_empty(), "not tried: {unused:?}");
+        stage.stop();
+    });
+}
+
+/// A catalogue of one recipe, built by copying.
+fn catalogue(stage: &Stage) {
+    let recipes = stage.path("guest-images");
+    std::fs::create_dir_all(&recipes).unwrap();
+    let entry = "[probe]\ntitle = \"The probe guest\"\ndescription = \"Bare\"\n";
+    std::fs::write(recipes.join("catalogue.toml"), entry).unwrap();
+    let from = stage.path("import/counter");
+    let script = format!("#!/bin/sh\necho 'progress: copy 50' >&2\nexec cp -r '{}' \"$3\"\n", from.display());
+    let build = recipes.join("build");
+    std::fs::write(&build, script).unwrap();
+    std::fs::set_permissions(build, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+fn the_host(cli: &Cli<'_>) {
+    let about = cli.json(&["host", "about"]);
+    assert_eq!(about["api"], "v1");
+    assert!(cli.ok(&["host", "about"]).contains("API v1"));
+    let report = cli.json(&["host", "check"]);
+    assert_eq!(report["kvm"]["works"], true, "{report}");
+    assert!(report["checks"].as_array().unwrap().len() > 5);
+    assert!(cli.ok(&["host", "check"]).contains("kvm"));
+    assert!(cli.ok(&["host", "show"]).contains("memory"));
+    assert_eq!(cli.json(&["api", "GET", "/v1"]), about);
+    assert!(cli.ok(&["completion", "bash"]).contains("complete -F _toft"));
+    assert!(cli.ok(&["completion", "zsh"]).contains("#compdef toft"));
+    let shown = cli.stage.toft(&["--show-http", "host", "about"]);
+    assert!(shown.err.contains("curl") && shown.err.contains("200"), "{shown:?}");
+}
+
+fn bring_images(cli: &Cli<'_>) {
+    cli.three_forms(&["image", "catalogue"], "probe", "TITLE");
+    let image = cli.json(&["--wait", "image", "import", "counter", "--from", "counter", "--label", "a=b"]);
+    assert_eq!((image["state"].as_str(), image["labels"]["a"].as_str()), (Some("ready"), Some("b")));
+    let accepted = cli.json(&["image", "import", "recipe", "--catalogue", "probe"]);
+    let operation = accepted["operation"]["id"].as_str().unwrap();
+    assert_eq!(cli.json(&["operation", "wait", operation])["state"], "succeeded");
+    let (reader, bundle) = (cli.stage.path("import/reader"), cli.stage.path("reader.tar"));
+    images::bundle(&reader, &bundle);
+    let sum = images::sum(&bundle);
+    let bundle = bundle.to_str().unwrap();
+    assert_eq!(
+        cli.ok(&["--output=name", "--wait", "image", "upload", "reader", bundle, "--sha256", &sum]),
+        "reader\n"
+    );
+    cli.three_forms(&["image", "list"], "counter", "NAME");
+    cli.three_forms(&["image", "show", "reader"], "reader", "NAME");
+    assert_eq!(cli.json(&["image", "list", "-l", "a=b"]).as_array().unwrap().len(), 1);
+    cli.ok(&["--wait", "image", "delete", "recipe"]);
+    cli.fails(&["image", "show", "recipe"], 3);
+    cli.fails(&["image", "import", "x", "--from", "nothing"], 2);
+    cli.fails(&["image", "import", "counter", "--from", "counter"], 4);
+    cli.fails(&["image", "upload", "x", "/nonexistent"], 2);
+}
+
+fn networks(cli: &Cli<'_>) {
+    let network =
+        cli.json(&["--wait", "network", "create", "inner", "--cidr", "10.99.0.0/24", "--kind", "isolated"]);
+    assert_eq!((network["state"].as_str(), network["kind"].as_str()), (Some("ready"), Some("isolated")));
+    cli.three_forms(&["network", "list"], "inner", "CIDR");
+    cli.three_forms(&["network", "show", "inner"], "inner", "CIDR");
+    cli.ok(&["network", "update", "inner", "--name", "inside", "--label", "tier=back"]);
+    assert_eq!(cli.json(&["network", "show", "inside"])["labels"]["tier"], "back");
+    cli.fails(&["network", "create", "inside"], 4);
+    cli.fails(&["network", "create", "bad", "--cidr", "10.99.0.0/40"], 2);
+}
+
+fn servers(cli: &Cli<'_>) {
+    let plan = cli.json(&["server", "create", "web", "--image", "counter", "--dry-run"]);
+    assert_eq!(plan["server"]["name"], "web");
+    assert_eq!(cli.json(&["server", "list"]).as_array().unwrap().len(), 0, "a plan made something");
+    let create = ["--wait", "server", "create", "web", "--image", "counter", "--memory", "64M"];
+    let more = ["--network", "inside=10.99.0.7", "--label", "tier=front", "--external-ref", "order-1"];
+    let server = cli.json(&[&create[..], &more].concat());
+    assert_eq!((server["state"].as_str(), server["wanted"].as_str()), (Some("running"), Some("running")));
+    assert_eq!(server["nics"][0]["ipv4"], "10.99.0.7");
+    let id = server["id"].as_str().unwrap();
+    cli.three_forms(&["server", "list"], "web", "STATE");
+    cli.three_forms(&["server", "show", id], "web", "STATE");
+    cli.stage.console("web", "probe: beat 2");
+    let tail = cli.ok(&["server", "console-log", "web", "--tail", "16"]);
+    assert!(tail.len() <= 16 && !tail.is_empty(), "{tail:?}");
+    assert!(cli.json(&["server", "metrics", "web"])["vcpu_exits"][0].as_u64() > Some(0));
+    assert!(cli.ok(&["server", "metrics", "web"]).contains("vcpu 0"));
+    assert_eq!(cli.json(&["--wait", "server", "start", "web"])["state"], "running");
+    cli.fails(&["network", "delete", "inside"], 4);
+    cli.fails(&["image", "delete", "counter"], 4);
+    assert_eq!(cli.json(&["--wait", "server", "pause", "web"])["state"], "paused");
+    assert_eq!(cli.json(&["--wait", "server", "resume", "web"])["state"], "running");
+    assert_eq!(cli.json(&["--wait", "server", "reboot", "web", "--grace-s", "0"])["state"], "running");
+    wait_for("the guest after a reset", || {
+        (cli.stage.console("web", "hello").matches("probe: hello").count() == 2).then_some(())
+    });
+    cli.stage.console("web", "probe: beat 1");
+    assert_eq!(cli.json(&["--wait", "server", "reboot", "web"])["state"], "running");
+    let log = cli.stage.console("web", "hello");
+    assert!(log.contains("probe: beat ok"), "the button was not pressed: {log}");
+    let updated =
+        cli.json(&["server", "update", "web", "--name", "www", "--label", "tier-", "--description", "x"]);
+    assert_eq!((updated["name"].as_str(), updated["labels"]["tier"].as_str()), (Some("www"), None));
+    let stale = updated["generation"].as_u64().unwrap() - 1;
+    cli.fails(&["server", "update", "www", "--vcpus", "2", "--if-generation", &stale.to_string()], 4);
+    wait_for("a guest that can see its button", || {
+        (cli.stage.console("www", "hello").matches("probe: hello").count() >= 3).then_some(())
+    });
+    let stopped = cli.json(&["--wait", "server", "stop", "www"]);
+    assert_eq!(stopped["state"], "stopped");
+    cli.fails(&["server", "pause", "www"], 4);
+    cli.ok(&["server", "update", "www", "--vcpus", "2"]);
+    assert_eq!(cli.json(&["--wait", "server", "start", "www"])["vcpus"], 2);
+    assert_eq!(cli.json(&["--wait", "server", "stop", "www", "--grace-s", "0"])["state"], "stopped");
+    cli.fails(&["server", "create", "www", "--image", "counter"], 4);
+    cli.fails(&["server", "create", "b", "--image", "nothing"], 2);
+    cli.fails(&["server", "create", "b", "--image", "counter", "--memory", "1M"], 2);
+    cli.fails(&["server", "create", "b", "--image", "counter", "--memory", "900G"], 6);
+    cli.fails(&["server", "create", "B_", "--image", "counter"], 2);
+    cli.fails(&["server", "frobnicate"], 2);
+    cli.fails(&["server", "show", "nothing"], 3);
+    let late = ["--wait", "--wait-timeout-s", "0", "server", "start", "www"];
+    cli.fails(&late, 7);
+    wait_for("the server all the same", || {
+        (cli.json(&["server", "show", "www"])["state"] == "running").then_some(())
+    });
+}
+
+fn consoles(cli: &Cli<'_>) {
+    cli.ok(&["--wait", "server", "create", "reader", "--image", "reader", "--memory", "64M", "--no-network"]);
+    cli.stage.console("reader", "serial waiting");
+    for (line, arguments) in
+        [("typed", &["console", "reader"][..]), ("again", &["server", "console", "reader", "--no-replay"])]
+    {
+        cli.note(arguments);
+        let mut command = cli.stage.command(arguments);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Ctrl-] at the end leaves.
+        child.stdin.take().unwrap().write_all(format!("{line}\r\n\x1d").as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    cli.stage.console("reader", "serial got typed");
+    // A reader stays when the machine has ended, because another may follow.
+    let mut command = cli.stage.command(&["console", "--read-only", "reader"]);
+    let mut follow = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("serial got typed")));
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+    cli.ok(&["--wait", "server", "stop", "reader", "--grace-s", "0"]);
+}
+
+fn volumes(cli: &Cli<'_>) {
+    let server = cli.json(&["server", "show", "reader"]);
+    let volume = cli.json(&["volume", "show", server["volumes"][0]["volume_id"].as_str().unwrap()]);
+    let volume = volume["name"].as_str().unwrap().to_owned();
+    cli.three_forms(&["volume", "list"], &volume, "SIZE");
+    cli.three_forms(&["volume", "show", &volume], &volume, "SIZE");
+    assert_eq!(cli.json(&["volume", "resize", &volume, "4M"])["size_bytes"], 4 << 20);
+    cli.fails(&["volume", "resize", &volume, "1M"], 2);
+    cli.fails(&["volume", "delete", &volume], 4);
+    cli.ok(&["--wait", "server", "delete", "reader", "--keep-volumes"]);
+    cli.fails(&["server", "show", "reader"], 3);
+    cli.ok(&["--wait", "volume", "delete", &volume]);
+    cli.fails(&["volume", "show", &volume], 3);
+    cli.ok(&["--wait", "server", "delete", "www"]);
+    assert_eq!(cli.json(&["volume", "list"]).as_array().unwrap().len(), 0);
+    cli.ok(&["--wait", "network", "delete", "inside"]);
+}
+
+fn operations_and_events(cli: &Cli<'_>) {
+    let operations = cli.json(&["operation", "list", "--sort", "-created_at"]);
+    let last = operations[0]["id"].as_str().unwrap();
+    cli.three_forms(&["operation", "list"], last, "KIND");
+    cli.three_forms(&["operation", "show", last], last, "KIND");
+    cli.note(&["operation", "cancel"]);
+    cli.fails(&["operation", "cancel", last], 4);
+    cli.fails(&["operation", "show", "00000000-0000-0000-0000-000000000000"], 3);
+    let failed = operations.as_array().unwrap().iter().find(|one| one["state"] == "failed");
+    assert!(failed.is_none(), "an operation failed: {failed:?}");
+    let events = cli.ok(&["--output=json", "event", "list"]);
+    let events: Vec<Value> = events.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let deleted = |event: &Value| event["type"].as_str() == Some("server.deleted");
+    assert!(events.iter().any(deleted), "{events:?}");
+    let newest = cli.ok(&["--output=name", "event", "list"]).lines().last().unwrap().to_owned();
+    assert_eq!(cli.ok(&["event", "list", "--after", &newest]), "");
+    cli.note(&["event", "follow"]);
+    let before = (newest.parse::<u64>().unwrap() - 1).to_string();
+    let mut command = cli.stage.command(&["-o", "name", "event", "follow", "--after", &before]);
+    let mut follow = command.stdout(Stdio::piped()).spawn().unwrap();
+    let line = BufReader::new(follow.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+    assert_eq!(line, newest);
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+}
+
+fn tokens(stage: &Stage) {
+    let toftd = |arguments: &[&str]| {
+        let mut command = stage.daemon_command();
+        // Flags of a daemon that serves do not go with a command that does not.
+        let program = command.get_program().to_owned();
+        command = std::process::Command::new(program);
+        Said::of(command.arg("--state-dir").arg(stage.path("state")).args(arguments))
+    };
+    let over_tcp = |token: &str| {
+        let endpoint = ["--endpoint", "http://127.0.0.1:7700", "--token", token, "host", "about"];
+        stage.toft(&endpoint)
+    };
+    let made = toftd(&["token", "create", "panel"]);
+    assert_eq!(made.code, 0, "{made:?}");
+    let secret = made.out.trim().to_owned();
+    assert_eq!(over_tcp(&secret).code, 0);
+    let listed = toftd(&["token", "list"]);
+    assert!(listed.out.contains("panel") && !listed.out.contains(&secret), "{listed:?}");
+    let id = listed.out.split_whitespace().next().unwrap();
+    assert_eq!(toftd(&["token", "revoke", id]).code, 0);
+    let refused = over_tcp(&secret);
+    assert!(refused.code == 1 && refused.err.contains("unauthenticated"), "{refused:?}");
+}
+
+fn without_a_daemon(cli: &Cli<'_>) {
+    let said = cli.fails(&["--endpoint", "unix:/nonexistent", "server", "list"], 5);
+    assert!(said.err.contains("is toftd running?"), "{said:?}");
+    cli.note(&["run"]);
+    let machine = cli.stage.path("machine.json");
+    let kernel = cli.stage.path("import/counter/kernel");
+    let document = serde_json::json!({
+        "memory_bytes": 64 << 20, "kernel": kernel, "cmdline": "mem",
+    });
+    std::fs::write(&machine, document.to_string()).unwrap();
+    let said = cli.stage.toft(&["run", machine.to_str().unwrap()]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.out.contains("probe: done failed=0"), "{said:?}");
+}
