@@ -324,7 +324,10 @@ async fn each_reader_saw_the_log(storm: &Storm, seen: &[Vec<Value>]) {
         }
         assert_eq!(events.len(), log.len(), "a reader saw more or less than the log has");
     }
-    assert!(log.windows(2).all(|pair| number(&pair[0]["id"]) + 1 == number(&pair[1]["id"])), "the log has gaps");
+    assert!(
+        log.windows(2).all(|pair| number(&pair[0]["id"]) + 1 == number(&pair[1]["id"])),
+        "the log has gaps"
+    );
 }
 
 /// The records hold what the clients were told and nothing else, and the guests booted as often as they should.
@@ -340,7 +343,11 @@ async fn each_key_had_one_effect(storm: &Storm, asked: &[Asked], servers: &[Valu
     assert_eq!(recorded, told, "operations that nobody was told of, or that are forgotten");
     for one in asked {
         let again = storm.insist(&one.key, &one.request).await;
-        assert!(again.replayed && again.operation() == one.operation, "{one:?} was answered with {}", again.body);
+        assert!(
+            again.replayed && again.operation() == one.operation,
+            "{one:?} was answered with {}",
+            again.body
+        );
     }
 
     let log = storm.stage.api().log().await;
@@ -371,14 +378,17 @@ async fn each_key_had_one_effect(storm: &Storm, asked: &[Asked], servers: &[Valu
         if struck.contains(&name) || theirs.iter().any(|one| !one.succeeded) {
             continue;
         }
-        let boots = theirs.iter().filter(|one| ["create", "start", "reboot", "reset"].contains(&one.verb)).count();
+        let boots =
+            theirs.iter().filter(|one| ["create", "start", "reboot", "reset"].contains(&one.verb)).count();
         let booted = storm.stage.beats(&id).await.1;
         // A machine that was stopped before its guest said hello is not seen; one too many always is.
         assert!(booted <= boots, "{name} booted {booted} times: {theirs:#?}");
         never_seen += boots - booted;
         compared += 1;
     }
-    println!("{compared} servers booted as often as they were asked to; {never_seen} boots ended before a word");
+    println!(
+        "{compared} servers booted as often as they were asked to; {never_seen} boots ended before a word"
+    );
 }
 
 fn number(value: &Value) -> u64 {

@@ -10,5 +10,6 @@ mod daemon;
 #[path = "../support/world.rs"]
 mod world;
 
+mod deaths;
 mod kills;
 mod sweep;

@@ -344,7 +344,8 @@ impl Sweep {
         }
         let (Some(id), Some(_)) = (&now.id, now.vmm) else { return Ok(()) };
         let (beats, _) = self.stage.beats(id).await;
-        let goes_on = wait_for("more beats", async || (self.stage.beats(id).await.0 > beats + 2).then_some(()));
+        let goes_on =
+            wait_for("more beats", async || (self.stage.beats(id).await.0 > beats + 2).then_some(()));
         goes_on.await.map_err(|late| format!("{late}: {}", changed(&now)))?;
         let now = self.subject().await;
         if now == *before { Ok(()) } else { Err(changed(&now)) }

@@ -1,0 +1,226 @@
+//! What dies beside the daemon: VMMs, the launcher, DHCP servers, and the old daemon in an upgrade, each at many
+//! moments of an operation. What was hit is reported with its reason and mended; what was not hit runs on.
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use hyper::Method;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tokio::task::spawn_local;
+
+use crate::api::{Api, text};
+use crate::daemon::{Orders, Stage, server_body, wait_for};
+use crate::world::{World, inside, processes};
+
+/// Moments of an operation at which something is killed, in milliseconds after it was asked for. A create takes
+/// some 30 to 80.
+const MOMENTS_MS: [u64; 12] = [0, 1, 2, 4, 6, 9, 13, 18, 25, 35, 50, 80];
+
+fn kill_9(pid: i32) {
+    // That it has ended already is what was wanted.
+    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+}
+
+async fn stage() -> Stage {
+    let stage = Stage::new();
+    stage.open_well().await;
+    stage.import().await;
+    stage
+}
+
+async fn server(api: &Api, id: &str) -> Value {
+    api.get(&format!("/v1/servers/{id}")).await
+}
+
+/// Waits until a server is in a state.
+async fn until(api: &Api, id: &str, state: &str) -> Value {
+    let look = async || Some(server(api, id).await).filter(|server| server["state"] == state);
+    wait_for(&format!("state {state}"), look).await.unwrap()
+}
+
+async fn delete(stage: &Stage, id: &str) {
+    let answer =
+        stage.call(Method::DELETE, &format!("/v1/servers/{id}"), &format!("delete-{id}"), None).await;
+    stage.succeeded(&answer.operation()).await.unwrap();
+}
+
+async fn killed_vmms_come_back() {
+    let stage = stage().await;
+    let api = stage.api();
+    let (bystander, id) = (stage.create("bystander").await, stage.create("web1").await);
+    let bystander_vmm = stage.vmms()["bystander"];
+    let mut pauses = Vec::new();
+    for _ in 0..2 {
+        let vmm = stage.vmms()["web1"];
+        let begun = Instant::now();
+        kill_9(vmm);
+        let waiting = until(&api, &id, "starting").await;
+        assert_eq!(waiting["state_reason"]["code"], "vmm_killed", "{waiting}");
+        assert!(text(&waiting["state_reason"]["detail"]).contains("signal 9"), "{waiting}");
+        until(&api, &id, "running").await;
+        pauses.push(begun.elapsed());
+        assert_ne!(stage.vmms()["web1"], vmm);
+    }
+    let [first, second] = [Duration::from_secs(1), Duration::from_secs(2)];
+    assert!(pauses[0] >= first && pauses[1] >= second, "pauses of {pauses:?} do not grow");
+
+    // With the daemon away nobody sees the signal; that it has gone is seen all the same.
+    let vmm = stage.vmms()["web1"];
+    stage.kill().await;
+    kill_9(vmm);
+    stage.open_well().await;
+    let waiting = until(&api, &id, "starting").await;
+    assert_eq!(waiting["state_reason"]["code"], "vmm_vanished", "{waiting}");
+    until(&api, &id, "running").await;
+
+    // Who does not want to be restarted is not.
+    let answer = stage
+        .call(
+            Method::PATCH,
+            &format!("/v1/servers/{id}"),
+            "never",
+            Some(json!({ "restart_policy": "never" })),
+        )
+        .await;
+    assert_eq!(answer.body["restart_policy"], "never");
+    kill_9(stage.vmms()["web1"]);
+    let failed = until(&api, &id, "failed").await;
+    assert_eq!(failed["state_reason"]["code"], "vmm_killed", "{failed}");
+    let events = api.log().await;
+    let told = events.iter().filter(|event| {
+        event["data"]["state"] == "failed" && event["data"]["resource"]["id"] == failed["id"]
+    });
+    assert_eq!(told.count(), 1, "a failure is told once");
+    let answer =
+        stage.call(Method::POST, &format!("/v1/servers/{id}/actions/start"), "start-again", None).await;
+    stage.succeeded(&answer.operation()).await.unwrap();
+
+    assert_eq!(stage.vmms()["bystander"], bystander_vmm);
+    assert_eq!(stage.beats(&bystander).await.1, 1);
+    stage.close().await;
+}
+
+#[test]
+fn a_killed_vmm_is_reported_and_restarted_with_growing_pauses() {
+    inside("deaths::a_killed_vmm_is_reported_and_restarted_with_growing_pauses", killed_vmms_come_back());
+}
+
+/// Something is killed at each moment of a create. The create ends, done or undone, and leaves what it should.
+async fn creates_under_blows(blow: impl AsyncFn(&Stage)) {
+    let stage = stage().await;
+    let bystander = stage.create("bystander").await;
+    let bystander_vmm = stage.vmms()["bystander"];
+    let rest = stage.look();
+    let mut ends: BTreeMap<String, u32> = BTreeMap::new();
+    for (number, moment_ms) in MOMENTS_MS.iter().enumerate() {
+        let key = format!("blow-{number}");
+        let answer = stage.call(Method::POST, "/v1/servers", &key, Some(server_body("web1"))).await;
+        let id = text(&answer.body["resource"]["id"]);
+        tokio::time::sleep(Duration::from_millis(*moment_ms)).await;
+        blow(&stage).await;
+        let ended = stage.finished(&answer.operation()).await.unwrap();
+        let state = text(&ended["state"]);
+        match state.as_str() {
+            "succeeded" => {
+                until(&stage.api(), &id, "running").await;
+                delete(&stage, &id).await;
+            }
+            // Undone, with a reason that a person can read.
+            _ => {
+                assert_eq!(ended["error"]["code"], "machine_failed", "{ended}");
+                let answer = stage.api().read(&format!("/v1/servers/{id}")).await.unwrap();
+                assert_eq!(answer.status, 404, "{ended}: {}", answer.body);
+            }
+        }
+        *ends.entry(state).or_default() += 1;
+        same_but_for_processes_that_come_back(&stage, &rest).await;
+        assert_eq!(stage.vmms().get("bystander"), Some(&bystander_vmm), "the bystander was hit");
+    }
+    println!("{} blows: {ends:?}", MOMENTS_MS.len());
+    assert_eq!(stage.beats(&bystander).await.1, 1);
+    stage.close().await;
+}
+
+/// A start makes what was killed come back, and leaves the rest as it was.
+async fn same_but_for_processes_that_come_back(stage: &Stage, rest: &World) {
+    if !processes().iter().any(|(_, line)| line.contains("dnsmasq")) {
+        let id = stage.create("reviver").await;
+        delete(stage, &id).await;
+    }
+    stage.same_as(rest).await.unwrap();
+}
+
+#[test]
+fn a_vmm_may_die_at_any_moment_of_a_create() {
+    let blow = async |stage: &Stage| {
+        if let Some(vmm) = stage.vmms().get("web1") {
+            kill_9(*vmm);
+        }
+    };
+    inside("deaths::a_vmm_may_die_at_any_moment_of_a_create", creates_under_blows(blow));
+}
+
+#[test]
+fn the_launcher_may_die_at_any_moment_of_a_create() {
+    let blow = async |stage: &Stage| stage.launcher().into_iter().for_each(kill_9);
+    inside("deaths::the_launcher_may_die_at_any_moment_of_a_create", creates_under_blows(blow));
+}
+
+#[test]
+fn the_dhcp_server_may_die_at_any_moment_of_a_create() {
+    let blow = async |_: &Stage| {
+        processes().iter().filter(|(_, line)| line.contains("dnsmasq")).for_each(|(pid, _)| kill_9(*pid));
+    };
+    inside("deaths::the_dhcp_server_may_die_at_any_moment_of_a_create", creates_under_blows(blow));
+}
+
+#[test]
+fn the_daemon_may_be_killed_at_any_moment_of_a_create() {
+    let blow = async |stage: &Stage| {
+        stage.kill().await;
+        stage.open_well().await;
+    };
+    inside("deaths::the_daemon_may_be_killed_at_any_moment_of_a_create", creates_under_blows(blow));
+}
+
+/// New daemons take the place of old ones while servers are being made, and no server notices.
+async fn upgrades_under_load() {
+    let stage = stage().await;
+    let bystander = stage.create("bystander").await;
+    let bystander_vmm = stage.vmms()["bystander"];
+    for round in 0..4 {
+        let mut creates = Vec::new();
+        for one in 0..4 {
+            let (api, name) = (stage.api(), format!("web{round}{one}"));
+            creates.push(spawn_local(async move {
+                let again = async || {
+                    let body = Some(server_body(&name));
+                    let answer = api.call(Method::POST, "/v1/servers", Some(&name), body).await.ok()?;
+                    answer.is_ok().then_some(answer)
+                };
+                wait_for("an answer to a create", again).await.unwrap()
+            }));
+        }
+        tokio::time::sleep(Duration::from_millis(7 * round)).await;
+        // As a package does it: the new program is in its place, then the old daemon is told to go, or is killed.
+        stage.upgrade();
+        stage.end(if round % 2 == 0 { Signal::SIGTERM } else { Signal::SIGKILL }).await;
+        stage.open(Orders::default()).await.unwrap();
+        for create in creates {
+            let answer = create.await.unwrap();
+            stage.knows(&text(&answer.body["resource"]["id"]));
+            stage.succeeded(&answer.operation()).await.unwrap();
+        }
+        let vmms = stage.vmms();
+        assert_eq!(vmms.len(), 1 + 4 * (round as usize + 1), "one VMM each: {vmms:?}");
+        assert_eq!(vmms["bystander"], bystander_vmm);
+    }
+    assert_eq!(stage.beats(&bystander).await.1, 1);
+    stage.close().await;
+}
+
+#[test]
+fn an_upgrade_of_the_daemon_under_load_disturbs_nobody() {
+    inside("deaths::an_upgrade_of_the_daemon_under_load_disturbs_nobody", upgrades_under_load());
+}
