@@ -2,6 +2,7 @@
 //! machines or servers. `memory`, `kvm`, `vmm`, `wire` and `host` use it for descriptors.
 
 pub mod inherited;
+pub mod jail;
 pub mod memfd;
 pub mod pidfd;
 pub mod seqpacket;

@@ -40,16 +40,7 @@ pub const NUMBER_MAX: RawFd = 31;
 /// Starts the program, with an empty environment but for `RUST_BACKTRACE`. Returns its process id and a
 /// descriptor for it; the caller reaps it.
 pub fn spawn(program: &Program<'_>) -> io::Result<(i32, PidFd)> {
-    let mut wanted: Vec<(RawFd, RawFd)> = Vec::new();
-    for (descriptor, number) in program.descriptors {
-        if !(0..=NUMBER_MAX).contains(number) || wanted.iter().any(|(_, taken)| taken == number) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "descriptor number out of range or used twice",
-            ));
-        }
-        wanted.push((descriptor.as_raw_fd(), *number));
-    }
+    let wanted = numbered(program.descriptors)?;
     // Allocated before fork: between fork and exec only async-signal-safe calls are allowed.
     let mut moved = vec![-1; wanted.len()];
     let session = program.session;
@@ -68,6 +59,21 @@ pub fn spawn(program: &Program<'_>) -> io::Result<(i32, PidFd)> {
     Ok((pid, PidFd::open(pid)?))
 }
 
+/// The descriptors with the numbers they get; fails when a number is out of range or used twice.
+pub(crate) fn numbered(descriptors: &[(BorrowedFd<'_>, RawFd)]) -> io::Result<Vec<(RawFd, RawFd)>> {
+    let mut wanted: Vec<(RawFd, RawFd)> = Vec::new();
+    for (descriptor, number) in descriptors {
+        if !(0..=NUMBER_MAX).contains(number) || wanted.iter().any(|(_, taken)| taken == number) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "descriptor number out of range or used twice",
+            ));
+        }
+        wanted.push((descriptor.as_raw_fd(), *number));
+    }
+    Ok(wanted)
+}
+
 /// Takes every free number that is wanted, until dropped, so that the pipe through which std reports a failed
 /// exec is not among them and survives the placement.
 fn occupy(wanted: &[(RawFd, RawFd)]) -> io::Result<Vec<OwnedFd>> {
@@ -83,13 +89,20 @@ fn occupy(wanted: &[(RawFd, RawFd)]) -> io::Result<Vec<OwnedFd>> {
     }
 }
 
-/// Runs in the child. Every wanted descriptor is first moved above all wanted numbers, so that no placement
-/// overwrites a source that is still needed.
+/// Runs in the child: the descriptors in their places, everything else closed on exec.
 fn arrange(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd], session: Session) -> io::Result<()> {
     if session == Session::Own {
         // SAFETY: setsid takes nothing; the child of a fork is never a group leader.
         check(unsafe { libc::setsid() })?;
     }
+    // Not closed but marked: std reports a failed exec through a descriptor of its own.
+    close_all_on_exec()?;
+    place(wanted, moved)
+}
+
+/// Runs in a child. Gives every wanted descriptor its number, open across exec, and marks no other. Each is first
+/// moved above all wanted numbers, so that no placement overwrites a source that is still needed.
+pub(crate) fn place(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd]) -> io::Result<()> {
     for ((source, _), moved) in wanted.iter().zip(moved.iter_mut()) {
         // SAFETY: `source` is open: the caller borrows it until spawn returns.
         *moved = check(unsafe { libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) })?;
@@ -98,19 +111,14 @@ fn arrange(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd], session: Session) -> 
         // SAFETY: both are plain numbers; dup2 clears close-on-exec on the copy.
         check(unsafe { libc::dup2(*moved, *number) })?;
     }
-    for number in 0..=NUMBER_MAX {
-        if wanted.iter().all(|(_, taken)| *taken != number) {
-            set_close_on_exec(number, number)?;
-        }
-    }
-    // Not closed but marked: std reports a failed exec through a descriptor of its own.
-    set_close_on_exec(NUMBER_MAX + 1, RawFd::MAX)
+    Ok(())
 }
 
-fn set_close_on_exec(first: RawFd, last: RawFd) -> io::Result<()> {
+/// Marks every open descriptor, to be closed on exec.
+pub(crate) fn close_all_on_exec() -> io::Result<()> {
     const CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
     // SAFETY: close_range(2) takes three integers; with this flag it only marks descriptors.
-    check(unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, CLOEXEC) }).map(drop)
+    check(unsafe { libc::close_range(0, libc::c_uint::MAX, CLOEXEC) }).map(drop)
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {

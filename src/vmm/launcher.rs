@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use sys::pidfd::{Ended, PidFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::channel::{self, Channel};
-use wire::launch::{Command, ExitStatus, Jail, Message, Reply, Request};
+use wire::launch::{CGROUPS_MAX, Command, ExitStatus, Jail, Message, Reply, Request};
 
 use crate::limits::{CHILDREN_MAX, EVENTS_PER_WAIT, LABEL_BYTES_MAX};
 use crate::log;
@@ -81,9 +81,7 @@ impl Launcher {
         };
         match done {
             Ok(None) => Ok(()),
-            Ok(Some((pid, pidfd))) => {
-                self.send(id, Ok(Reply::Spawned { pid, missing: Vec::new() }), &[pidfd.as_fd()])
-            }
+            Ok(Some((reply, pidfd))) => self.send(id, Ok(reply), &[pidfd.as_fd()]),
             Err(why) => self.send(id, Err(why), &[]),
         }
     }
@@ -97,33 +95,44 @@ impl Launcher {
         Ok(self.daemon.send(&Message::Reply { id, result }, descriptors)?)
     }
 
-    /// Starts a VMM; answers its id and a descriptor of it for the daemon.
+    /// Starts a VMM; answers what the daemon is told and a descriptor of the process.
     fn spawn(
         &mut self,
         label: &str,
-        _jail: &Jail,
-        descriptors: Vec<OwnedFd>,
-    ) -> Result<(i32, OwnedFd), String> {
+        jail: &Jail,
+        mut descriptors: Vec<OwnedFd>,
+    ) -> Result<(Reply, OwnedFd), String> {
         if label.len() > LABEL_BYTES_MAX || label.chars().any(char::is_control) {
             return Err(format!("a label has at most {LABEL_BYTES_MAX} printable characters"));
         }
-        let descriptors: [OwnedFd; 4] = descriptors.try_into().map_err(|got: Vec<_>| {
-            format!("a VMM needs 4 descriptors (control listener, KVM, will, log); {} came", got.len())
-        })?;
-        let told = |error: io::Error| format!("cannot start a VMM: {error}");
-        let (pid, pidfd) = children::start_vmm(label, &descriptors).map_err(told)?;
+        if jail.cgroups > CGROUPS_MAX {
+            return Err(format!("a VMM is put into at most {CGROUPS_MAX} cgroups"));
+        }
+        let cgroups = usize::from(jail.cgroups);
+        if descriptors.len() != 4 + cgroups {
+            return Err(format!(
+                "a VMM needs 4 descriptors (control listener, KVM, will, log) and {cgroups} of cgroups; {} came",
+                descriptors.len()
+            ));
+        }
+        let cgroups = descriptors.split_off(4);
+        let descriptors = descriptors.try_into().map_err(|_| "four descriptors were counted".to_owned())?;
+        let children::Vmm { pid, pidfd, missing } = children::start_vmm(label, jail, &descriptors, &cgroups)
+            .map_err(|why| format!("cannot start a VMM: {why}"))?;
+        let told = |error: io::Error| format!("cannot watch a VMM: {error}");
         let copy = pidfd.as_fd().try_clone_to_owned().map_err(told)?;
         self.adopt(pid, Child::Vmm { pid, pidfd }).map_err(told)?;
-        Ok((pid, copy))
+        Ok((Reply::Spawned { pid, missing }, copy))
     }
 
     fn probe(&mut self, id: u64, descriptors: Vec<OwnedFd>) -> Result<(), String> {
         let [kvm]: [OwnedFd; 1] = descriptors
             .try_into()
             .map_err(|got: Vec<_>| format!("the probe needs 1 descriptor (KVM); {} came", got.len()))?;
-        let told = |error: io::Error| format!("cannot start the probe: {error}");
-        let (pid, pidfd, output) = children::start_probe(&kvm).map_err(told)?;
-        self.adopt(pid, Child::Probe { pidfd, probing: Probing::new(id, output) }).map_err(told)
+        let (pid, pidfd, output) =
+            children::start_probe(&kvm).map_err(|why| format!("cannot start the probe: {why}"))?;
+        self.adopt(pid, Child::Probe { pidfd, probing: Probing::new(id, output) })
+            .map_err(|error| format!("cannot watch the probe: {error}"))
     }
 
     fn adopt(&mut self, pid: i32, child: Child) -> io::Result<()> {

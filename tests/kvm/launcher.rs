@@ -8,6 +8,7 @@ use sys::seqpacket::{Listener, Socket};
 use sys::spawn::{Program, Session, spawn};
 use wire::channel::Channel;
 use wire::control;
+use wire::isolation::Item;
 use wire::launch::{Command, ExitStatus, Jail, JailUser, LinuxSupport, Message, Reply, Request, Rlimits, fd};
 use wire::will::{Reason, Will};
 
@@ -94,11 +95,14 @@ impl Drop for Orphan {
 
 /// The jail as far as this host and user allow it.
 fn spawn_command(label: &str) -> Command {
+    Command::Spawn { label: label.to_owned(), jail: jail() }
+}
+
+fn jail() -> Jail {
     let root = nix::unistd::geteuid().is_root();
     let user = if root { JailUser::Own { uid: 65_534, gid: 65_534 } } else { JailUser::Caller };
     let rlimits = Rlimits { nofile: 1_024, fsize_bytes: u64::MAX, nproc: 4_096 };
-    let jail = Jail { user, cgroups: 0, rlimits, required: false };
-    Command::Spawn { label: label.to_owned(), jail }
+    Jail { user, cgroups: 0, rlimits, required: false }
 }
 
 fn kvm() -> OwnedFd {
@@ -206,4 +210,50 @@ fn a_probe_of_something_else_than_kvm_is_answered() {
         matches!(&message, Message::Reply { id: 6, result: Err(text) } if text.contains("not a usable /dev/kvm")),
         "{message:?}"
     );
+}
+
+#[test]
+fn what_the_jail_is_without_is_told_or_fails_the_spawn() {
+    let launcher = Launcher::start();
+    // A file that is no cgroup's takes no process.
+    let cgroup = || OwnedFd::from(File::options().write(true).open("/dev/full").unwrap());
+    let ask = |id, name: &str, required| {
+        let mut descriptors = Vec::from(launcher.descriptors(name));
+        descriptors.push(cgroup());
+        let jail = Jail { cgroups: 1, required, ..jail() };
+        launcher.ask(id, Command::Spawn { label: name.to_owned(), jail }, &descriptors);
+        launcher.hear()
+    };
+    let (message, mut descriptors) = ask(8, "lenient", false);
+    let Message::Reply { id: 8, result: Ok(Reply::Spawned { missing, .. }) } = message else {
+        panic!("{message:?}")
+    };
+    let _vmm = Orphan(PidFd::from(descriptors.pop().expect("the pidfd comes along")));
+    let items: Vec<Item> = missing.iter().map(|missing| missing.item).collect();
+    let cgroups = [Item::CgroupCpu, Item::CgroupMemory, Item::CgroupPids];
+    assert!(cgroups.iter().all(|item| items.contains(item)), "{missing:?}");
+    if nix::unistd::geteuid().is_root() {
+        assert_eq!(items, cgroups);
+        assert!(missing[0].why.contains("the cgroup cannot be joined"), "{missing:?}");
+    }
+    let (message, _) = ask(9, "strict", true);
+    let Message::Reply { id: 9, result: Err(why) } = message else { panic!("{message:?}") };
+    let sentence =
+        if nix::unistd::geteuid().is_root() { "the cgroup cannot be joined" } else { "ids of its own" };
+    assert!(why.contains(sentence), "{why}");
+}
+
+#[test]
+fn a_vmm_is_never_given_the_ids_of_root() {
+    let launcher = Launcher::start();
+    for (uid, gid) in [(0, 65_534), (65_534, 0)] {
+        let jail = Jail { user: JailUser::Own { uid, gid }, ..jail() };
+        let descriptors = launcher.descriptors(&format!("{uid}-{gid}"));
+        launcher.ask(10, Command::Spawn { label: "root".to_owned(), jail }, &descriptors);
+        let (message, _) = launcher.hear();
+        assert!(
+            matches!(&message, Message::Reply { id: 10, result: Err(text) } if text.contains("those of root")),
+            "{message:?}"
+        );
+    }
 }

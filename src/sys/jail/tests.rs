@@ -1,0 +1,131 @@
+use std::error::Error as _;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, poll};
+
+use super::*;
+use crate::pidfd::Ended;
+
+/// Bounds that no test comes near.
+const RLIMITS: Rlimits = Rlimits { nofile: 64, fsize_bytes: 1 << 20, nproc: 10_000 };
+
+fn caller(left_out: &[Step]) -> Jail<'_> {
+    Jail { user: User::Caller, cgroups: &[], rlimits: RLIMITS, refused: Refused::LeftOut, left_out }
+}
+
+/// This test program, which is static, lists its tests to the writer.
+fn list_tests(jail: &Jail<'_>, output: &OwnedFd) -> Result<Started, Error> {
+    let executable = File::open("/proc/self/exe").unwrap();
+    let program = Program {
+        executable: executable.as_fd(),
+        name: OsStr::new("inside"),
+        arguments: &[OsStr::new("--list")],
+        // Rust's start-up opens /dev/null in place of a missing one of these, which ends it where there is none.
+        descriptors: &[(output.as_fd(), 0), (output.as_fd(), 1), (output.as_fd(), 2)],
+    };
+    spawn(&program, jail)
+}
+
+fn end(started: &Started) -> Ended {
+    let mut polled = [PollFd::new(started.pidfd.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut polled, 60_000_u16).unwrap(), 1, "the program does not end");
+    started.pidfd.reap().unwrap().expect("it has ended")
+}
+
+#[test]
+fn a_program_runs_with_what_it_was_given() {
+    let (mut output, input) = io::pipe().unwrap();
+    let input = OwnedFd::from(input);
+    let started = list_tests(&caller(&[]), &input).unwrap();
+    drop(input);
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert!(text.contains("jail::tests::a_program_runs_with_what_it_was_given: test"), "{text}");
+    assert_eq!(end(&started), Ended::Code(0));
+}
+
+#[test]
+fn what_cannot_be_executed_is_an_error_of_the_caller() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("plain");
+    std::fs::write(&path, "no program").unwrap();
+    let plain = File::open(&path).unwrap();
+    let program =
+        Program { executable: plain.as_fd(), name: OsStr::new("x"), arguments: &[], descriptors: &[] };
+    let error = spawn(&program, &caller(&[])).unwrap_err();
+    assert_eq!((error.step, error.cause.kind()), (Step::Execute, io::ErrorKind::PermissionDenied));
+    assert!(error.to_string().contains("others may execute"), "{error}");
+    assert!(error.source().is_some());
+}
+
+#[test]
+fn a_refused_step_is_told_or_fails_as_the_caller_wishes() {
+    let null = File::options().write(true).open("/dev/full").unwrap();
+    let (_, input) = io::pipe().unwrap();
+    let input = OwnedFd::from(input);
+    let cgroups = [null.as_fd()];
+    let started = list_tests(&Jail { cgroups: &cgroups, ..caller(&[]) }, &input).unwrap();
+    let refused = started.refused.iter().find(|(step, _)| *step == Step::Cgroups).expect("it is told");
+    assert_eq!(refused.1.raw_os_error(), Some(libc::ENOSPC));
+    end(&started);
+    let strict = Jail { cgroups: &cgroups, refused: Refused::Fails, ..caller(&[]) };
+    let error = list_tests(&strict, &input).unwrap_err();
+    // Where not even a namespace can be had, that is told first.
+    assert!([Step::Cgroups, Step::PidNamespace].contains(&error.step), "{error}");
+}
+
+#[test]
+fn descriptors_are_numbered_once_and_in_range() {
+    let null = File::open("/dev/null").unwrap();
+    for descriptors in [vec![(null.as_fd(), 3), (null.as_fd(), 3)], vec![(null.as_fd(), 32)]] {
+        let program = Program {
+            executable: null.as_fd(),
+            name: OsStr::new("x"),
+            arguments: &[],
+            descriptors: &descriptors,
+        };
+        let error = spawn(&program, &caller(&[])).unwrap_err();
+        assert_eq!((error.step, error.cause.kind()), (Step::Prepare, io::ErrorKind::InvalidInput));
+    }
+}
+
+/// What a jail costs, and each of its steps. Run by name, alone, on a quiet machine.
+#[test]
+#[ignore = "a measurement"]
+fn cost() {
+    const ROUNDS: usize = 60;
+    let own = User::Own { uid: 65_534, gid: 65_534 };
+    let user = if nix::unistd::geteuid().is_root() { own } else { User::Caller };
+    let null = OwnedFd::from(File::options().write(true).open("/dev/null").unwrap());
+    let median_us = |left_out: &[Step]| {
+        let mut times: Vec<u128> = (0..ROUNDS)
+            .map(|_| {
+                let begun = Instant::now();
+                let started = list_tests(&Jail { user, ..caller(left_out) }, &null).unwrap();
+                let took = begun.elapsed().as_micros();
+                end(&started);
+                took
+            })
+            .collect();
+        times.sort_unstable();
+        times[ROUNDS / 2]
+    };
+    let whole = median_us(&[]);
+    println!("whole jail: {whole} us");
+    let namespaces = [
+        Step::PidNamespace,
+        Step::MountNamespace,
+        Step::NetNamespace,
+        Step::IpcNamespace,
+        Step::UtsNamespace,
+        Step::Root,
+    ];
+    for step in [Step::Keyring, Step::Rlimits, Step::Capabilities, Step::Ids].into_iter().chain(namespaces) {
+        let without = if step == Step::MountNamespace { vec![step, Step::Root] } else { vec![step] };
+        println!("without {without:?}: {} us", median_us(&without));
+    }
+    println!("without namespaces and root: {} us", median_us(&namespaces));
+}
