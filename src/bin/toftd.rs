@@ -25,7 +25,9 @@ async fn main() -> anyhow::Result<()> {
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let launcher = Arc::new(Launcher::new(flags.vmm()?, &flags.kvm));
-    let host = host::Host::open(flags.host()?, launcher, Arc::new(HostPlumbing::new(&flags.run_dir))).await?;
+    let config = flags.host()?;
+    let plumbing = HostPlumbing::new(&flags.run_dir).watched(config.checkpoint.clone());
+    let host = host::Host::open(config, launcher, Arc::new(plumbing)).await?;
     let stop = async {
         tokio::select! { _ = terminated.recv() => (), _ = interrupted.recv() => () }
     };

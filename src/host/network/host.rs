@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -21,11 +22,13 @@ use super::links::{self, Links};
 use super::nft::{self, Applied};
 use super::plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
+use crate::core::{AlwaysLive, Checkpoint};
 
 /// [`Plumbing`] on a real host.
 pub struct HostPlumbing {
     run_dir: PathBuf,
     forwarding: Forwarding,
+    checkpoint: Arc<dyn Checkpoint>,
     state: Mutex<State>,
 }
 
@@ -45,7 +48,16 @@ impl HostPlumbing {
     pub fn new(run_dir: impl Into<PathBuf>) -> HostPlumbing {
         let run_dir = run_dir.into();
         let forwarding = Forwarding::new(run_dir.join("forwarding"), Path::new("/proc/sys/net/ipv4"));
-        HostPlumbing { run_dir, forwarding, state: Mutex::default() }
+        HostPlumbing { run_dir, forwarding, checkpoint: Arc::new(AlwaysLive), state: Mutex::default() }
+    }
+
+    /// Tells of each thing done to the host. A checkpoint that wants death has to bring it about itself.
+    pub fn watched(self, checkpoint: Arc<dyn Checkpoint>) -> HostPlumbing {
+        HostPlumbing { checkpoint, ..self }
+    }
+
+    fn did(&self, point: &'static str) {
+        let _ = self.checkpoint.reached(point);
     }
 
     fn dnsmasq(&self, id: NetworkId) -> Dnsmasq {
@@ -66,7 +78,10 @@ impl HostPlumbing {
             let ports: Vec<Port> =
                 wanted.ports.iter().filter(|port| port.network == segment.id).cloned().collect();
             let ready = match links.ensure_bridge(segment).await {
-                Ok(()) => self.ensure_served(&mut state, segment, &ports).await,
+                Ok(()) => {
+                    self.did("network.bridge_made");
+                    self.ensure_served(&mut state, segment, &ports).await
+                }
                 Err(trouble) => Err(trouble),
             };
             if let Err(trouble) = ready {
@@ -90,6 +105,7 @@ impl HostPlumbing {
         // A server that is off has no tap, and nothing that speaks in its name; plugging it in lets it.
         in_force.ports.retain(|port| if_nametoindex(port.tap().as_str()).is_ok());
         nft::apply(&rules::ruleset(&in_force, &planned)).await?;
+        self.did("network.ruled");
         self.forwarding.switch_on(&planned).map_err(forwarding_trouble)?;
         state.wanted = in_force;
         state.uplinks = planned;
@@ -99,6 +115,7 @@ impl HostPlumbing {
     /// Nothing of Toft's rules and forwarding is left on a host without networks.
     async fn clear_rules(&self, state: &mut State) -> Result<(), PlumbingError> {
         nft::apply(&rules::removal()).await?;
+        self.did("network.unruled");
         self.forwarding.restore().map_err(forwarding_trouble)?;
         state.wanted = Wanted::default();
         state.uplinks.clear();
@@ -118,6 +135,7 @@ impl HostPlumbing {
         }
         state.served.remove(&segment.id);
         dnsmasq.serve(&files, ports).await?;
+        self.did("network.dnsmasq_told");
         state.served.insert(segment.id, files);
         Ok(())
     }
@@ -125,10 +143,12 @@ impl HostPlumbing {
     async fn plug_in(&self, segment: Segment, port: Port) -> Result<OwnedFd, PlumbingError> {
         let mut state = self.state.lock().await;
         self.admit(&mut state, &port).await?;
+        self.did("network.port_admitted");
         let links = Links::open()?;
         let name = port.tap();
         links.remove(&name).await?;
         let tap = Tap::create(&name).map_err(|cause| tap_trouble(&name, cause))?;
+        self.did("network.tap_made");
         links.enslave(&name, &segment).await?;
         Ok(tap.into())
     }
@@ -153,6 +173,7 @@ impl HostPlumbing {
         let links = Links::open()?;
         for port in &ports {
             links.remove(&port.tap()).await?;
+            self.did("network.tap_removed");
         }
         state.wanted.ports.retain(|known| ports.iter().all(|port| port.mac != known.mac));
         // Without tables there is nothing to take out of them.
@@ -163,8 +184,10 @@ impl HostPlumbing {
     async fn remove_network(&self, segment: Segment) -> Result<(), PlumbingError> {
         let mut state = self.state.lock().await;
         self.dnsmasq(segment.id).remove().await?;
+        self.did("network.dnsmasq_removed");
         state.served.remove(&segment.id);
         Links::open()?.remove_bridge(&segment).await?;
+        self.did("network.bridge_removed");
         let mut wanted = state.wanted.clone();
         wanted.segments.retain(|other| other.id != segment.id);
         wanted.ports.retain(|port| port.network != segment.id);
