@@ -73,7 +73,7 @@ fn arrive(far: &UnixDatagram, what: u8, input: &mut Unstructured<'_>) {
 
 /// Judges what came out, as a kernel would that trusts nobody.
 fn hear(far: &UnixDatagram, features: u64) {
-    let mut packet = vec![0; 128 << 10];
+    let mut packet = [0; 68 << 10];
     while let Ok(length) = far.recv(&mut packet) {
         let packet = &packet[..length];
         assert!(length >= HEADER_BYTES + FRAME_BYTES_MIN, "a packet of {length} bytes came out");

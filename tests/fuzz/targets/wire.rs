@@ -1,0 +1,2 @@
+#![no_main]
+fuzz::target!(|data| wire::fuzz::wire(data));
