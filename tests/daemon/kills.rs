@@ -39,13 +39,16 @@ impl Dice {
     }
 }
 
+/// Method, path and body.
+type Request = (Method, String, Option<Value>);
+
 /// Something a client asked for, under one key.
 #[derive(Debug, Clone)]
 struct Asked {
     key: String,
     verb: &'static str,
     server: String,
-    request: (Method, String, Option<Value>),
+    request: Request,
     operation: String,
     succeeded: bool,
 }
@@ -74,7 +77,7 @@ impl Storm {
     }
 
     /// Repeats a request with its key until it is answered.
-    async fn insist(&self, key: &str, (method, path, body): &(Method, String, Option<Value>)) -> Answer {
+    async fn insist(&self, key: &str, (method, path, body): &Request) -> Answer {
         let end = Instant::now() + SOON;
         loop {
             match self.stage.api().call(method.clone(), path, Some(key), body.clone()).await {
@@ -147,11 +150,7 @@ async fn client(storm: Arc<Storm>, number: usize, mut dice: Dice) -> Vec<Asked> 
 }
 
 /// What to ask for next; nothing while the server is between two states.
-fn choose(
-    dice: &mut Dice,
-    name: &str,
-    server: &Value,
-) -> Option<(&'static str, (Method, String, Option<Value>))> {
+fn choose(dice: &mut Dice, name: &str, server: &Value) -> Option<(&'static str, Request)> {
     let Some(id) = server["id"].as_str() else {
         return Some(("create", (Method::POST, "/v1/servers".to_owned(), Some(server_body(name)))));
     };

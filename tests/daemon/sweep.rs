@@ -1,6 +1,8 @@
 //! The daemon dies at every point that a crash could follow, one after the other: after each commit and each effect
 //! of a call, as counted in a run without a death. Another daemon takes over, the client repeats its call with its
 //! key, and nothing shows that anybody died: one operation, one effect, nothing left over, no other server touched.
+//! The whole sweep takes half a minute. In its long form a dozen daemons die in a row, each a point later than the
+//! one before, before one may live.
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,9 @@ const BYSTANDER: &str = "bystander";
 
 /// How long points may follow the end of an operation: what the daemon does in the background.
 const AFTERWARDS: Duration = Duration::from_millis(1500);
+
+/// In the long form, how many daemons die one after the other: as many points as a start has, and some of its work.
+const SUCCESSORS_LONG: u64 = 12;
 
 /// The calls that are swept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +84,8 @@ struct Sweep {
     rest: World,
     /// Makes keys that were never used.
     calls: u32,
+    /// How many daemons die after the first, each a point later in what it takes up, before one may live.
+    successors: u64,
 }
 
 impl Sweep {
@@ -93,7 +100,8 @@ impl Sweep {
             _ => None,
         };
         let rest = stage.look();
-        let mut sweep = Sweep { stage, verb, bystander, bystander_vmm, subject, rest, calls: 0 };
+        let successors = if std::env::var_os("TOFT_LONG").is_some() { SUCCESSORS_LONG } else { 0 };
+        let mut sweep = Sweep { stage, verb, bystander, bystander_vmm, subject, rest, calls: 0, successors };
         if matches!(verb, Verb::Start | Verb::Stop) {
             sweep.act("stop", 0).await;
         }
@@ -296,6 +304,13 @@ impl Sweep {
         };
         if met == Met::NotReached {
             self.stage.kill().await;
+        }
+        for successor in 1..=self.successors {
+            match self.stage.open(Orders { die_at: Some(successor), late_commits: false }).await {
+                Err(status) if was_killed(status) => {}
+                Err(status) => return Err(format!("the daemon ended with {status}")),
+                Ok(()) => self.stage.kill().await,
+            }
         }
         self.stage.open_well().await;
 

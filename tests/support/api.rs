@@ -31,7 +31,13 @@ pub(crate) struct Answer {
 
 /// Nobody answered, for this reason: the daemon is not there, or died in between.
 #[derive(Debug)]
-pub(crate) struct Gone(pub(crate) String);
+pub(crate) struct Gone(String);
+
+impl std::fmt::Display for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "nobody answered: {}", self.0)
+    }
+}
 
 impl Answer {
     /// Whether it is a success.
@@ -96,7 +102,7 @@ impl Api {
 
     /// Reads a document that must be there.
     pub(crate) async fn get(&self, path: &str) -> Value {
-        let answer = self.read(path).await.unwrap_or_else(|gone| panic!("{path}: {gone:?}"));
+        let answer = self.read(path).await.unwrap_or_else(|gone| panic!("{path}: {gone}"));
         assert_eq!(answer.status, 200, "{path}: {}", answer.body);
         answer.body
     }
@@ -128,7 +134,7 @@ impl Api {
     /// The whole event log.
     pub(crate) async fn log(&self) -> Vec<Value> {
         let path = "/v1/events?after=0&follow=false&format=ndjson";
-        let body = self.stream(path).await.unwrap_or_else(|gone| panic!("{path}: {gone:?}"));
+        let body = self.stream(path).await.unwrap_or_else(|gone| panic!("{path}: {gone}"));
         let bytes = body.collect().await.unwrap_or_else(|cause| panic!("{path}: {cause}")).to_bytes();
         events(&bytes)
     }

@@ -269,7 +269,7 @@ impl Stage {
     /// A mutating call that must be answered.
     pub(crate) async fn call(&self, method: Method, path: &str, key: &str, body: Option<Value>) -> Answer {
         let answer = self.api().call(method, path, Some(key), body).await;
-        let answer = answer.unwrap_or_else(|gone| panic!("{path}: {gone:?}\n{}", self.log()));
+        let answer = answer.unwrap_or_else(|gone| panic!("{path}: {gone}\n{}", self.log()));
         assert!(answer.is_ok(), "{path}: {}", answer.body);
         if let Some(id) = answer.body["resource"]["id"].as_str() {
             self.knows(id);
@@ -298,7 +298,7 @@ impl Stage {
         let end = Instant::now() + SOON;
         loop {
             let path = format!("/v1/operations/{id}?wait=10s");
-            let answer = self.api().read(&path).await.map_err(|gone| format!("operation {id}: {gone:?}"))?;
+            let answer = self.api().read(&path).await.map_err(|gone| format!("operation {id}: {gone}"))?;
             if answer.status != 200 {
                 return Err(format!("operation {id}: {}", answer.body));
             }
