@@ -4,7 +4,7 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use model::{Code, FieldError, OperationId, Problem};
 
-use crate::limits::{FIELD_ERRORS_MAX, RETRY_AFTER_S};
+use crate::limits::{DETAIL_CHARS_MAX, FIELD_ERRORS_MAX, RETRY_AFTER_S};
 
 /// Path that documents the codes; a problem's `type` is this with the code as its fragment.
 pub(crate) const DOCUMENTATION: &str = "/errors";
@@ -30,7 +30,7 @@ impl Failure {
     pub(crate) fn new(code: Code, detail: impl Into<String>) -> Failure {
         Failure(Box::new(Parts {
             code,
-            detail: detail.into(),
+            detail: shortened(detail.into()),
             errors: Vec::new(),
             allowed_actions: None,
             operation_id: None,
@@ -49,9 +49,9 @@ impl Failure {
     pub(crate) fn field(mut self, pointer: &str, kind: &str, detail: impl Into<String>) -> Failure {
         if self.0.errors.len() < FIELD_ERRORS_MAX {
             self.0.errors.push(FieldError {
-                pointer: pointer.to_owned(),
+                pointer: shortened(pointer.to_owned()),
                 code: kind.to_owned(),
-                detail: detail.into(),
+                detail: shortened(detail.into()),
             });
         }
         self
@@ -131,6 +131,15 @@ impl Failure {
     }
 }
 
+/// Cuts what is too long to be read.
+fn shortened(mut text: String) -> String {
+    if let Some((at, _)) = text.char_indices().nth(DETAIL_CHARS_MAX) {
+        text.truncate(at);
+        text.push('…');
+    }
+    text
+}
+
 impl IntoResponse for Failure {
     /// A response that carries the failure for `edge` to write out.
     fn into_response(self) -> Response {
@@ -146,7 +155,7 @@ impl From<host::Error> for Failure {
         let cause = Some(error.chain());
         Failure(Box::new(Parts {
             code: error.code,
-            detail: error.detail,
+            detail: shortened(error.detail),
             errors: error.errors,
             allowed_actions: error.allowed_actions,
             operation_id: error.operation_id,

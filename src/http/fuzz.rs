@@ -52,6 +52,14 @@ fn taken<T>(answer: Result<T, Failure>) -> Option<T> {
     };
     let problem = failure.problem("/v1", "a-request");
     assert!((400..500).contains(&problem.status), "a caller's mistake was told as {}", problem.status);
+    let texts = problem.errors.iter().flat_map(|error| [&error.pointer, &error.detail]);
+    for text in texts.chain([&problem.detail]) {
+        assert!(
+            text.chars().count() <= crate::limits::DETAIL_CHARS_MAX + 1,
+            "a text of {} bytes",
+            text.len()
+        );
+    }
     assert!(!problem.detail.is_empty() && problem.title == problem.code.title());
     let response = failure.written("/v1", "a-request");
     assert_eq!(response.status().as_u16(), problem.status);

@@ -71,6 +71,10 @@ pub const METRICS_AT_ONCE: usize = 8;
 /// Longest wait for one machine's counters during a scrape; a stuck machine must not hide the others.
 pub const METRICS_WAIT_MAX: Duration = Duration::from_secs(1);
 
+/// Most characters of a detail or a pointer in a problem document. What callers send comes back in them: without a
+/// bound, a body of 1 MiB that is one unknown name is answered with 4 MiB.
+pub const DETAIL_CHARS_MAX: usize = 1024;
+
 /// Field errors listed in one problem document.
 pub const FIELD_ERRORS_MAX: usize = 64;
 

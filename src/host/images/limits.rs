@@ -13,6 +13,9 @@ pub const TEXT_CHARS_MAX: usize = 256;
 /// Longest description in characters.
 pub const DESCRIPTION_CHARS_MAX: usize = 4096;
 
+/// Longest words about a manifest that cannot be read, in characters: they quote it, and go into the operation.
+pub const COMPLAINT_CHARS_MAX: usize = 512;
+
 /// Longest file name of an image in bytes.
 pub const FILE_NAME_BYTES_MAX: usize = 64;
 

@@ -134,7 +134,10 @@ impl Part {
 impl Manifest {
     /// Reads and checks a manifest. The error is a sentence that says what is wrong.
     pub fn read(bytes: &[u8]) -> Result<Manifest, String> {
-        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|cause| format!("{NAME}: {cause}"))?;
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|cause| {
+            let said: String = cause.to_string().chars().take(limits::COMPLAINT_CHARS_MAX).collect();
+            format!("{NAME}: {said}")
+        })?;
         manifest.check().map_err(|detail| format!("{NAME}: {detail}"))?;
         Ok(manifest)
     }
