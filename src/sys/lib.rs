@@ -5,6 +5,7 @@ pub mod inherited;
 pub mod jail;
 pub mod memfd;
 pub mod pidfd;
+pub mod random;
 pub mod seqpacket;
 pub mod spawn;
 pub mod tap;
