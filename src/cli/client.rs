@@ -263,7 +263,8 @@ impl Client {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let mut request = request.body(body).map_err(|error| Error::Usage(format!("bad request: {error}")))?;
+        let mut request =
+            request.body(body).map_err(|error| Error::Usage(format!("bad request: {error}")))?;
         let may_send = self.may_send.clone();
         hyper::ext::on_informational(&mut request, move |_| may_send.notify_one());
         let answer = tokio::time::timeout(limits::ANSWER_TIMEOUT, sender.send_request(request));

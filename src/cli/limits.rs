@@ -28,3 +28,12 @@ pub(crate) const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Pause before typing again on a console whose input is full: a few characters' time at 115200 baud.
 pub(crate) const TYPING_PAUSE: Duration = Duration::from_millis(10);
+
+/// How long the launcher of `toft run` may take to start the VMM, in milliseconds: a jail takes a few.
+pub(crate) const LAUNCH_MS: u16 = 10_000;
+
+/// Most open descriptors of a VMM: at every device limit a machine uses about 300, most of them eventfds.
+pub(crate) const VMM_NOFILE: u64 = 1_024;
+
+/// Most tasks of a VMM: 32 vCPU threads, some 30 for devices, and io_uring's workers.
+pub(crate) const VMM_NPROC: u64 = 512;

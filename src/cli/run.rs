@@ -1,29 +1,24 @@
 //! `toft run`: one machine in the foreground, with no daemon. This process opens everything, starts a VMM and
 //! hands it over, then shows the console and passes on what is typed.
 mod document;
+mod vmm;
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use sys::pidfd::PidFd;
-use sys::seqpacket::{Listener, Socket};
-use sys::spawn::{Program, Session};
 use tokio::io::AsyncReadExt;
-use tokio::io::unix::AsyncFd;
-use wire::channel::Channel;
 use wire::console::Ring;
 use wire::control::{Command, Message, Notice, Reply, Request};
-use wire::launch;
 use wire::will::{Reason, Will};
 
 use crate::console::RawTerminal;
 use crate::error::Error;
 use crate::{limits, output};
 use document::Machine;
+use vmm::Vmm;
 
 /// Ctrl-], as in `toft console`.
 const ESCAPE: u8 = 0x1d;
@@ -128,79 +123,6 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // What cannot be removed is in the temporary directory, which is emptied at boot.
         let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A VMM process of ours and the connection to it. Killed when dropped, so that it never outlives its terminal.
-struct Vmm {
-    process: PidFd,
-    channel: AsyncFd<Channel>,
-}
-
-impl Vmm {
-    fn start(executable: &Path, kvm: &File, will: &File, scratch: &Scratch) -> Result<Vmm, Error> {
-        let path = scratch.0.join("control");
-        let listener = Listener::bind(&path).map_err(failed("cannot make the control socket"))?;
-        let null = File::options().read(true).open("/dev/null").map_err(failed("cannot open /dev/null"))?;
-        let stderr = io::stderr();
-        let descriptors = [
-            (null.as_fd(), launch::fd::STDIN),
-            (stderr.as_fd(), 1),
-            (stderr.as_fd(), 2),
-            (listener.as_fd(), launch::fd::CONTROL),
-            (kvm.as_fd(), launch::fd::KVM),
-            (will.as_fd(), launch::fd::WILL),
-        ];
-        let program = Program {
-            executable,
-            name: OsStr::new("toft-vmm"),
-            arguments: &[OsStr::new("machine")],
-            descriptors: &descriptors,
-            // Ctrl-C is for this process, which then presses the power button.
-            session: Session::Own,
-        };
-        let (_, process) = sys::spawn::spawn(&program).map_err(|cause| Error::Machine {
-            doing: format!("cannot run {} (--vmm says which)", executable.display()),
-            cause: cause.into(),
-        })?;
-        let socket = Socket::connect(&path).map_err(failed("cannot reach the VMM"))?;
-        socket.set_nonblocking().map_err(failed("cannot reach the VMM"))?;
-        #[allow(
-            deprecated,
-            reason = "its successor is unsafe because a descriptor may change behind its number; a channel owns its own"
-        )]
-        let channel = AsyncFd::new(Channel::new(socket)).map_err(failed("cannot reach the VMM"))?;
-        Ok(Vmm { process, channel })
-    }
-
-    async fn receive(&self) -> Result<Option<Message>, Error> {
-        loop {
-            let mut ready = self.channel.readable().await.map_err(failed("cannot wait for the VMM"))?;
-            match self.channel.get_ref().receive() {
-                Ok(message) => return Ok(message.map(|(message, _)| message)),
-                Err(error) if error.is_would_block() => ready.clear_ready(),
-                // A VMM that was killed resets the connection instead of closing it.
-                Err(wire::channel::Error::Socket(cause))
-                    if cause.kind() == io::ErrorKind::ConnectionReset =>
-                {
-                    return Ok(None);
-                }
-                Err(cause) => {
-                    return Err(Error::Machine {
-                        doing: "the VMM is unreadable".into(),
-                        cause: cause.into(),
-                    });
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        // It may have ended by itself; there is nothing else to do about an error here.
-        let _ = self.process.signal(nix::sys::signal::Signal::SIGKILL);
-        let _ = self.process.reap();
     }
 }
 

@@ -30,7 +30,11 @@ pub(super) const HELP: &str = r#"machine.json, with paths relative to it; only "
   }
 
 A tap is made for each nic and lasts as long as the machine; put it on a bridge yourself. The exit status is 0 when the guest powered
-itself off and 1 when the machine ended in any other way."#;
+itself off and 1 when the machine ended in any other way.
+
+The VMM is kept in a jail: namespaces and an empty root directory of its own, no capability, a system call filter. As root it
+also gets a user id of its own; otherwise it runs with yours, in a user namespace where the host allows that. What the jail is
+without is told on standard error before the machine starts. Only the daemon limits a machine's CPU time and memory."#;
 
 /// The document.
 #[derive(Debug, Deserialize)]
