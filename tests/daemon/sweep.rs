@@ -230,7 +230,8 @@ impl Sweep {
         }
     }
 
-    /// The call from rest to rest with a daemon that lives; answers the points it passed from its start on.
+    /// The call from rest to rest with a daemon that lives; answers the points it passed from its start on, each as
+    /// its name with its number among those of that name.
     async fn count(&mut self) -> Vec<String> {
         self.prepare().await;
         self.stage.kill().await;
@@ -241,10 +242,11 @@ impl Sweep {
         self.stage.succeeded(&operation).await.unwrap();
         self.reached(&before).await.unwrap();
         self.settled().await;
-        let points = self.stage.checkpoints();
+        let names = self.stage.checkpoints();
         self.tidy().await;
         self.stage.same_as(&self.rest).await.unwrap();
-        points
+        let number = |at: usize| names[..=at].iter().filter(|name| **name == names[at]).count();
+        (0..names.len()).map(|at| format!("{}:{}", names[at], number(at))).collect()
     }
 
     /// What the call must have come to, by any way.
@@ -279,8 +281,8 @@ impl Sweep {
         Ok(())
     }
 
-    /// One death at point `number`.
-    async fn die_at(&mut self, number: u64, late_commits: bool) -> Result<Met, String> {
+    /// One death at a point.
+    async fn die_at(&mut self, point: &str, late_commits: bool) -> Result<Met, String> {
         self.prepare().await;
         let before = self.subject().await;
         let operations_before = self.operations().await;
@@ -288,7 +290,7 @@ impl Sweep {
         self.stage.kill().await;
 
         let key = self.key("swept");
-        let orders = Orders { die_at: Some(number), late_commits };
+        let orders = Orders { die_at: Some(point.to_owned()), late_commits };
         let mut acknowledged = None;
         let met = match self.stage.open(orders).await {
             Err(status) if was_killed(status) => Met::Died,
@@ -306,7 +308,7 @@ impl Sweep {
             self.stage.kill().await;
         }
         for successor in 1..=self.successors {
-            match self.stage.open(Orders { die_at: Some(successor), late_commits: false }).await {
+            match self.stage.open(Orders { die_at: Some(successor.to_string()), late_commits: false }).await {
                 Err(status) if was_killed(status) => {}
                 Err(status) => return Err(format!("the daemon ended with {status}")),
                 Ok(()) => self.stage.kill().await,
@@ -399,17 +401,14 @@ async fn sweep(verb: Verb) {
     let mut sweep = Sweep::new(verb).await;
     let points = sweep.count().await;
     let (mut died, mut not_reached) = (0, 0);
-    for number in 1..=points.len() as u64 {
-        match sweep.die_at(number, false).await {
+    for point in &points {
+        match sweep.die_at(point, false).await {
             Ok(Met::Died) => died += 1,
             Ok(Met::NotReached) => not_reached += 1,
-            Err(why) => {
-                let at = &points[..number as usize];
-                panic!("{verb:?}, point {number} of {points:?}, after {at:?}: {why}\n{}", sweep.stage.log())
-            }
+            Err(why) => panic!("{verb:?}, at {point} of {points:?}: {why}"),
         }
     }
-    let kinds: BTreeSet<&String> = points.iter().collect();
+    let kinds: BTreeSet<&str> = points.iter().map(|point| point.split(':').next().unwrap_or(point)).collect();
     println!(
         "{verb:?}: {died} deaths at {} points of {} kinds, {not_reached} not reached, all converged, {:.1} s",
         points.len(),
@@ -461,9 +460,9 @@ fn an_import_converges_wherever_the_daemon_dies() {
 async fn sweep_with_late_commits(verb: Verb) {
     let mut sweep = Sweep::new(verb).await;
     let points = sweep.count().await;
-    for number in 1..=points.len() as u64 {
-        if let Err(why) = sweep.die_at(number, true).await {
-            println!("{verb:?}: caught at point {number} of {}: {why}", points.len());
+    for point in &points {
+        if let Err(why) = sweep.die_at(point, true).await {
+            println!("{verb:?}: caught at {point}: {why}");
             return;
         }
     }

@@ -33,10 +33,10 @@ const DISK_BYTES: usize = 1 << 20;
 const MEMORY_BYTES: u64 = 64 << 20;
 
 /// How a daemon is started.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Orders {
-    /// The checkpoint at which it kills itself.
-    pub(crate) die_at: Option<u64>,
+    /// The checkpoint at which it kills itself: a number, or a name with a number among those of that name.
+    pub(crate) die_at: Option<String>,
     /// Whether its commits come after what was to follow them.
     pub(crate) late_commits: bool,
 }
@@ -110,8 +110,8 @@ impl Stage {
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log"))
             .stderr(log);
-        if let Some(number) = orders.die_at {
-            command.env("TOFT_DIE_AT", number.to_string());
+        if let Some(point) = orders.die_at {
+            command.env("TOFT_DIE_AT", point);
         }
         if orders.late_commits {
             command.env("TOFT_LATE_COMMITS", "yes");
