@@ -6,8 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arbitrary::Unstructured;
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD as DISCARD, VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID,
+    VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT, VIRTIO_BLK_T_WRITE_ZEROES as WRITE_ZEROES,
+};
+use vm_memory::{Bytes, GuestAddress};
 
-use super::driver::{Guest, Manner, Step, Unheard, byte, word};
+use super::driver::{Guest, Manner, Piece, Step, Unheard, byte, word};
 use crate::limiter::{RateLimits, TokenBucket};
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Access, Block, BlockOptions, BlockStats, CacheMode, Disk};
@@ -42,6 +47,10 @@ pub fn block(data: &[u8]) {
             Step::Kick(queue) => guest.kick(&mut device, queue, Manner::Writes),
             Step::Pause => assert!(guest.judged(&mut device, Manner::Writes, |device| device.pause())),
             Step::Resume => guest.judged(&mut device, Manner::Writes, |device| device.resume()),
+            Step::Own(0x80..) => {
+                request(&mut guest, &mut input);
+                guest.kick(&mut device, 0, Manner::Writes);
+            }
             Step::Own(offset) => {
                 let value = byte(&mut input);
                 block.write_config(u64::from(offset % 64), &[value]);
@@ -54,6 +63,33 @@ pub fn block(data: &[u8]) {
     }
     drop(device);
     judge(&file, access, &stats);
+}
+
+/// Offers a request that is right but for what it asks: a kind, and a range about the disk's end or anywhere.
+fn request(guest: &mut Guest, input: &mut Unstructured<'_>) {
+    const HEADER: u64 = 0x4000;
+    const DATA: u64 = 0x4800;
+    const STATUS: u64 = 0x4400;
+    let kind = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 2, OUT][usize::from(byte(input) % 8)];
+    let sector = |value: u8| match value {
+        0xF0.. => u64::MAX - u64::from(value & 15),
+        value => u64::from(value) % 72,
+    };
+    let (first, count) = (sector(byte(input)), byte(input) % 8 + 1);
+    let range =
+        [&first.to_le_bytes()[..], &u32::from(count).to_le_bytes(), &[byte(input) % 3, 0, 0, 0]].concat();
+    let header = [&kind.to_le_bytes()[..], &[0; 4], &first.to_le_bytes()].concat();
+    let (length, writable) = match kind {
+        IN => (u32::from(count) * 512, true),
+        OUT => (u32::from(count) * 512, false),
+        GET_ID => (20, true),
+        DISCARD | WRITE_ZEROES => (16, false),
+        _ => (0, false),
+    };
+    guest.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
+    guest.memory.write_slice(&range, GuestAddress(DATA)).unwrap();
+    let piece = |address, length, writable| Piece { address, length, writable };
+    guest.offer_pieces(0, &[piece(HEADER, 16, false), piece(DATA, length, writable), piece(STATUS, 1, true)]);
 }
 
 fn disk_file() -> File {

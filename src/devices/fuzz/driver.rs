@@ -290,13 +290,21 @@ impl Guest {
     /// A proper chain of as many buffers as the input says.
     fn offer_chain(&mut self, ring: usize, input: &mut Unstructured<'_>) {
         let count = (u16::from(byte(input) % 8) + 1).min(self.size);
+        let piece =
+            |_| Piece { address: place(input), length: length(input), writable: byte(input) & 1 != 0 };
+        let pieces: Vec<Piece> = (0..count).map(piece).collect();
+        self.offer_pieces(ring, &pieces);
+    }
+
+    /// A proper chain of these buffers, as far as the queue has entries for them.
+    pub(super) fn offer_pieces(&mut self, ring: usize, pieces: &[Piece]) {
         let (base, head) = (self.rings[ring].base, self.rings[ring].free);
-        for at in 0..count {
+        let count = pieces.len().min(usize::from(self.size));
+        for (at, piece) in pieces.iter().take(count).enumerate() {
             let index = self.rings[ring].free;
             let next = (index + 1) % self.size;
-            let (address, length) = (place(input), length(input));
-            let flags = if byte(input) & 1 != 0 { WRITE } else { 0 } | if at + 1 < count { NEXT } else { 0 };
-            self.descriptor(base + u64::from(index) * 16, address, length, flags, next);
+            let flags = if piece.writable { WRITE } else { 0 } | if at + 1 < count { NEXT } else { 0 };
+            self.descriptor(base + u64::from(index) * 16, piece.address, piece.length, flags, next);
             self.rings[ring].free = next;
         }
         self.offer(ring, head);

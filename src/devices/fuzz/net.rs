@@ -10,7 +10,9 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
 };
 
-use super::driver::{Guest, Manner, Step, Unheard, byte, word};
+use super::driver::{Guest, Manner, Piece, Step, Unheard, byte, word};
+use vm_memory::{Bytes, GuestAddress};
+
 use crate::limiter::{RateLimits, TokenBucket};
 use crate::limits::NET_FRAME_BYTES_MAX;
 use crate::virtio::VirtioDevice;
@@ -46,6 +48,10 @@ pub fn net(data: &[u8]) {
             Step::Kick(queue) => guest.kick(&mut device, queue, Manner::Writes),
             Step::Pause => assert!(guest.judged(&mut device, Manner::Writes, |device| device.pause())),
             Step::Resume => guest.judged(&mut device, Manner::Writes, |device| device.resume()),
+            Step::Own(0x40..0x80) => {
+                send(&mut guest, &mut input);
+                guest.kick(&mut device, 1, Manner::Writes);
+            }
             Step::Own(what) => {
                 arrive(&far, what, &mut input);
                 guest.judged(&mut device, Manner::Writes, ByHand::turn);
@@ -53,6 +59,20 @@ pub fn net(data: &[u8]) {
         }
         hear(&far, features);
     }
+}
+
+/// Offers a packet that is right but for its header.
+fn send(guest: &mut Guest, input: &mut Unstructured<'_>) {
+    const HEADER: u64 = 0x4000;
+    let mut header = [0; HEADER_BYTES];
+    (header[0], header[1]) = (byte(input) % 4, byte(input) % 6);
+    for at in [2, 4, 6, 8] {
+        header[at] = byte(input);
+    }
+    let frame_bytes = u32::from(byte(input)) + 1;
+    guest.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
+    let piece = |address, length| Piece { address, length, writable: false };
+    guest.offer_pieces(1, &[piece(HEADER, HEADER_BYTES as u32), piece(0x5000, frame_bytes)]);
 }
 
 /// Packets for the guest: a header and length as the input says.

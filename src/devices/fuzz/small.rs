@@ -4,12 +4,14 @@ use std::sync::atomic::Ordering;
 
 use arbitrary::Unstructured;
 
-use super::driver::{Guest, Manner, Step, Unheard, byte, word};
+use super::driver::{Guest, Manner, Piece, Step, Unheard, byte, word};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonOptions, BalloonStats};
 use crate::virtio::rng::{Rng, RngStats};
 
 const PAGE_POISON: u64 = 1 << 4;
+/// Where the driver writes what its free pages hold (virtio 1.2, section 5.5.4).
+const PATTERN: u64 = 12;
 
 /// Asks for entropy in any way.
 pub fn rng(data: &[u8]) {
@@ -49,14 +51,24 @@ pub fn balloon(data: &[u8]) {
                 assert!(guest.judged(&mut device, Manner::DiscardsAnything, |device| device.pause()))
             }
             Step::Resume => guest.judged(&mut device, Manner::DiscardsAnything, |device| device.resume()),
-            Step::Own(what) if what & 1 == 0 => {
-                control.set_target_bytes(u64::from(word(&mut input)) << (what % 32));
-                assert!(control.target_bytes().is_multiple_of(4096));
-            }
-            Step::Own(what) => {
-                let value = [byte(&mut input), 0, 0, byte(&mut input)];
-                balloon.write_config(u64::from(what / 2 % 20), &value[..1 + usize::from(what / 64)]);
-            }
+            Step::Own(what) => match what % 4 {
+                0 => {
+                    control.set_target_bytes(u64::from(word(&mut input)) << (what % 32));
+                    assert!(control.target_bytes().is_multiple_of(4096));
+                }
+                1 => {
+                    let value = [byte(&mut input), 0, 0, byte(&mut input)];
+                    balloon.write_config(u64::from(what / 4 % 20), &value[..1 + usize::from(what / 64)]);
+                }
+                2 => balloon.write_config(PATTERN, &[(); 4].map(|()| byte(&mut input))),
+                _ => {
+                    // A report that is right: a whole page of either region of buffers.
+                    let page = u64::from(byte(&mut input) % 8);
+                    let address = if page < 4 { 0x4000 } else { 0x8000 } + page * 0x1000;
+                    guest.offer_pieces(2, &[Piece { address, length: 0x1000, writable: true }]);
+                    guest.kick(&mut device, 2, Manner::Discards);
+                }
+            },
         }
         let now = stats.reported_bytes.load(Ordering::Relaxed);
         assert!(now >= reported && now.is_multiple_of(4096));
@@ -67,6 +79,6 @@ pub fn balloon(data: &[u8]) {
 
 fn poison(balloon: &Balloon) -> u32 {
     let mut value = [0; 4];
-    balloon.read_config(12, &mut value);
+    balloon.read_config(PATTERN, &mut value);
     u32::from_le_bytes(value)
 }
