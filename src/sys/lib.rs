@@ -1,6 +1,7 @@
 //! System calls for which no library offers a safe wrapper, each made safe here. It knows nothing of
 //! machines or servers. `memory`, `kvm`, `vmm`, `wire` and `host` use it for descriptors.
 
+pub mod beneath;
 pub mod inherited;
 pub mod jail;
 pub mod memfd;
