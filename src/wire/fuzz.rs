@@ -15,14 +15,17 @@ use sys::seqpacket::Socket;
 
 use crate::channel::Channel;
 use crate::console::Ring;
-use crate::machine::MachineSpec;
+use crate::machine::{
+    Access, Balloon, Boot, CacheMode, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset,
+    RateLimits, TokenBucket,
+};
 use crate::will::Will;
 use crate::{control, launch, limits};
 
 /// Reads `data` as what its first byte says.
 pub fn wire(data: &[u8]) {
     let Some((kind, rest)) = data.split_first() else { return };
-    match kind % 10 {
+    match kind % 11 {
         0 => again::<control::Request>(rest),
         1 => again::<control::Message>(rest),
         2 => again::<launch::Request>(rest),
@@ -32,7 +35,8 @@ pub fn wire(data: &[u8]) {
         6 => ring_as_found(rest),
         7 => ring_as_written(rest),
         8 => packet::<control::Request>(rest),
-        _ => packet::<launch::Request>(rest),
+        9 => packet::<launch::Request>(rest),
+        _ => built_specification(rest),
     }
 }
 
@@ -49,6 +53,63 @@ fn specification(data: &[u8]) {
     let descriptors = usize::from(*descriptors) % (limits::DESCRIPTORS_MAX + 1);
     again::<MachineSpec>(text);
     let Ok(spec) = serde_json::from_slice::<MachineSpec>(text) else { return };
+    judge(&spec, descriptors);
+}
+
+/// A specification whose numbers are at their bounds, or one beyond.
+fn built_specification(data: &[u8]) {
+    let mut numbers = Numbers(data);
+    let descriptors = numbers.next(1) as usize % (limits::DESCRIPTORS_MAX + 1);
+    let fd = |numbers: &mut Numbers<'_>| FdIndex(numbers.next(1) as u16 % 32);
+    let bucket = |numbers: &mut Numbers<'_>| {
+        let bucket = TokenBucket { per_second: numbers.next(1) % 4, burst: numbers.next(1) % 4 };
+        (bucket.per_second < 3).then_some(bucket)
+    };
+    let rates =
+        |numbers: &mut Numbers<'_>| RateLimits { bandwidth: bucket(numbers), operations: bucket(numbers) };
+    let disk = |numbers: &mut Numbers<'_>| Disk {
+        file: fd(numbers),
+        access: Access::ReadWrite,
+        cache: CacheMode::Writeback,
+        serial: ["a", "", " ", "é", "twenty-one-characters", "twenty-characters-20"]
+            [numbers.next(1) as usize % 6]
+            .to_owned(),
+        limits: rates(numbers),
+    };
+    let nic = |numbers: &mut Numbers<'_>| Nic {
+        tap: fd(numbers),
+        mac: [numbers.next(1) as u8 % 4, 0, 0, 0, 0, numbers.next(1) as u8 % 2],
+        mtu: [1500, 67, 68, 65521, 65522][numbers.next(1) as usize % 5],
+        rx_limits: rates(numbers),
+        tx_limits: rates(numbers),
+    };
+    let (least, most) = (limits::MEMORY_BYTES_MIN, limits::MEMORY_BYTES_MAX);
+    let memory = [least, least - 1, least + 4096, most, most + (2 << 20), 128 << 20];
+    let memory_bytes = memory[numbers.next(1) as usize % 6];
+    let spec = MachineSpec {
+        memory_bytes,
+        vcpus: [1, 2, 0, limits::VCPUS_MAX, limits::VCPUS_MAX + 1][numbers.next(1) as usize % 5],
+        cpu: CpuTemplate::Host,
+        boot: Boot {
+            kernel: fd(&mut numbers),
+            initrd: (numbers.next(1) & 1 != 0).then(|| fd(&mut numbers)),
+            cmdline: ["", "a=b", "\0"][numbers.next(1) as usize % 3].repeat(numbers.next(2) as usize % 800),
+        },
+        balloon: Balloon {
+            target_bytes: [0, 4096, 1, memory_bytes, u64::MAX - 4095][numbers.next(1) as usize % 5],
+        },
+        console: Console { ring: fd(&mut numbers) },
+        on_reset: OnReset::Exit,
+        disks: (0..numbers.next(1) % 18).map(|_| disk(&mut numbers)).collect(),
+        nics: (0..numbers.next(1) % 10).map(|_| nic(&mut numbers)).collect(),
+    };
+    let text = serde_json::to_vec(&spec).expect("it can be written");
+    assert_eq!(serde_json::from_slice::<MachineSpec>(&text).ok().as_ref(), Some(&spec));
+    judge(&spec, descriptors);
+}
+
+/// What passes its check keeps every bound.
+fn judge(spec: &MachineSpec, descriptors: usize) {
     if let Err(refused) = spec.check(descriptors) {
         assert!(refused.field.starts_with('/') && !refused.detail.is_empty());
         return;
