@@ -76,7 +76,7 @@ pub enum JailUser {
     Caller,
 }
 
-/// Limits of a process (getrlimit(2)). Core dumps and locked memory are always 0.
+/// Limits of a process (getrlimit(2)). Core dumps are always 0, locked memory is [`MEMLOCK_BYTES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rlimits {
@@ -87,6 +87,9 @@ pub struct Rlimits {
     /// Most tasks of its user id.
     pub nproc: u64,
 }
+
+/// Memory a VMM may lock, in bytes: not 0, because some kernels count the rings of io_uring.
+pub const MEMLOCK_BYTES: u64 = sys::jail::MEMLOCK_BYTES;
 
 /// Most cgroups a VMM is put into: v1 has a hierarchy for each of cpu, cpuacct, memory, pids and a few more.
 pub const CGROUPS_MAX: u8 = 16;

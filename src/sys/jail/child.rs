@@ -4,7 +4,7 @@ use std::ffi::{CStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use super::{Jail, Program, Refused, Report, Step, Strings, User, raw};
+use super::{Jail, MEMLOCK_BYTES, Program, Refused, Report, Step, Strings, User, raw};
 use crate::spawn::{NUMBER_MAX, close_all_on_exec, numbered, place};
 
 /// Everything the child needs, made before it exists.
@@ -53,7 +53,7 @@ impl Child {
                 (libc::RLIMIT_FSIZE, rlimits.fsize_bytes),
                 (libc::RLIMIT_NPROC, rlimits.nproc),
                 (libc::RLIMIT_CORE, 0),
-                (libc::RLIMIT_MEMLOCK, 0),
+                (libc::RLIMIT_MEMLOCK, MEMLOCK_BYTES),
             ],
             refused: jail.refused,
             left_out: jail.left_out.to_vec(),
