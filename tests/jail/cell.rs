@@ -1,0 +1,88 @@
+//! Starts the attacker as the launcher starts a VMM: the same function of the same room, the same numbers for its
+//! descriptors, this program in place of the VMM's.
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use serde_json::Value;
+use sys::jail::{Jail, Program, Refused, Rlimits, Started, Step, User, spawn};
+use sys::pidfd::Signal;
+
+use crate::attacker::{ARGUMENTS, NAME, SOCKET};
+
+/// How long an attack may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Limits of the attacker: enough for it to run, little enough to be reached soon.
+pub(crate) const RLIMITS: Rlimits = Rlimits { nofile: 64, fsize_bytes: 1 << 20, nproc: 8 };
+
+/// Ids that no process has: above those of people, services and containers, one for each cell.
+pub(crate) fn fresh_id() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    0x7400_0000 + std::process::id() * 64 + NEXT.fetch_add(1, Ordering::Relaxed) % 64
+}
+
+/// An attacker that runs.
+pub(crate) struct Cell {
+    pub(crate) started: Started,
+    pub(crate) socket: UnixStream,
+}
+
+impl Cell {
+    /// Starts it with these walls left out.
+    pub(crate) fn start(uid: u32, left_out: &[Step], cgroups: &[BorrowedFd<'_>]) -> Cell {
+        assert!(nix::unistd::geteuid().is_root(), "the jail's tests need root");
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let stderr = std::io::stderr();
+        let executable = File::open("/proc/self/exe").unwrap();
+        let program = Program {
+            executable: executable.as_fd(),
+            name: OsStr::new(NAME),
+            arguments: &ARGUMENTS.map(OsStr::new),
+            descriptors: &[
+                (null.as_fd(), 0),
+                (null.as_fd(), 1),
+                (stderr.as_fd(), 2),
+                (theirs.as_fd(), SOCKET),
+            ],
+        };
+        let user = User::Own { uid, gid: uid };
+        let jail = Jail { user, cgroups, rlimits: RLIMITS, refused: Refused::Fails, left_out };
+        let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
+        assert!(started.refused.is_empty(), "{:?}", started.refused);
+        Cell { started, socket }
+    }
+
+    /// Orders an attack; answers what it got, or why it was refused.
+    pub(crate) fn order(&mut self, order: &Value) -> Result<String, String> {
+        self.socket.write_all(order.to_string().as_bytes()).unwrap();
+        let mut answer = [0; 4096];
+        let length = self.socket.read(&mut answer).expect("the attacker answers");
+        let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+        match answer.split_once(' ') {
+            Some(("got", what)) => Ok(what.to_owned()),
+            Some(("refused", why)) => Err(why.to_owned()),
+            _ => panic!("the attacker died on {order}: {:?}", self.end()),
+        }
+    }
+
+    fn end(&mut self) -> Option<sys::pidfd::Ended> {
+        let _ = self.started.pidfd.signal(Signal::SIGKILL);
+        let mut polled = [PollFd::new(self.started.pidfd.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut polled, 60_000_u16);
+        self.started.pidfd.reap().ok().flatten()
+    }
+}
+
+impl Drop for Cell {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

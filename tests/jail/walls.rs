@@ -1,0 +1,351 @@
+//! Every way out that we know, each tried in the whole jail and in one with a hole.
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::path::PathBuf;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::{Value, json};
+use sys::jail::Step;
+
+use crate::calls::{call, signed};
+use crate::cell::{Cell, fresh_id};
+
+/// Either of these two stops what only root may do.
+const RIGHTS: &[Step] = &[Step::Ids, Step::Capabilities];
+
+/// Everything but the ids.
+const NOTHING_BUT_IDS: &[Step] = &[
+    Step::PidNamespace,
+    Step::MountNamespace,
+    Step::NetNamespace,
+    Step::IpcNamespace,
+    Step::UtsNamespace,
+    Step::Root,
+    Step::Rlimits,
+    Step::Keyring,
+    Step::Capabilities,
+    Step::NoNewPrivs,
+];
+
+/// The whole jail refuses the attack, and so it does with any one of `hole`'s walls if they are several; without
+/// all of them the same attack gets through.
+#[track_caller]
+fn stopped_by(hole: &[Step], order: &Value) {
+    try_jails(fresh_id(), hole, order);
+}
+
+#[track_caller]
+fn try_jails(uid: u32, hole: &[Step], order: &Value) {
+    if let Ok(what) = Cell::start(uid, &[], &[]).order(order) {
+        panic!("{order} gets {what} out of the whole jail");
+    }
+    for wall in hole.iter().filter(|_| hole.len() > 1) {
+        if let Ok(what) = Cell::start(uid, &[*wall], &[]).order(order) {
+            panic!("{order} gets {what} with nothing but {wall:?} left out");
+        }
+    }
+    if let Err(why) = Cell::start(uid, hole, &[]).order(order) {
+        panic!("{order} proves nothing: without {hole:?} it is refused as well: {why}");
+    }
+}
+
+/// A copy that stays open across exec, as a careless library leaves it, above the numbers that the attacker is given.
+fn left_open(file: &File) -> usize {
+    call(libc::SYS_fcntl, &[signed(file.as_raw_fd()), libc::F_DUPFD as usize, 20]).unwrap()
+}
+
+/// A directory that everybody can use, with a file that everybody can read and write.
+struct Bait {
+    directory: tempfile::TempDir,
+}
+
+impl Bait {
+    fn new() -> Bait {
+        let directory = tempfile::Builder::new().prefix("toft-bait").tempdir().unwrap();
+        std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o777)).unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, "the host's").unwrap();
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o666)).unwrap();
+        Bait { directory }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}
+
+#[test]
+fn files_of_the_host_cannot_be_opened() {
+    let bait = Bait::new();
+    let file = bait.path("file");
+    for attack in ["open", "open_upwards", "open_for_writing", "open_through_ring"] {
+        stopped_by(&[Step::Root], &json!({"attack": attack, "path": file}));
+    }
+    stopped_by(&[Step::Root], &json!({"attack": "create", "path": bait.path("new")}));
+    stopped_by(&[Step::Root], &json!({"attack": "list", "path": bait.directory.path()}));
+}
+
+#[test]
+fn devices_and_processes_have_no_files() {
+    for path in ["/dev/null", "/proc/self/status", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+        stopped_by(&[Step::Root], &json!({"attack": "open", "path": path}));
+    }
+    stopped_by(&[Step::Root], &json!({"attack": "open_through_ring", "path": "/dev/zero"}));
+}
+
+#[test]
+fn the_root_directory_is_empty_and_stays_so() {
+    let mut cell = Cell::start(fresh_id(), &[], &[]);
+    assert!(cell.order(&json!({"attack": "list", "path": "/"})).is_err());
+    stopped_by(&[Step::Root], &json!({"attack": "list", "path": "/"}));
+    // Even root could not write there: the file system itself is read-only.
+    let refused = Cell::start(fresh_id(), RIGHTS, &[]).order(&json!({"attack": "create", "path": "/file"}));
+    assert!(refused.unwrap_err().contains("Read-only"));
+}
+
+#[test]
+fn a_directory_left_open_leads_nowhere() {
+    let bait = Bait::new();
+    let root = left_open(&File::open("/").unwrap());
+    let order = json!({"attack": "open_inherited", "path": bait.path("file")});
+    stopped_by(&[Step::Descriptors], &order);
+    call(libc::SYS_close, &[root]).unwrap();
+}
+
+#[test]
+fn sockets_of_the_host_cannot_be_reached() {
+    let bait = Bait::new();
+    let path = bait.path("socket");
+    let _by_path = UnixListener::bind(&path).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
+    stopped_by(&[Step::Root], &json!({"attack": "connect_path", "path": path}));
+
+    let name = format!("toft-bait-{}", std::process::id());
+    let _abstract = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    stopped_by(&[Step::NetNamespace], &json!({"attack": "connect_abstract", "name": name}));
+
+    let inet = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = inet.local_addr().unwrap().to_string();
+    stopped_by(&[Step::NetNamespace], &json!({"attack": "connect_inet", "address": address}));
+    stopped_by(RIGHTS, &json!({"attack": "raw_packets"}));
+}
+
+#[test]
+fn other_processes_are_out_of_reach_even_under_the_same_id() {
+    let uid = fresh_id();
+    let mut victim = Cell::start(uid, NOTHING_BUT_IDS, &[]);
+    let pid = victim.started.pid;
+    victim.order(&json!({"attack": "stay", "then": "wait"})).unwrap();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let address = u64::from_str_radix(maps.split_once('-').unwrap().0, 16).unwrap();
+    for attack in ["signal", "trace", "read_memory", "take_descriptor"] {
+        let order = json!({"attack": attack, "pid": pid, "address": address});
+        try_jails(uid, &[Step::PidNamespace], &order);
+    }
+    let order = json!({"attack": "list", "path": format!("/proc/{pid}/fd")});
+    try_jails(uid, &[Step::Root], &order);
+}
+
+#[test]
+fn other_processes_are_out_of_reach_of_another_id() {
+    let mut victim = Cell::start(fresh_id(), NOTHING_BUT_IDS, &[]);
+    let pid = victim.started.pid;
+    victim.order(&json!({"attack": "stay", "then": "wait"})).unwrap();
+    for attack in ["signal", "trace", "take_descriptor"] {
+        let order = json!({"attack": attack, "pid": pid});
+        // The pid namespace is not what stops it here: the ids do.
+        for hole in [&[][..], &[Step::PidNamespace], &[Step::Ids, Step::Capabilities]] {
+            assert!(Cell::start(fresh_id(), hole, &[]).order(&order).is_err(), "{attack} {hole:?}");
+        }
+        let hole = [Step::PidNamespace, Step::Ids, Step::Capabilities];
+        Cell::start(fresh_id(), &hole, &[]).order(&order).unwrap();
+    }
+}
+
+#[test]
+fn what_only_root_may_do_is_refused() {
+    for attack in ["mount", "make_writable", "unshare", "chroot", "join_group"] {
+        stopped_by(RIGHTS, &json!({"attack": attack}));
+    }
+    stopped_by(&[Step::Ids], &json!({"attack": "become_root"}));
+    let sysctl = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
+    if sysctl.trim() == "0" {
+        stopped_by(RIGHTS, &json!({"attack": "userfaultfd"}));
+    } else {
+        eprintln!("skipped: userfaultfd: this host gives it to everybody");
+    }
+}
+
+#[test]
+fn nothing_executed_gains_a_right() {
+    let bait = Bait::new();
+    let program = bait.path("heir");
+    std::fs::copy("/proc/self/exe", &program).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o4755)).unwrap();
+    stopped_by(&[Step::Root, Step::NoNewPrivs], &json!({"attack": "heir", "path": program}));
+}
+
+#[test]
+fn keys_of_the_daemon_cannot_be_read() {
+    const KEYCTL_JOIN_SESSION_KEYRING: usize = 1;
+    const SESSION: i32 = -3;
+    let name = std::ffi::CString::new(format!("toft-bait-{}", std::process::id())).unwrap();
+    // This thread has a session of its own from here on; no other test sees the key.
+    match call(libc::SYS_keyctl, &[KEYCTL_JOIN_SESSION_KEYRING, 0]) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+            return eprintln!("skipped: keys: this kernel has none");
+        }
+        joined => joined.unwrap(),
+    };
+    let (kind, description, payload) = (c"user".as_ptr(), name.as_ptr(), c"secret".as_ptr());
+    let arguments = [kind as usize, description as usize, payload as usize, 6, signed(SESSION)];
+    call(libc::SYS_add_key, &arguments).unwrap();
+    stopped_by(&[Step::Keyring], &json!({"attack": "read_key", "name": name.to_str().unwrap()}));
+}
+
+#[test]
+fn shared_memory_of_the_host_cannot_be_attached() {
+    let key = 0x7061_0000 | (std::process::id() as i32 & 0xffff);
+    let flags = (libc::IPC_CREAT | libc::IPC_EXCL | 0o666) as usize;
+    let segment = call(libc::SYS_shmget, &[signed(key), 4096, flags]).unwrap();
+    stopped_by(&[Step::IpcNamespace], &json!({"attack": "shared_memory", "key": key}));
+    call(libc::SYS_shmctl, &[segment, libc::IPC_RMID as usize, 0]).unwrap();
+}
+
+#[test]
+fn the_host_has_no_name_inside() {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    stopped_by(&[Step::UtsNamespace], &json!({"attack": "host_name", "name": name.trim()}));
+}
+
+#[test]
+fn nothing_grows_beyond_its_limit() {
+    stopped_by(&[Step::Rlimits], &json!({"attack": "exhaust_descriptors", "count": 100}));
+    stopped_by(&[Step::Rlimits], &json!({"attack": "exhaust_tasks", "count": 20}));
+    stopped_by(&[Step::Rlimits], &json!({"attack": "long_file", "bytes": (1 << 20) + 1}));
+    // Up to the limit a file may grow.
+    Cell::start(fresh_id(), &[], &[]).order(&json!({"attack": "long_file", "bytes": 1 << 20})).unwrap();
+    let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+    let bytes = sys::jail::MEMLOCK_BYTES + 4096;
+    // What the attacker would inherit must be more than the jail allows, or the hole shows nothing.
+    let wanted = hard.max(2 * bytes);
+    if setrlimit(Resource::RLIMIT_MEMLOCK, wanted, wanted).is_err() {
+        assert!(hard > bytes, "locked memory is already limited to {hard} here, and that cannot be raised");
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard).unwrap();
+    }
+    stopped_by(&[Step::Rlimits], &json!({"attack": "locked_memory", "bytes": bytes}));
+}
+
+/// A pids cgroup of v1 or v2, removed when dropped.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(pids_max: u32) -> Option<Cgroup> {
+        let v2 = PathBuf::from("/sys/fs/cgroup");
+        let parent = if v2.join("cgroup.controllers").exists() {
+            std::fs::write(v2.join("cgroup.subtree_control"), "+pids").ok()?;
+            v2
+        } else {
+            v2.join("pids")
+        };
+        let path = parent.join(format!("toft-jail-test-{}", std::process::id()));
+        std::fs::create_dir(&path).ok()?;
+        let cgroup = Cgroup(path);
+        std::fs::write(cgroup.0.join("pids.max"), pids_max.to_string()).ok()?;
+        Some(cgroup)
+    }
+
+    fn open(&self) -> File {
+        let name = if self.0.join("tasks").exists() { "tasks" } else { "cgroup.procs" };
+        File::options().write(true).open(self.0.join(name)).unwrap()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir(&self.0) {
+            eprintln!("{} stays: {error}", self.0.display());
+        }
+    }
+}
+
+#[test]
+fn a_cgroup_bounds_what_the_limits_would_let_through() {
+    let Some(cgroup) = Cgroup::new(8) else {
+        return eprintln!("skipped: cgroups: no pids controller can be had here");
+    };
+    let file = cgroup.open();
+    let cgroups: [BorrowedFd<'_>; 1] = [file.as_fd()];
+    let order = json!({"attack": "exhaust_tasks", "count": 20});
+    let mut cell = Cell::start(fresh_id(), &[Step::Rlimits], &cgroups);
+    let listed = std::fs::read_to_string(cgroup.0.join("cgroup.procs")).unwrap();
+    assert_eq!(listed.trim(), cell.started.pid.to_string());
+    assert!(cell.order(&order).is_err());
+    drop(cell);
+    Cell::start(fresh_id(), &[Step::Rlimits, Step::Cgroups], &cgroups).order(&order).unwrap();
+}
+
+/// What `/proc/<pid>/status` says.
+fn status(pid: i32) -> BTreeMap<String, String> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
+        .collect()
+}
+
+#[test]
+fn the_jail_looks_from_outside_as_it_should() {
+    let uid = fresh_id();
+    let cell = Cell::start(uid, &[], &[]);
+    let pid = cell.started.pid;
+    let status = status(pid);
+    assert_eq!(status["Uid"], format!("{uid} {uid} {uid} {uid}"));
+    assert_eq!(status["Gid"], format!("{uid} {uid} {uid} {uid}"));
+    assert_eq!(status["Groups"], "");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status[set], "0000000000000000", "{set}");
+    }
+    assert_eq!(status["NoNewPrivs"], "1");
+    assert_eq!(status["NSpid"].split(' ').next_back(), Some("1"));
+    assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), PathBuf::from("/"));
+    let mounts = std::fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.starts_with("tmpfs / tmpfs ro,nosuid,nodev,noexec"), "{mounts}");
+}
+
+#[test]
+fn each_namespace_is_its_own_unless_left_out() {
+    let namespaces = [
+        ("mnt", &[Step::MountNamespace, Step::Root][..]),
+        ("pid", &[Step::PidNamespace]),
+        ("net", &[Step::NetNamespace]),
+        ("ipc", &[Step::IpcNamespace]),
+        ("uts", &[Step::UtsNamespace]),
+    ];
+    let of = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+    let whole = Cell::start(fresh_id(), &[], &[]);
+    for (name, hole) in namespaces {
+        assert_ne!(of(&whole.started.pid.to_string(), name), of("self", name), "{name}");
+        let open = Cell::start(fresh_id(), hole, &[]);
+        assert_eq!(of(&open.started.pid.to_string(), name), of("self", name), "{name}");
+    }
+}
+
+#[test]
+fn a_descriptor_of_the_host_is_closed_even_without_its_mark() {
+    let bait = Bait::new();
+    let path = bait.path("file");
+    let file = left_open(&File::open(&path).unwrap());
+    let open = |hole: &[Step]| {
+        let cell = Cell::start(fresh_id(), hole, &[]);
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", cell.started.pid)).unwrap();
+        fds.filter(|fd| std::fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|to| to == path)).count()
+    };
+    assert_eq!((open(&[]), open(&[Step::Descriptors])), (0, 1));
+    call(libc::SYS_close, &[file]).unwrap();
+}
