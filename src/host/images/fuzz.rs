@@ -22,10 +22,11 @@ const NAMES: [&str; 8] =
 /// Receives an image made of `data` below `images`, an empty directory that is empty again afterwards.
 pub fn image(data: &[u8], images: &Path) {
     let Some((kind, rest)) = data.split_first() else { return };
-    match kind % 4 {
+    match kind % 5 {
         0 => take(rest, images),
         1 => take(&built(rest), images),
         2 => read_manifest(rest),
+        3 => read_manifest(&built_manifest(rest)),
         _ => {
             if let Ok(name) = std::str::from_utf8(rest) {
                 let plain =
@@ -41,6 +42,9 @@ fn read_manifest(text: &[u8]) {
         Ok(manifest) => manifest,
         Err(detail) => return assert!(!detail.is_empty() && detail.len() < 8192),
     };
+    let names: std::collections::BTreeSet<&str> =
+        manifest.expected().iter().map(|expected| expected.file).collect();
+    assert_eq!(names.len(), manifest.expected().len(), "a file is named twice");
     for expected in manifest.expected() {
         let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         assert!(
@@ -52,6 +56,31 @@ fn read_manifest(text: &[u8]) {
     assert!(
         !manifest.cmdline.contains(['\0', '\n']) && manifest.cmdline.len() < wire::limits::CMDLINE_BYTES_MAX
     );
+}
+
+/// As many of `letters` as `count` says, which the input chooses.
+fn spell(byte: &mut impl FnMut() -> u8, count: usize, letters: &[u8]) -> String {
+    (0..count).map(|_| char::from(letters[usize::from(byte()) % letters.len()])).collect()
+}
+
+/// A manifest whose names and numbers are at their bounds, or one beyond.
+fn built_manifest(data: &[u8]) -> Vec<u8> {
+    let mut input = Unstructured::new(data);
+    let mut byte = || input.arbitrary::<u8>().unwrap_or_default();
+    let mut part = || {
+        let length = [1, 2, 3, 8, 64, 65, 0][usize::from(byte() % 7)];
+        let (file, sum) = (spell(&mut byte, length, b"a.-_9Z/"), spell(&mut byte, 1, b"0afgAF"));
+        json!({ "file": file, "sha256": sum.repeat(64) })
+    };
+    let mut document = json!({
+        "format_version": 1, "name": "s", "title": "t", "architecture": "x86_64", "min_memory_bytes": 1,
+        "min_disk_bytes": 1, "default_user": "root", "kernel": part(), "initrd": part(), "disk": part(),
+    });
+    let sizes = [512, 0, 1, 513, 1 << 40, (1 << 40) + 512, u64::MAX, 1024];
+    document["disk"]["format"] = Value::from("raw");
+    document["disk"]["size_bytes"] = Value::from(sizes[usize::from(byte() % 8)]);
+    document["cmdline"] = Value::from(spell(&mut byte, 8, b"ab= c\n\x00\x7f"));
+    serde_json::to_vec(&document).expect("a value")
 }
 
 fn take(bundle: &[u8], images: &Path) {
