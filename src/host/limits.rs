@@ -4,11 +4,24 @@ use std::time::Duration;
 /// Length of `sun_path` in bytes, with its terminator (unix(7)).
 pub const SOCKET_PATH_BYTES_MAX: usize = 108;
 
+/// How long a daemon waits for another to let the state directory go. A process that a killed daemon was starting
+/// has its descriptors until it becomes another program, and an old daemon may be closing while a new one starts.
+pub const LOCK: Duration = Duration::from_secs(2);
+
+/// Pause between two looks at that lock.
+pub const LOCK_AGAIN: Duration = Duration::from_millis(20);
+
 /// Connections that read records side by side: enough for two cores, few enough to hold open.
 pub const READERS_MAX: usize = 4;
 
 /// How long a read or write waits for another process that holds the database, such as an operator's sqlite3.
 pub const DATABASE_BUSY: Duration = Duration::from_secs(5);
+
+/// First pause before work that failed for the host's reasons is tried again; doubled each time.
+pub const RETRY: Duration = Duration::from_millis(200);
+
+/// Longest such pause: a disk that has room again is noticed before its operator wonders.
+pub const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// How long the answer of a call with an idempotency key is kept: as long as its operation.
 pub const IDEMPOTENCY_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);

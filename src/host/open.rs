@@ -2,6 +2,7 @@
 //! Called once by `src/bin/toftd.rs`, and by tests.
 use std::fs::{File, TryLockError};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::call::{Answer, Call};
 use crate::config::{Config, Dirs};
@@ -9,6 +10,7 @@ use crate::core::{Core, Shared};
 use crate::error::{Error, Result};
 use crate::events::{self, Events};
 use crate::images::Images;
+use crate::limits;
 use crate::network::{Networks, Plumbing};
 use crate::operations::{Cancel, Operations};
 use crate::report::Report;
@@ -49,7 +51,7 @@ impl Host {
         plumbing: Arc<dyn Plumbing>,
     ) -> Result<Host> {
         let dirs = Dirs::prepare(&config.state_dir)?;
-        let lock = lock(&dirs)?;
+        let lock = lock(&dirs).await?;
         let store = Store::open(&dirs.database(), config.checkpoint.clone()).await?;
         #[cfg(debug_assertions)]
         if config.late_commits {
@@ -185,16 +187,27 @@ impl Cancel for Cancels {
 }
 
 /// Two daemons in one state directory would undo each other's work.
-fn lock(dirs: &Dirs) -> Result<File> {
+async fn lock(dirs: &Dirs) -> Result<File> {
     let path = dirs.run().join("lock");
     let failed = |cause| Error::file(format!("cannot lock {}", path.display()), cause);
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::new(
-            model::Code::HostUnprepared,
-            format!("another toftd uses {}; stop it, or choose another --state-dir", dirs.root().display()),
-        )),
-        Err(TryLockError::Error(cause)) => Err(failed(cause)),
+    let end = Instant::now() + limits::LOCK;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                tokio::time::sleep(limits::LOCK_AGAIN).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::new(
+                    model::Code::HostUnprepared,
+                    format!(
+                        "another toftd uses {}; stop it, or choose another --state-dir",
+                        dirs.root().display()
+                    ),
+                ));
+            }
+            Err(TryLockError::Error(cause)) => return Err(failed(cause)),
+        }
     }
 }

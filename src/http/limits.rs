@@ -2,6 +2,13 @@
 //! size. What a body may say is bounded by `model::limits`; what is stored, by `host`.
 use std::time::Duration;
 
+/// How long a daemon waits for another to let its socket go: a process that a killed daemon was starting listens
+/// in its stead until it becomes another program.
+pub(crate) const SOCKET_LET_GO_MAX: Duration = Duration::from_secs(2);
+
+/// Pause between two looks at that socket.
+pub(crate) const SOCKET_LET_GO_AGAIN: Duration = Duration::from_millis(20);
+
 /// Connections served at once over all listeners. Each costs about 20 KiB at rest; a panel keeps a handful.
 pub const CONNECTIONS_MAX: usize = 1024;
 

@@ -6,11 +6,12 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::time::Instant;
 
 use super::tls::Acceptor;
 use super::{Error, TcpListen, UnixListen};
 use crate::auth::{Peer, Trusted};
-use crate::limits::SOCKET_PATH_BYTES_MAX;
+use crate::limits::{SOCKET_LET_GO_AGAIN, SOCKET_LET_GO_MAX, SOCKET_PATH_BYTES_MAX};
 
 /// The Unix socket; its file goes when this goes.
 pub(super) struct UnixSocket {
@@ -67,10 +68,16 @@ async fn clear(path: &Path) -> Result<(), Error> {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(source) => Err(failed(path, source)),
         Ok(found) if !found.file_type().is_socket() => Err(Error::NotASocket(path.to_owned())),
-        Ok(_) => match UnixStream::connect(path).await {
-            Ok(_) => Err(Error::Busy(path.to_owned())),
-            Err(_) => Ok(()),
-        },
+        Ok(_) => {
+            let end = Instant::now() + SOCKET_LET_GO_MAX;
+            while UnixStream::connect(path).await.is_ok() {
+                if Instant::now() > end {
+                    return Err(Error::Busy(path.to_owned()));
+                }
+                tokio::time::sleep(SOCKET_LET_GO_AGAIN).await;
+            }
+            Ok(())
+        }
     }
 }
 
