@@ -153,7 +153,6 @@ struct Rig {
     ecam: Arc<dyn Region>,
     ports: Arc<dyn Region>,
     window: Arc<dyn Region>,
-    memory: Arc<memory::Ram>,
     held: bool,
 }
 
@@ -173,11 +172,11 @@ impl Rig {
         let memory = memory::new(MEMORY_BYTES).unwrap();
         let device = Box::new(Probe(around.clone()));
         let function =
-            VirtioPci::new(device, memory.clone(), shared(), shared(), shared(), Arc::new(|_| {})).unwrap();
+            VirtioPci::new(device, memory, shared(), shared(), shared(), Arc::new(|_| {})).unwrap();
         let root = Root::new();
         root.attach(SLOT, Arc::new(function), BAR).unwrap();
         let (ecam, ports, window) = (root.ecam(), root.ports(), root.window());
-        Rig { around, root, ecam, ports, window, memory, held: false }
+        Rig { around, root, ecam, ports, window, held: false }
     }
 
     fn config(&self, register: u64, width: usize) -> u64 {
@@ -272,7 +271,6 @@ pub fn pci(data: &[u8]) {
     }
     rig.root.stop();
     assert!(locked(&rig.around.0).doorbells.is_empty() && locked(&rig.around.0).running.is_none());
-    drop(rig.memory);
 }
 
 /// Does one thing. False when the guest made several accesses, between which it may have reset the device.
