@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 use kvm::Host;
 use sys::seqpacket::Listener;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use wire::control::{Message, Notice};
+use wire::control::{Message, Notice, Sandbox};
 use wire::will::Reason;
 
 use crate::bell::{Bell, Ending, News};
-use crate::limits::{CONNECTIONS_MAX, EVENTS_PER_WAIT, FAREWELL_MS_MAX};
+use crate::limits::{CONNECTIONS_MAX, EVENTS_PER_WAIT, FAREWELL_MS_MAX, FORSAKEN_MS};
 use crate::log;
 use crate::machine::Machine;
+use crate::sandbox;
 use crate::threads::{self, ThreadKind};
 use crate::will::LastWill;
 
@@ -46,6 +47,9 @@ pub(crate) enum Error {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// Nobody came for it.
+    #[error("no machine was asked for and nobody was connected for {FORSAKEN_MS} ms")]
+    Forsaken,
     /// The control socket or the kernel's event queue.
     #[error("cannot serve the control socket")]
     Serve(#[source] io::Error),
@@ -58,6 +62,7 @@ const CONNECTION_FIRST: u64 = 2;
 /// The whole process.
 struct Shell {
     host: Host,
+    sandbox: Sandbox,
     will: LastWill,
     bell: Arc<Bell>,
     machine: Option<Machine>,
@@ -75,9 +80,11 @@ pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
     let Inheritance { control, kvm, will } = inheritance;
     let will = LastWill::arm(File::from(will));
     kvm::install_handler()?;
+    let sandbox = sandbox::close_process();
     let bell = Arc::new(Bell::new().map_err(Error::Serve)?);
     let mut shell = Shell {
         host: Host::from_fd(kvm)?,
+        sandbox,
         will,
         bell,
         machine: None,
@@ -99,8 +106,9 @@ impl Shell {
     fn serve(&mut self) -> Result<Reason, Error> {
         let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
+            let count = match self.epoll.wait(self.patience_ms(), &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) => return Err(Error::Forsaken),
                 result => result.map_err(Error::Serve)?,
             };
             for event in &events[..count] {
@@ -117,6 +125,12 @@ impl Shell {
                 }
             }
         }
+    }
+
+    /// How long to wait for anything: for ever, unless nobody knows of this process. A daemon that died between
+    /// starting it and writing that down would leave it for good.
+    fn patience_ms(&self) -> i32 {
+        if self.machine.is_none() && self.connections.is_empty() { FORSAKEN_MS } else { -1 }
     }
 
     fn accept(&mut self) {

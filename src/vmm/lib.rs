@@ -11,6 +11,7 @@ mod limits;
 
 mod bell;
 mod log;
+pub mod sandbox;
 mod threads;
 mod will;
 

@@ -30,6 +30,10 @@ pub(crate) const LOG_LINES_MAX: u32 = 1_000;
 /// before, so nothing is lost with a peer that does not listen.
 pub(crate) const FAREWELL_MS_MAX: u64 = 200;
 
+/// How long a VMM without a machine waits for somebody to connect. A daemon connects at once, and one that was
+/// killed is back within seconds.
+pub(crate) const FORSAKEN_MS: i32 = 120_000;
+
 /// Events taken from epoll at once.
 pub(crate) const EVENTS_PER_WAIT: usize = 32;
 

@@ -18,6 +18,7 @@ use wire::machine::{MachineSpec, OnReset, RateLimits};
 use crate::bell::Bell;
 use crate::boot;
 use crate::console::Console;
+use crate::sandbox;
 use crate::vcpu::NotParked;
 
 mod build;
@@ -120,7 +121,11 @@ impl Machine {
         let ring = plan.console().and_then(Ring::open);
         let ring = ring.map_err(|cause| Error::File { field: "/console/ring".to_owned(), cause })?;
         let console = Console::new(ring, Arc::clone(bell));
-        let lasting = Lasting::new(&plan.spec);
+        let lasting = Lasting::new(&plan.spec, build::open_disks(&plan)?);
+        sandbox::close_rings().map_err(|error| Error::Host {
+            what: "the sandbox".to_owned(),
+            cause: io::Error::other(error),
+        })?;
         let parts = build::build(host, &plan, &lasting, &console, bell)?;
         parts.crew.open();
         let run = Run::Running { since: Instant::now() };

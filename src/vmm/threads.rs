@@ -1,13 +1,15 @@
 //! Every kind of thread a VMM has, and what each does first. A thread that is about to touch anything of the
-//! guest's passes through [`enter`] before: that is the place for its seccomp filter.
+//! guest's passes through [`enter`] before, which closes it.
 use std::sync::Arc;
 
 use devices::virtio::ThreadHook;
 
+use crate::sandbox;
+
 /// A kind of thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ThreadKind {
-    /// The main thread: control socket, building, pausing.
+    /// The main thread: control socket, building, pausing. A VMM closes it with the process.
     Control,
     /// Runs one vCPU.
     Vcpu(u8),
@@ -19,8 +21,14 @@ pub(crate) enum ThreadKind {
 pub(crate) fn enter(kind: ThreadKind) {
     match kind {
         ThreadKind::Control => sys::thread::set_name("toft-vmm"),
-        ThreadKind::Vcpu(index) => sys::thread::set_name(&format!("vcpu{index}")),
-        ThreadKind::Device(name) => sys::thread::set_name(name),
+        ThreadKind::Vcpu(index) => {
+            sys::thread::set_name(&format!("vcpu{index}"));
+            sandbox::close_vcpu();
+        }
+        ThreadKind::Device(name) => {
+            sys::thread::set_name(name);
+            sandbox::close_device(name);
+        }
     }
 }
 

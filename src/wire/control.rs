@@ -105,6 +105,9 @@ pub enum Reply {
         state: MachineState,
         /// Total bytes the console has written.
         console_written: u64,
+        /// What it has locked itself into.
+        #[serde(default)]
+        sandbox: Sandbox,
     },
     /// Answer to [`Command::ConsoleInput`]: bytes taken.
     Taken {
@@ -113,6 +116,18 @@ pub enum Reply {
     },
     /// Answer to [`Command::Stats`].
     Stats(Box<MachineStats>),
+}
+
+/// The walls a VMM puts around itself and `/proc` does not show. All stand before it reads its first packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// A system call filter lies on every thread.
+    pub seccomp: bool,
+    /// Version of Landlock's interface in force, which allows nothing; 0 where the kernel has none.
+    pub landlock_abi: u32,
+    /// Each ring of the process is restricted to reading, writing, flushing and punching the one file it has,
+    /// and once there is a machine no further ring can be made.
+    pub rings_restricted: bool,
 }
 
 /// Why a command did not work.

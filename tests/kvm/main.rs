@@ -5,7 +5,9 @@
 mod vmm_driver;
 
 mod devices;
+mod jail;
 mod launcher;
 mod machine;
 mod peers;
 mod probe_guest;
+mod sandbox;

@@ -432,6 +432,7 @@ impl Running {
                 version: "fake".to_owned(),
                 state: self.vmm.state(),
                 console_written: self.ring.as_ref().map_or(0, Ring::written),
+                sandbox: Default::default(),
             }),
             Command::Boot(spec) => {
                 let (result, ended) = self.boot(*spec, descriptors);
@@ -584,9 +585,8 @@ impl Running {
     }
 
     fn stats(&self) -> MachineStats {
-        let spec = self.vmm.spec();
-        let (vcpus, disks, nics) =
-            spec.map_or((0, 0, 0), |spec| (usize::from(spec.vcpus), spec.disks.len(), spec.nics.len()));
+        let parts = |spec: &MachineSpec| (usize::from(spec.vcpus), spec.disks.len(), spec.nics.len());
+        let (vcpus, disks, nics) = self.vmm.spec().map_or((0, 0, 0), |spec| parts(&spec));
         MachineStats {
             running_ns: 5_000_000,
             resets: self.vmm.resets(),

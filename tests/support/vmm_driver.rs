@@ -5,14 +5,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::jail::{Jail, Program, Refused, Rlimits, User, spawn};
 use sys::pidfd::{Ended, PidFd, Signal};
 use sys::seqpacket::{Listener, Socket};
-use sys::spawn::{Program, Session, spawn};
 use wire::channel::{Channel, Error};
 use wire::console::Ring;
 use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Request};
@@ -32,8 +33,14 @@ pub(crate) fn program() -> PathBuf {
     }
 }
 
+/// Bounds that no machine of the tests comes near.
+pub(crate) const RLIMITS: Rlimits = Rlimits { nofile: 1_024, fsize_bytes: u64::MAX, nproc: 4_096 };
+
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
 /// A VMM process and the connection to it.
 pub(crate) struct Vmm {
+    pid: i32,
     pidfd: PidFd,
     channel: Channel,
     directory: tempfile::TempDir,
@@ -103,8 +110,13 @@ impl Machine {
 }
 
 impl Vmm {
-    /// Starts a VMM and connects to it.
+    /// Starts a VMM in its jail, as far as this host and user allow one, and connects to it.
     pub(crate) fn start() -> Vmm {
+        Vmm::start_limited(RLIMITS)
+    }
+
+    /// Starts a VMM with these limits.
+    pub(crate) fn start_limited(rlimits: Rlimits) -> Vmm {
         let directory = tempfile::Builder::new().prefix("toft-vmm").tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let listener: OwnedFd = Listener::bind(&path("control.sock")).unwrap().into();
@@ -112,8 +124,9 @@ impl Vmm {
         let will = File::create(path("will.json")).unwrap();
         let log = File::create(path("vmm.log")).unwrap();
         let null = File::open("/dev/null").unwrap();
-        let (_, pidfd) = spawn(&Program {
-            executable: &program(),
+        let executable = File::open(program()).unwrap();
+        let program = Program {
+            executable: executable.as_fd(),
             name: "toft-vmm".as_ref(),
             arguments: &["machine".as_ref(), "--label".as_ref(), "test".as_ref()],
             descriptors: &[
@@ -124,11 +137,16 @@ impl Vmm {
                 (kvm.as_fd(), fd::KVM),
                 (will.as_fd(), fd::WILL),
             ],
-            session: Session::Own,
-        })
-        .unwrap();
+        };
+        let root = nix::unistd::geteuid().is_root();
+        // Ids that no process on this host has.
+        let id = 0x7000_0000 + std::process::id() * 64 + STARTED.fetch_add(1, Ordering::Relaxed) % 64;
+        let user = if root { User::Own { uid: id, gid: id } } else { User::Caller };
+        let jail = Jail { user, cgroups: &[], rlimits, refused: Refused::LeftOut, left_out: &[] };
+        let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
+        let (pid, pidfd) = (started.pid, started.pidfd);
         let channel = Channel::new(Socket::connect(&path("control.sock")).unwrap());
-        Vmm { pidfd, channel, directory, console: None, next_id: 0, notices: VecDeque::new() }
+        Vmm { pid, pidfd, channel, directory, console: None, next_id: 0, notices: VecDeque::new() }
     }
 
     /// Starts a VMM and boots a machine in it.
@@ -148,6 +166,11 @@ impl Vmm {
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Boot(Box::new(machine.spec)), &descriptors);
         self.reply(id).map(drop)
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// Another connection to the same VMM.

@@ -33,6 +33,7 @@ impl Shell {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 state: self.state(),
                 console_written: self.machine.as_ref().map_or(0, |machine| machine.console().written()),
+                sandbox: self.sandbox,
             }),
             Command::Boot(spec) => self.boot(*spec, descriptors),
             Command::Pause => self.machine()?.pause().map(done).map_err(Fault::from),

@@ -148,17 +148,24 @@ fn attach_balloon(slots: &mut Slots, plan: &Plan, lasting: &Lasting) -> Result<B
     Ok(control)
 }
 
-fn attach_disks(slots: &mut Slots, plan: &Plan, lasting: &Lasting) -> Result<Vec<BlockControl>, Error> {
-    let mut controls = Vec::new();
-    for ((at, disk), stats) in plan.spec.disks.iter().enumerate().zip(&lasting.disks) {
+/// Opens the disks of a plan, each with its ring.
+pub(super) fn open_disks(plan: &Plan) -> Result<Vec<Disk>, Error> {
+    let open = |(at, disk): (usize, &wire::machine::Disk)| {
         let field = || format!("/disks/{at}/file");
         let file = plan.copy(disk.file).map_err(|cause| Error::File { field: field(), cause })?;
-        let backend = Disk::new(file, translate::access(disk.access));
-        let backend =
-            backend.map_err(|error| Error::File { field: field(), cause: io::Error::other(error) })?;
+        let opened = Disk::new(file, translate::access(disk.access));
+        opened.map_err(|error| Error::File { field: field(), cause: io::Error::other(error) })
+    };
+    plan.spec.disks.iter().enumerate().map(open).collect()
+}
+
+fn attach_disks(slots: &mut Slots, plan: &Plan, lasting: &Lasting) -> Result<Vec<BlockControl>, Error> {
+    let mut controls = Vec::new();
+    let disks = plan.spec.disks.iter().zip(&lasting.drives).zip(&lasting.disks);
+    for (at, ((disk, drive), stats)) in disks.enumerate() {
         let block = Block::new(BlockOptions {
             name: format!("disk{at}"),
-            disk: backend,
+            disk: drive.clone(),
             cache: translate::cache(disk.cache),
             serial: disk.serial.clone(),
             limits: translate::limits(disk.limits),

@@ -1,10 +1,11 @@
-//! Counters that outlive a reset, and the report made of them and of the live parts. Everything only grows.
+//! What outlives a reset: counters, and the disks with their rings. Also the report made of the counters and of the
+//! live parts. Counters only grow.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use devices::virtio::balloon::BalloonStats;
-use devices::virtio::block::BlockStats;
+use devices::virtio::block::{BlockStats, Disk};
 use devices::virtio::net::NetStats;
 use devices::virtio::rng::RngStats;
 use wire::control::{self, MachineStats, VcpuStats};
@@ -15,8 +16,10 @@ use super::parts::Parts;
 use crate::console::Console;
 use crate::vcpu::Crew;
 
-/// Counters of one process.
+/// What one process keeps.
 pub(super) struct Lasting {
+    /// Opened once: when the sandbox is closed, no ring can be made.
+    pub(super) drives: Vec<Disk>,
     pub(super) resets: u64,
     /// Time of the runs that have ended.
     ran_ns: u64,
@@ -30,8 +33,9 @@ pub(super) struct Lasting {
 }
 
 impl Lasting {
-    pub(super) fn new(spec: &MachineSpec) -> Lasting {
+    pub(super) fn new(spec: &MachineSpec, drives: Vec<Disk>) -> Lasting {
         Lasting {
+            drives,
             resets: 0,
             ran_ns: 0,
             vcpus: vec![VcpuStats::default(); spec.vcpus.into()],

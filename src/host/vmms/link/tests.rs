@@ -33,7 +33,13 @@ fn reply(channel: &Channel, id: u64, result: std::result::Result<Reply, Fault>) 
 
 fn greet(channel: &Channel, request: &Request) -> bool {
     let state = MachineState::Running;
-    let hello = Reply::Hello { protocol: PROTOCOL, version: "test".to_owned(), state, console_written: 3 };
+    let hello = Reply::Hello {
+        protocol: PROTOCOL,
+        version: "test".to_owned(),
+        state,
+        console_written: 3,
+        sandbox: Default::default(),
+    };
     reply(channel, request.id, Ok(hello))
 }
 
