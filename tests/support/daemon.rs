@@ -107,6 +107,8 @@ impl Stage {
             .arg("--import-dir")
             .arg(base.join("import"))
             .env("TOFT_CHECKPOINTS", self.checkpoints_path())
+            // The log is shown by its end, which is to be what the daemon said.
+            .env("RUST_BACKTRACE", "0")
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log"))
             .stderr(log);
