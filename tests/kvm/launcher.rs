@@ -14,14 +14,14 @@ use wire::will::{Reason, Will};
 
 use crate::vmm_driver::{PATIENCE, program, readable};
 
-struct Launcher {
+pub(crate) struct Launcher {
     channel: Option<Channel>,
     pidfd: PidFd,
-    directory: tempfile::TempDir,
+    pub(crate) directory: tempfile::TempDir,
 }
 
 impl Launcher {
-    fn start() -> Launcher {
+    pub(crate) fn start() -> Launcher {
         let directory = tempfile::Builder::new().prefix("toft-launcher").tempdir().unwrap();
         let (ours, theirs) = Socket::pair().unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
@@ -45,17 +45,17 @@ impl Launcher {
         self.channel.as_ref().expect("the launcher was not left")
     }
 
-    fn ask(&self, id: u64, command: Command, descriptors: &[OwnedFd]) {
+    pub(crate) fn ask(&self, id: u64, command: Command, descriptors: &[OwnedFd]) {
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         self.channel().send(&Request { id, command }, &descriptors).unwrap();
     }
 
-    fn hear(&self) -> (Message, Vec<OwnedFd>) {
+    pub(crate) fn hear(&self) -> (Message, Vec<OwnedFd>) {
         assert!(readable(self.channel().as_fd(), Instant::now() + PATIENCE), "the launcher says nothing");
         self.channel().receive().unwrap().expect("the launcher lives")
     }
 
-    fn descriptors(&self, name: &str) -> [OwnedFd; 4] {
+    pub(crate) fn descriptors(&self, name: &str) -> [OwnedFd; 4] {
         let path = |kind: &str| self.directory.path().join(format!("{name}.{kind}"));
         let file = |kind: &str| OwnedFd::from(File::create(path(kind)).unwrap());
         let listener = Listener::bind(&path("sock")).unwrap();
@@ -85,7 +85,7 @@ impl Drop for Launcher {
 }
 
 /// A VMM, which would outlive its launcher and the test.
-struct Orphan(PidFd);
+pub(crate) struct Orphan(pub(crate) PidFd);
 
 impl Drop for Orphan {
     fn drop(&mut self) {
@@ -98,7 +98,7 @@ fn spawn_command(label: &str) -> Command {
     Command::Spawn { label: label.to_owned(), jail: jail() }
 }
 
-fn jail() -> Jail {
+pub(crate) fn jail() -> Jail {
     let root = nix::unistd::geteuid().is_root();
     let user = if root { JailUser::Own { uid: 65_534, gid: 65_534 } } else { JailUser::Caller };
     let rlimits = Rlimits { nofile: 1_024, fsize_bytes: u64::MAX, nproc: 4_096 };
