@@ -11,12 +11,15 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, poll};
 use serde_json::Value;
 use sys::jail::{Jail, Program, Refused, Rlimits, Started, Step, User, spawn};
-use sys::pidfd::Signal;
+use sys::pidfd::{Ended, Signal};
 
 use crate::attacker::{ARGUMENTS, NAME, SOCKET};
 
 /// How long an attack may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why an attack was refused that a filter of system calls ended.
+pub(crate) const FILTERED: &str = "ended by a filter";
 
 /// Limits of the attacker: enough for it to run, little enough to be reached soon.
 pub(crate) const RLIMITS: Rlimits = Rlimits { nofile: 64, fsize_bytes: 1 << 20, nproc: 8 };
@@ -65,6 +68,9 @@ impl Cell {
         self.socket.write_all(order.to_string().as_bytes()).unwrap();
         let mut answer = [0; 4096];
         let length = self.socket.read(&mut answer).expect("the attacker answers");
+        if length == 0 && self.end() == Some(Ended::Signal(libc::SIGSYS)) {
+            return Err(FILTERED.to_owned());
+        }
         let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
         match answer.split_once(' ') {
             Some(("got", what)) => Ok(what.to_owned()),
@@ -73,7 +79,7 @@ impl Cell {
         }
     }
 
-    fn end(&mut self) -> Option<sys::pidfd::Ended> {
+    fn end(&mut self) -> Option<Ended> {
         let _ = self.started.pidfd.signal(Signal::SIGKILL);
         let mut polled = [PollFd::new(self.started.pidfd.as_fd(), PollFlags::POLLIN)];
         let _ = poll(&mut polled, 60_000_u16);
