@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use model::operation::Progress;
 use model::{Code, ServerId, Time};
+use sys::beneath::Access;
 use sys::seqpacket::Listener;
 use tokio::sync::{mpsc, watch};
 use wire::console::Ring;
@@ -278,7 +279,8 @@ impl Doing {
 pub(super) async fn end_of(workshop: &Workshop, id: ServerId, status: Option<ExitStatus>) -> End {
     let path = workshop.core.dirs.server(id).join("will.json");
     let will = blocking(move || {
-        let file = File::open(&path).map_err(|cause| Error::file("the last will cannot be opened", cause))?;
+        let file = machine::open_own(&path, Access::Read)
+            .map_err(|cause| Error::file("the last will cannot be opened", cause))?;
         Will::read(&file).map_err(|cause| Error::file("the last will cannot be read", cause))
     });
     let will = will.await.unwrap_or_else(|cause| {
@@ -302,7 +304,7 @@ where
 /// Opens or makes the console ring of a server.
 pub(super) fn open_ring(path: &std::path::Path) -> Result<File> {
     let failed = |cause| Error::file(format!("cannot open {}", path.display()), cause);
-    match File::options().read(true).write(true).open(path) {
+    match machine::open_own(path, Access::ReadWrite) {
         Ok(file) => return Ok(file),
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(failed(cause)),
         Err(_) => {}
@@ -312,5 +314,5 @@ pub(super) fn open_ring(path: &std::path::Path) -> Result<File> {
     let file = machine::fresh_file(&fresh)?;
     Ring::create(file, wire::limits::CONSOLE_RING_BYTES).map_err(failed)?;
     std::fs::rename(&fresh, path).map_err(failed)?;
-    File::options().read(true).write(true).open(path).map_err(failed)
+    machine::open_own(path, Access::ReadWrite).map_err(failed)
 }

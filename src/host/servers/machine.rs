@@ -1,13 +1,14 @@
 //! A machine's description made from a server's record, its files opened, and the command that boots it.
 //! It decides nothing; `effects` calls it. Paths stay here: the VMM gets descriptors.
 use std::fs::{DirBuilder, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
+use sys::beneath;
 use wire::control::{Command, MachineState, Reply};
 use wire::machine::{
     Access, Balloon, Boot, CacheMode, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset,
@@ -222,11 +223,18 @@ pub(super) fn fresh_file(path: &Path) -> Result<File> {
         .map_err(|cause| Error::file(format!("cannot make {}", path.display()), cause))
 }
 
+/// Opens a file in a server's directory, and nothing that a link in its place or in the directory's leads to.
+pub(super) fn open_own(path: &Path, access: beneath::Access) -> io::Result<File> {
+    let servers = path.parent().and_then(Path::parent).ok_or(ErrorKind::InvalidInput)?;
+    let name = path.strip_prefix(servers).map_err(io::Error::other)?;
+    beneath::open(servers, name, access)
+}
+
 /// The VMM's log, to append to. One that has grown long is set aside, in place of the one before it.
 pub(super) fn open_log(path: &Path) -> Result<File> {
     let failed = |cause| Error::file(format!("cannot open {}", path.display()), cause);
     if std::fs::metadata(path).is_ok_and(|found| found.len() > limits::LOG_BYTES_MAX) {
         std::fs::rename(path, path.with_extension("log.old")).map_err(failed)?;
     }
-    File::options().append(true).create(true).mode(0o600).open(path).map_err(failed)
+    open_own(path, beneath::Access::Append).map_err(failed)
 }
