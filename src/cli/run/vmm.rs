@@ -12,7 +12,7 @@ use sys::seqpacket::{Listener, Socket};
 use sys::spawn::{Program, Session};
 use tokio::io::unix::AsyncFd;
 use wire::channel::Channel;
-use wire::control::Message;
+use wire::control::{self, Message};
 use wire::isolation::{Item, Missing};
 use wire::launch::{self, Jail, JailUser, Reply, Rlimits};
 
@@ -35,15 +35,17 @@ impl Vmm {
         let stderr = io::stderr();
         let descriptors = [listener.as_fd(), kvm.as_fd(), will.as_fd(), stderr.as_fd()];
         let launcher = Launcher::start(executable)?;
-        let (process, missing) = launcher.spawn(jail(), &descriptors)?;
-        tell(&missing);
+        let (process, mut missing) = launcher.spawn(jail(), &descriptors)?;
         let socket = Socket::connect(&path).map_err(failed("cannot reach the VMM"))?;
         socket.set_nonblocking().map_err(failed("cannot reach the VMM"))?;
+        let channel = Channel::new(socket);
+        missing.extend(ask_for_sandbox(&channel)?);
+        tell(&missing);
         #[allow(
             deprecated,
             reason = "its successor is unsafe because a descriptor may change behind its number; a channel owns its own"
         )]
-        let channel = AsyncFd::new(Channel::new(socket)).map_err(failed("cannot reach the VMM"))?;
+        let channel = AsyncFd::new(channel).map_err(failed("cannot reach the VMM"))?;
         Ok(Vmm { process, channel, _launcher: launcher })
     }
 
@@ -155,6 +157,28 @@ fn jail() -> Jail {
     };
     let rlimits = Rlimits { nofile: limits::VMM_NOFILE, fsize_bytes: u64::MAX, nproc };
     Jail { user, cgroups: 0, rlimits, required: false }
+}
+
+/// What the VMM could not close by itself. One that has ended meanwhile is told of by whoever hears it next.
+fn ask_for_sandbox(channel: &Channel) -> Result<Vec<Missing>, Error> {
+    let hello = control::Request { id: 0, command: control::Command::Hello { protocol: control::PROTOCOL } };
+    channel.send(&hello, &[]).map_err(failed("cannot speak to the VMM"))?;
+    let mut polled = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut polled, limits::LAUNCH_MS).map_err(failed("cannot wait for the VMM"))? == 0 {
+        return Err(failed("cannot start the VMM")("it does not answer"));
+    }
+    let Ok(Some((Message::Reply { result: Ok(control::Reply::Hello { sandbox, .. }), .. }, _))) =
+        channel.receive()
+    else {
+        return Ok(Vec::new());
+    };
+    let walls = [
+        (sandbox.seccomp, Item::Seccomp, "the kernel filters no system calls"),
+        (sandbox.landlock_abi > 0, Item::Landlock, "the kernel has none, or it is switched off"),
+        (sandbox.rings_restricted, Item::IoUring, "the kernel cannot restrict rings"),
+    ];
+    let open = walls.into_iter().filter(|(held, ..)| !held);
+    Ok(open.map(|(_, item, why)| Missing { item, why: why.to_owned() }).collect())
 }
 
 /// One line for each reason.
