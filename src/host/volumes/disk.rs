@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use model::volume::FillMethod;
 use model::{Code, VolumeId};
@@ -13,7 +14,7 @@ use rustix::fs::OFlags;
 
 use super::files::Unfinished;
 use super::fill::{Watch, fill};
-use super::limits::PROGRESS_EVERY;
+use super::limits::{LET_GO, LET_GO_AGAIN, PROGRESS_EVERY};
 use crate::core::Shared;
 use crate::error::{Error, Result};
 
@@ -84,6 +85,18 @@ pub(super) async fn hold(core: &Shared, id: VolumeId) -> Result<Option<File>> {
     blocking(move || hold_now(&place))
         .await
         .map_err(|cause| Error::file(format!("cannot open the file of volume {id}"), cause))
+}
+
+/// As [`hold`], for a machine that follows another: a VMM that has ended may have the file for a moment still.
+pub(super) async fn hold_next(core: &Shared, id: VolumeId) -> Result<Option<File>> {
+    let end = Instant::now() + LET_GO;
+    loop {
+        let held = hold(core, id).await?;
+        if held.is_some() || Instant::now() > end || !core.dirs.volume(id).exists() {
+            return Ok(held);
+        }
+        tokio::time::sleep(LET_GO_AGAIN).await;
+    }
 }
 
 fn hold_now(place: &Path) -> io::Result<Option<File>> {

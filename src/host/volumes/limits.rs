@@ -4,6 +4,13 @@ use std::time::Duration;
 /// Bytes copied between two looks at whether the copy was cancelled: some 10 ms of work.
 pub const PIECE_BYTES: usize = 8 << 20;
 
+/// How long a machine waits for the disk of the one before it. The kernel takes the rings of a process apart after
+/// its end has been told, some milliseconds or more on a busy host, and they hold the files they worked on.
+pub const LET_GO: Duration = Duration::from_secs(3);
+
+/// Pause between two looks at whether it was let go.
+pub const LET_GO_AGAIN: Duration = Duration::from_millis(5);
+
 /// How often a copy's progress is told.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 

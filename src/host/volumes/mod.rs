@@ -255,7 +255,7 @@ impl Volumes {
         if volume.state != VolumeState::Ready {
             return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
         }
-        let Some(file) = disk::hold(&self.core, id).await? else {
+        let Some(file) = disk::hold_next(&self.core, id).await? else {
             return Err(attached(&volume));
         };
         disk::grow(file, volume.size_bytes).await
