@@ -225,8 +225,8 @@ fn a_stop_before_its_commit_is_caught() {
 }
 
 #[test]
-fn a_delete_before_its_commit_is_caught() {
-    inside("sweep::a_delete_before_its_commit_is_caught", sweep_with_late_commits(Verb::Delete));
+fn a_reboot_before_its_commit_is_caught() {
+    inside("sweep::a_reboot_before_its_commit_is_caught", sweep_with_late_commits(Verb::Reboot));
 }
 
 #[test]
