@@ -65,14 +65,21 @@ pub fn net(data: &[u8]) {
 fn send(guest: &mut Guest, input: &mut Unstructured<'_>) {
     const HEADER: u64 = 0x4000;
     let mut header = [0; HEADER_BYTES];
-    (header[0], header[1]) = (byte(input) % 4, byte(input) % 6);
+    let (flags, kind) = (byte(input), byte(input));
+    (header[0], header[1]) = (flags % 4, kind % 6);
     for at in [2, 4, 6, 8] {
         header[at] = byte(input);
     }
-    let frame_bytes = u32::from(byte(input)) + 1;
+    let frame_bytes = u16::from(byte(input)) + 1;
+    if flags & 4 != 0 {
+        // About where the frame ends.
+        let (start, offset) = (u16::from(header[6]), u16::from(header[8] % 8));
+        let offset = (frame_bytes + 3).saturating_sub(start).saturating_sub(offset);
+        header[8..10].copy_from_slice(&offset.to_le_bytes());
+    }
     guest.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
     let piece = |address, length| Piece { address, length, writable: false };
-    guest.offer_pieces(1, &[piece(HEADER, HEADER_BYTES as u32), piece(0x5000, frame_bytes)]);
+    guest.offer_pieces(1, &[piece(HEADER, HEADER_BYTES as u32), piece(0x5000, frame_bytes.into())]);
 }
 
 /// Packets for the guest: a header and length as the input says.
