@@ -38,12 +38,12 @@ fn four_vcpus_and_memory_on_both_sides_of_the_hole_work() {
 #[test]
 fn hello_tells_what_the_machine_does() {
     let mut vmm = Vmm::start();
-    let mut state = || match vmm.command(Command::Hello { protocol: PROTOCOL }) {
-        Ok(Reply::Hello { protocol: PROTOCOL, state, console_written, .. }) => (state, console_written),
+    match vmm.command(Command::Hello { protocol: PROTOCOL }) {
+        Ok(Reply::Hello { protocol: PROTOCOL, state, console_written, .. }) => {
+            assert_eq!((state, console_written), (MachineState::Shell, 0));
+        }
         other => panic!("{other:?}"),
-    };
-    assert_eq!(state(), (MachineState::Shell, 0));
-    drop(state);
+    }
     vmm.try_boot(probe("spin")).unwrap();
     vmm.wait_for_console("probe: hello");
     vmm.command(Command::Pause).unwrap();
