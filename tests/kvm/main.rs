@@ -10,4 +10,5 @@ mod launcher;
 mod machine;
 mod peers;
 mod probe_guest;
+mod run;
 mod sandbox;
