@@ -108,8 +108,10 @@ fn attack(order: &Value, socket: &File) -> io::Result<String> {
             UnixStream::connect_addr(&address).map(|_| "a connection".to_owned())
         }
         "connect_inet" => std::net::TcpStream::connect(text("address")).map(|_| "a connection".to_owned()),
-        "raw_packets" => call(libc::SYS_socket, &[signed(libc::AF_PACKET), signed(libc::SOCK_RAW), 0])
-            .map(|_| "them".into()),
+        "raw_packets" => {
+            let (family, kind) = (signed(libc::AF_INET), signed(libc::SOCK_RAW));
+            call(libc::SYS_socket, &[family, kind, signed(libc::IPPROTO_ICMP)]).map(|_| "them".to_owned())
+        }
         "trace" => {
             const PTRACE_SEIZE: usize = 0x4206;
             call(libc::SYS_ptrace, &[PTRACE_SEIZE, signed(number("pid"))]).map(|_| "the process".to_owned())

@@ -108,7 +108,7 @@ fn files_of_the_host_cannot_be_opened() {
 
 #[test]
 fn devices_and_processes_have_no_files() {
-    for path in ["/dev/null", "/proc/self/status", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+    for path in ["/dev/null", "/proc/self/status", "/sys/kernel/uevent_seqnum"] {
         stopped_by(&[Step::Root], &json!({"attack": "open", "path": path}));
     }
 }
@@ -175,6 +175,10 @@ fn other_processes_are_out_of_reach_even_under_the_same_id() {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let address = u64::from_str_radix(maps.split_once('-').unwrap().0, 16).unwrap();
     for attack in ["signal", "trace", "read_memory", "take_descriptor"] {
+        if attack != "signal" && !same_id_suffices() {
+            eprintln!("skipped: {attack}: Yama forbids it on this host, jail or not");
+            continue;
+        }
         let order = json!({"attack": attack, "pid": pid, "address": address});
         try_jails(uid, &[Step::PidNamespace], &order);
         try_filters(uid, &[Step::PidNamespace], &order);
@@ -182,6 +186,12 @@ fn other_processes_are_out_of_reach_even_under_the_same_id() {
     let order = json!({"attack": "list", "path": format!("/proc/{pid}/fd")});
     try_jails(uid, &[Step::Root], &order);
     try_filters(uid, &[Step::Root], &order);
+}
+
+/// Whether a process may look into another of the same id (ptrace(2), "/proc/sys/kernel/yama/ptrace_scope").
+fn same_id_suffices() -> bool {
+    std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").is_ok_and(|scope| scope.trim() == "0")
+        || !Path::new("/proc/sys/kernel/yama").exists()
 }
 
 #[test]
@@ -216,9 +226,11 @@ fn what_only_root_may_do_is_refused() {
 
 #[test]
 fn a_user_namespace_is_for_the_filters_to_refuse() {
-    // The kernel gives one to everybody, and with it capabilities inside: no wall of the jail stands in between.
+    // Most kernels give one to everybody, with capabilities inside: no wall of the jail stands in between.
     let order = json!({"attack": "user_namespace"});
-    Cell::start(fresh_id(), &[], &[]).order(&order).unwrap();
+    if let Err(why) = Cell::start(fresh_id(), &[], &[]).order(&order) {
+        eprintln!("skipped: a user namespace: this host gives none: {why}");
+    }
     try_filters(fresh_id(), &[], &order);
 }
 
