@@ -16,6 +16,9 @@ use call::{Sweep, Verb};
 /// How long points may follow the end of an operation: what the daemon does in the background.
 const AFTERWARDS: Duration = Duration::from_millis(1500);
 
+/// A daemon that has passed no point for so long has nothing to do.
+const QUIET: Duration = Duration::from_millis(500);
+
 /// How one point came out.
 #[derive(Debug, PartialEq, Eq)]
 enum Met {
@@ -122,11 +125,14 @@ impl Sweep {
     /// Waits for what a starting daemon does by itself, or for its death: a commit of the background would make a
     /// late one before it lasting.
     async fn background_is_quiet(&self) {
+        let (mut last, mut since) = (0, Instant::now());
         let quiet = async || {
             let names = self.stage.checkpoints();
-            let settled = names.iter().position(|name| name == "network.settled");
-            let is_quiet = settled.is_some_and(|at| names[at..].iter().any(|name| name == "commit"));
-            (is_quiet || self.stage.api().read("/v1").await.is_err()).then_some(())
+            if names.len() != last {
+                (last, since) = (names.len(), Instant::now());
+            }
+            let settled = names.iter().any(|name| name == "network.settled") && since.elapsed() > QUIET;
+            (settled || self.stage.api().read("/v1").await.is_err()).then_some(())
         };
         wait_for("a quiet daemon", quiet).await.unwrap();
     }

@@ -14,15 +14,19 @@ pub(crate) fn inside(name: &str, test: impl Future<Output = ()>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         return tokio::task::LocalSet::new().block_on(&runtime.expect("a runtime"), test);
     }
-    let status = Command::new("unshare")
+    let output = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
         .args(["sh", "-c", "ip link set lo up; \"$@\"; exit $?", "sh"])
         .arg(std::env::current_exe().expect("this program"))
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "yes")
-        .status()
+        .output()
         .expect("unshare can be started");
-    assert!(status.success(), "{name} failed in its namespaces: {status}");
+    // Indented, so that nobody counts the results of the tests inside among those outside.
+    for line in [output.stdout, output.stderr].iter().flat_map(|text| text.split(|byte| *byte == b'\n')) {
+        println!("  | {}", String::from_utf8_lossy(line));
+    }
+    assert!(output.status.success(), "{name} failed in its namespaces: {}", output.status);
 }
 
 /// One look at processes, devices, rules, mounts, control groups and files.
