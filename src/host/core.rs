@@ -2,6 +2,7 @@
 //! `open` makes one; every facade holds it.
 use std::sync::Arc;
 
+use model::Code;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -9,6 +10,7 @@ use crate::call::{Answer, Call};
 use crate::config::{Config, Dirs};
 use crate::error::Result;
 use crate::idempotency;
+use crate::limits;
 use crate::store::{Store, Tx};
 
 /// What every noun shares.
@@ -42,6 +44,26 @@ impl Core {
                 Ok(Answer { body, replayed: false })
             })
             .await
+    }
+
+    /// Does work that was promised, again until it succeeds or the daemon ends: what fails it is the host's trouble,
+    /// and passes. Each try must be able to follow one that was broken off anywhere.
+    pub async fn insist<F, R>(&self, what: &str, mut work: F) -> Result<()>
+    where
+        F: FnMut() -> R + Send,
+        R: Future<Output = Result<()>> + Send,
+    {
+        let mut pause = limits::RETRY;
+        loop {
+            match work().await {
+                Err(cause) if cause.code != Code::Draining && !self.store.is_dead() => {
+                    tracing::warn!("{what} is tried again: {}", cause.chain());
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(limits::RETRY_MAX);
+                }
+                ended => return ended,
+            }
+        }
     }
 
     /// Marks a point that a crash could follow, such as `volume.filled`. Effects call it after each thing they

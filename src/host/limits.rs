@@ -56,9 +56,8 @@ pub const SPAWN: Duration = Duration::from_secs(10);
 /// Most open descriptors of a VMM: at every device limit a machine uses about 300, most of them eventfds.
 pub const VMM_NOFILE: u64 = 1_024;
 
-/// Most tasks of a user id that VMMs run under. A machine has at most 32 vCPU threads, some 30 for devices, and
-/// io_uring's workers.
-pub const VMM_NPROC: u64 = 4_096;
+/// Most tasks of a VMM, whose user id is its own: 32 vCPU threads, some 30 for devices, and io_uring's workers.
+pub const VMM_NPROC: u64 = 512;
 
 /// How long the launcher may take to try KVM with a guest, which counts instructions for a while.
 pub const PROBE: Duration = Duration::from_secs(60);

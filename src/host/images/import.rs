@@ -70,7 +70,7 @@ impl Import {
             Err(cause) => Err(cause),
         };
         let Err(cause) = outcome else { return Ok(()) };
-        self.give_up(cause.clone()).await?;
+        self.core.insist("the end of an import", || self.give_up(cause.clone())).await?;
         Err(cause)
     }
 

@@ -112,7 +112,8 @@ impl Images {
         if !answer.replayed {
             let images = self.clone();
             tokio::spawn(async move {
-                if let Err(cause) = images.purge(id).await {
+                let purged = images.core.insist("the deletion of an image", || images.purge(id));
+                if let Err(cause) = purged.await {
                     tracing::warn!(image = %id, "is deleted at the next start: {}", cause.chain());
                 }
             });

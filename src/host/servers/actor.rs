@@ -53,13 +53,19 @@ impl Actor {
         Actor { workshop, entry, notices, guest_event_at: None }
     }
 
-    /// Acts until the server is no more, or the records are closed.
+    /// Acts until the server is no more, or the records are closed. When they cannot be read or written for a while,
+    /// it begins again as a new daemon would.
     pub(super) async fn run(mut self) {
         let id = self.entry.id;
-        match self.live().await {
-            Ok(()) => tracing::info!(server = %id, "is no more"),
-            Err(cause) if cause.code == Code::Draining => {}
-            Err(cause) => tracing::error!(server = %id, "its actor ends: {}", cause.chain()),
+        let mut pause = Pause::default();
+        loop {
+            match self.live().await {
+                Ok(()) => return tracing::info!(server = %id, "is no more"),
+                Err(cause) if cause.code == Code::Draining || self.workshop.core.store.is_dead() => return,
+                Err(cause) => tracing::error!(server = %id, "its actor begins again: {}", cause.chain()),
+            }
+            pause.lengthen();
+            pause.over().await;
         }
     }
 

@@ -25,11 +25,7 @@ pub const QUIT: Duration = Duration::from_secs(2);
 /// How long the kernel may take to end a killed process: it frees the guest's memory meanwhile.
 pub const KILL: Duration = Duration::from_secs(30);
 
-/// First pause before work that failed for the host's reasons is tried again; doubled each time.
-pub const RETRY: Duration = Duration::from_millis(200);
-
-/// Longest such pause.
-pub const RETRY_MAX: Duration = Duration::from_secs(30);
+pub use crate::limits::{RETRY, RETRY_MAX};
 
 /// Pause between attempts to reach a VMM that lives and does not answer.
 pub const RECONNECT: Duration = Duration::from_secs(2);

@@ -21,6 +21,7 @@ use tokio::sync::{oneshot, watch};
 use wire::channel::Channel;
 use wire::launch::{Command, ExitStatus, Jail, JailUser, KvmReport, Message, Reply, Request, Rlimits};
 
+use super::ids::Ids;
 use super::process::Held;
 use super::watched::{Watched, watch};
 use super::{Launch, Process, ProcessId, Start};
@@ -32,6 +33,8 @@ pub struct Launcher {
     vmm: PathBuf,
     kvm: PathBuf,
     connection: tokio::sync::Mutex<Option<Arc<Connection>>>,
+    /// Made with the first VMM.
+    ids: Mutex<Option<Ids>>,
 }
 
 struct Connection {
@@ -58,7 +61,12 @@ struct Replied {
 impl Launcher {
     /// A launcher that executes `vmm` and opens `kvm`; neither is looked at before it is needed.
     pub fn new(vmm: impl Into<PathBuf>, kvm: impl Into<PathBuf>) -> Launcher {
-        Launcher { vmm: vmm.into(), kvm: kvm.into(), connection: tokio::sync::Mutex::new(None) }
+        Launcher {
+            vmm: vmm.into(),
+            kvm: kvm.into(),
+            connection: tokio::sync::Mutex::new(None),
+            ids: Mutex::default(),
+        }
     }
 
     fn open_kvm(&self) -> Result<File> {
@@ -85,6 +93,25 @@ impl Launcher {
             )
             .caused_by(cause)),
         }
+    }
+
+    /// What a VMM is kept in: with ids of its own where they can be changed.
+    fn jail(&self) -> Result<Jail> {
+        let (user, nproc) = if nix::unistd::geteuid().is_root() {
+            let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+            let unread = |cause| Error::internal("a VMM's user id cannot be chosen", cause);
+            let ids = match &mut *ids {
+                Some(ids) => ids,
+                none => none.insert(Ids::new().map_err(unread)?),
+            };
+            let id = ids.take();
+            (JailUser::Own { uid: id, gid: id }, limits::VMM_NPROC)
+        } else {
+            // The user's other processes count, too, so any number could be too low.
+            (JailUser::Caller, u64::MAX)
+        };
+        let rlimits = Rlimits { nofile: limits::VMM_NOFILE, fsize_bytes: u64::MAX, nproc };
+        Ok(Jail { user, cgroups: 0, rlimits, required: false })
     }
 
     /// The connection to a launcher that lives.
@@ -124,7 +151,7 @@ impl Launch for Launcher {
             self.check_vmm()?;
             let kvm = self.open_kvm()?;
             let descriptors = [start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
-            let command = Command::Spawn { label: start.label.clone(), jail: jail() };
+            let command = Command::Spawn { label: start.label.clone(), jail: self.jail()? };
             let replied = self.ask(command, &descriptors, limits::SPAWN).await?;
             match (replied.result, replied.descriptors.into_iter().next(), replied.status) {
                 (Ok(Reply::Spawned { pid, missing }), Some(pidfd), Some(status)) => {
@@ -307,20 +334,6 @@ fn end_unwanted(replied: Replied) {
         }
     }
 }
-
-/// What every VMM is kept in: the ids of nobody where they can be changed.
-fn jail() -> Jail {
-    let user = if nix::unistd::geteuid().is_root() {
-        JailUser::Own { uid: NOBODY, gid: NOBODY }
-    } else {
-        JailUser::Caller
-    };
-    let rlimits = Rlimits { nofile: limits::VMM_NOFILE, fsize_bytes: u64::MAX, nproc: limits::VMM_NPROC };
-    Jail { user, cgroups: 0, rlimits, required: false }
-}
-
-/// The kernel's overflow ids, which own nothing.
-const NOBODY: u32 = 65_534;
 
 fn nonsense() -> Error {
     Error::new(Code::MachineFailed, "the launcher answered something else than it was asked")

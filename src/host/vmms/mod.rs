@@ -10,6 +10,7 @@ use wire::launch::{ExitStatus, KvmReport};
 
 use crate::error::Result;
 
+mod ids;
 pub mod launcher;
 pub mod link;
 pub(crate) mod process;

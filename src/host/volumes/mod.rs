@@ -183,7 +183,8 @@ impl Volumes {
         if !answer.replayed {
             let volumes = self.clone();
             tokio::spawn(async move {
-                if let Err(cause) = volumes.purge(id).await {
+                let purged = volumes.core.insist("the deletion of a volume", || volumes.purge(id));
+                if let Err(cause) = purged.await {
                     tracing::warn!(volume = %id, "is deleted at the next start: {}", cause.chain());
                 }
             });
