@@ -6,6 +6,8 @@
 mod world;
 
 mod images;
+mod injected;
+mod refusals;
 mod shortages;
 mod stage;
 mod verbs;
