@@ -50,6 +50,9 @@ pub struct Server {
     pub nics: Vec<ServerNic>,
     /// What happens when its machine ends unasked.
     pub restart_policy: RestartPolicy,
+    /// Its latest start by that policy; absent once a machine has run for ten minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart: Option<Restart>,
     /// Version of this resource; also its `ETag`.
     pub generation: u64,
     /// When it was created.
@@ -106,6 +109,16 @@ pub struct StateReason {
     pub detail: String,
     /// Since when.
     pub at: Time,
+}
+
+/// A start by the restart policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Restart {
+    /// Its number among those in a row, from 1. The pause before it doubles with each: 1 s, and 300 s at most.
+    pub attempt: u32,
+    /// When it is due; absent once it has begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Time>,
 }
 
 /// A named set of CPU features.

@@ -140,7 +140,7 @@ impl Actor {
             }
         };
         let deadline = async {
-            match life.phase.deadline_ms() {
+            match life.deadline_ms() {
                 Some(at_ms) => tokio::time::sleep(until(at_ms)).await,
                 None => std::future::pending().await,
             }

@@ -2,6 +2,7 @@
 //! It touches nothing but records. The facade calls it for asks, actors call it for everything else.
 use model::event::EventData;
 use model::operation::{Operation, Progress, Resource};
+use model::server::{Restart, StateReason};
 use model::{Code, OperationId, ServerId, Time};
 
 use super::capacity::Capacity;
@@ -156,11 +157,21 @@ pub(super) fn announce(tx: &Tx<'_>, record: &ServerRecord, kind: &str, actor: Op
         resource: Some(Resource::Server(record.id)),
         generation: Some(record.generation),
         state: Some(view::state_text(record)),
-        reason: record.life.phase.why().map(|why| why.detail.clone()),
+        reason: record.life.phase.why().map(|why| reason(why, view::restart(&record.life))),
         operation_id: record.life.job.map(|job| job.id),
         actor: actor.map(Actor::to_string),
     };
     events::append(tx, kind, data).map(drop)
+}
+
+/// Why a server is where it is, and when its policy starts it again.
+fn reason(why: &StateReason, restart: Option<Restart>) -> String {
+    match restart {
+        Some(Restart { attempt, at: Some(at) }) => {
+            format!("{}; restart {attempt} in a row is due at {at}", why.detail)
+        }
+        _ => why.detail.clone(),
+    }
 }
 
 /// Appends an event that the guest caused.

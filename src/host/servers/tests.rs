@@ -1,10 +1,10 @@
 //! Servers on fakes, through the facade.
 
-use model::Code;
 use model::operation::OperationState;
 use model::server::{
     DeleteServer, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer, Wanted,
 };
+use model::{Code, EventId};
 use wire::control::{MachineState, Notice};
 use wire::will::Reason;
 
@@ -250,8 +250,16 @@ async fn a_failed_server_is_started_again_as_its_policy_says() {
     let first = stage.launch.only();
     first.end(Reason::TripleFault);
     first.wait_for_end().await;
-    until(&host, id, |server| server.state == ServerState::Starting && server.state_reason.is_some()).await;
-    until(&host, id, |server| server.state == ServerState::Running).await;
+    let waits = until(&host, id, |server| server.state == ServerState::Starting).await;
+    let reason = waits.state_reason.expect("a reason");
+    let restart = waits.restart.expect("it is to be started again");
+    assert_eq!((reason.code.as_str(), restart.attempt), ("triple_fault", 1));
+    assert!(restart.at.is_some_and(|at| at > reason.at), "{restart:?} after {reason:?}");
+    let told = host.events().page(EventId(0), 1000).await.unwrap();
+    let told = told.iter().filter_map(|event| event.data.reason.as_deref()).next_back();
+    assert!(told.is_some_and(|reason| reason.contains("; restart 1 in a row is due at ")), "{told:?}");
+    let runs = until(&host, id, |server| server.state == ServerState::Running).await;
+    assert_eq!(runs.restart.map(|restart| (restart.attempt, restart.at)), Some((1, None)));
     assert_ne!(stage.launch.only().pid, first.pid);
     host.close().await;
 }

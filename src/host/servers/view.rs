@@ -1,8 +1,10 @@
 //! A server as callers see it, made of its record and its volumes. It changes nothing.
 //! Every facade method that answers a server uses it.
-use model::server::{Server, ServerVolume};
+use model::Time;
+use model::server::{Restart, Server, ServerVolume};
 use rusqlite::Connection;
 
+use super::lifecycle::{Life, Phase};
 use super::record::ServerRecord;
 use crate::error::Result;
 use crate::volumes::Volumes;
@@ -43,11 +45,21 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         volumes: volumes.collect::<Result<_>>()?,
         nics: record.nics.clone(),
         restart_policy: record.restart_policy,
+        restart: restart(life),
         generation: record.generation,
         created_at: record.created_at,
         updated_at: record.updated_at,
         started_at: record.started_at,
     })
+}
+
+/// The latest start by the restart policy, while that says something about what the server does.
+pub(super) fn restart(life: &Life) -> Option<Restart> {
+    let at = match life.phase {
+        Phase::Waiting { until_ms, .. } => Some(Time::from_unix_ms(until_ms)),
+        _ => None,
+    };
+    (life.failures > 0 && !life.is_off()).then_some(Restart { attempt: life.failures, at })
 }
 
 /// Actions that would change something now.

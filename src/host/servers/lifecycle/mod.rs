@@ -20,6 +20,7 @@ use model::server::{RestartPolicy, ServerState, StateReason, Wanted};
 use model::{Code, OperationId};
 use serde::{Deserialize, Serialize};
 
+use super::limits;
 use crate::vmms::ProcessId;
 
 pub mod ask;
@@ -43,7 +44,7 @@ pub struct Life {
     pub run: u64,
     /// When that machine booted, in milliseconds since the Unix epoch.
     pub booted_ms: Option<i64>,
-    /// Ends that were failures, one after the other.
+    /// How often in a row the policy has started it again, or will next.
     pub failures: u32,
 }
 
@@ -304,6 +305,18 @@ impl Life {
         }
     }
 
+    /// When [`Event::DeadlinePassed`] is due, in milliseconds since the Unix epoch.
+    pub fn deadline_ms(&self) -> Option<i64> {
+        self.phase.deadline_ms().or_else(|| self.sound_ms())
+    }
+
+    /// When the machine will have run so long that earlier failures no longer count; nothing when there are none.
+    fn sound_ms(&self) -> Option<i64> {
+        let running = matches!(self.phase, Phase::Running { .. });
+        let booted_ms = self.booted_ms.filter(|_| running && self.failures > 0)?;
+        Some(booted_ms.saturating_add(limits::STABLE_MS))
+    }
+
     /// Whether it has no machine and none is about to be started, so that its disks can be changed.
     pub fn is_off(&self) -> bool {
         matches!(self.phase, Phase::Stopped { .. } | Phase::Failed { .. })
@@ -361,8 +374,7 @@ impl Phase {
         }
     }
 
-    /// When [`Event::DeadlinePassed`] is due, in milliseconds since the Unix epoch.
-    pub fn deadline_ms(&self) -> Option<i64> {
+    fn deadline_ms(&self) -> Option<i64> {
         match self {
             Phase::Stopping { push: Push::Button { deadline_ms, .. }, .. } => Some(*deadline_ms),
             Phase::Waiting { until_ms, .. } => Some(*until_ms),

@@ -47,7 +47,7 @@ pub enum Event {
     Released,
     /// Nothing is left.
     Purged,
-    /// [`Phase::deadline_ms`] has come.
+    /// [`Life::deadline_ms`] has come.
     DeadlinePassed,
     /// A daemon has started and looked for the machine of a phase that should have one.
     Found(Found),
@@ -150,6 +150,11 @@ impl Stepping {
             }
             (Phase::Waiting { until_ms, .. }, Event::DeadlinePassed) if self.context.now_ms >= until_ms => {
                 self.life.begin_run();
+            }
+            (Phase::Running { .. }, Event::DeadlinePassed)
+                if self.life.sound_ms().is_some_and(|at_ms| self.context.now_ms >= at_ms) =>
+            {
+                self.life.failures = 0;
             }
             (phase, Event::Ended(end)) => self.machine_ended(phase, end),
             (Phase::Releasing { then }, Event::Released) => self.released(then),

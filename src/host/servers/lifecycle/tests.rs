@@ -275,6 +275,19 @@ fn pauses_before_restarts_grow_to_a_bound_and_begin_anew_after_a_sound_run() {
 }
 
 #[test]
+fn a_machine_that_runs_long_enough_ends_the_row_of_failures() {
+    let running = Life { failures: 3, booted_ms: Some(50), ..life(Phase::Running { vmm: vmm() }) };
+    let due_ms = 50 + crate::servers::limits::STABLE_MS;
+    assert_eq!(running.deadline_ms(), Some(due_ms));
+    let at =
+        |now_ms| step(&running, Event::DeadlinePassed, Context { now_ms, policy: RestartPolicy::OnFailure });
+    assert_eq!(at(due_ms - 1).life, running);
+    let sound = at(due_ms).life;
+    assert_eq!(sound, Life { failures: 0, ..running });
+    assert_eq!(sound.deadline_ms(), None);
+}
+
+#[test]
 fn the_grace_ends_in_force_and_not_before() {
     let context = Context { now_ms: 1000, policy: RestartPolicy::Never };
     let asked =
