@@ -11,5 +11,7 @@ mod daemon;
 mod world;
 
 mod deaths;
+mod held;
 mod kills;
+mod reboots;
 mod sweep;

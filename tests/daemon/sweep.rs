@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use crate::daemon::{LOOK_AGAIN, Orders, wait_for, was_killed};
 use crate::world::inside;
 
-mod call;
+pub(crate) mod call;
 
 use call::{Sweep, Verb};
 
 /// How long points may follow the end of an operation: what the daemon does in the background.
-const AFTERWARDS: Duration = Duration::from_millis(1500);
+pub(crate) const AFTERWARDS: Duration = Duration::from_millis(1500);
 
 /// A daemon that has passed no point for so long has nothing to do.
 const QUIET: Duration = Duration::from_millis(500);
@@ -31,7 +31,7 @@ enum Met {
 impl Sweep {
     /// The call from rest to rest with a daemon that lives; answers the points it passed from its start on, each as
     /// its name with its number among those of that name.
-    async fn count(&mut self) -> Vec<String> {
+    pub(crate) async fn count(&mut self) -> Vec<String> {
         self.prepare().await;
         self.stage.kill().await;
         self.stage.open_well().await;
@@ -57,7 +57,7 @@ impl Sweep {
         self.stage.kill().await;
 
         let key = self.key("swept");
-        let orders = Orders { die_at: Some(point.to_owned()), late_commits };
+        let orders = Orders { die_at: Some(point.to_owned()), late_commits, ..Orders::default() };
         let mut acknowledged = None;
         let met = match self.stage.open(orders).await {
             Err(status) if was_killed(status) => Met::Died,
@@ -78,7 +78,8 @@ impl Sweep {
             self.stage.kill().await;
         }
         for successor in 1..=self.successors {
-            match self.stage.open(Orders { die_at: Some(successor.to_string()), late_commits: false }).await {
+            let orders = Orders { die_at: Some(successor.to_string()), ..Orders::default() };
+            match self.stage.open(orders).await {
                 Err(status) if was_killed(status) => {}
                 Err(status) => return Err(format!("the daemon ended with {status}")),
                 Ok(()) => self.stage.kill().await,
@@ -205,6 +206,21 @@ fn a_reset_converges_wherever_the_daemon_dies() {
 #[test]
 fn a_delete_converges_wherever_the_daemon_dies() {
     inside("sweep::a_delete_converges_wherever_the_daemon_dies", sweep(Verb::Delete));
+}
+
+#[test]
+fn a_pause_converges_wherever_the_daemon_dies() {
+    inside("sweep::a_pause_converges_wherever_the_daemon_dies", sweep(Verb::Pause));
+}
+
+#[test]
+fn a_resume_converges_wherever_the_daemon_dies() {
+    inside("sweep::a_resume_converges_wherever_the_daemon_dies", sweep(Verb::Resume));
+}
+
+#[test]
+fn the_deletion_of_an_image_converges_wherever_the_daemon_dies() {
+    inside("sweep::the_deletion_of_an_image_converges_wherever_the_daemon_dies", sweep(Verb::DeleteImage));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::api::{Answer, Api, text};
-use crate::world::{World, processes};
+use crate::world::{World, groups, processes, run};
 
 /// Longest wait for something that takes well under a second on a quiet machine.
 pub(crate) const SOON: Duration = Duration::from_secs(40);
@@ -37,6 +37,8 @@ const MEMORY_BYTES: u64 = 64 << 20;
 pub(crate) struct Orders {
     /// The checkpoint at which it kills itself: a number, or a name with a number among those of that name.
     pub(crate) die_at: Option<String>,
+    /// The checkpoint at which it stops until it is told to go on.
+    pub(crate) hold_at: Option<String>,
     /// Whether its commits come after what was to follow them.
     pub(crate) late_commits: bool,
 }
@@ -115,6 +117,9 @@ impl Stage {
         if let Some(point) = orders.die_at {
             command.env("TOFT_DIE_AT", point);
         }
+        if let Some(point) = orders.hold_at {
+            command.env("TOFT_HOLD_AT", point);
+        }
         if orders.late_commits {
             command.env("TOFT_LATE_COMMITS", "yes");
         }
@@ -167,6 +172,53 @@ impl Stage {
     /// `kill -9`.
     pub(crate) async fn kill(&self) {
         self.end(Signal::SIGKILL).await;
+    }
+
+    /// Takes away what no restart of a host leaves: every process, and all that is made of kernel memory.
+    pub(crate) async fn lose_power(&self) {
+        self.kill().await;
+        let all_gone = async || {
+            let left = processes();
+            for (pid, _) in &left {
+                // That it has ended already is what was wanted.
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            left.is_empty().then_some(())
+        };
+        wait_for("the end of every process", all_gone).await.unwrap();
+        for line in run("ip", &["-o", "link", "show", "type", "bridge"]).lines() {
+            run("ip", &["link", "delete", line.split(": ").nth(1).expect("a device's name")]);
+        }
+        run("nft", &["flush", "ruleset"]);
+        let mut groups = groups(&lock(&self.ids));
+        // The innermost first.
+        groups.sort_by_key(|group| std::cmp::Reverse(group.components().count()));
+        for group in groups {
+            std::fs::remove_dir(&group).unwrap_or_else(|cause| panic!("{}: {cause}", group.display()));
+        }
+        // The run directory is on a tmpfs where Toft is installed.
+        std::fs::remove_dir_all(self.base.path().join("run")).expect("the run directory");
+    }
+
+    /// Whether the daemon waits where it was ordered to.
+    pub(crate) fn is_held(&self) -> bool {
+        let Some(pid) = lock(&self.daemon).as_ref().map(Child::id) else { return false };
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name before the state may hold anything but ends at the last bracket (proc_pid_stat(5)).
+        stat.rsplit_once(") ").is_some_and(|(_, after)| after.starts_with('T'))
+    }
+
+    /// Lets a daemon that is held go on.
+    pub(crate) fn release(&self) {
+        if let Some(pid) = lock(&self.daemon).as_ref().map(Child::id) {
+            // An error means that it has ended, which whoever waits for it finds out.
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGCONT);
+        }
+    }
+
+    /// A file of the test's own.
+    pub(crate) fn scratch(&self, name: &str) -> PathBuf {
+        self.base.path().join(name)
     }
 
     /// Puts another copy of the program in the place of the one that runs; the next start uses it.

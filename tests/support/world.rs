@@ -108,7 +108,8 @@ fn elements(rules: &str) -> impl Iterator<Item = String> {
         .filter(|rule| !rule.ends_with(": "))
 }
 
-fn groups(names: &[String]) -> Vec<PathBuf> {
+/// Control groups that carry one of `names`.
+pub(crate) fn groups(names: &[String]) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut ahead = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(directory) = ahead.pop() {
@@ -147,7 +148,8 @@ fn files(root: &Path, seen: &mut BTreeSet<String>) {
     }
 }
 
-fn run(program: &str, arguments: &[&str]) -> String {
+/// What a program that must succeed says.
+pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
