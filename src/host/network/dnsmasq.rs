@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 
 use model::network::NetworkKind;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::DOMAIN;
-use super::limits::{DNSMASQ_MAX, LEASE_S};
+use super::limits::{DNSMASQ_MAX, LEASE_S, UNRECORDED_LOOKS_MAX};
 use super::plumbing::{PlumbingError, Port, Segment};
 use super::program;
 
@@ -107,6 +108,7 @@ impl Dnsmasq {
         let anew = changed_hands || reconfigured || !self.is_running();
         if anew {
             self.stop().await?;
+            self.end_unrecorded().await?;
         }
         let mut owners = if anew { BTreeMap::new() } else { given };
         owners.extend(ports.iter().map(|port| (port.ipv4, port.mac.to_string())));
@@ -138,38 +140,53 @@ impl Dnsmasq {
     /// command line is gone before.
     pub(super) async fn stop(&self) -> Result<(), PlumbingError> {
         let Some(process) = self.find() else { return Ok(()) };
-        self.signal(Signal::TERM)?;
-        let ended = tokio::task::spawn_blocking(move || {
-            let mut descriptors = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-            poll(&mut descriptors, PollTimeout::try_from(DNSMASQ_MAX).unwrap_or(PollTimeout::MAX))
-        });
-        match ended.await {
-            Ok(Ok(1..)) => Ok(()),
-            _ => {
-                self.signal(Signal::KILL)?;
-                Err(PlumbingError::Failed(
-                    "dnsmasq did not end when it was asked to, and was killed".to_owned(),
-                ))
+        // A daemon that follows one that died here must not count on a dnsmasq that is about to end.
+        match std::fs::remove_file(self.directory.join("pid")) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                return Err(PlumbingError::Failed(format!("dnsmasq's pid file cannot be removed: {cause}")));
             }
+            _ => {}
         }
+        waiting(move || {
+            send(&process, Signal::TERM)?;
+            if has_ended(&process) {
+                return Ok(());
+            }
+            send(&process, Signal::KILL)?;
+            let detail = "dnsmasq did not end when it was asked to, and was killed";
+            Err(PlumbingError::Failed(detail.to_owned()))
+        })
+        .await
     }
 
-    /// Its process, if it runs. The descriptor is opened before the command line is read, so it is of the process
-    /// whose command line that is, even when numbers are used again.
-    fn find(&self) -> Option<rustix::fd::OwnedFd> {
-        let number: i32 = self.read("pid").trim().parse().ok().filter(|number| *number > 0)?;
-        let process = pidfd_open(Pid::from_raw(number)?, PidfdFlags::empty()).ok()?;
-        let command_line = std::fs::read(format!("/proc/{number}/cmdline")).ok()?;
+    /// Ends those that a daemon was starting or ending when it died: they have no pid file, and would keep the
+    /// network's address from the next one. One that forks meanwhile is found by the next look.
+    async fn end_unrecorded(&self) -> Result<(), PlumbingError> {
         let config = self.config_argument();
-        command_line.split(|byte| *byte == 0).any(|argument| argument == config.as_bytes()).then_some(process)
+        waiting(move || {
+            for _ in 0..UNRECORDED_LOOKS_MAX {
+                let found = processes_with(&config);
+                if found.is_empty() {
+                    return Ok(());
+                }
+                for process in found {
+                    send(&process, Signal::KILL)?;
+                    has_ended(&process);
+                }
+            }
+            Err(PlumbingError::Failed("a dnsmasq that nobody recorded does not end".to_owned()))
+        })
+        .await
+    }
+
+    /// Its process, if it runs.
+    fn find(&self) -> Option<OwnedFd> {
+        let number: i32 = self.read("pid").trim().parse().ok().filter(|number| *number > 0)?;
+        process_with(number, &self.config_argument())
     }
 
     pub(super) fn signal(&self, signal: Signal) -> Result<(), PlumbingError> {
-        let Some(process) = self.find() else { return Ok(()) };
-        match pidfd_send_signal(process, signal) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(cause) => Err(PlumbingError::Failed(format!("cannot signal dnsmasq: {cause}"))),
-        }
+        self.find().map_or(Ok(()), |process| send(&process, signal))
     }
 
     /// Who had which address since dnsmasq started.
@@ -193,6 +210,45 @@ impl Dnsmasq {
         crate::volumes::files::replace(&path, content.as_bytes())?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
     }
+}
+
+/// The process of this number, if one of its arguments is this. The descriptor is opened before the command line is
+/// read, so it is of the process whose command line that is, even when numbers are used again.
+fn process_with(number: i32, argument: &str) -> Option<OwnedFd> {
+    let process = pidfd_open(Pid::from_raw(number)?, PidfdFlags::empty()).ok()?;
+    let command_line = std::fs::read(format!("/proc/{number}/cmdline")).ok()?;
+    command_line.split(|byte| *byte == 0).any(|one| one == argument.as_bytes()).then_some(process)
+}
+
+/// Sends a signal; that the process has ended already is no error.
+fn send(process: &OwnedFd, signal: Signal) -> Result<(), PlumbingError> {
+    match pidfd_send_signal(process, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(cause) => Err(PlumbingError::Failed(format!("cannot signal dnsmasq: {cause}"))),
+    }
+}
+
+/// Waits for a process's end; false when it does not come in time.
+fn has_ended(process: &OwnedFd) -> bool {
+    let mut descriptors = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    let limit = PollTimeout::try_from(DNSMASQ_MAX).unwrap_or(PollTimeout::MAX);
+    matches!(poll(&mut descriptors, limit), Ok(1..))
+}
+
+/// Does work that waits for processes where waiting is allowed.
+async fn waiting<F>(work: F) -> Result<(), PlumbingError>
+where
+    F: FnOnce() -> Result<(), PlumbingError> + Send + 'static,
+{
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.unwrap_or_else(|cause| Err(PlumbingError::Failed(format!("dnsmasq's end: {cause}"))))
+}
+
+/// All processes that have this argument. A number that is no process's is passed over.
+fn processes_with(argument: &str) -> Vec<OwnedFd> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.filter_map(|number| process_with(number, argument)).collect()
 }
 
 /// Makes the directory and those above it that are missing, open to every user: dnsmasq gives up its privileges

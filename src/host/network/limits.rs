@@ -23,6 +23,9 @@ pub const COMPLAINT_BYTES_MAX: usize = 2048;
 /// Longest wait for dnsmasq to have started (it returns when it serves) or ended.
 pub const DNSMASQ_MAX: Duration = Duration::from_secs(10);
 
+/// Looks for a dnsmasq that nobody recorded: it forks twice as it starts, so the fourth look finds none.
+pub const UNRECORDED_LOOKS_MAX: u32 = 8;
+
 /// Tries to find a MAC that no interface has: with 16 million of them each try nearly always succeeds.
 pub const MAC_TRIES_MAX: u32 = 64;
 
@@ -36,5 +39,5 @@ pub const MTU: u16 = 1500;
 /// go unnoticed. One pass costs a few milliseconds.
 pub const SETTLE_EVERY: Duration = Duration::from_secs(60);
 
-/// Pause after a pass that failed, as when the disk is full.
+/// Pause after a pass that failed, as when the disk is full, or left a network degraded.
 pub const SETTLE_AGAIN: Duration = Duration::from_secs(2);

@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use model::network::{CreateNetwork, Network, NetworkKind, NetworkState, PatchNetwork};
 use model::operation::Accepted;
@@ -15,6 +16,7 @@ use model::server::ServerNic;
 use model::{Code, Name, NetworkId, ServerId};
 use rusqlite::Connection;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::addresses::{self, Reservation};
 use super::limits;
@@ -292,21 +294,27 @@ impl Inner {
     /// Follows the records until the daemon ends: everything when asked and once in a while, so that rules that
     /// somebody flushed and a DHCP server that died come back; DHCP and DNS alone after each [`Networks::wake`].
     async fn work(&self) {
-        let mut pause = limits::SETTLE_EVERY;
+        let mut due = Instant::now() + self.pause();
         loop {
-            let woken = tokio::time::timeout(pause, self.changed.notified()).await.is_ok();
-            let everything = self.settle_asked.swap(false, Ordering::SeqCst) || !woken;
+            // However often it is woken, the time for everything comes.
+            let _ = tokio::time::timeout_at(due, self.changed.notified()).await;
+            let everything = self.settle_asked.swap(false, Ordering::SeqCst) || Instant::now() >= due;
             let outcome = if everything { self.settle().await } else { self.serve_all().await };
-            pause = match outcome {
-                Ok(()) => limits::SETTLE_EVERY,
+            match outcome {
+                Ok(()) if everything => due = Instant::now() + self.pause(),
+                Ok(()) => {}
                 Err(_) if self.core.store.is_dead() => return,
                 Err(cause) => {
                     tracing::warn!("networks do not follow their records yet: {}", cause.chain());
-                    self.settle_asked.store(true, Ordering::SeqCst);
-                    limits::SETTLE_AGAIN
+                    due = Instant::now() + limits::SETTLE_AGAIN;
                 }
-            };
+            }
         }
+    }
+
+    /// How long until everything is looked at again.
+    fn pause(&self) -> Duration {
+        if lock(&self.troubles).is_empty() { limits::SETTLE_EVERY } else { limits::SETTLE_AGAIN }
     }
 
     /// Makes the host be as the records say, then the records say how the host is.

@@ -12,6 +12,7 @@ use crate::Call;
 use crate::error::Result;
 use crate::network::addresses::Reservation;
 use crate::network::cidr::Cidr;
+use crate::network::limits;
 use crate::network::testing::FakePlumbing;
 use crate::network::{Networks, PlumbingError};
 use crate::volumes::testing::{Place, ended};
@@ -116,6 +117,22 @@ async fn without_privileges_the_default_network_is_degraded_and_says_why_until_i
     assert_eq!(left.len(), 1);
     assert_eq!((left[0].state, left[0].state_detail.as_deref()), (NetworkState::Ready, None));
     networks.check_ready(left[0].id).unwrap();
+    networks.close().await;
+}
+
+#[tokio::test]
+async fn a_degraded_network_is_tried_again_soon_however_busy_the_host_is() {
+    let stage = Stage::new();
+    stage.plumbing.scene().trouble = Some(PlumbingError::Failed("not now".to_owned()));
+    let networks = stage.open().await;
+    stage.plumbing.scene().trouble = None;
+    let id = all(&networks).await.remove(0).id;
+    let begun = tokio::time::Instant::now();
+    while networks.check_ready(id).is_err() {
+        assert!(begun.elapsed() < limits::SETTLE_AGAIN * 2, "it stays degraded");
+        tokio::time::sleep(limits::SETTLE_AGAIN / 8).await;
+        networks.wake();
+    }
     networks.close().await;
 }
 

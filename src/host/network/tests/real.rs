@@ -201,6 +201,26 @@ fn a_new_daemon_finds_dnsmasq_again_and_a_dead_one_is_started() {
     });
 }
 
+#[test]
+fn a_dnsmasq_that_a_dead_daemon_was_starting_gives_way() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        let dnsmasq = ground.dnsmasq(&segment);
+        let first = std::fs::read_to_string(dnsmasq.directory.join("pid")).unwrap();
+        // It has the network's address and port and has not got to its pid file.
+        std::fs::remove_file(dnsmasq.directory.join("pid")).unwrap();
+        let successor = crate::network::HostPlumbing::new(ground.run_dir());
+        assert_eq!(successor.ensure(ground.wanted.clone()).await, Default::default());
+        let second = std::fs::read_to_string(dnsmasq.directory.join("pid")).unwrap();
+        assert_ne!(second, first);
+        // One that has ended has no command line, also where nobody has reaped it yet.
+        let line = std::fs::read(format!("/proc/{}/cmdline", first.trim())).unwrap_or_default();
+        assert_eq!(line, b"", "two serve one network");
+        let guest = ground.plug(&segment, &ports[0]).await;
+        assert_eq!(lease(&guest).address, ports[0].ipv4);
+    });
+}
+
 /// Another host behind a tap that is the default route of the test's host.
 async fn uplink() -> Guest {
     let tap = Tap::create("up0").unwrap();
