@@ -24,7 +24,7 @@ async fn main() -> anyhow::Result<()> {
     }
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let launcher = Arc::new(Launcher::new(flags.vmm()?, &flags.kvm));
+    let launcher = Arc::new(Launcher::new(flags.vmm()?, &flags.kvm, &flags.cgroup));
     let config = flags.host()?;
     let plumbing = HostPlumbing::new(&flags.run_dir).watched(config.checkpoint.clone());
     let host = host::Host::open(config, launcher, Arc::new(plumbing)).await?;

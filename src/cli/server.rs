@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use model::limits::GRACE_S_MAX;
 use model::server::{
-    CacheMode, CpuTemplate, CreateNic, CreateServer, DiskLimits, PatchServer, Rate, RestartPolicy, Server,
-    ServerMetrics, ServerPlan, StopServer,
+    CacheMode, CpuTemplate, CreateNic, CreateServer, DiskLimits, Isolation, PatchServer, Rate, RestartPolicy,
+    Server, ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
 use model::{Labels, Name};
 
@@ -72,6 +72,11 @@ pub(crate) enum Verb {
         /// Name or id.
         server: String,
     },
+    /// Say what keeps its machine apart from the host, as found on the running process.
+    Isolation {
+        /// Name or id.
+        server: String,
+    },
 }
 
 /// `toft server create`.
@@ -118,6 +123,9 @@ pub(crate) struct Create {
     /// What happens when its machine ends unasked.
     #[arg(long, value_enum, default_value_t = Restart::OnFailure)]
     restart: Restart,
+    /// What its machine must be kept apart by.
+    #[arg(long, value_enum, default_value_t = Walls::Standard)]
+    isolation: Walls,
     /// Only make it.
     #[arg(long)]
     no_start: bool,
@@ -161,6 +169,9 @@ pub(crate) struct Update {
     /// What happens when its machine ends unasked.
     #[arg(long, value_enum)]
     restart: Option<Restart>,
+    /// What the next machine must be kept apart by.
+    #[arg(long, value_enum)]
+    isolation: Option<Walls>,
     /// Only if the server is still at this generation.
     #[arg(long)]
     if_generation: Option<u64>,
@@ -216,6 +227,23 @@ enum Restart {
     Always,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Walls {
+    /// Every wall that this host can build.
+    Standard,
+    /// Every wall there is, or it is not started.
+    Strict,
+}
+
+impl From<Walls> for Isolation {
+    fn from(walls: Walls) -> Isolation {
+        match walls {
+            Walls::Standard => Isolation::Standard,
+            Walls::Strict => Isolation::Strict,
+        }
+    }
+}
+
 impl From<Restart> for RestartPolicy {
     fn from(restart: Restart) -> RestartPolicy {
         match restart {
@@ -260,6 +288,15 @@ impl Verb {
                 output::print_bytes(&answer.body)
             }
             Verb::Console(options) => console::run(context, &options).await,
+            Verb::Isolation { server } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let found: ServerIsolation =
+                    context.client.get(&format!("/v1/servers/{id}/isolation")).await?;
+                match context.format {
+                    Format::Json => output::json(&found),
+                    _ => output::print_text(&isolation_text(&found)),
+                }
+            }
             Verb::Metrics { server } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let metrics: ServerMetrics = context.client.get(&format!("/v1/servers/{id}/metrics")).await?;
@@ -336,6 +373,7 @@ impl Create {
             ssh_keys,
             user_data: self.user_data_file.as_deref().map(target::read_text).transpose()?,
             restart_policy: self.restart.into(),
+            isolation: self.isolation.into(),
             start: !self.no_start,
             description: self.description,
             labels: target::labels(&self.label)?,
@@ -368,6 +406,7 @@ impl Update {
             memory_bytes: self.memory,
             cpu: self.cpu.map(CpuTemplate::from),
             restart_policy: self.restart.map(RestartPolicy::from),
+            isolation: self.isolation.map(Isolation::from),
             disk_limits: None,
         };
         let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
@@ -407,6 +446,17 @@ impl Row for Server {
 /// Labels as they are typed.
 pub(crate) fn labels_text(labels: &Labels) -> String {
     labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+}
+
+fn isolation_text(found: &ServerIsolation) -> String {
+    let mut text = String::new();
+    for item in &found.items {
+        let stands = if item.stands { "stands " } else { "MISSING" };
+        text.push_str(&format!("{:<16} {stands}  {}\n", item.name, item.detail));
+    }
+    let standing = found.items.iter().filter(|item| item.stands).count();
+    text.push_str(&format!("{standing} of {} walls stand\n", found.items.len()));
+    text
 }
 
 fn metrics_text(metrics: &ServerMetrics) -> String {

@@ -59,6 +59,22 @@ pub const VMM_NOFILE: u64 = 1_024;
 /// Most tasks of a VMM, whose user id is its own: 32 vCPU threads, some 30 for devices, and io_uring's workers.
 pub const VMM_NPROC: u64 = 512;
 
+/// What a server's group may hold besides the guest's memory, in bytes: the VMM's own, as promised to it, and the page
+/// cache of its disks, which the kernel takes back. With less, a guest that writes waits for the disk.
+pub const VMM_MEMORY_BYTES: u64 = 160 << 20;
+
+/// CPUs that a server may use besides those of its vCPUs: its devices' threads and io_uring's workers run there.
+pub const DEVICE_CPUS: u64 = 1;
+
+/// The span in which CPU time is counted, in microseconds: the kernel's own default.
+pub const CPU_PERIOD_US: u64 = 100_000;
+
+/// How often the removal of a group is tried while the last thread of its process ends, and the pause between.
+pub const CGROUP_REMOVE_TRIES: u32 = 50;
+
+/// See [`CGROUP_REMOVE_TRIES`].
+pub const CGROUP_REMOVE_AGAIN: Duration = Duration::from_millis(10);
+
 /// How long the launcher may take to try KVM with a guest, which counts instructions for a while.
 pub const PROBE: Duration = Duration::from_secs(60);
 

@@ -106,6 +106,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(servers::pause))
         .routes(routes!(servers::resume))
         .routes(routes!(servers::metrics))
+        .routes(routes!(servers::isolation))
         .routes(routes!(console::log))
         .routes(routes!(console::token))
         .routes(routes!(images::list, images::create))

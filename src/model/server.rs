@@ -53,6 +53,9 @@ pub struct Server {
     /// Its latest start by that policy; absent once a machine has run for ten minutes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart: Option<Restart>,
+    /// What its machine must be kept apart by.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// Version of this resource; also its `ETag`.
     pub generation: u64,
     /// When it was created.
@@ -145,6 +148,39 @@ pub enum RestartPolicy {
     OnFailure,
     /// Started again after any end that was not asked for through the API.
     Always,
+}
+
+/// What a machine must be kept apart by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Isolation {
+    /// Every wall that this host can build.
+    #[default]
+    Standard,
+    /// Every wall there is: where the host cannot build one, the server is not started.
+    Strict,
+}
+
+/// What keeps a server's machine apart from the rest of the host, as found on the running process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServerIsolation {
+    /// What was asked for.
+    pub isolation: Isolation,
+    /// Whether every wall stands.
+    pub complete: bool,
+    /// Each wall.
+    pub items: Vec<IsolationItem>,
+}
+
+/// One wall, as found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IsolationItem {
+    /// Which, such as `seccomp` or `cgroup_memory`.
+    pub name: String,
+    /// Whether it stands.
+    pub stands: bool,
+    /// What was found, for people.
+    pub detail: String,
 }
 
 /// A disk of a server.
@@ -273,6 +309,9 @@ pub struct CreateServer {
     /// What happens when its machine ends unasked.
     #[serde(default)]
     pub restart_policy: RestartPolicy,
+    /// What its machine must be kept apart by.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// Whether to start it at once.
     #[serde(default = "start_default")]
     pub start: bool,
@@ -312,7 +351,7 @@ pub struct CreateNic {
 }
 
 /// Body of `PATCH /v1/servers/{id}`: an RFC 7396 merge patch of the fields that can be changed. `vcpus`,
-/// `memory_bytes` and `cpu` take effect at the next start; the others at once.
+/// `memory_bytes`, `cpu` and `isolation` take effect at the next start; the others at once.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PatchServer {
@@ -338,6 +377,9 @@ pub struct PatchServer {
     /// New policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<RestartPolicy>,
+    /// What the next machine must be kept apart by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<Isolation>,
     /// New limits of the root volume, replaced as a whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_limits: Option<DiskLimits>,

@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,7 +16,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use host::vmms::{Launch, Process, ProcessId, Start};
+use host::vmms::{Finding, Launch, Process, ProcessId, Start};
 use host::{Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sys::seqpacket::Listener;
@@ -24,8 +25,9 @@ use wire::channel::Channel;
 use wire::console::Ring;
 use wire::control::{
     Command, DiskStats, Fault, FaultCode, MachineState, MachineStats, Message, NicStats, Notice, PROTOCOL,
-    Reply, Request, VcpuStats,
+    Reply, Request, Sandbox, VcpuStats,
 };
+use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{MachineSpec, RateLimits};
 use wire::will::{Reason, Will};
@@ -71,6 +73,10 @@ struct State {
     /// When present, no VMM can be started, for this reason.
     trouble: Option<Error>,
     vmms: BTreeMap<i32, Arc<FakeVmm>>,
+    /// By the key of their cell.
+    oom_kills: BTreeMap<String, u64>,
+    /// Walls that the host cannot build, and why.
+    lacks: BTreeMap<Item, String>,
     violations: Vec<String>,
 }
 
@@ -118,6 +124,17 @@ impl FakeLaunch {
     /// From here on no VMM can be started, for this reason; or again.
     pub fn set_trouble(&self, trouble: Option<Error>) {
         lock(&self.kernel.state).trouble = trouble;
+    }
+
+    /// The host cannot build this wall.
+    pub fn set_lacking(&self, item: Item, why: &str) {
+        lock(&self.kernel.state).lacks.insert(item, why.to_owned());
+    }
+
+    /// The kernel ends the VMM of the server with this id, because its memory ran out.
+    pub fn run_out_of_memory(&self, key: &str) {
+        lock(&self.kernel.state).oom_kills.insert(key.to_owned(), 1);
+        self.only().kill();
     }
 
     /// Every VMM that lives.
@@ -203,6 +220,21 @@ impl Launch for FakeLaunch {
 
     fn boot_id(&self) -> Result<String> {
         Ok(FakeLaunch::boot_id_of(lock(&self.kernel.state).boot))
+    }
+
+    fn release(&self, key: &str) -> Result<()> {
+        lock(&self.kernel.state).oom_kills.remove(key);
+        Ok(())
+    }
+
+    fn oom_kills(&self, key: &str) -> u64 {
+        lock(&self.kernel.state).oom_kills.get(key).copied().unwrap_or_default()
+    }
+
+    fn examine(&self, _: &ProcessId, _: &str, sandbox: Sandbox, _: &[PathBuf]) -> Result<Vec<Finding>> {
+        let lacks = lock(&self.kernel.state).lacks.clone();
+        let found = |item: &Item| lacks.get(item).cloned().map_or_else(|| Ok(format!("{sandbox:?}")), Err);
+        Ok(Item::ALL.into_iter().map(|item| Finding { item, found: found(&item) }).collect())
     }
 
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {

@@ -38,6 +38,9 @@ pub(crate) struct Flags {
     /// Device of KVM.
     #[arg(long, value_name = "FILE", default_value = "/dev/kvm")]
     pub(crate) kvm: PathBuf,
+    /// Control group of the host below which each server has its own.
+    #[arg(long, env = "TOFT_CGROUP", value_name = "NAME", default_value = "toft", value_parser = cgroup)]
+    pub(crate) cgroup: String,
     /// Where images are imported from by name; import/ in the state directory when absent.
     #[arg(long, value_name = "DIR")]
     pub(crate) import_dir: Option<PathBuf>,
@@ -78,6 +81,14 @@ pub(crate) enum Token {
         /// Its id.
         id: model::TokenId,
     },
+}
+
+fn cgroup(text: &str) -> Result<String, String> {
+    match text {
+        "" | "." | ".." => Err("must be the name of a directory".to_owned()),
+        text if text.contains('/') => Err("must be a name and not a path".to_owned()),
+        text => Ok(text.to_owned()),
+    }
 }
 
 impl Flags {

@@ -130,21 +130,23 @@ impl System {
     }
 
     fn cgroups(&self) -> Finding {
-        let Some(controllers) = self.read("sys/fs/cgroup/cgroup.controllers") else {
-            return lesser(
-                "control groups are version 1; memory and CPU of servers are not bounded by the kernel. Boot with \
-                 systemd.unified_cgroup_hierarchy=1",
-            );
+        let unified = self.read("sys/fs/cgroup/cgroup.controllers");
+        let version = if unified.is_some() { 2 } else { 1 };
+        let has = |wanted: &str| match &unified {
+            Some(controllers) => controllers.split_whitespace().any(|controller| controller == wanted),
+            None => self.root.join("sys/fs/cgroup").join(wanted).is_dir(),
         };
-        let missing: Vec<&str> = ["cpu", "memory", "io", "pids"]
-            .into_iter()
-            .filter(|wanted| !controllers.split_whitespace().any(|controller| controller == *wanted))
-            .collect();
+        let missing: Vec<&str> =
+            ["cpu", "memory", "pids"].into_iter().filter(|wanted| !has(wanted)).collect();
         match missing.as_slice() {
-            [] => good("control groups are version 2 with every controller"),
-            list => {
-                lesser(format!("control groups lack {}; enable them for the root group", list.join(", ")))
-            }
+            [] => good(format!(
+                "control groups are version {version}; each server's CPU, memory and tasks are limited"
+            )),
+            list => lesser(format!(
+                "control groups (version {version}) lack {}, so the kernel does not limit that of servers; mount them, \
+                 or enable them for the root group (kernel parameter cgroup_enable=)",
+                list.join(", ")
+            )),
         }
     }
 

@@ -72,6 +72,7 @@ pub(super) fn server(
         ssh_keys: spec.ssh_keys,
         user_data: spec.user_data,
         restart_policy: spec.restart_policy,
+        isolation: spec.isolation,
         generation: 1,
         created_at: now,
         updated_at: now,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use model::operation::Progress;
+use model::server::Isolation;
 use model::{Code, ServerId, Time};
 use sys::beneath::Access;
 use sys::seqpacket::Listener;
@@ -23,7 +24,8 @@ use super::{limits, machine};
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::link::AskError;
-use crate::vmms::{Link, Start};
+use crate::vmms::{Cell, Link, Start, Walls};
+use crate::volumes::Volumes;
 
 /// One piece of work on one server.
 pub(super) struct Doing {
@@ -142,12 +144,33 @@ impl Doing {
         })
         .await?;
         self.workshop.core.checkpoint("server.socket_bound")?;
-        let start = Start { label: self.record.name.to_string(), listener: listener.into(), will, log };
+        let walls = match self.record.isolation {
+            Isolation::Strict => Walls::All,
+            Isolation::Standard => Walls::AsFound,
+        };
+        let (label, cell) = (self.record.name.to_string(), self.cell().await?);
+        let start = Start { label, listener: listener.into(), will, log, cell, walls };
         let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
         let id = process.id();
         self.entry.hold(process);
         Ok(Event::Spawned(id))
+    }
+
+    async fn cell(&self) -> Result<Cell> {
+        let record = self.record.clone();
+        let read = move |connection: &rusqlite::Connection| {
+            let sizes =
+                record.disks.iter().map(|disk| Ok(Volumes::find(connection, disk.volume_id)?.size_bytes));
+            let largest = sizes.collect::<Result<Vec<u64>>>()?.into_iter().max().unwrap_or_default();
+            Ok(Cell {
+                key: record.id.to_string(),
+                memory_bytes: record.memory_bytes,
+                vcpus: record.vcpus,
+                file_bytes_max: largest.max(record.memory_bytes).max(limits::FILE_BYTES_MIN),
+            })
+        };
+        self.workshop.core.store.read(read).await
     }
 
     /// A VMM that was started and lost before it was recorded listens on the server's socket. It has no machine;
@@ -254,6 +277,9 @@ impl Doing {
         self.entry.drop_machine();
         self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
         self.workshop.core.checkpoint("server.unplugged")?;
+        let (launcher, key) = (self.workshop.launcher.clone(), self.record.id.to_string());
+        blocking(move || launcher.release(&key)).await?;
+        self.workshop.core.checkpoint("server.uncaged")?;
         let socket = self.file("control.sock");
         blocking(move || machine::remove_file(&socket)).await?;
         self.workshop.core.checkpoint("server.released")?;
@@ -287,7 +313,10 @@ pub(super) async fn end_of(workshop: &Workshop, id: ServerId, status: Option<Exi
         tracing::debug!(server = %id, "{}", cause.chain());
         None
     });
-    End::of(will, status, Time::now().unix_ms())
+    let launcher = workshop.launcher.clone();
+    // What cannot be read was not counted.
+    let oom_kills = blocking(move || Ok(launcher.oom_kills(&id.to_string()))).await.unwrap_or_default();
+    End::of(will, status, oom_kills, Time::now().unix_ms())
 }
 
 /// Runs what waits for the disk where waiting is allowed.

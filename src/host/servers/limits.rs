@@ -54,6 +54,9 @@ pub const GUEST_EVENT_EVERY: Duration = Duration::from_secs(10);
 /// What a VMM needs besides its guest's memory, in bytes: measured at 5 MiB, with room for queues.
 pub const VMM_OVERHEAD_BYTES: u64 = 16 << 20;
 
+/// A VMM may write files of so many bytes whatever its disks: its console ring and its log.
+pub const FILE_BYTES_MIN: u64 = 16 << 20;
+
 /// Memory kept for the host itself, in bytes, besides one part in [`HOST_RESERVE_PART`] of the total.
 pub const HOST_RESERVE_BYTES: u64 = 256 << 20;
 

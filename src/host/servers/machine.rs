@@ -16,6 +16,7 @@ use wire::machine::{
 };
 
 use super::effects::{blocking, open_ring};
+use super::isolation;
 use super::limits;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
@@ -26,15 +27,13 @@ use crate::seed::{self, Seed, SeedNic};
 /// Boots the machine of `record` in the VMM at hand. Repeatable: a machine that runs is left alone.
 pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
     let link = entry.link(limits::BOOT).await?;
-    let state =
-        match link.ask(Command::Hello { protocol: wire::control::PROTOCOL }, &[], limits::COMMAND).await? {
-            Reply::Hello { state, .. } => state,
-            other => return Err(Error::new(Code::MachineFailed, format!("the VMM greeted with {other:?}"))),
-        };
-    match state {
+    match link.greet(limits::COMMAND).await?.state {
         MachineState::Shell => {}
         MachineState::Running | MachineState::Paused => return Ok(()),
         MachineState::Exiting => return Err(Error::new(Code::MachineFailed, "the VMM is ending")),
+    }
+    if record.isolation == server::Isolation::Strict {
+        isolation::require(workshop, entry, record).await?;
     }
     let (spec, descriptors) = describe(workshop, record).await?;
     workshop.core.checkpoint("server.plugged")?;

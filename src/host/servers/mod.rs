@@ -8,7 +8,7 @@ use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
     ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, PatchServer, Server, ServerAction,
-    ServerMetrics, ServerPlan, StopServer,
+    ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
 use model::{Code, OperationId, ServerId};
 use rusqlite::Connection;
@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::labels;
 use crate::network::Networks;
 use crate::store::{Tx, records};
+use crate::vmms::Process;
 
 mod actor;
 mod advance;
@@ -26,6 +27,7 @@ pub mod capacity;
 mod console;
 mod create;
 mod effects;
+mod isolation;
 pub mod lifecycle;
 pub mod limits;
 mod machine;
@@ -264,20 +266,36 @@ impl Servers {
 
     /// Counters of its machine. Fails with `wrong_state` when none runs.
     pub async fn metrics(&self, id: ServerId) -> Result<ServerMetrics> {
-        let server = self.one(id).await?;
-        let off = || {
-            let mut error =
-                Error::new(Code::WrongState, format!("server {} has no machine to measure", server.name));
-            error.allowed_actions = Some(server.allowed_actions.clone());
-            error
-        };
-        let entry = self.registry.find(id).ok_or_else(off)?;
-        let process = entry.machine().ok_or_else(off)?.process;
+        let (entry, process) = self.machine(id, "measure").await?;
         let link = entry.link(limits::COMMAND).await.map_err(Error::from)?;
         match link.ask(Command::Stats, &[], limits::COMMAND).await.map_err(Error::from)? {
             Reply::Stats(stats) => Ok(metrics::shown(&stats, &process.id())),
             other => Err(Error::new(Code::MachineFailed, format!("the VMM answered {other:?}"))),
         }
+    }
+
+    /// What keeps its machine apart, as found on the running process. Fails with `wrong_state` when none runs.
+    pub async fn isolation(&self, id: ServerId) -> Result<ServerIsolation> {
+        let (entry, _) = self.machine(id, "look at").await?;
+        let record: ServerRecord =
+            self.workshop().core.store.read(move |connection| records::one(connection, id.0)).await?;
+        let found = isolation::examine(self.workshop(), &entry, &record).await?;
+        Ok(isolation::shown(record.isolation, found))
+    }
+
+    /// The machine of a server. Fails with `wrong_state` when there is none to do this with.
+    async fn machine(&self, id: ServerId, verb: &str) -> Result<(Arc<registry::Entry>, Arc<dyn Process>)> {
+        let server = self.one(id).await?;
+        let found = self.registry.find(id).and_then(|entry| {
+            let process = entry.machine()?.process;
+            Some((entry, process))
+        });
+        found.ok_or_else(|| {
+            let detail = format!("server {} has no machine to {verb}", server.name);
+            let mut error = Error::new(Code::WrongState, detail);
+            error.allowed_actions = Some(server.allowed_actions);
+            error
+        })
     }
 
     /// What servers have of the host.
@@ -362,6 +380,7 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
     record.memory_bytes = patch.memory_bytes.unwrap_or(record.memory_bytes);
     record.cpu = patch.cpu.unwrap_or(record.cpu);
     record.restart_policy = patch.restart_policy.unwrap_or(record.restart_policy);
+    record.isolation = patch.isolation.unwrap_or(record.isolation);
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! A server as it is kept: what was asked for, what it has, and its life. Never shown; see `view`.
 //! It knows SQL only through the shared shape of records.
-use model::server::{CacheMode, CpuTemplate, DiskLimits, RestartPolicy, ServerNic};
+use model::server::{CacheMode, CpuTemplate, DiskLimits, Isolation, RestartPolicy, ServerNic};
 use model::{Code, ImageId, Labels, Name, ServerId, Time, VolumeId};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
@@ -59,6 +59,9 @@ pub struct ServerRecord {
     pub user_data: Option<String>,
     /// What happens after an unasked end.
     pub restart_policy: RestartPolicy,
+    /// What it must be kept apart by.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// Version.
     pub generation: u64,
     /// When it was made.

@@ -2,10 +2,11 @@
 
 use model::operation::OperationState;
 use model::server::{
-    DeleteServer, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer, Wanted,
+    DeleteServer, Isolation, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer, Wanted,
 };
 use model::{Code, EventId};
 use wire::control::{MachineState, Notice};
+use wire::isolation::Item;
 use wire::will::Reason;
 
 use crate::fake_vmm::Guest;
@@ -239,6 +240,59 @@ async fn each_bad_end_is_told_apart() {
         let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
         succeeded(&host, started.body.operation.id).await;
     }
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_server_whose_memory_ran_out_says_so_and_only_once() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let mut spec = server("web1");
+    spec.restart_policy = RestartPolicy::Never;
+    let id = created(&host, spec).await.id;
+    stage.launch.run_out_of_memory(&id.to_string());
+    let server = until(&host, id, |server| server.state == ServerState::Failed).await;
+    assert_eq!(server.state_reason.unwrap().code, "out_of_memory");
+    let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
+    succeeded(&host, started.body.operation.id).await;
+    stage.launch.only().kill();
+    let server = until(&host, id, |server| server.state == ServerState::Failed).await;
+    assert_eq!(
+        server.state_reason.unwrap().code,
+        "vmm_killed",
+        "the count of an earlier machine is not this one's"
+    );
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_strict_server_is_not_started_without_every_wall() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let mut spec = server("strict");
+    spec.isolation = Isolation::Strict;
+    spec.start = false;
+    let id = created(&host, spec).await.id;
+    stage.launch.set_lacking(Item::Landlock, "the kernel has none");
+    let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
+    let problem = ended(&host, started.body.operation.id).await.error.unwrap();
+    assert_eq!(problem.code, Code::HostUnprepared);
+    let detail = problem.detail;
+    assert!(
+        detail.contains("landlock: the kernel has none") && detail.contains("standard isolation"),
+        "{detail}"
+    );
+    until(&host, id, |server| server.state == ServerState::Stopped).await;
+    assert!(stage.launch.alive().is_empty());
+
+    let eased = PatchServer { isolation: Some(Isolation::Standard), ..PatchServer::default() };
+    host.servers().patch(&Call::by_host(), id, eased).await.unwrap();
+    let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
+    succeeded(&host, started.body.operation.id).await;
+    let found = host.servers().isolation(id).await.unwrap();
+    assert!(!found.complete);
+    let standing = found.items.iter().filter(|item| item.stands).count();
+    assert_eq!((found.items.len(), standing), (Item::ALL.len(), Item::ALL.len() - 1));
     host.close().await;
 }
 

@@ -46,6 +46,7 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         nics: record.nics.clone(),
         restart_policy: record.restart_policy,
         restart: restart(life),
+        isolation: record.isolation,
         generation: record.generation,
         created_at: record.created_at,
         updated_at: record.updated_at,

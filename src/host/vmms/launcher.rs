@@ -19,12 +19,15 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 use wire::channel::Channel;
+use wire::control::Sandbox;
 use wire::launch::{Command, ExitStatus, Jail, JailUser, KvmReport, Message, Reply, Request, Rlimits};
 
+use super::cgroups::{Cgroups, Made};
 use super::ids::Ids;
-use super::process::Held;
+use super::isolation::{self, Finding, Subject};
+use super::process::{self, Held};
 use super::watched::{Watched, watch};
-use super::{Launch, Process, ProcessId, Start};
+use super::{Cell, Launch, Process, ProcessId, Start, Walls};
 use crate::error::{Error, Result};
 use crate::limits;
 
@@ -35,6 +38,10 @@ pub struct Launcher {
     connection: tokio::sync::Mutex<Option<Arc<Connection>>>,
     /// Made with the first VMM.
     ids: Mutex<Option<Ids>>,
+    /// Name of the control group below which each VMM has its own.
+    parent: String,
+    /// Looked at with the first VMM.
+    cgroups: Mutex<Option<Arc<Cgroups>>>,
 }
 
 struct Connection {
@@ -59,13 +66,16 @@ struct Replied {
 }
 
 impl Launcher {
-    /// A launcher that executes `vmm` and opens `kvm`; neither is looked at before it is needed.
-    pub fn new(vmm: impl Into<PathBuf>, kvm: impl Into<PathBuf>) -> Launcher {
+    /// A launcher that executes `vmm` and opens `kvm`; neither is looked at before it is needed. Each VMM gets a control
+    /// group below the one named `parent`.
+    pub fn new(vmm: impl Into<PathBuf>, kvm: impl Into<PathBuf>, parent: impl Into<String>) -> Launcher {
         Launcher {
             vmm: vmm.into(),
             kvm: kvm.into(),
             connection: tokio::sync::Mutex::new(None),
             ids: Mutex::default(),
+            parent: parent.into(),
+            cgroups: Mutex::default(),
         }
     }
 
@@ -96,7 +106,7 @@ impl Launcher {
     }
 
     /// What a VMM is kept in: with ids of its own where they can be changed.
-    fn jail(&self) -> Result<Jail> {
+    fn jail(&self, cell: &Cell, walls: Walls, cgroups: usize) -> Result<Jail> {
         let (user, nproc) = if nix::unistd::geteuid().is_root() {
             let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
             let unread = |cause| Error::internal("a VMM's user id cannot be chosen", cause);
@@ -110,8 +120,35 @@ impl Launcher {
             // The user's other processes count, too, so any number could be too low.
             (JailUser::Caller, u64::MAX)
         };
-        let rlimits = Rlimits { nofile: limits::VMM_NOFILE, fsize_bytes: u64::MAX, nproc };
-        Ok(Jail { user, cgroups: 0, rlimits, required: false })
+        let rlimits = Rlimits { nofile: limits::VMM_NOFILE, fsize_bytes: cell.file_bytes_max, nproc };
+        // There are as many hierarchies at most as controllers.
+        let cgroups = u8::try_from(cgroups).unwrap_or(u8::MAX);
+        Ok(Jail { user, cgroups, rlimits, required: walls == Walls::All })
+    }
+
+    /// The control groups of a VMM that is about to be started. What cannot be had is told, or is an error.
+    async fn groups(&self, cell: &Cell, walls: Walls) -> Result<Vec<File>> {
+        let (groups, cell) = (self.cgroups()?, cell.clone());
+        let made = tokio::task::spawn_blocking(move || groups.make(&cell)).await;
+        let Made { joins, missing } =
+            made.map_err(|cause| Error::internal("the control groups were not made", cause))?;
+        let lacks: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        match (walls, lacks.as_slice()) {
+            (_, []) => {}
+            (Walls::All, lacks) => return Err(not_whole(lacks)),
+            (Walls::AsFound, lacks) => tracing::warn!("a VMM is started without {}", lacks.join("; ")),
+        }
+        Ok(joins)
+    }
+
+    fn cgroups(&self) -> Result<Arc<Cgroups>> {
+        let mut held = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cgroups) = held.as_ref() {
+            return Ok(cgroups.clone());
+        }
+        let found = Cgroups::of_host(&self.parent)
+            .map_err(|cause| Error::internal("it cannot be seen which control groups the host has", cause))?;
+        Ok(held.insert(Arc::new(found)).clone())
     }
 
     /// The connection to a launcher that lives.
@@ -150,8 +187,12 @@ impl Launch for Launcher {
         async move {
             self.check_vmm()?;
             let kvm = self.open_kvm()?;
-            let descriptors = [start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
-            let command = Command::Spawn { label: start.label.clone(), jail: self.jail()? };
+            let groups = self.groups(&start.cell, start.walls).await?;
+            let mut descriptors =
+                vec![start.listener.as_fd(), kvm.as_fd(), start.will.as_fd(), start.log.as_fd()];
+            descriptors.extend(groups.iter().map(AsFd::as_fd));
+            let jail = self.jail(&start.cell, start.walls, groups.len())?;
+            let command = Command::Spawn { label: start.label.clone(), jail };
             let replied = self.ask(command, &descriptors, limits::SPAWN).await?;
             match (replied.result, replied.descriptors.into_iter().next(), replied.status) {
                 (Ok(Reply::Spawned { pid, missing }), Some(pidfd), Some(status)) => {
@@ -160,6 +201,7 @@ impl Launch for Launcher {
                     }
                     Ok(Arc::new(Held::started(pid, pidfd, status)?) as Arc<dyn Process>)
                 }
+                (Err(why), _, _) if start.walls == Walls::All => Err(not_whole(&[why])),
                 (Err(why), _, _) => Err(Error::new(Code::MachineFailed, why)),
                 _ => Err(nonsense()),
             }
@@ -169,6 +211,31 @@ impl Launch for Launcher {
 
     fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>> {
         Ok(Held::adopt(id)?.map(|held| Arc::new(held) as Arc<dyn Process>))
+    }
+
+    fn release(&self, key: &str) -> Result<()> {
+        self.cgroups()?
+            .remove(key)
+            .map_err(|cause| Error::internal(format!("the control groups of {key} cannot be removed"), cause))
+    }
+
+    fn oom_kills(&self, key: &str) -> u64 {
+        self.cgroups().map(|cgroups| cgroups.oom_kills(key)).unwrap_or_default()
+    }
+
+    fn examine(
+        &self,
+        id: &ProcessId,
+        key: &str,
+        sandbox: Sandbox,
+        files: &[PathBuf],
+    ) -> Result<Vec<Finding>> {
+        let gone = || Error::new(Code::MachineFailed, format!("VMM {} has ended", id.pid));
+        let subject = Subject { pid: id.pid, key, sandbox, files };
+        let findings =
+            isolation::examine(&subject, &*self.cgroups()?).map_err(|cause| gone().caused_by(cause))?;
+        // Only now is it certain that all of this was read of the same process.
+        if process::start_ticks(id.pid) == Some(id.start_ticks) { Ok(findings) } else { Err(gone()) }
     }
 
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {
@@ -333,6 +400,16 @@ fn end_unwanted(replied: Replied) {
             tracing::warn!("VMM {pid} cannot be ended: {cause}");
         }
     }
+}
+
+/// A server asked for walls that this host does not have.
+pub(crate) fn not_whole(lacks: &[String]) -> Error {
+    let detail = format!(
+        "strict isolation cannot be had on this host, which lacks {}; mend that (`toft host check` says more), or \
+         create the server with standard isolation",
+        lacks.join("; ")
+    );
+    Error::new(Code::HostUnprepared, detail)
 }
 
 fn nonsense() -> Error {

@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use wire::channel::Channel;
-use wire::control::{Command, Fault, MachineState, Message, Notice, PROTOCOL, Reply, Request};
+use wire::control::{Command, Fault, MachineState, Message, Notice, PROTOCOL, Reply, Request, Sandbox};
 
 use super::watched::{Watched, watch};
 use crate::error::Error;
@@ -33,6 +33,8 @@ pub struct Hello {
     pub state: MachineState,
     /// Total bytes the console has written.
     pub console_written: u64,
+    /// What it closed behind itself.
+    pub sandbox: Sandbox,
 }
 
 /// Why a command did not work.
@@ -103,8 +105,16 @@ impl Link {
             reading.close();
         });
         let link = Link { shared, _reader: Arc::new(Reader(reader)) };
-        match link.ask(Command::Hello { protocol: PROTOCOL }, &[], timeout).await? {
-            Reply::Hello { state, console_written, .. } => Ok((link, Hello { state, console_written })),
+        let hello = link.greet(timeout).await?;
+        Ok((link, hello))
+    }
+
+    /// Asks what it is and does.
+    pub async fn greet(&self, timeout: Duration) -> std::result::Result<Hello, AskError> {
+        match self.ask(Command::Hello { protocol: PROTOCOL }, &[], timeout).await? {
+            Reply::Hello { state, console_written, sandbox, .. } => {
+                Ok(Hello { state, console_written, sandbox })
+            }
             other => Err(AskError::Protocol(format!("a greeting was answered with {other:?}"))),
         }
     }

@@ -2,20 +2,25 @@
 //! It knows no server, volume or network: it gets descriptors and a `MachineSpec`.
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use wire::control::Sandbox;
 use wire::launch::{ExitStatus, KvmReport};
 
 use crate::error::Result;
 
+mod cgroups;
 mod ids;
+mod isolation;
 pub mod launcher;
 pub mod link;
 pub(crate) mod process;
 mod watched;
 
+pub use isolation::Finding;
 pub use launcher::Launcher;
 pub use link::Link;
 
@@ -35,6 +40,17 @@ pub trait Launch: Send + Sync + 'static {
         process::boot_id()
     }
 
+    /// Removes what was made around a VMM that has ended: the control groups of [`Cell::key`]. Repeatable.
+    fn release(&self, key: &str) -> Result<()>;
+
+    /// How often the kernel ended a VMM of [`Cell::key`] because its memory ran out, until it is released.
+    fn oom_kills(&self, key: &str) -> u64;
+
+    /// What keeps a VMM apart, as found on its process. `sandbox` is what it says of itself; `files` it may hold, and
+    /// those that lie in the directories among them. Fails when it has ended.
+    fn examine(&self, id: &ProcessId, key: &str, sandbox: Sandbox, files: &[PathBuf])
+    -> Result<Vec<Finding>>;
+
     /// Looks at KVM and tries a guest on it.
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>>;
 }
@@ -50,6 +66,32 @@ pub struct Start {
     pub will: File,
     /// File for its log.
     pub log: File,
+    /// What it may use.
+    pub cell: Cell,
+    /// Whether it is started without what the host cannot do for its jail.
+    pub walls: Walls,
+}
+
+/// What a VMM may use of the host, with the name by which that is found again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cell {
+    /// Unique on this host; the name of its control groups.
+    pub key: String,
+    /// Memory of its guest.
+    pub memory_bytes: u64,
+    /// CPUs of its guest.
+    pub vcpus: u8,
+    /// The largest file it may write: its largest disk, or guest memory, which is a file, too.
+    pub file_bytes_max: u64,
+}
+
+/// What becomes of a VMM whose jail the host cannot build whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walls {
+    /// It is started with what can be had.
+    AsFound,
+    /// It is not started.
+    All,
 }
 
 /// A process, over reboots and reuse of process ids.

@@ -97,7 +97,7 @@ pub(crate) fn boot_id() -> Result<String> {
 }
 
 /// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)). The name before it may hold spaces and brackets.
-fn start_ticks(pid: i32) -> Option<u64> {
+pub(super) fn start_ticks(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_whitespace().nth(19)?.parse().ok()

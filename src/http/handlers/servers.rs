@@ -6,7 +6,8 @@ use model::ServerId;
 use model::operation::Accepted;
 use model::page::Page;
 use model::server::{
-    CreateServer, DeleteServer, PatchServer, Server, ServerAction, ServerMetrics, ServerPlan, StopServer,
+    CreateServer, DeleteServer, PatchServer, Server, ServerAction, ServerIsolation, ServerMetrics,
+    ServerPlan, StopServer,
 };
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -79,6 +80,7 @@ impl Removable for PatchServer {
         ("description", "\"\""),
         ("cpu", "\"host\""),
         ("restart_policy", "\"on_failure\""),
+        ("isolation", "\"standard\""),
         ("disk_limits", "{}"),
     ];
 }
@@ -179,6 +181,18 @@ pub(crate) async fn metrics(
     _: Query<NoParameters>,
 ) -> Result<Response, Failure> {
     answer::plain(&api.host.servers().metrics(id).await?)
+}
+
+/// What keeps a server's machine apart from the rest of the host, as found on the running process.
+#[utoipa::path(get, path = "/v1/servers/{id}/isolation", tag = "servers", operation_id = "read_server_isolation",
+    params(("id" = ServerId, Path, description = "The server.")),
+    responses((status = 200, description = "Each wall, as found.", body = ServerIsolation)))]
+pub(crate) async fn isolation(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+) -> Result<Response, Failure> {
+    answer::plain(&api.host.servers().isolation(id).await?)
 }
 
 /// The server as it is at the end of the work.

@@ -2,7 +2,9 @@
 use model::image::Image;
 use model::operation::Accepted;
 use model::page::Page;
-use model::server::{CpuTemplate, Server, ServerMetrics, ServerPlan, ServerState};
+use model::server::{
+    CpuTemplate, Isolation, Server, ServerIsolation, ServerMetrics, ServerPlan, ServerState,
+};
 use model::volume::Volume;
 use model::{Code, ServerId};
 use serde_json::{Value, json};
@@ -103,6 +105,19 @@ async fn a_dry_run_says_what_would_be_made_and_makes_nothing() {
     assert!(!plan.steps.is_empty());
     let page: Page<Server> = served.call("GET", "/v1/servers", Sent::nothing()).await.json(200);
     assert_eq!(page.items, []);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn isolation_is_answered_while_there_is_a_machine() {
+    let served = Served::start().await;
+    let server = made(&served, "web1").await;
+    assert_eq!(server.isolation, Isolation::Standard);
+    let path = format!("/v1/servers/{}/isolation", server.id);
+    let found: ServerIsolation = served.call("GET", &path, Sent::nothing()).await.json(200);
+    assert!(found.complete && found.items.len() > 10, "{found:?}");
+    act(&served, server.id, "stop", Some(json!({ "grace_s": 0 }))).await;
+    served.call("GET", &path, Sent::nothing()).await.problem(Code::WrongState);
     served.stop().await;
 }
 

@@ -41,6 +41,18 @@ fn each_check_tells_good_from_lesser() {
 }
 
 #[test]
+fn control_groups_of_either_version_are_told_by_what_they_lack() {
+    let old = ["cpu", "memory", "pids"].map(|name| format!("sys/fs/cgroup/{name}/tasks"));
+    let files: Vec<(&str, &str)> = old.iter().map(|path| (path.as_str(), "")).collect();
+    let (status, detail) = Fake::new(&files).status("cgroups");
+    assert_eq!(status, CheckStatus::Ok, "{detail}");
+    assert!(detail.contains("version 1"), "{detail}");
+    let (status, detail) = Fake::new(&files[..1]).status("cgroups");
+    assert_eq!(status, CheckStatus::Degraded);
+    assert!(detail.contains("memory, pids"), "{detail}");
+}
+
+#[test]
 fn what_is_not_mitigated_is_named_in_order() {
     let directory = "sys/devices/system/cpu/vulnerabilities";
     let fake = Fake::new(&[

@@ -36,6 +36,8 @@ pub enum EndKind {
     VmmCrashed,
     /// The VMM was killed by a signal.
     VmmKilled,
+    /// The kernel ended the VMM because the server's memory, with the VMM's own, passed its limit.
+    OutOfMemory,
     /// The VMM has gone and nothing says why.
     Vanished,
     /// The host was restarted under it.
@@ -54,6 +56,7 @@ impl EndKind {
             EndKind::KvmError => "kvm_error",
             EndKind::VmmCrashed => "vmm_crashed",
             EndKind::VmmKilled => "vmm_killed",
+            EndKind::OutOfMemory => "out_of_memory",
             EndKind::Vanished => "vmm_vanished",
             EndKind::HostRestarted => "host_restarted",
         }
@@ -61,8 +64,9 @@ impl EndKind {
 }
 
 impl End {
-    /// Puts together what is known. The last will says most: it was written by the VMM itself.
-    pub fn of(will: Option<Will>, status: Option<ExitStatus>, now_ms: i64) -> End {
+    /// Puts together what is known. The last will says most: it was written by the VMM itself. `oom_kills` is how
+    /// often the kernel ended a process in the server's control group for want of memory.
+    pub fn of(will: Option<Will>, status: Option<ExitStatus>, oom_kills: u64, now_ms: i64) -> End {
         if let Some(will) = will {
             let (kind, detail) = match will.reason {
                 Reason::PoweredOff => (EndKind::GuestPoweredOff, "the guest powered itself off".to_owned()),
@@ -79,6 +83,11 @@ impl End {
             return End { kind, detail, at_ms: i64::try_from(will.at_unix_ms).unwrap_or(now_ms) };
         }
         let (kind, detail) = match status {
+            // SIGKILL is what the kernel sends then; an adopted VMM is nobody's child and tells no status.
+            Some(ExitStatus::Signal(9)) | None if oom_kills > 0 => (
+                EndKind::OutOfMemory,
+                "the server's memory with its VMM's passed the limit of its control group".to_owned(),
+            ),
             Some(ExitStatus::Signal(signal)) => {
                 (EndKind::VmmKilled, format!("the VMM was killed by signal {signal}"))
             }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use model::server::ServerState;
 use proptest::prelude::*;
 use wire::control::MachineState;
+use wire::launch::ExitStatus;
 use wire::will::{Reason, Will};
 
 use super::*;
@@ -37,7 +38,7 @@ impl World {
     }
 
     fn end(&self) -> End {
-        End::of(Some(Will { reason: Reason::Asked, at_unix_ms: 0 }), None, self.now_ms)
+        End::of(Some(Will { reason: Reason::Asked, at_unix_ms: 0 }), None, 0, self.now_ms)
     }
 
     /// Does a piece of work as the effects do.
@@ -235,7 +236,7 @@ fn life(phase: Phase) -> Life {
 }
 
 fn ended(reason: Reason) -> Event {
-    Event::Ended(End::of(Some(Will { reason, at_unix_ms: 5 }), None, 5))
+    Event::Ended(End::of(Some(Will { reason, at_unix_ms: 5 }), None, 0, 5))
 }
 
 /// The phase after a machine that ran until `now_ms` has ended and was released.
@@ -344,4 +345,23 @@ fn a_process_that_was_never_recorded_is_never_sent_a_machine() {
     assert_eq!(starting.phase.work(), Some(Work::Spawn));
     // Booted can only follow a process that was recorded.
     assert_eq!(step(&starting, Event::Booted, context).life, starting);
+}
+
+#[test]
+fn a_machine_that_the_kernel_ended_for_want_of_memory_says_so() {
+    let killed = Some(ExitStatus::Signal(9));
+    let will = Will { reason: Reason::PoweredOff, at_unix_ms: 5 };
+    for (will, status, oom_kills, kind) in [
+        (None, killed, 1, EndKind::OutOfMemory),
+        (None, None, 1, EndKind::OutOfMemory),
+        (None, killed, 0, EndKind::VmmKilled),
+        (None, None, 0, EndKind::Vanished),
+        // Another signal is another reason, whatever was counted before.
+        (None, Some(ExitStatus::Signal(11)), 1, EndKind::VmmKilled),
+        (Some(will), killed, 1, EndKind::GuestPoweredOff),
+    ] {
+        let end = End::of(will, status, oom_kills, 5);
+        assert_eq!(end.kind, kind, "{status:?}, {oom_kills}");
+        assert_eq!(end.is_failure(), kind != EndKind::GuestPoweredOff);
+    }
 }

@@ -66,7 +66,10 @@ async fn replies_reach_their_askers_in_any_order() {
         _ => false,
     });
     let (link, hello, _seen, _inbox) = connect(&path).await;
-    assert_eq!(hello, Hello { state: MachineState::Running, console_written: 3 });
+    assert_eq!(
+        hello,
+        Hello { state: MachineState::Running, console_written: 3, sandbox: Sandbox::default() }
+    );
     let ask = |target_bytes| link.ask(Command::SetBalloon { target_bytes }, &[], SOON);
     let (a, b, c, d) = tokio::join!(ask(1), ask(2), ask(3), ask(4));
     let bytes = [a, b, c, d].map(|reply| match reply.unwrap() {

@@ -1,0 +1,58 @@
+//! What keeps a server's machine apart: looked at for callers, and judged before a strict server gets its machine.
+//! What each wall is found by is the business of `vmms`.
+use std::path::PathBuf;
+
+use model::server::{Isolation, IsolationItem, ServerIsolation};
+
+use super::effects::blocking;
+use super::limits;
+use super::record::ServerRecord;
+use super::registry::{Entry, Workshop};
+use crate::error::{Error, Result};
+use crate::vmms::Finding;
+use crate::vmms::launcher::not_whole;
+
+/// Looks at the VMM of `record`. Fails when it has ended.
+pub(super) async fn examine(
+    workshop: &Workshop,
+    entry: &Entry,
+    record: &ServerRecord,
+) -> Result<Vec<Finding>> {
+    let sandbox = entry.link(limits::COMMAND).await?.greet(limits::COMMAND).await?.sandbox;
+    let gone = || Error::new(model::Code::MachineFailed, "the VMM has ended");
+    let id = entry.machine().ok_or_else(gone)?.process.id();
+    let (launcher, key, files) = (workshop.launcher.clone(), record.id.to_string(), files(workshop, record));
+    blocking(move || launcher.examine(&id, &key, sandbox, &files)).await
+}
+
+/// Fails with `host_unprepared`, naming what lacks, unless every wall stands. The VMM has no machine yet, so no
+/// guest has run outside a wall.
+pub(super) async fn require(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
+    let findings = examine(workshop, entry, record).await?;
+    let lacks: Vec<String> = findings
+        .into_iter()
+        .filter_map(|finding| Some(format!("{}: {}", finding.item, finding.found.err()?)))
+        .collect();
+    if lacks.is_empty() { Ok(()) } else { Err(not_whole(&lacks)) }
+}
+
+/// As callers see it.
+pub(super) fn shown(isolation: Isolation, findings: Vec<Finding>) -> ServerIsolation {
+    let item = |finding: Finding| {
+        let (stands, detail) = match finding.found {
+            Ok(detail) => (true, detail),
+            Err(detail) => (false, detail),
+        };
+        IsolationItem { name: finding.item.name().to_owned(), stands, detail }
+    };
+    let items: Vec<IsolationItem> = findings.into_iter().map(item).collect();
+    ServerIsolation { isolation, complete: items.iter().all(|item| item.stands), items }
+}
+
+/// What its VMM was given: files of its own directory, its volumes, its image.
+fn files(workshop: &Workshop, record: &ServerRecord) -> Vec<PathBuf> {
+    let dirs = &workshop.core.dirs;
+    let mut files = vec![dirs.server(record.id), dirs.image(record.image_id)];
+    files.extend(record.disks.iter().map(|disk| dirs.volume(disk.volume_id)));
+    files
+}

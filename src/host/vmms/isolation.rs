@@ -1,0 +1,317 @@
+//! What keeps a running VMM apart, as found on its process and not as it was asked for. `/proc` says most of it
+//! (proc(5)); what it does not show, the VMM says of itself. It decides nothing: `servers` shows and judges it.
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use wire::control::Sandbox;
+use wire::isolation::Item;
+use wire::launch;
+
+use super::cgroups::{Cgroups, Controller};
+use crate::limits;
+
+/// One item as it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Which.
+    pub item: Item,
+    /// What stands for it, or what is missing; for people.
+    pub found: Result<String, String>,
+}
+
+/// What to look at.
+pub(super) struct Subject<'a> {
+    pub(super) pid: i32,
+    /// Name of its control groups.
+    pub(super) key: &'a str,
+    pub(super) sandbox: Sandbox,
+    /// Files it may hold, and directories whose files it may hold.
+    pub(super) files: &'a [PathBuf],
+}
+
+/// Looks at each item. Fails when the process cannot be read, as when it has ended.
+pub(super) fn examine(subject: &Subject<'_>, cgroups: &Cgroups) -> io::Result<Vec<Finding>> {
+    let process = Process::read(subject.pid)?;
+    let membership = fs::read_to_string(process.path("cgroup"))?;
+    let group = |controller| cgroups.found(subject.key, &membership, controller);
+    let sandbox = subject.sandbox;
+    let found = |item| match item {
+        Item::Uid => process.own_ids(),
+        Item::Capabilities => process.no_capabilities(),
+        Item::NoNewPrivs => process.shows("NoNewPrivs", "1", "nothing it executes gains a right"),
+        Item::MountNamespace => process.own_namespace("mnt"),
+        Item::PidNamespace => process.own_namespace("pid"),
+        Item::NetNamespace => process.own_namespace("net").and_then(|own| process.no_devices().map(|()| own)),
+        Item::IpcNamespace => process.own_namespace("ipc"),
+        Item::UtsNamespace => process.own_namespace("uts"),
+        Item::Root => process.empty_root(),
+        Item::Rlimits => process.limited(),
+        Item::Landlock => match sandbox.landlock_abi {
+            0 => Err("the kernel has no Landlock, or it is switched off (kernel parameter lsm=)".to_owned()),
+            abi => Ok(format!("a domain that allows nothing, version {abi} of the interface")),
+        },
+        Item::CgroupCpu => group(Controller::Cpu),
+        Item::CgroupMemory => group(Controller::Memory),
+        Item::CgroupPids => group(Controller::Pids),
+        Item::Seccomp => process.filtered(sandbox.seccomp),
+        Item::IoUring => match sandbox.rings_restricted {
+            true => Ok("each ring does what its one file needs, and no other can be made".to_owned()),
+            false => Err("the kernel cannot restrict rings (it can since 5.10)".to_owned()),
+        },
+        Item::Descriptors => process.known_descriptors(subject.files),
+    };
+    let findings = Item::ALL.into_iter().map(|item| Finding { item, found: found(item) }).collect();
+    // What vanished meanwhile would have looked like a missing wall.
+    fs::metadata(process.path("status")).map(|_| findings)
+}
+
+/// A process by its number, with the fields of its `status`.
+struct Process {
+    directory: PathBuf,
+    status: String,
+}
+
+impl Process {
+    fn read(pid: i32) -> io::Result<Process> {
+        let directory = PathBuf::from(format!("/proc/{pid}"));
+        let status = fs::read_to_string(directory.join("status"))?;
+        Ok(Process { directory, status })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// One that nobody else on the host has, and no further groups.
+    fn own_ids(&self) -> Result<String, String> {
+        let ids = |name| -> BTreeSet<&str> { field(&self.status, name).split_whitespace().collect() };
+        let (users, groups, further) = (ids("Uid"), ids("Gid"), ids("Groups"));
+        let one = |set: &BTreeSet<&str>| {
+            (set.len() == 1).then(|| set.iter().next().copied().unwrap_or_default().to_owned())
+        };
+        let (Some(user), Some(group)) = (one(&users), one(&groups)) else {
+            return Err(format!("it has the user ids {users:?} and the group ids {groups:?}"));
+        };
+        if user == "0" || group == "0" {
+            return Err("it runs as root".to_owned());
+        }
+        // A group that is the own one again gives nothing.
+        if further.iter().any(|further| **further != *group) {
+            return Err(format!("it has the further groups {further:?}"));
+        }
+        match self.sharers(&user) {
+            0 => Ok(format!("user {user} and group {group}, which no other process has")),
+            others => Err(format!("{others} other processes have its user id {user}")),
+        }
+    }
+
+    /// Other processes with this user id.
+    fn sharers(&self, user: &str) -> usize {
+        let Ok(entries) = fs::read_dir("/proc") else { return 0 };
+        let is_process = |name: &OsStr| name.as_encoded_bytes().first().is_some_and(u8::is_ascii_digit);
+        let others = entries
+            .flatten()
+            .filter(|entry| is_process(&entry.file_name()) && entry.path() != self.directory);
+        // One that ends meanwhile has no id any more.
+        others.filter(|entry| entry.metadata().is_ok_and(|found| found.uid().to_string() == user)).count()
+    }
+
+    fn no_capabilities(&self) -> Result<String, String> {
+        let sets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
+        let held: Vec<String> = sets
+            .iter()
+            .map(|set| (set, field(&self.status, set)))
+            .filter(|(_, value)| value.bytes().any(|digit| digit != b'0') || value.is_empty())
+            .map(|(set, value)| format!("{set} {value}"))
+            .collect();
+        match held.as_slice() {
+            [] => Ok("none in any set".to_owned()),
+            held => Err(format!("it holds {}", held.join(", "))),
+        }
+    }
+
+    fn shows(&self, name: &str, wanted: &str, words: &str) -> Result<String, String> {
+        match field(&self.status, name) {
+            value if value == wanted => Ok(words.to_owned()),
+            value => Err(format!("{name} is {value:?} and not {wanted}")),
+        }
+    }
+
+    fn own_namespace(&self, name: &str) -> Result<String, String> {
+        let read = |path: PathBuf| {
+            fs::read_link(&path).map_err(|cause| format!("{} cannot be read: {cause}", path.display()))
+        };
+        let (theirs, ours) =
+            (read(self.path("ns").join(name))?, read(Path::new("/proc/self/ns").join(name))?);
+        match theirs == ours {
+            true => Err(format!("it shares {} with the daemon", theirs.display())),
+            false => Ok(theirs.display().to_string()),
+        }
+    }
+
+    fn no_devices(&self) -> Result<(), String> {
+        let path = self.path("net/dev");
+        let text = fs::read_to_string(&path)
+            .map_err(|cause| format!("{} cannot be read: {cause}", path.display()))?;
+        let devices: Vec<&str> =
+            text.lines().skip(2).filter_map(|line| line.split(':').next()).map(str::trim).collect();
+        match devices.iter().all(|device| *device == "lo") {
+            true => Ok(()),
+            false => Err(format!("its network namespace has the devices {}", devices.join(", "))),
+        }
+    }
+
+    fn empty_root(&self) -> Result<String, String> {
+        let failed = |cause: io::Error| format!("its root cannot be read: {cause}");
+        if let Some(entry) = fs::read_dir(self.path("root")).map_err(failed)?.next() {
+            let name = entry.map_err(failed)?.file_name();
+            return Err(format!("its root is not empty: it has {}", name.to_string_lossy()));
+        }
+        let mounts = fs::read_to_string(self.path("mountinfo")).map_err(failed)?;
+        let mounts: Vec<&str> = mounts.lines().collect();
+        let [mount] = mounts.as_slice() else {
+            return Err(format!("it sees {} mounts and not one", mounts.len()));
+        };
+        match mount.split(' ').nth(5).is_some_and(|options| options.split(',').any(|option| option == "ro")) {
+            true => Ok("empty and read-only, and the only mount".to_owned()),
+            false => Err("its root can be written".to_owned()),
+        }
+    }
+
+    fn limited(&self) -> Result<String, String> {
+        let text = fs::read_to_string(self.path("limits"))
+            .map_err(|cause| format!("its limits cannot be read: {cause}"))?;
+        let bounds = [
+            ("Max open files", limits::VMM_NOFILE),
+            ("Max processes", limits::VMM_NPROC),
+            ("Max core file size", 0),
+            ("Max locked memory", launch::MEMLOCK_BYTES),
+            ("Max file size", u64::MAX),
+        ];
+        for (name, most) in bounds {
+            let hard = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.split_whitespace().nth(1))
+                .unwrap_or("unreadable");
+            if !hard.parse().is_ok_and(|hard: u64| hard <= most) {
+                return Err(format!("{name} is {hard}"));
+            }
+        }
+        Ok("open files, file size, tasks, core dumps and locked memory".to_owned())
+    }
+
+    /// Filters are the thread's, so each is looked at.
+    fn filtered(&self, said: bool) -> Result<String, String> {
+        if !said {
+            return Err("the kernel filters no system calls".to_owned());
+        }
+        let tasks = fs::read_dir(self.path("task"))
+            .map_err(|cause| format!("its threads cannot be listed: {cause}"))?;
+        let mut count = 0;
+        for task in tasks.flatten() {
+            // A thread that ends meanwhile makes no more calls.
+            let Ok(status) = fs::read_to_string(task.path().join("status")) else { continue };
+            let (mode, name) = (field(&status, "Seccomp"), field(&status, "Name"));
+            // io_uring's workers are the kernel's: they make no system calls and cannot carry a filter of their own.
+            if mode != "2" && !name.starts_with("iou-") {
+                return Err(format!("thread {name} has no filter"));
+            }
+            count += 1;
+        }
+        Ok(format!("a filter on each of {count} threads"))
+    }
+
+    fn known_descriptors(&self, files: &[PathBuf]) -> Result<String, String> {
+        let listed = fs::read_dir(self.path("fd"))
+            .map_err(|cause| format!("its descriptors cannot be listed: {cause}"))?;
+        let mut count = 0;
+        for entry in listed.flatten() {
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let is_directory = fs::metadata(entry.path()).is_ok_and(|found| found.is_dir());
+            if is_directory || !is_known(&target, files) {
+                return Err(format!("it holds {}", target.display()));
+            }
+            count += 1;
+        }
+        Ok(format!("{count}, each of a kind that a machine has"))
+    }
+}
+
+/// What a machine is made of besides files of its server.
+const KINDS: [&str; 11] = [
+    "anon_inode:[eventfd]",
+    "anon_inode:[eventpoll]",
+    "anon_inode:[io_uring]",
+    "anon_inode:kvm-vm",
+    "anon_inode:kvm-vcpu",
+    "anon_inode:[userfaultfd]",
+    "socket:[",
+    "/memfd:",
+    "/dev/kvm",
+    "/dev/null",
+    "/dev/net/tun",
+];
+
+fn is_known(target: &Path, files: &[PathBuf]) -> bool {
+    let text = target.to_string_lossy();
+    if KINDS.iter().any(|kind| text.starts_with(kind)) {
+        return true;
+    }
+    // A file that was replaced is shown with a word behind its name.
+    let path = Path::new(text.strip_suffix(" (deleted)").unwrap_or(&text));
+    files.iter().any(|file| path == file || path.parent() == Some(file))
+}
+
+/// The value of a field of `status`; empty when there is none.
+fn field<'a>(status: &'a str, name: &str) -> &'a str {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.unwrap_or_default().trim()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_outside_any_jail_is_found_without_walls() {
+        let sandbox = Sandbox::default();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let subject = Subject { pid, key: "nobody", sandbox, files: &[] };
+        let findings = examine(&subject, &Cgroups::of_host("toft").unwrap()).unwrap();
+        assert_eq!(findings.iter().map(|finding| finding.item).collect::<Vec<_>>(), Item::ALL);
+        for item in [Item::MountNamespace, Item::PidNamespace, Item::Root, Item::Seccomp, Item::CgroupMemory]
+        {
+            let finding = findings.iter().find(|finding| finding.item == item).unwrap();
+            assert!(finding.found.is_err(), "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_an_error() {
+        let subject = Subject { pid: i32::MAX, key: "nobody", sandbox: Sandbox::default(), files: &[] };
+        assert!(examine(&subject, &Cgroups::of_host("toft").unwrap()).is_err());
+    }
+
+    #[test]
+    fn files_are_known_by_name_or_by_their_directory() {
+        let files = [PathBuf::from("/s/servers/a"), PathBuf::from("/s/volumes/v.raw")];
+        for (target, known) in [
+            ("/s/servers/a/will.json", true),
+            ("/s/servers/a/seed.img (deleted)", true),
+            ("/s/volumes/v.raw", true),
+            ("/s/volumes/other.raw", false),
+            ("/s/servers/ab/will.json", false),
+            ("/s/servers/a/deep/file", false),
+            ("/etc/shadow", false),
+            ("anon_inode:[eventfd]", true),
+            ("anon_inode:[perf_event]", false),
+            ("/memfd:guest (deleted)", true),
+        ] {
+            assert_eq!(is_known(Path::new(target), &files), known, "{target}");
+        }
+    }
+}
