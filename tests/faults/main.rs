@@ -7,6 +7,7 @@ mod world;
 
 mod images;
 mod injected;
+mod isolation;
 mod refusals;
 mod shortages;
 mod stage;

@@ -184,6 +184,7 @@ fn servers(cli: &Cli<'_>) {
     assert!(tail.len() <= 16 && !tail.is_empty(), "{tail:?}");
     assert!(cli.json(&["server", "metrics", "web"])["vcpu_exits"][0].as_u64() > Some(0));
     assert!(cli.ok(&["server", "metrics", "web"]).contains("vcpu 0"));
+    assert!(cli.ok(&["server", "isolation", "web"]).contains("no_new_privs     stands"));
     assert_eq!(cli.json(&["--wait", "server", "start", "web"])["state"], "running");
     cli.fails(&["network", "delete", "inside"], 4);
     cli.fails(&["image", "delete", "counter"], 4);

@@ -14,14 +14,23 @@ pub(crate) fn inside(name: &str, test: impl Future<Output = ()>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         return tokio::task::LocalSet::new().block_on(&runtime.expect("a runtime"), test);
     }
+    let group = format!("toft-test-{}-{}", std::process::id(), name.replace("::", "-"));
     let output = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
         .args(["sh", "-c", "ip link set lo up; \"$@\"; exit $?", "sh"])
         .arg(std::env::current_exe().expect("this program"))
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "yes")
+        .env("TOFT_CGROUP", &group)
         .output()
         .expect("unshare can be started");
+    // Servers that ran to the end have left theirs, empty.
+    for directory in groups(&[group]).into_iter().rev() {
+        for server in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let _ = std::fs::remove_dir(server.path());
+        }
+        let _ = std::fs::remove_dir(directory);
+    }
     // Indented, so that nobody counts the results of the tests inside among those outside.
     for line in [output.stdout, output.stderr].iter().flat_map(|text| text.split(|byte| *byte == b'\n')) {
         println!("  | {}", String::from_utf8_lossy(line));
