@@ -5,6 +5,7 @@ mod errors;
 mod fuzz;
 mod generated;
 mod networks;
+mod promises;
 mod served;
 mod servers;
 mod streams;
