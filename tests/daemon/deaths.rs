@@ -106,6 +106,85 @@ fn a_killed_vmm_is_reported_and_restarted_with_growing_pauses() {
     inside("deaths::a_killed_vmm_is_reported_and_restarted_with_growing_pauses", killed_vmms_come_back());
 }
 
+/// Makes a server of an image, with a policy; answers its id.
+async fn create_of(stage: &Stage, image: &str, policy: &str) -> String {
+    let mut body = server_body(image);
+    body["image"] = json!(image);
+    body["restart_policy"] = json!(policy);
+    let answer = stage.call(Method::POST, "/v1/servers", &format!("create-{image}"), Some(body)).await;
+    stage.succeeded(&answer.operation()).await.unwrap();
+    text(&answer.body["resource"]["id"])
+}
+
+async fn ends_are_told_apart() {
+    let stage = stage().await;
+    let api = stage.api();
+    // The guest ends after it was seen to run, or its create would have failed.
+    let ends = [
+        ("triples", "pause=100 triple", "failed", "triple_fault"),
+        ("panics", "pause=100 panic", "failed", "guest_panicked"),
+        ("leaves", "pause=100 poweroff", "stopped", "guest_powered_off"),
+    ];
+    for (image, words, state, code) in ends {
+        stage.import_another(image, words).await;
+        let id = create_of(&stage, image, "never").await;
+        let ended = until(&api, &id, state).await;
+        assert_eq!(ended["state_reason"]["code"], code, "{ended}");
+        assert_eq!(ended["wanted"], "stopped", "{ended}");
+        delete(&stage, &id).await;
+    }
+    assert!(stage.vmms().is_empty());
+    stage.close().await;
+}
+
+#[test]
+fn how_a_guest_ended_is_told() {
+    inside("deaths::how_a_guest_ended_is_told", ends_are_told_apart());
+}
+
+/// A server whose guest crashes again and again is started less and less often, everybody can see when, and whoever
+/// mends it begins anew.
+async fn crash_loop() {
+    let stage = stage().await;
+    let api = stage.api();
+    stage.import_another("triples", "pause=100 triple").await;
+    let id = create_of(&stage, "triples", "on_failure").await;
+    for attempt in 1..=3 {
+        let waits = async || {
+            Some(server(&api, &id).await).filter(|server| {
+                server["restart"]["attempt"] == attempt && server["restart"]["at"].is_string()
+            })
+        };
+        let waiting = wait_for(&format!("restart {attempt}"), waits).await.unwrap();
+        assert_eq!(
+            (text(&waiting["state"]), text(&waiting["wanted"])),
+            ("starting".into(), "running".into())
+        );
+        assert_eq!(waiting["state_reason"]["code"], "triple_fault", "{waiting}");
+        // The same in the log, for those who do not look.
+        let due = format!("; restart {attempt} in a row is due at {}", text(&waiting["restart"]["at"]));
+        let log = api.log().await;
+        let reasons = log.iter().filter_map(|event| event["data"]["reason"].as_str());
+        assert_eq!(reasons.filter(|reason| reason.ends_with(&due)).count(), 1, "{due} is told once");
+    }
+    // It is the daemon's memory, not a process's: the next one waits for the rest of the pause.
+    let before = server(&api, &id).await;
+    stage.kill().await;
+    stage.open_well().await;
+    assert_eq!(server(&api, &id).await["restart"], before["restart"]);
+    let path = format!("/v1/servers/{id}/actions/start");
+    let started = stage.call(Method::POST, &path, "at-once", None).await;
+    stage.succeeded(&started.operation()).await.unwrap();
+    let again = until(&api, &id, "starting").await;
+    assert_eq!(again["restart"]["attempt"], 1, "whoever starts it has mended it: {again}");
+    stage.close().await;
+}
+
+#[test]
+fn a_server_that_crashes_again_and_again_is_started_less_and_less_often() {
+    inside("deaths::a_server_that_crashes_again_and_again_is_started_less_and_less_often", crash_loop());
+}
+
 /// Something is killed at each moment of a create. The create ends, done or undone, and leaves what it should.
 async fn creates_under_blows(blow: impl AsyncFn(&Stage)) {
     let stage = stage().await;

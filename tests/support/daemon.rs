@@ -47,6 +47,7 @@ pub(crate) struct Orders {
 pub(crate) struct Stage {
     base: tempfile::TempDir,
     bin: PathBuf,
+    probe: PathBuf,
     daemon: Mutex<Option<Child>>,
     /// The number of the copy of the daemon's program that runs: an upgrade is another file.
     edition: Mutex<u32>,
@@ -80,10 +81,11 @@ impl Stage {
         let everyone = std::fs::Permissions::from_mode(0o755);
         // Directly below /tmp, because every user must be able to reach dnsmasq's files.
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp").unwrap();
-        write_image(&base.path().join("import").join(IMAGE), &probe);
+        write_image(&base.path().join("import").join(IMAGE), &probe, "beat=100");
         let mut stage = Stage {
             base,
             bin,
+            probe,
             daemon: Mutex::default(),
             edition: Mutex::default(),
             empty: World::look(&[], &[]),
@@ -320,6 +322,14 @@ impl Stage {
         self.succeeded(&answer.operation()).await.unwrap();
     }
 
+    /// Imports an image whose guest does other things: words of the probe guest.
+    pub(crate) async fn import_another(&self, name: &str, words: &str) {
+        write_image(&self.base.path().join("import").join(name), &self.probe, words);
+        let body = json!({ "name": name, "source": { "import_directory": name } });
+        let answer = self.call(Method::POST, "/v1/images", &format!("import-{name}"), Some(body)).await;
+        self.succeeded(&answer.operation()).await.unwrap();
+    }
+
     /// A mutating call that must be answered.
     pub(crate) async fn call(&self, method: Method, path: &str, key: &str, body: Option<Value>) -> Answer {
         let answer = self.api().call(method, path, Some(key), body).await;
@@ -385,9 +395,12 @@ impl Stage {
                 self.succeeded(&answer.operation()).await.unwrap();
             }
         }
-        let id = text(&api.get(&format!("/v1/images?name={IMAGE}")).await["items"][0]["id"]);
-        let answer = self.call(Method::DELETE, &format!("/v1/images/{id}"), "end-image", None).await;
-        self.succeeded(&answer.operation()).await.unwrap();
+        for image in api.all("/v1/images").await {
+            let id = text(&image["id"]);
+            let answer =
+                self.call(Method::DELETE, &format!("/v1/images/{id}"), &format!("end-{id}"), None).await;
+            self.succeeded(&answer.operation()).await.unwrap();
+        }
         self.end(Signal::SIGTERM).await;
         let left = wait_for("an empty world", async || {
             let left = self.look().differs_from(&self.empty);
@@ -436,7 +449,7 @@ pub(crate) fn was_killed(status: ExitStatus) -> bool {
     status.signal() == Some(Signal::SIGKILL as i32)
 }
 
-fn write_image(directory: &Path, probe: &Path) {
+fn write_image(directory: &Path, probe: &Path, words: &str) {
     std::fs::create_dir_all(directory).expect("the import directory");
     let part = |name: &str, bytes: &[u8]| {
         std::fs::write(directory.join(name), bytes).expect("an image's file");
@@ -452,7 +465,7 @@ fn write_image(directory: &Path, probe: &Path) {
         "architecture": "x86_64",
         "disk": { "file": "root.raw", "format": "raw", "size_bytes": DISK_BYTES, "sha256": part("root.raw", &disk) },
         "kernel": { "file": "kernel", "sha256": part("kernel", &kernel) },
-        "cmdline": "beat=100",
+        "cmdline": words,
         "min_memory_bytes": MEMORY_BYTES,
         "min_disk_bytes": DISK_BYTES,
         "default_user": "root",
