@@ -17,6 +17,8 @@ pub(crate) enum Caller {
     Daemon,
     /// The launcher and the child that it turns into a VMM, until that is one.
     Launcher,
+    /// The VMM.
+    Vmm,
 }
 
 /// A system call that may be refused, and with what.
@@ -32,7 +34,7 @@ pub(crate) struct Kind {
 enum On {
     /// A path: its second or first argument.
     Path(usize),
-    /// A descriptor of a file below the stage; sockets and counters of the runtime do not run full.
+    /// A descriptor of a file below the stage or of memory; sockets and counters of the runtime do not run full.
     File,
     Anything,
 }
@@ -177,7 +179,11 @@ impl Shared {
             return Some(Caller::Daemon);
         }
         let line = std::fs::read(format!("/proc/{process}/cmdline")).ok()?;
-        line.starts_with(b"toft-vmm\0launcher").then_some(Caller::Launcher)
+        match line {
+            line if line.starts_with(b"toft-vmm\0launcher") => Some(Caller::Launcher),
+            line if line.starts_with(b"toft-vmm\0machine") => Some(Caller::Vmm),
+            _ => None,
+        }
     }
 
     /// What the call is about, when it is one that may be refused.
@@ -196,6 +202,9 @@ impl Shared {
                 let at = if kind.name == "mmap" { 4 } else { 0 };
                 let link = format!("/proc/{}/fd/{}", notice.pid, argument(at) as i32);
                 let path = std::fs::read_link(link).ok()?.to_string_lossy().into_owned();
+                if path.starts_with("/memfd:") {
+                    return Some(path);
+                }
                 let below = path.strip_prefix(&self.base)?;
                 (!below.ends_with("toftd.log")).then(|| below.to_owned())
             }
