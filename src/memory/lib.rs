@@ -2,9 +2,13 @@
 //! neither KVM nor devices. `kvm` makes memory slots of it; `devices` and `vmm` read and write it.
 
 pub mod layout;
+pub mod marks;
 mod ram;
+
+mod extent;
 
 pub mod packet;
 pub mod ring;
 
-pub use ram::{Error, Ram, discard, new};
+pub use extent::{Extent, fill, is_zero, read, touched};
+pub use ram::{Backing, Error, Ram, build, discard, new};

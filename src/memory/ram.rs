@@ -1,8 +1,12 @@
-//! Guest RAM in one sealed memfd, mapped shared. Slots, dirty tracking and page faults are other matters.
+//! Guest RAM: a sealed memfd of its own mapped shared, or somebody else's file mapped privately. Slots and dirty
+//! tracking are other matters.
 //! `vmm` builds it once per machine; everyone else holds it in an `Arc`.
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -10,9 +14,10 @@ use vm_memory::{
 };
 
 use crate::layout;
+use crate::marks::Marks;
 
 /// The memory of one machine.
-pub type Ram = GuestMemoryMmap<()>;
+pub type Ram = GuestMemoryMmap<Marks>;
 
 /// Why guest memory cannot be made or changed.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +34,17 @@ pub enum Error {
         #[source]
         cause: io::Error,
     },
+    /// A file does not hold this machine's memory.
+    #[error("the memory file has {found} bytes, the machine has {wanted} of memory")]
+    Length {
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes of memory.
+        wanted: u64,
+    },
+    /// A memory file can be made shorter by others who hold it, and the process would die of that.
+    #[error("the memory file is not sealed against shrinking and growing")]
+    NotSealed,
     /// The mapping failed.
     #[error("cannot map {bytes} bytes of guest memory")]
     Map {
@@ -49,6 +65,9 @@ pub enum Error {
         /// How many bytes.
         bytes: u64,
     },
+    /// Memory could not be read or written.
+    #[error("cannot copy guest memory")]
+    Copy(#[source] io::Error),
     /// Pages could not be returned to the host.
     #[error("cannot return guest memory to the host")]
     Discard(#[source] io::Error),
@@ -57,17 +76,48 @@ pub enum Error {
 /// Makes the RAM of a machine: one memfd, one mapping per range of [`layout::ram_ranges`], nothing
 /// populated. The mappings are left out of core dumps, which would hold a customer's memory.
 pub fn new(memory_bytes: u64) -> Result<Arc<Ram>, Error> {
-    let file = sys::memfd::create("guest-ram", memory_bytes)
-        .map_err(|cause| Error::File { bytes: memory_bytes, cause })?;
+    build(memory_bytes, Backing::Fresh)
+}
+
+/// Where a machine's memory comes from. A file holds the ranges of [`layout::ram_ranges`] one after the other.
+#[derive(Debug)]
+pub enum Backing {
+    /// A new memfd, all zeroes.
+    Fresh,
+    /// A sealed memfd that another process had, taken over as it is: what is written here is in it.
+    Adopted(File),
+    /// Any file. What is written here stays here; pages that are not are the file's, which must not change.
+    Private(File),
+}
+
+/// Makes the RAM of a machine with what is in it.
+pub fn build(memory_bytes: u64, backing: Backing) -> Result<Arc<Ram>, Error> {
+    let (file, sharing) = match backing {
+        Backing::Fresh => {
+            let made = sys::memfd::create("guest-ram", memory_bytes);
+            (made.map_err(|cause| Error::File { bytes: memory_bytes, cause })?, libc::MAP_SHARED)
+        }
+        Backing::Adopted(file) => {
+            check_length(&file, memory_bytes)?;
+            if !sys::memfd::is_sealed(&file) {
+                return Err(Error::NotSealed);
+            }
+            (file, libc::MAP_SHARED)
+        }
+        Backing::Private(file) => {
+            check_length(&file, memory_bytes)?;
+            (file, libc::MAP_PRIVATE)
+        }
+    };
     let file = Arc::new(file);
     let mut offset = 0;
     let mut regions = Vec::new();
     for (start, bytes) in layout::ram_ranges(memory_bytes) {
         let size = usize::try_from(bytes).map_err(|_| Error::Size(bytes))?;
-        let mapping: MmapRegion<()> = MmapRegionBuilder::new(size)
+        let mapping: MmapRegion<Marks> = MmapRegionBuilder::new_with_bitmap(size, Marks::with_len(size))
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(sharing | libc::MAP_NORESERVE)
             .build()
             .map_err(|cause| Error::Map { bytes, cause })?;
         advise(&mapping);
@@ -77,8 +127,13 @@ pub fn new(memory_bytes: u64) -> Result<Arc<Ram>, Error> {
     Ok(Arc::new(Ram::from_regions(regions).map_err(Error::Join)?))
 }
 
+fn check_length(file: &File, wanted: u64) -> Result<(), Error> {
+    let found = file.metadata().map_err(|cause| Error::File { bytes: wanted, cause })?.len();
+    if found == wanted { Ok(()) } else { Err(Error::Length { found, wanted }) }
+}
+
 /// Both pieces of advice only help: a kernel without them runs the machine all the same.
-fn advise(mapping: &MmapRegion<()>) {
+fn advise(mapping: &MmapRegion<Marks>) {
     for advice in [libc::MADV_DONTDUMP, libc::MADV_HUGEPAGE] {
         // SAFETY: the range is the mapping just made and still owned by `mapping`; neither advice changes
         // what the memory holds or whether it is mapped.
@@ -96,7 +151,40 @@ pub fn discard(ram: &Ram, start: GuestAddress, bytes: u64) -> Result<(), Error> 
     if bytes == 0 || bytes > region.len() - inside {
         return Err(refused);
     }
+    if region.flags() & libc::MAP_PRIVATE != 0 {
+        return renew(region, inside, bytes).map_err(Error::Discard);
+    }
     sys::memfd::punch_hole(file.file(), file.start() + inside, bytes).map_err(Error::Discard)
+}
+
+/// Least piece of a private mapping that is given back: what Linux reports free at once. Each makes the kernel keep
+/// another mapping, of which a process has 65 530.
+const RENEW_BYTES_MIN: u64 = 2 << 20;
+
+/// Most pieces that are given back in one process.
+const RENEWALS_MAX: u32 = 16_384;
+
+static RENEWALS: AtomicU32 = AtomicU32::new(0);
+
+/// Puts fresh zeroes in the place of a part of a private mapping. The pages behind it are the file's, which others use.
+fn renew(region: &GuestRegionMmap<Marks>, inside: u64, bytes: u64) -> io::Result<()> {
+    let is_whole = inside.is_multiple_of(4096) && bytes.is_multiple_of(4096);
+    if !is_whole || bytes < RENEW_BYTES_MIN || RENEWALS.load(Ordering::Relaxed) >= RENEWALS_MAX {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    RENEWALS.fetch_add(1, Ordering::Relaxed);
+    let (start, size) = (region.as_ptr().wrapping_add(inside as usize), bytes as usize);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: `inside` and `bytes` were checked to lie in the region, which is one mapping that `region` owns and
+    // unmaps as a whole; the range stays readable and writable, and whoever points into it reads other bytes, which
+    // guest memory does at any time.
+    let renewed = unsafe { libc::mmap(start.cast(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if renewed == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the range was just mapped; the advice changes nothing that the program can see.
+    let _ = unsafe { libc::madvise(renewed, size, libc::MADV_DONTDUMP) };
+    Ok(())
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Whence, lseek};
 
 /// Makes a zeroed memfd of `bytes` bytes that nobody can shrink, grow or seal further, whoever holds it: a
 /// mapping of it can therefore never meet SIGBUS for lack of file.
@@ -15,6 +17,30 @@ pub fn create(name: &str, bytes: u64) -> io::Result<File> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
+}
+
+/// Whether a file is a memfd that nobody can shrink or grow.
+pub fn is_sealed(file: &File) -> bool {
+    let wanted = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    let seals = fcntl(file.as_fd(), FcntlArg::F_GET_SEALS);
+    seals.is_ok_and(|seals| SealFlag::from_bits_retain(seals).contains(wanted))
+}
+
+/// The first range at or after `from` that may hold something else than zeroes, as start and end in bytes; nothing
+/// when there is only a hole up to the end. A file system that knows no holes tells one range.
+pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
+    let seek = |from: u64, whence| -> io::Result<Option<u64>> {
+        let from = i64::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        match lseek(file.as_fd(), from, whence) {
+            Ok(at) => Ok(u64::try_from(at).ok()),
+            // There is none.
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    let Some(start) = seek(from, Whence::SeekData)? else { return Ok(None) };
+    let end = seek(start, Whence::SeekHole)?;
+    Ok(end.filter(|end| *end > start).map(|end| (start, end)))
 }
 
 /// Gives the pages of a range back to the host; they read as zero from then on. Parts of pages at the edges

@@ -1,0 +1,105 @@
+//! Which pages devices have written, for whoever copies memory while the machine runs: KVM's own log sees only what
+//! vCPUs write. Off, a write costs one load of a flag and memory holds no map. `vm-memory` marks, savers take.
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+
+use crate::Ram;
+
+/// Bytes that one mark stands for, the same as in KVM's log.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// The marks of one region, or of its part from an offset on.
+#[derive(Debug, Clone, Default)]
+pub struct Marks {
+    shared: Arc<Shared>,
+    start: usize,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    on: AtomicBool,
+    pages: usize,
+    /// One bit a page, made when first turned on.
+    words: OnceLock<Box<[AtomicU64]>>,
+}
+
+/// Starts to mark, from no mark at all.
+pub fn start(ram: &Ram) {
+    for marks in ram.iter().map(marks_of) {
+        let words = marks.words();
+        words.iter().for_each(|word| word.store(0, Ordering::SeqCst));
+        marks.shared.on.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Stops to mark.
+pub fn stop(ram: &Ram) {
+    ram.iter().map(marks_of).for_each(|marks| marks.shared.on.store(false, Ordering::SeqCst));
+}
+
+/// Takes the marks of every region, in the order of the regions: words of 64 pages, the first page lowest. None is
+/// left; what is marked meanwhile is in this answer or in the next.
+pub fn take(ram: &Ram) -> Vec<Vec<u64>> {
+    let taken = |marks: &Marks| marks.words().iter().map(|word| word.swap(0, Ordering::SeqCst)).collect();
+    ram.iter().map(marks_of).map(taken).collect()
+}
+
+fn marks_of(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {
+    // The mapping's own, not the slice that a region answers as guest memory.
+    let mapping: &vm_memory::MmapRegion<Marks> = region;
+    mapping.bitmap()
+}
+
+impl Marks {
+    fn words(&self) -> &[AtomicU64] {
+        let words = self.shared.pages.div_ceil(64);
+        self.shared.words.get_or_init(|| (0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl NewBitmap for Marks {
+    fn with_len(len: usize) -> Marks {
+        let pages = len.div_ceil(PAGE_BYTES as usize);
+        Marks { shared: Arc::new(Shared { pages, ..Shared::default() }), start: 0 }
+    }
+}
+
+impl Bitmap for Marks {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if len == 0 || !self.shared.on.load(Ordering::Relaxed) {
+            return;
+        }
+        let first = self.start.saturating_add(offset);
+        let last = first.saturating_add(len - 1);
+        let page = PAGE_BYTES as usize;
+        let words = self.words();
+        for page in first / page..=(last / page).min(self.shared.pages.saturating_sub(1)) {
+            if let Some(word) = words.get(page / 64) {
+                word.fetch_or(1 << (page % 64), Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = self.start.saturating_add(offset) / PAGE_BYTES as usize;
+        let words = self.shared.words.get();
+        let word = words.and_then(|words| words.get(page / 64));
+        word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % 64) & 1 == 1)
+    }
+
+    fn slice_at(&self, offset: usize) -> Marks {
+        Marks { shared: Arc::clone(&self.shared), start: self.start.saturating_add(offset) }
+    }
+}
+
+impl WithBitmapSlice<'_> for Marks {
+    type S = Marks;
+}
+
+impl BitmapSlice for Marks {}
+
+#[cfg(test)]
+mod tests;

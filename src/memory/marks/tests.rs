@@ -1,0 +1,44 @@
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+
+const SIZE: u64 = (3 << 30) + (64 << 20);
+
+fn pages(taken: &[Vec<u64>]) -> Vec<(usize, usize)> {
+    let mut found = Vec::new();
+    for (region, words) in taken.iter().enumerate() {
+        for page in 0..words.len() * 64 {
+            if words[page / 64] >> (page % 64) & 1 == 1 {
+                found.push((region, page));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn writes_of_devices_are_marked_on_both_sides_of_the_hole() {
+    let ram = crate::new(SIZE).unwrap();
+    ram.write_slice(&[1; 5000], GuestAddress(0x1000)).unwrap();
+    start(&ram);
+    assert_eq!(pages(&take(&ram)), []);
+    ram.write_slice(&[1; 4097], GuestAddress(0x5000)).unwrap();
+    ram.write_slice(&[1; 2], GuestAddress((3 << 30) - 2)).unwrap();
+    ram.write_obj(7_u64, GuestAddress((4 << 30) + 0x3FF_FFF8)).unwrap();
+    ram.store(7_u16, GuestAddress((4 << 30) + 2), Ordering::SeqCst).unwrap();
+    let wanted = [(0, 5), (0, 6), (0, (3 << 18) - 1), (1, 0), (1, 0x3FFF)];
+    assert_eq!(pages(&take(&ram)), wanted);
+    assert_eq!(pages(&take(&ram)), []);
+    stop(&ram);
+    ram.write_slice(&[1; 5000], GuestAddress(0x1000)).unwrap();
+    assert_eq!(pages(&take(&ram)), []);
+}
+
+#[test]
+fn reading_marks_nothing() {
+    let ram = crate::new(1 << 20).unwrap();
+    start(&ram);
+    let mut data = [0; 64];
+    ram.read_slice(&mut data, GuestAddress(0x1000)).unwrap();
+    assert_eq!(pages(&take(&ram)), []);
+}
