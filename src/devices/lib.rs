@@ -28,6 +28,7 @@ pub mod bus;
 pub mod interrupt;
 pub mod limiter;
 pub mod pause;
+pub mod state;
 
 pub mod pci;
 pub mod power;
@@ -49,4 +50,5 @@ pub mod fuzz;
 pub use bus::{Bus, Claim, Region};
 pub use interrupt::{Doorbells, Interrupt, Msi, MsiMessage, Notices};
 pub use pause::NotDrained;
+pub use state::Refused;
 pub use vmm_sys_util::eventfd::EventFd;

@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::limits::CHAIN_DESCRIPTORS_MAX;
 use crate::virtio::worker::by_hand::ByHand;
-use crate::virtio::{Active, Queue, QueueWiring, Signals, VirtioDevice, Wiring};
+use crate::virtio::{Active, Begin, Queue, QueueWiring, Signals, VirtioDevice, Wiring};
 
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
@@ -207,6 +207,7 @@ impl Guest {
             queues: self.rings.iter().enumerate().map(wiring).collect(),
             signals,
             threads: Arc::new(|_| {}),
+            begin: Begin::Serving,
         };
         ByHand::catch(|| device.activate(wiring).unwrap())
     }

@@ -14,8 +14,9 @@ use crate::bus::{Region, little_endian, locked};
 use crate::interrupt::{Doorbells, Msi, MsiMessage, Notices};
 use crate::pause::NotDrained;
 use crate::pci::Root;
+use crate::state::{Numbers, Refused};
 use crate::virtio::transport::pci::VirtioPci;
-use crate::virtio::{ActivateError, Active, QueueWiring, Signals, VirtioDevice, Wiring};
+use crate::virtio::{ActivateError, Active, Begin, QueueWiring, Signals, Stand, VirtioDevice, Wiring};
 
 const SLOT: u8 = 3;
 const BAR: u64 = PCI_MMIO_START + 0x5_0000;
@@ -97,6 +98,12 @@ impl VirtioDevice for Probe {
     fn write_config(&self, offset: u64, _data: &[u8]) {
         assert!(offset < 0x2000);
     }
+    fn save(&self) -> Numbers {
+        Numbers::default()
+    }
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
+        state.exactly("probe", []).map(|[]| ())
+    }
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
         assert!(locked(&self.0.0).running.is_none(), "started twice");
         let offered = self.features() | 1 << 28 | 1 << 29 | 1 << 32;
@@ -107,7 +114,8 @@ impl VirtioDevice for Probe {
             // Nothing is there, or the rings hold whatever they hold; both are the queue's to bear.
             let _ = queue.pop();
         }
-        let running = Running { signals: wiring.signals, paused: false, ends: false };
+        let paused = wiring.begin != Begin::Serving;
+        let running = Running { signals: wiring.signals, paused, ends: false };
         locked(&self.0.0).running = Some(running);
         Ok(Box::new(AtWork(self.0.clone())))
     }
@@ -125,6 +133,10 @@ impl Active for AtWork {
     fn pause(&mut self) -> Result<(), NotDrained> {
         self.change(|running| running.paused = true);
         Ok(())
+    }
+    fn stand(&self) -> Option<Stand> {
+        self.change(|running| assert!(running.paused, "asked at work"));
+        Some(Stand::default())
     }
     fn resume(&mut self) {
         self.change(|running| running.paused = false);

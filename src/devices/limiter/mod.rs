@@ -11,6 +11,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
+mod state;
+
+pub use state::{LevelState, LimiterState};
+
 /// Nano-tokens in a token: with a rate per second and time in nanoseconds no fraction is ever lost.
 const NANO: i128 = 1_000_000_000;
 
@@ -65,6 +69,28 @@ impl Limiter {
         };
         self.bandwidth = change(self.bandwidth.take(), limits.bandwidth);
         self.operations = change(self.operations.take(), limits.operations);
+    }
+
+    /// What the buckets hold at `now_ns`.
+    pub fn save(&mut self, now_ns: u64) -> LimiterState {
+        let level = |level: &mut Option<Level>| {
+            level.as_mut().map(|level| {
+                level.refill(now_ns);
+                LevelState::of(level.tokens)
+            })
+        };
+        LimiterState { bandwidth: level(&mut self.bandwidth), operations: level(&mut self.operations) }
+    }
+
+    /// Takes over what was saved, for the buckets there are; no bucket then holds more than its burst.
+    pub fn restore(&mut self, state: LimiterState) {
+        for (level, saved) in
+            [(&mut self.bandwidth, state.bandwidth), (&mut self.operations, state.operations)]
+        {
+            if let (Some(level), Some(saved)) = (level, saved) {
+                level.tokens = saved.tokens().min(level.capacity);
+            }
+        }
     }
 
     /// Whether everything passes, whatever the time.
@@ -193,6 +219,17 @@ impl Throttle {
         Ok(Throttle { limiter, slot, seen, timer, epoch: Instant::now(), waiting: false })
     }
 
+    /// What the buckets hold at this moment.
+    pub fn save(&mut self) -> LimiterState {
+        let now_ns = self.now_ns();
+        self.limiter.save(now_ns)
+    }
+
+    /// Takes over what was saved.
+    pub fn restore(&mut self, state: LimiterState) {
+        self.limiter.restore(state);
+    }
+
     /// Readable when a refused request should be tried again.
     pub fn timer(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
@@ -213,7 +250,7 @@ impl Throttle {
         if self.limiter.is_unlimited() && self.slot.changes.load(Ordering::Acquire) == self.seen {
             return true;
         }
-        let now_ns = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let now_ns = self.now_ns();
         self.follow(now_ns);
         let Take::RetryAt(at_ns) = self.limiter.take(bytes, now_ns) else { return true };
         let wait = Duration::from_nanos(at_ns.saturating_sub(now_ns).clamp(1, WAIT_NS_MAX));
@@ -230,6 +267,10 @@ impl Throttle {
         let _ = self.timer.unset();
         let _ = self.slot.changed.read();
         self.waiting = false;
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     fn follow(&mut self, now_ns: u64) {

@@ -1,6 +1,7 @@
 //! The configuration space of one type-0 function (PCI 3.0, section 6.1): a register file with a mask of what the
 //! guest may write. It decides nothing: the function looks at what a write has changed.
 use crate::bus::{little_endian, read_image};
+use crate::state::Refused;
 
 /// Conventional configuration space; what lies beyond reads zero, which ends the list of extended capabilities.
 const BYTES: usize = 256;
@@ -116,6 +117,27 @@ impl ConfigSpace {
         for (register, value) in registers.zip(data) {
             *register = *value;
         }
+    }
+
+    /// Every byte of which the guest may write a part; zero where it may not. Trailing zeroes are left out.
+    pub fn save(&self) -> Vec<u8> {
+        let mut registers: Vec<u8> =
+            self.bytes.iter().zip(&self.writable).map(|(register, mask)| register & mask).collect();
+        while registers.pop_if(|register| *register == 0).is_some() {}
+        registers
+    }
+
+    /// Takes over what [`ConfigSpace::save`] gave for a function of the same make.
+    pub fn restore(&mut self, device: &str, registers: &[u8]) -> Result<(), Refused> {
+        let fits = |(register, mask): (&u8, &u8)| register & !mask == 0;
+        if registers.len() > BYTES || !registers.iter().zip(&self.writable).all(fits) {
+            return Err(Refused::new(device, "its configuration has bits set that cannot be written"));
+        }
+        let saved = registers.iter().copied().chain(std::iter::repeat(0));
+        for ((register, mask), value) in self.bytes.iter_mut().zip(&self.writable).zip(saved) {
+            *register = (*register & !mask) | value;
+        }
+        Ok(())
     }
 
     /// A 16-bit register.

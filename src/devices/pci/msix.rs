@@ -3,8 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{little_endian, locked, read_image};
 use crate::interrupt::{Msi, MsiMessage};
+use crate::state::Refused;
 
 /// Bytes of one table entry: address low and high, data, vector control.
 const ENTRY_BYTES: u64 = 16;
@@ -42,6 +45,16 @@ struct Entry {
     bytes: [u8; ENTRY_BYTES as usize],
     /// What [`Msi::route`] was last told.
     routed: Option<MsiMessage>,
+}
+
+/// The table and what is pending. Masks and the enable bit of the function lie in its configuration space.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    /// By vector: address low and high, data, vector control.
+    pub entries: Vec<[u8; ENTRY_BYTES as usize]>,
+    /// Vectors that were raised while masked, ascending.
+    pub pending: Vec<u16>,
 }
 
 impl Msix {
@@ -149,6 +162,44 @@ impl Msix {
                 bits | u8::from(state.pending.load(Ordering::SeqCst)).wrapping_shl(bit)
             });
         }
+    }
+
+    /// The table and what is pending. Nothing may be raised meanwhile.
+    pub fn save(&self) -> MsixState {
+        let table = locked(&self.table);
+        let is_pending = |(_, state): &(u16, &Vector)| state.pending.load(Ordering::SeqCst);
+        MsixState {
+            entries: table.entries.iter().map(|entry| entry.bytes).collect(),
+            pending: (0..).zip(&self.vectors).filter(is_pending).map(|(vector, _)| vector).collect(),
+        }
+    }
+
+    /// Takes a table over into one that is as it was made, and then the message control register. What is pending
+    /// and not masked is raised.
+    pub fn restore(&self, device: &str, state: &MsixState, control: u16) -> Result<(), Refused> {
+        let mut table = locked(&self.table);
+        if state.entries.len() != table.entries.len() {
+            let (saved, here) = (state.entries.len(), table.entries.len());
+            return Err(Refused::new(
+                device,
+                format!("its table has {saved} vectors and should have {here}"),
+            ));
+        }
+        if control & CONTROL_ENABLE == 0 && !state.pending.is_empty() {
+            return Err(Refused::new(device, "vectors are pending although MSI-X is not enabled"));
+        }
+        for (entry, bytes) in table.entries.iter_mut().zip(&state.entries) {
+            entry.bytes = *bytes;
+        }
+        for vector in &state.pending {
+            let Some(state) = self.vectors.get(usize::from(*vector)) else {
+                return Err(Refused::new(device, format!("vector {vector} is pending and does not exist")));
+            };
+            state.pending.store(true, Ordering::SeqCst);
+        }
+        drop(table);
+        self.control(control);
+        Ok(())
     }
 
     /// Makes one vector's route, mask and pending bit agree with its entry.

@@ -68,6 +68,16 @@ impl Root {
         Arc::new(Window(self.clone()))
     }
 
+    /// The configuration address register.
+    pub fn address(&self) -> u32 {
+        self.shared.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the configuration address register; bits that do not exist are left out.
+    pub fn set_address(&self, address: u32) {
+        self.shared.address.store(address & ADDRESS_BITS, Ordering::Relaxed);
+    }
+
     /// Pauses every function. When one cannot be drained, those before it go on and the error is returned.
     pub fn pause(&self) -> Result<(), NotDrained> {
         for (count, function) in self.functions().enumerate() {

@@ -7,6 +7,7 @@ use memory::layout::{EVENT_POWER_BUTTON, SLEEP_TYPE_S5};
 
 use crate::bus::Region;
 use crate::interrupt::Interrupt;
+use crate::state::Refused;
 
 /// Ports of [`Power::registers`], from [`memory::layout::SLEEP_CONTROL_PORT`].
 pub const REGISTER_PORTS: u64 = 8;
@@ -63,6 +64,24 @@ impl Power {
     pub fn press_power_button(&self) {
         self.shared.pending.fetch_or(EVENT_POWER_BUTTON, Ordering::SeqCst);
         self.shared.interrupt.raise();
+    }
+
+    /// The event register: what the guest has not read.
+    pub fn save(&self) -> u32 {
+        self.shared.pending.load(Ordering::SeqCst)
+    }
+
+    /// Takes over an event register. The interrupt is raised again when there is something in it: the first may have
+    /// been on its way.
+    pub fn restore(&self, pending: u32) -> Result<(), Refused> {
+        if pending & !EVENT_POWER_BUTTON != 0 {
+            return Err(Refused::new("power", format!("events {pending:#x} are not known")));
+        }
+        self.shared.pending.store(pending, Ordering::SeqCst);
+        if pending != 0 {
+            self.shared.interrupt.raise();
+        }
+        Ok(())
     }
 
     /// Sleep, reset and event registers: [`REGISTER_PORTS`] ports.

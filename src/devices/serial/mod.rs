@@ -8,8 +8,13 @@ use std::sync::{Arc, Mutex};
 use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 
+mod state;
+
+pub use state::SerialState;
+
 use crate::bus::{Region, locked};
 use crate::interrupt::Interrupt;
+use crate::state::Refused;
 
 /// Ports of one 16550.
 pub const PORTS: u64 = 8;
@@ -62,6 +67,24 @@ impl Serial {
     /// Gives input to the guest. Returns how many bytes the FIFO took; the caller keeps the others.
     pub fn input(&self, data: &[u8]) -> usize {
         locked(&self.uart).enqueue_raw_bytes(data).unwrap_or(0)
+    }
+
+    /// The registers and what the guest has not read yet.
+    pub fn save(&self) -> SerialState {
+        SerialState::of(locked(&self.uart).state())
+    }
+
+    /// Takes over what another port was. An interrupt that was asked for is raised again: it may have been on its way.
+    pub fn restore(&self, state: &SerialState) -> Result<(), Refused> {
+        let mut uart = locked(&self.uart);
+        let line = Line(Arc::clone(&uart.interrupt_evt().0));
+        let registers = state.registers()?;
+        let other = Uart::from_state(&registers, line, NoEvents, Box::new(std::io::sink()));
+        let mut other = other.map_err(|_| Refused::new("serial", "its input is longer than a FIFO"))?;
+        // The sink outlives the registers.
+        std::mem::swap(uart.writer_mut(), other.writer_mut());
+        *uart = other;
+        Ok(())
     }
 
     /// Bytes the sink refused since the port was made.

@@ -10,7 +10,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Active, QueueWiring, Signals, Wiring};
+use super::device::{Active, Begin, QueueWiring, Signals, Wiring};
 use super::queue::Queue;
 
 pub(crate) const NEXT: u16 = 1;
@@ -31,7 +31,12 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new() -> Bench {
-        Bench { memory: memory::new(8 << 20).unwrap(), next: 0x1000 }
+        Bench::over(memory::new(8 << 20).unwrap())
+    }
+
+    /// A bench of which somebody else has the memory; its buffers are those from the start.
+    pub(crate) fn over(memory: Arc<Ram>) -> Bench {
+        Bench { memory, next: 0x1000 }
     }
 
     /// A buffer of its own page or pages.
@@ -75,6 +80,7 @@ impl Bench {
             queues,
             signals: heard.clone(),
             threads: Arc::new(|_| {}),
+            begin: Begin::Serving,
         };
         (wiring, heard)
     }

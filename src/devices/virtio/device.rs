@@ -5,10 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memory::Ram;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::Queue;
+use super::queue::{Position, Queue};
+use crate::limiter::LimiterState;
 use crate::pause::NotDrained;
+use crate::state::{Numbers, Refused};
 
 /// A virtio device as its transport sees it. The guest reaches every method but [`VirtioDevice::name`], so none
 /// may panic, block for long or trust an argument.
@@ -25,6 +28,11 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Takes `data` at `offset` of the configuration; what is read-only or beyond the end is ignored.
     fn write_config(&self, offset: u64, data: &[u8]);
+    /// What the device keeps beside its queues, by name. Asked while it is paused.
+    fn save(&self) -> Numbers;
+    /// Takes over what [`VirtioDevice::save`] gave, which may have been changed by anybody. Called before
+    /// [`VirtioDevice::activate`]; after an error the device is of no use.
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused>;
     /// Starts to serve the queues: the driver has set DRIVER_OK. Called again after each reset.
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError>;
 }
@@ -41,6 +49,53 @@ pub struct Wiring {
     pub signals: Arc<dyn Signals>,
     /// Called first in each new thread.
     pub threads: ThreadHook,
+    /// How the device starts.
+    pub begin: Begin,
+}
+
+/// How a device starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Begin {
+    /// Serves at once.
+    Serving,
+    /// Paused, as if [`Active::pause`] had been called.
+    Paused,
+    /// Paused, and where another device has stopped. The queues stand there already.
+    Restored(Stand),
+}
+
+impl Begin {
+    /// What bucket number `at` held where the device stopped, if it did.
+    pub fn limits(&self, at: usize) -> Option<LimiterState> {
+        match self {
+            Begin::Restored(stand) => stand.limits.get(at).copied(),
+            Begin::Serving | Begin::Paused => None,
+        }
+    }
+}
+
+/// Where a device stands that is paused with nothing in flight.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stand {
+    /// By queue, ascending by number; only those the driver has enabled.
+    pub queues: Vec<(u16, Position)>,
+    /// What the buckets of its limits hold, in the device's own order.
+    #[serde(default)]
+    pub limits: Vec<LimiterState>,
+}
+
+impl Stand {
+    /// Of these queues; nothing when a chain of one is in flight.
+    pub fn of<'a>(queues: impl IntoIterator<Item = (u16, &'a Queue)>) -> Option<Stand> {
+        let positions = queues.into_iter().map(|(index, queue)| Some((index, queue.position()?)));
+        Some(Stand { queues: positions.collect::<Option<_>>()?, limits: Vec::new() })
+    }
+
+    /// With what these buckets hold.
+    pub fn with_limits(self, limits: Vec<LimiterState>) -> Stand {
+        Stand { limits, ..self }
+    }
 }
 
 /// One enabled queue.
@@ -71,6 +126,8 @@ pub trait Active: Send {
     /// Takes nothing new from the queues and waits, for at most [`crate::limits::DRAIN_MS_MAX`], until nothing is
     /// in flight. After an error the device is still paused; call [`Active::resume`] to let it go on.
     fn pause(&mut self) -> Result<(), NotDrained>;
+    /// Where the device stood when it was last paused; nothing when it is broken or was not drained.
+    fn stand(&self) -> Option<Stand>;
     /// Goes on after [`Active::pause`].
     fn resume(&mut self);
     /// Takes nothing new from here on and begins to end. Returns at once.

@@ -19,6 +19,8 @@ pub(crate) mod bench;
 #[cfg(test)]
 pub(crate) mod hostile;
 
-pub use device::{ActivateError, Active, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring};
-pub use queue::{BufferError, Chain, Fault, Queue, Segment};
+pub use device::{
+    ActivateError, Active, Begin, QueueWiring, Signals, Stand, ThreadHook, VirtioDevice, Wiring,
+};
+pub use queue::{BufferError, Chain, Fault, Position, Queue, Segment};
 pub use worker::{Handler, Kick, Progress, Sources, Worker, WorkerOptions};

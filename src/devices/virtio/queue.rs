@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use memory::Ram;
+use serde::{Deserialize, Serialize};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -85,12 +86,37 @@ pub struct Queue {
     spare: Vec<Vec<Segment>>,
 }
 
+/// How far a queue has got: all of it that is not in guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// Chains taken since the driver enabled the queue, modulo 2¹⁶. With nothing in flight as many were completed.
+    pub next: u16,
+    /// The used index when the driver was last thought of.
+    pub signalled: u16,
+}
+
 impl Queue {
     /// Serves `ring`, which the caller has found valid in `memory`.
     pub fn new(ring: virtio_queue::Queue, memory: Arc<Ram>) -> Queue {
         let in_flight = vec![false; usize::from(ring.size())].into_boxed_slice();
         let signalled = ring.next_used();
         Queue { ring, memory, in_flight, taken: 0, signalled, spare: Vec::new() }
+    }
+
+    /// Serves `ring` from where another queue has stopped. Whatever the numbers, only the guest's own rings are
+    /// read and written by them.
+    pub fn resume(mut ring: virtio_queue::Queue, memory: Arc<Ram>, position: Position) -> Queue {
+        ring.set_next_avail(position.next);
+        ring.set_next_used(position.next);
+        Queue { signalled: position.signalled, ..Queue::new(ring, memory) }
+    }
+
+    /// Where the queue stands; nothing while a chain is in flight.
+    pub fn position(&self) -> Option<Position> {
+        let next = self.ring.next_used();
+        let is_whole = self.taken == 0 && self.ring.next_avail() == next;
+        is_whole.then_some(Position { next, signalled: self.signalled })
     }
 
     /// The memory the queue and its buffers lie in.

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, Active, QueueWiring, Signals, ThreadHook, Wiring, with_causes};
+use super::device::{
+    ActivateError, Active, Begin, QueueWiring, Signals, Stand, ThreadHook, Wiring, with_causes,
+};
 use super::queue::Fault;
 use crate::limits::{DRAIN_MS_MAX, EVENTS_MAX, STOP_MS_MAX};
 use crate::pause::NotDrained;
@@ -40,6 +42,8 @@ pub trait Handler: Send {
     fn in_flight(&self) -> usize {
         0
     }
+    /// Where the queues stand, asked when it is paused with nothing in flight; nothing when that cannot be told.
+    fn stand(&mut self) -> Option<Stand>;
     /// From here on nothing new may be taken from queues or backend until [`Handler::resumed`]. Kicks are held
     /// back by the worker; the handler silences its own descriptors that would bring new work.
     fn pausing(&mut self, _sources: &Sources) {}
@@ -108,6 +112,8 @@ pub struct WorkerOptions {
     pub signals: Arc<dyn Signals>,
     /// Called first in the thread.
     pub threads: ThreadHook,
+    /// Whether the thread starts paused.
+    pub begin: Begin,
 }
 
 impl WorkerOptions {
@@ -120,6 +126,7 @@ impl WorkerOptions {
             kicks: wiring.queues.iter().map(kick).collect(),
             signals: Arc::clone(&wiring.signals),
             threads: Arc::clone(&wiring.threads),
+            begin: wiring.begin.clone(),
         }
     }
 }
@@ -132,10 +139,15 @@ pub struct Worker {
     /// Disconnected when the thread has dropped its handler. Nothing is ever sent.
     ended: Receiver<()>,
     thread: Option<JoinHandle<()>>,
+    /// What the last pause told.
+    stand: Option<Stand>,
 }
 
+/// What comes of a pause: where the device stands, if it can be told, or how many requests are in flight.
+type Drained = Result<Option<Stand>, usize>;
+
 enum Command {
-    Pause(Sender<Result<(), usize>>),
+    Pause(Sender<Drained>),
     Resume,
     Stop,
 }
@@ -148,7 +160,7 @@ const DATA_COMMAND: u64 = 2 << 32;
 impl Worker {
     /// Starts a thread around `handler`.
     pub fn start(options: WorkerOptions, handler: Box<dyn Handler>) -> Result<Worker, ActivateError> {
-        let WorkerOptions { kind, device, kicks, signals, threads } = options;
+        let WorkerOptions { kind, device, kicks, signals, threads, begin } = options;
         let failed = |cause| ActivateError::Thread { kind, cause };
         let sources = Sources { epoll: Epoll::new().map_err(failed)? };
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?);
@@ -164,14 +176,14 @@ impl Worker {
             kicks,
             turns,
             signals,
-            phase: Phase::Serving,
+            phase: if begin == Begin::Serving { Phase::Serving } else { Phase::Paused },
             broken: false,
         };
         let (ending, ended) = channel();
         #[cfg(any(test, fuzzing))]
         let service = match by_hand::keep(service) {
             Some(service) => service,
-            None => return Ok(Worker { device, commands, wake, ended, thread: None }),
+            None => return Ok(Worker { device, commands, wake, ended, thread: None, stand: None }),
         };
         let run = move || {
             threads(kind);
@@ -179,7 +191,7 @@ impl Worker {
             drop(ending);
         };
         let thread = std::thread::Builder::new().name(kind.to_owned()).spawn(run).map_err(failed)?;
-        Ok(Worker { device, commands, wake, ended, thread: Some(thread) })
+        Ok(Worker { device, commands, wake, ended, thread: Some(thread), stand: None })
     }
 
     /// A thread that has ended takes no command and holds nothing, so a failed send needs no answer.
@@ -201,17 +213,25 @@ impl Worker {
 
 impl Active for Worker {
     fn pause(&mut self) -> Result<(), NotDrained> {
+        self.stand = None;
         let (answer, answered) = channel();
         self.send(Command::Pause(answer));
         // The thread answers within DRAIN_MS_MAX unless its handler is stuck in a call; twice that is for it.
         match answered.recv_timeout(Duration::from_millis(DRAIN_MS_MAX.saturating_mul(2))) {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(stand)) => {
+                self.stand = stand;
+                Ok(())
+            }
             Ok(Err(in_flight)) => Err(NotDrained { device: self.device.clone(), in_flight }),
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Ok(()),
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
                 Err(NotDrained { device: self.device.clone(), in_flight: 1 })
             }
         }
+    }
+
+    fn stand(&self) -> Option<Stand> {
+        self.stand.clone()
     }
 
     fn resume(&mut self) {
@@ -240,7 +260,7 @@ impl Drop for Worker {
 /// What the thread is about.
 enum Phase {
     Serving,
-    Draining { deadline: Instant, answer: Sender<Result<(), usize>> },
+    Draining { deadline: Instant, answer: Sender<Drained> },
     Paused,
     Stopping { deadline: Instant },
 }
@@ -274,6 +294,9 @@ impl Service {
         let started = self.handler.started(&self.sources).and_then(|()| self.listen(Listen::Start));
         if let Err(cause) = started {
             self.fail(format!("the device's thread cannot listen: {cause}"));
+        }
+        if matches!(self.phase, Phase::Paused) && !self.broken {
+            self.deafen();
         }
     }
 
@@ -388,8 +411,9 @@ impl Service {
         let Phase::Draining { deadline, answer } = &self.phase else { return };
         let in_flight = self.handler.in_flight();
         if in_flight == 0 {
+            let stand = if self.broken { None } else { self.handler.stand() };
             // Nobody waits any more when the other side gave up first.
-            let _ = answer.send(Ok(()));
+            let _ = answer.send(Ok(stand));
         } else if Instant::now() >= *deadline {
             let _ = answer.send(Err(in_flight));
         } else {

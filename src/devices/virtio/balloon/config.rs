@@ -2,6 +2,7 @@
 //! both the device's thread and the operator's handle see.
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::state::State;
 use crate::bus::{little_endian, read_image};
 
 /// The balloon counts pages of 4 KiB whatever the guest's page size.
@@ -47,6 +48,20 @@ impl Config {
     /// A driver starts with an empty balloon.
     pub(super) fn start(&self) {
         self.actual_pages.store(0, Ordering::SeqCst);
+    }
+
+    pub(super) fn save(&self) -> State {
+        State {
+            target_pages: self.target_pages.load(Ordering::SeqCst),
+            actual_pages: self.actual_pages.load(Ordering::SeqCst),
+            poison: self.poison.load(Ordering::SeqCst),
+        }
+    }
+
+    pub(super) fn restore(&self, state: State) {
+        self.target_pages.store(state.target_pages, Ordering::SeqCst);
+        self.actual_pages.store(state.actual_pages, Ordering::SeqCst);
+        self.poison.store(state.poison, Ordering::SeqCst);
     }
 
     pub(super) fn poison(&self) -> u32 {

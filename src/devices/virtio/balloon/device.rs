@@ -8,9 +8,13 @@ use memory::Ram;
 use super::backend::{self, Outcome};
 use super::config::Config;
 use super::request::{self, Pages};
+use super::state::State;
 use crate::bus::locked;
 use crate::limits::{BALLOON_ANSWERS_PER_TURN, BALLOON_RANGES_PER_REPORT_MAX, SMALL_QUEUE_SIZE};
-use crate::virtio::device::{ActivateError, Active, QueueWiring, Signals, VirtioDevice, Wiring};
+use crate::state::{Numbers, Refused};
+use crate::virtio::device::{
+    ActivateError, Active, Begin, QueueWiring, Signals, Stand, VirtioDevice, Wiring,
+};
 use crate::virtio::queue::{Chain, Fault};
 use crate::virtio::worker::{Handler, Progress, Sources, Worker, WorkerOptions};
 
@@ -124,15 +128,25 @@ impl VirtioDevice for Balloon {
         self.shared.config.write(offset, data);
     }
 
+    fn save(&self) -> Numbers {
+        self.shared.config.save().numbers()
+    }
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
+        self.shared.config.restore(State::read(self.name(), state)?);
+        Ok(())
+    }
+
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
         let options = WorkerOptions::new(KIND, self.name(), &wiring);
-        let Wiring { features, queues, signals, .. } = wiring;
+        let Wiring { features, queues, signals, begin, .. } = wiring;
         for index in [INFLATE, DEFLATE] {
             if !queues.iter().any(|queue| queue.index == index) {
                 return Err(ActivateError::QueueMissing { index });
             }
         }
-        self.shared.config.start();
+        if !matches!(begin, Begin::Restored(_)) {
+            self.shared.config.start();
+        }
         *locked(&self.shared.signals) = Some(Arc::downgrade(&signals));
         let handler = BalloonHandler { queues, signals, features, shared: Arc::clone(&self.shared) };
         Ok(Box::new(Worker::start(options, Box::new(handler))?))
@@ -168,6 +182,10 @@ impl Handler for BalloonHandler {
             self.signals.queue_used(index);
         }
         Ok(if more { Progress::More } else { Progress::Idle })
+    }
+
+    fn stand(&mut self) -> Option<Stand> {
+        Stand::of(self.queues.iter().map(|wiring| (wiring.index, &wiring.queue)))
     }
 }
 

@@ -9,9 +9,11 @@ use super::backend::Disk;
 use super::config::{self, WRITEBACK_OFFSET, bit};
 use super::request::{IDENTITY_BYTES, Terms};
 use super::service::{Caching, Service, ServiceOptions};
+use super::state::State;
 use super::{BlockControl, BlockStats, CacheMode};
-use crate::limiter::{LimitsSlot, RateLimits, Throttle};
+use crate::limiter::{LimiterState, LimitsSlot, RateLimits, Throttle};
 use crate::limits::BLOCK_QUEUE_SIZE;
+use crate::state::{Numbers, Refused};
 use crate::virtio::{
     ActivateError, Active, Kick, QueueWiring, Signals, VirtioDevice, Wiring, Worker, WorkerOptions,
 };
@@ -86,11 +88,21 @@ impl Block {
         }
     }
 
-    fn service(&self, wiring: QueueWiring, signals: Arc<dyn Signals>, features: u64) -> io::Result<Service> {
+    fn service(
+        &self,
+        wiring: QueueWiring,
+        signals: Arc<dyn Signals>,
+        features: u64,
+        limits: Option<LimiterState>,
+    ) -> io::Result<Service> {
+        let mut throttle = Throttle::new(Arc::clone(&self.limits))?;
+        if let Some(limits) = limits {
+            throttle.restore(limits);
+        }
         Ok(Service::new(ServiceOptions {
             wiring,
             lease: self.disk.lease()?,
-            throttle: Throttle::new(Arc::clone(&self.limits))?,
+            throttle,
             terms: Terms { sectors: self.disk.sectors(), access: self.disk.access(), features },
             identity: self.identity,
             stats: Arc::clone(&self.stats),
@@ -130,13 +142,34 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn save(&self) -> Numbers {
+        State { sectors: self.disk.sectors(), writeback: self.writeback.load(Ordering::Relaxed) }.numbers()
+    }
+
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
+        let State { sectors, writeback } = State::read(&self.name, state)?;
+        if sectors != self.disk.sectors() {
+            let detail =
+                format!("it had {sectors} sectors when it was saved and has {} here", self.disk.sectors());
+            return Err(Refused::new(&self.name, detail));
+        }
+        let initial = self.cache == CacheMode::Writeback;
+        if writeback != initial && !self.may_change_cache() {
+            return Err(Refused::new(&self.name, "its cache was changed although it cannot be"));
+        }
+        self.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
-        let Wiring { features, queues, signals, threads, .. } = wiring;
+        let Wiring { features, queues, signals, threads, begin, .. } = wiring;
         let queue = queues.into_iter().find(|queue| queue.index == 0);
         let queue = queue.ok_or(ActivateError::QueueMissing { index: 0 })?;
         let kicks = vec![Kick { index: 0, event: Arc::clone(&queue.kick) }];
-        let service = self.service(queue, Arc::clone(&signals), features).map_err(ActivateError::Backend)?;
-        let options = WorkerOptions { kind: "block", device: self.name.clone(), kicks, signals, threads };
+        let service = self.service(queue, Arc::clone(&signals), features, begin.limits(0));
+        let service = service.map_err(ActivateError::Backend)?;
+        let device = self.name.clone();
+        let options = WorkerOptions { kind: "block", device, kicks, signals, threads, begin };
         Ok(Box::new(Worker::start(options, Box::new(service))?))
     }
 }

@@ -14,6 +14,7 @@ mod device;
 mod pending;
 mod request;
 mod service;
+mod state;
 
 pub use backend::{Disk, DiskError};
 pub use device::{Block, BlockOptions};

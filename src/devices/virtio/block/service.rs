@@ -16,7 +16,7 @@ use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
 use crate::EventFd;
 use crate::limiter::Throttle;
 use crate::limits::BLOCK_IN_FLIGHT_BYTES_MAX;
-use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources};
+use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources, Stand};
 
 /// The descriptors besides the kick.
 mod token {
@@ -105,6 +105,10 @@ impl Handler for Service {
 
     fn in_flight(&self) -> usize {
         self.lease.as_ref().map_or(0, |lease| lease.ring.in_flight())
+    }
+
+    fn stand(&mut self) -> Option<Stand> {
+        Some(Stand::of([(self.index, &self.queue)])?.with_limits(vec![self.throttle.save()]))
     }
 
     fn pausing(&mut self, _sources: &Sources) {

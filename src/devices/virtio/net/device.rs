@@ -9,7 +9,10 @@ use super::transmit::Transmitter;
 use super::{NetControl, NetStats, config};
 use crate::limiter::{LimitsSlot, RateLimits, Throttle};
 use crate::limits::NET_QUEUE_SIZE;
-use crate::virtio::{ActivateError, Active, Kick, QueueWiring, VirtioDevice, Wiring, Worker, WorkerOptions};
+use crate::state::{Numbers, Refused};
+use crate::virtio::{
+    ActivateError, Active, Begin, Kick, QueueWiring, VirtioDevice, Wiring, Worker, WorkerOptions,
+};
 
 /// The device's number in virtio 1.2, section 5.
 const DEVICE_TYPE: u32 = 1;
@@ -58,12 +61,24 @@ impl Net {
         self.control.clone()
     }
 
-    fn service(&self, receive: QueueWiring, transmit: QueueWiring, shared: Shared) -> io::Result<Service> {
+    fn service(
+        &self,
+        receive: QueueWiring,
+        transmit: QueueWiring,
+        shared: Shared,
+        begin: &Begin,
+    ) -> io::Result<Service> {
         // A tap remembers, so each driver's offloads are set, also the lack of them.
         shared.link.set_offloads(config::offloads(shared.features))?;
         let shared = Arc::new(shared);
-        let rx = Throttle::new(Arc::clone(&self.control.rx))?;
-        let tx = Throttle::new(Arc::clone(&self.control.tx))?;
+        let throttle = |slot, at| -> io::Result<Throttle> {
+            let mut throttle = Throttle::new(Arc::clone(slot))?;
+            if let Some(limits) = begin.limits(at) {
+                throttle.restore(limits);
+            }
+            Ok(throttle)
+        };
+        let (rx, tx) = (throttle(&self.control.rx, 0)?, throttle(&self.control.tx, 1)?);
         let transmit_kick = Arc::clone(&transmit.kick);
         let receiver = Receiver::new(receive, rx, Arc::clone(&shared));
         let transmitter = Transmitter::new(transmit, tx, Arc::clone(&shared));
@@ -94,8 +109,18 @@ impl VirtioDevice for Net {
 
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
+    /// The address and the MTU are in the specification; a packet that waits for buffers is one that is still on the
+    /// wire, and goes where the tap goes.
+    fn save(&self) -> Numbers {
+        Numbers::default()
+    }
+
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
+        state.exactly(&self.name, []).map(|[]| ())
+    }
+
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
-        let Wiring { memory, features, queues, signals, threads } = wiring;
+        let Wiring { memory, features, queues, signals, threads, begin } = wiring;
         let (mut receive, mut transmit) = (None, None);
         for queue in queues {
             match queue.index {
@@ -111,8 +136,9 @@ impl VirtioDevice for Net {
         let stats = Arc::clone(&self.stats);
         let shared =
             Shared { link: self.link.clone(), memory, features, stats, signals: Arc::clone(&signals) };
-        let service = self.service(receive, transmit, shared).map_err(ActivateError::Backend)?;
-        let options = WorkerOptions { kind: "net", device: self.name.clone(), kicks, signals, threads };
+        let service = self.service(receive, transmit, shared, &begin).map_err(ActivateError::Backend)?;
+        let device = self.name.clone();
+        let options = WorkerOptions { kind: "net", device, kicks, signals, threads, begin };
         Ok(Box::new(Worker::start(options, Box::new(service))?))
     }
 }

@@ -80,6 +80,11 @@ impl Receiver {
         }
     }
 
+    /// The queue with its number.
+    pub(super) fn queue(&self) -> (u16, &Queue) {
+        (self.index, &self.queue)
+    }
+
     /// Delivers a batch; `waiting` says what then has to happen. A full batch waits for packets, which the tap, if it
     /// has them, says at once.
     pub(super) fn run(&mut self) -> Result<(), Fault> {

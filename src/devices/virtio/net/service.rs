@@ -12,7 +12,7 @@ use super::backend::Link;
 use super::receive::{Receiver, Waiting};
 use super::transmit::Transmitter;
 use crate::EventFd;
-use crate::virtio::{Fault, Handler, Progress, Signals, Sources};
+use crate::virtio::{Fault, Handler, Progress, Signals, Sources, Stand};
 
 /// The queues of the one pair (virtio 1.2, section 5.1.2).
 pub(super) const RECEIVE: u16 = 0;
@@ -134,6 +134,11 @@ impl Handler for Service {
                 self.transmit()
             }
         }
+    }
+
+    fn stand(&mut self) -> Option<Stand> {
+        let stand = Stand::of([self.receiver.queue(), self.transmitter.queue()])?;
+        Some(stand.with_limits(vec![self.receiver.throttle.save(), self.transmitter.throttle.save()]))
     }
 
     fn pausing(&mut self, sources: &Sources) {

@@ -33,6 +33,11 @@ impl Transmitter {
         Transmitter { throttle, index, queue, shared, sender: Sender::default() }
     }
 
+    /// The queue with its number.
+    pub(super) fn queue(&self) -> (u16, &Queue) {
+        (self.index, &self.queue)
+    }
+
     /// Sends a batch.
     pub(super) fn run(&mut self) -> Result<Progress, Fault> {
         if self.throttle.is_waiting() {

@@ -7,7 +7,8 @@ use memory::Ram;
 
 use super::backend;
 use crate::limits::{ANSWERS_PER_TURN, RNG_BYTES_MAX, SMALL_QUEUE_SIZE};
-use crate::virtio::device::{ActivateError, Active, QueueWiring, Signals, VirtioDevice, Wiring};
+use crate::state::{Numbers, Refused};
+use crate::virtio::device::{ActivateError, Active, QueueWiring, Signals, Stand, VirtioDevice, Wiring};
 use crate::virtio::queue::{Chain, Fault};
 use crate::virtio::worker::{Handler, Progress, Sources, Worker, WorkerOptions};
 
@@ -55,6 +56,15 @@ impl VirtioDevice for Rng {
     }
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
+    /// Entropy is fresh in every process, so there is nothing to keep.
+    fn save(&self) -> Numbers {
+        Numbers::default()
+    }
+
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
+        state.exactly(self.name(), []).map(|[]| ())
+    }
+
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
         let options = WorkerOptions::new(KIND, self.name(), &wiring);
         let Wiring { queues, signals, .. } = wiring;
@@ -79,6 +89,10 @@ impl Handler for RngHandler {
             self.signals.queue_used(index);
         }
         Ok(if more { Progress::More } else { Progress::Idle })
+    }
+
+    fn stand(&mut self) -> Option<Stand> {
+        Stand::of([(self.queue.index, &self.queue.queue)])
     }
 }
 

@@ -68,7 +68,7 @@ impl ByHand {
         let (answer, answered) = channel();
         self.service.obey(Command::Pause(answer));
         self.turn();
-        matches!(self.service.phase, Phase::Paused) && answered.try_recv() == Ok(Ok(()))
+        matches!(self.service.phase, Phase::Paused) && matches!(answered.try_recv(), Ok(Ok(_)))
     }
 
     /// Goes on after a pause.

@@ -50,6 +50,9 @@ impl Handler for Probe {
     fn in_flight(&self) -> usize {
         self.busy.load(Ordering::SeqCst)
     }
+    fn stand(&mut self) -> Option<Stand> {
+        Some(Stand::default())
+    }
     fn pausing(&mut self, _sources: &Sources) {
         self.quiet.store(true, Ordering::SeqCst);
     }
@@ -67,6 +70,7 @@ fn start(probe: Probe) -> (Worker, Arc<EventFd>, Arc<Heard>) {
         kicks: vec![Kick { index: 3, event: Arc::clone(&kick) }],
         signals: heard.clone(),
         threads: Arc::new(|kind| assert_eq!(kind, "probe")),
+        begin: Begin::Serving,
     };
     (Worker::start(options, Box::new(probe)).unwrap(), kick, heard)
 }
@@ -157,6 +161,9 @@ fn a_handler_that_cannot_start_breaks_the_device() {
         fn kicked(&mut self, _index: u16, _sources: &Sources) -> Result<Progress, Fault> {
             panic!("nothing is heard before the start");
         }
+        fn stand(&mut self) -> Option<Stand> {
+            panic!("a broken device stands nowhere");
+        }
     }
     let heard = Arc::new(Heard::default());
     let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
@@ -167,6 +174,7 @@ fn a_handler_that_cannot_start_breaks_the_device() {
         kicks: vec![Kick { index: 0, event: kick }],
         signals: heard.clone(),
         threads: Arc::new(|_| {}),
+        begin: Begin::Serving,
     };
     let mut worker = Worker::start(options, Box::new(Stillborn)).unwrap();
     heard.wait("fault", |log| log.broken.len() == 1);

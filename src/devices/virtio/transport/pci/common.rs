@@ -6,7 +6,9 @@
 //! ▲                          (features latch)                  (each queue latches when enabled)       │
 //! └───────────────────────────────────── 0 written ◄──────────────────────────────────────────────────┘
 //! ```
+use super::state::{CommonState, QueueState};
 use crate::bus::little_endian;
+use crate::state::Refused;
 
 /// No vector is assigned.
 pub(super) const NO_VECTOR: u16 = 0xFFFF;
@@ -95,6 +97,60 @@ impl Common {
     pub(super) fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.size_max).collect();
         *self = Common::new(self.offered, &sizes);
+    }
+
+    /// Whether the driver is ready.
+    pub(super) fn is_driver_ok(&self) -> bool {
+        self.status & DRIVER_OK != 0
+    }
+
+    pub(super) fn save(&self) -> CommonState {
+        let queue = |queue: &QueueRegisters| QueueState {
+            size: queue.size,
+            enabled: queue.enabled,
+            addresses: queue.addresses,
+        };
+        CommonState {
+            features: self.accepted,
+            unknown_features: self.accepted_unknown,
+            device_select: self.device_select,
+            driver_select: self.driver_select,
+            status: self.status,
+            queue_select: self.queue_select,
+            queues: self.queues.iter().map(queue).collect(),
+        }
+    }
+
+    /// Takes registers over that a driver could have left: the same order of things holds as for its writes.
+    pub(super) fn restore(&mut self, device: &str, state: &CommonState) -> Result<(), Refused> {
+        let refuse = |detail: String| Err(Refused::new(device, detail));
+        if state.queues.len() != self.queues.len() {
+            return refuse(format!("{} queues were saved, it has {}", state.queues.len(), self.queues.len()));
+        }
+        if state.status & !(ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED) != 0 {
+            return refuse(format!("a status of {:#x} cannot be", state.status));
+        }
+        self.accepted = state.features;
+        self.accepted_unknown = state.unknown_features;
+        if state.status & FEATURES_OK != 0 && !self.is_acceptable() {
+            return refuse(format!("features {:#x} were agreed on, which are not offered", state.features));
+        }
+        if state.status & DRIVER_OK != 0 && state.status & FEATURES_OK == 0 {
+            return refuse("its driver was ready before features were agreed on".to_owned());
+        }
+        for (registers, saved) in self.queues.iter_mut().zip(&state.queues) {
+            if !saved.size.is_power_of_two() || saved.size > registers.size_max {
+                return refuse(format!("a queue of {} entries cannot be", saved.size));
+            }
+            registers.size = saved.size;
+            registers.enabled = saved.enabled;
+            registers.addresses = saved.addresses;
+        }
+        self.device_select = state.device_select;
+        self.driver_select = state.driver_select;
+        self.status = state.status;
+        self.queue_select = state.queue_select;
+        Ok(())
     }
 
     /// The structure as the driver reads it.

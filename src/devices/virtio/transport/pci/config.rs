@@ -3,6 +3,7 @@
 use super::layout;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::CONTROL_WRITABLE;
+use crate::state::Refused;
 
 const VENDOR: u16 = 0x1AF4;
 /// Device numbers of modern devices start here (virtio 1.2, section 4.1.2).
@@ -84,6 +85,14 @@ impl Config {
 
     pub(super) fn write(&mut self, offset: u16, data: &[u8]) {
         self.space.write(offset, data);
+    }
+
+    pub(super) fn save(&self) -> Vec<u8> {
+        self.space.save()
+    }
+
+    pub(super) fn restore(&mut self, device: &str, registers: &[u8]) -> Result<(), Refused> {
+        self.space.restore(device, registers)
     }
 
     pub(super) fn memory_bar(&self) -> Option<u64> {

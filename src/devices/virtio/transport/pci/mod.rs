@@ -11,8 +11,10 @@ use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::super::device::{Active, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring, with_causes};
-use super::super::queue::Queue;
+use super::super::device::{
+    Active, Begin, QueueWiring, Signals, ThreadHook, VirtioDevice, Wiring, with_causes,
+};
+use super::super::queue::{Position, Queue};
 use crate::bus::{locked, read_image};
 use crate::interrupt::{Doorbells, Msi, Notices};
 use crate::limits::{DRAIN_MS_MAX, RESET_WAIT_MS};
@@ -24,10 +26,12 @@ mod common;
 mod config;
 mod layout;
 mod signals;
+mod state;
 
 use common::{Common, Outcome, QueueRegisters};
 use config::Config;
 use signals::PciSignals;
+pub use state::{CommonState, FunctionState, QueueState, SignalsState};
 
 /// Feature bits of the transport and its queues (virtio 1.2, section 6).
 const INDIRECT_DESC: u64 = 1 << 28;
@@ -132,7 +136,8 @@ impl VirtioPci {
                 self.finish_reset(&mut state, Duration::from_millis(RESET_WAIT_MS));
             }
             Outcome::Activate => {
-                if let Err(detail) = self.activate(&mut state) {
+                let begin = if !state.master || state.held { Begin::Paused } else { Begin::Serving };
+                if let Err(detail) = self.activate(&mut state, begin) {
                     self.signals.broken(detail);
                 }
             }
@@ -141,12 +146,14 @@ impl VirtioPci {
     }
 
     /// Starts the device with the queues as they are latched.
-    fn activate(&self, state: &mut State) -> Result<(), String> {
+    fn activate(&self, state: &mut State, begin: Begin) -> Result<(), String> {
         self.signals.set_running(true);
         let features = state.common.features();
         let mut queues = Vec::new();
         for (index, registers) in (0_u16..).zip(state.common.queues()).filter(|(_, queue)| queue.enabled) {
-            let queue = self.queue(registers, features).map_err(|why| format!("queue {index}: {why}"))?;
+            let queue = self
+                .queue(registers, features, position(&begin, index))
+                .map_err(|why| format!("queue {index}: {why}"))?;
             let Some(kick) = self.kicks.get(usize::from(index)) else { continue };
             queues.push(QueueWiring { index, queue, kick: Arc::clone(kick) });
         }
@@ -157,19 +164,15 @@ impl VirtioPci {
             queues,
             signals,
             threads: Arc::clone(&self.threads),
+            begin,
         };
-        let mut active = state.device.activate(wiring).map_err(|error| with_causes(&error))?;
-        if !state.master || state.held {
-            // Nothing can be in flight yet.
-            let _ = active.pause();
-        }
-        state.active = Some(active);
+        state.active = Some(state.device.activate(wiring).map_err(|error| with_causes(&error))?);
         self.ring_doorbells(state);
         Ok(())
     }
 
     /// The queue that `registers` describe, if every part of it lies in guest memory.
-    fn queue(&self, registers: &QueueRegisters, features: u64) -> Result<Queue, String> {
+    fn queue(&self, registers: &QueueRegisters, features: u64, position: Position) -> Result<Queue, String> {
         let mut queue = virtio_queue::Queue::new(registers.size_max).map_err(|error| error.to_string())?;
         queue.try_set_size(registers.size).map_err(|error| error.to_string())?;
         let [table, driver, device] = registers.addresses.map(GuestAddress);
@@ -185,7 +188,7 @@ impl VirtioPci {
                 registers.size, table.0, driver.0, device.0
             ));
         }
-        Ok(Queue::new(queue, Arc::clone(&self.memory)))
+        Ok(Queue::resume(queue, Arc::clone(&self.memory), position))
     }
 
     /// Begins to end what the driver has started.
@@ -278,6 +281,17 @@ impl VirtioPci {
             // A full counter is as good as one more.
             let _ = kick.write(1);
         }
+    }
+}
+
+/// Where queue `index` begins.
+fn position(begin: &Begin, index: u16) -> Position {
+    match begin {
+        Begin::Restored(stand) => {
+            let saved = stand.queues.iter().find(|(at, _)| *at == index);
+            saved.map_or_else(Position::default, |(_, position)| *position)
+        }
+        Begin::Serving | Begin::Paused => Position::default(),
     }
 }
 

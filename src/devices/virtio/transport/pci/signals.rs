@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use super::super::super::device::Signals;
 use super::common::{Live, NO_VECTOR};
+use super::state::SignalsState;
 use crate::interrupt::Notices;
 use crate::pci::msix::Msix;
+use crate::state::Refused;
 
 /// Interrupt status (virtio 1.2, section 4.1.4.5).
 const ISR_QUEUE: u8 = 1;
@@ -52,6 +54,39 @@ impl PciSignals {
             generation: self.generation.load(Ordering::SeqCst),
             broken: self.is_broken(),
         }
+    }
+
+    pub(super) fn save(&self) -> SignalsState {
+        let live = self.live();
+        SignalsState {
+            config_vector: live.config_vector,
+            queue_vectors: live.queue_vectors,
+            isr: self.isr.load(Ordering::SeqCst),
+            generation: live.generation,
+            broken: live.broken,
+        }
+    }
+
+    pub(super) fn restore(&self, state: &SignalsState) -> Result<(), Refused> {
+        let refuse = |detail: String| Err(Refused::new(&self.name, detail));
+        if state.queue_vectors.len() != self.queue_vectors.len() {
+            return refuse(format!("{} queues have vectors", state.queue_vectors.len()));
+        }
+        let vectors = state.queue_vectors.iter().chain([&state.config_vector]);
+        if let Some(vector) = vectors.copied().find(|vector| self.mapped(*vector) != *vector) {
+            return refuse(format!("vector {vector} does not exist"));
+        }
+        if state.isr & !(ISR_QUEUE | ISR_CONFIG) != 0 {
+            return refuse(format!("an interrupt status of {:#x} cannot be", state.isr));
+        }
+        self.config_vector.store(state.config_vector, Ordering::SeqCst);
+        for (entry, vector) in self.queue_vectors.iter().zip(&state.queue_vectors) {
+            entry.store(*vector, Ordering::SeqCst);
+        }
+        self.isr.store(state.isr, Ordering::SeqCst);
+        self.generation.store(state.generation, Ordering::SeqCst);
+        self.broken.store(state.broken, Ordering::SeqCst);
+        Ok(())
     }
 
     pub(super) fn is_broken(&self) -> bool {

@@ -4,6 +4,7 @@ use super::*;
 use crate::virtio::bench::{PATIENCE, Part, Ring};
 
 mod rig;
+mod state;
 
 use rig::{Around, BASE, Rig};
 

@@ -6,8 +6,9 @@ use vmm_sys_util::epoll::EventSet;
 use super::super::*;
 use crate::bus::little_endian;
 use crate::interrupt::MsiMessage;
+use crate::state::{Numbers, Refused};
 use crate::virtio::bench::{Bench, PATIENCE, Ring};
-use crate::virtio::device::ActivateError;
+use crate::virtio::device::{ActivateError, Stand};
 use crate::virtio::queue::Fault;
 use crate::virtio::worker::{Handler, Kick, Progress, Sources, Worker, WorkerOptions};
 
@@ -96,6 +97,14 @@ impl VirtioDevice for Echo {
             *to = *from;
         }
     }
+    fn save(&self) -> Numbers {
+        Numbers::of([("config", u64::from_le_bytes(*self.config.lock().unwrap()))])
+    }
+    fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
+        let [config] = state.exactly("echo", ["config"])?;
+        *self.config.lock().unwrap() = config.to_le_bytes();
+        Ok(())
+    }
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
         if self.needs_both && wiring.queues.len() < 2 {
             return Err(ActivateError::QueueMissing { index: 1 });
@@ -107,6 +116,7 @@ impl VirtioDevice for Echo {
             kicks: kicks.collect(),
             signals: wiring.signals.clone(),
             threads: wiring.threads,
+            begin: wiring.begin,
         };
         self.running.fetch_add(1, Ordering::SeqCst);
         let running = Arc::clone(&self.running);
@@ -145,6 +155,9 @@ impl Handler for EchoHandler {
         }
         Ok(Progress::Idle)
     }
+    fn stand(&mut self) -> Option<Stand> {
+        Stand::of(self.queues.iter().map(|wiring| (wiring.index, &wiring.queue)))
+    }
 }
 
 impl Drop for EchoHandler {
@@ -169,8 +182,17 @@ impl Rig {
         Rig::with(Around::default(), false)
     }
 
+    /// Another function over the memory of this one, as a machine has that takes it over.
+    pub(super) fn beside(&self) -> Rig {
+        Rig::over(Bench::over(self.bench.memory.clone()), Around::default(), false)
+    }
+
     pub(super) fn with(around: Around, needs_both: bool) -> Rig {
-        let (bench, around) = (Bench::new(), Arc::new(around));
+        Rig::over(Bench::new(), around, needs_both)
+    }
+
+    fn over(bench: Bench, around: Around, needs_both: bool) -> Rig {
+        let around = Arc::new(around);
         let running = Arc::new(AtomicUsize::new(0));
         let config = Arc::new(Mutex::new(*b"toftecho"));
         let hung = Hung { requests: AtomicUsize::new(0), answered: EventFd::new(EFD_NONBLOCK).unwrap() };
