@@ -9,11 +9,16 @@
 //! Documentation/virt/kvm/x86/cpuid.rst.
 use kvm_bindings::kvm_cpuid_entry2;
 
+/// What one leaf answers.
+pub use kvm_bindings::kvm_cpuid_entry2 as Entry;
+
 mod features;
 mod save_area;
+mod saved;
 mod topology;
 
 use features::{Class, FEATURES, Register};
+pub use saved::{Saved, admit, save};
 
 /// A named set of CPU features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

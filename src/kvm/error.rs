@@ -38,6 +38,9 @@ pub enum Error {
     /// More interrupt routes than KVM takes.
     #[error("no global system interrupt is left for another MSI vector")]
     RoutesUsedUp,
+    /// A saved state does not hold.
+    #[error("{0}")]
+    State(String),
     /// A list for KVM is longer than its interface allows.
     #[error("{0} does not fit KVM's interface")]
     TooLong(&'static str),

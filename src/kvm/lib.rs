@@ -5,16 +5,20 @@
 //! host ──▶ vm ──▶ vcpu ──▶ exit       irq, doorbell, clock belong to the vm; kick to the vcpu
 //! ```
 
+mod cpu_state;
 pub mod cpuid;
 mod error;
 mod exit;
 mod host;
 mod irq;
 mod kick;
+mod msrs;
 pub mod start;
 mod vcpu;
 mod vm;
+mod vm_state;
 
+pub use cpu_state::CpuState;
 pub use error::Error;
 pub use exit::{Broken, Exit, SystemEvent};
 pub use host::{EXTENSIONS, Extension, Host};
@@ -23,3 +27,4 @@ pub use kick::{Kicker, install_handler};
 pub use start::Start;
 pub use vcpu::Vcpu;
 pub use vm::{Irqchip, Vm};
+pub use vm_state::VmState;

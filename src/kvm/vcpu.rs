@@ -29,7 +29,7 @@ const DELIVERY_EXTINT: u32 = 7;
 /// A virtual processor. Dropped, it leaves its VM; the VM lives at least as long.
 #[derive(Debug)]
 pub struct Vcpu {
-    fd: VcpuFd,
+    pub(crate) fd: VcpuFd,
     kicker: Arc<Kicker>,
     _vm: Arc<Vm>,
 }

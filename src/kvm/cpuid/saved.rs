@@ -1,0 +1,78 @@
+//! CPUID that moves with its machine: a guest finds the processor it was started on, or is not taken. What is text and
+//! numbers may differ from host to host, features that this host cannot show may not.
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+
+use super::{FEATURE_REGISTERS, FEATURES, LEAVES};
+use crate::Error;
+
+/// Leaf, subleaf, whether the subleaf counts, and the four registers.
+pub type Saved = (u32, u32, bool, [u32; 4]);
+
+/// The machine's CPUID as data, before each vCPU's number is put in.
+pub fn save(entries: &[kvm_cpuid_entry2]) -> Vec<Saved> {
+    let one = |entry: &kvm_cpuid_entry2| {
+        let counts = entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
+        (entry.function, entry.index, counts, [entry.eax, entry.ebx, entry.ecx, entry.edx])
+    };
+    entries.iter().map(one).collect()
+}
+
+/// What was saved, if a machine that this host would start could show it too: `here` is what [`super::shape`] gives.
+pub fn admit(saved: &[Saved], here: &[kvm_cpuid_entry2]) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+    if saved.len() > KVM_MAX_CPUID_ENTRIES {
+        return Err(Error::TooLong("CPUID"));
+    }
+    let mut entries = Vec::with_capacity(saved.len());
+    let mut lacks = Vec::new();
+    for (leaf, subleaf, counts, [eax, ebx, ecx, edx]) in saved.iter().copied() {
+        if !LEAVES.contains(&leaf) {
+            return Err(Error::State(format!("CPUID leaf {leaf:#x} is none that a machine has")));
+        }
+        let flags = if counts { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+        let entry = kvm_cpuid_entry2 {
+            function: leaf,
+            index: subleaf,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        };
+        lacks.extend(lacking(&entry, here));
+        entries.push(entry);
+    }
+    lacks.sort_unstable();
+    lacks.dedup();
+    if lacks.is_empty() {
+        return Ok(entries);
+    }
+    Err(Error::State(format!(
+        "the machine was shown features of a processor that this host lacks: {}",
+        lacks.join(", ")
+    )))
+}
+
+/// Features that `entry` shows and nothing here does.
+fn lacking(entry: &kvm_cpuid_entry2, here: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
+    let at = |other: &&kvm_cpuid_entry2| (other.function, other.index) == (entry.function, entry.index);
+    let other = here.iter().find(at).copied().unwrap_or_default();
+    let mut names = Vec::new();
+    for (leaf, subleaf, register) in FEATURE_REGISTERS {
+        if (entry.function, entry.index) != (*leaf, *subleaf) {
+            continue;
+        }
+        let more = register.of(entry) & !register.of(&other);
+        for bit in (0..32).filter(|bit| more >> bit & 1 == 1) {
+            let known = FEATURES
+                .iter()
+                .find(|feature| feature.bit == bit && feature.is_at(*leaf, *subleaf, *register));
+            names.push(known.map_or("a feature without a name", |feature| feature.name));
+        }
+    }
+    // Parts of the extended processor state that can be turned on.
+    if (entry.function, entry.index) == (0xD, 0) && entry.eax & !other.eax != 0 {
+        names.push("a part of the extended state");
+    }
+    names
+}
