@@ -31,6 +31,8 @@ pub(crate) struct News {
     pub(crate) faults_lost: u64,
     /// The console has passed the point somebody waits for.
     pub(crate) console: bool,
+    /// A save has got further, or to its end.
+    pub(crate) save: bool,
 }
 
 /// Rung by any thread, answered by the main thread.
@@ -58,6 +60,12 @@ impl Bell {
     /// Tells that the console holds what somebody waits for.
     pub(crate) fn console(&self) {
         self.news().console = true;
+        self.ring();
+    }
+
+    /// Tells that a save has got further, or to its end.
+    pub(crate) fn save(&self) {
+        self.news().save = true;
         self.ring();
     }
 

@@ -211,6 +211,9 @@ impl Shell {
         if news.console {
             self.tell_console();
         }
+        if let (true, Some(machine)) = (news.save, &self.machine) {
+            self.tell_all(&Notice::Save(machine.save_status()));
+        }
         match news.ending {
             None => (),
             Some(Ending::ResetAsked) => self.reset_asked(),

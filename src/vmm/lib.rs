@@ -17,6 +17,7 @@ mod will;
 
 mod boot;
 mod console;
+mod snapshot;
 mod vcpu;
 
 mod machine;

@@ -19,17 +19,21 @@ use crate::bell::Bell;
 use crate::boot;
 use crate::console::Console;
 use crate::sandbox;
+use crate::snapshot;
 use crate::vcpu::NotParked;
 
 mod build;
 mod parts;
 mod plan;
+mod save;
 mod stats;
 mod translate;
 mod wiring;
 
+use build::Origin;
 use parts::Parts;
 use plan::Plan;
+use save::Save;
 use stats::Lasting;
 
 /// One machine, for the life of its process.
@@ -41,6 +45,8 @@ pub(crate) struct Machine {
     /// Absent only between the end of one build and the next.
     parts: Option<Parts>,
     run: Run,
+    /// The save that is under way, or the last one.
+    save: Option<Save>,
 }
 
 /// Whether vCPUs run.
@@ -83,8 +89,14 @@ pub(crate) enum Error {
     NotParked(#[from] NotParked),
     #[error(transparent)]
     NotDrained(#[from] NotDrained),
+    #[error(transparent)]
+    Device(#[from] devices::Refused),
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
     #[error("the machine is being built")]
     Absent,
+    #[error("{0}")]
+    State(&'static str),
 }
 
 impl From<kvm::Error> for Error {
@@ -101,9 +113,12 @@ impl Error {
     pub(crate) fn code(&self) -> FaultCode {
         match self {
             Error::Invalid { .. } | Error::File { .. } | Error::Boot(_) | Error::Cpu(_) => FaultCode::Invalid,
+            Error::Kvm(kvm::Error::State(_)) | Error::Device(_) => FaultCode::Invalid,
+            Error::Snapshot(error) if error.is_of_the_host() => FaultCode::Host,
+            Error::Snapshot(_) => FaultCode::Invalid,
             Error::Kvm(_) | Error::Memory(_) | Error::Host { .. } => FaultCode::Host,
             Error::NotParked(_) | Error::NotDrained(_) => FaultCode::Timeout,
-            Error::Absent => FaultCode::WrongState,
+            Error::Absent | Error::State(_) => FaultCode::WrongState,
         }
     }
 }
@@ -116,6 +131,20 @@ impl Machine {
         descriptors: Vec<OwnedFd>,
         bell: &Arc<Bell>,
     ) -> Result<Machine, Error> {
+        let descriptors = descriptors.into_iter().map(Some).collect();
+        let mut machine = Machine::prepare(host, spec, descriptors, bell)?;
+        machine.begin(host, Origin::Kernel)?;
+        machine.run();
+        Ok(machine)
+    }
+
+    /// Everything that is done once for a machine, whatever it begins with.
+    fn prepare(
+        host: &Host,
+        spec: MachineSpec,
+        descriptors: Vec<Option<OwnedFd>>,
+        bell: &Arc<Bell>,
+    ) -> Result<Machine, Error> {
         host.check()?;
         let plan = Plan::new(spec, descriptors)?;
         let ring = plan.console().and_then(Ring::open);
@@ -126,10 +155,21 @@ impl Machine {
             what: "the sandbox".to_owned(),
             cause: io::Error::other(error),
         })?;
-        let parts = build::build(host, &plan, &lasting, &console, bell)?;
-        parts.crew.open();
-        let run = Run::Running { since: Instant::now() };
-        Ok(Machine { plan, console, bell: Arc::clone(bell), lasting, parts: Some(parts), run })
+        let run = Run::Paused { clock_ns: 0 };
+        Ok(Machine { plan, console, bell: Arc::clone(bell), lasting, parts: None, run, save: None })
+    }
+
+    fn begin(&mut self, host: &Host, origin: Origin<'_>) -> Result<(), Error> {
+        let parts = build::build(host, &self.plan, &self.lasting, &self.console, &self.bell, origin)?;
+        self.parts = Some(parts);
+        Ok(())
+    }
+
+    fn run(&mut self) {
+        if let Some(parts) = &self.parts {
+            parts.crew.open();
+        }
+        self.run = Run::Running { since: Instant::now() };
     }
 
     /// Ends the machine and builds it again as it was specified, with the limits in force. Answers how many
@@ -139,10 +179,8 @@ impl Machine {
         // What the old guest still had to say is not the new one's.
         let _ = self.bell.take();
         self.lasting.resets += 1;
-        let parts = build::build(host, &self.plan, &self.lasting, &self.console, &self.bell)?;
-        parts.crew.open();
-        self.parts = Some(parts);
-        self.run = Run::Running { since: Instant::now() };
+        self.begin(host, Origin::Kernel)?;
+        self.run();
         Ok(self.lasting.resets)
     }
 
@@ -185,6 +223,9 @@ impl Machine {
     /// parked waits for no CPU, so none of the pause is stolen time either.
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
         let Run::Paused { clock_ns } = self.run else { return Ok(()) };
+        if self.save.as_ref().is_some_and(Save::needs_stillness) {
+            return Err(Error::State("memory is being saved; wait for the end of that, or cancel it"));
+        }
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         parts.vm.set_clock_ns(clock_ns)?;
         parts.root.resume();

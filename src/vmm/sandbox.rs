@@ -36,6 +36,8 @@ pub enum Filter {
     Rng,
     /// Serves the balloon.
     Balloon,
+    /// Copies memory into a file.
+    Save,
     /// Pretends that clone3 does not exist: its flags lie in memory, where a filter cannot look.
     NoClone3,
     /// Pretends that rings do not exist.
@@ -44,13 +46,14 @@ pub enum Filter {
 
 impl Filter {
     /// All of them.
-    pub const ALL: [Filter; 8] = [
+    pub const ALL: [Filter; 9] = [
         Filter::Control,
         Filter::Vcpu,
         Filter::Block,
         Filter::Net,
         Filter::Rng,
         Filter::Balloon,
+        Filter::Save,
         Filter::NoClone3,
         Filter::NoRings,
     ];
@@ -67,7 +70,7 @@ impl Filter {
 
     /// The program for the kernel, made once.
     fn program(self) -> Result<&'static BpfProgram, seccompiler::Error> {
-        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 8];
+        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 9];
         let Some(kept) = PROGRAMS.get(self as usize) else { return Err(seccompiler::Error::EmptyFilter) };
         if kept.get().is_none() {
             // Two threads may both make it; it comes out the same.
@@ -114,6 +117,11 @@ pub(crate) fn close_rings() -> Result<(), seccompiler::Error> {
 /// Closes the calling thread, which runs a vCPU.
 pub(crate) fn close_vcpu() {
     close_thread(Filter::Vcpu);
+}
+
+/// Closes the calling thread, which saves memory.
+pub(crate) fn close_save() {
+    close_thread(Filter::Save);
 }
 
 /// Closes the calling thread, which serves a device.

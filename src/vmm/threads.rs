@@ -13,6 +13,8 @@ pub(crate) enum ThreadKind {
     Control,
     /// Runs one vCPU.
     Vcpu(u8),
+    /// Copies memory into a file.
+    Save,
     /// Serves a device; the name is the one the device room gave it.
     Device(&'static str),
 }
@@ -24,6 +26,10 @@ pub(crate) fn enter(kind: ThreadKind) {
         ThreadKind::Vcpu(index) => {
             sys::thread::set_name(&format!("vcpu{index}"));
             sandbox::close_vcpu();
+        }
+        ThreadKind::Save => {
+            sys::thread::set_name("save");
+            sandbox::close_save();
         }
         ThreadKind::Device(name) => {
             sys::thread::set_name(name);

@@ -7,13 +7,13 @@
 //!                        └── triple fault, KVM error ─▶ ended (counts as parked, never runs again)
 //! ```
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::Bus;
-use kvm::{Kicker, Vcpu};
+use kvm::{CpuState, Kicker, Vcpu};
 
 use crate::bell::Bell;
 use crate::limits::PARK_MS_MAX;
@@ -48,6 +48,8 @@ pub(crate) struct Crew {
 }
 
 struct Member {
+    /// Held by its thread except while that is parked.
+    vcpu: Arc<Mutex<Vcpu>>,
     thread: Option<JoinHandle<()>>,
     kicker: Arc<Kicker>,
     counters: Arc<Counters>,
@@ -69,8 +71,9 @@ impl Crew {
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let counters = Arc::new(Counters::default());
             let kicker = vcpu.kicker();
+            let vcpu = Arc::new(Mutex::new(vcpu));
             let runner = exits::Runner {
-                vcpu,
+                vcpu: Arc::clone(&vcpu),
                 index,
                 gate: Arc::clone(&crew.gate),
                 buses: Arc::clone(buses),
@@ -78,7 +81,7 @@ impl Crew {
             };
             let thread =
                 std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || runner.run())?;
-            crew.members.push(Member { thread: Some(thread), kicker, counters, index });
+            crew.members.push(Member { vcpu, thread: Some(thread), kicker, counters, index });
         }
         Ok(crew)
     }
@@ -101,6 +104,12 @@ impl Crew {
                 Err(NotParked { running, all: self.members.len() })
             }
         }
+    }
+
+    /// Every vCPU as it stands. All are parked.
+    pub(crate) fn save(&self, msrs: &[u32]) -> Result<Vec<CpuState>, kvm::Error> {
+        let save = |member: &Member| member.vcpu.lock().unwrap_or_else(PoisonError::into_inner).save(msrs);
+        self.members.iter().map(save).collect()
     }
 
     /// Exits and CPU time in nanoseconds by vCPU.

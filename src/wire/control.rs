@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{MachineSpec, RateLimits};
+use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
 use crate::will::Reason;
 
 /// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
@@ -29,6 +30,15 @@ pub enum Command {
     },
     /// Build the machine and let its vCPUs run. Descriptors travel in the same packet. Once per process.
     Boot(Box<MachineSpec>),
+    /// Build the machine as another one was when it was saved, instead of [`Command::Boot`]. Once per process.
+    Restore(Box<RestoreSpec>),
+    /// Save the machine into files that travel in the same packet. Answered when the moment that is saved has passed;
+    /// how the copying goes on is told by [`Notice::Save`] and [`Command::SaveStatus`]. One at a time.
+    Save(SaveSpec),
+    /// Give up the save that is under way. What was written is of no use. Repeatable.
+    CancelSave,
+    /// How the save that is under way, or the last one, stands. Answered with [`Reply::Save`].
+    SaveStatus,
     /// Stop the vCPUs and drain the devices; answered when no I/O is in flight. Repeatable.
     Pause,
     /// Let the vCPUs run again. Repeatable.
@@ -114,6 +124,8 @@ pub enum Reply {
         /// At most the length sent.
         bytes: u64,
     },
+    /// Answer to [`Command::SaveStatus`].
+    Save(SaveStatus),
     /// Answer to [`Command::Stats`].
     Stats(Box<MachineStats>),
 }
@@ -189,6 +201,10 @@ pub enum Notice {
         /// What the guest did.
         detail: String,
     },
+    /// A save has got further, or to its end.
+    Save(SaveStatus),
+    /// The machine is as it was saved. It runs, unless it was asked to stay paused.
+    Restored,
     /// The guest's kernel crashed and said so through pvpanic.
     GuestPanicked,
     /// The machine has ended; the same is in the last will.

@@ -16,4 +16,5 @@ pub mod isolation;
 pub mod launch;
 pub mod limits;
 pub mod machine;
+pub mod saved;
 pub mod will;

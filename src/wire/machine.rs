@@ -244,7 +244,7 @@ impl MachineSpec {
             nic.rx_limits.check(&format!("/nics/{at}/rx_limits"))?;
             nic.tx_limits.check(&format!("/nics/{at}/tx_limits"))?;
         }
-        self.check_descriptors(descriptors)
+        check_descriptors(self.descriptors(), descriptors)
     }
 
     /// Every descriptor the specification names, with the field that names it.
@@ -258,20 +258,21 @@ impl MachineSpec {
         named.extend(self.nics.iter().enumerate().map(|(at, n)| (format!("/nics/{at}/tap"), n.tap)));
         named
     }
+}
 
-    fn check_descriptors(&self, descriptors: usize) -> Result<(), SpecError> {
-        let mut taken = vec![false; descriptors];
-        for (field, FdIndex(index)) in self.descriptors() {
-            match taken.get_mut(usize::from(index)) {
-                None => {
-                    return refuse(field, format!("descriptor {index} did not arrive; {descriptors} did"));
-                }
-                Some(true) => return refuse(field, format!("descriptor {index} is named twice")),
-                Some(slot) => *slot = true,
+/// Checks that each of the `named` descriptors is one of those that came in the packet, and named once.
+pub(crate) fn check_descriptors(named: Vec<(String, FdIndex)>, descriptors: usize) -> Result<(), SpecError> {
+    let mut taken = vec![false; descriptors];
+    for (field, FdIndex(index)) in named {
+        match taken.get_mut(usize::from(index)) {
+            None => {
+                return refuse(field, format!("descriptor {index} did not arrive; {descriptors} did"));
             }
+            Some(true) => return refuse(field, format!("descriptor {index} is named twice")),
+            Some(slot) => *slot = true,
         }
-        Ok(())
     }
+    Ok(())
 }
 
 impl RateLimits {

@@ -12,3 +12,4 @@ mod peers;
 mod probe_guest;
 mod run;
 mod sandbox;
+mod saved;

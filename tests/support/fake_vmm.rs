@@ -30,6 +30,7 @@ use wire::control::{
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{MachineSpec, RateLimits};
+use wire::saved::SaveStatus;
 use wire::will::{Reason, Will};
 
 /// What the guests of new machines do.
@@ -509,6 +510,12 @@ impl Running {
                 Ok(Reply::Done)
             }
             Command::SetBalloon { .. } | Command::LimitNic { .. } => Ok(Reply::Done),
+            Command::SaveStatus => Ok(Reply::Save(SaveStatus::None)),
+            Command::CancelSave => Ok(Reply::Done),
+            Command::Save(_) | Command::Restore(_) => {
+                let detail = "this machine has no memory that could be saved".to_owned();
+                Err(Fault { code: FaultCode::Host, detail })
+            }
         };
         if follows.is_err() && self.guest == Guest::DiesAtBoot {
             return Err(Ended(Some(ExitStatus::Signal(11))));

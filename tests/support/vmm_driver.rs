@@ -20,6 +20,7 @@ use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Reques
 use wire::launch::fd;
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
+use wire::saved::{MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::Will;
 
 /// How long anything may take. A machine that runs probe guests answers in milliseconds.
@@ -47,6 +48,13 @@ pub(crate) struct Vmm {
     console: Option<Ring>,
     next_id: u64,
     notices: VecDeque<Notice>,
+}
+
+/// A machine as files.
+pub(crate) struct Saved {
+    pub(crate) state: File,
+    pub(crate) memory: File,
+    pub(crate) report: SaveReport,
 }
 
 /// A machine to boot: the specification is changed freely before [`Vmm::boot`].
@@ -158,14 +166,86 @@ impl Vmm {
 
     /// Boots a machine; gives the refusal back.
     pub(crate) fn try_boot(&mut self, mut machine: Machine) -> Result<(), Fault> {
+        machine.spec.console = Console { ring: machine.add(self.make_console()) };
+        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
+        let id = self.send(Command::Boot(Box::new(machine.spec)), &descriptors);
+        self.reply(id).map(drop)
+    }
+
+    /// Saves the machine, which is paused, into two files and waits for the end of it.
+    pub(crate) fn save(&mut self) -> Saved {
+        let (state, memory) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let report =
+            self.save_into(&state, &memory).unwrap_or_else(|detail| panic!("{detail}\n{}", self.told()));
+        Saved { state, memory, report }
+    }
+
+    /// Saves the machine into these files; answers what came of it.
+    pub(crate) fn save_into(&mut self, state: &File, memory: &File) -> Result<SaveReport, String> {
+        self.begin_save(state, memory).map_err(|fault| fault.detail)?;
+        self.end_of_save()
+    }
+
+    /// Begins to save.
+    pub(crate) fn begin_save(&mut self, state: &File, memory: &File) -> Result<(), Fault> {
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1) };
+        let id = self.send(Command::Save(spec), &[state.as_fd(), memory.as_fd()]);
+        self.reply(id).map(drop)
+    }
+
+    /// Waits for the end of the save that is under way.
+    pub(crate) fn end_of_save(&mut self) -> Result<SaveReport, String> {
+        let ends = |notice: &Notice| {
+            matches!(notice, Notice::Save(SaveStatus::Saved(_) | SaveStatus::Failed { .. }))
+        };
+        match self.wait_for_notice("the end of the save", ends) {
+            Notice::Save(SaveStatus::Saved(report)) => Ok(report),
+            Notice::Save(SaveStatus::Failed { detail }) => Err(detail),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Builds a machine from what was saved; gives the refusal back. `change` is for what is not usual.
+    pub(crate) fn try_restore(
+        &mut self,
+        mut machine: Machine,
+        saved: &Saved,
+        change: impl FnOnce(&mut RestoreSpec),
+    ) -> Result<(), Fault> {
+        machine.spec.console = Console { ring: machine.add(self.make_console()) };
+        let state = machine.add(saved.state.try_clone().unwrap());
+        let memory = machine.add(saved.memory.try_clone().unwrap());
+        let mut spec = RestoreSpec {
+            machine: machine.spec,
+            state,
+            root: saved.report.root,
+            memory,
+            how: MemoryUse::Private,
+            clock: Default::default(),
+            counters: Default::default(),
+            then: Then::Run,
+        };
+        change(&mut spec);
+        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
+        let id = self.send(Command::Restore(Box::new(spec)), &descriptors);
+        self.reply(id).map(drop)
+    }
+
+    /// Starts a VMM and restores a machine in it.
+    pub(crate) fn restore(machine: Machine, saved: &Saved, change: impl FnOnce(&mut RestoreSpec)) -> Vmm {
+        let mut vmm = Vmm::start();
+        if let Err(fault) = vmm.try_restore(machine, saved, change) {
+            panic!("cannot restore: {fault}\n{}", vmm.told());
+        }
+        vmm
+    }
+
+    fn make_console(&mut self) -> File {
         let path = self.directory.path().join("console.ring");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
         Ring::create(file.try_clone().unwrap(), CONSOLE_RING_BYTES).unwrap();
         self.console = Some(Ring::open(file.try_clone().unwrap()).unwrap());
-        machine.spec.console = Console { ring: machine.add(file) };
-        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
-        let id = self.send(Command::Boot(Box::new(machine.spec)), &descriptors);
-        self.reply(id).map(drop)
+        file
     }
 
     /// Its process id.

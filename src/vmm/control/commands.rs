@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use wire::control::{Command, Fault, FaultCode, MachineState, Notice, PROTOCOL, Reply};
 use wire::limits::CONSOLE_INPUT_BYTES_MAX;
 use wire::machine::{MachineSpec, OnReset};
+use wire::saved::RestoreSpec;
 use wire::will::Reason;
 
 use super::Shell;
@@ -36,6 +37,17 @@ impl Shell {
                 sandbox: self.sandbox,
             }),
             Command::Boot(spec) => self.boot(*spec, descriptors),
+            Command::Restore(spec) => self.restore(*spec, descriptors),
+            Command::Save(spec) => {
+                let checked = spec.check(descriptors.len());
+                checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+                self.machine()?.save(&spec, descriptors).map(done).map_err(Fault::from)
+            }
+            Command::CancelSave => {
+                self.machine()?.cancel_save();
+                Ok(Reply::Done)
+            }
+            Command::SaveStatus => Ok(Reply::Save(self.machine()?.save_status())),
             Command::Pause => self.machine()?.pause().map(done).map_err(Fault::from),
             Command::Resume => self.machine()?.resume().map(done).map_err(Fault::from),
             Command::PressPowerButton => {
@@ -100,6 +112,19 @@ impl Shell {
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
         self.machine = Some(Machine::build(&self.host, spec, descriptors, &self.bell)?);
         self.tell_all(&Notice::Booted { resets: 0 });
+        Ok(Reply::Done)
+    }
+
+    fn restore(&mut self, spec: RestoreSpec, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+        if self.machine.is_some() {
+            return Err(fault(
+                FaultCode::WrongState,
+                "a VMM holds one machine; start another VMM to restore into",
+            ));
+        }
+        spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+        self.machine = Some(Machine::restore(&self.host, spec, descriptors, &self.bell)?);
+        self.tell_all(&Notice::Restored);
         Ok(Reply::Done)
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use devices::pci::Function;
 use devices::power::{self, Power, PowerEvents};
 use devices::serial::{self, Serial};
 use devices::virtio::VirtioDevice;
@@ -23,6 +24,7 @@ use super::{Error, translate};
 use crate::bell::{Bell, Ending};
 use crate::boot;
 use crate::console::Console;
+use crate::snapshot::MachineState;
 use crate::threads;
 use crate::vcpu::{Buses, Crew};
 
@@ -32,6 +34,20 @@ const SLOT_RNG: u8 = 1;
 /// The address port and the data port.
 const PCI_CONFIG_PORTS: u64 = 8;
 
+/// What a machine begins with.
+pub(super) enum Origin<'a> {
+    /// The kernel of its plan, in memory that is all zeroes.
+    Kernel,
+    /// What another was.
+    Saved {
+        /// Complete.
+        ram: Arc<Ram>,
+        state: &'a MachineState,
+        /// The guest's clock, before anything else is restored: some registers make KVM write what it shows.
+        clock_ns: u64,
+    },
+}
+
 /// Builds everything; nothing runs yet.
 pub(super) fn build(
     host: &Host,
@@ -39,18 +55,23 @@ pub(super) fn build(
     lasting: &Lasting,
     console: &Arc<Console>,
     bell: &Arc<Bell>,
+    origin: Origin<'_>,
 ) -> Result<Parts, Error> {
     let spec = &plan.spec;
-    let ram = memory::new(spec.memory_bytes)?;
+    let ram = match &origin {
+        Origin::Kernel => memory::new(spec.memory_bytes)?,
+        Origin::Saved { ram, .. } => Arc::clone(ram),
+    };
     let vm = Vm::new(host, Arc::clone(&ram), Irqchip::Kernel)?;
-    let vcpus = make_vcpus(host, plan, &vm)?;
+    let shown = shown_cpuid(host, plan, &origin)?;
+    let vcpus = make_vcpus(plan, &vm, &shown)?;
 
     let mut slots = Slots::new(&vm, &ram, bell);
     slots.attach(Box::new(Rng::new(Arc::clone(&lasting.rng))))?;
     let balloon = attach_balloon(&mut slots, plan, lasting)?;
     let disks = attach_disks(&mut slots, plan, lasting)?;
     let nics = attach_nics(&mut slots, plan, lasting)?;
-    let root = slots.root;
+    let Slots { root, functions, .. } = slots;
 
     let serial = Arc::new(Serial::new(line(&vm, layout::SERIAL_GSI)?, console.sink()));
     let power = Power::new(line(&vm, layout::EVENT_GSI)?, Arc::new(Guest(Arc::clone(bell))));
@@ -61,6 +82,24 @@ pub(super) fn build(
         bell: Arc::clone(bell),
     });
 
+    match origin {
+        Origin::Kernel => load(plan, &ram, &vcpus)?,
+        Origin::Saved { state, clock_ns, .. } => {
+            vm.set_clock_ns(clock_ns)?;
+            take_over(state, &vm, &vcpus, &root, &functions)?;
+            serial.restore(&state.serial)?;
+            power.restore(state.events)?;
+        }
+    }
+    let crew =
+        Crew::start(vcpus, &buses).map_err(|cause| Error::Host { what: "vCPU threads".to_owned(), cause })?;
+    let (msrs, cpuid) = (host.kept_msrs()?, cpuid::save(&shown));
+    Ok(Parts { crew, root, serial, power, balloon, disks, nics, functions, ram, vm, msrs, cpuid })
+}
+
+/// Puts the kernel into memory and the first vCPU before it.
+fn load(plan: &Plan, ram: &Ram, vcpus: &[Vcpu]) -> Result<(), Error> {
+    let spec = &plan.spec;
     let read =
         |field: &str, at| plan.file(at).map_err(|cause| Error::File { field: field.to_owned(), cause });
     let source = boot::Source {
@@ -69,16 +108,40 @@ pub(super) fn build(
         cmdline: &spec.boot.cmdline,
         vcpus: spec.vcpus,
     };
-    let start = boot::prepare(&ram, &source)?;
+    let start = boot::prepare(ram, &source)?;
     if let Some(first) = vcpus.first() {
         first.start(start)?;
     }
-    let crew =
-        Crew::start(vcpus, &buses).map_err(|cause| Error::Host { what: "vCPU threads".to_owned(), cause })?;
-    Ok(Parts { crew, root, serial, power, balloon, disks, nics, vm })
+    Ok(())
 }
 
-fn make_vcpus(host: &Host, plan: &Plan, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, Error> {
+/// Makes processors, controllers and functions what they were. Processors first: what a function has pending reaches
+/// their controllers at once.
+fn take_over(
+    state: &MachineState,
+    vm: &Vm,
+    vcpus: &[Vcpu],
+    root: &pci::Root,
+    functions: &[Arc<VirtioPci>],
+) -> Result<(), Error> {
+    if state.cpus.len() != vcpus.len() || state.functions.len() != functions.len() {
+        let detail = format!("{} processors and {} functions", state.cpus.len(), state.functions.len());
+        return Err(Error::Invalid { field: "/state".to_owned(), detail });
+    }
+    for (vcpu, saved) in vcpus.iter().zip(&state.cpus) {
+        vcpu.restore(saved)?;
+        vcpu.mark_paused()?;
+    }
+    vm.restore(&state.vm)?;
+    root.set_address(state.pci_address);
+    for (function, saved) in functions.iter().zip(&state.functions) {
+        function.restore(saved)?;
+    }
+    Ok(())
+}
+
+/// What CPU the guest sees.
+fn shown_cpuid(host: &Host, plan: &Plan, origin: &Origin<'_>) -> Result<Vec<cpuid::Entry>, Error> {
     let spec = &plan.spec;
     if usize::from(spec.vcpus) > host.vcpus_max() {
         let detail =
@@ -88,10 +151,17 @@ fn make_vcpus(host: &Host, plan: &Plan, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, Error
     let processors = cpuid::Processors { count: spec.vcpus, tsc_deadline: host.has("TSC_DEADLINE_TIMER") };
     let shaped = cpuid::shape(&host.supported_cpuid()?, translate::template(spec.cpu), processors);
     let shaped = shaped.map_err(Error::Cpu)?;
+    match origin {
+        Origin::Kernel => Ok(shaped),
+        Origin::Saved { state, .. } => Ok(cpuid::admit(&state.cpuid, &shaped)?),
+    }
+}
+
+fn make_vcpus(plan: &Plan, vm: &Arc<Vm>, shown: &[cpuid::Entry]) -> Result<Vec<Vcpu>, Error> {
     let mut vcpus = Vec::new();
-    for index in 0..spec.vcpus {
+    for index in 0..plan.spec.vcpus {
         let vcpu = Vcpu::new(vm, index)?;
-        vcpu.prepare(&cpuid::for_processor(&shaped, index))?;
+        vcpu.prepare(&cpuid::for_processor(shown, index))?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)
@@ -100,6 +170,7 @@ fn make_vcpus(host: &Host, plan: &Plan, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, Error
 /// The bus being filled.
 struct Slots {
     root: pci::Root,
+    functions: Vec<Arc<VirtioPci>>,
     next: u8,
     vm: Arc<Vm>,
     ram: Arc<Ram>,
@@ -111,6 +182,7 @@ impl Slots {
     fn new(vm: &Arc<Vm>, ram: &Arc<Ram>, bell: &Arc<Bell>) -> Slots {
         Slots {
             root: pci::Root::new(),
+            functions: Vec::new(),
             next: SLOT_RNG,
             vm: Arc::clone(vm),
             ram: Arc::clone(ram),
@@ -133,8 +205,10 @@ impl Slots {
         );
         let function = function.map_err(|cause| Error::Host { what: name.clone(), cause })?;
         let bar = layout::PCI_MMIO_START + u64::from(self.next) * layout::PCI_BAR_BYTES;
-        let attached = self.root.attach(self.next, Arc::new(function), bar);
+        let function = Arc::new(function);
+        let attached = self.root.attach(self.next, Arc::clone(&function) as Arc<dyn Function>, bar);
         attached.map_err(|error| Error::Host { what: name, cause: io::Error::other(error) })?;
+        self.functions.push(function);
         self.next += 1;
         Ok(())
     }

@@ -7,7 +7,9 @@ use devices::serial::Serial;
 use devices::virtio::balloon::BalloonControl;
 use devices::virtio::block::BlockControl;
 use devices::virtio::net::NetControl;
-use kvm::Vm;
+use devices::virtio::transport::pci::VirtioPci;
+use kvm::{Vm, cpuid};
+use memory::Ram;
 
 use crate::vcpu::Crew;
 
@@ -21,7 +23,13 @@ pub(super) struct Parts {
     pub(super) balloon: BalloonControl,
     pub(super) disks: Vec<BlockControl>,
     pub(super) nics: Vec<NetControl>,
+    /// What is on the bus, by slot.
+    pub(super) functions: Vec<Arc<VirtioPci>>,
+    pub(super) ram: Arc<Ram>,
     pub(super) vm: Arc<Vm>,
+    /// What is kept of a vCPU's registers, and what CPU the guest sees.
+    pub(super) msrs: Vec<u32>,
+    pub(super) cpuid: Vec<cpuid::Saved>,
 }
 
 impl Drop for Parts {

@@ -11,14 +11,15 @@ use super::Error;
 /// Specification and descriptors.
 pub(super) struct Plan {
     pub(super) spec: MachineSpec,
-    files: Vec<File>,
+    /// By their positions in the packet. Absent are those that are not the machine's.
+    files: Vec<Option<File>>,
 }
 
 impl Plan {
     /// Fails with the field when the specification does not hold for these descriptors.
-    pub(super) fn new(spec: MachineSpec, descriptors: Vec<OwnedFd>) -> Result<Plan, Error> {
+    pub(super) fn new(spec: MachineSpec, descriptors: Vec<Option<OwnedFd>>) -> Result<Plan, Error> {
         check(&spec, descriptors.len())?;
-        Ok(Plan { spec, files: descriptors.into_iter().map(File::from).collect() })
+        Ok(Plan { spec, files: descriptors.into_iter().map(|file| file.map(File::from)).collect() })
     }
 
     /// Changes the specification, if the result still holds.
@@ -32,7 +33,8 @@ impl Plan {
 
     /// The file at a position of the packet.
     pub(super) fn file(&self, FdIndex(at): FdIndex) -> io::Result<&File> {
-        self.files.get(usize::from(at)).ok_or_else(|| io::ErrorKind::NotFound.into())
+        let file = self.files.get(usize::from(at)).and_then(Option::as_ref);
+        file.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// A descriptor of one's own for the same open file.

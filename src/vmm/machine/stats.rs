@@ -16,6 +16,8 @@ use super::parts::Parts;
 use crate::console::Console;
 use crate::vcpu::Crew;
 
+mod sum;
+
 /// What one process keeps.
 pub(super) struct Lasting {
     /// Opened once: when the sandbox is closed, no ring can be made.
@@ -30,6 +32,8 @@ pub(super) struct Lasting {
     pub(super) nics: Vec<Arc<NetStats>>,
     pub(super) rng: Arc<RngStats>,
     pub(super) balloon: Arc<BalloonStats>,
+    /// What the machine had done before this process took it over.
+    pub(super) before: MachineStats,
 }
 
 impl Lasting {
@@ -44,6 +48,7 @@ impl Lasting {
             nics: spec.nics.iter().map(|_| Arc::default()).collect(),
             rng: Arc::default(),
             balloon: Arc::default(),
+            before: MachineStats::default(),
         }
     }
 
@@ -65,7 +70,7 @@ impl Lasting {
         spec: &MachineSpec,
         console: &Console,
     ) -> MachineStats {
-        MachineStats {
+        let here = MachineStats {
             running_ns: self.ran_ns.saturating_add(current_ns(run)),
             resets: self.resets,
             vcpus: parts.map_or_else(|| self.vcpus.clone(), |parts| self.with(&parts.crew)),
@@ -80,7 +85,8 @@ impl Lasting {
             rng_bytes: load(&self.rng.bytes),
             console_written: console.written(),
             unclaimed_accesses: load(&self.unclaimed),
-        }
+        };
+        sum::with_before(here, &self.before)
     }
 
     fn with(&self, crew: &Crew) -> Vec<VcpuStats> {

@@ -67,13 +67,13 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
             calls.extend(any(BLOCK));
             calls.extend(any(NET));
             calls.extend(any(BALLOON));
+            calls.extend(any(SAVE));
             calls.extend(any(&[
                 libc::SYS_recvmsg,
                 libc::SYS_sendmsg,
                 libc::SYS_accept4,
                 libc::SYS_shutdown,
                 libc::SYS_memfd_create,
-                libc::SYS_ftruncate,
                 libc::SYS_lseek,
                 libc::SYS_fstat,
                 libc::SYS_newfstatat,
@@ -87,6 +87,7 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
                 libc::F_SETFL,
                 libc::F_DUPFD_CLOEXEC,
                 libc::F_ADD_SEALS,
+                libc::F_GET_SEALS,
             ];
             let commands = commands.map(|command| u64::from(command.unsigned_abs()));
             calls.push((libc::SYS_fcntl, one_of(1, &commands)?));
@@ -117,6 +118,7 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
             calls.extend(any(SHARED_BY_DEVICES));
             calls.extend(any(BALLOON));
         }
+        Filter::Save => calls.extend(any(SAVE)),
         Filter::Rng | Filter::NoClone3 | Filter::NoRings => calls.extend(any(SHARED_BY_DEVICES)),
     }
     Ok(calls)
@@ -202,6 +204,9 @@ const NET: &[libc::c_long] = &[libc::SYS_readv, libc::SYS_writev];
 
 /// Giving pages back.
 const BALLOON: &[libc::c_long] = &[libc::SYS_fallocate];
+
+/// Writing a file that has no length yet.
+const SAVE: &[libc::c_long] = &[libc::SYS_ftruncate, libc::SYS_fdatasync];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

@@ -1,7 +1,7 @@
 //! The loop of one vCPU thread: enter the guest, answer what it wants, again. Addresses and data are the
 //! guest's and go to the buses as they are.
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::Claim;
 use kvm::{Exit, SystemEvent, Vcpu};
@@ -14,7 +14,7 @@ use crate::threads::{self, ThreadKind};
 
 /// Everything one thread needs.
 pub(super) struct Runner {
-    pub(super) vcpu: Vcpu,
+    pub(super) vcpu: Arc<Mutex<Vcpu>>,
     pub(super) index: usize,
     pub(super) gate: Arc<Gate>,
     pub(super) buses: Arc<Buses>,
@@ -43,8 +43,12 @@ impl Runner {
         if self.gate.pass() == Wish::Leave {
             return;
         }
+        // Whoever takes a parked vCPU's state holds it meanwhile.
+        let shared = Arc::clone(&self.vcpu);
+        let hold = || -> MutexGuard<'_, Vcpu> { shared.lock().unwrap_or_else(PoisonError::into_inner) };
+        let mut vcpu = hold();
         loop {
-            let next = answer(self.vcpu.run(), self.index, &self.buses);
+            let next = answer(vcpu.run(), self.index, &self.buses);
             self.counters.exits.fetch_add(1, Ordering::Relaxed);
             match next {
                 // Always through KVM_RUN again: it completes the access that was just answered, and a kick
@@ -53,11 +57,18 @@ impl Runner {
                 Next::Look => match self.gate.look() {
                     Wish::Run => (),
                     Wish::Leave => return,
-                    Wish::Park if self.gate.pass() == Wish::Leave => return,
-                    Wish::Park => self.wake(),
+                    Wish::Park => {
+                        drop(vcpu);
+                        if self.gate.pass() == Wish::Leave {
+                            return;
+                        }
+                        vcpu = hold();
+                        self.wake(&vcpu);
+                    }
                 },
                 Next::End(ending) => {
                     self.buses.bell.end(ending);
+                    drop(vcpu);
                     return self.gate.rest();
                 }
             }
@@ -65,8 +76,8 @@ impl Runner {
     }
 
     /// The guest is told that it was stopped, so that its watchdogs do not count the pause.
-    fn wake(&self) {
-        if let Err(error) = self.vcpu.mark_paused() {
+    fn wake(&self, vcpu: &Vcpu) {
+        if let Err(error) = vcpu.mark_paused() {
             log::line(format_args!("vcpu{}: {}", self.index, log::chain(&error)));
         }
     }

@@ -1,0 +1,107 @@
+//! A machine as files, the one form for all who keep or move one: `format` is sections and their digest, `contents`
+//! what is in them, `table` which parts of memory there are, `copy` moves memory between machine and file. `machine`
+//! fills and reads it; nothing here knows a running machine or a socket.
+//!
+//! ```text
+//! state file: header ─ sections ─ (JSON: shape, machine, counters) ─ table of memory       its SHA-256 is the root
+//! memory file: every byte at the offset it has in memory, the rest holes           digests of its parts: the table
+//! ```
+mod contents;
+mod copy;
+mod format;
+mod table;
+
+pub(crate) use contents::{Contents, Counted, MachineState, Shape};
+pub(crate) use copy::{copy_in, copy_out};
+pub(crate) use table::Table;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use sha2::{Digest as _, Sha256};
+use wire::saved::Digest;
+
+use crate::limits::{STATE_BYTES_MAX, STATE_BYTES_PER_MIB};
+
+/// Why a machine cannot be saved, or what was saved not read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("cannot {doing}")]
+    File {
+        doing: &'static str,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("the state file has {found} bytes; one for this machine has at most {most}")]
+    TooLong { found: u64, most: u64 },
+    #[error("the state file is not the one that was named: its digest is {found}")]
+    Root { found: Digest },
+    #[error("the state file {0}")]
+    Form(String),
+    #[error("the state file's {section}: {detail}")]
+    Section { section: &'static str, detail: String },
+    #[error("memory at {offset:#x} is not what was saved there")]
+    Chunk { offset: u64 },
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error("the save was cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// Whether the host failed, not what was given.
+    pub(crate) fn is_of_the_host(&self) -> bool {
+        matches!(self, Error::File { .. } | Error::Memory(_) | Error::Cancelled)
+    }
+}
+
+/// Writes the state file from its start; answers its digest and its length in bytes.
+pub(crate) fn write(file: &File, contents: &Contents, table: &Table) -> Result<(Digest, u64), Error> {
+    let mut sections = contents.sections()?;
+    sections.push(table.section());
+    let bytes = format::join(&sections);
+    file.set_len(0).and_then(|()| file.write_all_at(&bytes, 0)).map_err(writing)?;
+    file.sync_data().map_err(writing)?;
+    Ok((digest(&bytes), bytes.len() as u64))
+}
+
+/// Reads a state file for a machine of `memory_bytes` that has the digest `root`. Nothing of it is looked at before
+/// the digest has been found right.
+pub(crate) fn read(file: &File, root: Digest, memory_bytes: u64) -> Result<(Contents, Table), Error> {
+    let reading = |cause| Error::File { doing: "read the state file", cause };
+    let found = file.metadata().map_err(reading)?.len();
+    let most = STATE_BYTES_MAX + (memory_bytes >> 20) * STATE_BYTES_PER_MIB;
+    if found > most {
+        return Err(Error::TooLong { found, most });
+    }
+    let mut bytes = vec![0; found as usize];
+    file.read_exact_at(&mut bytes, 0).map_err(reading)?;
+    let found = digest(&bytes);
+    if found != root {
+        return Err(Error::Root { found });
+    }
+    parse(&bytes)
+}
+
+/// What the bytes of a state file say.
+pub(crate) fn parse(bytes: &[u8]) -> Result<(Contents, Table), Error> {
+    let mut sections = format::split(bytes)?;
+    let contents = Contents::parse(&mut sections)?;
+    let table = Table::parse(&mut sections)?;
+    match sections.first_unknown() {
+        None => Ok((contents, table)),
+        Some(name) => Err(Error::Form(format!("has a section {name:?} that this version does not know"))),
+    }
+}
+
+fn writing(cause: io::Error) -> Error {
+    Error::File { doing: "write the state file", cause }
+}
+
+fn digest(bytes: &[u8]) -> Digest {
+    Digest(Sha256::digest(bytes).into())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,68 @@
+//! Memory between a machine and a file, part by part, each with its digest. Whoever calls sees to it that memory holds
+//! still.
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use memory::{Extent, Ram};
+use sha2::{Digest as _, Sha256};
+use wire::saved::Digest;
+
+use super::Error;
+use super::table::{PART_BYTES_MAX, Part, Table};
+
+/// Copies `extents` of memory to the same offsets of `file`, which is empty. `step` is told of every byte that was
+/// looked at, and ends it by answering no.
+pub(crate) fn copy_out(
+    ram: &Ram,
+    memory_bytes: u64,
+    extents: &[Extent],
+    file: &File,
+    mut step: impl FnMut(u64) -> bool,
+) -> Result<Table, Error> {
+    let writing = |cause| Error::File { doing: "write the memory file", cause };
+    file.set_len(memory_bytes).map_err(writing)?;
+    let mut table = Table { memory_bytes, parts: Vec::new() };
+    let mut buffer = vec![0; PART_BYTES_MAX as usize];
+    for Extent { offset, bytes } in extents.iter().copied().flat_map(cut) {
+        let Some(data) = buffer.get_mut(..bytes as usize) else { continue };
+        memory::read(ram, offset, data)?;
+        // What was touched and is zero again needs no space either.
+        if !memory::is_zero(data) {
+            file.write_all_at(data, offset).map_err(writing)?;
+            let digest = Digest(Sha256::digest(&*data).into());
+            table.parts.push(Part { offset, bytes: bytes as u32, digest });
+        }
+        if !step(bytes) {
+            return Err(Error::Cancelled);
+        }
+    }
+    file.sync_data().map_err(writing)?;
+    Ok(table)
+}
+
+/// Fills memory, which is all zeroes, with the parts of `table` from `file`. None is used that is not what was saved.
+pub(crate) fn copy_in(ram: &Ram, table: &Table, file: &File) -> Result<(), Error> {
+    let mut buffer = vec![0; PART_BYTES_MAX as usize];
+    for part in &table.parts {
+        let Some(data) = buffer.get_mut(..part.bytes as usize) else { continue };
+        let read = file.read_exact_at(data, part.offset);
+        read.map_err(|cause| Error::File { doing: "read the memory file", cause })?;
+        if Digest(Sha256::digest(&*data).into()) != part.digest {
+            return Err(Error::Chunk { offset: part.offset });
+        }
+        memory::fill(ram, part.offset, data)?;
+    }
+    Ok(())
+}
+
+/// Cuts an extent at multiples of the longest part, so that parts of two saves can be compared.
+fn cut(extent: Extent) -> impl Iterator<Item = Extent> {
+    let end = extent.offset + extent.bytes;
+    let mut at = extent.offset;
+    std::iter::from_fn(move || {
+        let next = (at / u64::from(PART_BYTES_MAX) + 1) * u64::from(PART_BYTES_MAX);
+        let part = Extent { offset: at, bytes: next.min(end) - at };
+        at = next.min(end);
+        (part.bytes > 0).then_some(part)
+    })
+}

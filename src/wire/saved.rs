@@ -1,0 +1,196 @@
+//! Saving a machine and building it again from what was saved: commands and reports. What the files hold is the VMM's
+//! matter; the daemon keeps them, and the digest by which a reader knows that they are the ones.
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::machine::{FdIndex, MachineSpec, SpecError};
+
+/// A SHA-256 digest, in JSON 64 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Digest(pub [u8; 32]);
+
+/// What to save, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaveSpec {
+    /// An empty file, open for writing, for everything but memory.
+    pub state: FdIndex,
+    /// An empty file, open for writing, for memory: as long as memory, each byte at the offset it has there, and what
+    /// is not written a hole.
+    pub memory: FdIndex,
+}
+
+/// How a save stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum SaveStatus {
+    /// Nothing was ever saved by this process.
+    None,
+    /// Memory is being copied.
+    Copying {
+        /// Bytes of memory looked at.
+        done_bytes: u64,
+        /// Bytes of memory to look at.
+        total_bytes: u64,
+    },
+    /// Both files are complete and on their medium.
+    Saved(SaveReport),
+    /// Neither file is of use.
+    Failed {
+        /// Why.
+        detail: String,
+    },
+}
+
+/// What was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaveReport {
+    /// Digest of the whole state file, which holds the digests of all of memory. Whoever restores names it.
+    pub root: Digest,
+    /// Length of the state file in bytes.
+    pub state_bytes: u64,
+    /// Bytes of memory that were written; the rest is holes.
+    pub memory_bytes: u64,
+    /// How long the machine stood still for it, in microseconds; 0 when it was paused already.
+    pub stall_us: u64,
+    /// How long all of it took, in microseconds.
+    pub total_us: u64,
+}
+
+/// What to build a machine from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreSpec {
+    /// The machine, with as much memory and as many vCPUs, disks and interfaces as the one that was saved. A later
+    /// reset boots what it says.
+    pub machine: MachineSpec,
+    /// The state file, open for reading.
+    pub state: FdIndex,
+    /// The digest that was reported when it was saved.
+    pub root: Digest,
+    /// The memory file, open for reading.
+    pub memory: FdIndex,
+    /// How memory comes from the file.
+    pub how: MemoryUse,
+    /// The guest's clock.
+    #[serde(default)]
+    pub clock: Clock,
+    /// Whether counters go on.
+    #[serde(default)]
+    pub counters: Counters,
+    /// What the machine does then.
+    #[serde(default)]
+    pub then: Then,
+}
+
+/// How a machine's memory comes from a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryUse {
+    /// Mapped; what the guest writes stays in this process, and the file must not change while it lives. Nothing is
+    /// read or checked beforehand: only for files whose digests were compared when they came to be.
+    Private,
+    /// Read whole into memory of its own, every part compared with its digest before the guest runs.
+    Copy,
+    /// Taken over with all that is written to it: the sealed memory file of a machine that has ended or stays paused
+    /// for good. Digests say nothing about it.
+    Adopt,
+}
+
+/// What a guest's clock shows after a restore. It never goes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Clock {
+    /// It goes on where it stopped, as after a pause.
+    #[default]
+    Continue,
+    /// The time since the save has passed, by the hosts' wall clocks.
+    Advance,
+}
+
+/// Whether a machine's counters go on from those that were saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Counters {
+    /// It is the same machine.
+    #[default]
+    Continue,
+    /// It is another one, which has done nothing yet.
+    Fresh,
+}
+
+/// What a restored machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    /// Its vCPUs run.
+    #[default]
+    Run,
+    /// It stays paused until [`crate::control::Command::Resume`].
+    Stay,
+}
+
+impl SaveSpec {
+    /// Every descriptor the specification names, with the field that names it.
+    pub fn descriptors(&self) -> Vec<(String, FdIndex)> {
+        vec![("/state".to_owned(), self.state), ("/memory".to_owned(), self.memory)]
+    }
+
+    /// Checks that `descriptors` came in the packet and each is named at most once.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        crate::machine::check_descriptors(self.descriptors(), descriptors)
+    }
+}
+
+impl RestoreSpec {
+    /// Checks the machine and every descriptor.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        self.machine.check(descriptors)?;
+        let mut named = self.machine.descriptors();
+        named.extend([("/state".to_owned(), self.state), ("/memory".to_owned(), self.memory)]);
+        crate::machine::check_descriptors(named, descriptors)
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::str::FromStr for Digest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Digest, DigestError> {
+        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+        if pairs.len() != 32 || !rest.is_empty() {
+            return Err(DigestError);
+        }
+        let digit = |byte: u8| char::from(byte).to_digit(16).ok_or(DigestError);
+        let mut bytes = [0; 32];
+        for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+            *byte = (digit(*high)? << 4 | digit(*low)?) as u8;
+        }
+        Ok(Digest(bytes))
+    }
+}
+
+/// A text that is no digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a digest has 64 hexadecimal digits")]
+pub struct DigestError;
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Digest, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests;
