@@ -15,7 +15,7 @@ use crate::api::text;
 use crate::daemon::{LOOK_AGAIN, Orders, wait_for};
 use crate::sweep::AFTERWARDS;
 use crate::sweep::call::{SUBJECT, Sweep, Verb};
-use crate::world::inside;
+use crate::world::{inside, processes};
 
 /// Points tried with each victim in a normal run.
 const SAMPLE: usize = 10;
@@ -39,23 +39,26 @@ enum Met {
 }
 
 impl Sweep {
-    fn strike(&self, victim: Victim) -> Met {
+    async fn strike(&self, victim: Victim) -> Met {
         let pid = match victim {
             Victim::Launcher => self.stage.launcher(),
             Victim::Vmm => self.stage.vmms().get(SUBJECT).copied(),
         };
-        // That it has just ended by itself is as good as nobody.
-        match pid.map(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL)) {
-            Some(Ok(())) => Met::Struck,
-            _ => Met::Nobody,
+        let Some(pid) = pid else { return Met::Nobody };
+        if kill(Pid::from_raw(pid), Signal::SIGKILL).is_err() {
+            // It has just ended by itself.
+            return Met::Nobody;
         }
+        let gone = async || processes().iter().all(|(other, _)| *other != pid).then_some(());
+        wait_for("the victim's end", gone).await.unwrap();
+        Met::Struck
     }
 
     /// Strikes when the daemon is held, and lets it go on. Ends when `over` is set.
     async fn lie_in_wait(&self, victim: Victim, over: &Cell<bool>) -> Met {
         while !over.get() {
             if self.stage.is_held() {
-                let met = self.strike(victim);
+                let met = self.strike(victim).await;
                 self.stage.release();
                 return met;
             }
@@ -70,23 +73,26 @@ impl Sweep {
         let (beats_before, _) = self.stage.beats(&self.bystander).await;
         self.stage.kill().await;
         let key = self.key("held");
-        let over = Cell::new(false);
+        let (over, struck) = (Cell::new(false), Cell::new(false));
         let calling = async {
             let orders = Orders { hold_at: Some(point.to_owned()), ..Orders::default() };
             self.stage.open(orders).await.map_err(|status| format!("the daemon ended with {status}"))?;
             let (operation, _) = self.call(&key).await?.ok_or("the daemon died")?;
-            let ended = self.stage.finished(&operation).await?;
+            self.stage.finished(&operation).await
+        };
+        let calling = async {
+            let ended = calling.await;
             // The point may follow the end of the operation by a little.
             let end = Instant::now() + AFTERWARDS;
-            while !over.get() && Instant::now() < end {
+            while !struck.get() && Instant::now() < end {
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
             over.set(true);
-            Ok::<Value, String>(ended)
+            ended
         };
         let striking = async {
             let met = self.lie_in_wait(victim, &over).await;
-            over.set(true);
+            struck.set(true);
             met
         };
         let (ended, met) = tokio::join!(calling, striking);
@@ -99,6 +105,11 @@ impl Sweep {
             }
             ended => return Err(format!("{met:?}, and it ended with {ended:?}")),
         };
+        if met == Met::NotReached {
+            // It may get there later, when nobody would let it go on.
+            self.stage.kill().await;
+            self.stage.open_well().await;
+        }
         self.comes_to_rest().await?;
         self.back_to_rest().await;
         self.stage.same_as(&self.rest).await?;

@@ -160,7 +160,7 @@ impl Sweep {
                 self.subject = self.image().await.map(|image| text(&image["id"]));
                 return;
             }
-            Verb::Pause | Verb::Resume => 0,
+            Verb::Reboot | Verb::Reset | Verb::Pause | Verb::Resume => 0,
             _ => return,
         };
         // A guest that has counted once sees its button.
