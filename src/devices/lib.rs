@@ -6,6 +6,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::unreachable,
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects
 )]
@@ -15,6 +16,7 @@
         clippy::unwrap_used,
         clippy::expect_used,
         clippy::panic,
+        clippy::unreachable,
         clippy::indexing_slicing,
         clippy::arithmetic_side_effects,
         reason = "a test that meets the unexpected is meant to fail there and then"
@@ -41,6 +43,7 @@ pub mod virtio;
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::unreachable,
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects,
     reason = "a judge that meets the unexpected is meant to fail there and then"

@@ -207,17 +207,14 @@ fn filter(entry: &mut kvm_cpuid_entry2, template: Template, processors: Processo
 /// Gives a template's CPU the same name on every host: 48 bytes over three leaves.
 fn rename(entry: &mut kvm_cpuid_entry2, template: Template) {
     let part = match entry.function {
-        0x8000_0002..=0x8000_0004 => (entry.function - 0x8000_0002) as usize * 16,
+        0x8000_0002..=0x8000_0004 => (entry.function - 0x8000_0002) as usize * 4,
         _ => return,
     };
     let mut name = format!("Toft processor ({})", template.name()).into_bytes();
     name.resize(48, 0);
-    let word = |at: usize| {
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(&name[part + at..part + at + 4]);
-        u32::from_le_bytes(bytes)
-    };
-    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(4), word(8), word(12));
+    let (words, _) = name.as_chunks();
+    let word = |at: usize| words.get(part + at).map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(1), word(2), word(3));
 }
 
 /// The first leaf of each range tells its last.

@@ -37,8 +37,10 @@ impl Kicker {
         if page == libc::MAP_FAILED {
             return Err(Error::Call { call: "mmap of a vCPU", cause: io::Error::last_os_error() });
         }
-        let page = NonNull::new(page.cast()).expect("mmap without MAP_FIXED does not map address zero");
-        Ok(Kicker { page })
+        // Without MAP_FIXED the kernel maps nothing at address zero.
+        let nowhere =
+            || Error::Call { call: "mmap of a vCPU", cause: io::ErrorKind::AddrNotAvailable.into() };
+        Ok(Kicker { page: NonNull::new(page.cast()).ok_or_else(nowhere)? })
     }
 
     /// Makes the vCPU leave KVM_RUN, at once or as soon as it enters. `thread` is the kernel's id of the

@@ -4,6 +4,24 @@
 //! ```text
 //! host ──▶ vm ──▶ vcpu ──▶ exit       irq, doorbell, clock belong to the vm; kick to the vcpu
 //! ```
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable,
+    clippy::indexing_slicing
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::indexing_slicing,
+        reason = "a test that meets the unexpected is meant to fail there and then"
+    )
+)]
 
 mod cpu_state;
 pub mod cpuid;

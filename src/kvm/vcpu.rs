@@ -116,7 +116,7 @@ impl Vcpu {
                 // SAFETY: KVM_EXIT_MMIO says that this member of the union was written.
                 let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
                 let length = (mmio.len as usize).min(mmio.data.len());
-                let (address, data) = (mmio.phys_addr, &mut mmio.data[..length]);
+                let (address, data) = (mmio.phys_addr, mmio.data.get_mut(..length).unwrap_or_default());
                 if mmio.is_write == 0 {
                     Exit::MmioRead { address, data }
                 } else {
@@ -174,8 +174,9 @@ impl Vcpu {
     fn set_local_interrupts(&self) -> Result<(), Error> {
         let mut lapic = self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
         for (offset, mode) in [(LAPIC_LINT0, DELIVERY_EXTINT), (LAPIC_LINT1, DELIVERY_NMI)] {
-            for (at, byte) in (mode << DELIVERY_MODE_SHIFT).to_le_bytes().into_iter().enumerate() {
-                lapic.regs[offset + at] = byte as libc::c_char;
+            let bytes = (mode << DELIVERY_MODE_SHIFT).to_le_bytes();
+            for (register, byte) in lapic.regs.iter_mut().skip(offset).zip(bytes) {
+                *register = byte as libc::c_char;
             }
         }
         self.fd.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))
@@ -203,7 +204,7 @@ fn io_exit(run: &mut b::kvm_run) -> Exit<'_> {
 
 fn internal_error(internal: &b::kvm_run__bindgen_ty_1__bindgen_ty_13, rip: u64) -> Broken {
     let length = (internal.ndata as usize).min(internal.data.len());
-    let data = &internal.data[..length];
+    let data = internal.data.get(..length).unwrap_or_default();
     if internal.suberror != b::KVM_INTERNAL_ERROR_EMULATION {
         return Broken::Internal { suberror: internal.suberror, data: data.to_vec() };
     }

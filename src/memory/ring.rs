@@ -215,7 +215,7 @@ impl Ring {
         fill: impl FnOnce(&mut Vectors) -> Result<u64, Refused>,
     ) -> Result<(), Refused> {
         let Some(&index) = self.free.last() else { return Err(Refused::Full) };
-        let slot = &mut self.slots[index];
+        let Some(slot) = self.slots.get_mut(index) else { return Err(Refused::Full) };
         let left = fill(&mut slot.vectors).inspect_err(|_| slot.vectors.release())?;
         // File offsets are signed: anything beyond would be cut or refused differently by each engine.
         if offset.checked_add(left).is_none_or(|end| i64::try_from(end).is_err()) {

@@ -111,7 +111,7 @@ impl Shell {
                 Ok(0) => return Err(Error::Forsaken),
                 result => result.map_err(Error::Serve)?,
             };
-            for event in &events[..count] {
+            for event in events.iter().take(count) {
                 match event.data() {
                     LISTENER => self.accept(),
                     BELL => {
@@ -248,7 +248,7 @@ impl Shell {
             }
             let wait_ms = i32::try_from(left.as_millis()).unwrap_or(i32::MAX).max(1);
             let Ok(count) = self.epoll.wait(wait_ms, &mut events) else { break };
-            for event in &events[..count] {
+            for event in events.iter().take(count) {
                 let token = event.data();
                 let flushed = self.connections.get_mut(&token).map(Connection::flush);
                 match flushed {

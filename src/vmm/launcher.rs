@@ -58,7 +58,7 @@ pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
             result => result.map_err(Error::Wait)?,
         };
         launcher.expire()?;
-        for event in &events[..count] {
+        for event in events.iter().take(count) {
             match event.data() {
                 DAEMON => match launcher.daemon.receive::<Request>()? {
                     Some((request, descriptors)) => launcher.answer(request, descriptors)?,

@@ -5,6 +5,24 @@
 //! launcher ──spawns──▶ control ─▶ machine ─▶ vcpu, boot          probe: one tiny guest, one report
 //! ```
 #![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable,
+    clippy::indexing_slicing
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::indexing_slicing,
+        reason = "a test that meets the unexpected is meant to fail there and then"
+    )
+)]
 
 // Storeys: a module uses only modules above it.
 mod limits;
@@ -29,6 +47,14 @@ mod probe;
 mod modes;
 
 #[cfg(any(test, fuzzing))]
+#[allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable,
+    clippy::indexing_slicing,
+    reason = "a judge that meets the unexpected is meant to fail there and then"
+)]
 pub mod fuzz;
 
 pub use modes::main;

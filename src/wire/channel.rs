@@ -67,8 +67,9 @@ impl Channel {
         if length == 0 {
             return Ok(None);
         }
+        text.truncate(length);
         let document =
-            serde_json::from_slice(&text[..length]).map_err(|cause| Error::Parse { bytes: length, cause })?;
+            serde_json::from_slice(&text).map_err(|cause| Error::Parse { bytes: length, cause })?;
         Ok(Some((document, descriptors)))
     }
 }

@@ -45,7 +45,7 @@ pub struct Piece {
 impl Piece {
     /// Position after the last byte: where to read next.
     pub fn end(&self) -> u64 {
-        self.start + self.data.len() as u64
+        self.start.saturating_add(self.data.len() as u64)
     }
 }
 
@@ -59,7 +59,7 @@ impl Ring {
                 "capacity of the console ring is out of bounds",
             ));
         }
-        file.set_len(DATA + capacity)?;
+        file.set_len(DATA.saturating_add(capacity))?;
         file.write_all_at(&0u64.to_le_bytes(), 16)?;
         file.write_all_at(&capacity.to_le_bytes(), 8)?;
         file.write_all_at(MAGIC, 0)?;
@@ -68,18 +68,14 @@ impl Ring {
 
     /// Opens a ring that exists. Fails with `InvalidData` when the header is not one of ours.
     pub fn open(file: File) -> io::Result<Ring> {
-        let mut header = [0; 24];
-        file.read_exact_at(&mut header, 0)?;
-        let number = |at: usize| {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(&header[at..at + 8]);
-            u64::from_le_bytes(bytes)
-        };
-        let (capacity, written) = (number(8), number(16));
-        let sound = &header[..8] == MAGIC
+        let mut header = [[0; 8]; 3];
+        file.read_exact_at(header.as_flattened_mut(), 0)?;
+        let [magic, capacity, written] = header;
+        let (capacity, written) = (u64::from_le_bytes(capacity), u64::from_le_bytes(written));
+        let sound = &magic == MAGIC
             && (CONSOLE_RING_BYTES_MIN..=CONSOLE_RING_BYTES_MAX).contains(&capacity)
             && written <= WRITTEN_MAX
-            && file.metadata()?.len() == DATA + capacity;
+            && file.metadata()?.len() == DATA.saturating_add(capacity);
         if !sound {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not a console ring"));
         }
@@ -96,13 +92,13 @@ impl Ring {
         let mut position = self.written;
         let mut rest = data;
         while !rest.is_empty() {
-            let offset = position % self.capacity;
-            let room = (self.capacity - offset).min(STEP).min(rest.len() as u64) as usize;
-            self.file.write_all_at(&rest[..room], DATA + offset)?;
-            position += room as u64;
+            let (offset, room) = self.place(position);
+            let (piece, more) = rest.split_at(rest.len().min(room.min(STEP) as usize));
+            self.file.write_all_at(piece, DATA.saturating_add(offset))?;
+            position = position.saturating_add(piece.len() as u64);
             self.file.write_all_at(&position.to_le_bytes(), 16)?;
             self.written = position;
-            rest = &rest[room..];
+            rest = more;
         }
         Ok(position)
     }
@@ -112,22 +108,29 @@ impl Ring {
     pub fn read(&mut self, from: u64, length_max: usize) -> io::Result<Piece> {
         let before = self.refresh()?;
         let start = from.clamp(self.oldest(before), before);
-        let length = (before - start).min(length_max as u64) as usize;
+        let length = before.saturating_sub(start).min(length_max as u64) as usize;
         let mut data = vec![0; length];
-        let offset = start % self.capacity;
-        let first = ((self.capacity - offset) as usize).min(length);
-        self.file.read_exact_at(&mut data[..first], DATA + offset)?;
-        self.file.read_exact_at(&mut data[first..], DATA)?;
+        let (offset, room) = self.place(start);
+        let (first, second) = data.split_at_mut(length.min(room as usize));
+        self.file.read_exact_at(first, DATA.saturating_add(offset))?;
+        self.file.read_exact_at(second, DATA)?;
         // The writer may have lapped the oldest of these bytes while they were read.
         let after = self.refresh()?;
         let lapped = self.oldest(after).saturating_sub(start).min(length as u64) as usize;
         data.drain(..lapped);
-        Ok(Piece { start: start + lapped as u64, data })
+        Ok(Piece { start: start.saturating_add(lapped as u64), data })
+    }
+
+    /// Where in the data byte `position` lies, and how many bytes there are from there to the end.
+    fn place(&self, position: u64) -> (u64, u64) {
+        // The capacity is within its bounds, so never 0.
+        let offset = position.checked_rem(self.capacity).unwrap_or(0);
+        (offset, self.capacity.saturating_sub(offset))
     }
 
     /// The first byte that is not being overwritten when `written` bytes are counted.
     fn oldest(&self, written: u64) -> u64 {
-        written.saturating_sub(self.capacity - STEP)
+        written.saturating_sub(self.capacity.saturating_sub(STEP))
     }
 
     fn refresh(&mut self) -> io::Result<u64> {

@@ -6,11 +6,40 @@
 //!    └───────────────── control ─────────────────────▲   Boot(MachineSpec) + descriptors
 //! ```
 #![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        reason = "a test that meets the unexpected is meant to fail there and then"
+    )
+)]
 
 pub mod channel;
 pub mod console;
 pub mod control;
 #[cfg(any(test, fuzzing))]
+#[allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    reason = "a judge that meets the unexpected is meant to fail there and then"
+)]
 pub mod fuzz;
 pub mod isolation;
 pub mod launch;

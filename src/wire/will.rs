@@ -51,13 +51,14 @@ impl Will {
     /// Reads a will; `None` when the file is empty, too long or not a will.
     pub fn read(file: &File) -> io::Result<Option<Will>> {
         let mut text = vec![0; WILL_BYTES_MAX];
-        let mut length = 0;
-        loop {
-            match file.read_at(&mut text[length..], length as u64)? {
+        let mut length = 0_usize;
+        while let Some(rest) = text.get_mut(length..) {
+            match file.read_at(rest, length as u64)? {
                 0 => break,
-                read => length += read,
+                read => length = length.saturating_add(read),
             }
         }
-        Ok(serde_json::from_slice(&text[..length]).ok())
+        text.truncate(length);
+        Ok(serde_json::from_slice(&text).ok())
     }
 }

@@ -1,3 +1,4 @@
 //! Tests that need neither root nor KVM nor a network: what plain `cargo test` runs.
 mod map;
+mod panics;
 mod walls;

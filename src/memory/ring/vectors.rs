@@ -78,7 +78,7 @@ impl Vectors {
 
     /// What is not yet done.
     pub(super) fn rest(&self) -> &[libc::iovec] {
-        &self.list[self.done..]
+        self.list.get(self.done..).unwrap_or_default()
     }
 
     /// Marks the first `bytes` of the rest as done.

@@ -70,12 +70,12 @@ impl ReadVolatile for Image<'_> {
         let mut done = 0;
         while done < to.len() {
             let length = (to.len() - done).min(COPY_BYTES);
-            let read = self.file.read_at(&mut self.buffer[..length], self.position);
-            let read = read.map_err(VolatileMemoryError::IOError)?;
+            let Some(piece) = self.buffer.get_mut(..length) else { break };
+            let read = self.file.read_at(piece, self.position).map_err(VolatileMemoryError::IOError)?;
             if read == 0 {
                 break;
             }
-            to.subslice(done, read)?.copy_from(&self.buffer[..read]);
+            to.subslice(done, read)?.copy_from(piece.get(..read).unwrap_or_default());
             self.position = self.position.saturating_add(read as u64);
             done += read;
         }

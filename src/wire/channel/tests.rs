@@ -26,6 +26,15 @@ fn a_document_arrives_with_its_descriptors() {
 }
 
 #[test]
+fn an_event_loop_is_given_the_socket_itself() {
+    let (one, other) = pair();
+    assert_eq!(one.as_fd().as_raw_fd(), one.as_raw_fd());
+    let same = Channel::new(Socket::from(one.as_fd().try_clone_to_owned().unwrap()));
+    same.send(&Request { id: 1, command: Command::Stats }, &[]).unwrap();
+    assert_eq!(other.receive::<Request>().unwrap().unwrap().0.id, 1);
+}
+
+#[test]
 fn a_closed_peer_reads_as_the_end() {
     let (one, other) = pair();
     drop(one);

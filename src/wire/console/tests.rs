@@ -64,6 +64,14 @@ fn a_position_beyond_the_end_reads_nothing() {
 }
 
 #[test]
+fn a_capacity_out_of_bounds_is_refused() {
+    for capacity in [0, CONSOLE_RING_BYTES_MIN - 1, CONSOLE_RING_BYTES_MAX + 1, u64::MAX] {
+        let refused = Ring::create(tempfile::tempfile().unwrap(), capacity).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{capacity}");
+    }
+}
+
+#[test]
 fn damaged_headers_are_refused() {
     for (at, bytes) in [(0, b"XXXXXXXX"), (8, b"\xff\xff\xff\xff\xff\xff\xff\xff"), (8, b"\0\0\0\0\0\0\0\0")]
     {

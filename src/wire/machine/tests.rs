@@ -32,6 +32,14 @@ fn a_sound_specification_passes_and_survives_json() {
 #[test]
 fn each_broken_field_is_named() {
     type Break = fn(&mut MachineSpec);
+    type BreakNic = fn(&mut Nic);
+    let nic = || Nic {
+        tap: FdIndex(2),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        rx_limits: RateLimits::default(),
+        tx_limits: RateLimits::default(),
+    };
     let cases: [(&str, Break); 12] = [
         ("/memory_bytes", |s| s.memory_bytes = (128 << 20) + 1),
         ("/memory_bytes", |s| s.memory_bytes = u64::MAX),
@@ -53,6 +61,36 @@ fn each_broken_field_is_named() {
         break_it(&mut broken);
         assert_eq!(broken.check(3).unwrap_err().field, field);
     }
+    let cases: [(&str, BreakNic); 8] = [
+        ("/nics/0/mac", |nic| nic.mac = [0; 6]),
+        ("/nics/0/mac", |nic| nic.mac[0] = 3),
+        ("/nics/0/mtu", |nic| nic.mtu = 67),
+        ("/nics/0/mtu", |nic| nic.mtu = 65522),
+        ("/nics/0/rx_limits/operations", |nic| {
+            nic.rx_limits.operations = Some(TokenBucket { per_second: 1, burst: 0 })
+        }),
+        ("/nics/0/tx_limits/bandwidth", |nic| {
+            nic.tx_limits.bandwidth = Some(TokenBucket { per_second: 0, burst: 1 })
+        }),
+        ("/nics/0/tap", |nic| nic.tap = FdIndex(1)),
+        ("/nics/0/tap", |nic| nic.tap = FdIndex(4)),
+    ];
+    for (field, break_it) in cases {
+        let (mut broken, mut nic) = (spec(), nic());
+        nic.tap = FdIndex(3);
+        break_it(&mut nic);
+        broken.nics = vec![nic];
+        assert_eq!(broken.check(4).unwrap_err().field, field);
+    }
+    let mut broken = spec();
+    broken.nics = (0..=limits::NICS_MAX).map(|_| nic()).collect();
+    assert_eq!(broken.check(3).unwrap_err().field, "/nics");
+}
+
+#[test]
+fn an_interface_that_says_no_mtu_has_that_of_ethernet() {
+    let nic: Nic = serde_json::from_str(r#"{"tap": 2, "mac": [2, 0, 0, 0, 0, 1]}"#).unwrap();
+    assert_eq!(nic.mtu, 1500);
 }
 
 #[test]

@@ -116,7 +116,7 @@ impl Disk {
     /// Whether the ring has come back from the last driver.
     #[cfg(test)]
     pub(super) fn has_ring(&self) -> bool {
-        self.0.ring.lock().unwrap().is_some()
+        crate::bus::locked(&self.0.ring).is_some()
     }
 
     /// How to zero `span` first.
