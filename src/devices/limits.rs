@@ -12,6 +12,9 @@ pub const STOP_MS_MAX: u64 = 60_000;
 /// reset; the others ask every millisecond, and no vCPU is held in the hands of a disk that hangs.
 pub const RESET_WAIT_MS: u64 = 50;
 
+/// Bytes of a device's own configuration: four times as many as the longest here, a disk's, has.
+pub const CONFIG_BYTES_MAX: usize = 256;
+
 /// Descriptors in one chain, indirect ones included. Larger than any Linux driver makes (block: 128 + 2, net:
 /// 19) and equal to what QEMU accepts, so a driver that works there works here.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;

@@ -156,7 +156,7 @@ pub(crate) fn bytes<T: IntoBytes + Immutable>(value: &T) -> Vec<u8> {
 pub(crate) fn cut<T: IntoBytes + Immutable>(value: &T) -> Vec<u8> {
     let all = value.as_bytes();
     let end = all.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-    all[..end].to_vec()
+    all.get(..end).unwrap_or_default().to_vec()
 }
 
 /// Undoes [`bytes`].

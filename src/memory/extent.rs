@@ -42,14 +42,14 @@ pub fn touched(ram: &Ram) -> Result<Vec<Extent>, Error> {
 /// Copies from `offset` into the whole of `data`.
 pub fn read(ram: &Ram, offset: u64, data: &mut [u8]) -> Result<(), Error> {
     each_part(ram, offset, data.len(), |address, from, to| {
-        ram.read_slice(&mut data[from..to], address).map_err(copy_error)
+        ram.read_slice(data.get_mut(from..to).unwrap_or_default(), address).map_err(copy_error)
     })
 }
 
 /// Copies the whole of `data` to `offset`.
 pub fn fill(ram: &Ram, offset: u64, data: &[u8]) -> Result<(), Error> {
     each_part(ram, offset, data.len(), |address, from, to| {
-        ram.write_slice(&data[from..to], address).map_err(copy_error)
+        ram.write_slice(data.get(from..to).unwrap_or_default(), address).map_err(copy_error)
     })
 }
 

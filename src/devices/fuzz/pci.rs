@@ -391,9 +391,10 @@ fn image(rig: &Rig) -> Vec<u8> {
     (0..64).flat_map(|at| (rig.config(at * 4, 4) as u32).to_le_bytes()).collect()
 }
 
-/// Bytes that the guest may change: command, BAR, MSI-X control, and the window through configuration space.
+/// Bytes that the guest may change: command, BAR, MSI-X control, and the window through configuration space. Also the
+/// status, whose bit for interrupts comes and goes.
 fn writable(image: &[u8]) -> BTreeSet<usize> {
-    let mut bytes: BTreeSet<usize> = (4..6).chain(0x10..0x18).collect();
+    let mut bytes: BTreeSet<usize> = (4..7).chain(0x10..0x18).collect();
     let mut at = usize::from(image[0x34]);
     while at != 0 {
         match image[at] {

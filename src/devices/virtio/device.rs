@@ -24,7 +24,8 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue, powers of two up to 32768, in queue order.
     fn queue_sizes(&self) -> &[u16];
-    /// Fills `data` with the device's configuration at `offset`; what lies beyond its end reads zero.
+    /// Fills `data` with the device's configuration at `offset`; what lies beyond its end reads zero. It has at most
+    /// [`crate::limits::CONFIG_BYTES_MAX`] bytes.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Takes `data` at `offset` of the configuration; what is read-only or beyond the end is ignored.
     fn write_config(&self, offset: u64, data: &[u8]);
@@ -33,6 +34,8 @@ pub trait VirtioDevice: Send {
     /// Takes over what [`VirtioDevice::save`] gave, which may have been changed by anybody. Called before
     /// [`VirtioDevice::activate`]; after an error the device is of no use.
     fn restore(&mut self, state: &Numbers) -> Result<(), Refused>;
+    /// The driver has agreed to `features` and may read from here on what depends on them.
+    fn negotiated(&self, _features: u64) {}
     /// Starts to serve the queues: the driver has set DRIVER_OK. Called again after each reset.
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError>;
 }

@@ -76,9 +76,6 @@ impl Block {
     /// When writes have to be durable for a driver that agreed to `features`.
     pub(super) fn caching(&self, features: u64) -> Caching {
         let (flush, change) = (bit(VIRTIO_BLK_F_FLUSH), bit(VIRTIO_BLK_F_CONFIG_WCE));
-        if features & change != 0 && features & flush == 0 {
-            self.writeback.store(false, Ordering::Relaxed);
-        }
         Caching {
             // A driver that knows no flush would lose what is only cached (virtio 1.2, section 5.2.6.2).
             always_durable: self.cache == CacheMode::Writethrough || features & (flush | change) == 0,
@@ -159,6 +156,13 @@ impl VirtioDevice for Block {
         }
         self.writeback.store(writeback, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// A driver that could switch the cache on but never flush it finds it off (virtio 1.2, section 5.2.5.2).
+    fn negotiated(&self, features: u64) {
+        let (flush, change) = (bit(VIRTIO_BLK_F_FLUSH), bit(VIRTIO_BLK_F_CONFIG_WCE));
+        let cannot_flush = features & change != 0 && features & flush == 0;
+        self.writeback.store(self.cache == CacheMode::Writeback && !cannot_flush, Ordering::Relaxed);
     }
 
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {

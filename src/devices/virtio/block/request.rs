@@ -138,6 +138,24 @@ enum Ranges {
     WriteZeroes,
 }
 
+/// One range as the guest wrote it.
+struct Fields {
+    sector: u64,
+    count: u32,
+    flags: u32,
+}
+
+impl Fields {
+    fn read(range: &Range) -> Fields {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *range;
+        Fields {
+            sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+            count: u32::from_le_bytes([n0, n1, n2, n3]),
+            flags: u32::from_le_bytes(flags),
+        }
+    }
+}
+
 impl Terms {
     fn writable(&self) -> Result<(), Refusal> {
         if self.access == Access::ReadOnly { Err(Refusal::ReadOnly) } else { Ok(()) }
@@ -179,17 +197,17 @@ impl Terms {
         let mut ranges = vec![0; bytes as usize];
         chain.read(memory, HEADER_BYTES as u32, &mut ranges).map_err(|_| Refusal::Malformed)?;
         let (ranges, _) = ranges.as_chunks();
-        ranges.iter().map(|range| self.range(range, kind, sectors_max)).collect()
-    }
-
-    fn range(&self, range: &Range, kind: Ranges, sectors_max: u32) -> Result<Span, Refusal> {
-        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *range;
-        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        let (count, flags) = (u32::from_le_bytes([n0, n1, n2, n3]), u32::from_le_bytes(flags));
+        let ranges: Vec<Fields> = ranges.iter().map(Fields::read).collect();
+        // Looked for in all of them first: nothing else may be said about a request with an unknown flag.
         let known = if kind == Ranges::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
-        if flags & !known != 0 {
+        if ranges.iter().any(|range| range.flags & !known != 0) {
             return Err(Refusal::Unsupported);
         }
+        ranges.iter().map(|range| self.range(range, sectors_max)).collect()
+    }
+
+    fn range(&self, range: &Fields, sectors_max: u32) -> Result<Span, Refusal> {
+        let Fields { sector, count, flags } = *range;
         if count == 0 || count > sectors_max {
             return Err(Refusal::Malformed);
         }

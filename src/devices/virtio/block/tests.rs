@@ -236,6 +236,15 @@ fn what_each_request_answers() {
         ("a discard of nothing", discard, 0, range(0, 0, 0), 0, IOERR, 1),
         ("a discard with the flag of the other", discard, 0, range(0, 8, 1), 0, UNSUPP, 1),
         ("a discard with an unknown flag", discard, 0, range(0, 8, 1 << 31), 0, UNSUPP, 1),
+        (
+            "an unknown flag after nonsense",
+            discard,
+            0,
+            [range(0, 0, 0), range(0, 8, 2)].concat(),
+            0,
+            UNSUPP,
+            1,
+        ),
         ("more ranges than allowed", discard, 0, range(0, 8, 0).repeat(17), 0, IOERR, 1),
         ("zeroes with an unknown flag", zeroes, 0, range(0, 8, 2), 0, UNSUPP, 1),
         ("zeroes beyond the end", zeroes, 0, range(0, SECTORS as u32 + 1, 0), 0, IOERR, 1),
@@ -381,12 +390,32 @@ fn writes_are_durable_when_someone_relies_on_it() {
     ];
     for (cache, features, written, durability) in table {
         let driver = Driver::new(Setup { cache, ..Setup::default() });
+        driver.block.negotiated(features);
         let caching = driver.block.caching(features);
         if let Some(value) = written {
             driver.block.write_config(32, &[value]);
         }
         assert_eq!(caching.durability(), durability, "{cache:?}, {features:#x}, {written:?}");
     }
+}
+
+/// What the driver reads once features are agreed on, before it starts the device, and after a reset.
+#[test]
+fn a_cache_that_cannot_be_flushed_is_off_as_soon_as_that_is_agreed_on() {
+    let (flush, change) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
+    let driver = Driver::new(Setup::default());
+    let shown = |features: u64| {
+        driver.block.negotiated(features);
+        let mut byte = [0xff];
+        driver.block.read_config(32, &mut byte);
+        byte[0]
+    };
+    for (features, expected) in [(change, 0), (flush | change, 1), (change, 0), (flush, 1), (0, 1)] {
+        assert_eq!(shown(features), expected, "{features:#x}");
+        driver.block.write_config(32, &[1 - expected]);
+    }
+    let offered = driver.block.features();
+    assert!(offered & flush != 0 && offered & change != 0, "{offered:#x}");
 }
 
 #[test]

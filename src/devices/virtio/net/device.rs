@@ -134,8 +134,14 @@ impl VirtioDevice for Net {
         let kick = |queue: &QueueWiring| Kick { index: queue.index, event: Arc::clone(&queue.kick) };
         let kicks = vec![kick(&receive), kick(&transmit)];
         let stats = Arc::clone(&self.stats);
-        let shared =
-            Shared { link: self.link.clone(), memory, features, stats, signals: Arc::clone(&signals) };
+        let shared = Shared {
+            link: self.link.clone(),
+            memory,
+            features,
+            mtu: self.mtu,
+            stats,
+            signals: Arc::clone(&signals),
+        };
         let service = self.service(receive, transmit, shared, &begin).map_err(ActivateError::Backend)?;
         let device = self.name.clone();
         let options = WorkerOptions { kind: "net", device, kicks, signals, threads, begin };

@@ -84,6 +84,11 @@ pub(super) fn to_tap(
     is_allowed.then(|| fields.write(0))
 }
 
+/// Whether a packet for a guest may be longer than its MTU: one that the guest takes for several may.
+pub(super) fn is_segmented(header: [u8; VNET_HEADER_BYTES]) -> bool {
+    Fields::read(header).segmentation != WHOLE
+}
+
 /// The header to give a guest that agreed to `features`, for a packet that lies in `buffers`; or nothing when the
 /// packet needs work that this guest does not do, as one may that the tap held since an earlier driver.
 pub(super) fn to_guest(
@@ -100,6 +105,9 @@ pub(super) fn to_guest(
         TCP6 => tso6,
         _ => false,
     };
-    let is_finished = checksum || fields.flags & NEEDS_CHECKSUM == 0;
-    (is_allowed && is_finished).then(|| fields.write(buffers))
+    let needs_checksum = fields.flags & NEEDS_CHECKSUM != 0;
+    let is_finished = checksum || !needs_checksum;
+    // Segments to be made have checksums to be made (section 5.1.6.4.1).
+    let is_whole = fields.segmentation == WHOLE || (needs_checksum && fields.segment_bytes != 0);
+    (is_allowed && is_finished && is_whole).then(|| fields.write(buffers))
 }

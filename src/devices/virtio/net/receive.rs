@@ -8,10 +8,10 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use sys::tap::VNET_HEADER_BYTES;
-use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
 
 use super::config::bit;
-use super::header::{FRAME_BYTES_MIN, to_guest};
+use super::header::{FRAME_BYTES_MIN, is_segmented, to_guest};
 use super::service::{Shared, count};
 use crate::limiter::Throttle;
 use crate::limits::{NET_BATCH, NET_FRAME_BYTES_MAX};
@@ -19,6 +19,11 @@ use crate::virtio::{Chain, Fault, Queue, QueueWiring};
 
 /// One byte more than the longest packet, by which longer ones are known.
 const PACKET_BYTES_MAX: usize = VNET_HEADER_BYTES + NET_FRAME_BYTES_MAX as usize + 1;
+
+/// Where a frame says what it carries, what says that a VLAN tag follows, and how long that is (IEEE 802.1Q).
+const ETHERTYPE: std::ops::Range<usize> = 12..14;
+const TAGS: [&[u8]; 2] = [&[0x81, 0x00], &[0x88, 0xA8]];
+const TAG_BYTES: usize = 4;
 
 /// Not the driver's doing, but the operator has to know.
 const GONE: Fault = Fault::Protocol("the interface's tap has been taken away");
@@ -138,7 +143,9 @@ impl Receiver {
             }
             match self.shared.link.receive(&mut self.packet) {
                 Ok(0) => return self.has_gone(),
-                Ok(length) if is_frame(length) => self.pending = Some(Pending { length, is_paid: false }),
+                Ok(length) if is_frame(length) && self.fits_mtu(length) => {
+                    self.pending = Some(Pending { length, is_paid: false });
+                }
                 Ok(_) => count(&self.shared.stats.rx_dropped),
                 Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 // The tap could not express the packet's header, or had no memory for it; the packet is lost.
@@ -147,6 +154,16 @@ impl Receiver {
             }
         }
         Ok(self.pending)
+    }
+
+    /// A driver that knows the MTU is passed no longer frame in one piece (virtio 1.2, section 5.1.4.1).
+    fn fits_mtu(&self, length: usize) -> bool {
+        let packet = self.packet.get(..length).unwrap_or_default();
+        let Some((header, frame)) = packet.split_first_chunk() else { return false };
+        let is_tagged = frame.get(ETHERTYPE).is_some_and(|kind| TAGS.contains(&kind));
+        let link_bytes = (FRAME_BYTES_MIN as usize).saturating_add(if is_tagged { TAG_BYTES } else { 0 });
+        let most = usize::from(self.shared.mtu).saturating_add(link_bytes);
+        self.shared.features & bit(VIRTIO_NET_F_MTU) == 0 || frame.len() <= most || is_segmented(*header)
     }
 
     fn has_gone(&mut self) -> Result<Option<Pending>, Fault> {

@@ -30,6 +30,7 @@ pub(super) struct Shared {
     pub(super) link: Link,
     pub(super) memory: Arc<Ram>,
     pub(super) features: u64,
+    pub(super) mtu: u16,
     pub(super) stats: Arc<NetStats>,
     pub(super) signals: Arc<dyn Signals>,
 }

@@ -22,6 +22,7 @@ mod tap;
 const HEADER: usize = 12;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const MTU: u64 = 1 << VIRTIO_NET_F_MTU;
 
 struct Setup {
     without: u64,
@@ -177,7 +178,7 @@ fn packets_go_both_ways_and_lengths_are_exact() {
 
 #[test]
 fn a_packet_larger_than_a_buffer_takes_as_many_as_it_needs() {
-    let mut driver = Driver::new(Setup::default());
+    let mut driver = Driver::new(Setup { without: MTU, ..Setup::default() });
     let buffers: Vec<u64> = (0..8).map(|_| driver.post(1024)).collect();
     let large: Vec<u8> = (0..3500).map(|at| at as u8).collect();
     driver.say(&large);
@@ -193,7 +194,7 @@ fn a_packet_larger_than_a_buffer_takes_as_many_as_it_needs() {
 
 #[test]
 fn the_largest_packet_passes_both_ways_and_a_larger_one_does_not() {
-    let mut driver = Driver::new(Setup::default());
+    let mut driver = Driver::new(Setup { without: MTU, ..Setup::default() });
     let most = NET_FRAME_BYTES_MAX as usize;
     let largest: Vec<u8> = (0..most).map(|at| (at / 7) as u8).collect();
     driver.send([0; HEADER], &largest);
@@ -221,7 +222,7 @@ fn a_frame_larger_than_what_there_is_for_it_is_dropped_and_the_next_one_passes()
     assert_eq!(seen(&driver.stats.rx_dropped), 1);
 
     // With it the whole queue has to do.
-    let mut driver = Driver::new(Setup::default());
+    let mut driver = Driver::new(Setup { without: MTU, ..Setup::default() });
     let buffer = driver.bench.buffer(16);
     for _ in 0..256 {
         driver.rx.submit(&[Part::Write(buffer, 16)]);
@@ -231,6 +232,39 @@ fn a_frame_larger_than_what_there_is_for_it_is_dropped_and_the_next_one_passes()
     let lengths = [0; 2].map(|_| driver.rx.wait_used(&driver.heard).1);
     assert_eq!(lengths, [16, 16]);
     assert_eq!(seen(&driver.stats.rx_dropped), 1);
+}
+
+/// What is longer than the MTU in one piece is dropped when the driver has been told the MTU; what the driver takes for
+/// several packets is not.
+#[test]
+fn a_driver_that_knows_the_mtu_is_passed_no_longer_frame() {
+    let tagged = |bytes: usize| {
+        let mut frame = frame(4, bytes);
+        frame[12..14].copy_from_slice(&[0x81, 0]);
+        frame
+    };
+    let segments = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+    let whole = [0; HEADER];
+    let table = [
+        (0, whole, frame(1, 1514), true),
+        (0, whole, frame(2, 1515), false),
+        (0, whole, tagged(1518), true),
+        (0, whole, tagged(1519), false),
+        (0, segments, frame(3, 5000), true),
+        (MTU, whole, frame(2, 1515), true),
+    ];
+    for (without, header, sent, passes) in table {
+        let mut driver = Driver::new(Setup { without, ..Setup::default() });
+        let buffer = driver.post(6000);
+        driver.far.send(&[&header[..], &sent].concat()).unwrap();
+        let marker = frame(9, 60);
+        driver.say(&marker);
+        let first = if passes { &sent } else { &marker };
+        let (_, length) = driver.rx.wait_used(&driver.heard);
+        assert_eq!(length as usize, HEADER + first.len(), "{without:#x} {}", sent.len());
+        assert_eq!(driver.bench.bytes(buffer + 12, first.len()), *first);
+        assert_eq!(seen(&driver.stats.rx_dropped), u64::from(!passes));
+    }
 }
 
 #[test]

@@ -225,6 +225,60 @@ fn indirect_chains_are_taken_and_empty_buffers_left_out() {
 }
 
 #[test]
+fn a_chain_may_end_in_an_indirect_table_whatever_its_write_flag_says() {
+    for flag in [0, WRITE] {
+        let (mut bench, mut ring) = one_ring(4);
+        let table = bench.buffer(32);
+        write_descriptor(&bench.memory, table, 0x2000, 7, NEXT, 1);
+        write_descriptor(&bench.memory, table + 16, 0x3000, 9, WRITE, 0);
+        ring.descriptor(0, 0x1000, 5, NEXT, 1);
+        ring.descriptor(1, table, 32, INDIRECT | flag, 0);
+        ring.offer(0);
+        let chain = ring.queue(0).pop().unwrap().unwrap();
+        let parts =
+            |segments: &[Segment]| segments.iter().map(|s| (s.address.0, s.length)).collect::<Vec<_>>();
+        assert_eq!(parts(chain.readable()), [(0x1000, 5), (0x2000, 7)]);
+        assert_eq!(parts(chain.writable()), [(0x3000, 9)]);
+    }
+}
+
+#[test]
+fn a_device_silences_kicks_by_flag_or_by_index_as_agreed() {
+    let flags = |ring: &Ring, bench: &Bench| bench.bytes(ring.used, 2)[0];
+    let (bench, ring) = one_ring(8);
+    let mut queue = ring.queue(0);
+    queue.silence_kicks().unwrap();
+    assert_eq!(flags(&ring, &bench), 1);
+    queue.ask_for_kicks().unwrap();
+    assert_eq!(flags(&ring, &bench), 0);
+    let (bench, mut ring) = one_ring(8);
+    let mut queue = ring.queue(EVENT_IDX);
+    for asked in 1..=3 {
+        queue.silence_kicks().unwrap();
+        ring.submit(&[Part::Write(0x1000, 1)]);
+        let chain = queue.pop().unwrap().unwrap();
+        queue.complete(chain, 0).unwrap();
+        assert!(!queue.ask_for_kicks().unwrap());
+        assert_eq!((flags(&ring, &bench), ring.avail_event()), (0, asked));
+    }
+    // A kick for nothing.
+    assert!(queue.pop().unwrap().is_none());
+}
+
+#[test]
+fn without_the_event_index_its_place_is_not_looked_at() {
+    let (_bench, mut ring) = one_ring(8);
+    let mut queue = ring.queue(0);
+    for event in [0, 5, 0xFFFF] {
+        ring.used_event(event);
+        ring.submit(&[Part::Write(0x1000, 1)]);
+        let chain = queue.pop().unwrap().unwrap();
+        queue.complete(chain, 0).unwrap();
+        assert!(queue.wants_signal().unwrap(), "{event}");
+    }
+}
+
+#[test]
 fn a_head_in_flight_cannot_be_taken_again() {
     let (_bench, mut ring) = one_ring(4);
     let mut queue = ring.queue(0);

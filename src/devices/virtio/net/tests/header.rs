@@ -64,6 +64,8 @@ fn what_a_guest_gets() {
         ("a checksum that is right, not agreed on", [2, 0], NONE, Some([0, 0])),
         ("unknown flags", [0xfc, 0], ALL, Some([0, 0])),
         ("segments", tcp4, ALL, Some(tcp4)),
+        ("segments without a checksum to finish", [0, 1], ALL, None),
+        ("segments with a checksum that is right", [2, 1], ALL, None),
         ("segments left from another driver", tcp4, checksum_alone, None),
         ("segments agreed on without checksums", tcp4, segments_alone, None),
         ("UDP segments", [1, 5], ALL, None),

@@ -89,6 +89,11 @@ impl Common {
         self.accepted
     }
 
+    /// Whether they were agreed on.
+    pub(super) fn has_agreed(&self) -> bool {
+        self.status & FEATURES_OK != 0
+    }
+
     pub(super) fn queues(&self) -> &[QueueRegisters] {
         &self.queues
     }

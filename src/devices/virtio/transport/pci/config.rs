@@ -20,6 +20,10 @@ const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
 const PCI_CFG: u8 = 5;
 
+/// The low byte of the status register, and the bit that says what the interrupt line would say.
+pub(super) const STATUS: u16 = 0x06;
+pub(super) const STATUS_INTERRUPT: u8 = 1 << 3;
+
 /// Offsets in the capability of the indirect window.
 const INDIRECT_BAR: u16 = 4;
 const INDIRECT_OFFSET: u16 = 8;
@@ -111,20 +115,26 @@ impl Config {
         self.space.word(self.msix_at.saturating_add(2))
     }
 
-    /// The access that touching `offset` means, when that is the data register of the indirect window and the
-    /// window points to something that can be accessed.
-    pub(super) fn indirect(&self, offset: u16, length: usize) -> Option<Indirect> {
+    /// The access that touching `offset` means, when that is in the data register of the indirect window and the
+    /// window points to something that can be accessed. Its width is the window's, not that of the touch.
+    pub(super) fn indirect(&self, offset: u16) -> Option<Indirect> {
         let register = |at: u16| self.indirect_at.saturating_add(at);
         let width = usize::try_from(self.space.dword(register(INDIRECT_LENGTH))).ok()?;
         let target = u64::from(self.space.dword(register(INDIRECT_OFFSET)));
         let bar = self.space.word(register(INDIRECT_BAR)) & 0xFF;
         let aligned = matches!(width, 1 | 2 | 4) && target.is_multiple_of(width as u64);
-        let hit = offset == register(INDIRECT_DATA) && length == width && bar == 0;
+        let data = register(INDIRECT_DATA);
+        let hit = (data..data.saturating_add(4)).contains(&offset) && bar == 0;
         (hit && aligned && target < layout::BAR_BYTES).then_some(Indirect { offset: target, width })
     }
 
-    pub(super) fn set_indirect_data(&mut self, value: [u8; 4]) {
-        self.space.set(self.indirect_at.saturating_add(INDIRECT_DATA), &value);
+    /// What the data register holds.
+    pub(super) fn indirect_data(&self) -> [u8; 4] {
+        self.space.dword(self.indirect_at.saturating_add(INDIRECT_DATA)).to_le_bytes()
+    }
+
+    pub(super) fn set_indirect_data(&mut self, value: &[u8]) {
+        self.space.set(self.indirect_at.saturating_add(INDIRECT_DATA), value);
     }
 }
 

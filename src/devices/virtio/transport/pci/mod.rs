@@ -17,7 +17,7 @@ use super::super::device::{
 use super::super::queue::{Position, Queue};
 use crate::bus::{locked, read_image};
 use crate::interrupt::{Doorbells, Msi, Notices};
-use crate::limits::{DRAIN_MS_MAX, RESET_WAIT_MS};
+use crate::limits::{CONFIG_BYTES_MAX, DRAIN_MS_MAX, RESET_WAIT_MS};
 use crate::pause::NotDrained;
 use crate::pci::msix::Msix;
 use crate::pci::{Decoded, Function};
@@ -59,6 +59,8 @@ struct State {
     device: Box<dyn VirtioDevice>,
     config: Config,
     common: Common,
+    /// The device's own configuration when the driver last read any of it.
+    told: Option<ConfigImage>,
     active: Option<Box<dyn Active>>,
     /// What was active until the driver's reset, which is done when this has ended.
     ending: Option<Box<dyn Active>>,
@@ -69,6 +71,15 @@ struct State {
     /// The guest lets the function reach memory. Kernels take that away before they start another kernel, so that
     /// no packet lands in the memory of that one.
     master: bool,
+}
+
+/// A device's own configuration.
+type ConfigImage = [u8; CONFIG_BYTES_MAX];
+
+fn image_of(device: &dyn VirtioDevice) -> ConfigImage {
+    let mut image = [0; CONFIG_BYTES_MAX];
+    device.read_config(0, &mut image);
+    image
 }
 
 impl VirtioPci {
@@ -97,6 +108,7 @@ impl VirtioPci {
             device,
             config,
             common,
+            told: None,
             active: None,
             ending: None,
             attached: Vec::new(),
@@ -121,13 +133,30 @@ impl VirtioPci {
         read_image(&image, offset, data);
     }
 
+    /// The generation changes with the first read after a change, so that no number of changes between two reads
+    /// brings it back to where it was (virtio 1.2, section 4.1.4.3.1).
+    fn read_device(&self, offset: u64, data: &mut [u8]) {
+        let mut state = locked(&self.state);
+        // The whole is compared and the answer taken from it: the host may change it meanwhile.
+        let now = image_of(state.device.as_ref());
+        if state.told.replace(now).is_some_and(|before| before != now) {
+            self.signals.count_change();
+        }
+        read_image(&now, offset, data);
+    }
+
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut state = locked(&self.state);
         if !self.finish_reset(&mut state, Duration::ZERO) {
             // The driver waits for a status of 0 before it does anything else (virtio 1.2, section 4.1.4.3.2).
             return;
         }
-        match state.common.write(offset, data, self.signals.is_broken()) {
+        let had_agreed = state.common.has_agreed();
+        let outcome = state.common.write(offset, data, self.signals.is_broken());
+        if !had_agreed && state.common.has_agreed() {
+            state.device.negotiated(state.common.features());
+        }
+        match outcome {
             Outcome::Nothing => {}
             Outcome::ConfigVector(vector) => self.signals.set_config_vector(vector),
             Outcome::QueueVector(queue, vector) => self.signals.set_queue_vector(queue, vector),
@@ -297,15 +326,19 @@ fn position(begin: &Begin, index: u16) -> Position {
 
 impl Function for VirtioPci {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
-        let access = locked(&self.state).config.indirect(offset, data.len());
+        let access = locked(&self.state).config.indirect(offset);
         if let Some(access) = access {
             let mut value = [0; 4];
             if let Some(value) = value.get_mut(..access.width) {
                 self.read_memory(access.offset, value);
+                locked(&self.state).config.set_indirect_data(value);
             }
-            locked(&self.state).config.set_indirect_data(value);
         }
         locked(&self.state).config.read(offset, data);
+        let status = config::STATUS.checked_sub(offset).and_then(|at| data.get_mut(usize::from(at)));
+        if let (true, Some(status)) = (self.signals.has_line_interrupt(), status) {
+            *status |= config::STATUS_INTERRUPT;
+        }
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {
@@ -314,10 +347,11 @@ impl Function for VirtioPci {
             state.config.write(offset, data);
             self.configured(&mut state);
             self.signals.msix().control(state.config.msix_control());
-            state.config.indirect(offset, data.len())
+            let value = state.config.indirect_data();
+            state.config.indirect(offset).map(|access| (access, value))
         };
-        if let Some(access) = access {
-            self.write_memory(access.offset, data.get(..access.width).unwrap_or(data));
+        if let Some((access, value)) = access {
+            self.write_memory(access.offset, value.get(..access.width).unwrap_or_default());
         }
     }
 
@@ -341,7 +375,7 @@ impl Function for VirtioPci {
                     *first = self.signals.take_isr();
                 }
             }
-            Some((layout::Area::Device, within)) => locked(&self.state).device.read_config(within, data),
+            Some((layout::Area::Device, within)) => self.read_device(within, data),
             Some((layout::Area::Table, within)) => self.signals.msix().read_table(within, data),
             Some((layout::Area::Pending, within)) => self.signals.msix().read_pending(within, data),
             Some((layout::Area::Isr | layout::Area::Notify, _)) | None => {}

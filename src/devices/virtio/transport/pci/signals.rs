@@ -89,6 +89,11 @@ impl PciSignals {
         Ok(())
     }
 
+    /// The driver has read a configuration that has changed since it last read it.
+    pub(super) fn count_change(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
     pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
     }
@@ -105,6 +110,11 @@ impl PciSignals {
         if let Some(entry) = self.queue_vectors.get(usize::from(queue)) {
             entry.store(self.mapped(vector), Ordering::SeqCst);
         }
+    }
+
+    /// Whether an interrupt line, if there were one, would be raised (PCI 3.0, section 6.2.3).
+    pub(super) fn has_line_interrupt(&self) -> bool {
+        !self.msix.is_enabled() && self.isr.load(Ordering::SeqCst) != 0
     }
 
     pub(super) fn take_isr(&self) -> u8 {
@@ -127,30 +137,26 @@ impl PciSignals {
         if vector < self.msix.count() { vector } else { NO_VECTOR }
     }
 
-    /// The status bit is for drivers that poll: there is no interrupt line.
-    fn interrupt(&self, status: u8, vector: u16) {
-        if !self.msix.is_enabled() {
-            self.isr.fetch_or(status, Ordering::SeqCst);
-        }
-        self.msix.raise(vector);
-    }
-
+    /// The status bit is set with MSI-X too, unlike that of the queues (section 4.1.4.5.1).
     fn interrupt_config(&self) {
         if self.running.load(Ordering::SeqCst) {
-            self.interrupt(ISR_CONFIG, self.config_vector.load(Ordering::SeqCst));
+            self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+            self.msix.raise(self.config_vector.load(Ordering::SeqCst));
         }
     }
 }
 
 impl Signals for PciSignals {
     fn queue_used(&self, index: u16) {
-        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.interrupt(ISR_QUEUE, vector.load(Ordering::SeqCst));
+        let Some(vector) = self.queue_vectors.get(usize::from(index)) else { return };
+        // For drivers that poll: there is no interrupt line.
+        if !self.msix.is_enabled() {
+            self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
         }
+        self.msix.raise(vector.load(Ordering::SeqCst));
     }
 
     fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
         self.interrupt_config();
     }
 

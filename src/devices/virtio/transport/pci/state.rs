@@ -86,7 +86,11 @@ impl VirtioPci {
         if !state.held || state.ending.is_some() {
             return Err(Refused::new(name, "it is not paused"));
         }
-        let signals = self.signals.save();
+        let mut signals = self.signals.save();
+        // The read that shows a change may come only after the restore.
+        if state.told.is_some_and(|told| told != super::image_of(state.device.as_ref())) {
+            signals.generation = signals.generation.wrapping_add(1);
+        }
         let stand = match &state.active {
             Some(active) if !signals.broken => {
                 Some(active.stand().ok_or_else(|| Refused::new(name, "requests are in flight"))?)
@@ -126,6 +130,7 @@ impl VirtioPci {
         state.config.restore(&name, &saved.config)?;
         state.common.restore(&name, &saved.common)?;
         state.device.restore(&saved.own)?;
+        state.told = Some(super::image_of(state.device.as_ref()));
         self.signals.restore(&saved.signals)?;
         self.configured(&mut state);
         self.signals.msix().restore(&name, &saved.msix, state.config.msix_control())?;

@@ -54,6 +54,7 @@ impl Notices for Around {
 /// A device with two queues that hands every buffer back at once; its configuration is eight bytes.
 struct Echo {
     config: Arc<Mutex<[u8; 8]>>,
+    negotiated: Arc<Mutex<Vec<u64>>>,
     running: Arc<AtomicUsize>,
     hung: Arc<Hung>,
     needs_both: bool,
@@ -104,6 +105,9 @@ impl VirtioDevice for Echo {
         let [config] = state.exactly("echo", ["config"])?;
         *self.config.lock().unwrap() = config.to_le_bytes();
         Ok(())
+    }
+    fn negotiated(&self, features: u64) {
+        self.negotiated.lock().unwrap().push(features);
     }
     fn activate(&mut self, wiring: Wiring) -> Result<Box<dyn Active>, ActivateError> {
         if self.needs_both && wiring.queues.len() < 2 {
@@ -171,6 +175,10 @@ pub(super) struct Rig {
     pub(super) bench: Bench,
     pub(super) around: Arc<Around>,
     pub(super) function: VirtioPci,
+    /// The device's configuration, as the host changes it.
+    pub(super) host_config: Arc<Mutex<[u8; 8]>>,
+    /// Features that the device was told of, once for each agreement.
+    pub(super) negotiated: Arc<Mutex<Vec<u64>>>,
     pub(super) running: Arc<AtomicUsize>,
     pub(super) hung: Arc<Hung>,
 }
@@ -197,7 +205,14 @@ impl Rig {
         let config = Arc::new(Mutex::new(*b"toftecho"));
         let hung = Hung { requests: AtomicUsize::new(0), answered: EventFd::new(EFD_NONBLOCK).unwrap() };
         let hung = Arc::new(hung);
-        let device = Echo { config, running: running.clone(), hung: hung.clone(), needs_both };
+        let (host_config, negotiated) = (Arc::clone(&config), Arc::default());
+        let device = Echo {
+            config,
+            negotiated: Arc::clone(&negotiated),
+            running: running.clone(),
+            hung: hung.clone(),
+            needs_both,
+        };
         let function = VirtioPci::new(
             Box::new(device),
             bench.memory.clone(),
@@ -208,7 +223,7 @@ impl Rig {
         );
         let function = function.unwrap();
         function.assign(BASE);
-        Rig { bench, around, function, running, hung }
+        Rig { bench, around, function, host_config, negotiated, running, hung }
     }
 
     pub(super) fn write(&self, offset: u64, value: u64, width: usize) {
