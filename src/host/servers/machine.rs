@@ -4,7 +4,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
@@ -212,14 +212,20 @@ pub(super) fn remove_file(path: &Path) -> Result<()> {
 /// An empty file in place of what was there. It is a new file: a VMM that still holds the old one does not
 /// write into this.
 pub(super) fn fresh_file(path: &Path) -> Result<File> {
-    remove_file(path)?;
-    File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(|cause| Error::file(format!("cannot make {}", path.display()), cause))
+    let failed = |cause| Error::file(format!("cannot make {}", path.display()), cause);
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".unfinished");
+    let unfinished = PathBuf::from(unfinished);
+    remove_file(&unfinished)?;
+    let made = File::options().read(true).write(true).create_new(true).mode(0o600).open(&unfinished);
+    let file = made.map_err(failed)?;
+    // What was there goes only when it can be replaced.
+    std::fs::rename(&unfinished, path).map_err(|cause| {
+        // An error leaves an empty file that the next one replaces.
+        let _ = std::fs::remove_file(&unfinished);
+        failed(cause)
+    })?;
+    Ok(file)
 }
 
 /// Opens a file in a server's directory, and nothing that a link in its place or in the directory's leads to.
