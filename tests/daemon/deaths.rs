@@ -167,7 +167,7 @@ async fn crash_loop() {
         let reasons = log.iter().filter_map(|event| event["data"]["reason"].as_str());
         assert_eq!(reasons.filter(|reason| reason.ends_with(&due)).count(), 1, "{due} is told once");
     }
-    // It is the daemon's memory, not a process's: the next one waits for the rest of the pause.
+    // The pause is kept in the records, not in a process: the next one waits for the rest of the pause.
     let before = server(&api, &id).await;
     stage.kill().await;
     stage.open_well().await;

@@ -106,19 +106,39 @@ impl Trial {
         let mut earlier = self.stage.look();
         wait_for("a world that stands still", || {
             let now = self.stage.look();
-            let is_quiet = now == earlier;
+            let is_quiet = now == earlier && self.dhcp_knows_the_servers();
             earlier = now.clone();
             is_quiet.then_some(now)
         })
     }
 
-    /// Waits until nothing is being worked on, and the launcher is there for what comes next.
+    /// Whether DHCP has an address for each server and none else, and is not being told at this moment.
+    fn dhcp_knows_the_servers(&self) -> bool {
+        let mut known = 0;
+        for network in std::fs::read_dir(self.stage.path("run/networks")).into_iter().flatten().flatten() {
+            for file in std::fs::read_dir(network.path()).into_iter().flatten().flatten() {
+                let name = file.file_name();
+                if name.to_string_lossy().ends_with(".unfinished") {
+                    return false;
+                }
+                if name == "hosts" {
+                    known += std::fs::read_to_string(file.path()).unwrap_or_default().lines().count();
+                }
+            }
+        }
+        self.stage.json(&["server", "list"]).as_array().is_some_and(|servers| servers.len() == known)
+    }
+
+    /// Waits until nothing is being worked on, networks have got over it, and the launcher is there for what comes next.
     fn settle(&self, what: &str) {
         wait_for(&format!("the end of all work after {what}\n{}", self.stage.log()), || {
             let operations = self.stage.json(&["operation", "list"]);
             let at_work =
                 |one: &Value| matches!(one["state"].as_str(), Some("pending" | "running" | "cancelling"));
-            (!operations.as_array()?.iter().any(at_work)).then_some(())
+            let networks = self.stage.json(&["network", "list"]);
+            let is_degraded = |one: &Value| one["state"] == "degraded";
+            let is_busy = operations.as_array()?.iter().any(at_work);
+            (!is_busy && !networks.as_array()?.iter().any(is_degraded)).then_some(())
         });
         if !world::processes().iter().any(|(_, line)| line == "toft-vmm launcher") {
             let _ = self.stage.toft(&["host", "check"]);
