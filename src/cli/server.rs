@@ -434,12 +434,23 @@ impl Row for Server {
             output::time(self.created_at),
             labels_text(&self.labels),
             self.id.to_string(),
-            self.state_reason.as_ref().map(|reason| reason.detail.clone()).unwrap_or_default(),
+            reason_text(self),
         ]
     }
 
     fn name(&self) -> String {
         self.name.to_string()
+    }
+}
+
+/// Why a server is in its state, and when it is started again.
+fn reason_text(server: &Server) -> String {
+    let why = server.state_reason.as_ref().map(|reason| reason.detail.clone()).unwrap_or_default();
+    match server.restart {
+        Some(model::server::Restart { attempt, at: Some(at) }) => {
+            format!("{why}; restart {attempt} in a row at {}", output::time(at))
+        }
+        _ => why,
     }
 }
 
