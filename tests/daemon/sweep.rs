@@ -260,8 +260,3 @@ fn a_create_before_its_commit_is_caught() {
 fn a_delete_before_its_commit_is_caught() {
     inside("sweep::a_delete_before_its_commit_is_caught", sweep_with_late_commits(Verb::Delete));
 }
-
-#[test]
-fn a_reset_before_its_commit_is_caught() {
-    inside("sweep::a_reset_before_its_commit_is_caught", sweep_with_late_commits(Verb::Reset));
-}
