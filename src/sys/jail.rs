@@ -10,6 +10,7 @@ use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::time::Instant;
 
 use crate::pidfd::PidFd;
 
@@ -99,6 +100,8 @@ pub struct Started {
     pub pidfd: PidFd,
     /// Steps that the kernel refused, with its reasons.
     pub refused: Vec<(Step, io::Error)>,
+    /// When the jail stood and the program was executed.
+    pub executed_at: Instant,
 }
 
 /// Why a program was not started.
@@ -133,7 +136,10 @@ pub fn spawn(program: &Program<'_>, jail: &Jail<'_>) -> Result<Started, Error> {
         started => started.map_err(|cause| Error { step: Step::PidNamespace, cause })?,
     };
     match plan.report.failed() {
-        None => Ok(Started { pid, pidfd, refused: plan.report.refused() }),
+        None => {
+            let executed_at = plan.executed_at.unwrap_or_else(Instant::now);
+            Ok(Started { pid, pidfd, refused: plan.report.refused(), executed_at })
+        }
         Some((step, cause)) => {
             // It has ended, or its memory would still be ours and we would wait.
             let _ = pidfd.reap();

@@ -28,9 +28,11 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program under test.
 pub(crate) fn program() -> PathBuf {
-    match std::env::var_os("TOFT_BIN") {
-        Some(directory) => Path::new(&directory).join("toft-vmm"),
-        None => env!("CARGO_BIN_EXE_toft-vmm").into(),
+    // Only tests of the package that owns the program are told where it is.
+    match (std::env::var_os("TOFT_BIN"), option_env!("CARGO_BIN_EXE_toft-vmm")) {
+        (Some(directory), _) => Path::new(&directory).join("toft-vmm"),
+        (None, Some(path)) => path.into(),
+        (None, None) => panic!("TOFT_BIN is not set: it names the directory of the binaries"),
     }
 }
 
@@ -42,6 +44,9 @@ static STARTED: AtomicU32 = AtomicU32::new(0);
 /// A VMM process and the connection to it.
 pub(crate) struct Vmm {
     pid: i32,
+    /// When the program was executed, the jail around it being whole.
+    #[allow(dead_code, reason = "only benchmarks look at the clock")]
+    pub(crate) executed_at: Instant,
     pidfd: PidFd,
     channel: Channel,
     directory: tempfile::TempDir,
@@ -152,9 +157,18 @@ impl Vmm {
         let user = if root { User::Own { uid: id, gid: id } } else { User::Caller };
         let jail = Jail { user, cgroups: &[], rlimits, refused: Refused::LeftOut, left_out: &[] };
         let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
-        let (pid, pidfd) = (started.pid, started.pidfd);
+        let (pid, pidfd, executed_at) = (started.pid, started.pidfd, started.executed_at);
         let channel = Channel::new(Socket::connect(&path("control.sock")).unwrap());
-        Vmm { pid, pidfd, channel, directory, console: None, next_id: 0, notices: VecDeque::new() }
+        Vmm {
+            pid,
+            executed_at,
+            pidfd,
+            channel,
+            directory,
+            console: None,
+            next_id: 0,
+            notices: VecDeque::new(),
+        }
     }
 
     /// Starts a VMM and boots a machine in it.

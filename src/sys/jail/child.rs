@@ -3,6 +3,7 @@
 use std::ffi::{CStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Instant;
 
 use super::{Jail, MEMLOCK_BYTES, Program, Refused, Report, Step, Strings, User, raw};
 use crate::spawn::{NUMBER_MAX, close_all_on_exec, numbered, place};
@@ -24,6 +25,8 @@ pub(super) struct Child {
     refused: Refused,
     left_out: Vec<Step>,
     pub(super) report: Report,
+    /// When it executed the program.
+    pub(super) executed_at: Option<Instant>,
 }
 
 impl Child {
@@ -58,6 +61,7 @@ impl Child {
             refused: jail.refused,
             left_out: jail.left_out.to_vec(),
             report: Report::new(),
+            executed_at: None,
         })
     }
 
@@ -197,6 +201,8 @@ impl Child {
         let none: libc::sigset_t = unsafe { std::mem::zeroed() };
         // SAFETY: the mask is valid for reads; the old one is not asked for.
         unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) };
+        // The clock is read without a system call, or with one; neither allocates.
+        self.executed_at = Some(Instant::now());
         // SAFETY: both lists end with null and live as long as this plan; the path is an empty string, so that
         // the descriptor itself is executed.
         unsafe {

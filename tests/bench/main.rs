@@ -1,0 +1,106 @@
+//! What things cost, measured: groups of benchmarks by name, one table, rows as JSON. Not a test: nothing here judges
+//! a figure. Run by `scripts/bench`, which builds what is measured; README.md says how to read each figure.
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[allow(dead_code, reason = "shared with the tests of the VMM, which use all of it")]
+#[path = "../support/vmm_driver.rs"]
+mod vmm_driver;
+
+mod ground;
+mod process;
+mod rows;
+mod start;
+mod toft;
+
+use ground::{Effort, Ground};
+use rows::Report;
+
+/// One group: what it measures, and the function that does.
+struct Group {
+    name: &'static str,
+    what: &'static str,
+    run: fn(&Ground, &mut Report),
+}
+
+/// A group is added here and in README.md. Alone it takes less than five minutes, and says what it cannot do by panic.
+const GROUPS: &[Group] = &[Group {
+    name: "start",
+    what: "from exec, and from the request to the launcher, to the guest's first output",
+    run: start::run,
+}];
+
+fn main() -> ExitCode {
+    let wanted = match Wanted::parse(std::env::args().skip(1)) {
+        Ok(Some(wanted)) => wanted,
+        Ok(None) => {
+            print!("{}", help());
+            return ExitCode::SUCCESS;
+        }
+        Err(why) => {
+            eprintln!("bench: {why}\n\n{}", help());
+            return ExitCode::from(2);
+        }
+    };
+    let ground = Ground::new(wanted.effort);
+    eprintln!("bench: measuring the programs in {}", ground.binaries.display());
+    let mut report = Report::default();
+    for group in GROUPS.iter().filter(|group| wanted.includes(group.name)) {
+        eprintln!("bench: {}", group.name);
+        // What one group cannot measure must not cost the figures of the others; the panic has told why.
+        if catch_unwind(AssertUnwindSafe(|| (group.run)(&ground, &mut report))).is_err() {
+            report.failed(group.name);
+        }
+    }
+    print!("{}", report.table(&ground.words()));
+    if let Some(path) = &wanted.json
+        && let Err(error) = std::fs::write(path, report.json())
+    {
+        eprintln!("bench: cannot write {}: {error}", path.display());
+        return ExitCode::FAILURE;
+    }
+    if report.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What the command line asks for.
+struct Wanted {
+    effort: Effort,
+    json: Option<PathBuf>,
+    /// Empty means all.
+    groups: Vec<String>,
+}
+
+impl Wanted {
+    /// None when only help is wanted.
+    fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Wanted>, String> {
+        let mut wanted = Wanted { effort: Effort::Full, json: None, groups: Vec::new() };
+        let mut arguments = arguments;
+        while let Some(argument) = arguments.next() {
+            match argument.as_str() {
+                "--help" | "-h" => return Ok(None),
+                // Given by `cargo bench`.
+                "--bench" => (),
+                "--smoke" => wanted.effort = Effort::Smoke,
+                "--json" => wanted.json = Some(arguments.next().ok_or("--json wants a file")?.into()),
+                name if GROUPS.iter().any(|group| group.name == name) => wanted.groups.push(argument),
+                other => return Err(format!("there is no group or option {other}")),
+            }
+        }
+        Ok(Some(wanted))
+    }
+
+    fn includes(&self, name: &str) -> bool {
+        self.groups.is_empty() || self.groups.iter().any(|group| group == name)
+    }
+}
+
+fn help() -> String {
+    let groups: String = GROUPS.iter().map(|group| format!("  {:<9} {}\n", group.name, group.what)).collect();
+    format!(
+        "scripts/bench [--json FILE] [--smoke] [GROUP...]\n\n{groups}\n\
+         --json FILE  also writes the rows {{bench, case, who, unit, median, p99, min, max, n}}\n\
+         --smoke      few samples: shows that everything runs, measures nothing\n\n\
+         tests/bench/README.md says how to read each figure and what it does not say.\n"
+    )
+}

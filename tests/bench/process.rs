@@ -1,0 +1,89 @@
+//! A program that is measured as it is: no jail, its output on a pipe. Killed and reaped when dropped.
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use sys::jail::{Jail, Program, Refused, Step, User, spawn};
+use sys::pidfd::{PidFd, Signal};
+
+use crate::vmm_driver::{PATIENCE, RLIMITS, readable};
+
+/// Everything that makes a jail. It is left out, so that all programs are executed by the same code.
+const WALLS: [Step; 13] = [
+    Step::Cgroups,
+    Step::PidNamespace,
+    Step::UserNamespace,
+    Step::MountNamespace,
+    Step::NetNamespace,
+    Step::IpcNamespace,
+    Step::UtsNamespace,
+    Step::Root,
+    Step::Rlimits,
+    Step::Ids,
+    Step::Keyring,
+    Step::Capabilities,
+    Step::NoNewPrivs,
+];
+
+/// A program that runs.
+pub(crate) struct Process {
+    /// When it was executed.
+    pub(crate) executed_at: Instant,
+    pidfd: PidFd,
+    output: File,
+    told: Vec<u8>,
+}
+
+impl Process {
+    /// Starts a program with its standard output and error on one pipe.
+    pub(crate) fn start(path: &Path, arguments: &[&OsStr]) -> Process {
+        let executable = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let null = File::open("/dev/null").unwrap();
+        let (output, input) = std::io::pipe().unwrap();
+        let program = Program {
+            executable: executable.as_fd(),
+            name: path.as_os_str(),
+            arguments,
+            descriptors: &[(null.as_fd(), 0), (input.as_fd(), 1), (input.as_fd(), 2)],
+        };
+        let jail = Jail {
+            user: User::Own { uid: 0, gid: 0 },
+            cgroups: &[],
+            rlimits: RLIMITS,
+            refused: Refused::Fails,
+            left_out: &WALLS,
+        };
+        let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Process {
+            executed_at: started.executed_at,
+            pidfd: started.pidfd,
+            output: File::from(OwnedFd::from(output)),
+            told: Vec::new(),
+        }
+    }
+
+    /// Waits for the first output; answers when it came.
+    pub(crate) fn first_output(&mut self) -> Instant {
+        self.read_some("its first output");
+        Instant::now()
+    }
+
+    fn read_some(&mut self, what: &str) {
+        let mut buffer = [0; 4096];
+        let came = readable(self.output.as_fd(), Instant::now() + PATIENCE);
+        let bytes = if came { self.output.read(&mut buffer).unwrap() } else { 0 };
+        assert!(bytes > 0, "{what} did not come; so far: {}", String::from_utf8_lossy(&self.told));
+        self.told.extend_from_slice(&buffer[..bytes]);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.pidfd.signal(Signal::SIGKILL);
+        readable(self.pidfd.as_fd(), Instant::now() + Duration::from_secs(10));
+        let _ = self.pidfd.reap();
+    }
+}

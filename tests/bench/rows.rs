@@ -1,0 +1,128 @@
+//! What was measured: rows of one distribution each, remarks, and what could not be done; as a table and as JSON.
+//! It takes no time itself and judges nothing.
+use std::fmt::Write;
+
+/// Everything one run has found.
+#[derive(Default)]
+pub(crate) struct Report {
+    rows: Vec<Row>,
+    notes: Vec<String>,
+    failed: Vec<String>,
+}
+
+/// What one series of samples belongs to.
+#[derive(Clone, Copy)]
+pub(crate) struct Series<'a> {
+    /// The group's figure, such as `start_ms`.
+    pub(crate) bench: &'a str,
+    pub(crate) case: &'a str,
+    /// Whose: `toft`, `floor`, `qemu`.
+    pub(crate) who: &'a str,
+    /// `ms`, `kB`, `1/s`.
+    pub(crate) unit: &'a str,
+}
+
+struct Row {
+    bench: String,
+    case: String,
+    who: String,
+    unit: String,
+    median: f64,
+    p99: f64,
+    min: f64,
+    max: f64,
+    n: usize,
+}
+
+impl Report {
+    /// Adds a series. Samples are in the series' unit; there is at least one. Answers the median.
+    pub(crate) fn add(&mut self, series: Series<'_>, samples: &[f64]) -> f64 {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (Some(min), Some(max)) = (sorted.first(), sorted.last()) else {
+            panic!("{} {} of {} has no samples", series.bench, series.case, series.who);
+        };
+        let median = quantile(&sorted, 0.5);
+        self.rows.push(Row {
+            bench: series.bench.to_owned(),
+            case: series.case.to_owned(),
+            who: series.who.to_owned(),
+            unit: series.unit.to_owned(),
+            median,
+            p99: quantile(&sorted, 0.99),
+            min: *min,
+            max: *max,
+            n: sorted.len(),
+        });
+        median
+    }
+
+    /// A sentence below the table: a ratio within this run, a bar, something that is not there.
+    pub(crate) fn note(&mut self, text: String) {
+        self.notes.push(text);
+    }
+
+    /// Whether a figure keeps to what was wanted of it, as a sentence. Being missed is no failure of the run.
+    pub(crate) fn bar(&mut self, what: &str, is_met: bool) {
+        self.notes.push(format!("{} {what}", if is_met { "met:   " } else { "missed:" }));
+    }
+
+    /// Something that should have been measured was not.
+    pub(crate) fn failed(&mut self, what: &str) {
+        self.failed.push(what.to_owned());
+    }
+
+    pub(crate) fn is_whole(&self) -> bool {
+        self.failed.is_empty()
+    }
+
+    pub(crate) fn table(&self, machine: &str) -> String {
+        let mut text = format!("\n{machine}\n\n");
+        let _ = writeln!(
+            text,
+            "{:<12} {:<22} {:<9} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
+            "bench", "case", "who", "unit", "median", "p99", "min", "max", "n"
+        );
+        for row in &self.rows {
+            let [median, p99, min, max] = [row.median, row.p99, row.min, row.max].map(figure);
+            let _ = writeln!(
+                text,
+                "{:<12} {:<22} {:<9} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
+                row.bench, row.case, row.who, row.unit, row.n
+            );
+        }
+        text.push('\n');
+        let failed = self.failed.iter().map(|what| format!("not measured: {what}"));
+        self.notes.iter().cloned().chain(failed).for_each(|line| text.extend([line.as_str(), "\n"]));
+        text
+    }
+
+    pub(crate) fn json(&self) -> String {
+        let rows: Vec<_> = self
+            .rows
+            .iter()
+            .map(|row| {
+                serde_json::json!({
+                    "bench": row.bench, "case": row.case, "who": row.who, "unit": row.unit,
+                    "median": row.median, "p99": row.p99, "min": row.min, "max": row.max, "n": row.n,
+                })
+            })
+            .collect();
+        format!("{:#}\n", serde_json::Value::from(rows))
+    }
+}
+
+/// The smallest sample that at least this share of the samples does not exceed.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let rank = (sorted.len() as f64 * share).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+/// Three digits that say something.
+fn figure(value: f64) -> String {
+    match value.abs() {
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}

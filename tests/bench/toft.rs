@@ -1,0 +1,180 @@
+//! Toft's VMM with a stopwatch: all files are made before, then it is spawned, given its machine, and its first
+//! output awaited, as the daemon does it. `vmm_driver` is for everything that is not timed.
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::Instant;
+
+use sys::jail::{Jail, Program, Refused, User};
+use sys::pidfd::{PidFd, Signal};
+use sys::seqpacket::{Listener, Socket};
+use sys::spawn::Session;
+use wire::channel::Channel;
+use wire::console::Ring;
+use wire::control;
+use wire::launch::{self, JailUser, Rlimits, fd};
+use wire::limits::CONSOLE_RING_BYTES;
+use wire::machine::Console;
+
+use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, program, readable};
+
+/// Ids that no process on this host has.
+const ID: u32 = 0x7000_0000;
+
+/// What one VMM is given.
+pub(crate) struct Files {
+    directory: tempfile::TempDir,
+    listener: OwnedFd,
+    kvm: OwnedFd,
+    will: OwnedFd,
+    log: OwnedFd,
+}
+
+impl Files {
+    pub(crate) fn new() -> Files {
+        let directory = tempfile::Builder::new().prefix("toft-bench").tempdir().unwrap();
+        let file = |name: &str| OwnedFd::from(File::create(directory.path().join(name)).unwrap());
+        let listener = Listener::bind(&directory.path().join("control.sock")).unwrap();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        Files { listener: listener.into(), kvm: kvm.into(), will: file("will"), log: file("log"), directory }
+    }
+
+    /// Gives the machine its console.
+    fn console(&self, machine: &mut Machine) {
+        let path = self.directory.path().join("console.ring");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+        Ring::create(file.try_clone().unwrap(), CONSOLE_RING_BYTES).unwrap();
+        machine.spec.console = Console { ring: machine.add(file) };
+    }
+
+    /// Boots the machine and waits for its first output; answers when that was.
+    fn boot(&self, machine: &Machine) -> Instant {
+        let channel = Channel::new(Socket::connect(&self.directory.path().join("control.sock")).unwrap());
+        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
+        let boot = control::Command::Boot(Box::new(machine.spec.clone()));
+        channel.send(&control::Request { id: 1, command: boot }, &descriptors).unwrap();
+        // Asked for at once, so that the VMM finds it as soon as the machine runs.
+        let watch = control::Command::WatchConsole { seen: 0 };
+        channel.send(&control::Request { id: 2, command: watch }, &[]).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            assert!(readable(channel.as_fd(), deadline), "no output; log: {}", self.log());
+            match channel.receive().ok().flatten().map(|(message, _)| message) {
+                Some(control::Message::Notice(control::Notice::Console { .. })) => return Instant::now(),
+                Some(control::Message::Reply { result: Err(fault), .. }) => panic!("{fault}"),
+                Some(_) => (),
+                None => panic!("the VMM has gone; log: {}", self.log()),
+            }
+        }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+}
+
+/// A VMM that is killed when dropped.
+pub(crate) struct Running {
+    pidfd: PidFd,
+    _files: Files,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.pidfd.signal(Signal::SIGKILL);
+        readable(self.pidfd.as_fd(), Instant::now() + PATIENCE);
+        // A child of the launcher is reaped there.
+        let _ = self.pidfd.reap();
+    }
+}
+
+/// Spawns a VMM in its jail and boots `machine`. Answers it, and milliseconds from its exec to the first output.
+pub(crate) fn start_vmm(mut machine: Machine) -> (Running, f64) {
+    let files = Files::new();
+    files.console(&mut machine);
+    let null = File::open("/dev/null").unwrap();
+    let executable = File::open(program()).unwrap();
+    let program = Program {
+        executable: executable.as_fd(),
+        name: "toft-vmm".as_ref(),
+        arguments: &["machine".as_ref(), "--label".as_ref(), "bench".as_ref()],
+        descriptors: &[
+            (null.as_fd(), fd::STDIN),
+            (files.log.as_fd(), 1),
+            (files.log.as_fd(), 2),
+            (files.listener.as_fd(), fd::CONTROL),
+            (files.kvm.as_fd(), fd::KVM),
+            (files.will.as_fd(), fd::WILL),
+        ],
+    };
+    let user = User::Own { uid: ID, gid: ID };
+    let jail = Jail { user, cgroups: &[], rlimits: RLIMITS, refused: Refused::Fails, left_out: &[] };
+    let started =
+        sys::jail::spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
+    let running = Running { pidfd: started.pidfd, _files: files };
+    let first = running._files.boot(&machine);
+    (running, first.duration_since(started.executed_at).as_secs_f64() * 1e3)
+}
+
+/// A launcher, ended when dropped.
+pub(crate) struct Launcher {
+    channel: Option<Channel>,
+    pidfd: PidFd,
+}
+
+impl Launcher {
+    pub(crate) fn start() -> Launcher {
+        let (ours, theirs) = Socket::pair().unwrap();
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let started = sys::spawn::spawn(&sys::spawn::Program {
+            executable: Path::new(&program()),
+            name: "toft-vmm".as_ref(),
+            arguments: &["launcher".as_ref()],
+            descriptors: &[
+                (null.as_fd(), 0),
+                (null.as_fd(), 1),
+                (null.as_fd(), 2),
+                (theirs.as_fd(), fd::CONTROL),
+            ],
+            session: Session::Own,
+        });
+        Launcher { channel: Some(Channel::new(ours)), pidfd: started.unwrap().1 }
+    }
+
+    /// Has a VMM started and boots `machine`. Answers it, and milliseconds from the request to the first output.
+    pub(crate) fn start_vmm(&self, mut machine: Machine) -> (Running, f64) {
+        let files = Files::new();
+        files.console(&mut machine);
+        let channel = self.channel.as_ref().expect("it was not left");
+        let begun = Instant::now();
+        let user = JailUser::Own { uid: ID, gid: ID };
+        let rlimits =
+            Rlimits { nofile: RLIMITS.nofile, fsize_bytes: RLIMITS.fsize_bytes, nproc: RLIMITS.nproc };
+        let jail = launch::Jail { user, cgroups: 0, rlimits, required: true };
+        let command = launch::Command::Spawn { label: "bench".to_owned(), jail };
+        let descriptors = [&files.listener, &files.kvm, &files.will, &files.log].map(AsFd::as_fd);
+        channel.send(&launch::Request { id: 1, command }, &descriptors).unwrap();
+        let pidfd = loop {
+            match channel.receive().unwrap().expect("the launcher lives") {
+                (launch::Message::Reply { result: Ok(launch::Reply::Spawned { .. }), .. }, mut with) => {
+                    break PidFd::from(with.pop().expect("the pidfd comes along"));
+                }
+                (launch::Message::Exited { .. }, _) => (),
+                (other, _) => panic!("{other:?}"),
+            }
+        };
+        let running = Running { pidfd, _files: files };
+        let first = running._files.boot(&machine);
+        (running, first.duration_since(begun).as_secs_f64() * 1e3)
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.channel = None;
+        if !readable(self.pidfd.as_fd(), Instant::now() + PATIENCE) {
+            let _ = self.pidfd.signal(Signal::SIGKILL);
+        }
+        let _ = self.pidfd.reap();
+    }
+}
