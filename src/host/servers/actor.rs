@@ -223,9 +223,10 @@ async fn disconnected(entry: &Entry, phase: &Phase) {
     tokio::time::sleep(limits::RECONNECT).await;
 }
 
+/// How long to sleep for a time of the clock, which may be set meanwhile: it is looked at now and then.
 fn until(at_ms: i64) -> Duration {
     let left_ms = at_ms.saturating_sub(Time::now().unix_ms());
-    Duration::from_millis(u64::try_from(left_ms).unwrap_or_default())
+    Duration::from_millis(u64::try_from(left_ms).unwrap_or_default()).min(limits::CLOCK)
 }
 
 /// How long work that failed waits before it is tried again.

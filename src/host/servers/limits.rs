@@ -27,6 +27,9 @@ pub const KILL: Duration = Duration::from_secs(30);
 
 pub use crate::limits::{RETRY, RETRY_MAX};
 
+/// Longest sleep for a deadline before the clock is read again: so long it may be behind a clock that was set.
+pub const CLOCK: Duration = Duration::from_secs(30);
+
 /// Pause between attempts to reach a VMM that lives and does not answer.
 pub const RECONNECT: Duration = Duration::from_secs(2);
 

@@ -1,6 +1,7 @@
 //! What follows when work is done, a machine ends, time passes or a daemon starts. Pure.
 //! An event that does not belong to the phase is stale and changes nothing.
 use model::Code;
+use model::limits::GRACE_S_MAX;
 use model::server::{RestartPolicy, StateReason, Wanted};
 use model::{OperationId, Time};
 use wire::control::MachineState;
@@ -9,6 +10,9 @@ use super::end::{End, EndKind};
 use super::{Context, JobKind, Life, Phase, Push, Step, Then, Trouble, Verdict};
 use crate::servers::limits;
 use crate::vmms::ProcessId;
+
+/// The longest grace that can be asked for, in milliseconds.
+const GRACE_MS_MAX: i64 = GRACE_S_MAX as i64 * 1000;
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,10 +149,12 @@ impl Stepping {
             (
                 Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then },
                 Event::DeadlinePassed,
-            ) if self.context.now_ms >= deadline_ms => {
+            ) if self.is_due(deadline_ms, GRACE_MS_MAX) => {
                 self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
             }
-            (Phase::Waiting { until_ms, .. }, Event::DeadlinePassed) if self.context.now_ms >= until_ms => {
+            (Phase::Waiting { until_ms, .. }, Event::DeadlinePassed)
+                if self.is_due(until_ms, limits::RESTART_PAUSE_MS_MAX) =>
+            {
                 self.life.begin_run();
             }
             (Phase::Running { .. }, Event::DeadlinePassed)
@@ -165,6 +171,13 @@ impl Stepping {
             (phase, Event::Found(found)) => self.found(phase, found),
             _ => {}
         }
+    }
+
+    /// Whether a time has come that was never further away than this. When it is, the clock was set back meanwhile,
+    /// and nobody should wait for what it has to make up.
+    fn is_due(&self, at_ms: i64, furthest_ms: i64) -> bool {
+        let left_ms = at_ms.saturating_sub(self.context.now_ms);
+        left_ms <= 0 || left_ms > furthest_ms
     }
 
     fn booted(&mut self, vmm: ProcessId) {

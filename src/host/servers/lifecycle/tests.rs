@@ -276,6 +276,18 @@ fn pauses_before_restarts_grow_to_a_bound_and_begin_anew_after_a_sound_run() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_makes_nobody_wait_longer() {
+    let waiting = after(Reason::TripleFault, RestartPolicy::OnFailure, 3, 500_000);
+    let at = |now_ms| {
+        step(&waiting, Event::DeadlinePassed, Context { now_ms, policy: RestartPolicy::OnFailure }).life.phase
+    };
+    assert_eq!(at(507_999), waiting.phase);
+    assert_eq!(at(508_000), Phase::Starting { vmm: None });
+    assert_eq!(at(400_000), waiting.phase, "it could be so early");
+    assert_eq!(at(200_000), Phase::Starting { vmm: None });
+}
+
+#[test]
 fn a_machine_that_runs_long_enough_ends_the_row_of_failures() {
     let running = Life { failures: 3, booted_ms: Some(50), ..life(Phase::Running { vmm: vmm() }) };
     let due_ms = 50 + crate::servers::limits::STABLE_MS;
