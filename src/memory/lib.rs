@@ -24,6 +24,7 @@ pub mod marks;
 mod ram;
 
 mod extent;
+pub mod guard;
 
 pub mod packet;
 pub mod ring;

@@ -1,7 +1,7 @@
 //! Which pages devices have written, for whoever copies memory while the machine runs: KVM's own log sees only what
 //! vCPUs write. Off, a write costs one load of a flag and memory holds no map. `vm-memory` marks, savers take.
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
@@ -22,6 +22,8 @@ pub struct Marks {
 struct Shared {
     on: AtomicBool,
     pages: usize,
+    /// Nothing is given back to the host: somebody still has to read it.
+    held: Mutex<bool>,
     /// One bit a page, made when first turned on.
     words: OnceLock<Box<[AtomicU64]>>,
 }
@@ -45,6 +47,11 @@ pub fn stop(ram: &Ram) {
 pub fn take(ram: &Ram) -> Vec<Vec<u64>> {
     let taken = |marks: &Marks| marks.words().iter().map(|word| word.swap(0, Ordering::SeqCst)).collect();
     ram.iter().map(marks_of).map(taken).collect()
+}
+
+/// Whether pages may go back to the host, until the answer is dropped.
+pub(crate) fn held(region: &vm_memory::GuestRegionMmap<Marks>) -> MutexGuard<'_, bool> {
+    marks_of(region).shared.held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn marks_of(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {

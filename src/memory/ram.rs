@@ -14,7 +14,7 @@ use vm_memory::{
 };
 
 use crate::layout;
-use crate::marks::Marks;
+use crate::marks::{self, Marks};
 
 /// The memory of one machine.
 pub type Ram = GuestMemoryMmap<Marks>;
@@ -68,6 +68,9 @@ pub enum Error {
     /// Memory could not be read or written.
     #[error("cannot copy guest memory")]
     Copy(#[source] io::Error),
+    /// Memory cannot be protected against writes.
+    #[error("cannot protect guest memory against writes")]
+    Protect(#[source] io::Error),
     /// Pages could not be returned to the host.
     #[error("cannot return guest memory to the host")]
     Discard(#[source] io::Error),
@@ -150,6 +153,10 @@ pub fn discard(ram: &Ram, start: GuestAddress, bytes: u64) -> Result<(), Error> 
     let Some(file) = region.file_offset() else { return Err(refused) };
     if bytes == 0 || bytes > region.len() - inside {
         return Err(refused);
+    }
+    let held = marks::held(region);
+    if *held {
+        return Err(Error::Discard(io::ErrorKind::ResourceBusy.into()));
     }
     if region.flags() & libc::MAP_PRIVATE != 0 {
         return renew(region, inside, bytes).map_err(Error::Discard);

@@ -11,3 +11,4 @@ pub mod seqpacket;
 pub mod spawn;
 pub mod tap;
 pub mod thread;
+pub mod userfaultfd;

@@ -1,0 +1,130 @@
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::*;
+use crate::{discard, fill, new, read, touched};
+
+const BYTES: u64 = 32 << 20;
+const PAGES: u64 = BYTES / PAGE_BYTES;
+
+/// Without the device these say why they cannot run.
+fn guard(ram: &Arc<Ram>) -> Option<Guard> {
+    let device = match File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => device,
+        Err(cause) => {
+            println!("skipped: /dev/userfaultfd: {cause}");
+            return None;
+        }
+    };
+    Some(Guard::new(device.as_fd(), ram).unwrap())
+}
+
+fn word(ram: &Ram, page: u64) -> u64 {
+    let mut bytes = [0; 8];
+    read(ram, page * PAGE_BYTES, &mut bytes).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+fn set(ram: &Ram, page: u64, value: u64) {
+    fill(ram, page * PAGE_BYTES, &value.to_le_bytes()).unwrap();
+}
+
+#[test]
+fn memory_is_taken_as_it_was_while_others_write_to_it() {
+    let ram = new(BYTES).unwrap();
+    let Some(guard) = guard(&ram) else { return };
+    (0..PAGES / 2).for_each(|page| set(&ram, page, page + 1));
+    let (stop, passes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (paused, is_still) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| guard.serve().unwrap());
+        // Writes all over, in a scattered order; the pages above half are touched by it alone.
+        scope.spawn(|| {
+            let mut at = 0_u64;
+            while !stop.load(Ordering::SeqCst) {
+                if paused.load(Ordering::SeqCst) {
+                    is_still.store(true, Ordering::SeqCst);
+                    std::thread::yield_now();
+                    continue;
+                }
+                is_still.store(false, Ordering::SeqCst);
+                at = (at + 4099) % (PAGES * 3 / 4);
+                set(&ram, at, word(&ram, at) + PAGES * 2);
+                passes.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        assert!(guard.arm(|| true).unwrap());
+        guard.expect(&touched(&ram).unwrap());
+        for wanted in [500, 1000, 1500, 2000] {
+            while passes.load(Ordering::SeqCst) < wanted {
+                std::thread::yield_now();
+            }
+            guard.rearm().unwrap();
+        }
+        paused.store(true, Ordering::SeqCst);
+        while !is_still.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        let wanted: Vec<u64> = (0..PAGES).map(|page| word(&ram, page)).collect();
+        guard.begin().unwrap();
+        paused.store(false, Ordering::SeqCst);
+        let before = passes.load(Ordering::SeqCst);
+        while passes.load(Ordering::SeqCst) < before + 500 {
+            std::thread::yield_now();
+        }
+        let mut found = vec![0; PAGES as usize];
+        for extent in guard.extents() {
+            let mut data = vec![0; extent.bytes as usize];
+            guard.take(extent, &mut data).unwrap();
+            for (page, bytes) in (extent.offset / PAGE_BYTES..).zip(data.chunks(PAGE_BYTES as usize)) {
+                found[page as usize] = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            }
+        }
+        assert!(found == wanted, "pages differ");
+        assert!(guard.faults() > 0);
+        stop.store(true, Ordering::SeqCst);
+        guard.end();
+    });
+}
+
+#[test]
+fn nothing_goes_back_to_the_host_meanwhile() {
+    let ram = new(BYTES).unwrap();
+    let Some(guard) = guard(&ram) else { return };
+    let refused = discard(&ram, vm_memory::GuestAddress(0), 4096);
+    assert!(matches!(refused, Err(Error::Discard(_))));
+    drop(guard);
+    discard(&ram, vm_memory::GuestAddress(0), 4096).unwrap();
+}
+
+#[test]
+fn a_guard_that_is_dropped_lets_everybody_go_on() {
+    let ram = new(BYTES).unwrap();
+    let Some(guard) = guard(&ram) else { return };
+    set(&ram, 5, 1);
+    assert!(guard.arm(|| true).unwrap());
+    assert!(!guard.arm(|| false).unwrap());
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| set(&ram, 5, 2));
+        while guard.fault.waiting().unwrap().is_empty() {
+            std::thread::yield_now();
+        }
+        drop(guard);
+        writer.join().unwrap();
+    });
+    assert_eq!(word(&ram, 5), 2);
+}
+
+#[test]
+fn runs_are_found_at_every_place_of_a_word() {
+    for (from, to) in [(0, 1), (63, 65), (64, 128), (1, 200), (255, 256), (0, 256), (130, 131)] {
+        let mut pages = Pages::of(256);
+        pages.set_range(from, to);
+        let found: Vec<_> = runs(&pages.words).collect();
+        assert_eq!(found, [(from * PAGE_BYTES, (to - from) * PAGE_BYTES)]);
+        assert!(pages.clear(from) && !pages.clear(from));
+    }
+    let mut pages = Pages::of(256);
+    pages.set_range(300, 400);
+    assert_eq!(runs(&pages.words).count(), 0);
+}

@@ -1,0 +1,138 @@
+//! Write protection of this process's own memory that it serves itself (userfaultfd(2)): protect a range, and be told of
+//! each page that somebody is about to write, who waits meanwhile. It knows no machine; `memory` protects guest RAM.
+//! Closing it lets everybody go on and takes all protection away.
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// include/uapi/linux/userfaultfd.h.
+const API: u64 = 0xAA;
+const FEATURE_WRITE_PROTECT: u64 = 1 << 0;
+/// Also memory of files, and pages of them that this process has never touched.
+const FEATURE_SHARED_MEMORY: u64 = 1 << 12;
+const MODE_WRITE_PROTECT: u64 = 1 << 1;
+const PROTECT: u64 = 1 << 0;
+const EVENT_PAGE_FAULT: u8 = 0x12;
+const EVENT_BYTES: usize = 32;
+
+/// Most events read at once.
+const EVENTS_MAX: usize = 64;
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct Handshake {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct Register {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+struct WriteProtect {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+}
+
+mod request {
+    //! The requests as functions.
+    use super::{Handshake, Register, WriteProtect};
+
+    nix::ioctl_readwrite!(api, 0xAA, 0x3F, Handshake);
+    nix::ioctl_readwrite!(register, 0xAA, 0x00, Register);
+    nix::ioctl_readwrite!(write_protect, 0xAA, 0x06, WriteProtect);
+}
+
+/// USERFAULTFD_IOC_NEW.
+const NEW: u64 = 0xAA00;
+
+/// One userfaultfd.
+#[derive(Debug)]
+pub struct UserFault {
+    file: std::fs::File,
+}
+
+impl UserFault {
+    /// Makes one for this process with an open `/dev/userfaultfd`. Fails with `Unsupported` where the kernel cannot
+    /// protect memory of files (before 5.19).
+    pub fn new(device: BorrowedFd<'_>) -> io::Result<UserFault> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: the request takes flags and no pointer, and answers a new descriptor; `device` is open.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made it, and nobody else has it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let features = FEATURE_WRITE_PROTECT | FEATURE_SHARED_MEMORY;
+        let mut handshake = Handshake { api: API, features, ioctls: 0 };
+        // SAFETY: the structure is the request's, alive and writable.
+        let agreed = unsafe { request::api(fd.as_raw_fd(), &raw mut handshake) };
+        agreed.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        Ok(UserFault { file: fd.into() })
+    }
+
+    /// Makes a range of memory one that can be protected. Whole pages.
+    pub fn register(&self, start: u64, bytes: u64) -> io::Result<()> {
+        let mut range = Register { start, bytes, mode: MODE_WRITE_PROTECT, ioctls: 0 };
+        // SAFETY: the structure is the request's, alive and writable. A range that is not memory of this process is
+        // refused; what is written to one that is waits, which breaks no promise of the language.
+        unsafe { request::register(self.file.as_raw_fd(), &raw mut range) }?;
+        Ok(())
+    }
+
+    /// From here on whoever writes to the range waits until [`UserFault::release`].
+    pub fn protect(&self, start: u64, bytes: u64) -> io::Result<()> {
+        self.change(start, bytes, PROTECT)
+    }
+
+    /// Lets writes to the range pass, those that wait first.
+    pub fn release(&self, start: u64, bytes: u64) -> io::Result<()> {
+        self.change(start, bytes, 0)
+    }
+
+    fn change(&self, start: u64, bytes: u64, mode: u64) -> io::Result<()> {
+        let mut range = WriteProtect { start, bytes, mode };
+        loop {
+            // SAFETY: the structure is the request's, alive and writable; otherwise as for `register`.
+            match unsafe { request::write_protect(self.file.as_raw_fd(), &raw mut range) } {
+                // The kernel was about to change the mappings; it asks to come again.
+                Err(nix::errno::Errno::EAGAIN) => std::thread::yield_now(),
+                other => return other.map(drop).map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// Addresses that somebody waits to write to; none when nobody does.
+    pub fn waiting(&self) -> io::Result<Vec<u64>> {
+        let mut events = [0; EVENTS_MAX * EVENT_BYTES];
+        let bytes = match (&self.file).read(&mut events) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            other => other?,
+        };
+        let (events, _) = events[..bytes].as_chunks::<EVENT_BYTES>();
+        let faults = events.iter().filter(|event| event[0] == EVENT_PAGE_FAULT);
+        Ok(faults
+            .map(|event| {
+                let mut address = [0; 8];
+                address.copy_from_slice(&event[16..24]);
+                u64::from_ne_bytes(address)
+            })
+            .collect())
+    }
+}
+
+impl AsFd for UserFault {
+    /// Readable when somebody waits.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
