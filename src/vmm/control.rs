@@ -211,8 +211,12 @@ impl Shell {
         if news.console {
             self.tell_console();
         }
-        if let (true, Some(machine)) = (news.save, &self.machine) {
-            self.tell_all(&Notice::Save(machine.save_status()));
+        if let (true, Some(machine)) = (news.save, &mut self.machine) {
+            if let Err(error) = machine.take_moment() {
+                log::line(format_args!("the machine is not saved: {}", log::chain(&error)));
+            }
+            let status = machine.save_status();
+            self.tell_all(&Notice::Save(status));
         }
         match news.ending {
             None => (),

@@ -1,4 +1,5 @@
-//! What fuzzers call: kernels and initial RAM disks of any shape, put into guest memory. No part of a machine.
+//! What fuzzers call: kernels and initial RAM disks of any shape, put into guest memory, and state files of any content.
+//! No part of a machine.
 //! `tests/fuzz` calls it with new bytes, and the test here with the seeds kept there.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,6 +9,7 @@ use memory::{Ram, layout};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::boot::{Source, prepare};
+use crate::snapshot;
 
 const MEMORY_BYTES: u64 = 24 << 20;
 /// Files are no longer than the input, but may be stretched by a hole, so that offsets reach far.
@@ -44,6 +46,26 @@ pub fn elf(data: &[u8]) {
     }
 }
 
+/// Opens `data` as a state file whose digest was found right. What is taken is written as it was read, and no part of
+/// memory lies outside or over another.
+pub fn state(data: &[u8]) {
+    match snapshot::parse(data) {
+        Ok((contents, table)) => {
+            let end = table.parts.iter().fold(0, |end, part| {
+                assert!(part.offset >= end && part.bytes > 0 && u64::from(part.bytes) <= 1 << 20);
+                part.offset + u64::from(part.bytes)
+            });
+            assert!(end <= table.memory_bytes, "a part ends at {end:#x}");
+            let again = snapshot::bytes(&contents, &table).expect("what was read can be written");
+            assert!(snapshot::parse(&again).expect("what was written can be read") == (contents, table));
+        }
+        Err(refused) => {
+            let detail = refused.to_string();
+            assert!(!detail.is_empty() && detail.len() < 1024, "told in {} bytes", detail.len());
+        }
+    }
+}
+
 fn word(ram: &Ram, address: u64) -> u64 {
     ram.read_obj(GuestAddress(address)).expect("parameters lie in memory")
 }
@@ -66,13 +88,22 @@ fn file(bytes: &[u8], hole: u64) -> File {
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn seeds_of_the_kernel_loader_hold() {
-        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/elf");
-        for entry in std::fs::read_dir(seeds).unwrap() {
+    fn replay(target: &str, judge: fn(&[u8])) {
+        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds");
+        for entry in std::fs::read_dir(seeds.join(target)).unwrap() {
             let path = entry.unwrap().path();
             println!("{}", path.display());
-            super::elf(&std::fs::read(path).unwrap());
+            judge(&std::fs::read(path).unwrap());
         }
+    }
+
+    #[test]
+    fn seeds_of_the_kernel_loader_hold() {
+        replay("elf", super::elf);
+    }
+
+    #[test]
+    fn seeds_of_the_state_reader_hold() {
+        replay("state", super::state);
     }
 }

@@ -32,6 +32,15 @@ pub(crate) const SECTIONS_MAX: u64 = 64;
 /// How often the progress of a save is told at most, in milliseconds.
 pub(crate) const SAVE_TOLD_EVERY_MS: u64 = 100;
 
+/// Pages that may be left to protect in the moment that is saved: each run of them costs a microsecond of standing still.
+pub(crate) const ARMED_PAGES_MAX: usize = 512;
+
+/// Rounds of protecting what was just written before the moment comes all the same.
+pub(crate) const ARMED_ROUNDS_MAX: usize = 8;
+
+/// How often what is written is protected again while the moment is waited for, in milliseconds.
+pub(crate) const REARM_EVERY_MS: u64 = 20;
+
 /// How long all vCPUs may take to leave KVM_RUN. They are interrupted by a signal and finish one emulated
 /// access; only a host that does not schedule them takes longer.
 pub(crate) const PARK_MS_MAX: u64 = 5_000;

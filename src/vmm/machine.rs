@@ -25,6 +25,7 @@ use crate::vcpu::NotParked;
 mod build;
 mod parts;
 mod plan;
+mod restore;
 mod save;
 mod stats;
 mod translate;
@@ -175,9 +176,14 @@ impl Machine {
     /// Ends the machine and builds it again as it was specified, with the limits in force. Answers how many
     /// times that was done. The old memory goes first, so that there is never twice of it.
     pub(crate) fn rebuild(&mut self, host: &Host) -> Result<u64, Error> {
+        if let Some(save) = &mut self.save {
+            save.cancel_before_moment();
+        }
         self.stop();
-        // What the old guest still had to say is not the new one's.
-        let _ = self.bell.take();
+        // What the old guest still had to say is not the new one's; how a save stands is nobody's but the daemon's.
+        if self.bell.take().save {
+            self.bell.save();
+        }
         self.lasting.resets += 1;
         self.begin(host, Origin::Kernel)?;
         self.run();
@@ -195,8 +201,15 @@ impl Machine {
         }
     }
 
-    /// Stops vCPUs, then drains devices. When that fails, the machine runs on.
+    /// Stops vCPUs, then drains devices. When that fails, the machine runs on. A save that waits for this moment has
+    /// it then; when that fails, the save tells.
     pub(crate) fn pause(&mut self) -> Result<(), Error> {
+        self.park()?;
+        let _ = self.take_moment();
+        Ok(())
+    }
+
+    fn park(&mut self) -> Result<(), Error> {
         if self.is_paused() {
             return Ok(());
         }

@@ -12,7 +12,7 @@ mod format;
 mod table;
 
 pub(crate) use contents::{Contents, Counted, MachineState, Shape};
-pub(crate) use copy::{copy_in, copy_out};
+pub(crate) use copy::{Parts, copy_in, copy_out};
 pub(crate) use table::Table;
 
 use std::fs::File;
@@ -58,12 +58,17 @@ impl Error {
 
 /// Writes the state file from its start; answers its digest and its length in bytes.
 pub(crate) fn write(file: &File, contents: &Contents, table: &Table) -> Result<(Digest, u64), Error> {
-    let mut sections = contents.sections()?;
-    sections.push(table.section());
-    let bytes = format::join(&sections);
+    let bytes = bytes(contents, table)?;
     file.set_len(0).and_then(|()| file.write_all_at(&bytes, 0)).map_err(writing)?;
     file.sync_data().map_err(writing)?;
     Ok((digest(&bytes), bytes.len() as u64))
+}
+
+/// A state file's bytes.
+pub(crate) fn bytes(contents: &Contents, table: &Table) -> Result<Vec<u8>, Error> {
+    let mut sections = contents.sections()?;
+    sections.push(table.section());
+    Ok(format::join(&sections))
 }
 
 /// Reads a state file for a machine of `memory_bytes` that has the digest `root`. Nothing of it is looked at before

@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::machine::{FdIndex, MachineSpec, SpecError};
 
 /// A SHA-256 digest, in JSON 64 hexadecimal digits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest(pub [u8; 32]);
 
 /// What to save, and where.
@@ -17,6 +17,32 @@ pub struct SaveSpec {
     /// An empty file, open for writing, for memory: as long as memory, each byte at the offset it has there, and what
     /// is not written a hole.
     pub memory: FdIndex,
+    /// How to save while the machine runs. Without it, it is paused and stays so until the end of the save.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<Live>,
+}
+
+/// How to save a machine that runs on. Its memory is write-protected piece by piece, then comes the moment that is
+/// saved, and then memory is copied as it was at that moment; whoever writes to a page that is not copied yet waits until
+/// it has been kept. Meanwhile no page that the guest gives up returns to the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Live {
+    /// An open `/dev/userfaultfd`.
+    pub userfaultfd: FdIndex,
+    /// When the moment comes.
+    pub moment: Moment,
+}
+
+/// When the moment comes that is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Moment {
+    /// As soon as memory is protected. The VMM pauses and resumes the machine itself.
+    Soon,
+    /// With the next [`crate::control::Command::Pause`] after [`SaveStatus::Armed`] was told, so that disks can be saved
+    /// before [`crate::control::Command::Resume`].
+    Pause,
 }
 
 /// How a save stands.
@@ -25,7 +51,11 @@ pub struct SaveSpec {
 pub enum SaveStatus {
     /// Nothing was ever saved by this process.
     None,
-    /// Memory is being copied.
+    /// Memory is being protected; the machine runs.
+    Arming,
+    /// Memory is protected, and the moment can come.
+    Armed,
+    /// The moment has passed, and memory is being copied.
     Copying {
         /// Bytes of memory looked at.
         done_bytes: u64,
@@ -51,8 +81,10 @@ pub struct SaveReport {
     pub state_bytes: u64,
     /// Bytes of memory that were written; the rest is holes.
     pub memory_bytes: u64,
-    /// How long the machine stood still for it, in microseconds; 0 when it was paused already.
+    /// How long the VMM held the machine still for it, in microseconds; 0 when others had paused it.
     pub stall_us: u64,
+    /// Writes of the guest that waited for a page to be kept.
+    pub waits: u64,
     /// How long all of it took, in microseconds.
     pub total_us: u64,
 }
@@ -133,7 +165,9 @@ pub enum Then {
 impl SaveSpec {
     /// Every descriptor the specification names, with the field that names it.
     pub fn descriptors(&self) -> Vec<(String, FdIndex)> {
-        vec![("/state".to_owned(), self.state), ("/memory".to_owned(), self.memory)]
+        let mut named = vec![("/state".to_owned(), self.state), ("/memory".to_owned(), self.memory)];
+        named.extend(self.live.map(|live| ("/live/userfaultfd".to_owned(), live.userfaultfd)));
+        named
     }
 
     /// Checks that `descriptors` came in the packet and each is named at most once.
@@ -155,6 +189,12 @@ impl RestoreSpec {
 impl std::fmt::Display for Digest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
     }
 }
 

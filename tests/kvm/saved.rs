@@ -2,8 +2,9 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use wire::control::Notice;
 use wire::control::{Command, FaultCode, Reply};
-use wire::saved::{Counters, Digest, MemoryUse, Then};
+use wire::saved::{Counters, Digest, MemoryUse, Moment, SaveStatus, Then};
 
 use crate::probe_guest;
 use crate::vmm_driver::{Machine, Saved, Vmm};
@@ -201,4 +202,89 @@ fn a_restored_machine_may_stay_paused_and_begin_its_counters() {
     third.wait_for_console("tick ");
     third.command(Command::Reset).unwrap();
     third.wait_for_console("probe: hello");
+}
+
+/// Every page of a restored machine is checked by the pass after the one that was saved.
+#[test]
+fn a_machine_that_rewrites_its_memory_is_saved_as_it_runs() {
+    let words = "dirty=96,400,6000000 spin";
+    let machine = || {
+        let mut machine = probe(words);
+        machine.spec.memory_bytes = 256 << 20;
+        machine
+    };
+    let mut vmm = Vmm::boot(machine());
+    vmm.wait_for_console("dirty pass");
+    let mut waits = 0;
+    for round in 0..3 {
+        let saved = vmm.save_live();
+        println!("round {round}: {:?}", saved.report);
+        assert!(saved.report.memory_bytes >= 96 << 20);
+        waits += saved.report.waits;
+        let mut next = Vmm::restore(machine(), &saved, |spec| spec.how = MemoryUse::Copy);
+        next.wait_for_times("dirty pass", 2);
+        assert!(!next.console().contains("FAILED"), "{}", next.console());
+        let passes = vmm.console().matches("dirty pass").count();
+        vmm.wait_for_times("dirty pass", passes + 1);
+        assert!(!vmm.console().contains("FAILED"), "{}", vmm.console());
+    }
+    assert!(waits > 0, "nobody wrote while memory was copied");
+}
+
+#[test]
+fn the_moment_may_be_a_pause_in_which_disks_are_kept_too() {
+    let file = disk_file(64);
+    let machine = |file: &File| {
+        let mut machine = probe("blk write=4096,7,16384 verify=4096,7,16384 loop");
+        machine.disk(file.try_clone().unwrap(), |_| {});
+        machine
+    };
+    let mut vmm = Vmm::boot(machine(&file));
+    vmm.wait_for_console("probe: blk ok");
+    let (state, memory) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    vmm.begin_live(&state, &memory, Moment::Pause).unwrap();
+    vmm.wait_for_notice("armed", |notice| *notice == Notice::Save(SaveStatus::Armed));
+    let before = vmm.stats().disks[0].writes;
+    while vmm.stats().disks[0].writes < before + 50 {}
+    vmm.command(Command::Pause).unwrap();
+    let copy = tempfile::tempfile().unwrap();
+    let mut bytes = vec![0; 64 << 20];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    copy.write_all_at(&bytes, 0).unwrap();
+    vmm.command(Command::Resume).unwrap();
+    let report = vmm.end_of_save().unwrap();
+    let before = vmm.stats().disks[0].writes;
+    while vmm.stats().disks[0].writes < before + 200 {}
+    let saved = Saved { state, memory, report };
+    let mut next = Vmm::restore(machine(&copy), &saved, |_| {});
+    next.wait_for_console("probe: verify ok");
+    next.wait_for_console("probe: blk ok");
+    assert!(!next.console().contains("FAILED"), "{}", next.console());
+    assert!(!vmm.console().contains("FAILED"), "{}", vmm.console());
+}
+
+#[test]
+fn a_live_save_is_cancelled_at_any_time_and_the_machine_runs_on() {
+    let mut vmm = Vmm::boot(probe("dirty=24,0,6000000 spin"));
+    vmm.wait_for_console("dirty pass");
+    for moment in [Moment::Soon, Moment::Pause, Moment::Soon, Moment::Pause] {
+        let (state, memory) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        vmm.begin_live(&state, &memory, moment).unwrap();
+        if moment == Moment::Pause {
+            vmm.wait_for_notice("armed", |notice| *notice == Notice::Save(SaveStatus::Armed));
+        }
+        let fault = vmm.begin_live(&state, &memory, moment).unwrap_err();
+        assert!(fault.detail.contains("under way"), "{fault}");
+        vmm.command(Command::CancelSave).unwrap();
+        let ended = vmm.end_of_save();
+        assert!(moment == Moment::Soon || ended.unwrap_err().contains("cancelled"));
+    }
+    // A reset takes the memory away that is being protected.
+    let (state, memory) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    vmm.begin_live(&state, &memory, Moment::Pause).unwrap();
+    vmm.command(Command::Reset).unwrap();
+    assert!(vmm.end_of_save().unwrap_err().contains("cancelled"));
+    let passes = vmm.console().matches("dirty pass").count();
+    vmm.wait_for_times("dirty pass", passes + 2);
+    assert!(!vmm.console().contains("FAILED"), "{}", vmm.console());
 }

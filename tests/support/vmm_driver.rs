@@ -20,7 +20,7 @@ use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Reques
 use wire::launch::fd;
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
-use wire::saved::{MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
+use wire::saved::{Live, MemoryUse, Moment, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::Will;
 
 /// How long anything may take. A machine that runs probe guests answers in milliseconds.
@@ -200,9 +200,27 @@ impl Vmm {
         self.end_of_save()
     }
 
+    /// Saves the machine as it runs and waits for the end of it.
+    pub(crate) fn save_live(&mut self) -> Saved {
+        let (state, memory) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        self.begin_live(&state, &memory, Moment::Soon).unwrap();
+        let report = self.end_of_save().unwrap_or_else(|detail| panic!("{detail}\n{}", self.told()));
+        Saved { state, memory, report }
+    }
+
+    /// Begins to save the machine as it runs.
+    pub(crate) fn begin_live(&mut self, state: &File, memory: &File, moment: Moment) -> Result<(), Fault> {
+        let device = File::options().read(true).write(true).open("/dev/userfaultfd");
+        let device = device.expect("a live save needs /dev/userfaultfd");
+        let live = Some(Live { userfaultfd: FdIndex(2), moment });
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), live };
+        let id = self.send(Command::Save(spec), &[state.as_fd(), memory.as_fd(), device.as_fd()]);
+        self.reply(id).map(drop)
+    }
+
     /// Begins to save.
     pub(crate) fn begin_save(&mut self, state: &File, memory: &File) -> Result<(), Fault> {
-        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1) };
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), live: None };
         let id = self.send(Command::Save(spec), &[state.as_fd(), memory.as_fd()]);
         self.reply(id).map(drop)
     }
@@ -295,11 +313,16 @@ impl Vmm {
 
     /// Waits until the console holds `text`; answers all of it.
     pub(crate) fn wait_for_console(&mut self, text: &str) -> String {
+        self.wait_for_times(text, 1)
+    }
+
+    /// Waits until the console holds `text` so many times; answers all of it.
+    pub(crate) fn wait_for_times(&mut self, text: &str, times: usize) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let seen = self.console.as_mut().unwrap().read(u64::MAX, 0).unwrap().start;
             let all = self.console();
-            if all.contains(text) {
+            if all.matches(text).count() >= times {
                 return all;
             }
             // The watch fires for whatever came after the total was read.

@@ -21,6 +21,9 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+/// include/uapi/linux/userfaultfd.h.
+const UFFD_TYPE: u64 = 0xaa00;
+const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 /// include/uapi/linux/if_tun.h.
 const TUNGETIFF: u64 = 0x8004_54d2;
 const TUNGETVNETHDRSZ: u64 = 0x8004_54d7;
@@ -74,7 +77,6 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
                 libc::SYS_accept4,
                 libc::SYS_shutdown,
                 libc::SYS_memfd_create,
-                libc::SYS_lseek,
                 libc::SYS_fstat,
                 libc::SYS_newfstatat,
                 libc::SYS_statx,
@@ -94,6 +96,7 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
             let requests = [TUNGETIFF, TUNGETVNETHDRSZ, TUNSETOFFLOAD, libc::FIONBIO];
             let mut rows = one_of(1, &requests)?;
             rows.push(vec![masked(1, IOCTL_TYPE, KVM_TYPE)?]);
+            rows.push(vec![masked(1, IOCTL_TYPE, UFFD_TYPE)?]);
             calls.push((libc::SYS_ioctl, rows));
         }
         Filter::Vcpu => {
@@ -118,7 +121,10 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
             calls.extend(any(SHARED_BY_DEVICES));
             calls.extend(any(BALLOON));
         }
-        Filter::Save => calls.extend(any(SAVE)),
+        Filter::Save => {
+            calls.extend(any(SAVE));
+            calls.push((libc::SYS_ioctl, one_of(1, &[UFFDIO_WRITEPROTECT])?));
+        }
         Filter::Rng | Filter::NoClone3 | Filter::NoRings => calls.extend(any(SHARED_BY_DEVICES)),
     }
     Ok(calls)
@@ -205,8 +211,8 @@ const NET: &[libc::c_long] = &[libc::SYS_readv, libc::SYS_writev];
 /// Giving pages back.
 const BALLOON: &[libc::c_long] = &[libc::SYS_fallocate];
 
-/// Writing a file that has no length yet.
-const SAVE: &[libc::c_long] = &[libc::SYS_ftruncate, libc::SYS_fdatasync];
+/// Writing a file that has no length yet, finding what of memory is in use, waiting for writers.
+const SAVE: &[libc::c_long] = &[libc::SYS_ftruncate, libc::SYS_fdatasync, libc::SYS_lseek, libc::SYS_poll];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

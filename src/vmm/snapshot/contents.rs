@@ -105,7 +105,11 @@ fn section<T: Serialize>(name: &'static str, value: &T) -> Result<Section, Error
 fn open<T: DeserializeOwned>(sections: &mut Sections<'_>, name: &'static str) -> Result<T, Error> {
     let refuse = |detail| Error::Section { section: name, detail };
     match sections.take(name)? {
-        (VERSION, bytes) => serde_json::from_slice(bytes).map_err(|error| refuse(error.to_string())),
+        (VERSION, bytes) => {
+            // The text may repeat a name that somebody made up.
+            let told = |error: serde_json::Error| error.to_string().chars().take(200).collect();
+            serde_json::from_slice(bytes).map_err(|error| refuse(told(error)))
+        }
         (version, _) => Err(refuse(format!("it has version {version}; this program reads up to {VERSION}"))),
     }
 }

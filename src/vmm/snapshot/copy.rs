@@ -1,5 +1,6 @@
 //! Memory between a machine and a file, part by part, each with its digest. Whoever calls sees to it that memory holds
 //! still.
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -10,22 +11,46 @@ use wire::saved::Digest;
 use super::Error;
 use super::table::{PART_BYTES_MAX, Part, Table};
 
-/// Copies `extents` of memory to the same offsets of `file`, which is empty. `step` is told of every byte that was
-/// looked at, and ends it by answering no.
+/// What is still to be copied: parts by their offsets.
+pub(crate) struct Parts(BTreeMap<u64, u64>);
+
+impl Parts {
+    pub(crate) fn new(extents: &[Extent]) -> Parts {
+        Parts(extents.iter().copied().flat_map(cut).map(|part| (part.offset, part.bytes)).collect())
+    }
+
+    /// The part that holds `offset`, or else the first.
+    fn next(&mut self, offset: Option<u64>) -> Option<Extent> {
+        let holds = |offset: u64| {
+            let (at, bytes) = self.0.range(..=offset).next_back()?;
+            (offset - at < *bytes).then_some(*at)
+        };
+        let (offset, bytes) = match offset.and_then(holds) {
+            Some(at) => self.0.remove_entry(&at)?,
+            None => self.0.pop_first()?,
+        };
+        Some(Extent { offset, bytes })
+    }
+}
+
+/// Copies parts of memory, as `take` gives them, to the same offsets of `file`, which is empty. `urgent` names an offset
+/// for which somebody waits. `step` is told of every byte that was looked at, and ends it by answering no.
 pub(crate) fn copy_out(
-    ram: &Ram,
+    mut parts: Parts,
     memory_bytes: u64,
-    extents: &[Extent],
     file: &File,
+    take: impl Fn(Extent, &mut [u8]) -> Result<(), memory::Error>,
+    urgent: impl Fn() -> Option<u64>,
     mut step: impl FnMut(u64) -> bool,
 ) -> Result<Table, Error> {
     let writing = |cause| Error::File { doing: "write the memory file", cause };
     file.set_len(memory_bytes).map_err(writing)?;
     let mut table = Table { memory_bytes, parts: Vec::new() };
     let mut buffer = vec![0; PART_BYTES_MAX as usize];
-    for Extent { offset, bytes } in extents.iter().copied().flat_map(cut) {
+    while let Some(part) = parts.next(urgent()) {
+        let Extent { offset, bytes } = part;
         let Some(data) = buffer.get_mut(..bytes as usize) else { continue };
-        memory::read(ram, offset, data)?;
+        take(part, data)?;
         // What was touched and is zero again needs no space either.
         if !memory::is_zero(data) {
             file.write_all_at(data, offset).map_err(writing)?;
@@ -36,6 +61,7 @@ pub(crate) fn copy_out(
             return Err(Error::Cancelled);
         }
     }
+    table.parts.sort_unstable_by_key(|part| part.offset);
     file.sync_data().map_err(writing)?;
     Ok(table)
 }

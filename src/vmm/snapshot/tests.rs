@@ -197,7 +197,9 @@ fn memory_that_was_not_saved_is_not_used() {
     memory::fill(&ram, 1 << 20, &[0; 4096]).unwrap();
     let file = tempfile::tempfile().unwrap();
     let extents = memory::touched(&ram).unwrap();
-    let table = copy_out(&ram, 8 << 20, &extents, &file, |_| true).unwrap();
+    let take = |part: memory::Extent, data: &mut [u8]| memory::read(&ram, part.offset, data);
+    let parts = || Parts::new(&extents);
+    let table = copy_out(parts(), 8 << 20, &file, take, || Some(3 << 20), |_| true).unwrap();
     // Zeroes are not written.
     assert_eq!((table.parts.len(), table.parts[0].offset, table.bytes()), (1, 3 << 20, 12_288));
     let copy = memory::new(8 << 20).unwrap();
@@ -210,7 +212,7 @@ fn memory_that_was_not_saved_is_not_used() {
     assert!(matches!(refused, Err(Error::Chunk { offset: 0x30_0000 })));
     file.set_len(3 << 20).unwrap();
     assert!(matches!(copy_in(&copy, &table, &file), Err(Error::File { .. })));
-    let cancelled = copy_out(&ram, 8 << 20, &extents, &file, |_| false);
+    let cancelled = copy_out(parts(), 8 << 20, &file, take, || None, |_| false);
     assert!(matches!(cancelled, Err(Error::Cancelled)));
 }
 

@@ -14,7 +14,7 @@ fn a_digest_is_sixty_four_digits_and_nothing_else() {
 
 #[test]
 fn a_descriptor_is_named_once_and_has_arrived() {
-    let spec = |state, memory| SaveSpec { state: FdIndex(state), memory: FdIndex(memory) };
+    let spec = |state, memory| SaveSpec { state: FdIndex(state), memory: FdIndex(memory), live: None };
     assert_eq!(spec(0, 1).check(2), Ok(()));
     assert_eq!(spec(0, 0).check(2).unwrap_err().field, "/memory");
     assert_eq!(spec(2, 1).check(2).unwrap_err().field, "/state");

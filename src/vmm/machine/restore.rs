@@ -1,0 +1,65 @@
+//! Building a machine from what was saved, instead of from a kernel. What the files look like is in `snapshot`, what is
+//! checked of each part where it is taken over; here is the order of things.
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvm::Host;
+use memory::{Backing, Ram};
+use wire::saved::{Clock, Counters, MemoryUse, RestoreSpec, Then};
+
+use super::build::Origin;
+use super::save::{Files, shape, wall_ns};
+use super::{Error, Machine, Run};
+use crate::bell::Bell;
+use crate::snapshot::{self, Table};
+
+impl Machine {
+    /// Builds the machine that was saved. `spec` has been checked against the number of descriptors.
+    pub(crate) fn restore(
+        host: &Host,
+        spec: RestoreSpec,
+        descriptors: Vec<OwnedFd>,
+        bell: &Arc<Bell>,
+    ) -> Result<Machine, Error> {
+        let RestoreSpec { machine, state, root, memory, how, clock, counters, then } = spec;
+        let mut files = Files::new(descriptors);
+        let (state, memory) = (files.take("/state", state)?, files.take("/memory", memory)?);
+        let (contents, table) = snapshot::read(&state, root, machine.memory_bytes)?;
+        contents.shape.check(&shape(&machine))?;
+        let ram = fill(how, memory, &table, machine.memory_bytes)?;
+        let clock_ns = match clock {
+            Clock::Continue => contents.machine.clock_ns,
+            Clock::Advance => {
+                let passed_ns = wall_ns().saturating_sub(contents.machine.wall_ns);
+                contents.machine.clock_ns.saturating_add(passed_ns)
+            }
+        };
+        let mut built = Machine::prepare(host, machine, files.0, bell)?;
+        if counters == Counters::Continue {
+            built.lasting.before = contents.counted.stats;
+        }
+        built.begin(host, Origin::Saved { ram, state: &contents.machine, clock_ns })?;
+        built.run = Run::Paused { clock_ns };
+        if then == Then::Run {
+            built.resume()?;
+        }
+        Ok(built)
+    }
+}
+
+fn fill(how: MemoryUse, file: File, table: &Table, memory_bytes: u64) -> Result<Arc<Ram>, Error> {
+    if table.memory_bytes != memory_bytes {
+        let detail = format!("/state: its table is one of {} bytes of memory", table.memory_bytes);
+        return Err(Error::Invalid { field: "/machine/memory_bytes".to_owned(), detail });
+    }
+    match how {
+        MemoryUse::Private => Ok(memory::build(memory_bytes, Backing::Private(file))?),
+        MemoryUse::Adopt => Ok(memory::build(memory_bytes, Backing::Adopted(file))?),
+        MemoryUse::Copy => {
+            let ram = memory::new(memory_bytes)?;
+            snapshot::copy_in(&ram, table, &file)?;
+            Ok(ram)
+        }
+    }
+}
