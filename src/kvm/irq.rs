@@ -86,8 +86,13 @@ impl MsiVector {
         if let Some(message) = message {
             let mut routes = self.vm.routes();
             // A guest masks and unmasks far more often than it changes the message.
-            if routes.set(self.gsi, message) {
-                routes.apply(&self.vm)?;
+            let before = routes.set(self.gsi, message);
+            if before != Some(message)
+                && let Err(refused) = routes.apply(&self.vm)
+            {
+                // KVM takes the table whole, so a bad route left in it would silence every vector that comes after.
+                routes.put_back(self.gsi, before);
+                return Err(refused);
             }
             drop(routes);
             if routed.is_none() {
@@ -128,9 +133,14 @@ impl Routing {
         self.messages.remove(&gsi);
     }
 
-    /// Answers whether this changed anything.
-    fn set(&mut self, gsi: u32, message: Message) -> bool {
-        self.messages.insert(gsi, Some(message)) != Some(Some(message))
+    /// Answers with what the vector had before.
+    fn set(&mut self, gsi: u32, message: Message) -> Option<Message> {
+        self.messages.insert(gsi, Some(message)).flatten()
+    }
+
+    /// Undoes [`Routing::set`].
+    fn put_back(&mut self, gsi: u32, before: Option<Message>) {
+        self.messages.insert(gsi, before);
     }
 
     /// Every pin of the I/O APIC under its own number, then the MSI vectors. Nothing goes to the legacy
@@ -166,4 +176,30 @@ impl Routing {
 
 fn eventfd() -> Result<EventFd, Error> {
     EventFd::new(EFD_NONBLOCK).map_err(|cause| Error::Call { call: "eventfd2", cause })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_that_kvm_refused_is_not_in_the_next_table() {
+        let mut routes = Routing::default();
+        let (good, bad) = (routes.take().unwrap(), routes.take().unwrap());
+        let message = |data| Message { address: 0xFEE0_0000, data };
+        let vectors = |routes: &Routing| -> Vec<(u32, u32)> {
+            let msi = routes.entries().into_iter().filter(|entry| entry.type_ == KVM_IRQ_ROUTING_MSI);
+            msi.map(|entry| (entry.gsi, routes.messages[&entry.gsi].unwrap().data)).collect()
+        };
+        assert_eq!(routes.set(good, message(1)), None);
+        let before = routes.set(bad, message(2));
+        assert_eq!(vectors(&routes), [(good, 1), (bad, 2)]);
+        routes.put_back(bad, before);
+        assert_eq!(vectors(&routes), [(good, 1)]);
+        // A vector that had a route keeps that one.
+        let before = routes.set(good, message(3));
+        assert_eq!(before, Some(message(1)));
+        routes.put_back(good, before);
+        assert_eq!(vectors(&routes), [(good, 1)]);
+    }
 }
