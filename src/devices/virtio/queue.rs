@@ -23,6 +23,12 @@ const RING_INDEX_OFFSET: u64 = 2;
 const USED_HEADER_BYTES: u64 = 4;
 const USED_ELEMENT_BYTES: u64 = 8;
 
+/// Layout of a descriptor (virtio 1.2, section 2.7.5): after address and length come its flags and the next one's index.
+const DESCRIPTOR_BYTES: u64 = 16;
+const DESCRIPTOR_FLAGS_OFFSET: u64 = 12;
+const DESCRIPTOR_NEXT: u16 = 1;
+const DESCRIPTOR_INDIRECT: u16 = 4;
+
 /// Storage kept per queue for chains to come: the usual depth, at a few hundred bytes each.
 const SPARE_MAX: usize = 64;
 
@@ -60,6 +66,12 @@ pub enum Fault {
         /// The head.
         head: u16,
     },
+    /// A chain has an indirect table though the driver has not negotiated them (virtio 1.2, section 2.7.5.3.1).
+    #[error("the chain at head {head} has an indirect table, which was not negotiated")]
+    Indirect {
+        /// The head.
+        head: u16,
+    },
     /// A device-readable descriptor follows a device-writable one (virtio 1.2, section 2.7.4.2).
     #[error("the chain at head {head} reads after it writes")]
     Order {
@@ -82,6 +94,8 @@ pub struct Queue {
     taken: usize,
     /// The used index when [`Queue::wants_signal`] was last asked.
     signalled: u16,
+    /// Whether chains may have indirect tables.
+    takes_indirect: bool,
     /// Storage of completed chains, so that a busy queue does not allocate.
     spare: Vec<Vec<Segment>>,
 }
@@ -97,11 +111,11 @@ pub struct Position {
 }
 
 impl Queue {
-    /// Serves `ring`, which the caller has found valid in `memory`.
+    /// Serves `ring`, which the caller has found valid in `memory`. Chains may have indirect tables.
     pub fn new(ring: virtio_queue::Queue, memory: Arc<Ram>) -> Queue {
         let in_flight = vec![false; usize::from(ring.size())].into_boxed_slice();
         let signalled = ring.next_used();
-        Queue { ring, memory, in_flight, taken: 0, signalled, spare: Vec::new() }
+        Queue { ring, memory, in_flight, taken: 0, signalled, takes_indirect: true, spare: Vec::new() }
     }
 
     /// Serves `ring` from where another queue has stopped. Whatever the numbers, only the guest's own rings are
@@ -110,6 +124,11 @@ impl Queue {
         ring.set_next_avail(position.next);
         ring.set_next_used(position.next);
         Queue { signalled: position.signalled, ..Queue::new(ring, memory) }
+    }
+
+    /// The same queue for a driver that has not negotiated indirect tables.
+    pub fn without_indirect(self) -> Queue {
+        Queue { takes_indirect: false, ..self }
     }
 
     /// Where the queue stands; nothing while a chain is in flight.
@@ -145,6 +164,9 @@ impl Queue {
             Some(entry) => *entry = true,
         }
         self.taken = self.taken.saturating_add(1);
+        if !self.takes_indirect && self.has_table(head) {
+            return Err(Fault::Indirect { head });
+        }
         let storage = self.spare.pop().unwrap_or_default();
         Chain::parse(descriptors, storage).map(Some)
     }
@@ -230,6 +252,28 @@ impl Queue {
             }
         }
         Ok(true)
+    }
+
+    /// Whether a descriptor of the chain points to a table. A guest that rewrites the chain before it is parsed gets what a
+    /// driver gets that has negotiated tables, which are checked like the rest.
+    fn has_table(&self, head: u16) -> bool {
+        let mut at = head;
+        for _ in 0..self.ring.size() {
+            let offset =
+                u64::from(at).saturating_mul(DESCRIPTOR_BYTES).saturating_add(DESCRIPTOR_FLAGS_OFFSET);
+            let place = GuestAddress(self.ring.desc_table().saturating_add(offset));
+            // What cannot be read is found to be malformed when the chain is parsed.
+            let Ok(tail) = self.memory.read_obj::<u32>(place) else { return false };
+            let [flags, next] = [u32::from_le(tail) as u16, (u32::from_le(tail) >> 16) as u16];
+            if flags & DESCRIPTOR_INDIRECT != 0 {
+                return true;
+            }
+            if flags & DESCRIPTOR_NEXT == 0 || next >= self.ring.size() {
+                return false;
+            }
+            at = next;
+        }
+        false
     }
 
     fn forget(&mut self, chain: Chain) {

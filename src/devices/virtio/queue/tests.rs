@@ -225,6 +225,38 @@ fn indirect_chains_are_taken_and_empty_buffers_left_out() {
 }
 
 #[test]
+fn an_indirect_table_that_was_not_negotiated_breaks_the_device() {
+    // As the only descriptor, and behind others.
+    for before in 0..3 {
+        let (mut bench, mut ring) = one_ring(4);
+        let table = bench.buffer(16);
+        write_descriptor(&bench.memory, table, 0x2000, 7, WRITE, 0);
+        for at in 0..before {
+            ring.descriptor(at, 0x1000, 5, NEXT, at + 1);
+        }
+        ring.descriptor(before, table, 16, INDIRECT, 0);
+        ring.offer(0);
+        assert!(ring.queue(0).pop().unwrap().is_some());
+        let fault = ring.queue(0).without_indirect().pop().unwrap_err();
+        assert!(matches!(fault, Fault::Indirect { head: 0 }), "{fault}");
+    }
+}
+
+#[test]
+fn without_indirect_tables_plain_chains_are_taken_and_loops_are_still_found() {
+    let (_bench, mut ring) = one_ring(4);
+    let head = ring.chain(&[Part::Read(0x1000, 4), Part::Write(0x2000, 4)]);
+    ring.offer(head);
+    let chain = ring.queue(0).without_indirect().pop().unwrap().unwrap();
+    assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (4, 4));
+    let (_bench, mut ring) = one_ring(4);
+    let head = self_next(&mut ring);
+    ring.offer(head);
+    let fault = ring.queue(0).without_indirect().pop().unwrap_err();
+    assert!(matches!(fault, Fault::Chain { .. } | Fault::ChainTooLong { .. }), "{fault}");
+}
+
+#[test]
 fn a_chain_may_end_in_an_indirect_table_whatever_its_write_flag_says() {
     for flag in [0, WRITE] {
         let (mut bench, mut ring) = one_ring(4);

@@ -217,7 +217,8 @@ impl VirtioPci {
                 registers.size, table.0, driver.0, device.0
             ));
         }
-        Ok(Queue::resume(queue, Arc::clone(&self.memory), position))
+        let queue = Queue::resume(queue, Arc::clone(&self.memory), position);
+        Ok(if features & INDIRECT_DESC != 0 { queue } else { queue.without_indirect() })
     }
 
     /// Begins to end what the driver has started.
