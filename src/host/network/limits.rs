@@ -17,6 +17,9 @@ pub const BRIDGES_MAX: u32 = 4096;
 /// Longest run of `nft`: it takes milliseconds, unless the machine is in deep trouble.
 pub const NFT_MAX: Duration = Duration::from_secs(20);
 
+/// Firewall chains of others that are looked at: more than any firewall has at one hook.
+pub const FOREIGN_CHAINS_MAX: usize = 16;
+
 /// What is kept of what `nft` and `dnsmasq` say about a failure, in bytes: enough for a person.
 pub const COMPLAINT_BYTES_MAX: usize = 2048;
 

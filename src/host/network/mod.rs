@@ -8,6 +8,7 @@
 mod addresses;
 pub mod cidr;
 mod dnsmasq;
+pub(crate) mod firewall;
 mod forwarding;
 mod host;
 pub mod limits;

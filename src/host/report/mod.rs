@@ -10,7 +10,8 @@ use wire::launch::{KvmReport, LinuxSupport};
 
 use crate::core::Shared;
 use crate::error::{Error, Result};
-use crate::network::Networks;
+use crate::network::mac::BRIDGE_PREFIX;
+use crate::network::{Networks, firewall};
 use crate::servers::Servers;
 use crate::vmms::Launch;
 use crate::volumes::space;
@@ -125,6 +126,9 @@ impl Report {
         let looked = tokio::task::spawn_blocking(move || System::new(Path::new("/")).checks(&volumes)).await;
         checks.extend(looked.map_err(|cause| Error::internal("looking at the host ended badly", cause))?);
         checks.push(networks_check(troubles.values()));
+        checks.push(firewall_check(
+            firewall::droppers().await.map(|chains| chains.iter().map(firewall::Chain::words).collect()),
+        ));
         Ok((probe, checks))
     }
 }
@@ -198,6 +202,26 @@ fn networks_check<'a>(troubles: impl Iterator<Item = &'a String>) -> Check {
         false => (CheckStatus::Degraded, troubles.join("; ")),
     };
     Check { name: "networks".to_owned(), status, detail }
+}
+
+/// `droppers` are the chains of others that drop what passes through the host.
+fn firewall_check(droppers: std::result::Result<Vec<String>, String>) -> Check {
+    let (status, detail) = match droppers {
+        Err(why) => (CheckStatus::Degraded, format!("the host's firewall cannot be looked at: {why}")),
+        Ok(chains) if chains.is_empty() => {
+            (CheckStatus::Ok, "no other firewall drops what servers send and get".to_owned())
+        }
+        Ok(chains) => {
+            let first = chains.first().map_or("", String::as_str);
+            let detail = format!(
+                "packets of servers are dropped by {}, whatever Toft's own rules say; let them through there, as with `nft \
+                 insert rule {first} iifname \"{BRIDGE_PREFIX}*\" accept` and the same with oifname",
+                chains.join(" and by ")
+            );
+            (CheckStatus::Degraded, detail)
+        }
+    };
+    Check { name: "firewall".to_owned(), status, detail }
 }
 
 #[cfg(test)]

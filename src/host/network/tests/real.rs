@@ -11,7 +11,7 @@ use super::ground::{Guest, run};
 use super::port;
 use crate::network::mac::Mac;
 use crate::network::plumbing::{Plumbing, PlumbingError};
-use crate::network::{nft, rules};
+use crate::network::{firewall, nft, rules};
 
 const STRANGER: Mac = Mac([0x52, 0x54, 0, 0xee, 0xee, 0xee]);
 
@@ -340,5 +340,22 @@ fn a_plug_into_a_bridge_that_is_gone_is_refused() {
         let refused = ground.plumbing.plug(segment, ports[0].clone()).await.unwrap_err();
         assert!(matches!(refused, PlumbingError::Failed(_)), "{refused}");
         assert_eq!(ground.plumbing.surroundings().await.devices, ["lo"]);
+    });
+}
+
+#[test]
+fn another_firewall_that_drops_what_passes_through_is_named_until_it_knows_the_bridges() {
+    run(|mut ground| async move {
+        // Toft's own tables are there and are nobody's.
+        ground.network(0, NetworkKind::Nat, &["web"]).await;
+        assert_eq!(firewall::droppers().await, Ok(Vec::new()));
+        let theirs =
+            "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }";
+        nft::apply(theirs).await.unwrap();
+        let found = firewall::droppers().await.unwrap();
+        assert_eq!(found.iter().map(firewall::Chain::words).collect::<Vec<_>>(), ["ip filter FORWARD"]);
+        // What the check advises is what makes it content.
+        nft::apply("insert rule ip filter FORWARD iifname \"toftbr*\" accept").await.unwrap();
+        assert_eq!(firewall::droppers().await, Ok(Vec::new()));
     });
 }
