@@ -56,6 +56,9 @@ def arguments():
     parser.add_argument("--disk-mib", type=int, default=0, metavar="N", help="add an empty ext4 disk of this size, mounted on /space")
     parser.add_argument("--timeout", type=int, default=1200, metavar="S", help="end the command after so many seconds (1200)")
     parser.add_argument("--again", type=int, default=0, metavar="N", help="start over on a new host, up to N times, when the emulated host stops (0)")
+    parser.add_argument("--restarts", action="store_true", help="let the host restart itself, by `echo b > /proc/sysrq-trigger` say, which\n"
+                        "loses what is in its memory; the command is then started again, with LAB_BOOT in its environment\n"
+                        "counting from 0, and disks are as they were")
     parser.add_argument("--put", action="append", default=[], metavar="SRC:DEST", help="copy a file or directory to this path of the host first")
     parser.add_argument("--get", action="append", default=[], metavar="PATH:DEST", help="copy a file or directory of the host here at the end, also after a failure or a timeout")
     parser.add_argument("--verbose", action="store_true", help="show the host's kernel console on stderr")
@@ -147,6 +150,7 @@ class Host:
         self.errors = directory / "qemu.log"
         self.results = directory / "results.raw"
         self.shell = wanted.command == ["shell"]
+        self.restarts = wanted.restarts
         self.stopped = None
         disks = [f"file={image / 'root.raw'},snapshot=on", f"file={pack(wanted, directory)},serial=put,readonly=on"]
         if wanted.get:
@@ -160,7 +164,8 @@ class Host:
         serial = ["-chardev", "stdio,id=console,signal=off"] if self.shell else ["-chardev", f"file,id=console,path={self.console}"]
         command = [
             "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC", "-smp", "2",
-            "-m", str(wanted.memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot",
+            "-m", str(wanted.memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
+            *([] if wanted.restarts else ["-no-reboot"]),
             "-kernel", image / "vmlinuz", "-initrd", image / "initrd",
             "-append", f"console=ttyS0 panic=-1 loglevel=4 net.ifnames=0 {STABLE}",
             *serial, "-serial", "chardev:console", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
@@ -195,7 +200,7 @@ class Host:
         """Copies the streams until the host tells how the command ended; the words of its last line, or None."""
         outputs = {"stdout": sys.stdout.fileno(), "stderr": sys.stderr.fileno()}
         status, shown = b"", 0
-        silence = None if self.shell else Silence()
+        silence = None if self.shell else Silence(GRACE_S if self.restarts else SILENCE_S)
         with selectors.DefaultSelector() as selector:
             for name, stream in self.streams.items():
                 selector.register(stream, selectors.EVENT_READ, name)
@@ -249,13 +254,14 @@ class Host:
 class Silence:
     """How long the host has not beaten. Time that this process did not get itself is not held against the host."""
 
-    def __init__(self):
+    def __init__(self, between_s):
+        self.between_s = between_s
         self.allowed_s = GRACE_S
         self.silent_s = 0
         self.seen_s = time.monotonic()
 
     def broken(self):
-        self.allowed_s = SILENCE_S
+        self.allowed_s = self.between_s
         self.silent_s = 0
 
     def too_long(self):

@@ -4,4 +4,5 @@
 mod toft;
 
 mod debian;
+mod power_cut;
 mod tiny;

@@ -14,8 +14,10 @@ pub(crate) struct Daemon {
     process: Child,
     bin: PathBuf,
     /// Holds the state and the run directory. Every user may enter it, because dnsmasq gives up its privileges.
-    base: tempfile::TempDir,
+    base: PathBuf,
     images: PathBuf,
+    /// Removes `base` at the end.
+    _scratch: Option<tempfile::TempDir>,
 }
 
 /// The directory an environment variable names; the test cannot run without it.
@@ -38,12 +40,19 @@ pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() ->
 impl Daemon {
     /// Starts a daemon with an empty state and waits until it answers.
     pub(crate) fn start() -> Daemon {
-        let bin = directory("TOFT_BIN");
-        let images = directory("TOFT_IMAGES");
         let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir().unwrap();
-        let process = spawn(&bin, base.path(), &images);
-        let daemon = Daemon { process, bin, base, images };
+        let scratch = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir().unwrap();
+        let mut daemon = Daemon::start_in(scratch.path(), &directory("TOFT_IMAGES"));
+        daemon._scratch = Some(scratch);
+        daemon
+    }
+
+    /// Starts a daemon with the state that is below `base`, and waits until it answers. What is there stays.
+    pub(crate) fn start_in(base: &Path, images: &Path) -> Daemon {
+        let bin = directory("TOFT_BIN");
+        let process = spawn(&bin, base, images);
+        let daemon =
+            Daemon { process, bin, base: base.to_owned(), images: images.to_owned(), _scratch: None };
         daemon.wait_until_it_answers();
         daemon
     }
@@ -52,7 +61,7 @@ impl Daemon {
     pub(crate) fn die_and_start_again(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
-        self.process = spawn(&self.bin, self.base.path(), &self.images);
+        self.process = spawn(&self.bin, &self.base, &self.images);
         self.wait_until_it_answers();
     }
 
@@ -64,12 +73,12 @@ impl Daemon {
 
     /// Where the daemon keeps its state.
     pub(crate) fn state(&self) -> PathBuf {
-        self.base.path().join("state")
+        self.base.join("state")
     }
 
     /// Where a test keeps files of its own.
     pub(crate) fn scratch(&self) -> &Path {
-        self.base.path()
+        &self.base
     }
 
     /// A command of the command line.
@@ -128,7 +137,7 @@ impl Daemon {
 
     /// The end of the daemon's log, for failures.
     pub(crate) fn log(&self) -> String {
-        let text = std::fs::read_to_string(self.base.path().join("toftd.log")).unwrap_or_default();
+        let text = std::fs::read_to_string(self.base.join("toftd.log")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
