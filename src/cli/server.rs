@@ -57,6 +57,11 @@ pub(crate) enum Verb {
         /// Name or id.
         server: String,
     },
+    /// Save its memory to the disk and end its machine; a start goes on where it was.
+    Hibernate {
+        /// Name or id.
+        server: String,
+    },
     /// Print the console's log.
     ConsoleLog {
         /// Name or id.
@@ -280,6 +285,7 @@ impl Verb {
             Verb::Reboot(stop) => act(context, &stop.server, "reboot", Some(stop.grace_s)).await,
             Verb::Pause { server } => act(context, &server, "pause", None).await,
             Verb::Resume { server } => act(context, &server, "resume", None).await,
+            Verb::Hibernate { server } => act(context, &server, "hibernate", None).await,
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let query = tail.map(|bytes| format!("?tail_bytes={bytes}")).unwrap_or_default();

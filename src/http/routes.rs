@@ -105,6 +105,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(servers::reboot))
         .routes(routes!(servers::pause))
         .routes(routes!(servers::resume))
+        .routes(routes!(servers::hibernate))
         .routes(routes!(servers::metrics))
         .routes(routes!(servers::isolation))
         .routes(routes!(console::log))

@@ -81,6 +81,8 @@ pub enum ServerState {
     Running,
     /// Its vCPUs are parked and its devices drained.
     Paused,
+    /// Off, with its memory on the disk: a start goes on where it was.
+    Hibernated,
     /// The power button was pressed, or it is being forced off.
     Stopping,
     /// It is being deleted.
@@ -97,6 +99,8 @@ pub enum Wanted {
     Running,
     /// Be paused.
     Paused,
+    /// Be off and keep its memory.
+    Hibernated,
     /// Be off.
     Stopped,
     /// Not exist.
@@ -399,6 +403,8 @@ pub enum ServerAction {
     Pause,
     /// Let it run again.
     Resume,
+    /// Save its memory to the disk and end its machine.
+    Hibernate,
 }
 
 /// Body of the actions `stop` and `reboot`.

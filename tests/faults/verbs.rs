@@ -190,6 +190,15 @@ fn servers(cli: &Cli<'_>) {
     cli.fails(&["image", "delete", "counter"], 4);
     assert_eq!(cli.json(&["--wait", "server", "pause", "web"])["state"], "paused");
     assert_eq!(cli.json(&["--wait", "server", "resume", "web"])["state"], "running");
+    assert_eq!(cli.json(&["--wait", "server", "hibernate", "web"])["state"], "hibernated");
+    let beats = |log: &str| log.matches("probe: beat ").count();
+    let before = beats(&cli.stage.console("web", "hello"));
+    assert_eq!(cli.json(&["--wait", "server", "start", "web"])["state"], "running");
+    // The guest goes on counting, and has not started afresh.
+    wait_for("the guest after it was hibernated", || {
+        let log = cli.stage.console("web", "hello");
+        (beats(&log) > before && log.matches("probe: hello").count() == 1).then_some(())
+    });
     assert_eq!(cli.json(&["--wait", "server", "reboot", "web", "--grace-s", "0"])["state"], "running");
     wait_for("the guest after a reset", || {
         (cli.stage.console("web", "hello").matches("probe: hello").count() == 2).then_some(())

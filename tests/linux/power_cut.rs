@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::toft::{Daemon, directory, wait_for};
+use crate::toft::{Daemon, directory, wait_for, wait_for_quietly};
 
 /// Records that the guest must have been told of before the next cut.
 const RECORDS: u64 = 40;
@@ -149,13 +149,17 @@ fn what_a_guest_was_told_is_written_outlives_a_power_cut() {
     // After a cut it runs because that is wanted, without being asked.
     let acknowledged = notes.number("acknowledged");
     let patience = Duration::from_secs(300);
-    let (guest, found) = wait_for("the guest's word on its log", patience, || {
+    let look = || {
         let log = daemon.console("writer");
         // The console's log goes on over cuts, as far as the host had written it.
         let (guest, begun) = log.rsplit_once("log: begins ")?.1.split_once('\n')?;
         assert!(!begun.contains("log: broken"), "{log}");
         let found = last(begun, "log: intact")?;
         (guest.trim() != notes.text("guest")).then(|| (guest.trim().to_owned(), found))
+    };
+    let (guest, found) = wait_for_quietly(patience, look).unwrap_or_else(|| {
+        let server = daemon.json(&["server", "show", "writer"]);
+        panic!("the guest says nothing of its log:\n{server}\n{}\n{}", daemon.console("writer"), daemon.log())
     });
     println!("boot {boot}: {acknowledged} records were acknowledged before, {} are there", found);
     assert!(found >= acknowledged, "records {} to {acknowledged} are lost", found + 1);

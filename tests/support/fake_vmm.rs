@@ -30,7 +30,7 @@ use wire::control::{
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{MachineSpec, RateLimits};
-use wire::saved::SaveStatus;
+use wire::saved::{Digest, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::{Reason, Will};
 
 /// What the guests of new machines do.
@@ -51,6 +51,8 @@ pub enum Guest {
     DiesAtBoot,
     /// The devices do not drain, so it cannot be paused.
     CannotPause,
+    /// Its memory cannot be saved.
+    CannotSave,
     /// Its serial port takes no input.
     Deaf,
 }
@@ -64,6 +66,7 @@ pub struct FakeLaunch {
 #[derive(Default)]
 struct Kernel {
     pids: AtomicI32,
+    saves: AtomicI32,
     state: Mutex<State>,
 }
 
@@ -103,6 +106,8 @@ struct Inside {
     limits: BTreeMap<u16, RateLimits>,
     resets: u64,
     presses: u32,
+    save: Option<SaveStatus>,
+    restored: bool,
 }
 
 enum Order {
@@ -328,6 +333,11 @@ impl FakeVmm {
         lock(&self.inside).resets
     }
 
+    /// Whether its machine is one that was saved.
+    pub fn is_restored(&self) -> bool {
+        lock(&self.inside).restored
+    }
+
     /// Times its power button was pressed.
     pub fn presses(&self) -> u32 {
         lock(&self.inside).presses
@@ -510,12 +520,12 @@ impl Running {
                 Ok(Reply::Done)
             }
             Command::SetBalloon { .. } | Command::LimitNic { .. } => Ok(Reply::Done),
-            Command::SaveStatus => Ok(Reply::Save(SaveStatus::None)),
-            Command::CancelSave => Ok(Reply::Done),
-            Command::Save(_) | Command::Restore(_) => {
-                let detail = "this machine has no memory that could be saved".to_owned();
-                Err(Fault { code: FaultCode::Host, detail })
+            Command::SaveStatus => {
+                Ok(Reply::Save(lock(&self.vmm.inside).save.clone().unwrap_or(SaveStatus::None)))
             }
+            Command::CancelSave => Ok(Reply::Done),
+            Command::Save(spec) => self.save(&spec, descriptors),
+            Command::Restore(spec) => self.restore(*spec, descriptors),
         };
         if follows.is_err() && self.guest == Guest::DiesAtBoot {
             return Err(Ended(Some(ExitStatus::Signal(11))));
@@ -593,6 +603,45 @@ impl Running {
             Guest::PowersOff | Guest::Panics => (Ok(Reply::Done), Err(())),
             _ => (Ok(Reply::Done), Ok(())),
         }
+    }
+
+    /// What is saved is when it was saved and on which console.
+    fn save(&self, spec: &SaveSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
+        if self.vmm.state() != MachineState::Paused {
+            return Err(Fault { code: FaultCode::WrongState, detail: "the machine runs".to_owned() });
+        }
+        let refused = |cause: std::io::Error| Fault { code: FaultCode::Host, detail: cause.to_string() };
+        let mut files: Vec<File> = descriptors.into_iter().map(File::from).collect();
+        let saves = self.kernel.saves.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let root = Digest([saves as u8; 32]);
+        for at in [spec.state, spec.memory] {
+            files[usize::from(at.0)].write_all(root.to_string().as_bytes()).map_err(refused)?;
+        }
+        let report =
+            SaveReport { root, state_bytes: 64, memory_bytes: 64, stall_us: 0, waits: 0, total_us: 1 };
+        let failed = || SaveStatus::Failed { detail: "no space left on device".to_owned() };
+        let status = if self.guest == Guest::CannotSave { failed() } else { SaveStatus::Saved(report) };
+        lock(&self.vmm.inside).save = Some(status);
+        Ok(Reply::Done)
+    }
+
+    fn restore(&mut self, spec: RestoreSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
+        let invalid = |detail: String| Fault { code: FaultCode::Invalid, detail };
+        spec.check(descriptors.len()).map_err(|cause| invalid(cause.to_string()))?;
+        for at in [spec.state, spec.memory] {
+            let file = descriptors[usize::from(at.0)].try_clone().map(File::from);
+            let text = file.and_then(std::io::read_to_string).map_err(|cause| invalid(cause.to_string()))?;
+            if text != spec.root.to_string() {
+                return Err(invalid("the file is not the one that was saved".to_owned()));
+            }
+        }
+        let (result, _) = self.boot(spec.machine, descriptors);
+        result?;
+        lock(&self.vmm.inside).restored = true;
+        self.turn_to(match spec.then {
+            Then::Run => MachineState::Running,
+            Then::Stay => MachineState::Paused,
+        })
     }
 
     /// Two machines must never have one disk.

@@ -143,7 +143,8 @@ impl Daemon {
     }
 }
 
-fn wait_for_quietly<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+/// As [`wait_for`], for callers who have more to say when it does not come.
+pub(crate) fn wait_for_quietly<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let end = Instant::now() + limit;
     while Instant::now() < end {
         if let Some(found) = look() {

@@ -80,12 +80,12 @@ impl Actor {
             let Some(record) = self.record().await? else { return Ok(()) };
             let life = &record.life;
             if let Some(busy) = &busy
-                && life.phase.work() != Some(busy.work)
+                && life.work() != Some(busy.work)
             {
                 // Long work looks at this between its pieces; the rest is short and bounded.
                 busy.stop.store(true, Ordering::SeqCst);
             }
-            if let (None, Some(work), true) = (&busy, life.phase.work(), pause.is_over()) {
+            if let (None, Some(work), true) = (&busy, life.work(), pause.is_over()) {
                 busy = Some(self.start(work, &record));
             }
             match self.wait(life, &mut busy, &pause).await {

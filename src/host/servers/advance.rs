@@ -211,13 +211,18 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
         Phase::Starting { vmm: Some(_) } => ("booting", 80),
         Phase::Pausing { .. } => ("pausing", 10),
         Phase::Resuming { .. } => ("resuming", 10),
+        Phase::Hibernating { .. } => ("pausing", 5),
         Phase::Resetting { .. } => ("resetting", 10),
         Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
         Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),
         Phase::Releasing { .. } => ("releasing", 60),
         Phase::Deleting { .. } => ("removing", 80),
         Phase::Waiting { .. } => ("waiting", 60),
-        Phase::Stopped { .. } | Phase::Running { .. } | Phase::Paused { .. } | Phase::Failed { .. } => {
+        Phase::Stopped { .. }
+        | Phase::Hibernated { .. }
+        | Phase::Running { .. }
+        | Phase::Paused { .. }
+        | Phase::Failed { .. } => {
             return Ok(());
         }
     };

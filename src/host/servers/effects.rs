@@ -17,10 +17,10 @@ use wire::control::{Command, Reply};
 use wire::launch::ExitStatus;
 use wire::will::Will;
 
-use super::lifecycle::{End, Event, Phase, Trouble, Work};
+use super::lifecycle::{End, Event, Phase, Saved, Trouble, Work};
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
-use super::{limits, machine};
+use super::{limits, machine, saved};
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::link::AskError;
@@ -42,9 +42,10 @@ impl Doing {
         match work {
             Work::Make => self.make().await,
             Work::Spawn => self.final_or(self.spawn().await, Event::StartFailed),
-            Work::Boot => self.final_or(self.boot().await, Event::StartFailed),
+            Work::Boot { saved } => self.final_or(self.boot(saved).await, Event::StartFailed),
+            Work::Save => self.save().await,
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
-            Work::Resume => self.order(Command::Resume, Event::Resumed, Event::ResumeFailed).await,
+            Work::Resume => self.resume().await,
             Work::CountResets => Ok(match self.resets().await {
                 Ok(resets) => Event::ResetsCounted(resets),
                 Err(cause) => Event::ResetFailed(Trouble::from(&Error::from(cause))),
@@ -56,7 +57,7 @@ impl Doing {
             },
             Work::Press => self.press().await,
             Work::Kill => self.kill().await,
-            Work::Release => self.release().await,
+            Work::Release { keep_saved } => self.release(keep_saved).await,
             Work::Purge => self.purge().await,
         }
     }
@@ -186,11 +187,14 @@ impl Doing {
         }
     }
 
-    async fn boot(&self) -> Result<Event> {
-        let booted = machine::boot(&self.workshop, &self.entry, &self.record).await;
+    async fn boot(&self, saved: Option<Saved>) -> Result<Event> {
+        let (booted, event) = match saved {
+            Some(saved) => (self.restore(saved).await, Event::Restored),
+            None => (machine::boot(&self.workshop, &self.entry, &self.record).await, Event::Booted),
+        };
         self.workshop.core.checkpoint("server.booted")?;
         match booted {
-            Ok(()) => Ok(Event::Booted),
+            Ok(()) => Ok(event),
             Err(cause) => match self.ended_meanwhile().await {
                 // The last will says more than a connection that broke.
                 Some(end) => Err(Error::new(Code::MachineFailed, end.detail).caused_by(cause)),
@@ -273,15 +277,32 @@ impl Doing {
         Ok(Event::Ended(end_of(&self.workshop, self.record.id, status).await))
     }
 
-    async fn release(&self) -> Result<Event> {
+    /// A memory that the machine was restored from is of no use once it runs.
+    async fn resume(&self) -> Result<Event> {
+        let event = self.order(Command::Resume, Event::Resumed, Event::ResumeFailed).await?;
+        if event == Event::Resumed {
+            let directory = self.workshop.core.dirs.server(self.record.id);
+            blocking(move || saved::discard(&directory)).await?;
+            self.workshop.core.checkpoint("server.saved_discarded")?;
+        }
+        Ok(event)
+    }
+
+    async fn release(&self, keep_saved: bool) -> Result<Event> {
         self.entry.drop_machine();
         self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
         self.workshop.core.checkpoint("server.unplugged")?;
         let (launcher, key) = (self.workshop.launcher.clone(), self.record.id.to_string());
         blocking(move || launcher.release(&key)).await?;
         self.workshop.core.checkpoint("server.uncaged")?;
-        let socket = self.file("control.sock");
-        blocking(move || machine::remove_file(&socket)).await?;
+        let (socket, directory) = (self.file("control.sock"), self.workshop.core.dirs.server(self.record.id));
+        blocking(move || {
+            if !keep_saved {
+                saved::discard(&directory)?;
+            }
+            machine::remove_file(&socket)
+        })
+        .await?;
         self.workshop.core.checkpoint("server.released")?;
         Ok(Event::Released)
     }

@@ -72,6 +72,17 @@ pub const LOG_BYTES_MAX: u64 = 1 << 20;
 /// Notices of one VMM that wait for its actor. More are dropped: a guest can cause them at will.
 pub const NOTICES_MAX: usize = 64;
 
+/// How often a save is looked at: it takes some milliseconds for a small memory.
+pub const SAVE_LOOK: Duration = Duration::from_millis(20);
+
+/// Bytes a second at which memory is read from a disk and compared, at the least: a slow disk in bad company.
+const RESTORE_BYTES_PER_S: u64 = 20 << 20;
+
+/// How long a VMM may take to read so much memory from the disk.
+pub const fn restoring(memory_bytes: u64) -> Duration {
+    Duration::from_secs(memory_bytes / RESTORE_BYTES_PER_S)
+}
+
 /// How often progress of a copy is written down.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 

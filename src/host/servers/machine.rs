@@ -23,42 +23,61 @@ use super::registry::{Entry, Workshop};
 use crate::error::{Error, Result};
 use crate::network::{Lease, Networks};
 use crate::seed::{self, Seed, SeedNic};
+use crate::vmms::Link;
 
 /// Boots the machine of `record` in the VMM at hand. Repeatable: a machine that runs is left alone.
 pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
-    let link = entry.link(limits::BOOT).await?;
-    match link.greet(limits::COMMAND).await?.state {
-        MachineState::Shell => {}
-        MachineState::Running | MachineState::Paused => return Ok(()),
-        MachineState::Exiting => return Err(Error::new(Code::MachineFailed, "the VMM is ending")),
-    }
-    if record.isolation == server::Isolation::Strict {
-        isolation::require(workshop, entry, record).await?;
-    }
-    let (spec, descriptors) = describe(workshop, record).await?;
-    workshop.core.checkpoint("server.plugged")?;
-    spec.check(descriptors.len())
+    let Some((link, Description { spec, descriptors })) = ready(workshop, entry, record).await? else {
+        return Ok(());
+    };
+    spec.check(descriptors.0.len())
         .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
-    let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    let borrowed: Vec<BorrowedFd<'_>> = descriptors.0.iter().map(AsFd::as_fd).collect();
     match link.ask(Command::Boot(Box::new(spec)), &borrowed, limits::BOOT).await? {
         Reply::Done => Ok(()),
         other => Err(Error::new(Code::MachineFailed, format!("the VMM answered a boot with {other:?}"))),
     }
 }
 
+/// A machine and the files that it names.
+pub(super) struct Description {
+    pub(super) spec: MachineSpec,
+    pub(super) descriptors: Packet,
+}
+
+/// The VMM at hand and the machine it is to build; nothing when it has one.
+pub(super) async fn ready(
+    workshop: &Workshop,
+    entry: &Entry,
+    record: &ServerRecord,
+) -> Result<Option<(Link, Description)>> {
+    let link = entry.link(limits::BOOT).await?;
+    match link.greet(limits::COMMAND).await?.state {
+        MachineState::Shell => {}
+        MachineState::Running | MachineState::Paused => return Ok(None),
+        MachineState::Exiting => return Err(Error::new(Code::MachineFailed, "the VMM is ending")),
+    }
+    if record.isolation == server::Isolation::Strict {
+        isolation::require(workshop, entry, record).await?;
+    }
+    let description = describe(workshop, record).await?;
+    workshop.core.checkpoint("server.plugged")?;
+    Ok(Some((link, description)))
+}
+
 /// Numbers descriptors as they are added.
 #[derive(Default)]
-struct Packet(Vec<OwnedFd>);
+pub(super) struct Packet(pub(super) Vec<OwnedFd>);
 
 impl Packet {
-    fn add(&mut self, descriptor: impl Into<OwnedFd>) -> FdIndex {
+    pub(super) fn add(&mut self, descriptor: impl Into<OwnedFd>) -> FdIndex {
         self.0.push(descriptor.into());
         // The spec's own limits keep the count far below this; `MachineSpec::check` refuses more.
         FdIndex(u16::try_from(self.0.len() - 1).unwrap_or(u16::MAX))
     }
 }
 
-async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<(MachineSpec, Vec<OwnedFd>)> {
+async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<Description> {
     let mut packet = Packet::default();
     let files = workshop.images.boot_files(record.image_id).await?;
     let boot = Boot {
@@ -113,7 +132,7 @@ async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<(Machine
         console: Console { ring: packet.add(ring) },
         on_reset: OnReset::Rebuild,
     };
-    Ok((spec, packet.0))
+    Ok(Description { spec, descriptors: packet })
 }
 
 async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {

@@ -35,6 +35,7 @@ mod metrics;
 pub mod record;
 mod recover;
 pub mod registry;
+mod saved;
 mod view;
 
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
@@ -196,6 +197,7 @@ impl Servers {
             ServerAction::Reboot(how) => Ask::Reboot { grace_ms: grace_ms(how)? },
             ServerAction::Pause => Ask::Pause,
             ServerAction::Resume => Ask::Resume,
+            ServerAction::Hibernate => Ask::Hibernate,
         };
         self.ask(call, id, ask).await
     }
@@ -365,6 +367,11 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
         });
     }
     faults.end()?;
+    if record.life.saved.is_some() && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
+        let detail = "the server is hibernated, and its memory belongs to the machine it was: start it before its \
+                      CPUs or memory are changed";
+        return Err(Error::new(Code::WrongState, detail));
+    }
     if let Some(name) = patch.name {
         Networks::rename(tx, record.id, &name)?;
         record.name = name;

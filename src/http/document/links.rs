@@ -11,6 +11,7 @@ const OF_SERVER: &[&str] = &[
     "reboot_server",
     "pause_server",
     "resume_server",
+    "hibernate_server",
     "read_server_isolation",
     "read_server_metrics",
     "read_console_log",

@@ -169,6 +169,8 @@ actions! {
         |given| ServerAction::Reboot(given);
     pause, Nothing, "Pauses a server: parks its vCPUs and drains its devices.", |_given| ServerAction::Pause;
     resume, Nothing, "Lets a paused server run again.", |_given| ServerAction::Resume;
+    hibernate, Nothing, "Hibernates a server: saves its memory to the disk and ends its machine. A start goes on where it was, with the clock set right; a stop with no grace throws the memory away.",
+        |_given| ServerAction::Hibernate;
 }
 
 /// Counters of a server's machine.

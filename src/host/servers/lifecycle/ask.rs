@@ -4,6 +4,7 @@ use model::OperationId;
 use model::server::Wanted;
 
 use super::{Context, Job, JobKind, Life, Phase, Push, Step, Then, Verdict};
+use crate::vmms::ProcessId;
 
 /// Something a caller asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub enum Ask {
     Pause,
     /// Let them run.
     Resume,
+    /// Have the memory on the disk and no machine.
+    Hibernate,
     /// Be no more.
     Delete {
         /// Whether its volumes stay.
@@ -47,12 +50,13 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 6] = [
+pub const ACTIONS: [(&str, Ask); 7] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
     ("pause", Ask::Pause),
     ("resume", Ask::Resume),
+    ("hibernate", Ask::Hibernate),
     ("delete", Ask::Delete { keep_volumes: false }),
 ];
 
@@ -65,6 +69,7 @@ impl Ask {
             Ask::Reboot { .. } => JobKind::Reboot,
             Ask::Pause => JobKind::Pause,
             Ask::Resume => JobKind::Resume,
+            Ask::Hibernate => JobKind::Hibernate,
             Ask::Delete { .. } => JobKind::Delete,
         }
     }
@@ -87,6 +92,7 @@ impl Life {
             Ask::Reboot { grace_ms } => asking.reboot(push(grace_ms, context)),
             Ask::Pause => asking.pause(),
             Ask::Resume => asking.resume(),
+            Ask::Hibernate => asking.hibernate(),
             Ask::Delete { keep_volumes } => asking.delete(keep_volumes),
         }
     }
@@ -96,7 +102,7 @@ impl Life {
         let mut life = self.clone();
         let job = life.job.filter(|job| job.id == id).ok_or(Refused)?;
         let undone = || Verdict::Cancelled("cancelled".to_owned());
-        life.phase = match (job.kind, life.phase) {
+        life.phase = match (job.kind, life.phase.clone()) {
             (JobKind::Create, Phase::Creating { .. }) => {
                 Phase::Deleting { keep_volumes: false, verdict: undone() }
             }
@@ -106,12 +112,36 @@ impl Life {
                 then: Then::Delete { keep_volumes: false, verdict: undone() },
             },
             (JobKind::Start, Phase::Starting { vmm }) => {
-                Phase::Stopping { vmm, push: Push::Force, then: Then::Stop }
+                let then = if life.saved.is_some() { Then::Hibernate } else { Then::Stop };
+                Phase::Stopping { vmm, push: Push::Force, then }
+            }
+            (JobKind::Hibernate, Phase::Hibernating { vmm, was_paused }) => {
+                life.job = None;
+                life.give_up_hibernating(vmm, was_paused);
+                return Ok(Step { life, ended: vec![(id, undone())], gone: false });
             }
             _ => return Err(Refused),
         };
-        life.wanted = if job.kind == JobKind::Create { Wanted::Deleted } else { Wanted::Stopped };
+        life.wanted = match job.kind {
+            JobKind::Create => Wanted::Deleted,
+            _ => life.wanted_at_rest(),
+        };
         Ok(Step { life, ended: Vec::new(), gone: false })
+    }
+}
+
+impl Life {
+    /// What a server without a machine is to be: a memory that was saved is not given up.
+    pub(super) fn wanted_at_rest(&self) -> Wanted {
+        if self.saved.is_some() { Wanted::Hibernated } else { Wanted::Stopped }
+    }
+
+    /// Goes back to what the machine did before.
+    pub(super) fn give_up_hibernating(&mut self, vmm: ProcessId, was_paused: bool) {
+        (self.phase, self.wanted) = match was_paused {
+            true => (Phase::Pausing { vmm }, Wanted::Paused),
+            false => (Phase::Resuming { vmm }, Wanted::Running),
+        };
     }
 }
 
@@ -147,7 +177,10 @@ impl Asking {
                 self.life.wanted = Wanted::Running;
                 self.join()
             }
-            Phase::Stopped { .. } | Phase::Failed { .. } | Phase::Waiting { .. } => {
+            Phase::Stopped { .. }
+            | Phase::Hibernated { .. }
+            | Phase::Failed { .. }
+            | Phase::Waiting { .. } => {
                 self.life.failures = 0;
                 self.life.begin_run();
                 self.begin(Wanted::Running)
@@ -161,6 +194,9 @@ impl Asking {
 
     fn stop(mut self, push: Push) -> Result<Asked, Refused> {
         let phase = self.life.phase.clone();
+        if self.life.saved.take().is_some() {
+            return self.discard(phase, push);
+        }
         match phase {
             Phase::Creating { .. } => {
                 self.life.phase = Phase::Creating { start: false };
@@ -184,6 +220,7 @@ impl Asking {
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
+            | Phase::Hibernating { vmm, .. }
             | Phase::Resetting { vmm, .. } => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Stop };
                 self.interrupt();
@@ -197,15 +234,30 @@ impl Asking {
                 self.life.phase = Phase::Releasing { then: Then::Stop };
                 self.stop_instead(then)
             }
-            Phase::Deleting { .. } => Err(Refused),
+            // Without a memory that was saved there is no such phase.
+            Phase::Hibernated { .. } | Phase::Deleting { .. } => Err(Refused),
         }
+    }
+
+    /// No guest can shut down by itself here: only force ends what there is, and that is the memory.
+    fn discard(mut self, phase: Phase, push: Push) -> Result<Asked, Refused> {
+        if push != Push::Force {
+            return Err(Refused);
+        }
+        let then = Then::Stop;
+        self.life.phase = match phase {
+            Phase::Starting { vmm } | Phase::Stopping { vmm, .. } => Phase::Stopping { vmm, push, then },
+            _ => Phase::Releasing { then },
+        };
+        self.interrupt();
+        self.begin(Wanted::Stopped)
     }
 
     /// The machine ends anyway; what was to follow it becomes a stop.
     fn stop_instead(mut self, then: Then) -> Result<Asked, Refused> {
         match then {
             Then::Stop if self.life.job.is_some_and(|job| job.kind == JobKind::Stop) => self.join(),
-            Then::Stop | Then::Start | Then::Decide(_) => {
+            Then::Stop | Then::Start | Then::Hibernate | Then::Decide(_) => {
                 self.interrupt();
                 self.begin(Wanted::Stopped)
             }
@@ -266,6 +318,28 @@ impl Asking {
         }
     }
 
+    fn hibernate(mut self) -> Result<Asked, Refused> {
+        match self.life.phase.clone() {
+            Phase::Running { vmm } => {
+                self.life.phase = Phase::Hibernating { vmm, was_paused: false };
+                self.begin(Wanted::Hibernated)
+            }
+            Phase::Paused { vmm } => {
+                self.life.phase = Phase::Hibernating { vmm, was_paused: true };
+                self.begin(Wanted::Hibernated)
+            }
+            Phase::Hibernating { .. }
+            | Phase::Stopping { then: Then::Hibernate, .. }
+            | Phase::Releasing { then: Then::Hibernate }
+                if self.life.job.is_some_and(|job| job.kind == JobKind::Hibernate) =>
+            {
+                self.join()
+            }
+            Phase::Hibernated { .. } => self.done(),
+            _ => Err(Refused),
+        }
+    }
+
     fn delete(mut self, keep_volumes: bool) -> Result<Asked, Refused> {
         let verdict = Verdict::Succeeded;
         let then = Then::Delete { keep_volumes, verdict: verdict.clone() };
@@ -275,9 +349,10 @@ impl Asking {
             _ if deleting => return self.join(),
             // A volume that is not filled is no volume to keep.
             Phase::Creating { .. } => Phase::Deleting { keep_volumes: false, verdict },
-            Phase::Stopped { .. } | Phase::Failed { .. } | Phase::Waiting { .. } => {
-                Phase::Deleting { keep_volumes, verdict }
-            }
+            Phase::Stopped { .. }
+            | Phase::Hibernated { .. }
+            | Phase::Failed { .. }
+            | Phase::Waiting { .. } => Phase::Deleting { keep_volumes, verdict },
             // A create is being undone: its own verdict stands, and this operation sees the server go.
             Phase::Deleting { keep_volumes, verdict: held } => {
                 self.end_job(held);
@@ -296,8 +371,10 @@ impl Asking {
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
+            | Phase::Hibernating { vmm, .. }
             | Phase::Resetting { vmm, .. } => Phase::Stopping { vmm: Some(vmm), push: Push::Force, then },
         };
+        self.life.saved = None;
         self.interrupt();
         self.begin(Wanted::Deleted)
     }
@@ -306,7 +383,7 @@ impl Asking {
         match then {
             Then::Fail(trouble) => self.end_job(Verdict::Failed(trouble)),
             Then::Delete { verdict, .. } => self.end_job(verdict),
-            Then::Stop | Then::Start | Then::Decide(_) => {}
+            Then::Stop | Then::Start | Then::Hibernate | Then::Decide(_) => {}
         }
     }
 

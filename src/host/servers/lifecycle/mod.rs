@@ -1,7 +1,7 @@
 //! What a server does and what comes next, as data. Pure: no clock, no disk, no VMM; the actor and the facade
 //! feed it and save what it answers before they touch the world.
 //!
-//! Each phase names the one piece of work that leads out of it ([`Phase::work`]), so a daemon that died
+//! Each phase has one piece of work that leads out of it ([`Life::work`]), so a daemon that died
 //! anywhere takes up again by doing the work of the phase it finds.
 //!
 //! ```text
@@ -12,6 +12,8 @@
 //!                        │   │       Pausing▼ │  ▼ │Resetting     │  │ └──▶ Deleting ──purged──▶ (gone)
 //!                        │   │        Paused──┘                  │  │
 //!                        │   │       Resuming                    │  │
+//!                        │   │     Hibernating ──saved──▶ Stopping, Releasing ──▶ Hibernated ──start──▶ Starting,
+//!                        │   │                                   │  │             memory restored ──▶ Resuming
 //!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
 //!                        │                        ▲ stop, reboot, delete from any phase with a machine
 //!                        └── Waiting ◀── released: failure, policy restarts it
@@ -19,6 +21,7 @@
 use model::server::{RestartPolicy, ServerState, StateReason, Wanted};
 use model::{Code, OperationId};
 use serde::{Deserialize, Serialize};
+use wire::saved::Digest;
 
 use super::limits;
 use crate::vmms::ProcessId;
@@ -46,6 +49,19 @@ pub struct Life {
     pub booted_ms: Option<i64>,
     /// How often in a row the policy has started it again, or will next.
     pub failures: u32,
+    /// The memory of a hibernated server, until its vCPUs run again: from that moment on disks and memory differ, so
+    /// it is forgotten before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<Saved>,
+}
+
+/// A machine that was saved into the server's directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Digest by which the files are known to be the ones.
+    pub root: Digest,
+    /// Bytes of the disk that they take.
+    pub stored_bytes: u64,
 }
 
 /// An operation that the server's phases carry out.
@@ -73,6 +89,8 @@ pub enum JobKind {
     Pause,
     /// Running vCPUs.
     Resume,
+    /// Memory on the disk and no machine.
+    Hibernate,
     /// Nothing left.
     Delete,
 }
@@ -87,6 +105,7 @@ impl JobKind {
             JobKind::Reboot => "server.reboot",
             JobKind::Pause => "server.pause",
             JobKind::Resume => "server.resume",
+            JobKind::Hibernate => "server.hibernate",
             JobKind::Delete => "server.delete",
         }
     }
@@ -131,6 +150,18 @@ pub enum Phase {
     Resuming {
         /// The process.
         vmm: ProcessId,
+    },
+    /// vCPUs are being parked and memory is being saved.
+    Hibernating {
+        /// The process.
+        vmm: ProcessId,
+        /// Whether vCPUs were parked before, and stay so if it comes to nothing.
+        was_paused: bool,
+    },
+    /// No machine; its memory is on the disk.
+    Hibernated {
+        /// Why, where that says more than the state.
+        why: Option<StateReason>,
     },
     /// The reset button is being pressed.
     Resetting {
@@ -199,6 +230,8 @@ pub enum Then {
     Stop,
     /// The server is started again.
     Start,
+    /// The server stays off and keeps its memory.
+    Hibernate,
     /// It ended unasked: the policy decides.
     Decide(End),
     /// It could not be started.
@@ -240,12 +273,17 @@ pub enum Work {
     Make,
     /// Start a VMM process.
     Spawn,
-    /// Send it the machine.
-    Boot,
+    /// Send it the machine, parked if it was saved.
+    Boot {
+        /// What was saved of it.
+        saved: Option<Saved>,
+    },
     /// Park its vCPUs.
     Pause,
     /// Let them run.
     Resume,
+    /// Park them and save the machine.
+    Save,
     /// Ask how often the machine was reset.
     CountResets,
     /// Build the machine again, if it was reset so often and no more.
@@ -257,8 +295,11 @@ pub enum Work {
     Press,
     /// End the process.
     Kill,
-    /// Give taps and sockets back.
-    Release,
+    /// Give taps and sockets back, and the memory that was saved unless it is kept.
+    Release {
+        /// Whether it is.
+        keep_saved: bool,
+    },
     /// Remove everything.
     Purge,
 }
@@ -293,6 +334,7 @@ impl Life {
             run: 0,
             booted_ms: None,
             failures: 0,
+            saved: None,
         }
     }
 
@@ -300,7 +342,10 @@ impl Life {
     pub fn holds_memory(&self) -> bool {
         match &self.phase {
             Phase::Creating { start } => *start,
-            Phase::Stopped { .. } | Phase::Deleting { .. } | Phase::Failed { .. } => false,
+            Phase::Stopped { .. }
+            | Phase::Hibernated { .. }
+            | Phase::Deleting { .. }
+            | Phase::Failed { .. } => false,
             _ => true,
         }
     }
@@ -317,9 +362,35 @@ impl Life {
         Some(booted_ms.saturating_add(limits::STABLE_MS))
     }
 
-    /// Whether it has no machine and none is about to be started, so that its disks can be changed.
+    /// Whether it has no machine and none is about to be started, so that its disks can be changed. Those that belong
+    /// to a memory cannot.
     pub fn is_off(&self) -> bool {
-        matches!(self.phase, Phase::Stopped { .. } | Phase::Failed { .. })
+        matches!(self.phase, Phase::Stopped { .. } | Phase::Failed { .. }) && self.saved.is_none()
+    }
+
+    /// The work that leads out of its phase.
+    pub fn work(&self) -> Option<Work> {
+        match &self.phase {
+            Phase::Creating { .. } => Some(Work::Make),
+            Phase::Starting { vmm: None } => Some(Work::Spawn),
+            Phase::Starting { vmm: Some(_) } => Some(Work::Boot { saved: self.saved }),
+            Phase::Pausing { .. } => Some(Work::Pause),
+            Phase::Resuming { .. } => Some(Work::Resume),
+            Phase::Hibernating { .. } => Some(Work::Save),
+            Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
+            Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
+            Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
+            Phase::Stopping { push: Push::Force, .. } => Some(Work::Kill),
+            Phase::Releasing { .. } => Some(Work::Release { keep_saved: self.saved.is_some() }),
+            Phase::Deleting { .. } => Some(Work::Purge),
+            Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }
+            | Phase::Stopped { .. }
+            | Phase::Hibernated { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Waiting { .. }
+            | Phase::Failed { .. } => None,
+        }
     }
 }
 
@@ -331,7 +402,8 @@ impl Phase {
             Phase::Stopped { .. } => ServerState::Stopped,
             Phase::Starting { .. } | Phase::Waiting { .. } => ServerState::Starting,
             Phase::Running { .. } | Phase::Pausing { .. } | Phase::Resetting { .. } => ServerState::Running,
-            Phase::Paused { .. } | Phase::Resuming { .. } => ServerState::Paused,
+            Phase::Paused { .. } | Phase::Resuming { .. } | Phase::Hibernating { .. } => ServerState::Paused,
+            Phase::Hibernated { .. } => ServerState::Hibernated,
             Phase::Stopping { .. } => ServerState::Stopping,
             Phase::Releasing { then } => match then {
                 Then::Delete { .. } => ServerState::Deleting,
@@ -345,32 +417,9 @@ impl Phase {
     /// Why it is there, where that says more than the state.
     pub fn why(&self) -> Option<&StateReason> {
         match self {
-            Phase::Stopped { why } => why.as_ref(),
+            Phase::Stopped { why } | Phase::Hibernated { why } => why.as_ref(),
             Phase::Waiting { why, .. } | Phase::Failed { why } => Some(why),
             _ => None,
-        }
-    }
-
-    /// The work that leads out of it.
-    pub fn work(&self) -> Option<Work> {
-        match self {
-            Phase::Creating { .. } => Some(Work::Make),
-            Phase::Starting { vmm: None } => Some(Work::Spawn),
-            Phase::Starting { vmm: Some(_) } => Some(Work::Boot),
-            Phase::Pausing { .. } => Some(Work::Pause),
-            Phase::Resuming { .. } => Some(Work::Resume),
-            Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
-            Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
-            Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
-            Phase::Stopping { push: Push::Force, .. } => Some(Work::Kill),
-            Phase::Releasing { .. } => Some(Work::Release),
-            Phase::Deleting { .. } => Some(Work::Purge),
-            Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }
-            | Phase::Stopped { .. }
-            | Phase::Running { .. }
-            | Phase::Paused { .. }
-            | Phase::Waiting { .. }
-            | Phase::Failed { .. } => None,
         }
     }
 
@@ -390,6 +439,7 @@ impl Phase {
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
+            | Phase::Hibernating { vmm, .. }
             | Phase::Resetting { vmm, .. } => Some(vmm),
             _ => None,
         }

@@ -7,7 +7,7 @@ use model::{OperationId, Time};
 use wire::control::MachineState;
 
 use super::end::{End, EndKind};
-use super::{Context, JobKind, Life, Phase, Push, Step, Then, Trouble, Verdict};
+use super::{Context, JobKind, Life, Phase, Push, Saved, Step, Then, Trouble, Verdict};
 use crate::servers::limits;
 use crate::vmms::ProcessId;
 
@@ -35,6 +35,12 @@ pub enum Event {
     Resumed,
     /// They are parked still.
     ResumeFailed(Trouble),
+    /// The machine is as it was saved, and parked.
+    Restored,
+    /// The machine is saved, and parked for good.
+    Saved(Saved),
+    /// It could not be saved.
+    SaveFailed(Trouble),
     /// The machine was reset so often before.
     ResetsCounted(u64),
     /// The machine was built again.
@@ -110,6 +116,16 @@ impl Stepping {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then };
             }
             (Phase::Starting { vmm: Some(vmm) }, Event::Booted) => self.booted(vmm),
+            (Phase::Starting { vmm: Some(vmm) }, Event::Restored) => self.restored(vmm),
+            (Phase::Hibernating { vmm, .. }, Event::Saved(saved)) => {
+                self.life.saved = Some(saved);
+                let then = Then::Hibernate;
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
+            }
+            (Phase::Hibernating { vmm, was_paused }, Event::SaveFailed(trouble)) => {
+                self.end_job(Verdict::Failed(trouble));
+                self.life.give_up_hibernating(vmm, was_paused);
+            }
             (Phase::Starting { vmm }, Event::StartFailed(trouble)) => {
                 let then = Then::Fail(trouble);
                 self.life.phase = Phase::Stopping { vmm, push: Push::Force, then };
@@ -190,7 +206,18 @@ impl Stepping {
         self.end_job(Verdict::Succeeded);
     }
 
+    /// The memory is used up before a vCPU runs: a daemon that follows one that died here finds a parked machine, and
+    /// lets it run.
+    fn restored(&mut self, vmm: ProcessId) {
+        self.life.saved = None;
+        self.life.booted_ms = Some(self.context.now_ms);
+        self.life.phase = Phase::Resuming { vmm };
+    }
+
     fn machine_ended(&mut self, phase: Phase, end: End) {
+        if let Phase::Hibernating { was_paused, .. } = &phase {
+            self.life.wanted = if *was_paused { Wanted::Paused } else { Wanted::Running };
+        }
         match phase {
             Phase::Starting { .. } => {
                 let trouble = Trouble { code: Code::MachineFailed, detail: end.detail };
@@ -200,6 +227,7 @@ impl Stepping {
             | Phase::Pausing { .. }
             | Phase::Paused { .. }
             | Phase::Resuming { .. }
+            | Phase::Hibernating { .. }
             | Phase::Resetting { .. } => {
                 let trouble = Trouble {
                     code: Code::MachineFailed,
@@ -215,9 +243,12 @@ impl Stepping {
 
     fn released(&mut self, then: Then) {
         match then {
-            Then::Stop => {
-                self.life.phase = Phase::Stopped { why: None };
-                self.life.wanted = Wanted::Stopped;
+            Then::Stop | Then::Hibernate => {
+                self.life.phase = match then {
+                    Then::Hibernate => Phase::Hibernated { why: None },
+                    _ => Phase::Stopped { why: None },
+                };
+                self.life.wanted = self.life.wanted_at_rest();
                 let cancelled = self.life.job.is_some_and(|job| job.kind == JobKind::Start);
                 self.end_job(if cancelled {
                     Verdict::Cancelled("cancelled".to_owned())
@@ -265,8 +296,11 @@ impl Stepping {
         match self.life.job.map(|job| job.kind) {
             Some(JobKind::Create) => return self.delete(false, Verdict::Failed(trouble)),
             Some(JobKind::Start) => {
-                self.life.wanted = Wanted::Stopped;
-                self.life.phase = Phase::Stopped { why: Some(why) };
+                self.life.wanted = self.life.wanted_at_rest();
+                self.life.phase = match self.life.saved {
+                    Some(_) => Phase::Hibernated { why: Some(why) },
+                    None => Phase::Stopped { why: Some(why) },
+                };
             }
             _ if self.context.policy == RestartPolicy::Never => {
                 self.life.wanted = Wanted::Stopped;
@@ -305,7 +339,11 @@ impl Stepping {
                 Phase::Starting { vmm: Some(vmm) },
                 Found::Alive(MachineState::Running | MachineState::Paused),
             ) => {
-                self.booted(vmm);
+                if self.life.saved.is_some() {
+                    self.restored(vmm)
+                } else {
+                    self.booted(vmm)
+                }
             }
             (Phase::Running { vmm }, Found::Alive(MachineState::Paused)) => {
                 self.life.phase = Phase::Resuming { vmm };
@@ -318,6 +356,7 @@ impl Stepping {
                 | Phase::Pausing { vmm }
                 | Phase::Paused { vmm }
                 | Phase::Resuming { vmm }
+                | Phase::Hibernating { vmm, .. }
                 | Phase::Resetting { vmm, .. },
                 Found::Alive(MachineState::Shell),
             ) => {

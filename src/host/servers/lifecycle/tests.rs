@@ -6,6 +6,7 @@ use model::server::ServerState;
 use proptest::prelude::*;
 use wire::control::MachineState;
 use wire::launch::ExitStatus;
+use wire::saved::Digest;
 use wire::will::{Reason, Will};
 
 use super::*;
@@ -30,6 +31,10 @@ struct World {
     spawned: i32,
     resets: u64,
     now_ms: i64,
+    /// The memory on the disk, and whether it is still that of the disks.
+    saved: Option<Saved>,
+    is_stale: bool,
+    turns: u8,
 }
 
 impl World {
@@ -53,10 +58,29 @@ impl World {
                 self.machine = Some((id.clone(), MachineState::Shell));
                 Event::Spawned(id)
             }
-            Work::Boot | Work::Resume | Work::Pause if self.machine.is_none() => Event::Ended(self.end()),
-            Work::Boot => self.turn(MachineState::Running, Event::Booted),
+            Work::Boot { .. } | Work::Resume | Work::Pause | Work::Save if self.machine.is_none() => {
+                Event::Ended(self.end())
+            }
+            Work::Boot { saved: None } => {
+                self.is_stale = true;
+                self.turn(MachineState::Running, Event::Booted)
+            }
+            Work::Boot { saved } => {
+                assert!(saved.is_some() && saved == self.saved, "restored from what is not there");
+                assert!(!self.is_stale, "restored a memory that the disks have left behind");
+                self.turn(MachineState::Paused, Event::Restored)
+            }
+            Work::Save => {
+                self.turns += 1;
+                let saved = Saved { root: Digest([self.turns; 32]), stored_bytes: 1 };
+                (self.saved, self.is_stale) = (Some(saved), false);
+                self.turn(MachineState::Paused, Event::Saved(saved))
+            }
             Work::Pause => self.turn(MachineState::Paused, Event::Paused),
-            Work::Resume => self.turn(MachineState::Running, Event::Resumed),
+            Work::Resume => {
+                (self.saved, self.is_stale) = (None, true);
+                self.turn(MachineState::Running, Event::Resumed)
+            }
             Work::CountResets => Event::ResetsCounted(self.resets),
             Work::Reset { resets } => {
                 self.resets += u64::from(self.resets == resets);
@@ -67,12 +91,16 @@ impl World {
                 self.machine = None;
                 Event::Ended(self.end())
             }
-            Work::Release => {
+            Work::Release { keep_saved } => {
                 assert!(self.machine.is_none(), "released under a machine");
+                if !keep_saved {
+                    self.saved = None;
+                }
                 Event::Released
             }
             Work::Purge => {
                 assert!(self.machine.is_none(), "purged under a machine");
+                self.saved = None;
                 Event::Purged
             }
         }
@@ -123,7 +151,7 @@ impl Test {
         match happening {
             Happening::Ask(ask) => self.ask(&life, ask),
             Happening::Work | Happening::WorkAndDie => {
-                let Some(work) = life.phase.work() else { return };
+                let Some(work) = life.work() else { return };
                 let event = self.world.perform(work);
                 match happening {
                     Happening::Work => self.event(event),
@@ -164,6 +192,7 @@ impl Test {
             Ask::Start | Ask::Resume | Ask::Reboot { .. } => ServerState::Running,
             Ask::Stop { .. } => ServerState::Stopped,
             Ask::Pause => ServerState::Paused,
+            Ask::Hibernate => ServerState::Hibernated,
             Ask::Delete { .. } => ServerState::Deleting,
         };
     }
@@ -171,7 +200,7 @@ impl Test {
     fn settle(&mut self) {
         for _ in 0..50 {
             self.happen(Happening::Work);
-            if self.life.as_ref().is_some_and(|life| life.phase.work().is_none()) {
+            if self.life.as_ref().is_some_and(|life| life.work().is_none()) {
                 self.happen(Happening::Wait);
             }
         }
@@ -186,6 +215,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         2 => grace.prop_map(|grace_ms| Ask::Reboot { grace_ms }),
         2 => Just(Ask::Pause),
         2 => Just(Ask::Resume),
+        3 => Just(Ask::Hibernate),
         1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
     ];
     let happening = prop_oneof![
@@ -222,6 +252,9 @@ proptest! {
             _ => None,
         };
         prop_assert_eq!(machine, wanted);
+        // A memory is on the disk exactly while it is the server's.
+        prop_assert_eq!(test.world.saved.is_some(), state == ServerState::Hibernated);
+        prop_assert_eq!(test.life.as_ref().and_then(|life| life.saved), test.world.saved);
         prop_assert!(test.operations.values().all(|ends| *ends == 1), "{:?}", test.operations);
         prop_assert!(test.life.is_none_or(|life| life.job.is_none()));
     }
@@ -232,7 +265,7 @@ fn vmm() -> ProcessId {
 }
 
 fn life(phase: Phase) -> Life {
-    Life { phase, wanted: Wanted::Running, job: None, run: 1, booted_ms: Some(0), failures: 0 }
+    Life { phase, wanted: Wanted::Running, job: None, run: 1, booted_ms: Some(0), failures: 0, saved: None }
 }
 
 fn ended(reason: Reason) -> Event {
@@ -306,13 +339,57 @@ fn the_grace_ends_in_force_and_not_before() {
     let asked =
         life(Phase::Running { vmm: vmm() }).ask(Ask::Stop { grace_ms: 500 }, OperationId::new(), context);
     let Ok(Asked::Began(stopping)) = asked else { panic!("{asked:?}") };
-    assert_eq!(stopping.life.phase.work(), Some(Work::Press));
+    assert_eq!(stopping.life.work(), Some(Work::Press));
     let pressed = step(&stopping.life, Event::Pressed, context).life;
-    assert_eq!(pressed.phase.work(), None);
+    assert_eq!(pressed.work(), None);
     let early = step(&pressed, Event::DeadlinePassed, Context { now_ms: 1499, ..context }).life;
-    assert_eq!(early.phase.work(), None);
+    assert_eq!(early.work(), None);
     let late = step(&pressed, Event::DeadlinePassed, Context { now_ms: 1500, ..context }).life;
-    assert_eq!(late.phase.work(), Some(Work::Kill));
+    assert_eq!(late.work(), Some(Work::Kill));
+}
+
+#[test]
+fn a_save_that_comes_to_nothing_leaves_the_machine_as_it_was() {
+    let context = Context { now_ms: 0, policy: RestartPolicy::Never };
+    for (phase, back) in [
+        (Phase::Running { vmm: vmm() }, Phase::Resuming { vmm: vmm() }),
+        (Phase::Paused { vmm: vmm() }, Phase::Pausing { vmm: vmm() }),
+    ] {
+        let operation = OperationId::new();
+        let Ok(Asked::Began(saving)) = life(phase).ask(Ask::Hibernate, operation, context) else { panic!() };
+        assert_eq!(saving.life.work(), Some(Work::Save));
+        let trouble = Trouble { code: Code::DiskFull, detail: "no room".to_owned() };
+        let failed = step(&saving.life, Event::SaveFailed(trouble.clone()), context);
+        assert_eq!((&failed.life.phase, failed.ended), (&back, vec![(operation, Verdict::Failed(trouble))]));
+        let cancelled = saving.life.cancel(operation).unwrap();
+        assert_eq!((cancelled.life.phase, cancelled.ended.len(), cancelled.life.saved), (back, 1, None));
+    }
+}
+
+#[test]
+fn a_memory_is_thrown_away_by_force_only() {
+    let context = Context { now_ms: 0, policy: RestartPolicy::Never };
+    let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1 });
+    let asleep = Life { saved, wanted: Wanted::Hibernated, ..life(Phase::Hibernated { why: None }) };
+    assert_eq!(asleep.ask(Ask::Stop { grace_ms: 1000 }, OperationId::new(), context), Err(Refused));
+    assert_eq!(asleep.allowed_actions(context), ["start", "delete"]);
+    let Ok(Asked::Began(stopping)) = asleep.ask(Ask::Stop { grace_ms: 0 }, OperationId::new(), context)
+    else {
+        panic!()
+    };
+    assert_eq!(stopping.life.work(), Some(Work::Release { keep_saved: false }));
+    // A start that fails before a vCPU ran has used nothing up.
+    let Ok(Asked::Began(starting)) = asleep.ask(Ask::Start, OperationId::new(), context) else { panic!() };
+    let trouble = Trouble { code: Code::MachineFailed, detail: "no".to_owned() };
+    let failing = step(&starting.life, Event::StartFailed(trouble), context).life;
+    let ended = step(&failing, Event::Ended(End::host_restarted(0)), context).life;
+    assert_eq!(ended.work(), Some(Work::Release { keep_saved: true }));
+    let back = step(&ended, Event::Released, context).life;
+    assert_eq!(
+        (back.phase.state(), back.wanted, back.saved),
+        (ServerState::Hibernated, Wanted::Hibernated, saved)
+    );
+    assert!(back.phase.why().is_some() && !back.holds_memory() && !back.is_off());
 }
 
 #[test]
@@ -339,13 +416,13 @@ fn what_is_saved_is_read_back() {
 fn the_reset_button_is_pressed_once_however_many_daemons_die_behind_it() {
     let mut world = World { resets: 7, ..World::default() };
     let mut life = life(Phase::Resetting { vmm: vmm(), resets: None });
-    let counted = world.perform(life.phase.work().unwrap());
+    let counted = world.perform(life.work().unwrap());
     life = step(&life, counted, world.context()).life;
     for _ in 0..3 {
         // The daemon dies before it can record that the machine was reset.
-        let _ = world.perform(life.phase.work().unwrap());
+        let _ = world.perform(life.work().unwrap());
     }
-    let reset = world.perform(life.phase.work().unwrap());
+    let reset = world.perform(life.work().unwrap());
     assert_eq!(step(&life, reset, world.context()).life.phase, Phase::Running { vmm: vmm() });
     assert_eq!(world.resets, 8);
 }
@@ -354,7 +431,7 @@ fn the_reset_button_is_pressed_once_however_many_daemons_die_behind_it() {
 fn a_process_that_was_never_recorded_is_never_sent_a_machine() {
     let starting = life(Phase::Starting { vmm: None });
     let context = Context { now_ms: 0, policy: RestartPolicy::Never };
-    assert_eq!(starting.phase.work(), Some(Work::Spawn));
+    assert_eq!(starting.work(), Some(Work::Spawn));
     // Booted can only follow a process that was recorded.
     assert_eq!(step(&starting, Event::Booted, context).life, starting);
 }

@@ -38,6 +38,8 @@ const LIFE: &[(&str, Option<ServerState>)] = &[
     ("reboot", Some(ServerState::Running)),
     ("stop", Some(ServerState::Stopped)),
     ("start", Some(ServerState::Running)),
+    ("hibernate", Some(ServerState::Hibernated)),
+    ("wake", Some(ServerState::Running)),
     ("delete", None),
 ];
 
@@ -50,6 +52,7 @@ async fn call(host: &Host, verb: &str, id: Option<ServerId>) -> Result<(model::O
         "reset" => ServerAction::Reboot(grace(0)),
         "reboot" => ServerAction::Reboot(grace(60)),
         "stop" => ServerAction::Stop(grace(60)),
+        "hibernate" => ServerAction::Hibernate,
         _ => ServerAction::Start,
     };
     let answer = match (verb, id) {
@@ -119,8 +122,12 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
         {
             until(&host, id, |server| server.state == *state && server.operation_id.is_none()).await;
             let machines = stage.launch.alive().len();
-            let wanted = if *state == ServerState::Stopped { 0 } else { 1 };
+            let is_off = matches!(state, ServerState::Stopped | ServerState::Hibernated);
+            let wanted = if is_off { 0 } else { 1 };
             assert_eq!(machines, wanted, "checkpoint {number}, after {verb}");
+            if *verb == "wake" {
+                assert!(stage.launch.only().is_restored(), "checkpoint {number}: its memory is lost");
+            }
             if *verb == "reset" {
                 assert_eq!(stage.launch.only().resets(), 1, "checkpoint {number}");
             }

@@ -1,0 +1,168 @@
+//! A server's memory on the disk: saved when it hibernates, given back when it starts. Two files in the server's
+//! directory, which are whole before they have their names. What is in them is the VMM's business; `lifecycle` says
+//! when they are worth something.
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use model::Code;
+use model::operation::Progress;
+use sys::beneath::Access;
+use wire::control::{Command, Reply};
+use wire::saved::{Clock, Counters, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
+
+use super::effects::{Doing, blocking};
+use super::lifecycle::{Event, Saved, Trouble};
+use super::limits;
+use super::machine::{self, Description};
+use crate::error::{Error, Result};
+use crate::operations;
+use crate::vmms::Link;
+
+const STATE: &str = "saved.state";
+const MEMORY: &str = "saved.memory";
+
+impl Doing {
+    /// Parks the machine and saves it. What fails is undone by whoever hears of it: the machine is there still.
+    pub(super) async fn save(&self) -> Result<Event> {
+        match self.try_save().await {
+            Ok(saved) => Ok(Event::Saved(saved)),
+            Err(cause) if cause.code == Code::Draining => Err(cause),
+            Err(cause) => {
+                tracing::warn!(server = %self.record.id, "it cannot be saved: {}", cause.chain());
+                Ok(Event::SaveFailed(Trouble::from(&cause)))
+            }
+        }
+    }
+
+    async fn try_save(&self) -> Result<Saved> {
+        let link = self.entry.link(limits::COMMAND).await?;
+        link.order(Command::Pause, limits::PAUSE).await?;
+        self.workshop.core.checkpoint("server.parked")?;
+        // One that a daemon began that has died: its files are not ours.
+        link.order(Command::CancelSave, limits::COMMAND).await?;
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        let (state, memory) = {
+            let directory = directory.clone();
+            blocking(move || Ok((fresh(&directory, STATE)?, fresh(&directory, MEMORY)?))).await?
+        };
+        let indices =
+            SaveSpec { state: wire::machine::FdIndex(0), memory: wire::machine::FdIndex(1), live: None };
+        link.ask(Command::Save(indices), &[state.as_fd(), memory.as_fd()], limits::PAUSE).await?;
+        let report = self.follow(&link).await?;
+        self.workshop.core.checkpoint("server.saved")?;
+        blocking(move || keep(&directory)).await?;
+        self.workshop.core.checkpoint("server.saved_kept")?;
+        let stored_bytes = report.state_bytes.saturating_add(report.memory_bytes);
+        Ok(Saved { root: report.root, stored_bytes })
+    }
+
+    /// Waits for the end of the copying, telling how far it is. Nobody else may want the machine meanwhile; when
+    /// somebody does, the copying is given up.
+    async fn follow(&self, link: &Link) -> Result<SaveReport> {
+        loop {
+            tokio::time::sleep(limits::SAVE_LOOK).await;
+            if self.stop.load(Ordering::SeqCst) {
+                link.order(Command::CancelSave, limits::COMMAND).await?;
+                return Err(Error::new(Code::WrongState, "the save was given up"));
+            }
+            match link.ask(Command::SaveStatus, &[], limits::COMMAND).await? {
+                Reply::Save(SaveStatus::Saved(report)) => return Ok(report),
+                Reply::Save(SaveStatus::Failed { detail }) => {
+                    let detail =
+                        format!("the memory of server {} could not be saved: {detail}", self.record.name);
+                    return Err(Error::new(Code::MachineFailed, detail));
+                }
+                Reply::Save(SaveStatus::Copying { done_bytes, total_bytes }) => {
+                    self.report_saving(done_bytes, total_bytes).await?;
+                }
+                other => {
+                    let detail = format!("the VMM says of a save it was asked for: {other:?}");
+                    return Err(Error::new(Code::MachineFailed, detail));
+                }
+            }
+        }
+    }
+
+    async fn report_saving(&self, bytes_done: u64, bytes_total: u64) -> Result<()> {
+        let Some(job) = self.record.life.job else { return Ok(()) };
+        // Copying is most of the work: 10 to 80 percent of the operation.
+        let part = bytes_done.saturating_mul(70).checked_div(bytes_total).unwrap_or_default().min(70);
+        let progress = Progress {
+            phase: "saving_memory".to_owned(),
+            percent: 10 + u8::try_from(part).unwrap_or_default(),
+            bytes_done: Some(bytes_done),
+            bytes_total: Some(bytes_total),
+        };
+        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
+    }
+
+    /// Builds the machine as it was saved, and leaves it parked: the memory is used up only when that is recorded.
+    pub(super) async fn restore(&self, saved: Saved) -> Result<()> {
+        let Some((link, Description { spec, mut descriptors })) =
+            machine::ready(&self.workshop, &self.entry, &self.record).await?
+        else {
+            return Ok(());
+        };
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        let (state, memory) =
+            blocking(move || Ok((kept(&directory, STATE)?, kept(&directory, MEMORY)?))).await?;
+        let timeout = limits::BOOT + limits::restoring(spec.memory_bytes);
+        let restore = RestoreSpec {
+            machine: spec,
+            state: descriptors.add(state),
+            root: saved.root,
+            memory: descriptors.add(memory),
+            // Into memory of its own, every part compared with what was saved.
+            how: MemoryUse::Copy,
+            clock: Clock::Advance,
+            counters: Counters::Continue,
+            then: Then::Stay,
+        };
+        restore
+            .check(descriptors.0.len())
+            .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
+        let borrowed: Vec<BorrowedFd<'_>> = descriptors.0.iter().map(AsFd::as_fd).collect();
+        match link.ask(Command::Restore(Box::new(restore)), &borrowed, timeout).await? {
+            Reply::Done => Ok(()),
+            other => {
+                Err(Error::new(Code::MachineFailed, format!("the VMM answered a restore with {other:?}")))
+            }
+        }
+    }
+}
+
+/// Removes what was saved. Repeatable.
+pub(super) fn discard(directory: &Path) -> Result<()> {
+    for name in [STATE, MEMORY] {
+        machine::remove_file(&directory.join(name))?;
+        machine::remove_file(&unfinished(directory, name))?;
+    }
+    Ok(())
+}
+
+fn unfinished(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{name}.new"))
+}
+
+fn fresh(directory: &Path, name: &str) -> Result<File> {
+    machine::fresh_file(&unfinished(directory, name))
+}
+
+fn kept(directory: &Path, name: &str) -> Result<File> {
+    let path = directory.join(name);
+    machine::open_own(&path, Access::Read).map_err(|cause| {
+        Error::file(format!("the memory that was saved cannot be opened: {}", path.display()), cause)
+    })
+}
+
+/// Gives both files their names, for good.
+fn keep(directory: &Path) -> Result<()> {
+    let failed =
+        |cause| Error::file(format!("what was saved in {} cannot be kept", directory.display()), cause);
+    for name in [STATE, MEMORY] {
+        std::fs::rename(unfinished(directory, name), directory.join(name)).map_err(failed)?;
+    }
+    File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)
+}
