@@ -319,12 +319,13 @@ impl Pages {
 /// Pages in a row that are set, as offset and bytes.
 fn runs(words: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
     let pages = words.len() as u64 * 64;
-    let has = |page: u64| words[(page / 64) as usize] >> (page % 64) & 1 == 1;
+    let word = |page: u64| words.get((page / 64) as usize).copied().unwrap_or_default();
+    let has = move |page: u64| word(page) >> (page % 64) & 1 == 1;
     let mut at = 0;
     std::iter::from_fn(move || {
         while at < pages && !has(at) {
             // Whole words of nothing are the usual case.
-            at = if at % 64 == 0 && words[(at / 64) as usize] == 0 { at + 64 } else { at + 1 };
+            at = if at.is_multiple_of(64) && word(at) == 0 { at + 64 } else { at + 1 };
         }
         let start = at;
         while at < pages && has(at) {
