@@ -55,3 +55,4 @@ pub use config::Config;
 pub use core::{Checkpoint, Fate};
 pub use error::{Error, Result};
 pub use open::Host;
+pub use store::Version;

@@ -17,7 +17,7 @@ use crate::report::Report;
 use crate::servers::Servers;
 use crate::servers::capacity::Capacity;
 use crate::servers::registry::Workshop;
-use crate::store::{Store, Tx};
+use crate::store::{Store, Tx, Version};
 use crate::tokens::Tokens;
 use crate::vmms::Launch;
 use crate::volumes::Volumes;
@@ -39,6 +39,7 @@ struct Inner {
     volumes: Volumes,
     networks: Networks,
     operations: Operations,
+    tokens: Tokens,
     report: Report,
 }
 
@@ -73,6 +74,7 @@ impl Host {
         });
         let cancels = Cancels { images: images.clone(), servers: servers.clone() };
         let operations = Operations::new(core.clone(), Arc::new(cancels));
+        let tokens = Tokens::new(&core);
         let report = Report::new(core.clone(), servers.clone(), networks.clone(), launcher);
         images.recover().await?;
         volumes.recover().await?;
@@ -87,6 +89,7 @@ impl Host {
                 volumes,
                 networks,
                 operations,
+                tokens,
                 report,
             }),
         })
@@ -141,8 +144,14 @@ impl Host {
     }
 
     /// Access tokens.
-    pub fn tokens(&self) -> Tokens {
-        Tokens::new(&self.inner.core)
+    pub fn tokens(&self) -> &Tokens {
+        &self.inner.tokens
+    }
+
+    /// The state the records are in: while it is the same, so are the servers, images and operations they hold.
+    /// None when it cannot be told.
+    pub fn version(&self) -> Option<Version> {
+        self.inner.core.store.version()
     }
 
     /// Answer to `GET /v1`.

@@ -1,7 +1,8 @@
 //! Access tokens of the API: random, stored hashed, revocable. It knows no HTTP.
 //! `http` verifies with it; `toftd token` makes them.
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use model::{Code, Time, TokenId};
 use rusqlite::{OptionalExtension, params};
@@ -11,7 +12,7 @@ use crate::config::Dirs;
 use crate::core::{AlwaysLive, Shared};
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::store::Store;
+use crate::store::{Store, Version};
 
 pub(crate) const TABLES: &str = "
 CREATE TABLE tokens (
@@ -36,41 +37,84 @@ pub struct Token {
 #[derive(Clone)]
 pub struct Tokens {
     store: Store,
+    known: Arc<Mutex<Known>>,
+}
+
+/// Good tokens by their hashes, as of one state of the records: a caller's every request brings the same one.
+#[derive(Default)]
+struct Known {
+    as_of: Option<Version>,
+    by_hash: HashMap<String, Holder>,
+}
+
+#[derive(Clone, Copy)]
+struct Holder {
+    id: TokenId,
+    expires_ms: Option<i64>,
+}
+
+impl Holder {
+    fn is_good(&self, now_ms: i64) -> bool {
+        self.expires_ms.is_none_or(|expires_ms| expires_ms > now_ms)
+    }
 }
 
 impl Tokens {
     pub(crate) fn new(core: &Shared) -> Tokens {
-        Tokens { store: core.store.clone() }
+        Tokens { store: core.store.clone(), known: Arc::default() }
     }
 
     /// Of a state directory, beside a daemon that may run: for `toftd token`.
     pub async fn open(state_dir: &Path) -> Result<Tokens> {
         let dirs = Dirs::prepare(state_dir)?;
-        Ok(Tokens { store: Store::open(&dirs.database(), Arc::new(AlwaysLive)).await? })
+        let store = Store::open(&dirs.database(), Arc::new(AlwaysLive)).await?;
+        Ok(Tokens { store, known: Arc::default() })
     }
 
     /// Who holds this secret. Fails with `unauthenticated`.
     pub async fn verify(&self, secret: &str) -> Result<Actor> {
-        let hash = hash(secret);
-        let now_ms = Time::now().unix_ms();
-        let found: Option<String> = self
-            .store
-            .read(move |connection| {
-                Ok(connection
-                    .prepare_cached(
-                        "SELECT id FROM tokens WHERE hash = ?1 AND (expires_ms IS NULL OR expires_ms > ?2)",
-                    )?
-                    .query_row(params![hash, now_ms], |row| row.get(0))
-                    .optional()?)
-            })
-            .await?;
-        let id = found.and_then(|id| id.parse().ok());
+        let (hash, now_ms) = (hash(secret), Time::now().unix_ms());
+        let version = self.store.version();
+        let holder = match self.known(version, &hash) {
+            Some(holder) => Some(holder),
+            None => self.find(&hash).await?.inspect(|holder| self.remember(version, hash, *holder)),
+        };
+        let id = holder.filter(|holder| holder.is_good(now_ms)).map(|holder| holder.id);
         id.map(|id| Actor::Token { id }).ok_or_else(|| {
             Error::new(
                 Code::Unauthenticated,
                 "the token is unknown, expired or revoked; make one with `toftd token create NAME`",
             )
         })
+    }
+
+    async fn find(&self, hash: &str) -> Result<Option<Holder>> {
+        let hash = hash.to_owned();
+        let look = move |connection: &rusqlite::Connection| {
+            let mut statement =
+                connection.prepare_cached("SELECT id, expires_ms FROM tokens WHERE hash = ?1")?;
+            let row = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?, row.get(1)?));
+            Ok(statement.query_row([hash], row).optional()?)
+        };
+        let found = self.store.read(look).await?;
+        Ok(found.and_then(|(id, expires_ms)| Some(Holder { id: id.parse().ok()?, expires_ms })))
+    }
+
+    fn known(&self, version: Option<Version>, hash: &str) -> Option<Holder> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.by_hash.get(hash).filter(|_| version.is_some() && known.as_of == version).copied()
+    }
+
+    /// `version` is from before the token was looked up. There are as many entries at most as there are tokens.
+    fn remember(&self, version: Option<Version>, hash: String, holder: Holder) {
+        if version.is_none() {
+            return;
+        }
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_of != version {
+            *known = Known { as_of: version, by_hash: HashMap::new() };
+        }
+        known.by_hash.insert(hash, holder);
     }
 
     /// Makes a token; the secret is shown here and never again.

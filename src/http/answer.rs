@@ -3,8 +3,9 @@
 use std::future::Future;
 use std::time::Duration;
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use host::Answer;
 use model::image::Image;
 use model::network::Network;
@@ -19,6 +20,7 @@ use utoipa::PartialSchema;
 
 use crate::edge::{panic_text, panicked};
 use crate::error::Failure;
+use crate::kept::Written;
 use crate::page::{Fields, project_one, project_page};
 use crate::routes::Api;
 
@@ -67,20 +69,59 @@ pub(crate) fn one<T: Resource>(
     fields: Option<&str>,
     headers: &HeaderMap,
 ) -> Result<Response, Failure> {
-    let fields = Fields::of::<T>(fields)?;
-    let tag = etag(resource);
-    let mut response = if T::VERSIONED_WHOLE && has_already(headers, &tag) {
-        StatusCode::NOT_MODIFIED.into_response()
-    } else {
-        json(StatusCode::OK, &project_one(resource, fields.as_ref()).map_err(unwritable)?)
-    };
-    response.headers_mut().insert(header::ETAG, tag);
-    Ok(response)
+    Ok(read(&written_one(resource, fields)?, headers))
 }
 
 /// Answers a list.
 pub(crate) fn page<T: Resource>(page: &Page<T>, fields: Option<&Fields>) -> Result<Response, Failure> {
-    Ok(json(StatusCode::OK, &project_page(page, fields).map_err(unwritable)?))
+    Ok(read(&written_page(page, fields)?, &HeaderMap::new()))
+}
+
+/// Answers a read of `uri` with what was kept of it, or with what `write` makes of the records.
+pub(crate) async fn kept(
+    api: &Api,
+    uri: &Uri,
+    headers: &HeaderMap,
+    write: impl Future<Output = Result<Written, Failure>>,
+) -> Result<Response, Failure> {
+    let path = uri.path_and_query().map_or(uri.path(), |both| both.as_str());
+    let version = api.host.version();
+    if let Some(written) = api.kept.find(version, path) {
+        return Ok(read(&written, headers));
+    }
+    let written = write.await?;
+    api.kept.keep(version, path, &written);
+    Ok(read(&written, headers))
+}
+
+/// Writes one resource out.
+pub(crate) fn written_one<T: Resource>(resource: &T, fields: Option<&str>) -> Result<Written, Failure> {
+    let fields = Fields::of::<T>(fields)?;
+    Ok(Written {
+        body: project_one(resource, fields.as_ref()).map_err(unwritable)?,
+        etag: Some(etag(resource)),
+        is_versioned: T::VERSIONED_WHOLE,
+    })
+}
+
+/// Writes a list out.
+pub(crate) fn written_page<T: Resource>(page: &Page<T>, fields: Option<&Fields>) -> Result<Written, Failure> {
+    let body = project_page(page, fields).map_err(unwritable)?;
+    Ok(Written { body, etag: None, is_versioned: false })
+}
+
+/// The answer to a read, or 304 when the caller has this version.
+fn read(written: &Written, headers: &HeaderMap) -> Response {
+    let had =
+        written.etag.as_ref().filter(|_| written.is_versioned).is_some_and(|tag| has_already(headers, tag));
+    let mut response = match had {
+        true => StatusCode::NOT_MODIFIED.into_response(),
+        false => sent(StatusCode::OK, written.body.clone()),
+    };
+    if let Some(tag) = &written.etag {
+        response.headers_mut().insert(header::ETAG, tag.clone());
+    }
+    response
 }
 
 /// Answers with plain data.
@@ -196,7 +237,11 @@ pub(crate) async fn undisturbed<T: Send + 'static>(
 
 /// A response with this JSON.
 pub(crate) fn json(status: StatusCode, body: &Value) -> Response {
-    let mut response = (status, body.to_string()).into_response();
+    sent(status, Bytes::from(body.to_string()))
+}
+
+fn sent(status: StatusCode, body: Bytes) -> Response {
+    let mut response = (status, body).into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }

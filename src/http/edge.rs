@@ -58,7 +58,13 @@ pub(crate) async fn around(mut request: Request, next: Next) -> Response {
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    tracing::info!(request_id, %method, path, status = response.status().as_u16(), elapsed_ms, "answered");
+    // Reads change nothing, are many, and a line for each costs more than a read.
+    let status = response.status();
+    if method.is_safe() && status.is_success() {
+        tracing::debug!(request_id, %method, path, status = status.as_u16(), elapsed_ms, "answered");
+    } else {
+        tracing::info!(request_id, %method, path, status = status.as_u16(), elapsed_ms, "answered");
+    }
     response
 }
 

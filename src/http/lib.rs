@@ -18,6 +18,7 @@ mod edge;
 mod call;
 
 mod auth;
+mod kept;
 
 mod answer;
 mod console;

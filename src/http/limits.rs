@@ -89,6 +89,10 @@ pub const FIELD_ERRORS_MAX: usize = 64;
 /// remains are answers being written and uploads, which a client repeats.
 pub const CLOSE_MAX: Duration = Duration::from_secs(10);
 
+/// Most bytes of answers that are kept for who asks the same: several lists of a hundred servers at 100 KB and the
+/// servers themselves, on a daemon that is to stay small.
+pub const KEPT_BYTES_MAX: usize = 4 << 20;
+
 /// Pause after the system refused a new connection (no descriptors left), so that the loop does not spin.
 pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 

@@ -1,5 +1,6 @@
 //! `?fields=`: answers with some top-level fields only. Which names a resource has is read from its schema, so
 //! the list cannot fall behind the type. Handlers call it before they write an answer.
+use bytes::Bytes;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::PartialSchema;
@@ -36,23 +37,21 @@ impl Fields {
 }
 
 /// The JSON of one resource with the fields asked for.
-pub(crate) fn project_one<T: Serialize>(resource: &T, fields: Option<&Fields>) -> serde_json::Result<Value> {
+pub(crate) fn project_one<T: Serialize>(resource: &T, fields: Option<&Fields>) -> serde_json::Result<Bytes> {
+    let Some(fields) = fields else { return serde_json::to_vec(resource).map(Bytes::from) };
     let mut value = serde_json::to_value(resource)?;
-    if let Some(fields) = fields {
-        fields.keep(&mut value);
-    }
-    Ok(value)
+    fields.keep(&mut value);
+    serde_json::to_vec(&value).map(Bytes::from)
 }
 
 /// The JSON of a page whose items have the fields asked for.
-pub(crate) fn project_page<T: Serialize>(page: &T, fields: Option<&Fields>) -> serde_json::Result<Value> {
+pub(crate) fn project_page<T: Serialize>(page: &T, fields: Option<&Fields>) -> serde_json::Result<Bytes> {
+    let Some(fields) = fields else { return serde_json::to_vec(page).map(Bytes::from) };
     let mut value = serde_json::to_value(page)?;
-    if let Some(fields) = fields
-        && let Some(items) = value.get_mut("items").and_then(Value::as_array_mut)
-    {
+    if let Some(items) = value.get_mut("items").and_then(Value::as_array_mut) {
         items.iter_mut().for_each(|item| fields.keep(item));
     }
-    Ok(value)
+    serde_json::to_vec(&value).map(Bytes::from)
 }
 
 /// Names of the top-level fields of `T`, in alphabetical order.

@@ -18,6 +18,7 @@ use crate::handlers::{
     console, description, events, host as host_paths, images, metrics, networks, operations,
 };
 use crate::handlers::{servers, volumes};
+use crate::kept::Kept;
 use crate::limits::{CONSOLES_MAX, EVENT_STREAMS_MAX, UPLOADS_MAX, WAITS_MAX};
 use crate::{auth, document, edge};
 
@@ -27,6 +28,8 @@ pub(crate) struct Api {
     pub(crate) host: Host,
     /// Becomes true when the daemon closes.
     pub(crate) closing: Closing,
+    /// Answers written before.
+    pub(crate) kept: Arc<Kept>,
     event_streams: Arc<Semaphore>,
     consoles: Arc<Semaphore>,
     waits: Arc<Semaphore>,
@@ -46,6 +49,7 @@ impl Api {
         Api {
             host,
             closing,
+            kept: Arc::default(),
             event_streams: Arc::new(Semaphore::new(EVENT_STREAMS_MAX)),
             consoles: Arc::new(Semaphore::new(CONSOLES_MAX)),
             waits: Arc::new(Semaphore::new(WAITS_MAX)),

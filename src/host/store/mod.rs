@@ -22,8 +22,11 @@ pub mod records;
 mod schema;
 pub mod selector;
 pub mod signals;
+mod version;
 
 pub use signals::Signals;
+pub use version::Version;
+use version::Watcher;
 
 /// The records. Cheap to clone.
 #[derive(Clone)]
@@ -36,6 +39,7 @@ struct Inner {
     writer: Mutex<Connection>,
     readers: Mutex<Vec<Connection>>,
     reading: Semaphore,
+    watcher: Watcher,
     signals: Signals,
     checkpoint: Arc<dyn Checkpoint>,
     dead: AtomicBool,
@@ -85,12 +89,14 @@ impl Store {
             schema::migrate(&mut writer)?;
             let last_event =
                 writer.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| row.get(0))?;
+            let watcher = Watcher::open(&path)?;
             Ok(Store {
                 inner: Arc::new(Inner {
                     path,
                     writer: Mutex::new(writer),
                     readers: Mutex::new(Vec::new()),
                     reading: Semaphore::new(limits::READERS_MAX),
+                    watcher,
                     signals: Signals::new(last_event),
                     checkpoint,
                     dead: AtomicBool::new(false),
@@ -167,6 +173,17 @@ impl Store {
         .await;
         drop(permit);
         answer
+    }
+
+    /// The state the records are in. Take it before the records are read: what is made of them holds at least as long
+    /// as this version does. None when it cannot be told, and then nothing may be kept.
+    pub fn version(&self) -> Option<Version> {
+        self.inner.check_alive().ok()?;
+        #[cfg(debug_assertions)]
+        if self.inner.late.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.inner.watcher.look()
     }
 
     /// Who is woken by commits.

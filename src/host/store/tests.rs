@@ -404,3 +404,47 @@ async fn a_store_that_died_does_nothing_more() {
     let store = Store::open(&path, Arc::new(AlwaysLive)).await.unwrap();
     assert_eq!(store.read(records::all::<Thing>).await.unwrap().len(), 1);
 }
+
+#[tokio::test]
+async fn the_version_changes_with_every_commit_whoever_makes_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("toft.db");
+    let store = Store::open(&path, Arc::new(AlwaysLive)).await.unwrap();
+    let first = store.version();
+    assert!(first.is_some());
+    store.read(records::all::<Thing>).await.unwrap();
+    store.rehearse(|tx| records::insert(tx, &thing("one", &[]))).await.unwrap();
+    assert_eq!(store.version(), first, "nothing was committed");
+    store.write(|tx| records::insert(tx, &thing("one", &[]))).await.unwrap();
+    let second = store.version();
+    assert_ne!(second, first);
+    let other = Store::open(&path, Arc::new(AlwaysLive)).await.unwrap();
+    other.write(|tx| records::insert(tx, &thing("two", &[]))).await.unwrap();
+    let third = store.version();
+    assert_ne!(third, second, "another process's commits count, too");
+    other.close().await;
+    store.close().await;
+    assert_eq!(store.version(), None);
+}
+
+#[tokio::test]
+async fn a_token_that_another_process_revokes_is_worthless_at_once() {
+    let stage = Stage::new();
+    let host = stage.open().await;
+    let (token, secret) = host.tokens().create("panel", None).await.unwrap();
+    let late = model::Time::from_unix_ms(model::Time::now().unix_ms() + 40);
+    let (_, passing) = host.tokens().create("passing", Some(late)).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(host.tokens().verify(&secret).await.unwrap(), Actor::Token { id: token.id });
+    }
+    let beside = crate::tokens::Tokens::open(&stage.state_dir()).await.unwrap();
+    beside.revoke(token.id).await.unwrap();
+    assert_eq!(host.tokens().verify(&secret).await.unwrap_err().code, Code::Unauthenticated);
+    // Known or not, a token ends when its time has come.
+    let ended = async {
+        while host.tokens().verify(&passing).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(crate::stage::SOON, ended).await.unwrap();
+}

@@ -1,6 +1,6 @@
 //! `/v1/servers`.
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::Response;
 use model::ServerId;
 use model::operation::Accepted;
@@ -25,11 +25,16 @@ use crate::routes::Api;
     responses((status = 200, description = "One page.", body = Page<Server>)))]
 pub(crate) async fn list(
     State(api): State<Api>,
+    uri: Uri,
     Query(parameters): Query<ListParameters>,
+    headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let (query, fields) = parameters.checked()?;
-    let fields = Fields::of::<Server>(fields.as_deref())?;
-    answer::page(&api.host.servers().list(query).await?, fields.as_ref())
+    let write = async {
+        let (query, fields) = parameters.checked()?;
+        let fields = Fields::of::<Server>(fields.as_deref())?;
+        answer::written_page(&api.host.servers().list(query).await?, fields.as_ref())
+    };
+    answer::kept(&api, &uri, &headers, write).await
 }
 
 /// How to create.
@@ -68,11 +73,14 @@ pub(crate) async fn create(
     responses((status = 200, description = "The server.", body = Server)))]
 pub(crate) async fn one(
     State(api): State<Api>,
+    uri: Uri,
     Id(id): Id<ServerId>,
     Query(parameters): Query<OneParameters>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    answer::one(&api.host.servers().one(id).await?, parameters.fields.as_deref(), &headers)
+    let write =
+        async { answer::written_one(&api.host.servers().one(id).await?, parameters.fields.as_deref()) };
+    answer::kept(&api, &uri, &headers, write).await
 }
 
 impl Removable for PatchServer {

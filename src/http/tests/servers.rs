@@ -201,3 +201,37 @@ async fn a_damaged_upload_is_refused_and_leaves_no_image() {
     assert_eq!(images.items, []);
     served.stop().await;
 }
+
+#[tokio::test]
+async fn an_answer_that_was_kept_is_never_an_old_one() {
+    let served = Served::start().await;
+    let server = made(&served, "web1").await;
+    let path = format!("/v1/servers/{}", server.id);
+    for round in 0..4 {
+        let patch = format!(r#"{{"description": "round {round}"}}"#);
+        let changed =
+            served.call("PATCH", &path, Sent::text("application/merge-patch+json", patch.as_str())).await;
+        for _ in 0..2 {
+            let answer = served.call("GET", &path, Sent::nothing()).await;
+            assert_eq!(answer.header("etag"), changed.header("etag"));
+            let read: Server = answer.json(200);
+            assert_eq!(read.description, format!("round {round}"));
+            let page: Page<Server> =
+                served.call("GET", "/v1/servers?limit=5", Sent::nothing()).await.json(200);
+            assert_eq!(page.items, [read]);
+            let part: Value =
+                served.call("GET", &format!("{path}?fields=description"), Sent::nothing()).await.json(200);
+            assert_eq!(part, json!({ "description": format!("round {round}") }));
+            let had = Sent::nothing().with("if-none-match", answer.header("etag"));
+            assert_eq!(served.call("GET", &path, had).await.status, 304);
+        }
+    }
+    let first = served.call("GET", &path, Sent::nothing()).await;
+    let second = served.call("GET", &path, Sent::nothing()).await;
+    assert_ne!(
+        first.header("x-request-id"),
+        second.header("x-request-id"),
+        "each caller has an id of its own"
+    );
+    served.stop().await;
+}
