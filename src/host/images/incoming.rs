@@ -12,8 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::limits::{HOLE_BYTES, PIECE_BYTES};
 use super::manifest::{self, Expected, Manifest};
+use crate::volumes::files::{self, Durability};
 use crate::volumes::fill::Watch;
-use crate::volumes::{files, used_bytes};
+use crate::volumes::used_bytes;
 
 /// Begins the name of a directory in which an image comes in. Nothing a crash leaves under such a name is kept.
 pub(super) const PREFIX: &str = ".incoming-";
@@ -75,7 +76,7 @@ impl Incoming {
             return Err(Refusal::Corrupt(detail));
         }
         let manifest = Manifest::read(bytes).map_err(Refusal::Corrupt)?;
-        files::replace(&self.path.join(manifest::NAME), bytes).map_err(Refusal::Store)?;
+        files::replace(&self.path.join(manifest::NAME), bytes, Durability::Power).map_err(Refusal::Store)?;
         Ok((manifest, sha256))
     }
 

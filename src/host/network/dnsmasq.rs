@@ -22,6 +22,7 @@ use super::DOMAIN;
 use super::limits::{DNSMASQ_MAX, LEASE_S, UNRECORDED_LOOKS_MAX};
 use super::plumbing::{PlumbingError, Port, Segment};
 use super::program;
+use crate::volumes::files::{self, Durability};
 
 /// The dnsmasq of one network.
 pub(super) struct Dnsmasq {
@@ -206,8 +207,13 @@ impl Dnsmasq {
     }
 
     fn write(&self, name: &str, content: &str) -> io::Result<()> {
+        // What is not there is read as empty and must be made.
+        if !content.is_empty() && self.read(name) == content {
+            return Ok(());
+        }
         let path = self.directory.join(name);
-        crate::volumes::files::replace(&path, content.as_bytes())?;
+        // Nothing here outlives a restart of the host.
+        files::replace(&path, content.as_bytes(), Durability::Process)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
     }
 }

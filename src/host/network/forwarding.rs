@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::volumes::files::{self, Durability};
+
 /// The record and the kernel's switches.
 #[derive(Debug, Clone)]
 pub(super) struct Forwarding {
@@ -80,7 +82,7 @@ impl Forwarding {
 
     fn write_record(&self, devices: &BTreeSet<String>) -> io::Result<()> {
         let text: String = devices.iter().map(|device| format!("{device}\n")).collect();
-        crate::volumes::files::replace(&self.record, text.as_bytes())
+        files::replace(&self.record, text.as_bytes(), Durability::Process)
     }
 }
 

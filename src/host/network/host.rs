@@ -17,6 +17,7 @@ use sys::tap::Tap;
 use tokio::sync::Mutex;
 
 use super::dnsmasq::{Dnsmasq, Files};
+use super::elements;
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
 use super::nft::{self, Applied};
@@ -30,6 +31,8 @@ pub struct HostPlumbing {
     forwarding: Forwarding,
     checkpoint: Arc<dyn Checkpoint>,
     state: Mutex<State>,
+    /// What each dnsmasq was told by this daemon. Taken after `state` where both are needed.
+    served: Mutex<BTreeMap<NetworkId, Files>>,
 }
 
 #[derive(Default)]
@@ -38,8 +41,6 @@ struct State {
     wanted: Wanted,
     /// Uplinks of the rules in force.
     uplinks: Vec<String>,
-    /// What each dnsmasq was told by this daemon.
-    served: BTreeMap<NetworkId, Files>,
 }
 
 impl HostPlumbing {
@@ -48,7 +49,13 @@ impl HostPlumbing {
     pub fn new(run_dir: impl Into<PathBuf>) -> HostPlumbing {
         let run_dir = run_dir.into();
         let forwarding = Forwarding::new(run_dir.join("forwarding"), Path::new("/proc/sys/net/ipv4"));
-        HostPlumbing { run_dir, forwarding, checkpoint: Arc::new(AlwaysLive), state: Mutex::default() }
+        HostPlumbing {
+            run_dir,
+            forwarding,
+            checkpoint: Arc::new(AlwaysLive),
+            state: Mutex::default(),
+            served: Mutex::default(),
+        }
     }
 
     /// Tells of each thing done to the host. A checkpoint that wants death has to bring it about itself.
@@ -80,7 +87,7 @@ impl HostPlumbing {
             let ready = match links.ensure_bridge(segment).await {
                 Ok(()) => {
                     self.did("network.bridge_made");
-                    self.ensure_served(&mut state, segment, &ports).await
+                    self.ensure_served(segment, &ports).await
                 }
                 Err(trouble) => Err(trouble),
             };
@@ -122,31 +129,30 @@ impl HostPlumbing {
         Ok(())
     }
 
-    async fn ensure_served(
-        &self,
-        state: &mut State,
-        segment: &Segment,
-        ports: &[Port],
-    ) -> Result<(), PlumbingError> {
+    async fn ensure_served(&self, segment: &Segment, ports: &[Port]) -> Result<(), PlumbingError> {
+        let mut served = self.served.lock().await;
         let dnsmasq = self.dnsmasq(segment.id);
         let files = dnsmasq.files(segment, ports);
-        if state.served.get(&segment.id) == Some(&files) && dnsmasq.is_running() {
+        if served.get(&segment.id) == Some(&files) && dnsmasq.is_running() {
             return Ok(());
         }
-        state.served.remove(&segment.id);
+        served.remove(&segment.id);
         dnsmasq.serve(&files, ports).await?;
         self.did("network.dnsmasq_told");
-        state.served.insert(segment.id, files);
+        served.insert(segment.id, files);
         Ok(())
     }
 
     async fn plug_in(&self, segment: Segment, port: Port) -> Result<OwnedFd, PlumbingError> {
         let mut state = self.state.lock().await;
         self.admit(&mut state, &port).await?;
+        drop(state);
         self.did("network.port_admitted");
         let links = Links::open()?;
         let name = port.tap();
-        links.remove(&name).await?;
+        if if_nametoindex(name.as_str()).is_ok() {
+            links.remove(&name).await?;
+        }
         let tap = Tap::create(&name).map_err(|cause| tap_trouble(&name, cause))?;
         self.did("network.tap_made");
         links.enslave(&name, &segment).await?;
@@ -155,37 +161,37 @@ impl HostPlumbing {
 
     /// Somebody may have flushed the tables; then they are made again before anything is let through.
     async fn admit(&self, state: &mut State, port: &Port) -> Result<(), PlumbingError> {
-        let mut wanted = state.wanted.clone();
-        wanted.ports.retain(|known| known.mac != port.mac);
-        wanted.ports.push(port.clone());
-        if nft::apply(&rules::admit(port)).await? == Applied::Yes {
-            state.wanted = wanted;
-            return Ok(());
+        if elements::admit(port)? == Applied::NoTable {
+            tracing::warn!("Toft's nftables rules were gone and are made again");
+            let mut wanted = state.wanted.clone();
+            wanted.ports.retain(|known| known.mac != port.mac);
+            wanted.ports.push(port.clone());
+            nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
         }
-        tracing::warn!("Toft's nftables rules were gone and are made again");
-        nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
-        state.wanted = wanted;
+        state.wanted.ports.retain(|known| known.mac != port.mac);
+        state.wanted.ports.push(port.clone());
         Ok(())
     }
 
     async fn unplug_all(&self, ports: Vec<Port>) -> Result<(), PlumbingError> {
-        let mut state = self.state.lock().await;
         let links = Links::open()?;
         for port in &ports {
-            links.remove(&port.tap()).await?;
+            if if_nametoindex(port.tap().as_str()).is_ok() {
+                links.remove(&port.tap()).await?;
+            }
             self.did("network.tap_removed");
         }
+        let mut state = self.state.lock().await;
         state.wanted.ports.retain(|known| ports.iter().all(|port| port.mac != known.mac));
         // Without tables there is nothing to take out of them.
-        let text: String = ports.iter().map(rules::silence).collect();
-        nft::apply(&text).await.map(|_| ())
+        elements::silence(&ports).map(|_| ())
     }
 
     async fn remove_network(&self, segment: Segment) -> Result<(), PlumbingError> {
         let mut state = self.state.lock().await;
         self.dnsmasq(segment.id).remove().await?;
         self.did("network.dnsmasq_removed");
-        state.served.remove(&segment.id);
+        self.served.lock().await.remove(&segment.id);
         Links::open()?.remove_bridge(&segment).await?;
         self.did("network.bridge_removed");
         let mut wanted = state.wanted.clone();
@@ -220,11 +226,7 @@ impl Plumbing for HostPlumbing {
     }
 
     fn serve(&self, segment: Segment, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
-        async move {
-            let mut state = self.state.lock().await;
-            self.ensure_served(&mut state, &segment, &ports).await
-        }
-        .boxed()
+        async move { self.ensure_served(&segment, &ports).await }.boxed()
     }
 
     fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {

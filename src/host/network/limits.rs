@@ -20,6 +20,9 @@ pub const NFT_MAX: Duration = Duration::from_secs(20);
 /// Firewall chains of others that are looked at: more than any firewall has at one hook.
 pub const FOREIGN_CHAINS_MAX: usize = 16;
 
+/// Bytes read of the kernel's answers at once: room for all that one change of rules can have.
+pub const ACK_BYTES_MAX: usize = 8 << 10;
+
 /// What is kept of what `nft` and `dnsmasq` say about a failure, in bytes: enough for a person.
 pub const COMPLAINT_BYTES_MAX: usize = 2048;
 

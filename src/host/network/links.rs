@@ -5,6 +5,7 @@ use std::path::Path;
 
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
+use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
 use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkUnspec, RouteMessageBuilder};
@@ -121,10 +122,9 @@ impl Links {
     /// Puts a tap on a bridge and brings it up.
     pub(super) async fn enslave(&self, tap: &str, segment: &Segment) -> Result<(), PlumbingError> {
         let bridge = self.own_bridge(segment).await?.ok_or_else(|| vanished(&segment.bridge))?;
-        let port = self.find(tap).await?.ok_or_else(|| vanished(tap))?;
+        let port = if_nametoindex(tap).map_err(|_| vanished(tap))?;
         set_switch(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")?;
-        let up =
-            LinkUnspec::new_with_index(port.index).controller(bridge).mtu(segment.mtu.into()).up().build();
+        let up = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).up().build();
         self.handle.link().change(up).execute().await.map_err(|cause| failed("connect", tap, cause))
     }
 

@@ -3,11 +3,12 @@
 //!
 //! ```text
 //!  Networks (records, background work) ──▶ addresses (who has which)      pure: cidr · mac · rules
-//!        └── Plumbing ──▶ HostPlumbing ──▶ links (netlink) · nft · dnsmasq · forwarding
+//!        └── Plumbing ──▶ HostPlumbing ──▶ links, elements (netlink) · nft · dnsmasq · forwarding
 //! ```
 mod addresses;
 pub mod cidr;
 mod dnsmasq;
+mod elements;
 pub(crate) mod firewall;
 mod forwarding;
 mod host;

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::addresses::{self, Reservation};
 use super::limits;
 use super::mac::Mac;
-use super::plumbing::{Plumbing, PlumbingError, Port};
+use super::plumbing::{Plumbing, PlumbingError, Port, Segment};
 use super::records::{
     BEING_SET_UP, DEFAULT, accept, announce, check_deletable, forget, insert, make_default, read_wanted,
     record_states, segment,
@@ -43,8 +43,11 @@ pub(super) struct Inner {
     plumbing: Arc<dyn Plumbing>,
     /// What is wrong, by network; those that are absent are ready.
     troubles: Mutex<BTreeMap<NetworkId, String>>,
-    /// Held while devices, rules or DHCP change, so that the last to write them has read the latest records.
-    working: tokio::sync::Mutex<()>,
+    /// Held for writing while everything is made to be as the records say, and for reading while one interface comes or
+    /// goes, so that neither undoes the other.
+    working: tokio::sync::RwLock<()>,
+    /// Held while DHCP and DNS change, so that the last to write them has read the latest records.
+    serving: tokio::sync::Mutex<()>,
     /// Whether the worker should look at everything, not only at DHCP and DNS.
     settle_asked: AtomicBool,
     changed: Notify,
@@ -70,7 +73,8 @@ impl Networks {
             core,
             plumbing,
             troubles: Mutex::default(),
-            working: tokio::sync::Mutex::default(),
+            working: tokio::sync::RwLock::default(),
+            serving: tokio::sync::Mutex::default(),
             settle_asked: AtomicBool::new(false),
             changed: Notify::new(),
             worker: Mutex::default(),
@@ -94,7 +98,7 @@ impl Networks {
         let worker = lock(&self.inner.worker).take();
         if let Some(worker) = worker {
             // A piece of work that has begun is finished, so that nothing is half done without need.
-            let _idle = self.inner.working.lock().await;
+            let _idle = self.inner.working.write().await;
             worker.abort();
         }
     }
@@ -246,23 +250,13 @@ impl Networks {
     /// For `servers`: makes the tap with its rules and opens it; DHCP knows the address when this returns.
     /// Repeatable: a tap that is left over is replaced. Fails with `host_unprepared` without privilege or tools.
     pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<OwnedFd> {
-        let _working = self.inner.working.lock().await;
-        let id = nic.network_id;
-        let (segment, ports) = self
-            .inner
-            .core
-            .store
-            .read(move |connection| {
-                let network: Network = records::one(connection, id.0)?;
-                Ok((segment(&network)?, addresses::of_network(connection, id)?))
-            })
-            .await?;
+        let _working = self.inner.working.read().await;
+        let (segment, ports) = self.inner.serve_one(nic.network_id).await?;
+        self.inner.core.checkpoint("network.served")?;
         let Some(port) = ports.iter().find(|port| port.mac.to_string() == nic.mac).cloned() else {
             let detail = format!("interface {} of server {server} has no address", nic.index);
             return Err(Error::new(Code::Internal, detail));
         };
-        self.inner.plumbing.serve(segment.clone(), ports).await.map_err(refused)?;
-        self.inner.core.checkpoint("network.served")?;
         self.inner.plumbing.plug(segment, port).await.map_err(refused)
     }
 
@@ -280,7 +274,7 @@ impl Networks {
         if ports.is_empty() {
             return Ok(());
         }
-        let _working = self.inner.working.lock().await;
+        let _working = self.inner.working.read().await;
         self.inner.plumbing.unplug(ports).await.map_err(refused)
     }
 }
@@ -319,7 +313,7 @@ impl Inner {
 
     /// Makes the host be as the records say, then the records say how the host is.
     async fn settle(&self) -> Result<()> {
-        let _working = self.working.lock().await;
+        let _working = self.working.write().await;
         let (wanted, doomed) = self.core.store.read(read_wanted).await?;
         let troubles = self.plumbing.ensure(wanted).await;
         self.core.checkpoint("network.settled")?;
@@ -336,8 +330,21 @@ impl Inner {
         Ok(())
     }
 
+    /// DHCP and DNS of one network know its latest addresses when this returns; answers it and them.
+    async fn serve_one(&self, id: NetworkId) -> Result<(Segment, Vec<Port>)> {
+        let _serving = self.serving.lock().await;
+        let look = move |connection: &Connection| {
+            let network: Network = records::one(connection, id.0)?;
+            Ok((segment(&network)?, addresses::of_network(connection, id)?))
+        };
+        let (segment, ports) = self.core.store.read(look).await?;
+        self.plumbing.serve(segment.clone(), ports.clone()).await.map_err(refused)?;
+        Ok((segment, ports))
+    }
+
     async fn serve_all(&self) -> Result<()> {
-        let _working = self.working.lock().await;
+        let _working = self.working.read().await;
+        let _serving = self.serving.lock().await;
         let (wanted, _) = self.core.store.read(read_wanted).await?;
         let mut ports: BTreeMap<NetworkId, Vec<Port>> = BTreeMap::new();
         for port in wanted.ports {

@@ -30,18 +30,7 @@ pub fn removal() -> String {
         .to_owned()
 }
 
-/// Lets `port` speak. Adding what is there changes nothing.
-pub fn admit(port: &Port) -> String {
-    elements(port).map(|(set, element)| format!("add element bridge toft {set} {{ {element} }}\n")).concat()
-}
-
-/// Silences `port`. It is added first because removing what is not there would fail.
-pub fn silence(port: &Port) -> String {
-    let removal =
-        elements(port).map(|(set, element)| format!("delete element bridge toft {set} {{ {element} }}\n"));
-    admit(port) + &removal.concat()
-}
-
+/// A port's elements of each set; `elements` puts the same into rules that are in force.
 fn elements(port: &Port) -> [(&'static str, String); 2] {
     let tap = port.tap();
     [("senders", format!("\"{tap}\" . {}", port.mac)), ("addresses", format!("\"{tap}\" . {}", port.ipv4))]

@@ -43,13 +43,3 @@ fn without_ports_there_are_no_empty_element_lists() {
     let wanted = Wanted { segments: vec![segment(0, NetworkKind::Nat)], ports: Vec::new() };
     assert!(!rules::ruleset(&wanted, &[]).contains("elements"));
 }
-
-#[test]
-fn a_port_is_silenced_by_adding_it_first_so_that_it_can_be_repeated() {
-    let port = port(&segment(0, NetworkKind::Nat), 2, "web1");
-    let text = rules::silence(&port);
-    let lines: Vec<&str> = text.lines().collect();
-    assert_eq!(lines.len(), 4);
-    assert_eq!(lines[0], "add element bridge toft senders { \"tofttap000002\" . 52:54:00:00:00:02 }");
-    assert_eq!(lines[3], "delete element bridge toft addresses { \"tofttap000002\" . 10.77.0.2 }");
-}

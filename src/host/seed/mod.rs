@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::network::DOMAIN;
+use crate::volumes::files::{self, Durability};
 
 /// Size of the disk in bytes. User data, keys and interfaces at their limits (64 KiB, 64 × 8 KiB, 8) fill less
 /// than two thirds of it.
@@ -62,7 +63,8 @@ pub struct SeedNic {
 pub fn write(path: &Path, seed: &Seed<'_>) -> Result<()> {
     let disk =
         seed.disk().map_err(|cause| Error::internal("the server's cloud-init data does not fit", cause))?;
-    let replaced = crate::volumes::files::replace(path, &disk);
+    // It is written again before the next start, so it need not outlive the power.
+    let replaced = files::replace(path, &disk, Durability::Process);
     replaced.map_err(|cause| Error::file(format!("cannot write {}", path.display()), cause))
 }
 

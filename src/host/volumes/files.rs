@@ -1,18 +1,39 @@
 //! Files that appear whole or not at all: written beside their place under another name, flushed, then renamed.
 //! It knows no volumes. Every module of this room that writes files uses it.
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+/// What holes are counted in, in bytes.
+const PIECE_BYTES: usize = 4096;
 
 /// Ends the name of a file that is being written. Nothing that a crash leaves under such a name is worth keeping.
 pub(crate) const UNFINISHED: &str = ".unfinished";
 
-/// Replaces `path` by a file of these bytes that its owner alone can read.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+/// What a file is to outlive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// A loss of power. Waiting for the disk costs a millisecond or more.
+    Power,
+    /// The daemon: whoever needs it after a loss of power makes it anew.
+    Process,
+}
+
+/// Replaces `path` by a file of these bytes that its owner alone can read. Whole pieces of zeros become holes.
+pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
     let mut unfinished = Unfinished::create(path)?;
-    unfinished.file().write_all(content)?;
-    unfinished.finish()
+    let file = unfinished.file();
+    file.set_len(content.len() as u64)?;
+    for (piece, at) in content.chunks(PIECE_BYTES).zip((0..).step_by(PIECE_BYTES)) {
+        if piece.iter().any(|byte| *byte != 0) {
+            file.write_all_at(piece, at)?;
+        }
+    }
+    match durability {
+        Durability::Power => unfinished.finish(),
+        Durability::Process => unfinished.take_place(),
+    }
 }
 
 /// A file that takes its place with [`Unfinished::finish`]; dropped before, it is removed.
@@ -40,11 +61,18 @@ impl Unfinished {
     }
 
     /// Flushes it to the disk and gives it its place.
-    pub(crate) fn finish(mut self) -> io::Result<()> {
+    pub(crate) fn finish(self) -> io::Result<()> {
         self.file.sync_all()?;
+        let place = self.place.clone();
+        self.take_place()?;
+        sync_parent(&place)
+    }
+
+    /// Gives it its place, flushed or not.
+    fn take_place(mut self) -> io::Result<()> {
         fs::rename(&self.path, &self.place)?;
         self.finished = true;
-        sync_parent(&self.place)
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use super::ground::{Guest, run};
 use super::port;
 use crate::network::mac::Mac;
 use crate::network::plumbing::{Plumbing, PlumbingError};
-use crate::network::{firewall, nft, rules};
+use crate::network::{elements, firewall, nft};
 
 const STRANGER: Mac = Mac([0x52, 0x54, 0, 0xee, 0xee, 0xee]);
 
@@ -98,8 +98,8 @@ fn an_unplugged_or_unknown_tap_is_silent_and_plugging_in_again_mends_it() {
         let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
         let one = ground.plug(&segment, &ports[0]).await;
         let two = ground.plug(&segment, &ports[1]).await;
-        nft::apply(&rules::silence(&ports[0])).await.unwrap();
-        nft::apply(&rules::silence(&ports[0])).await.unwrap();
+        assert_eq!(elements::silence(&ports[..1]), Ok(nft::Applied::Yes));
+        assert_eq!(elements::silence(&ports[..1]), Ok(nft::Applied::Yes));
         one.udp((two.mac, two.ipv4, 9), 9, b"silenced");
         two.udp((one.mac, one.ipv4, 9), 9, b"mark");
         assert!(one.frames_before(b"mark").is_empty());
@@ -303,7 +303,7 @@ fn a_removed_network_leaves_the_host_as_it_was() {
         let (isolated, _) = ground.network(1, NetworkKind::Isolated, &[]).await;
         ground.ensure().await;
         drop(ground.plug(&nat, &ports[0]).await);
-        ground.plumbing.unplug(ports).await.unwrap();
+        ground.plumbing.unplug(ports.clone()).await.unwrap();
         for segment in [&nat, &isolated, &nat] {
             ground.plumbing.remove(segment.clone()).await.unwrap();
         }
@@ -311,6 +311,8 @@ fn a_removed_network_leaves_the_host_as_it_was() {
         assert_eq!(forwarding("up0"), "0");
         assert_eq!(nft::apply("delete table inet toft").await, Ok(nft::Applied::NoTable));
         assert_eq!(nft::apply("delete table bridge toft").await, Ok(nft::Applied::NoTable));
+        assert_eq!(elements::admit(&ports[0]), Ok(nft::Applied::NoTable));
+        assert_eq!(elements::silence(&ports), Ok(nft::Applied::NoTable));
         assert!(!ground.dnsmasq(&nat).is_running());
         let left = std::fs::read_dir(ground.run_dir().join("networks")).unwrap().count();
         assert_eq!(left, 0);
