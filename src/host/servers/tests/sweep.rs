@@ -11,7 +11,7 @@ use model::{Code, ServerId};
 
 use super::nothing_left;
 use crate::fake_vmm::Guest;
-use crate::stage::{SOON, Stage, keyed, server, until};
+use crate::stage::{SOON, Stage, keyed, server};
 use crate::{Checkpoint, Fate, Host, Result};
 
 /// Dies at the checkpoint of this number and lets all others pass.
@@ -84,6 +84,20 @@ async fn wait(host: &Host, id: model::OperationId) -> Result<Operation> {
     }
 }
 
+/// Waits until the server is in this state and nothing is under way; false when the daemon dies before, by what it
+/// does in the background.
+async fn rests(host: &Host, id: ServerId, state: ServerState) -> bool {
+    let deadline = tokio::time::Instant::now() + SOON;
+    loop {
+        match host.servers().one(id).await {
+            Ok(server) if server.state == state && server.operation_id.is_none() => return !host.is_dead(),
+            Err(cause) if cause.code == Code::Draining => return false,
+            found => assert!(tokio::time::Instant::now() < deadline, "not {state:?}: {found:?}"),
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Lives the whole life with a daemon that dies at checkpoint `number`. Answers whether it died.
 async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
     let stage = Stage::new();
@@ -118,9 +132,8 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
             }
         }
         if let (Some(state), Some(id)) = (state, id)
-            && !host_is_dead(&host, died)
+            && rests(&host, id, *state).await
         {
-            until(&host, id, |server| server.state == *state && server.operation_id.is_none()).await;
             let machines = stage.launch.alive().len();
             let is_off = matches!(state, ServerState::Stopped | ServerState::Hibernated);
             let wanted = if is_off { 0 } else { 1 };
@@ -142,11 +155,6 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
     host.close().await;
     points.lock().unwrap().extend(checkpoint.points.lock().unwrap().iter());
     died
-}
-
-/// A daemon that dies between a call's end and the look at it cannot be looked at; the next call finds out.
-fn host_is_dead(host: &Host, died: bool) -> bool {
-    !died && host.is_dead()
 }
 
 /// A create whose machine cannot be built, with a daemon that dies at checkpoint `number`. Answers whether it died.
