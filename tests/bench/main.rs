@@ -8,7 +8,12 @@ use std::process::ExitCode;
 #[path = "../support/vmm_driver.rs"]
 mod vmm_driver;
 
+mod api;
+mod client;
+mod create;
+mod density;
 mod ground;
+mod host;
 mod process;
 mod rows;
 mod start;
@@ -25,11 +30,24 @@ struct Group {
 }
 
 /// A group is added here and in README.md. Alone it takes less than five minutes, and says what it cannot do by panic.
-const GROUPS: &[Group] = &[Group {
-    name: "start",
-    what: "from exec, and from the request to the launcher, to the guest's first output",
-    run: start::run,
-}];
+const GROUPS: &[Group] = &[
+    Group {
+        name: "start",
+        what: "from exec, and from the request to the launcher, to the guest's first output",
+        run: start::run,
+    },
+    Group {
+        name: "create",
+        what: "from the request for a server to its guest's first output; deletion; servers a second",
+        run: create::run,
+    },
+    Group { name: "api", what: "reads and lists over TCP with a token; the daemon's memory", run: api::run },
+    Group {
+        name: "density",
+        what: "idle servers until 1,000 or memory is short; a new daemon finds them",
+        run: density::run,
+    },
+];
 
 fn main() -> ExitCode {
     let wanted = match Wanted::parse(std::env::args().skip(1)) {

@@ -1,0 +1,205 @@
+//! A daemon of the bench's own, with a state directory of its own, in the namespaces of `scripts/bench`; and the moment
+//! at which a guest says its first word.
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::client::{self, Local};
+use crate::ground::Ground;
+
+/// Longest wait for what takes well under a second.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Pause between two looks at a file: short beside what is measured, long beside what a look costs.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
+
+/// Bytes of the image's disk.
+const DISK_BYTES: usize = 1 << 20;
+
+/// Memory of a server in bytes.
+const MEMORY_BYTES: u64 = 64 << 20;
+
+/// Memory that servers may have in all: more than there is, since these guests touch almost none of theirs.
+const MEMORY_BYTES_ALL: u64 = 1 << 40;
+
+/// Where the API answers to tokens, in a network namespace of the bench's own.
+const PORT: u16 = 8080;
+
+/// A daemon and what is around it; all of it goes when it goes.
+pub(crate) struct Host {
+    base: tempfile::TempDir,
+    bin: PathBuf,
+    daemon: Option<Child>,
+}
+
+impl Host {
+    /// A daemon that has the image.
+    pub(crate) fn start(ground: &Ground) -> Host {
+        // Every user must be able to reach dnsmasq's files.
+        let everyone = std::fs::Permissions::from_mode(0o755);
+        let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp");
+        let base = base.expect("a directory below /tmp");
+        write_image(&base.path().join("import/idle"), &ground.probe);
+        let mut host = Host { base, bin: ground.binaries.clone(), daemon: None };
+        host.open();
+        let body = json!({ "name": "idle", "source": { "import_directory": "idle" } });
+        host.local().call("POST", "/v1/images", Some("wait=30"), Some(&body));
+        host
+    }
+
+    /// Starts the daemon and waits until it answers.
+    pub(crate) fn open(&mut self) {
+        let path = |name: &str| self.base.path().join(name);
+        let log = File::options().create(true).append(true).open(self.log()).expect("a log");
+        let mut command = Command::new(self.bin.join("toftd"));
+        command.arg("--state-dir").arg(path("state")).arg("--run-dir").arg(path("run"));
+        command.arg("--vmm").arg(self.bin.join("toft-vmm")).arg("--import-dir").arg(path("import"));
+        command.args(["--memory-bytes", &MEMORY_BYTES_ALL.to_string()]);
+        command.args(["--listen", &self.address().to_string()]);
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
+        self.daemon = Some(command.spawn().expect("the daemon can be started"));
+        let end = Instant::now() + SOON;
+        while UnixStream::connect(self.socket()).is_err() {
+            let ended = self.daemon.as_mut().expect("started").try_wait().expect("our child");
+            assert!(ended.is_none() && Instant::now() < end, "the daemon does not answer:\n{}", self.told());
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// `kill -9` of the daemon; servers run on.
+    pub(crate) fn kill(&mut self) {
+        self.end(Signal::SIGKILL);
+    }
+
+    fn end(&mut self, signal: Signal) {
+        if let Some(mut daemon) = self.daemon.take() {
+            // An error means that it has ended already.
+            let _ = kill(Pid::from_raw(daemon.id() as i32), signal);
+            daemon.wait().expect("our child");
+        }
+    }
+
+    /// A client with the daemon's user.
+    pub(crate) fn local(&self) -> Local {
+        client::local(&self.socket())
+    }
+
+    /// Where holders of tokens are answered.
+    pub(crate) fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], PORT))
+    }
+
+    /// A new token's secret.
+    pub(crate) fn token(&self) -> String {
+        let mut command = Command::new(self.bin.join("toftd"));
+        command.arg("--state-dir").arg(self.base.path().join("state")).args(["token", "create", "bench"]);
+        let output = command.output().expect("toftd can be started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("text");
+        let secret = text.split_whitespace().find(|word| word.starts_with("toft_"));
+        secret.expect("a secret").to_owned()
+    }
+
+    /// A figure of the daemon's process from /proc/<pid>/status, in KiB.
+    pub(crate) fn status_kb(&self, name: &str) -> f64 {
+        let pid = self.daemon.as_ref().expect("a daemon that runs").id();
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that lives");
+        let line = text.lines().find(|line| line.starts_with(name)).expect("a line of this name");
+        line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).expect("a number")
+    }
+
+    /// How often the daemons' log has this text.
+    pub(crate) fn log_count(&self, text: &str) -> usize {
+        std::fs::read_to_string(self.log()).unwrap_or_default().matches(text).count()
+    }
+
+    /// The end of the daemons' log.
+    pub(crate) fn told(&self) -> String {
+        let text = std::fs::read_to_string(self.log()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.base.path().join("toftd.log")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.base.path().join("state/run/toftd.sock")
+    }
+
+    /// Waits until the guest of a server has written to its console.
+    pub(crate) fn first_word(&self, id: &str) {
+        let path = self.base.path().join("state/servers").join(id).join("console.ring");
+        let end = Instant::now() + SOON;
+        let mut ring = None;
+        loop {
+            if ring.is_none() {
+                ring = File::open(&path).ok();
+            }
+            if ring.as_ref().is_some_and(|ring| written(ring) > 0) {
+                return;
+            }
+            assert!(Instant::now() < end, "server {id} says nothing:\n{}", self.told());
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.end(Signal::SIGTERM);
+    }
+}
+
+/// Bytes that the ring has had, as its header says; none while it is being made.
+fn written(ring: &File) -> u64 {
+    let mut bytes = [0; 8];
+    match ring.read_exact_at(&mut bytes, 16) {
+        Ok(()) => u64::from_le_bytes(bytes),
+        Err(_) => 0,
+    }
+}
+
+/// The body of a request for a server.
+pub(crate) fn server(name: &str) -> Value {
+    json!({ "name": name, "image": "idle", "memory_bytes": MEMORY_BYTES })
+}
+
+/// The id of what an answer is about.
+pub(crate) fn id(answer: &Value) -> String {
+    answer["resource"]["id"].as_str().unwrap_or_else(|| panic!("no resource in {answer}")).to_owned()
+}
+
+fn write_image(directory: &Path, probe: &Path) {
+    std::fs::create_dir_all(directory).expect("the import directory");
+    let part = |name: &str, bytes: &[u8]| {
+        std::fs::write(directory.join(name), bytes).expect("an image's file");
+        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    let kernel = std::fs::read(probe).expect("the probe guest");
+    let mut disk = vec![0; DISK_BYTES];
+    disk[..4].copy_from_slice(b"disk");
+    let manifest = json!({
+        "format_version": 1,
+        "name": "idle",
+        "title": "The probe guest, halted",
+        "architecture": "x86_64",
+        "disk": { "file": "root.raw", "format": "raw", "size_bytes": DISK_BYTES, "sha256": part("root.raw", &disk) },
+        "kernel": { "file": "kernel", "sha256": part("kernel", &kernel) },
+        "cmdline": "halt",
+        "min_memory_bytes": MEMORY_BYTES,
+        "min_disk_bytes": DISK_BYTES,
+        "default_user": "root",
+    });
+    std::fs::write(directory.join("image.json"), manifest.to_string()).expect("the manifest");
+}
