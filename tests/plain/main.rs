@@ -1,4 +1,5 @@
 //! Tests that need neither root nor KVM nor a network: what plain `cargo test` runs.
+mod conformance;
 mod map;
 mod panics;
 mod walls;

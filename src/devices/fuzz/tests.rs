@@ -18,11 +18,13 @@ fn seeds_of_the_queue_hold() {
     replay("queue", super::queue);
 }
 
+// virtio 1.2: 2.7.5.1-1
 #[test]
 fn seeds_of_the_disk_hold() {
     replay("block", super::block);
 }
 
+// virtio 1.2: 2.7.5.1-1
 #[test]
 fn seeds_of_the_interface_hold() {
     replay("net", super::net);
@@ -33,6 +35,7 @@ fn seeds_of_the_entropy_device_hold() {
     replay("rng", super::rng);
 }
 
+// virtio 1.2: 2.7.5.1-1
 #[test]
 fn seeds_of_the_balloon_hold() {
     replay("balloon", super::balloon);

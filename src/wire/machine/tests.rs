@@ -29,6 +29,7 @@ fn a_sound_specification_passes_and_survives_json() {
     assert_eq!(serde_json::from_str::<MachineSpec>(&text).unwrap(), spec);
 }
 
+// virtio 1.2: 5.1.4.1-2
 #[test]
 fn each_broken_field_is_named() {
     type Break = fn(&mut MachineSpec);

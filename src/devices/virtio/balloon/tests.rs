@@ -104,6 +104,7 @@ fn reported_ranges_return_to_the_host_at_either_number_of_the_queue() {
     }
 }
 
+// virtio 1.2: 5.5.6.7.2-1
 #[test]
 fn pages_with_a_pattern_are_not_discarded() {
     for (features, poison, kept) in [

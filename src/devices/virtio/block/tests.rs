@@ -182,6 +182,7 @@ fn each_engine(test: impl Fn(Engine)) {
     test(Engine::IoUring);
 }
 
+// virtio 1.2: 2.7.8.2-2
 #[test]
 fn data_goes_both_ways_and_lengths_are_exact() {
     each_engine(|engine| {
@@ -204,6 +205,7 @@ fn data_goes_both_ways_and_lengths_are_exact() {
     });
 }
 
+// virtio 1.2: 5.2.6.2-2 5.2.6.2-3
 #[test]
 fn what_each_request_answers() {
     let last = SECTORS - 1;
@@ -264,6 +266,7 @@ fn what_each_request_answers() {
     assert!(driver.heard.log().broken.is_empty());
 }
 
+// virtio 1.2: 5.2.6.2-1
 #[test]
 fn a_read_only_disk_changes_nothing() {
     let mut driver = Driver::new(Setup { access: Access::ReadOnly, ..Setup::default() });
@@ -286,6 +289,7 @@ fn what_was_not_agreed_on_is_not_supported() {
     assert_eq!(driver.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(1, 8, 0), 0).0, UNSUPP);
 }
 
+// virtio 1.2: 5.2.6.2-4
 #[test]
 fn discards_and_zeroes_read_zero_and_keep_the_length() {
     each_engine(|engine| {
@@ -304,6 +308,7 @@ fn discards_and_zeroes_read_zero_and_keep_the_length() {
     });
 }
 
+// virtio 1.2: 5.2.6.2-4
 #[test]
 fn zeroes_are_written_where_the_file_can_do_nothing_else() {
     // A memfd sealed against nothing cannot ZERO_RANGE: tmpfs only punches holes.
@@ -338,6 +343,7 @@ fn a_disk_of_broken_sectors_is_refused_with_its_length() {
     assert!(Disk::new(file, Access::ReadOnly).unwrap_err().to_string().contains("1000 bytes"));
 }
 
+// virtio 1.2: 4.1.3.2-1 5.2.5.2-3
 #[test]
 fn the_configuration_says_what_the_device_does() {
     let mut driver = Driver::new(Setup::default());
@@ -345,7 +351,7 @@ fn the_configuration_says_what_the_device_does() {
     driver.block.read_config(0, &mut space);
     assert_eq!(space[..8], SECTORS.to_le_bytes());
     assert_eq!(space[20..24], 512_u32.to_le_bytes());
-    assert_eq!(space[32], 1);
+    assert_eq!(space[32..34], [1, 0]);
     assert_eq!(space[36..40], (1_u32 << 21).to_le_bytes());
     assert_eq!(space[56..], [1, 0, 0, 0, 0, 0, 0, 0]);
     let mut piece = [0xff; 4];
@@ -372,6 +378,7 @@ fn the_configuration_says_what_the_device_does() {
     assert_eq!(piece[0], 1, "a reset brings the default back");
 }
 
+// virtio 1.2: 5.2.6.2-5
 #[test]
 fn writes_are_durable_when_someone_relies_on_it() {
     use memory::ring::Durability::{Cached, Durable};
@@ -400,6 +407,7 @@ fn writes_are_durable_when_someone_relies_on_it() {
 }
 
 /// What the driver reads once features are agreed on, before it starts the device, and after a reset.
+// virtio 1.2: 2.2.2-1 5.2.5.2-1 5.2.5.2-2
 #[test]
 fn a_cache_that_cannot_be_flushed_is_off_as_soon_as_that_is_agreed_on() {
     let (flush, change) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);

@@ -78,9 +78,11 @@ pub(super) fn to_tap(
     };
     if fields.segmentation == WHOLE {
         (fields.segment_bytes, fields.header_bytes) = (0, 0);
-    } else if fields.segment_bytes == 0 || u32::from(fields.header_bytes) > frame_bytes {
+    } else if fields.segment_bytes == 0 {
         return None;
     }
+    // A hint that may be wrong (section 5.1.6.2.2), but not so wrong that the kernel refuses the packet.
+    fields.header_bytes = fields.header_bytes.min(u16::try_from(frame_bytes).unwrap_or(u16::MAX));
     is_allowed.then(|| fields.write(0))
 }
 

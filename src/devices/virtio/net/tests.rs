@@ -141,6 +141,7 @@ fn seen(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
+// virtio 1.2: 2.7.8.2-2 5.1.6.4.1-1
 #[test]
 fn packets_go_both_ways_and_lengths_are_exact() {
     for (without, event_idx) in [(0, false), (MERGE, false), (0, true)] {
@@ -176,6 +177,7 @@ fn packets_go_both_ways_and_lengths_are_exact() {
     }
 }
 
+// virtio 1.2: 5.1.6.3.2-1 5.1.6.4.1-2 5.1.6.4.1-3
 #[test]
 fn a_packet_larger_than_a_buffer_takes_as_many_as_it_needs() {
     let mut driver = Driver::new(Setup { without: MTU, ..Setup::default() });
@@ -210,6 +212,7 @@ fn the_largest_packet_passes_both_ways_and_a_larger_one_does_not() {
     assert_eq!(seen(&driver.stats.rx_dropped), 1);
 }
 
+// virtio 1.2: 5.1.6.3.2-2
 #[test]
 fn a_frame_larger_than_what_there_is_for_it_is_dropped_and_the_next_one_passes() {
     // Without merging the one buffer has to do.
@@ -234,8 +237,35 @@ fn a_frame_larger_than_what_there_is_for_it_is_dropped_and_the_next_one_passes()
     assert_eq!(seen(&driver.stats.rx_dropped), 1);
 }
 
+// virtio 1.2: 2.2.2-1
+#[test]
+fn every_offered_feature_comes_with_those_it_needs() {
+    let offered = Driver::new(Setup::default()).net.features();
+    let has = |feature: u32| offered & 1 << feature != 0;
+    let needs = [
+        (VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_CSUM),
+        (VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_CSUM),
+        (VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_CSUM),
+        (VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_CSUM),
+        (VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_CSUM),
+        (VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_CSUM),
+        (VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ),
+        (VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ),
+        (VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_CTRL_VQ),
+        (VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ),
+        (VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_VQ),
+        (VIRTIO_NET_F_RSS, VIRTIO_NET_F_CTRL_VQ),
+    ];
+    for (feature, needed) in needs {
+        assert!(!has(feature) || has(needed), "{feature} needs {needed}");
+    }
+    // The host's segments, without which the two rows above would say nothing.
+    assert!(has(VIRTIO_NET_F_GUEST_TSO4) && has(VIRTIO_NET_F_HOST_TSO4));
+}
+
 /// What is longer than the MTU in one piece is dropped when the driver has been told the MTU; what the driver takes for
 /// several packets is not.
+// virtio 1.2: 5.1.4.1-4 5.1.4.1-5
 #[test]
 fn a_driver_that_knows_the_mtu_is_passed_no_longer_frame() {
     let tagged = |bytes: usize| {
@@ -264,6 +294,9 @@ fn a_driver_that_knows_the_mtu_is_passed_no_longer_frame() {
         assert_eq!(length as usize, HEADER + first.len(), "{without:#x} {}", sent.len());
         assert_eq!(driver.bench.bytes(buffer + 12, first.len()), *first);
         assert_eq!(seen(&driver.stats.rx_dropped), u64::from(!passes));
+        // The other way all of it goes out whole.
+        driver.send(whole, &frame(5, 1514));
+        assert_eq!(driver.hear(), frame(5, 1514));
     }
 }
 
@@ -347,6 +380,7 @@ fn bandwidth_is_what_the_limit_says() {
     assert!(received_ms >= 190, "receiving took only {received_ms} ms");
 }
 
+// virtio 1.2: 5.1.4.1-3
 #[test]
 fn the_configuration_is_read_only_and_ends_where_it_ends() {
     let driver = Driver::new(Setup::default());

@@ -224,6 +224,7 @@ fn indirect_chains_are_taken_and_empty_buffers_left_out() {
     assert_eq!(chain.writable(), [Segment { address: GuestAddress(0x2000), length: 7 }]);
 }
 
+// virtio 1.2: 2.7.5.3.2-1 2.7.5.3.2-2
 #[test]
 fn an_indirect_table_that_was_not_negotiated_breaks_the_device() {
     // As the only descriptor, and behind others.
@@ -274,6 +275,7 @@ fn a_chain_may_end_in_an_indirect_table_whatever_its_write_flag_says() {
     }
 }
 
+// virtio 1.2: 2.7.10.2-1 2.7.10.2-2 2.7.10.2-3
 #[test]
 fn a_device_silences_kicks_by_flag_or_by_index_as_agreed() {
     let flags = |ring: &Ring, bench: &Bench| bench.bytes(ring.used, 2)[0];
@@ -297,6 +299,7 @@ fn a_device_silences_kicks_by_flag_or_by_index_as_agreed() {
     assert!(queue.pop().unwrap().is_none());
 }
 
+// virtio 1.2: 2.7.7.2-1
 #[test]
 fn without_the_event_index_its_place_is_not_looked_at() {
     let (_bench, mut ring) = one_ring(8);
@@ -353,6 +356,7 @@ fn chains_given_back_come_again_in_the_same_order() {
     assert_eq!([(); 2].map(|()| queue.pop().unwrap().unwrap().head()), heads[1..]);
 }
 
+// virtio 1.2: 2.7.8.2-2
 #[test]
 fn a_used_length_is_never_more_than_the_driver_gave() {
     let (_bench, mut ring) = one_ring(4);
@@ -363,6 +367,45 @@ fn a_used_length_is_never_more_than_the_driver_gave() {
     assert_eq!(ring.take_used(), Some((0, 5)));
 }
 
+/// A driver that looks all the time sees the chains of a packet together, each with its length.
+// virtio 1.2: 2.7.8.2-1 5.1.6.4.1-4
+#[test]
+fn several_chains_are_handed_back_whole_and_at_once() {
+    const TOGETHER: u16 = 3;
+    const ROUNDS: u16 = 2000;
+    let (bench, mut ring) = one_ring(8);
+    let mut queue = ring.queue(0);
+    let (memory, used) = (Arc::clone(&bench.memory), ring.used);
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(move || {
+            let (mut seen, deadline) = (0_u16, std::time::Instant::now() + PATIENCE);
+            while seen < ROUNDS * TOGETHER {
+                assert!(std::time::Instant::now() < deadline, "{seen} seen");
+                let index: u16 = memory.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+                assert_eq!(index % TOGETHER, 0, "a part of a packet");
+                if index == seen {
+                    continue;
+                }
+                // The round that a length belongs to is in it; the ring holds no more than the last eight.
+                let at = index.wrapping_sub(1);
+                let element: u64 = memory.read_obj(GuestAddress(used + 4 + u64::from(at % 8) * 8)).unwrap();
+                let written = (element >> 32) as u16;
+                assert!(written >= index / TOGETHER, "{written} in round {}", index / TOGETHER);
+                seen = index;
+            }
+        });
+        for round in 1..=ROUNDS {
+            let chains = [(); TOGETHER as usize].map(|()| {
+                ring.submit(&[Part::Write(0x1000, 4096)]);
+                (queue.pop().unwrap().unwrap(), u32::from(round))
+            });
+            queue.complete_all(chains).unwrap();
+        }
+        driver.join().unwrap();
+    });
+}
+
+// virtio 1.2: 2.7.7.2-2 2.7.7.2-3 2.7.7.2-4
 #[test]
 fn signals_follow_the_flag_without_event_index_and_the_index_with_it() {
     let (_bench, mut ring) = one_ring(8);

@@ -21,6 +21,7 @@ fn rig(features: u64) -> Rig {
     Rig { bench, ring, heard, stats, active }
 }
 
+// virtio 1.2: 2.7.8.2-2 5.4.6.2-1
 #[test]
 fn buffers_are_filled_with_what_differs_each_time() {
     for features in [0, EVENT_IDX] {
@@ -50,6 +51,7 @@ fn one_chain_gets_no_more_than_the_bound() {
     assert_eq!(rig.bench.bytes(buffer + 0x1_0001, 0xFFFF), vec![0; 0xFFFF]);
 }
 
+// virtio 1.2: 2.7.5.1-1
 #[test]
 fn chains_without_room_and_outside_memory_are_answered_empty() {
     let mut rig = rig(0);

@@ -84,6 +84,7 @@ fn reach(counter: &AtomicUsize, wanted: usize) {
     }
 }
 
+// virtio 1.2: 2.7.10.2-3
 #[test]
 fn a_kick_brings_turns_until_the_handler_is_idle() {
     let probe = Probe { more: 4, ..Probe::new() };

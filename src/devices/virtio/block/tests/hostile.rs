@@ -17,6 +17,7 @@ fn exchange(driver: &mut Driver, parts: &[Part]) -> u32 {
     length
 }
 
+// virtio 1.2: 2.7.4.1-1
 #[test]
 fn requests_may_be_cut_into_buffers_anyhow() {
     each_engine(|engine| {

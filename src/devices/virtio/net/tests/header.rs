@@ -13,6 +13,7 @@ fn header(bytes: [u8; 2], words: [u16; 5]) -> [u8; HEADER] {
     bytes.into_iter().chain(words).collect::<Vec<_>>().try_into().unwrap()
 }
 
+// virtio 1.2: 5.1.6.2.2-1 5.1.6.2.2-2 5.1.6.2.2-3
 #[test]
 fn what_a_guest_may_send() {
     let without_checksum = !(1 << VIRTIO_NET_F_CSUM);
@@ -40,7 +41,12 @@ fn what_a_guest_may_send() {
         ("IPv6 segments", header([1, 4], [74, 1, 54, 16, 0]), ALL, Some(header([1, 4], [74, 1, 54, 16, 0]))),
         ("segments without a checksum", header([0, 1], [54, 1448, 0, 0, 0]), ALL, None),
         ("segments of no size", header([1, 1], [54, 0, 34, 16, 0]), ALL, None),
-        ("a header longer than the frame", header([1, 1], [1001, 1448, 34, 16, 0]), ALL, None),
+        (
+            "a header longer than the frame",
+            header([1, 1], [1001, 1448, 34, 16, 0]),
+            ALL,
+            Some(header([1, 1], [1000, 1448, 34, 16, 0])),
+        ),
         ("UDP fragments", header([1, 3], [42, 1400, 34, 6, 0]), ALL, None),
         ("UDP segments", header([1, 5], [42, 1400, 34, 6, 0]), ALL, None),
         ("congestion marks", header([1, 0x81], [54, 1448, 34, 16, 0]), ALL, None),
@@ -51,6 +57,7 @@ fn what_a_guest_may_send() {
     }
 }
 
+// virtio 1.2: 5.1.6.4.1-5 5.1.6.4.1-6 5.1.6.4.1-7 5.1.6.4.1-9 5.1.6.4.1-10
 #[test]
 fn what_a_guest_gets() {
     let checksum_alone = 1 << VIRTIO_NET_F_GUEST_CSUM;
@@ -68,9 +75,14 @@ fn what_a_guest_gets() {
         ("segments with a checksum that is right", [2, 1], ALL, None),
         ("segments left from another driver", tcp4, checksum_alone, None),
         ("segments agreed on without checksums", tcp4, segments_alone, None),
+        ("IPv6 segments", [1, 4], ALL, Some([1, 4])),
+        ("IPv6 segments that were not agreed on", [1, 4], !(1 << VIRTIO_NET_F_GUEST_TSO6), None),
+        ("IPv4 segments that were not agreed on", tcp4, !(1 << VIRTIO_NET_F_GUEST_TSO4), None),
+        ("UDP fragments", [1, 3], ALL, None),
         ("UDP segments", [1, 5], ALL, None),
         ("congestion marks", [1, 0x81], ALL, None),
     ];
+    assert_eq!(to_guest(header([1, 1], [54, 0, 34, 16, 0]), 1, ALL), None, "segments of no size");
     for (what, given, features, expected) in table {
         let words = [54, 1448, 34, 16, 0];
         let expected = expected.map(|bytes| header(bytes, [54, 1448, 34, 16, 3]));

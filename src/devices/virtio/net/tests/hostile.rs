@@ -4,6 +4,7 @@ use crate::virtio::bench::{NEXT, WRITE};
 
 const OUTSIDE: u64 = 1 << 40;
 
+// virtio 1.2: 2.7.4.1-1
 #[test]
 fn packets_that_cannot_be_sent_are_taken_and_counted() {
     let mut driver = Driver::new(Setup::default());

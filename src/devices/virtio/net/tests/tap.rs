@@ -96,6 +96,7 @@ fn packets_reach_the_host_with_the_checksum_left_to_it() {
     });
 }
 
+// virtio 1.2: 5.1.6.4.1-8
 #[test]
 fn offloads_follow_what_each_driver_agreed_to() {
     in_own_network(|| {
@@ -155,6 +156,7 @@ fn the_kernel_takes_segments_of_64_kibibytes_and_refuses_nonsense() {
     });
 }
 
+// virtio 1.2: 5.1.6.4.1-2
 #[test]
 fn large_packets_arrive_whole_or_cut_as_the_driver_agreed() {
     in_own_network(|| {

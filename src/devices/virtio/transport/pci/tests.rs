@@ -8,6 +8,8 @@ mod state;
 
 use rig::{Around, BASE, Rig};
 
+// virtio 1.2: 2.5.2-1 4.1.2.1-1 4.1.4.2-1 4.1.4.3.1-1 4.1.4.3.1-2 4.1.4.4.1-1 4.1.4.4.1-2 4.1.4.4.1-3
+// virtio 1.2: 4.1.4.5.1-1 4.1.4.6.1-1 4.1.5.1.2.1-1
 #[test]
 fn a_driver_finds_every_structure_through_the_capabilities() {
     let rig = Rig::new();
@@ -15,9 +17,10 @@ fn a_driver_finds_every_structure_through_the_capabilities() {
     let structures = [(1, 0, 60), (3, 0x1000, 1), (4, 0x2000, 0x1000), (2, 0x4000, 8)];
     for (kind, offset, length) in structures {
         let at = rig.virtio_capability(kind);
+        let bytes = if kind == 2 { 20 } else { 16 };
         assert_eq!(
-            (rig.config(at + 4, 1), rig.config(at + 8, 4), rig.config(at + 12, 4)),
-            (0, offset, length)
+            (rig.config(at + 2, 1), rig.config(at + 4, 1), rig.config(at + 8, 4), rig.config(at + 12, 4)),
+            (bytes, 0, offset, length)
         );
     }
     assert_eq!(rig.config(rig.virtio_capability(2) + 16, 4), 4);
@@ -45,6 +48,7 @@ fn buffers_go_round_from_a_kick_to_an_interrupt() {
     assert!(rig.faults().is_empty());
 }
 
+// virtio 1.2: 2.4.1-1 2.4.1-2
 #[test]
 fn a_reset_ends_the_thread_before_status_reads_zero() {
     let mut rig = Rig::new();
@@ -63,6 +67,7 @@ fn a_reset_ends_the_thread_before_status_reads_zero() {
     assert_eq!(rig.running.load(Ordering::SeqCst), 0);
 }
 
+// virtio 1.2: 2.4.1-2 4.1.4.3.1-6
 #[test]
 fn a_reset_of_a_device_that_hangs_holds_no_vcpu_and_is_done_when_status_says_so() {
     let mut rig = Rig::new();
@@ -168,6 +173,7 @@ fn a_device_that_cannot_start_says_why() {
     assert!(rig.doorbells().is_empty());
 }
 
+// virtio 1.2: 2.1.2-2
 #[test]
 fn a_broken_ring_needs_a_reset_and_tells_once() {
     let mut rig = Rig::new();
@@ -182,6 +188,7 @@ fn a_broken_ring_needs_a_reset_and_tells_once() {
     assert_eq!((rig.read(20, 1), rig.faults().len()), (0, 1));
 }
 
+// virtio 1.2: 4.1.4.5.1-2 4.1.5.4.1-1
 #[test]
 fn configuration_changes_interrupt_a_running_driver() {
     let mut rig = Rig::new();
@@ -202,6 +209,7 @@ fn configuration_changes_interrupt_a_running_driver() {
 }
 
 /// Any number of changes between two reads, also those that an eight-bit count would not show.
+// virtio 1.2: 4.1.4.3.1-5
 #[test]
 fn the_generation_changes_with_the_first_read_after_a_change() {
     let rig = Rig::new();
@@ -228,6 +236,7 @@ fn the_generation_changes_with_the_first_read_after_a_change() {
     assert_ne!(rig.read(21, 1), last);
 }
 
+// virtio 1.2: 5.2.5.2-2
 #[test]
 fn a_device_is_told_once_what_was_agreed_on_before_it_starts() {
     let mut rig = Rig::new();
@@ -252,6 +261,7 @@ fn a_device_is_told_once_what_was_agreed_on_before_it_starts() {
     assert_eq!((rig.negotiated.lock().unwrap().len(), rig.read(20, 1)), (0, 3));
 }
 
+// virtio 1.2: 4.1.4.5.1-3 4.1.4.5.1-4 4.1.4.5.1-5
 #[test]
 fn without_msix_the_status_register_tells_and_reading_clears() {
     let mut rig = Rig::new();
@@ -274,6 +284,7 @@ fn without_msix_the_status_register_tells_and_reading_clears() {
     assert!(rig.around.raised.lock().unwrap().is_empty());
 }
 
+// virtio 1.2: 4.1.5.1.2.1-5
 #[test]
 fn vectors_out_of_range_read_back_as_none() {
     let rig = Rig::new();
@@ -282,6 +293,7 @@ fn vectors_out_of_range_read_back_as_none() {
     assert_eq!((rig.read(16, 2), rig.read(26, 2)), (2, 0xFFFF));
 }
 
+// virtio 1.2: 4.1.4.3.1-7 4.1.5.1.2.1-2 4.1.5.1.2.1-3 4.1.5.1.2.1-4 4.1.5.3.1-1 4.1.5.4.1-1
 #[test]
 fn any_event_takes_any_vector_or_none_and_a_reset_takes_it_away() {
     let mut rig = Rig::new();
@@ -317,6 +329,7 @@ fn any_event_takes_any_vector_or_none_and_a_reset_takes_it_away() {
     }
 }
 
+// virtio 1.2: 2.1.2-1 4.1.4.3.1-3 4.1.4.3.1-4 6.2-1
 #[test]
 fn buffers_wait_until_the_driver_is_ready_and_features_show_what_was_written() {
     let mut rig = Rig::new();
@@ -341,6 +354,7 @@ fn buffers_wait_until_the_driver_is_ready_and_features_show_what_was_written() {
     assert_eq!(ring.take_used(), Some((0, 5)));
 }
 
+// virtio 1.2: 4.1.4.9.1-1 4.1.4.9.1-2 4.1.4.9.1-3
 #[test]
 fn the_indirect_window_reaches_the_bar() {
     let rig = Rig::new();

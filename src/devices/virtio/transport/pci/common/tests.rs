@@ -45,6 +45,7 @@ fn the_structure_lies_as_the_specification_says() {
     assert_eq!(read(&common, 4, 4), 0);
 }
 
+// virtio 1.2: 2.2.2-2
 #[test]
 fn features_are_agreed_on_only_as_a_subset_with_version_1() {
     let refused = [0, 1 << 5, VERSION_1 | 1 << 6, VERSION_1 | 1 << 63];
@@ -90,6 +91,7 @@ fn a_broken_device_takes_nothing_but_failure_and_reset() {
     assert_eq!(common.write(20, &[0], true), Outcome::Reset);
 }
 
+// virtio 1.2: 4.1.3.2-1 4.1.4.3.1-10
 #[test]
 fn queue_registers_latch_when_the_queue_is_enabled() {
     let mut common = common();
@@ -125,6 +127,7 @@ fn queues_that_are_not_enabled_in_time_stay_off() {
     assert_eq!(common.queues(), Common::new(OFFERED, &[256, 64]).queues());
 }
 
+// virtio 1.2: 4.1.4.3.1-9
 #[test]
 fn a_queue_that_does_not_exist_reads_zero_and_takes_nothing() {
     let mut common = common();
@@ -170,6 +173,7 @@ fn odd_widths_and_alignments_change_nothing() {
 
 proptest! {
     /// The latch invariants under any driver: what is enabled, agreed on or started changes by reset only.
+    // virtio 1.2: 4.1.4.3.1-10
     #[test]
     fn what_has_latched_stays_under_any_sequence_of_writes(
         steps in proptest::collection::vec(
