@@ -228,6 +228,9 @@ pub struct MachineStats {
     pub balloon: BalloonStats,
     /// Bytes the guest read from the entropy device.
     pub rng_bytes: u64,
+    /// Buffers for entropy that lay outside guest memory.
+    #[serde(default)]
+    pub rng_malformed: u64,
     /// Total bytes the console has written.
     pub console_written: u64,
     /// Guest accesses to addresses and ports where nothing is.

@@ -12,6 +12,7 @@ mod world;
 
 mod deaths;
 mod held;
+mod hostile;
 mod kills;
 mod reboots;
 mod sweep;

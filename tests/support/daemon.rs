@@ -30,7 +30,7 @@ pub(crate) const IMAGE: &str = "beating";
 const DISK_BYTES: usize = 1 << 20;
 
 /// Memory of its servers in bytes.
-const MEMORY_BYTES: u64 = 64 << 20;
+pub(crate) const MEMORY_BYTES: u64 = 64 << 20;
 
 /// How a daemon is started.
 #[derive(Debug, Clone, Default)]

@@ -66,6 +66,8 @@ pub(crate) struct Saved {
 pub(crate) struct Machine {
     pub(crate) spec: MachineSpec,
     pub(crate) files: Vec<File>,
+    /// Bytes of output that the console keeps.
+    pub(crate) console_bytes: u64,
 }
 
 impl Machine {
@@ -85,6 +87,7 @@ impl Machine {
                 on_reset: OnReset::Rebuild,
             },
             files: vec![File::open(kernel).unwrap()],
+            console_bytes: CONSOLE_RING_BYTES,
         }
     }
 
@@ -180,7 +183,7 @@ impl Vmm {
 
     /// Boots a machine; gives the refusal back.
     pub(crate) fn try_boot(&mut self, mut machine: Machine) -> Result<(), Fault> {
-        machine.spec.console = Console { ring: machine.add(self.make_console()) };
+        machine.spec.console = Console { ring: machine.add(self.make_console(machine.console_bytes)) };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Boot(Box::new(machine.spec)), &descriptors);
         self.reply(id).map(drop)
@@ -244,7 +247,7 @@ impl Vmm {
         saved: &Saved,
         change: impl FnOnce(&mut RestoreSpec),
     ) -> Result<(), Fault> {
-        machine.spec.console = Console { ring: machine.add(self.make_console()) };
+        machine.spec.console = Console { ring: machine.add(self.make_console(machine.console_bytes)) };
         let state = machine.add(saved.state.try_clone().unwrap());
         let memory = machine.add(saved.memory.try_clone().unwrap());
         let mut spec = RestoreSpec {
@@ -272,10 +275,10 @@ impl Vmm {
         vmm
     }
 
-    fn make_console(&mut self) -> File {
+    fn make_console(&mut self, bytes: u64) -> File {
         let path = self.directory.path().join("console.ring");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-        Ring::create(file.try_clone().unwrap(), CONSOLE_RING_BYTES).unwrap();
+        Ring::create(file.try_clone().unwrap(), bytes).unwrap();
         self.console = Some(Ring::open(file.try_clone().unwrap()).unwrap());
         file
     }

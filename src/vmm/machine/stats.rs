@@ -83,6 +83,7 @@ impl Lasting {
                 malformed: load(&self.balloon.malformed),
             },
             rng_bytes: load(&self.rng.bytes),
+            rng_malformed: load(&self.rng.malformed),
             console_written: console.written(),
             unclaimed_accesses: load(&self.unclaimed),
         };

@@ -52,11 +52,17 @@ impl Nic {
     /// The `index`th card, ready and listening.
     pub fn require(index: usize) -> Outcome<Self> {
         let mut nic = Self::without_buffers(index)?;
-        for buffer in 0..BUFFERS.min(nic.receive.size) {
-            nic.offer(buffer)?;
-        }
-        nic.receive.kick();
+        nic.fill()?;
         Ok(nic)
+    }
+
+    /// Gives the device every receive buffer.
+    pub fn fill(&mut self) -> Outcome {
+        for buffer in 0..BUFFERS.min(self.receive.size) {
+            self.offer(buffer)?;
+        }
+        self.receive.kick();
+        Ok(())
     }
 
     /// As `require`, but with an empty receive queue.

@@ -118,6 +118,14 @@ impl Queue {
         Some(head)
     }
 
+    /// Writes the descriptors of a chain from `head` on, whatever was there.
+    pub fn place(&self, head: u16, segments: &[Segment]) {
+        for (position, segment) in (head..).zip(segments) {
+            let is_last = usize::from(position - head) + 1 == segments.len();
+            write_descriptor(self.descriptors, position, *segment, (!is_last).then_some(position + 1));
+        }
+    }
+
     /// Puts `head` on the available ring, whatever its descriptors say.
     pub fn offer(&mut self, head: u16) {
         write16(self.available + 4 + u64::from(self.available_index % self.size) * 2, head);

@@ -1,4 +1,4 @@
-//! `cpus`: starts every processor and lets all of them count in ring 3 at once.
+//! `cpus`: starts every processor and lets all of them count in ring 3 at once. Also starts them for `evil-race`.
 
 use crate::console::Line;
 use crate::cpu::{self, CPUS_MAX};
@@ -12,12 +12,38 @@ const START_MS: u64 = 3000;
 /// Free in every PC's memory map; where the trampoline goes.
 const TRAMPOLINE_PAGE: u64 = 0x8000;
 
+/// What the other processors do once all are up.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Job {
+    /// Count, and stop.
+    Count,
+    /// Rewrite descriptors until the machine ends.
+    Vandal,
+}
+
+static IS_VANDAL: AtomicBool = AtomicBool::new(false);
 static ONLINE: [AtomicBool; CPUS_MAX] = [const { AtomicBool::new(false) }; CPUS_MAX];
 static GO: AtomicBool = AtomicBool::new(false);
 static COUNT: AtomicU64 = AtomicU64::new(0);
 static FINISHED: AtomicU64 = AtomicU64::new(0);
 
 pub fn run(machine: &Machine, report: &mut Line) -> Outcome {
+    let start_at = cpu::tsc();
+    let online = start(machine, Job::Count)?;
+    let started = cpu::tsc();
+    count();
+    let finished = clock::spin_until(START_MS, || FINISHED.load(Ordering::SeqCst) == online);
+    let total = COUNT.load(Ordering::SeqCst);
+    check!(finished && total == online * COUNT_EACH, "{online} processors counted {total}");
+    note(
+        report,
+        format_args!("cpus={online} count={total} start_us={}", clock::cycles_to_us(started - start_at)),
+    );
+    Ok(())
+}
+
+/// Starts the other processors, once per boot; how many are up with this one.
+pub fn start(machine: &Machine, job: Job) -> Outcome<u64> {
     let own = apic::id();
     let is_low_ram =
         machine.start.ram().iter().any(|region| {
@@ -27,8 +53,8 @@ pub fn run(machine: &Machine, report: &mut Line) -> Outcome {
     check!(!GO.load(Ordering::SeqCst), "the processors are already started");
     let code = cpu::trampoline_code();
     memory::bytes_mut(TRAMPOLINE_PAGE, code.len() as u64).copy_from_slice(code);
+    IS_VANDAL.store(job == Job::Vandal, Ordering::SeqCst);
     let mut online = 1u64;
-    let start = cpu::tsc();
     for apic_id in machine.acpi.processors().iter().filter(|id| **id != own) {
         let cpu = online as usize;
         cpu::set_up_task_state(cpu);
@@ -37,17 +63,8 @@ pub fn run(machine: &Machine, report: &mut Line) -> Outcome {
         check!(is_up, "processor with APIC id {apic_id} not up after {START_MS} ms, {online} are");
         online += 1;
     }
-    let started = cpu::tsc();
     GO.store(true, Ordering::SeqCst);
-    count();
-    let finished = clock::spin_until(START_MS, || FINISHED.load(Ordering::SeqCst) == online);
-    let total = COUNT.load(Ordering::SeqCst);
-    check!(finished && total == online * COUNT_EACH, "{online} processors counted {total}");
-    note(
-        report,
-        format_args!("cpus={online} count={total} start_us={}", clock::cycles_to_us(started - start)),
-    );
-    Ok(())
+    Ok(online)
 }
 
 fn count() {
@@ -65,6 +82,9 @@ extern "C" fn application_processor(cpu: u32) -> ! {
     }
     while !GO.load(Ordering::SeqCst) {
         core::hint::spin_loop();
+    }
+    if IS_VANDAL.load(Ordering::SeqCst) {
+        super::race::vandal();
     }
     count();
     cpu::park()

@@ -17,12 +17,12 @@ use crate::{check, clock, memory, say};
 
 /// How long an attack is given to be noticed.
 const NOTICE_MS: u64 = 200;
-const NO_RAM: u64 = 0x7fff_ffff_f000;
+pub const NO_RAM: u64 = 0x7fff_ffff_f000;
 
 /// A way to break the ring's rules; `scratch` is a page of the guest's own.
-type Attack = (&'static str, fn(&mut Queue, scratch: u64));
+pub type Attack = (&'static str, fn(&mut Queue, scratch: u64));
 
-const ATTACKS: &[Attack] = &[
+pub const ATTACKS: &[Attack] = &[
     ("loop", |queue, scratch| {
         for position in 0..queue.size {
             let next = (position + 1) % queue.size;
@@ -95,6 +95,13 @@ const ATTACKS: &[Attack] = &[
     ("available-jumps", |queue, _| {
         write16(queue.available + 2, queue.available_index.wrapping_add(0x7fff));
     }),
+    ("head-twice", |queue, scratch| {
+        // A read of a disk's first sector, an answer for others; taken twice, it would be answered twice.
+        write_raw(queue.descriptors, 0, scratch, 16, DESCRIPTOR_NEXT, 1);
+        write_raw(queue.descriptors, 1, scratch + 64, 513, DESCRIPTOR_WRITE, 0);
+        queue.offer(0);
+        queue.offer(0);
+    }),
     ("doorbell-storm", |queue, _| {
         for _ in 0..1000 {
             queue.ring();
@@ -107,13 +114,13 @@ const ATTACKS: &[Attack] = &[
 type Rewiring = (&'static str, fn(&Device));
 
 /// What an attack led to.
-struct Score {
-    attacks: u32,
-    needs_reset: u32,
+pub struct Score {
+    pub attacks: u32,
+    pub needs_reset: u32,
 }
 
 impl Score {
-    fn strike(&mut self, device: &Device, queue: &mut Queue, attack: &Attack) -> Outcome {
+    pub fn strike(&mut self, device: &Device, queue: &mut Queue, attack: &Attack) -> Outcome {
         let (name, strike) = attack;
         let scratch = memory::allocate(1).ok_or_else(out_of_memory)?;
         strike(queue, scratch);

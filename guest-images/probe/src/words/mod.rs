@@ -9,13 +9,16 @@ mod button;
 mod cpus;
 mod dirty;
 mod evil;
+mod forge;
 mod irq;
 mod mem;
 mod net;
 mod pci_list;
 mod power;
+mod race;
 mod rng;
 mod serial;
+mod siege;
 mod time;
 mod traffic;
 
@@ -142,6 +145,14 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "button" => button::run(machine, first.unwrap_or(30_000), report),
         "evil-blk" => evil::block(settings.disk, report),
         "evil-net" => evil::net(settings.nic, report),
+        "evil-rng" => siege::entropy(report),
+        "evil-balloon" => siege::balloon(report),
+        "evil-serial" => siege::serial(first.unwrap_or(256), report),
+        "evil-registers" => siege::registers(report),
+        "evil-race" => race::run(machine, report),
+        "forge" => forge::run(settings, report),
+        "netwatch" => forge::watch(settings, first.unwrap_or(60_000), report),
+        "netstall" => forge::stall(settings, report),
         "evil-config" => evil::configuration(report),
         "poweroff" => power::off(machine),
         "halt" => power::halt(),

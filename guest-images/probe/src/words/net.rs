@@ -21,7 +21,7 @@ const ARP_MS: u64 = 500;
 
 /// What a received frame was, after it has been answered.
 #[derive(PartialEq)]
-enum Answered {
+pub enum Answered {
     Arp,
     Ping,
     Datagram,
@@ -108,7 +108,7 @@ pub fn echo(settings: &Settings, wanted: u64, timeout_ms: u64, report: &mut Line
 }
 
 /// Turns the frame into its own answer and sends it.
-fn answer(nic: &mut Nic, settings: &Settings, frame: &mut [u8]) -> Outcome<Answered> {
+pub fn answer(nic: &mut Nic, settings: &Settings, frame: &mut [u8]) -> Outcome<Answered> {
     if frame.len() < 42 {
         return Ok(Answered::Nothing);
     }
@@ -206,7 +206,7 @@ fn send_datagram(nic: &mut Nic, frame: &mut [u8], upper: usize) -> Outcome {
 }
 
 /// The internet checksum (RFC 1071) over `bytes`, begun with `start`.
-fn checksum(start: u32, bytes: &[u8]) -> u16 {
+pub fn checksum(start: u32, bytes: &[u8]) -> u16 {
     let mut sum = bytes.chunks(2).fold(start, |sum, pair| {
         sum + u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]))
     });

@@ -17,6 +17,7 @@ pub(super) fn with_before(here: MachineStats, before: &MachineStats) -> MachineS
             malformed: here.balloon.malformed.saturating_add(before.balloon.malformed),
         },
         rng_bytes: here.rng_bytes.saturating_add(before.rng_bytes),
+        rng_malformed: here.rng_malformed.saturating_add(before.rng_malformed),
         console_written: here.console_written,
         unclaimed_accesses: here.unclaimed_accesses.saturating_add(before.unclaimed_accesses),
     }
