@@ -31,7 +31,7 @@ const WORDS: [&str; 10] = [
     "assert_ne!(",
     ".unwrap()",
     ".unwrap_err()",
-    ".expect(",
+    ".expect(\"",
 ];
 
 fn root() -> &'static Path {

@@ -224,7 +224,6 @@ fn indirect_chains_are_taken_and_empty_buffers_left_out() {
     assert_eq!(chain.writable(), [Segment { address: GuestAddress(0x2000), length: 7 }]);
 }
 
-// virtio 1.2: 2.7.5.3.2-1 2.7.5.3.2-2
 #[test]
 fn an_indirect_table_that_was_not_negotiated_breaks_the_device() {
     // As the only descriptor, and behind others.
@@ -257,6 +256,7 @@ fn without_indirect_tables_plain_chains_are_taken_and_loops_are_still_found() {
     assert!(matches!(fault, Fault::Chain { .. } | Fault::ChainTooLong { .. }), "{fault}");
 }
 
+// virtio 1.2: 2.7.5.3.2-1 2.7.5.3.2-2
 #[test]
 fn a_chain_may_end_in_an_indirect_table_whatever_its_write_flag_says() {
     for flag in [0, WRITE] {
