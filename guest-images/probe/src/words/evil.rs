@@ -16,7 +16,7 @@ use crate::words::note;
 use crate::{check, clock, memory, say};
 
 /// How long an attack is given to be noticed.
-const NOTICE_MS: u64 = 200;
+const NOTICE_MS: u64 = 100;
 pub const NO_RAM: u64 = 0x7fff_ffff_f000;
 
 /// A way to break the ring's rules; `scratch` is a page of the guest's own.
