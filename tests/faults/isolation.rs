@@ -59,6 +59,35 @@ fn every_wall_that_the_kernel_can_build_is_found_on_the_running_process() {
 }
 
 #[test]
+fn walls_are_found_while_devices_are_at_work() {
+    world::inside("isolation::walls_are_found_while_devices_are_at_work", async {
+        let mut stage = Stage::new();
+        // Threads and timers come with a device's driver and go with it.
+        for (name, words) in [("disk", "blkbench=4,4096,600000"), ("net", "netsink=600000")] {
+            images::write(&stage.path("import").join(name), words);
+        }
+        stage.start();
+        for name in ["disk", "net"] {
+            stage.import(name);
+            let create = ["--wait", "server", "create", name, "--image", name, "--memory", "64M"];
+            stage.ok(&[&create[..], &["--disk-bandwidth", "64M"]].concat());
+        }
+        wait_for("the disk at work", || {
+            (stage.json(&["server", "metrics", "disk"])["disks"][0]["reads"].as_u64() > Some(0)).then_some(())
+        });
+        stage.console("net", "netsink ready");
+        for name in ["disk", "net"] {
+            for (wall, why) in lacks(&stage, name) {
+                assert!(kernel_lacks(&wall), "{name}: {wall}: {why}");
+                println!("skipped: {wall} is not in this kernel, so it is not found on a VMM");
+            }
+            stage.ok(&["--wait", "server", "delete", name]);
+        }
+        stage.stop();
+    });
+}
+
+#[test]
 fn a_strict_server_starts_with_every_wall_or_not_at_all() {
     world::inside("isolation::a_strict_server_starts_with_every_wall_or_not_at_all", async {
         let mut stage = Stage::new();

@@ -28,11 +28,18 @@ fn it_reaches_its_prompt_and_powers_off() {
     let daemon = Daemon::start();
     daemon.import("tiny");
     let begun = Instant::now();
-    boot(&daemon, "tiny1", &[]);
+    boot(&daemon, "tiny1", &["--isolation", "strict"]);
     daemon.wait_for_console("tiny1", READY, Duration::from_secs(180));
     let took = begun.elapsed();
     println!("create to prompt: {:.1} s", took.as_secs_f64());
     assert!(took <= prompt_max(), "more than {} s", prompt_max().as_secs());
+    // With its disk and its interface in use, as they are not when a strict server is judged before its start.
+    let walls = daemon.json(&["server", "isolation", "tiny1"]);
+    assert_eq!(
+        (walls["complete"].as_bool(), walls["items"].as_array().map(Vec::len)),
+        (Some(true), Some(17)),
+        "{walls}"
+    );
     daemon.run(&["--wait", "server", "stop", "tiny1", "--grace-s", "60"]);
     let server = daemon.json(&["server", "show", "tiny1"]);
     assert_eq!(server["state"], "stopped");

@@ -216,8 +216,9 @@ impl Process {
             // A thread that ends meanwhile makes no more calls.
             let Ok(status) = fs::read_to_string(task.path().join("status")) else { continue };
             let (mode, name) = (field(&status, "Seccomp"), field(&status, "Name"));
-            // io_uring's workers are the kernel's: they make no system calls and cannot carry a filter of their own.
-            if mode != "2" && !name.starts_with("iou-") {
+            if mode != "2"
+                && !fs::read_to_string(task.path().join("stat")).is_ok_and(|stat| is_ring_worker(&stat))
+            {
                 return Err(format!("thread {name} has no filter"));
             }
             count += 1;
@@ -228,11 +229,12 @@ impl Process {
     fn known_descriptors(&self, files: &[PathBuf]) -> Result<String, String> {
         let listed = fs::read_dir(self.path("fd"))
             .map_err(|cause| format!("its descriptors cannot be listed: {cause}"))?;
+        let files = behind_links(files);
         let mut count = 0;
         for entry in listed.flatten() {
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let is_directory = fs::metadata(entry.path()).is_ok_and(|found| found.is_dir());
-            if is_directory || !is_known(&target, files) {
+            if is_directory || !is_known(&target, &files) {
                 return Err(format!("it holds {}", target.display()));
             }
             count += 1;
@@ -241,10 +243,20 @@ impl Process {
     }
 }
 
+/// Whether `stat` is that of one of io_uring's workers. They are the kernel's: they make no system calls and cannot carry a
+/// filter of their own. Told by a flag (PF_IO_WORKER of the kernel's include/linux/sched.h), since a thread names itself.
+fn is_ring_worker(stat: &str) -> bool {
+    const IO_WORKER: u32 = 0x10;
+    // The name stands in parentheses and may hold anything; the flags are the seventh field behind it.
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6));
+    flags.and_then(|flags| flags.parse::<u32>().ok()).is_some_and(|flags| flags & IO_WORKER != 0)
+}
+
 /// What a machine is made of besides files of its server.
-const KINDS: [&str; 11] = [
+const KINDS: [&str; 12] = [
     "anon_inode:[eventfd]",
     "anon_inode:[eventpoll]",
+    "anon_inode:[timerfd]",
     "anon_inode:[io_uring]",
     "anon_inode:kvm-vm",
     "anon_inode:kvm-vcpu",
@@ -255,6 +267,11 @@ const KINDS: [&str; 11] = [
     "/dev/null",
     "/dev/net/tun",
 ];
+
+/// As the kernel shows them: an operator may have put links on the way to the state directory.
+fn behind_links(files: &[PathBuf]) -> Vec<PathBuf> {
+    files.iter().map(|file| fs::canonicalize(file).unwrap_or_else(|_| file.clone())).collect()
+}
 
 fn is_known(target: &Path, files: &[PathBuf]) -> bool {
     let text = target.to_string_lossy();
@@ -294,6 +311,33 @@ mod tests {
     fn a_process_that_has_ended_is_an_error() {
         let subject = Subject { pid: i32::MAX, key: "nobody", sandbox: Sandbox::default(), files: &[] };
         assert!(examine(&subject, &Cgroups::of_host("toft").unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_ring_worker_is_told_by_its_flag_and_not_by_its_name() {
+        let stat = |name: &str, flags: u32| format!("71 ({name}) S 1 70 70 0 -1 {flags} 0 0 0");
+        assert!(is_ring_worker(&stat("iou-wrk-70", 0x40 | 0x10)));
+        assert!(is_ring_worker(&stat("a) S 0 0 0 0 0 0", 0x10)));
+        for (name, flags) in [("iou-wrk-70", 0x40), ("a) S 1 1 1 1 1 16 0", 0x40)] {
+            assert!(!is_ring_worker(&stat(name, flags)), "{name}");
+        }
+        assert!(!is_ring_worker(""));
+        let own = fs::read_to_string("/proc/thread-self/stat").unwrap();
+        assert!(!is_ring_worker(&own), "{own}");
+    }
+
+    #[test]
+    fn files_behind_a_link_on_the_way_are_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let (real, link) = (directory.path().join("real"), directory.path().join("link"));
+        fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let shown = fs::canonicalize(&real).unwrap().join("log");
+        assert!(!is_known(&shown, std::slice::from_ref(&link)));
+        assert!(is_known(&shown, &behind_links(&[link])));
+        // What has gone keeps its name.
+        let gone = directory.path().join("gone");
+        assert_eq!(behind_links(std::slice::from_ref(&gone)), [gone]);
     }
 
     #[test]
