@@ -8,9 +8,8 @@
 //! ```
 //! The record says `importing` from before the first byte until the last step, so what a crash leaves is removed.
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,7 +18,7 @@ use model::operation::{Accepted, Operation};
 use model::page::{ListQuery, Page};
 use model::{Code, ImageId};
 use rusqlite::Connection;
-use rustix::fs::OFlags;
+use sys::beneath;
 use tokio::io::AsyncRead;
 
 use crate::call::{Answer, Call};
@@ -209,10 +208,12 @@ impl Images {
     pub(crate) async fn boot_files(&self, id: ImageId) -> Result<BootFiles> {
         let directory = self.core.dirs.image(id);
         let opened = self.blocking(move || {
-            let bytes = std::fs::read(directory.join(manifest::NAME))?;
+            let mut bytes = Vec::new();
+            open(&directory, manifest::NAME)?.read_to_end(&mut bytes)?;
             let manifest = Manifest::read(&bytes).map_err(io::Error::other)?;
-            let initrd = manifest.initrd.as_ref().map(|_| open(&directory, Role::Initrd)).transpose()?;
-            Ok(BootFiles { kernel: open(&directory, Role::Kernel)?, initrd, cmdline: manifest.cmdline })
+            let open = |role: Role| open(&directory, role.file_name());
+            let initrd = manifest.initrd.as_ref().map(|_| open(Role::Initrd)).transpose()?;
+            Ok(BootFiles { kernel: open(Role::Kernel)?, initrd, cmdline: manifest.cmdline })
         });
         opened.await.map_err(|cause| Error::file(format!("cannot open the boot files of image {id}"), cause))
     }
@@ -220,7 +221,7 @@ impl Images {
     /// For `volumes`: the template of root disks, open for reading; none when the image has no disk.
     pub(crate) async fn disk(&self, id: ImageId) -> Result<Option<File>> {
         let directory = self.core.dirs.image(id);
-        let opened = self.blocking(move || match open(&directory, Role::Disk) {
+        let opened = self.blocking(move || match open(&directory, Role::Disk.file_name()) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
             opened => opened.map(Some),
         });
@@ -345,9 +346,12 @@ impl Images {
     }
 }
 
-fn open(directory: &Path, role: Role) -> io::Result<File> {
-    let flags = i32::try_from(OFlags::NOFOLLOW.bits()).map_err(io::Error::other)?;
-    OpenOptions::new().read(true).custom_flags(flags).open(directory.join(role.file_name()))
+/// Opens a file in an image's directory, and nothing that a link in its place or in the directory's leads to.
+fn open(directory: &Path, file: &str) -> io::Result<File> {
+    let (Some(images), Some(name)) = (directory.parent(), directory.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    beneath::open(images, &Path::new(name).join(file), beneath::Access::Read)
 }
 
 /// Removes what no ready image owns, by names that Toft gives; what else lies there is left.

@@ -65,6 +65,37 @@ async fn an_uploaded_image_is_ready_when_it_is_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_put_in_the_place_of_an_images_files_is_not_opened() {
+    let place = Place::new();
+    let images = opened(&place).await;
+    let answer =
+        images.upload(&Call::by_host(), upload("sample"), body(Sample::new().bundle())).await.unwrap();
+    let id = answer.body.resource.unwrap().id;
+    let directory = images.core.dirs.image(id);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let refused = async |what: &str| {
+        let refused = images.boot_files(id).await.err().unwrap_or_else(|| panic!("{what} was opened"));
+        assert!(refused.detail.contains("cannot open the boot files of image"), "{what}: {refused:?}");
+    };
+    for role in [Role::Kernel, Role::Initrd] {
+        let (file, away) = (directory.join(role.file_name()), elsewhere.path().join(role.file_name()));
+        std::fs::rename(&file, &away).unwrap();
+        std::os::unix::fs::symlink(&away, &file).unwrap();
+        refused("a symbolic link").await;
+        std::fs::remove_file(&file).unwrap();
+        std::fs::hard_link(&away, &file).unwrap();
+        refused("a hard link").await;
+        std::fs::remove_file(&away).unwrap();
+    }
+    images.boot_files(id).await.unwrap();
+    let away = elsewhere.path().join("image");
+    std::fs::rename(&directory, &away).unwrap();
+    std::os::unix::fs::symlink(&away, &directory).unwrap();
+    refused("a directory behind a link").await;
+    assert!(images.disk(id).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_same_key_uploads_once() {
     let place = Place::new();
     let images = opened(&place).await;

@@ -1,8 +1,7 @@
 //! The file of a volume: making, opening, growing it. It knows no records but their sizes.
 //! `volumes` calls it. Everything that touches the disk runs on a thread that may wait.
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,7 +9,7 @@ use std::time::Instant;
 
 use model::volume::FillMethod;
 use model::{Code, VolumeId};
-use rustix::fs::OFlags;
+use sys::beneath::{self, Access};
 
 use super::files::Unfinished;
 use super::fill::{Watch, fill};
@@ -100,16 +99,14 @@ pub(super) async fn hold_next(core: &Shared, id: VolumeId) -> Result<Option<File
 }
 
 fn hold_now(place: &Path) -> io::Result<Option<File>> {
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
-    let flags = i32::try_from(flags).map_err(|cause| io::Error::new(io::ErrorKind::InvalidInput, cause))?;
-    let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(place);
-    let file = match opened {
+    let (Some(directory), Some(name)) = (place.parent(), place.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // The VMM gets to write to it, so it must not be what somebody put a link to in its place.
+    let file = match beneath::open(directory, Path::new(name), Access::ReadWrite) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
     };
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file"));
-    }
     match file.try_lock() {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),

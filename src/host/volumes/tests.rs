@@ -1,5 +1,6 @@
 //! Volumes with records and directories of a host, and crashes at every point.
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::operation::OperationState;
@@ -79,6 +80,34 @@ async fn a_volume_is_never_open_twice_and_the_lock_goes_with_the_last_copy() {
     drop(file);
     assert_eq!(volumes.open(id).await.unwrap_err().code, Code::InUse);
     drop(copy);
+    volumes.open(id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_put_in_the_place_of_a_volumes_file_is_not_opened() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("web1", MIB, None)).await;
+    let file = volumes.core.dirs.volume(id);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let (ours, secret) = (elsewhere.path().join("ours"), elsewhere.path().join("secret"));
+    std::fs::rename(&file, &ours).unwrap();
+    std::fs::write(&secret, "secret").unwrap();
+    let pipe =
+        |_: &Path, at: &Path| nix::unistd::mkfifo(at, nix::sys::stat::Mode::S_IRWXU).map_err(Into::into);
+    type Swap<'s> = &'s dyn Fn(&Path, &Path) -> std::io::Result<()>;
+    let swaps: [(&str, Swap<'_>); 3] = [
+        ("a symbolic link", &|to, at| std::os::unix::fs::symlink(to, at)),
+        ("a hard link", &|to, at| std::fs::hard_link(to, at)),
+        ("a pipe", &pipe),
+    ];
+    for (what, swap) in swaps {
+        swap(&secret, &file).unwrap();
+        let refused = volumes.open(id).await.err().unwrap_or_else(|| panic!("{what} was opened"));
+        assert!(refused.detail.contains("cannot open the file of volume"), "{what}: {refused:?}");
+        std::fs::remove_file(&file).unwrap();
+    }
+    std::fs::rename(&ours, &file).unwrap();
     volumes.open(id).await.unwrap();
 }
 
