@@ -9,6 +9,7 @@ mod images;
 mod injected;
 mod isolation;
 mod refusals;
+mod secrets;
 mod shortages;
 mod stage;
 mod verbs;

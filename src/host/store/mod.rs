@@ -4,6 +4,9 @@
 //! A write is one transaction, durable when it returns (WAL, synchronous=FULL). Who waits for a change is woken
 //! after the commit, never before.
 use std::cell::RefCell;
+use std::fs::{File, Permissions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -85,6 +88,7 @@ impl Store {
     pub async fn open(path: &Path, checkpoint: Arc<dyn Checkpoint>) -> Result<Store> {
         let path = path.to_owned();
         blocking(move || {
+            keep_to_owner(&path)?;
             let mut writer = connect(&path)?;
             schema::migrate(&mut writer)?;
             let last_event =
@@ -272,6 +276,33 @@ fn draining() -> Error {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Makes the database, if there is none, for its owner alone: user data lies in it, and the directory may be open to
+/// those who use the socket there. SQLite gives the files it makes beside it the same mode; those of an earlier daemon
+/// are corrected. Repeatable.
+fn keep_to_owner(path: &Path) -> Result<()> {
+    let failed =
+        |path: &Path, cause| Error::file(format!("cannot keep {} to its owner", path.display()), cause);
+    File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(OWNER_ONLY)
+        .open(path)
+        .map_err(|cause| failed(path, cause))?;
+    for suffix in ["", "-wal", "-shm"] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        let path = PathBuf::from(name);
+        match std::fs::set_permissions(&path, Permissions::from_mode(OWNER_ONLY)) {
+            Err(cause) if cause.kind() != ErrorKind::NotFound => return Err(failed(&path, cause)),
+            _ => (),
+        }
+    }
+    Ok(())
+}
+
+const OWNER_ONLY: u32 = 0o600;
 
 fn connect(path: &Path) -> Result<Connection> {
     let flags =

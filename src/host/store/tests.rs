@@ -108,6 +108,30 @@ async fn what_is_committed_is_there_after_a_restart() {
 }
 
 #[tokio::test]
+async fn nobody_but_its_owner_reads_the_database_whatever_it_was_before() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("toft.db");
+    let modes = || {
+        let entries = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap());
+        let mode = |entry: std::fs::DirEntry| entry.metadata().unwrap().permissions().mode() & 0o777;
+        entries
+            .map(|entry| (entry.file_name().into_string().unwrap(), mode(entry)))
+            .collect::<BTreeMap<_, _>>()
+    };
+    let expected = ["toft.db", "toft.db-shm", "toft.db-wal"].map(|name| (name.to_owned(), 0o600));
+    let store = Store::open(&path, Arc::new(AlwaysLive)).await.unwrap();
+    store.write(|tx| records::insert(tx, &thing("one", &[]))).await.unwrap();
+    assert_eq!(modes(), BTreeMap::from(expected.clone()));
+    // As an earlier daemon under another umask would have left them, killed in the middle.
+    for (name, _) in &expected {
+        std::fs::set_permissions(directory.path().join(name), Permissions::from_mode(0o644)).unwrap();
+    }
+    let next = Store::open(&path, Arc::new(AlwaysLive)).await.unwrap();
+    assert_eq!(next.read(records::all::<Thing>).await.unwrap().len(), 1);
+    assert_eq!(modes(), BTreeMap::from(expected));
+}
+
+#[tokio::test]
 async fn a_database_of_a_later_version_is_refused_and_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("toft.db");

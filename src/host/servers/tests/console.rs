@@ -135,6 +135,23 @@ async fn a_ticket_of_another_server_opens_nothing_and_stays_good() {
     host.close().await;
 }
 
+#[tokio::test]
+async fn a_ticket_that_has_expired_opens_nothing() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let secret = ticket(&host, id, false).await;
+    // Time passes for the record alone.
+    let records = rusqlite::Connection::open(stage.state_dir().join("toft.db")).unwrap();
+    let lifetime_ms = limits::CONSOLE_TOKEN.as_millis() as i64 + 1;
+    records.execute("UPDATE console_tokens SET expires_ms = expires_ms - ?1", [lifetime_ms]).unwrap();
+    let refused = host.servers().console_open(id, &secret).await.err().unwrap();
+    assert_eq!(refused.code, Code::Unauthenticated);
+    records.execute("UPDATE console_tokens SET expires_ms = expires_ms + ?1", [lifetime_ms]).unwrap();
+    host.servers().console_open(id, &secret).await.unwrap();
+    host.close().await;
+}
+
 async fn ticket(host: &Host, id: ServerId, read_only: bool) -> String {
     let spec = CreateConsoleToken { read_only, from: None };
     let token = host.servers().console_token(&Call::by_host(), id, spec).await.unwrap().body;
