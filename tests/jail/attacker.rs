@@ -20,6 +20,9 @@ pub(crate) const ARGUMENTS: [&str; 5] =
 /// Where its socket is: the number at which a VMM has its control socket.
 pub(crate) const SOCKET: i32 = wire::launch::fd::CONTROL;
 
+/// Where a file of the host is that some are given: the number at which a VMM has its last will.
+pub(crate) const GIVEN: i32 = wire::launch::fd::WILL;
+
 /// Runs in the jail only.
 #[test]
 #[ignore = "what the other tests start inside the jail"]
@@ -127,9 +130,46 @@ fn attack(order: &Value, socket: &File) -> io::Result<String> {
                 .map(|count| format!("{count} bytes"))
         }
         "take_descriptor" => {
-            // This is how the userfaultfd, the KVM or the disk of another would be had.
+            // This is how the KVM or the disk of another would be had.
             let pidfd = call(libc::SYS_pidfd_open, &[signed(number("pid")), 0])?;
             call(libc::SYS_pidfd_getfd, &[pidfd, signed(SOCKET), 0]).map(|_| "its socket".to_owned())
+        }
+        "hold_userfaultfd" => {
+            // User mode only, which everybody may have; the number stays open until the process ends.
+            const UFFD_USER_MODE_ONLY: usize = 1;
+            call(libc::SYS_userfaultfd, &[UFFD_USER_MODE_ONLY]).map(|fd| fd.to_string())
+        }
+        "take_userfaultfd" => {
+            let pidfd = call(libc::SYS_pidfd_open, &[signed(number("pid")), 0])?;
+            let taken = call(libc::SYS_pidfd_getfd, &[pidfd, signed(number("descriptor")), 0])?;
+            // include/uapi/linux/userfaultfd.h: the version, then what the kernel answers.
+            const UFFDIO_API: usize = 0xc018_aa3f;
+            let mut api = [0xaa_u64, 0, 0];
+            call(libc::SYS_ioctl, &[taken, UFFDIO_API, api.as_mut_ptr() as usize])
+                .map(|_| "the faults of the process".to_owned())
+        }
+        "enter_namespaces" => {
+            let pidfd = call(libc::SYS_pidfd_open, &[signed(number("pid")), 0])?;
+            let namespaces = (libc::CLONE_NEWNET | libc::CLONE_NEWIPC) as usize;
+            call(libc::SYS_setns, &[pidfd, namespaces]).map(|_| "the host's namespaces".to_owned())
+        }
+        "open_by_handle" => {
+            // Any file of the file system that one of its descriptors lies on, without a path (open_by_handle_at(2)).
+            let words = order["handle"].as_array().into_iter().flatten();
+            let handle: Vec<u32> = words.map(|word| word.as_u64().unwrap_or_default() as u32).collect();
+            let arguments = [signed(GIVEN), handle.as_ptr() as usize, libc::O_RDONLY as usize];
+            call(libc::SYS_open_by_handle_at, &arguments).map(|_| "a file of the host".to_owned())
+        }
+        "make_device" => {
+            // The device of the host's memory, or, as here, a harmless one.
+            let (mode, null) = ((libc::S_IFCHR | 0o666) as usize, libc::makedev(1, 3) as usize);
+            call(libc::SYS_mknod, &[path().as_ptr() as usize, mode, null]).map(|_| "a device".to_owned())
+        }
+        "kernel_log" => {
+            const SYSLOG_ACTION_READ_ALL: usize = 3;
+            let mut text = [0_u8; 64];
+            call(libc::SYS_syslog, &[SYSLOG_ACTION_READ_ALL, text.as_mut_ptr() as usize, text.len()])
+                .map(|count| format!("{count} bytes"))
         }
         "userfaultfd" => {
             // Of its own memory, the kernel's accesses included: with it, a race in the kernel is easily won.

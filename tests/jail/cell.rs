@@ -13,7 +13,7 @@ use serde_json::Value;
 use sys::jail::{Jail, Program, Refused, Rlimits, Started, Step, User, spawn};
 use sys::pidfd::{Ended, Signal};
 
-use crate::attacker::{ARGUMENTS, NAME, SOCKET};
+use crate::attacker::{ARGUMENTS, GIVEN, NAME, SOCKET};
 
 /// How long an attack may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -36,31 +36,55 @@ pub(crate) struct Cell {
     pub(crate) socket: UnixStream,
 }
 
+/// How an attacker is started.
+pub(crate) struct Plan<'p> {
+    pub(crate) uid: u32,
+    /// Walls that are left out.
+    pub(crate) left_out: &'p [Step],
+    pub(crate) cgroups: &'p [BorrowedFd<'p>],
+    /// What becomes of walls that the kernel refuses.
+    pub(crate) refused: Refused,
+    /// A file of the host that it is given at [`GIVEN`].
+    pub(crate) given: Option<&'p File>,
+}
+
+impl<'p> Plan<'p> {
+    /// Every wall but these, and each must stand.
+    pub(crate) fn without(left_out: &'p [Step]) -> Plan<'p> {
+        Plan { uid: fresh_id(), left_out, cgroups: &[], refused: Refused::Fails, given: None }
+    }
+}
+
 impl Cell {
     /// Starts it with these walls left out.
     pub(crate) fn start(uid: u32, left_out: &[Step], cgroups: &[BorrowedFd<'_>]) -> Cell {
+        let plan = Plan { uid, cgroups, ..Plan::without(left_out) };
+        let cell = Cell::of(&plan).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
+        assert!(cell.started.refused.is_empty(), "{:?}", cell.started.refused);
+        cell
+    }
+
+    /// Starts it as planned.
+    pub(crate) fn of(plan: &Plan<'_>) -> Result<Cell, sys::jail::Error> {
         assert!(nix::unistd::geteuid().is_root(), "the jail's tests need root");
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         let null = File::open("/dev/null").unwrap();
         let stderr = std::io::stderr();
         let executable = File::open("/proc/self/exe").unwrap();
+        let mut descriptors =
+            vec![(null.as_fd(), 0), (null.as_fd(), 1), (stderr.as_fd(), 2), (theirs.as_fd(), SOCKET)];
+        descriptors.extend(plan.given.map(|file| (file.as_fd(), GIVEN)));
         let program = Program {
             executable: executable.as_fd(),
             name: OsStr::new(NAME),
             arguments: &ARGUMENTS.map(OsStr::new),
-            descriptors: &[
-                (null.as_fd(), 0),
-                (null.as_fd(), 1),
-                (stderr.as_fd(), 2),
-                (theirs.as_fd(), SOCKET),
-            ],
+            descriptors: &descriptors,
         };
+        let Plan { uid, left_out, cgroups, refused, .. } = *plan;
         let user = User::Own { uid, gid: uid };
-        let jail = Jail { user, cgroups, rlimits: RLIMITS, refused: Refused::Fails, left_out };
-        let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
-        assert!(started.refused.is_empty(), "{:?}", started.refused);
-        Cell { started, socket }
+        let jail = Jail { user, cgroups, rlimits: RLIMITS, refused, left_out };
+        Ok(Cell { started: spawn(&program, &jail)?, socket })
     }
 
     /// Orders an attack; answers what it got, or why it was refused.

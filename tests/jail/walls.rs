@@ -7,12 +7,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
-use sys::jail::Step;
+use sys::jail::{Refused, Step};
 
 use crate::calls::{call, signed};
-use crate::cell::{Cell, FILTERED, fresh_id};
+use crate::cell::{Cell, FILTERED, Plan, fresh_id};
 
 /// Either of these two stops what only root may do.
 const RIGHTS: &[Step] = &[Step::Ids, Step::Capabilities];
@@ -45,10 +47,15 @@ const THREADS: [&str; 6] = ["Control", "Vcpu", "Block", "Net", "Rng", "Balloon"]
 /// With the hole, but under the filters of a VMM's thread.
 #[track_caller]
 fn try_filters(uid: u32, hole: &[Step], order: &Value) {
+    try_filtered_cells(order, || Cell::start(uid, hole, &[]));
+}
+
+#[track_caller]
+fn try_filtered_cells(order: &Value, start: impl Fn() -> Cell) {
     for thread in THREADS {
         let mut order = order.clone();
         order["filter"] = thread.into();
-        match Cell::start(uid, hole, &[]).order(&order) {
+        match start().order(&order) {
             Err(why) => assert_eq!(why, FILTERED, "{order}"),
             Ok(what) => panic!("{order} gets {what} in spite of its filter"),
         }
@@ -57,15 +64,20 @@ fn try_filters(uid: u32, hole: &[Step], order: &Value) {
 
 #[track_caller]
 fn try_jails(uid: u32, hole: &[Step], order: &Value) {
-    if let Ok(what) = Cell::start(uid, &[], &[]).order(order) {
+    try_cells(hole, order, |left_out| Cell::start(uid, left_out, &[]));
+}
+
+#[track_caller]
+fn try_cells(hole: &[Step], order: &Value, start: impl Fn(&[Step]) -> Cell) {
+    if let Ok(what) = start(&[]).order(order) {
         panic!("{order} gets {what} out of the whole jail");
     }
     for wall in hole.iter().filter(|_| hole.len() > 1) {
-        if let Ok(what) = Cell::start(uid, &[*wall], &[]).order(order) {
+        if let Ok(what) = start(&[*wall]).order(order) {
             panic!("{order} gets {what} with nothing but {wall:?} left out");
         }
     }
-    if let Err(why) = Cell::start(uid, hole, &[]).order(order) {
+    if let Err(why) = start(hole).order(order) {
         panic!("{order} proves nothing: without {hole:?} it is refused as well: {why}");
     }
 }
@@ -188,6 +200,33 @@ fn other_processes_are_out_of_reach_even_under_the_same_id() {
     try_filters(uid, &[Step::Root], &order);
 }
 
+#[test]
+fn a_userfaultfd_of_another_cannot_be_taken() {
+    let uid = fresh_id();
+    let mut victim = Cell::start(uid, NOTHING_BUT_IDS, &[]);
+    let held = match victim.order(&json!({"attack": "hold_userfaultfd", "then": "wait"})) {
+        Ok(held) => held.parse::<i32>().unwrap(),
+        Err(why) => return eprintln!("skipped: a userfaultfd of another: this host gives none: {why}"),
+    };
+    if !same_id_suffices() {
+        return eprintln!("skipped: a userfaultfd of another: Yama forbids it on this host, jail or not");
+    }
+    let order = json!({"attack": "take_userfaultfd", "pid": victim.started.pid, "descriptor": held});
+    try_jails(uid, &[Step::PidNamespace], &order);
+    try_filters(uid, &[Step::PidNamespace], &order);
+}
+
+#[test]
+fn namespaces_of_another_cannot_be_entered() {
+    let uid = fresh_id();
+    let mut victim = Cell::start(uid, NOTHING_BUT_IDS, &[]);
+    victim.order(&json!({"attack": "stay", "then": "wait"})).unwrap();
+    let order = json!({"attack": "enter_namespaces", "pid": victim.started.pid});
+    let hole = [Step::PidNamespace, Step::Ids, Step::Capabilities];
+    try_jails(uid, &hole, &order);
+    try_filters(uid, &hole, &order);
+}
+
 /// Whether a process may look into another of the same id (ptrace(2), "/proc/sys/kernel/yama/ptrace_scope").
 fn same_id_suffices() -> bool {
     std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").is_ok_and(|scope| scope.trim() == "0")
@@ -222,6 +261,46 @@ fn what_only_root_may_do_is_refused() {
     } else {
         eprintln!("skipped: userfaultfd: this host gives it to everybody");
     }
+}
+
+#[test]
+fn a_file_that_was_given_leads_to_no_other_of_its_file_system() {
+    // The log, the console's ring and the disks of a VMM lie on a file system of the host.
+    let bait = Bait::new();
+    let file = File::open(bait.path("file")).unwrap();
+    let secret = std::ffi::CString::new(bait.path("file").into_os_string().into_encoded_bytes()).unwrap();
+    // struct file_handle: the room behind these two words, then what the file system fills it with.
+    let mut handle = [0_u32; 2 + 32];
+    handle[0] = 32 * 4;
+    let mut mount = 0_i32;
+    let pointers = (secret.as_ptr() as usize, handle.as_mut_ptr() as usize, (&raw mut mount) as usize);
+    let arguments = [libc::AT_FDCWD as usize, pointers.0, pointers.1, pointers.2, 0];
+    if let Err(error) = call(libc::SYS_name_to_handle_at, &arguments) {
+        return eprintln!("skipped: files by handle: this file system has none: {error}");
+    }
+    let order = json!({"attack": "open_by_handle", "handle": handle.to_vec()});
+    let start =
+        |left_out: &[Step]| Cell::of(&Plan { given: Some(&file), ..Plan::without(left_out) }).unwrap();
+    try_cells(RIGHTS, &order, start);
+    try_filtered_cells(&order, || start(RIGHTS));
+}
+
+#[test]
+fn no_device_can_be_made() {
+    let bait = Bait::new();
+    let hole = [Step::Root, Step::Ids, Step::Capabilities];
+    let order = json!({"attack": "make_device", "path": bait.path("device")});
+    try_jails(fresh_id(), &hole, &order);
+    std::fs::remove_file(bait.path("device")).unwrap();
+    try_filters(fresh_id(), &hole, &order);
+}
+
+#[test]
+fn the_log_of_the_kernel_cannot_be_read() {
+    if std::fs::read_to_string("/proc/sys/kernel/dmesg_restrict").is_ok_and(|text| text.trim() == "0") {
+        return eprintln!("skipped: the kernel's log: this host shows it to everybody");
+    }
+    stopped_by(RIGHTS, &json!({"attack": "kernel_log"}));
 }
 
 #[test]
@@ -341,6 +420,59 @@ fn a_cgroup_bounds_what_the_limits_would_let_through() {
     assert!(cell.order(&order).is_err());
     drop(cell);
     Cell::start(fresh_id(), &[Step::Rlimits, Step::Cgroups], &cgroups).order(&order).unwrap();
+}
+
+#[test]
+fn a_process_joins_each_cgroup_with_one_write_of_its_own() {
+    // In place of a group's file, a pipe that keeps writes apart.
+    let pipe = || nix::unistd::pipe2(OFlag::O_DIRECT | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).unwrap();
+    for (left_out, expected) in [(&[][..], Some(b"0")), (&[Step::Cgroups], None)] {
+        let pipes = [pipe(), pipe()];
+        let [(one, one_in), (two, two_in)] = &pipes;
+        let cell = Cell::of(&Plan { cgroups: &[one_in.as_fd(), two_in.as_fd()], ..Plan::without(left_out) });
+        let _cell = cell.unwrap();
+        for pipe in [one, two] {
+            let mut written = [0; 64];
+            let count = nix::unistd::read(pipe, &mut written).ok();
+            assert_eq!(count.map(|count| &written[..count]), expected.map(|text| &text[..]), "{left_out:?}");
+            // It writes once, and its number stays with the test.
+            assert_eq!(nix::unistd::read(pipe, &mut written), Err(Errno::EAGAIN), "{left_out:?}");
+        }
+    }
+}
+
+/// A group that the kernel lets nobody into, and how it says so. For v2, one that hands its memory to groups below it
+/// (cgroup-v2, "No Internal Process Constraint"); for v1, one without CPUs (cpusets, "Usage Examples").
+fn closed_group() -> std::io::Result<(Cgroup, Errno)> {
+    let root = Path::new("/sys/fs/cgroup");
+    let name = format!("toft-jail-test-closed-{}", std::process::id());
+    if !root.join("cgroup.controllers").exists() {
+        let path = root.join("cpuset").join(name);
+        std::fs::create_dir(&path)?;
+        return Ok((Cgroup(path), Errno::ENOSPC));
+    }
+    std::fs::write(root.join("cgroup.subtree_control"), "+memory")?;
+    std::fs::create_dir(root.join(&name))?;
+    let cgroup = Cgroup(root.join(&name));
+    std::fs::write(cgroup.0.join("cgroup.subtree_control"), "+memory")?;
+    Ok((cgroup, Errno::EBUSY))
+}
+
+#[test]
+fn a_group_that_takes_nobody_fails_the_start_or_is_told() {
+    let (cgroup, errno) = match closed_group() {
+        Ok(closed) => closed,
+        Err(error) => return eprintln!("skipped: closed cgroups: none can be made here: {error}"),
+    };
+    let file = cgroup.open();
+    let cgroups = [file.as_fd()];
+    let plan = |refused| Plan { cgroups: &cgroups, refused, ..Plan::without(&[]) };
+    let error = Cell::of(&plan(Refused::Fails)).err().expect("the start fails");
+    assert_eq!((error.step, error.cause.raw_os_error()), (Step::Cgroups, Some(errno as i32)));
+    let cell = Cell::of(&plan(Refused::LeftOut)).unwrap();
+    let told: Vec<_> = cell.started.refused.iter().map(|(step, why)| (*step, why.raw_os_error())).collect();
+    assert_eq!(told, [(Step::Cgroups, Some(errno as i32))]);
+    assert_eq!(std::fs::read_to_string(cgroup.0.join("cgroup.procs")).unwrap(), "");
 }
 
 /// What `/proc/<pid>/status` says.

@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use sys::jail;
 use sys::pidfd::{Ended, PidFd, Signal};
-use wire::control::FaultCode;
+use wire::channel::Channel;
+use wire::control::{self, FaultCode};
 use wire::launch::{Command, ExitStatus, Jail, Message, Reply, Rlimits};
 
 use crate::launcher::{Launcher, Orphan, jail};
 use crate::probe_guest;
-use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Vmm, readable};
+use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Vmm, program, readable};
 
 /// Spawns with a jail; answers the process.
 fn spawn(launcher: &Launcher, label: &str, jail: Jail, cgroups: Vec<OwnedFd>) -> (i32, Orphan) {
@@ -47,6 +49,56 @@ fn a_label_is_only_for_people() {
     let (pid, _vmm) = spawn(&launcher, "", jail(), Vec::new());
     let title = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
     assert_eq!(title, "toft-vmm\0machine\0--label\0\0");
+}
+
+#[test]
+fn a_vmm_is_the_launchers_program_whatever_its_path_comes_to_lead_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, other) = (directory.path().join("toft-vmm"), directory.path().join("other"));
+    std::fs::copy(program(), &path).unwrap();
+    std::fs::write(&other, "somebody else's").unwrap();
+    std::fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let launcher = Launcher::of(&path);
+    let ours = std::fs::metadata(&path).unwrap().ino();
+    type Link = fn(&Path, &Path) -> std::io::Result<()>;
+    let links: [(&str, Link); 2] = [
+        ("symbolic", |to, at| std::os::unix::fs::symlink(to, at)),
+        ("hard", |to, at| std::fs::hard_link(to, at)),
+    ];
+    for (name, link) in links {
+        std::fs::remove_file(&path).unwrap();
+        link(&other, &path).unwrap();
+        let (pid, vmm) = spawn(&launcher, name, jail(), Vec::new());
+        // Through the descriptor, not through the name that is shown for it.
+        assert_eq!(std::fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino(), ours, "{name}");
+        vmm.0.signal(Signal::SIGKILL).unwrap();
+        assert_eq!(launcher.hear().0, Message::Exited { pid, status: ExitStatus::Signal(9) });
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "somebody else's", "{name}");
+        for kind in ["sock", "will", "log"] {
+            std::fs::remove_file(launcher.directory.path().join(format!("server.{kind}"))).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_control_socket_may_lie_anywhere() {
+    // The VMM gets it bound and listening; in its empty root there is no such path, and none would help it.
+    let launcher = Launcher::start();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("deep/api.socket");
+    std::fs::create_dir(path.parent().unwrap()).unwrap();
+    let mut descriptors = Vec::from(launcher.descriptors("server"));
+    descriptors[0] = sys::seqpacket::Listener::bind(&path).unwrap().into();
+    launcher.ask(1, Command::Spawn { label: "server".to_owned(), jail: jail() }, &descriptors);
+    let (message, mut descriptors) = launcher.hear();
+    assert!(matches!(message, Message::Reply { result: Ok(Reply::Spawned { .. }), .. }), "{message:?}");
+    let _vmm = Orphan(PidFd::from(descriptors.pop().expect("the pidfd comes along")));
+    let channel = Channel::new(sys::seqpacket::Socket::connect(&path).unwrap());
+    let hello = control::Command::Hello { protocol: control::PROTOCOL };
+    channel.send(&control::Request { id: 7, command: hello }, &[]).unwrap();
+    assert!(readable(channel.as_fd(), Instant::now() + PATIENCE), "the VMM says nothing");
+    let (answer, _) = channel.receive::<control::Message>().unwrap().expect("the VMM lives");
+    assert!(matches!(answer, control::Message::Reply { id: 7, result: Ok(control::Reply::Hello { .. }) }));
 }
 
 #[test]

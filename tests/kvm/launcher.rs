@@ -1,6 +1,7 @@
 //! The launcher through its own wire: it starts VMMs, tells how they end, and looks at KVM.
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::Instant;
 
 use sys::pidfd::{Ended, PidFd, Signal};
@@ -22,11 +23,16 @@ pub(crate) struct Launcher {
 
 impl Launcher {
     pub(crate) fn start() -> Launcher {
+        Launcher::of(&program())
+    }
+
+    /// A launcher of this program.
+    pub(crate) fn of(executable: &Path) -> Launcher {
         let directory = tempfile::Builder::new().prefix("toft-launcher").tempdir().unwrap();
         let (ours, theirs) = Socket::pair().unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let (_, pidfd) = spawn(&Program {
-            executable: &program(),
+            executable,
             name: "toft-vmm".as_ref(),
             arguments: &["launcher".as_ref()],
             descriptors: &[
