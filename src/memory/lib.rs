@@ -24,10 +24,12 @@ pub mod marks;
 mod ram;
 
 mod extent;
+mod file;
 pub mod guard;
 
 pub mod packet;
 pub mod ring;
 
 pub use extent::{Extent, fill, is_zero, read, touched};
+pub use file::read_file;
 pub use ram::{Backing, Error, Ram, build, discard, new};

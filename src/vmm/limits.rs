@@ -1,8 +1,5 @@
 //! Bounds of this room, each with the reason for its size.
 
-/// Bytes copied at a time from a file into guest memory: large enough that the copy, not the calls, costs.
-pub(crate) const COPY_BYTES: usize = 1 << 20;
-
 /// Most open control connections: the daemon, its successor while it is upgraded, and people who look.
 pub(crate) const CONNECTIONS_MAX: usize = 8;
 

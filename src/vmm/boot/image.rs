@@ -7,14 +7,11 @@ use std::os::unix::fs::FileExt;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-use crate::limits::COPY_BYTES;
-
 /// A file with a position of its own.
 pub(crate) struct Image<'a> {
     file: &'a File,
     position: u64,
     bytes: u64,
-    buffer: Vec<u8>,
 }
 
 impl<'a> Image<'a> {
@@ -25,7 +22,7 @@ impl<'a> Image<'a> {
             0 => end.seek(SeekFrom::End(0))?,
             bytes => bytes,
         };
-        Ok(Image { file, position: 0, bytes, buffer: Vec::new() })
+        Ok(Image { file, position: 0, bytes })
     }
 
     /// Length of the file.
@@ -66,16 +63,13 @@ impl ReadVolatile for Image<'_> {
         to: &mut VolatileSlice<'_, B>,
     ) -> Result<usize, VolatileMemoryError> {
         // The loader asks once for all it wants and takes a short answer for the end of the file.
-        self.buffer.resize(COPY_BYTES, 0);
         let mut done = 0;
         while done < to.len() {
-            let length = (to.len() - done).min(COPY_BYTES);
-            let Some(piece) = self.buffer.get_mut(..length) else { break };
-            let read = self.file.read_at(piece, self.position).map_err(VolatileMemoryError::IOError)?;
+            let read = memory::read_file(self.file, self.position, &to.subslice(done, to.len() - done)?);
+            let read = read.map_err(VolatileMemoryError::IOError)?;
             if read == 0 {
                 break;
             }
-            to.subslice(done, read)?.copy_from(piece.get(..read).unwrap_or_default());
             self.position = self.position.saturating_add(read as u64);
             done += read;
         }
