@@ -54,6 +54,11 @@ impl Ground {
         std::env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.is_file())
     }
 
+    /// QEMU, which scripts/bench installs.
+    pub(crate) fn qemu(&self) -> PathBuf {
+        self.on_path("qemu-system-x86_64").expect("qemu-system-x86_64 is not on PATH: run scripts/bench")
+    }
+
     /// The machine, for the head of the table.
     pub(crate) fn words(&self) -> String {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();

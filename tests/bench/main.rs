@@ -12,8 +12,11 @@ mod api;
 mod client;
 mod create;
 mod density;
+mod disk;
 mod ground;
+mod guest;
 mod host;
+mod net;
 mod process;
 mod rows;
 mod start;
@@ -47,6 +50,8 @@ const GROUPS: &[Group] = &[
         what: "idle servers until 1,000 or memory is short; a new daemon finds them",
         run: density::run,
     },
+    Group { name: "disk", what: "random reads, sequential writes with flushes, beside QEMU", run: disk::run },
+    Group { name: "net", what: "full-size and small frames both ways, beside QEMU", run: net::run },
 ];
 
 fn main() -> ExitCode {

@@ -1,7 +1,7 @@
 //! A program that is measured as it is: no jail, its output on a pipe. Killed and reaped when dropped.
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -30,24 +30,26 @@ const WALLS: [Step; 13] = [
 
 /// A program that runs.
 pub(crate) struct Process {
+    pub(crate) pid: i32,
     /// When it was executed.
     pub(crate) executed_at: Instant,
     pidfd: PidFd,
+    input: PipeWriter,
     output: File,
     told: Vec<u8>,
 }
 
 impl Process {
-    /// Starts a program with its standard output and error on one pipe.
+    /// Starts a program with its standard output and error on one pipe, and its input on another.
     pub(crate) fn start(path: &Path, arguments: &[&OsStr]) -> Process {
         let executable = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let null = File::open("/dev/null").unwrap();
-        let (output, input) = std::io::pipe().unwrap();
+        let (stdin, input) = std::io::pipe().unwrap();
+        let (output, stdout) = std::io::pipe().unwrap();
         let program = Program {
             executable: executable.as_fd(),
             name: path.as_os_str(),
             arguments,
-            descriptors: &[(null.as_fd(), 0), (input.as_fd(), 1), (input.as_fd(), 2)],
+            descriptors: &[(stdin.as_fd(), 0), (stdout.as_fd(), 1), (stdout.as_fd(), 2)],
         };
         let jail = Jail {
             user: User::Own { uid: 0, gid: 0 },
@@ -58,6 +60,8 @@ impl Process {
         };
         let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         Process {
+            pid: started.pid,
+            input,
             executed_at: started.executed_at,
             pidfd: started.pidfd,
             output: File::from(OwnedFd::from(output)),
@@ -69,6 +73,23 @@ impl Process {
     pub(crate) fn first_output(&mut self) -> Instant {
         self.read_some("its first output");
         Instant::now()
+    }
+
+    /// Types an empty line.
+    pub(crate) fn type_line(&mut self) {
+        self.input.write_all(b"\n").unwrap();
+    }
+
+    /// All output so far.
+    pub(crate) fn told(&self) -> String {
+        String::from_utf8_lossy(&self.told).into_owned()
+    }
+
+    /// Waits until the output holds `text` so many times.
+    pub(crate) fn wait_for(&mut self, text: &str, times: usize) {
+        while self.told().matches(text).count() < times {
+            self.read_some(text);
+        }
     }
 
     fn read_some(&mut self, what: &str) {

@@ -2,6 +2,8 @@
 //! It takes no time itself and judges nothing.
 use std::fmt::Write;
 
+use crate::guest::Counts;
+
 /// Everything one run has found.
 #[derive(Default)]
 pub(crate) struct Report {
@@ -57,6 +59,14 @@ impl Report {
         median
     }
 
+    /// Exits and system calls per operation, counted once over many operations.
+    pub(crate) fn counts(&mut self, bench: &str, case: &str, who: &str, counts: &Counts, operations: f64) {
+        for (what, count) in [("exits", counts.exits), ("system calls", counts.system_calls)] {
+            let case = format!("{case}: {what}");
+            self.add(Series { bench, case: &case, who, unit: "1/op" }, &[count / operations.max(1.0)]);
+        }
+    }
+
     /// A sentence below the table: a ratio within this run, a bar, something that is not there.
     pub(crate) fn note(&mut self, text: String) {
         self.notes.push(text);
@@ -80,14 +90,14 @@ impl Report {
         let mut text = format!("\n{machine}\n\n");
         let _ = writeln!(
             text,
-            "{:<12} {:<22} {:<9} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
+            "{:<12} {:<30} {:<9} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
             "bench", "case", "who", "unit", "median", "p99", "min", "max", "n"
         );
         for row in &self.rows {
             let [median, p99, min, max] = [row.median, row.p99, row.min, row.max].map(figure);
             let _ = writeln!(
                 text,
-                "{:<12} {:<22} {:<9} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
+                "{:<12} {:<30} {:<9} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
                 row.bench, row.case, row.who, row.unit, row.n
             );
         }

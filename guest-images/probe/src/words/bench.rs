@@ -1,5 +1,5 @@
 //! `blkbench=<depth>,<bytes>,<ms>[,write]`: random requests at a fixed depth; completions polled.
-//! `write` overwrites the disk.
+//! `blkappend=<bytes>,<ms>,<writes>`: sequential writes, a flush after each so many. Writing overwrites the disk.
 
 use crate::clock::Deadline;
 use crate::console::Line;
@@ -85,5 +85,54 @@ pub fn run(disk: usize, argument: &str, report: &mut Line) -> Outcome {
             (operations * bytes / us * 1_000_000) >> 20
         ),
     );
+    disk.device.reset()
+}
+
+/// Writes the disk from its beginning, `writes` requests in flight at once, then a flush; again from the beginning when
+/// its end is reached.
+pub fn append(disk: usize, bytes: u64, ms: u64, writes: u64, report: &mut Line) -> Outcome {
+    check!((1..=DEPTH_MAX).contains(&writes), "1 to {DEPTH_MAX} writes go before a flush");
+    check!(bytes > 0 && bytes % SECTOR_BYTES == 0, "bytes is a multiple of {SECTOR_BYTES}");
+    check!(bytes <= BUFFERS_BYTES_MAX, "bytes is at most {BUFFERS_BYTES_MAX}");
+    let mut disk = Disk::require(disk)?;
+    let sectors = bytes / SECTOR_BYTES;
+    check!(disk.sectors >= sectors * writes, "the disk is smaller than what goes before a flush");
+    let address = memory::allocate(bytes.div_ceil(memory::PAGE_BYTES)).ok_or_else(out_of_memory)?;
+    let data = Segment::Read { address, bytes: bytes as u32 };
+    let (mut sector, mut operations, mut flushes) = (0, 0u64, 0u64);
+    let start = cpu::tsc();
+    let end = Deadline::in_ms(ms);
+    while !end.passed() {
+        if sector + sectors * writes > disk.sectors {
+            sector = 0;
+        }
+        for slot in 0..writes as u16 {
+            disk.write_header(slot, disk::OUT, sector);
+            let (header, status) = disk.header(slot);
+            let ends =
+                (Segment::Read { address: header, bytes: 16 }, Segment::Write { address: status, bytes: 1 });
+            check!(disk.queue.add(&[ends.0, data, ends.1]).is_some(), "the queue is full");
+            sector += sectors;
+        }
+        disk.queue.kick();
+        let stalled = Deadline::in_ms(STALL_MS);
+        let mut in_flight = writes;
+        while in_flight > 0 {
+            match disk.queue.poll()? {
+                Some(_) => in_flight -= 1,
+                None => check!(!stalled.passed(), "{in_flight} writes not completed in {STALL_MS} ms"),
+            }
+        }
+        for slot in 0..writes as u16 {
+            let status = cpu::mmio::read8(disk.header(slot).1);
+            check!(status == disk::STATUS_OK, "status {status} after {operations} writes");
+        }
+        operations += writes;
+        disk.flush()?;
+        flushes += 1;
+    }
+    let us = clock::cycles_to_us(cpu::tsc() - start).max(1);
+    note(report, format_args!("ops={operations} flushes={flushes} us={us}"));
+    note(report, format_args!("mib_per_s={}", (operations * bytes / us * 1_000_000) >> 20));
     disk.device.reset()
 }

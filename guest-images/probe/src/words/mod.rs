@@ -127,6 +127,13 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "write" => blk::write_pattern(settings.disk, first, second, third, report),
         "verify" => blk::verify_pattern(settings.disk, first, second, third, report),
         "blkbench" => bench::run(settings.disk, argument, report),
+        "blkappend" => bench::append(
+            settings.disk,
+            first.unwrap_or(4096),
+            second.unwrap_or(1000),
+            third.unwrap_or(16),
+            report,
+        ),
         "irq" => irq::run(settings.disk, report),
         "net" => net::run(settings, report),
         "netecho" => net::echo(settings, first.unwrap_or(1), second.unwrap_or(30_000), report),
