@@ -14,6 +14,7 @@ use crate::stage::{self, Stage, created, ended, keyed, server, succeeded, until}
 use crate::{Call, Error};
 
 mod console;
+mod hibernate;
 mod sweep;
 
 const START: ServerAction = ServerAction::Start;
@@ -213,88 +214,6 @@ async fn a_guest_that_powers_itself_off_stops_its_server_and_says_so() {
     let server = until(&host, id, |server| server.state == ServerState::Stopped).await;
     assert_eq!(server.state_reason.unwrap().code, "guest_powered_off");
     assert_eq!(server.wanted, Wanted::Stopped);
-    host.close().await;
-}
-
-#[tokio::test]
-async fn a_hibernated_server_goes_on_where_it_was_and_its_memory_is_used_once() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let id = created(&host, server("web1")).await.id;
-    let directory = stage.state_dir().join("servers").join(id.to_string());
-    let act = async |action| host.servers().act(&Call::by_host(), id, action).await;
-    let hibernated = act(ServerAction::Hibernate).await.unwrap();
-    succeeded(&host, hibernated.body.operation.id).await;
-    let server = host.servers().one(id).await.unwrap();
-    assert_eq!((server.state, server.wanted), (ServerState::Hibernated, Wanted::Hibernated));
-    assert_eq!(server.allowed_actions, ["start", "delete"]);
-    assert!(stage.launch.alive().is_empty() && stage.plumbing.scene().taps.is_empty());
-    assert_eq!(host.servers().usage().await.unwrap().memory_used_bytes, 0);
-    let more = PatchServer { vcpus: Some(2), ..PatchServer::default() };
-    let refused = host.servers().patch(&Call::by_host(), id, more).await.unwrap_err();
-    assert_eq!(refused.code, Code::WrongState);
-    assert_eq!(act(stop(30)).await.unwrap_err().code, Code::WrongState);
-    // It is still there after a restart of the host, and only a start wakes it.
-    host.close().await;
-    drop(host);
-    stage.launch.power_cycle().await;
-    let host = stage.open().await;
-    let act = async |action| host.servers().act(&Call::by_host(), id, action).await;
-    assert_eq!(host.servers().one(id).await.unwrap().state, ServerState::Hibernated);
-    let started = act(START).await.unwrap();
-    succeeded(&host, started.body.operation.id).await;
-    assert!(stage.launch.only().is_restored());
-    assert_eq!(stage.launch.only().state(), MachineState::Running);
-    assert!(!directory.join("saved.memory").exists() && !directory.join("saved.state").exists());
-    // After a failure nothing is left to go back to.
-    stage.launch.only().kill();
-    until(&host, id, |server| server.state == ServerState::Starting).await;
-    until(&host, id, |server| server.state == ServerState::Running).await;
-    assert!(!stage.launch.only().is_restored());
-    // Thrown away by force.
-    let hibernated = act(ServerAction::Hibernate).await.unwrap();
-    succeeded(&host, hibernated.body.operation.id).await;
-    assert!(directory.join("saved.memory").exists());
-    let stopped = act(stop(0)).await.unwrap();
-    succeeded(&host, stopped.body.operation.id).await;
-    assert_eq!(host.servers().one(id).await.unwrap().state, ServerState::Stopped);
-    assert!(!directory.join("saved.memory").exists());
-    host.close().await;
-}
-
-#[tokio::test]
-async fn a_memory_that_cannot_be_saved_or_read_costs_nothing() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    stage.launch.set_guest(Guest::CannotSave);
-    let id = created(&host, server("web1")).await.id;
-    let act = async |action| host.servers().act(&Call::by_host(), id, action).await;
-    let refused = act(ServerAction::Hibernate).await.unwrap();
-    let problem = ended(&host, refused.body.operation.id).await.error.unwrap();
-    assert!(problem.detail.contains("no space left"), "{}", problem.detail);
-    let server = until(&host, id, |server| server.state == ServerState::Running).await;
-    assert_eq!(server.wanted, Wanted::Running);
-    assert_eq!(stage.launch.only().state(), MachineState::Running);
-    // Spoiled on the disk, it is refused and kept for whoever can mend it.
-    let stopped = act(stop(0)).await.unwrap();
-    succeeded(&host, stopped.body.operation.id).await;
-    stage.launch.set_guest(Guest::Obeys);
-    let started = act(START).await.unwrap();
-    succeeded(&host, started.body.operation.id).await;
-    let hibernated = act(ServerAction::Hibernate).await.unwrap();
-    succeeded(&host, hibernated.body.operation.id).await;
-    let memory = stage.state_dir().join("servers").join(id.to_string()).join("saved.memory");
-    let good = std::fs::read(&memory).unwrap();
-    std::fs::write(&memory, "spoiled").unwrap();
-    let started = act(START).await.unwrap();
-    let problem = ended(&host, started.body.operation.id).await.error.unwrap();
-    assert!(problem.detail.contains("not the one that was saved"), "{}", problem.detail);
-    let server = until(&host, id, |server| server.state == ServerState::Hibernated).await;
-    assert!(server.state_reason.is_some());
-    std::fs::write(&memory, good).unwrap();
-    let started = act(START).await.unwrap();
-    succeeded(&host, started.body.operation.id).await;
-    assert!(stage.launch.only().is_restored());
     host.close().await;
 }
 
