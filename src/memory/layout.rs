@@ -45,7 +45,10 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const ACPI_TABLES: u64 = 0xE_0000;
 
 /// End of the area for ACPI tables.
-pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
+pub const ACPI_TABLES_END: u64 = GENERATION_ID;
+
+/// Sixteen bytes by which a guest knows that it has become another machine than the one that was saved.
+pub const GENERATION_ID: u64 = 0xF_0000;
 
 /// Where real mode starts after a reset: the last 16 bytes below 1 MiB hold code that asks for one. A kernel on
 /// hardware-reduced ACPI without EFI jumps here to restart instead of using the reset register.
@@ -104,6 +107,9 @@ pub const EVENT_GSI: u32 = 5;
 
 /// Bit of the event register for the power button.
 pub const EVENT_POWER_BUTTON: u32 = 1;
+
+/// Bit of the event register for a generation id that has changed.
+pub const EVENT_GENERATION: u32 = 2;
 
 /// Sleep type that powers off, as `\_S5` tells the guest.
 pub const SLEEP_TYPE_S5: u8 = 5;

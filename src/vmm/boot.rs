@@ -74,6 +74,7 @@ pub(crate) fn prepare(ram: &Ram, source: &Source<'_>) -> Result<Start, Error> {
     cmdline.push(0);
     put(ram, layout::CMDLINE, &cmdline, "command line")?;
     put(ram, layout::RESET_VECTOR, &RESET_CODE, "reset vector")?;
+    renew_generation(ram)?;
     let rsdp = acpi::write(ram, source.vcpus)?;
     let parameters =
         Parameters { rsdp, cmdline_bytes: cmdline.len() as u64 - 1, initrd, map: memory_map(ram) };
@@ -81,6 +82,13 @@ pub(crate) fn prepare(ram: &Ram, source: &Source<'_>) -> Result<Start, Error> {
         kernel::Entry::Pvh(entry) => pvh::prepare(ram, entry, &parameters),
         kernel::Entry::Long(entry) => linux64::prepare(ram, entry, kernel.header, &parameters),
     }
+}
+
+/// Gives the guest a generation id that no other has.
+pub(crate) fn renew_generation(ram: &Ram) -> Result<(), Error> {
+    let mut id = [0; 16];
+    sys::random::fill(&mut id).map_err(|cause| Error::Read { what: "host's entropy", cause })?;
+    put(ram, layout::GENERATION_ID, &id, "generation id")
 }
 
 /// What either boot protocol tells the kernel.

@@ -110,6 +110,9 @@ pub struct RestoreSpec {
     /// Whether counters go on.
     #[serde(default)]
     pub counters: Counters,
+    /// Whether it is still the machine that was saved.
+    #[serde(default)]
+    pub identity: Identity,
     /// What the machine does then.
     #[serde(default)]
     pub then: Then,
@@ -149,6 +152,18 @@ pub enum Counters {
     Continue,
     /// It is another one, which has done nothing yet.
     Fresh,
+}
+
+/// Whether a restored machine is the one that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Identity {
+    /// It goes on, and nobody else does.
+    #[default]
+    Same,
+    /// It may be one of several: its generation id (vmgenid) is new and the guest is told, so that a kernel that knows
+    /// of it seeds its random numbers again.
+    New,
 }
 
 /// What a restored machine does.

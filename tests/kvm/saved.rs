@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use wire::control::Notice;
 use wire::control::{Command, FaultCode, Reply};
-use wire::saved::{Counters, Digest, MemoryUse, Moment, SaveStatus, Then};
+use wire::saved::{Counters, Digest, Identity, MemoryUse, Moment, SaveStatus, Then};
 
 use crate::probe_guest;
 use crate::vmm_driver::{Machine, Saved, Vmm};
@@ -287,4 +287,30 @@ fn a_live_save_is_cancelled_at_any_time_and_the_machine_runs_on() {
     let passes = vmm.console().matches("dirty pass").count();
     vmm.wait_for_times("dirty pass", passes + 2);
     assert!(!vmm.console().contains("FAILED"), "{}", vmm.console());
+}
+
+#[test]
+fn a_machine_that_becomes_another_gets_a_generation_id_of_its_own_and_is_told() {
+    let mut vmm = Vmm::boot(probe("button=60000 spin"));
+    vmm.wait_for_console("button waiting");
+    vmm.command(Command::Pause).unwrap();
+    let saved = vmm.save();
+    let id = |memory: &File| {
+        let mut id = [0; 16];
+        memory.read_exact_at(&mut id, 0xF_0000).unwrap();
+        id
+    };
+    let mut ids = vec![id(&saved.memory)];
+    for (identity, how) in [
+        (Identity::Same, MemoryUse::Private),
+        (Identity::New, MemoryUse::Private),
+        (Identity::New, MemoryUse::Copy),
+    ] {
+        let mut next = Vmm::restore(probe("button=60000 spin"), &saved, |spec| {
+            (spec.identity, spec.how, spec.then) = (identity, how, Then::Stay);
+        });
+        ids.push(id(&next.save().memory));
+    }
+    assert!(ids[0] != [0; 16] && ids[0] == ids[1], "{ids:x?}");
+    assert!(ids[2] != ids[0] && ids[3] != ids[0] && ids[2] != ids[3], "{ids:x?}");
 }

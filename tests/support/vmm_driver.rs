@@ -258,6 +258,7 @@ impl Vmm {
             how: MemoryUse::Private,
             clock: Default::default(),
             counters: Default::default(),
+            identity: Default::default(),
             then: Then::Run,
         };
         change(&mut spec);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use memory::layout::{EVENT_POWER_BUTTON, SLEEP_TYPE_S5};
+use memory::layout::{EVENT_GENERATION, EVENT_POWER_BUTTON, SLEEP_TYPE_S5};
 
 use crate::bus::Region;
 use crate::interrupt::Interrupt;
@@ -66,6 +66,12 @@ impl Power {
         self.shared.interrupt.raise();
     }
 
+    /// Tells the guest that its generation id has changed. Whoever changes it has done so.
+    pub fn tell_generation(&self) {
+        self.shared.pending.fetch_or(EVENT_GENERATION, Ordering::SeqCst);
+        self.shared.interrupt.raise();
+    }
+
     /// The event register: what the guest has not read.
     pub fn save(&self) -> u32 {
         self.shared.pending.load(Ordering::SeqCst)
@@ -74,7 +80,7 @@ impl Power {
     /// Takes over an event register. The interrupt is raised again when there is something in it: the first may have
     /// been on its way.
     pub fn restore(&self, pending: u32) -> Result<(), Refused> {
-        if pending & !EVENT_POWER_BUTTON != 0 {
+        if pending & !(EVENT_POWER_BUTTON | EVENT_GENERATION) != 0 {
             return Err(Refused::new("power", format!("events {pending:#x} are not known")));
         }
         self.shared.pending.store(pending, Ordering::SeqCst);

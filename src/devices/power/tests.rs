@@ -93,6 +93,20 @@ fn a_pressed_button_is_an_event_that_is_read_once() {
 }
 
 #[test]
+fn events_that_were_not_read_are_taken_over_and_told_again() {
+    let (first, _) = power();
+    first.press_power_button();
+    first.tell_generation();
+    assert_eq!(first.save(), 3);
+    let (second, told) = power();
+    second.restore(3).unwrap();
+    assert_eq!((second.save(), told.raised.load(Ordering::SeqCst)), (3, 1));
+    second.restore(0).unwrap();
+    assert_eq!(told.raised.load(Ordering::SeqCst), 1);
+    assert!(second.restore(4).unwrap_err().detail.contains("0x4"));
+}
+
+#[test]
 fn a_panic_is_told() {
     let (power, told) = power();
     let port = power.panic_port();

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use kvm::Host;
 use memory::{Backing, Ram};
-use wire::saved::{Clock, Counters, MemoryUse, RestoreSpec, Then};
+use wire::saved::{Clock, Counters, Identity, MemoryUse, RestoreSpec, Then};
 
 use super::build::Origin;
 use super::save::{Files, shape, wall_ns};
 use super::{Error, Machine, Run};
 use crate::bell::Bell;
+use crate::boot;
 use crate::snapshot::{self, Table};
 
 impl Machine {
@@ -22,12 +23,19 @@ impl Machine {
         descriptors: Vec<OwnedFd>,
         bell: &Arc<Bell>,
     ) -> Result<Machine, Error> {
-        let RestoreSpec { machine, state, root, memory, how, clock, counters, then } = spec;
+        let RestoreSpec { machine, state, root, memory, how, clock, counters, identity, then } = spec;
         let mut files = Files::new(descriptors);
         let (state, memory) = (files.take("/state", state)?, files.take("/memory", memory)?);
         let (contents, table) = snapshot::read(&state, root, machine.memory_bytes)?;
         contents.shape.check(&shape(&machine))?;
         let ram = fill(how, memory, &table, machine.memory_bytes)?;
+        if identity == Identity::New {
+            if how == MemoryUse::Adopt {
+                let detail = "memory that is adopted belongs to the same machine".to_owned();
+                return Err(Error::Invalid { field: "/identity".to_owned(), detail });
+            }
+            boot::renew_generation(&ram)?;
+        }
         let clock_ns = match clock {
             Clock::Continue => contents.machine.clock_ns,
             Clock::Advance => {
@@ -40,6 +48,9 @@ impl Machine {
             built.lasting.before = contents.counted.stats;
         }
         built.begin(host, Origin::Saved { ram, state: &contents.machine, clock_ns })?;
+        if let (Identity::New, Some(parts)) = (identity, &built.parts) {
+            parts.power.tell_generation();
+        }
         built.run = Run::Paused { clock_ns };
         if then == Then::Run {
             built.resume()?;

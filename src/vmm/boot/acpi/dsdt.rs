@@ -16,12 +16,15 @@ const DSDT_REVISION: u8 = 2;
 /// A device is present, enabled, shown and works (section 6.3.7).
 const PRESENT: u8 = 0x0F;
 
+/// The generation id has changed (the specification of it asks for this number).
+const GENERATION_CHANGED: u8 = 0x80;
+
 /// A control-method power button was pressed (section 4.8.3.1).
 const BUTTON_PRESSED: u8 = 0x80;
 
 pub(super) fn table(oem: [u8; 6], name: [u8; 8], revision: u32) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, oem, name, revision);
-    for part in [power_off(), pci(), board(), button(), events(), serial(), panic_port()] {
+    for part in [power_off(), pci(), board(), button(), generation(), events(), serial(), panic_port()] {
         table.append_slice(&part);
     }
     table.as_slice().to_vec()
@@ -84,6 +87,20 @@ fn button() -> Vec<u8> {
     ))
 }
 
+/// The generation id (Virtual Machine Generation ID, Microsoft): where it lies, as low and high half.
+fn generation() -> Vec<u8> {
+    let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
+    bytes(&Device::new(
+        "_SB_.VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"TOFT0001"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    ))
+}
+
 /// The generic event device (section 5.6.9):
 /// ```text
 /// OperationRegion (EREG, SystemIO, 0x604, 4)
@@ -91,11 +108,12 @@ fn button() -> Vec<u8> {
 /// Method (_EVT, 1, Serialized) {
 ///     Local0 = EVTS                      // reading clears
 ///     If ((Local0 & 1) == 1) { Notify (\_SB.PWRB, 0x80) }
+///     If ((Local0 & 2) == 2) { Notify (\_SB.VGEN, 0x80) }
 /// }
 /// ```
 fn events() -> Vec<u8> {
     let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
-    let pressed = layout::EVENT_POWER_BUTTON;
+    let (pressed, changed) = (layout::EVENT_POWER_BUTTON, layout::EVENT_GENERATION);
     bytes(&Device::new(
         "_SB_.GED_".into(),
         vec![
@@ -120,6 +138,11 @@ fn events() -> Vec<u8> {
                     &If::new(
                         &Equal::new(&Local(1), &pressed),
                         vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
+                    ),
+                    &And::new(&Local(1), &Local(0), &changed),
+                    &If::new(
+                        &Equal::new(&Local(1), &changed),
+                        vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &GENERATION_CHANGED)],
                     ),
                 ],
             ),
