@@ -10,7 +10,9 @@ use model::Code;
 use model::operation::Progress;
 use sys::beneath::Access;
 use wire::control::{Command, Reply};
-use wire::saved::{Clock, Counters, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
+use wire::saved::{
+    Clock, Counters, Identity, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then,
+};
 
 use super::effects::{Doing, blocking};
 use super::lifecycle::{Event, Saved, Trouble};
@@ -118,6 +120,7 @@ impl Doing {
             how: MemoryUse::Copy,
             clock: Clock::Advance,
             counters: Counters::Continue,
+            identity: Identity::Same,
             then: Then::Stay,
         };
         restore
