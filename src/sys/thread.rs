@@ -19,6 +19,14 @@ pub fn set_name(name: &str) {
     }
 }
 
+/// Lets the threads of this process share one heap (M_ARENA_MAX of mallopt(3)). With more, glibc opens files: to count
+/// processors when a ninth thread wants a heap, to learn of overcommitment when a thread's heap shrinks. A thread
+/// under a filter may not. Threads that are busy allocate little, so they seldom meet.
+pub fn share_one_heap() {
+    // SAFETY: two integers; glibc takes its own lock.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// CPU time that a thread of this process has used, in nanoseconds. Fails when there is no such thread.
 pub fn cpu_time_ns(thread: i32) -> io::Result<u64> {
     if !(1..PID_LIMIT).contains(&thread) {
