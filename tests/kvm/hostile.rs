@@ -122,7 +122,7 @@ fn descriptors_that_another_processor_rewrites_do_no_harm() {
 fn a_flood_without_buffers_waits_outside_and_passes_when_there_are_some() {
     const DATAGRAMS: usize = 5000;
     let (tap, socket) = connected_tap();
-    let mut machine = probe("netstall spin");
+    let mut machine = probe("netstall clock spin");
     machine.nic(tap);
     let mut vmm = Vmm::boot(machine);
     vmm.wait_for_console("netstall empty");
@@ -138,7 +138,8 @@ fn a_flood_without_buffers_waits_outside_and_passes_when_there_are_some() {
     vmm.wait_for_console("netstall received");
     flood(2);
     vmm.type_line("");
-    let console = vmm.wait_for_console("netstall ok");
+    // The line is whole when the next word begins.
+    let console = vmm.wait_for_console("probe: clock");
     let frames = console.split("netstall ok frames=").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
     assert!(frames.parse::<u64>().unwrap() > 1, "{console}");
     assert_eq!(vmm.stats().nics[0].rx_dropped, 0, "{console}");
