@@ -29,6 +29,8 @@ fn buffers_go_on_in_another_function_where_they_stopped() {
         }
         let state = saved(&rig);
         rig.function.stop();
+        // A thread that was let go just now may still have been on its first look, and found what was offered.
+        let found = !rig.around.raised.lock().unwrap().is_empty();
         let next = rig.beside();
         next.function.restore(&state).unwrap();
         assert_eq!(saved(&next), state);
@@ -36,7 +38,7 @@ fn buffers_go_on_in_another_function_where_they_stopped() {
         next.function.resume();
         if round % 2 == 1 {
             // No kick comes again for what was offered before.
-            next.wait("interrupt", |around| !around.raised.lock().unwrap().is_empty());
+            next.wait("interrupt", |around| found || !around.raised.lock().unwrap().is_empty());
             assert!(ring.take_used().is_some());
             assert_eq!(ring.take_used(), None);
             next.around.raised.lock().unwrap().clear();
