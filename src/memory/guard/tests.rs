@@ -39,7 +39,7 @@ fn memory_is_taken_as_it_was_while_others_write_to_it() {
     std::thread::scope(|scope| {
         scope.spawn(|| guard.serve().unwrap());
         // Writes all over, in a scattered order; the pages above half are touched by it alone.
-        scope.spawn(|| {
+        let writer = scope.spawn(|| {
             let mut at = 0_u64;
             while !stop.load(Ordering::SeqCst) {
                 if paused.load(Ordering::SeqCst) {
@@ -82,7 +82,9 @@ fn memory_is_taken_as_it_was_while_others_write_to_it() {
         }
         assert!(found == wanted, "pages differ");
         assert!(guard.faults() > 0);
+        // A write that meets the guard's end waits until the guard is closed, which is after this scope.
         stop.store(true, Ordering::SeqCst);
+        writer.join().unwrap();
         guard.end();
     });
 }
