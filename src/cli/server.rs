@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use model::limits::GRACE_S_MAX;
 use model::server::{
-    CacheMode, CpuTemplate, CreateNic, CreateServer, DiskLimits, Isolation, PatchServer, Rate, RestartPolicy,
-    Server, ServerIsolation, ServerMetrics, ServerPlan, StopServer,
+    CacheMode, ConsoleReader, ConsoleReaders, CpuTemplate, CreateNic, CreateServer, DiskLimits, Isolation,
+    PatchServer, Rate, RestartPolicy, Server, ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
-use model::{Labels, Name};
+use model::{ConsoleReaderId, Labels, Name};
 
 use crate::error::Error;
 use crate::output::{self, Format, Row};
@@ -72,6 +72,19 @@ pub(crate) enum Verb {
     },
     /// Open the console. Ctrl-] leaves it.
     Console(console::Options),
+    /// List who has the console open.
+    ConsoleReaders {
+        /// Name or id.
+        server: String,
+    },
+    /// Put readers of the console out; tickets that nobody has used yet are worth nothing afterwards.
+    ConsoleKick {
+        /// Name or id.
+        server: String,
+        /// Only this reader's id; everyone when absent.
+        #[arg(long)]
+        reader: Option<ConsoleReaderId>,
+    },
     /// Print counters.
     Metrics {
         /// Name or id.
@@ -294,6 +307,18 @@ impl Verb {
                 output::print_bytes(&answer.body)
             }
             Verb::Console(options) => console::run(context, &options).await,
+            Verb::ConsoleReaders { server } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let path = format!("/v1/servers/{id}/console-readers");
+                output::many(context.format, &context.client.get::<ConsoleReaders>(&path).await?.items)
+            }
+            Verb::ConsoleKick { server, reader } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let query = reader.map(|reader| format!("?reader={reader}")).unwrap_or_default();
+                let path = format!("/v1/servers/{id}/console-readers{query}");
+                let answer = context.client.send("DELETE", &path, None, &[]).await?;
+                output::many(context.format, &answer.json::<ConsoleReaders>()?.items)
+            }
             Verb::Isolation { server } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let found: ServerIsolation =
@@ -446,6 +471,23 @@ impl Row for Server {
 
     fn name(&self) -> String {
         self.name.to_string()
+    }
+}
+
+impl Row for ConsoleReader {
+    const COLUMNS: &'static [&'static str] = &["ID", "OPENED BY", "SINCE", "MAY TYPE"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.id.to_string(),
+            self.opened_by.clone(),
+            output::time(self.opened_at),
+            if self.read_only { "no" } else { "yes" }.to_owned(),
+        ]
+    }
+
+    fn name(&self) -> String {
+        self.id.to_string()
     }
 }
 

@@ -26,9 +26,12 @@ pub(crate) async fn serve(
     let (notices, from_keyboard) = mpsc::channel(1);
     let keyboard = console.keyboard();
     let read_only = console.read_only;
+    let mut kicked = console.kicked();
     let mut screen = Screen { sink, next: None };
     let end = tokio::select! {
         end = screen.show(console, from_keyboard, closing) => end,
+        // Beside the others, so that a reader who takes nothing goes as quickly as any.
+        () = kicked.wait() => End::Kicked,
         end = listen(stream, keyboard, read_only, notices) => end,
     };
     screen.close(end).await;
@@ -42,6 +45,8 @@ enum End {
     ReaderGone,
     /// The reader takes nothing.
     ReaderStuck,
+    /// The reader was put out.
+    Kicked,
     /// The server is gone.
     ServerGone,
     /// The daemon closes; the server runs on.
@@ -55,6 +60,7 @@ impl End {
     fn frame(&self) -> Option<(u16, String)> {
         match self {
             End::ReaderGone | End::ReaderStuck => None,
+            End::Kicked => Some((close_code::POLICY, "the console was taken away; ask for it anew".into())),
             End::ServerGone => Some((close_code::NORMAL, "the server is gone".into())),
             End::Closing => Some((close_code::AWAY, "the daemon is restarting; open it again".into())),
             End::Failed(detail) => Some((close_code::ERROR, detail.clone())),

@@ -114,6 +114,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(servers::isolation))
         .routes(routes!(console::log))
         .routes(routes!(console::token))
+        .routes(routes!(console::readers, console::kick))
         .routes(routes!(images::list, images::create))
         .routes(routes!(images::catalogue))
         .routes(routes!(images::one, images::delete))

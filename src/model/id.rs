@@ -47,6 +47,8 @@ id! {
     OperationId;
     /// An access token.
     TokenId;
+    /// Someone who has a console open.
+    ConsoleReaderId;
 }
 
 /// Position in the event log: 1, 2, 3, … without gaps.

@@ -16,7 +16,7 @@ pub mod server;
 pub mod time;
 pub mod volume;
 
-pub use id::{EventId, ImageId, NetworkId, OperationId, ServerId, TokenId, VolumeId};
+pub use id::{ConsoleReaderId, EventId, ImageId, NetworkId, OperationId, ServerId, TokenId, VolumeId};
 pub use name::{Labels, Name};
 pub use problem::{Code, FieldError, Problem};
 pub use time::Time;

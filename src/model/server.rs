@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
+use crate::id::{ConsoleReaderId, ImageId, NetworkId, OperationId, ServerId, VolumeId};
 use crate::name::{Labels, Name};
 use crate::time::Time;
 
@@ -520,6 +520,26 @@ pub struct CreateConsoleToken {
     /// Position to replay from; everything still held when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<u64>,
+}
+
+/// Someone who has a server's console open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ConsoleReader {
+    /// Names it as long as it reads.
+    pub id: ConsoleReaderId,
+    /// Whether it may only look.
+    pub read_only: bool,
+    /// Who made the ticket that it came with, as in events: `local:{uid}` or `token:{id}`.
+    pub opened_by: String,
+    /// When it came.
+    pub opened_at: Time,
+}
+
+/// Everyone who has a server's console open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ConsoleReaders {
+    /// In the order they came.
+    pub items: Vec<ConsoleReader>,
 }
 
 /// A one-use ticket to the console.

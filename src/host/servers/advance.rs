@@ -8,7 +8,7 @@ use model::{Code, OperationId, ServerId, Time};
 use super::capacity::Capacity;
 use super::lifecycle::{Ask, Asked, Event, Phase, Push, Step, Trouble, Verdict, step};
 use super::record::{self, ServerRecord};
-use super::view;
+use super::{console, view};
 use crate::call::Actor;
 use crate::error::{Error, Result};
 use crate::events;
@@ -192,13 +192,24 @@ pub(super) fn guest_event(
     events::append(tx, kind, data).map(drop)
 }
 
+/// Appends an event about the server's console: who did it is kept for those who ask later.
+pub(super) fn console_event(tx: &Tx<'_>, record: &ServerRecord, kind: &str, actor: String) -> Result<()> {
+    let data = EventData {
+        resource: Some(Resource::Server(record.id)),
+        state: Some(view::state_text(record)),
+        actor: Some(actor),
+        ..EventData::default()
+    };
+    events::append(tx, kind, data).map(drop)
+}
+
 /// The server is no more: what only its record kept goes with it.
 fn forget(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
     Networks::release(tx, record.id)?;
     for disk in &record.disks {
         Volumes::detach(tx, disk.volume_id)?;
     }
-    tx.execute("DELETE FROM console_tokens WHERE server = ?1", [record.id.to_string()])?;
+    console::revoke(tx, record.id)?;
     records::remove::<ServerRecord>(tx, record.id.0)?;
     announce(tx, record, "server.deleted", None)
 }

@@ -9,14 +9,16 @@ use base64::engine::general_purpose::STANDARD;
 use model::server::{ConsoleToken, CreateConsoleToken};
 use model::{Code, ServerId, Time};
 use rusqlite::{OptionalExtension, params};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use wire::console::Ring;
 use wire::control::{Command, Reply};
 
 use super::effects::{blocking, open_ring};
 use super::limits;
+use super::readers::{Kicked, Place};
 use super::registry::Entry;
+use crate::call::Actor;
 use crate::error::{Error, Result};
 use crate::store::Tx;
 use crate::tokens;
@@ -42,7 +44,7 @@ pub struct ConsoleStream {
     ring: Arc<Mutex<Ring>>,
     position: u64,
     wake: watch::Receiver<u64>,
-    _permit: OwnedSemaphorePermit,
+    place: Place,
 }
 
 /// Types on a console.
@@ -53,9 +55,11 @@ pub struct Keyboard {
 }
 
 /// What a ticket is worth.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ticket {
     pub(super) read_only: bool,
+    /// Who made it.
+    pub(super) actor: String,
     pub(super) from: Option<u64>,
 }
 
@@ -63,9 +67,10 @@ impl ConsoleStream {
     pub(super) async fn open(
         entry: Arc<Entry>,
         path: &Path,
-        permit: OwnedSemaphorePermit,
+        place: Place,
         ticket: Ticket,
     ) -> Result<ConsoleStream> {
+        place.seat(ticket.read_only, ticket.actor);
         let ring = Arc::new(Mutex::new(open(path).await?));
         let wake = entry.console.subscribe();
         Ok(ConsoleStream {
@@ -75,7 +80,7 @@ impl ConsoleStream {
             ring,
             position: ticket.from.unwrap_or_default(),
             wake,
-            _permit: permit,
+            place,
         })
     }
 
@@ -99,6 +104,11 @@ impl ConsoleStream {
                 return Ok(None);
             }
         }
+    }
+
+    /// Ends when this reader is to leave. Reading and typing do not look at it.
+    pub fn kicked(&self) -> Kicked {
+        self.place.kicked()
     }
 
     /// A keyboard for this console that can be used beside [`ConsoleStream::next`].
@@ -196,7 +206,12 @@ async fn read(ring: Arc<Mutex<Ring>>, from: u64, length_max: usize) -> Result<Co
 }
 
 /// Makes a ticket.
-pub(super) fn issue(tx: &Tx<'_>, id: ServerId, spec: CreateConsoleToken) -> Result<ConsoleToken> {
+pub(super) fn issue(
+    tx: &Tx<'_>,
+    id: ServerId,
+    spec: CreateConsoleToken,
+    actor: &Actor,
+) -> Result<ConsoleToken> {
     let now = Time::now();
     let secret = tokens::random_hex()?;
     let lifetime_ms = i64::try_from(limits::CONSOLE_TOKEN.as_millis()).unwrap_or_default();
@@ -210,10 +225,24 @@ pub(super) fn issue(tx: &Tx<'_>, id: ServerId, spec: CreateConsoleToken) -> Resu
         return Err(Error::new(Code::TooMany, format!("{live} tickets are open; use them or wait a minute")));
     }
     tx.execute(
-        "INSERT INTO console_tokens (hash, server, read_only, position, expires_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
-        params![tokens::hash(&secret), id.to_string(), spec.read_only, spec.from, expires_at.unix_ms()],
+        "INSERT INTO console_tokens (hash, server, read_only, position, expires_ms, actor)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        params![
+            tokens::hash(&secret),
+            id.to_string(),
+            spec.read_only,
+            spec.from,
+            expires_at.unix_ms(),
+            actor.to_string()
+        ],
     )?;
     Ok(ConsoleToken { url: format!("/v1/servers/{id}/console?token={secret}"), expires_at })
+}
+
+/// Makes every ticket of a server that nobody has taken yet worth nothing.
+pub(super) fn revoke(tx: &Tx<'_>, id: ServerId) -> Result<()> {
+    tx.execute("DELETE FROM console_tokens WHERE server = ?1", [id.to_string()])?;
+    Ok(())
 }
 
 /// Takes a ticket; it is worth nothing afterwards. Fails with `unauthenticated`.
@@ -221,10 +250,10 @@ pub(super) fn redeem(tx: &Tx<'_>, id: ServerId, secret: &str) -> Result<Ticket> 
     let taken = tx
         .prepare_cached(
             "DELETE FROM console_tokens WHERE hash = ?1 AND server = ?2 AND expires_ms >= ?3
-             RETURNING read_only, position",
+             RETURNING read_only, position, actor",
         )?
         .query_row(params![tokens::hash(secret), id.to_string(), Time::now().unix_ms()], |row| {
-            Ok(Ticket { read_only: row.get(0)?, from: row.get(1)? })
+            Ok(Ticket { read_only: row.get(0)?, from: row.get(1)?, actor: row.get(2)? })
         })
         .optional()?;
     taken.ok_or_else(|| {

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
-    ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, PatchServer, Server, ServerAction,
-    ServerIsolation, ServerMetrics, ServerPlan, StopServer,
+    ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, PatchServer,
+    Server, ServerAction, ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
-use model::{Code, OperationId, ServerId};
+use model::{Code, ConsoleReaderId, OperationId, ServerId};
 use rusqlite::Connection;
 use wire::control::{Command, Reply};
 
@@ -32,6 +32,7 @@ pub mod lifecycle;
 pub mod limits;
 mod machine;
 mod metrics;
+mod readers;
 pub mod record;
 mod recover;
 pub mod registry;
@@ -40,8 +41,9 @@ mod view;
 
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
 use lifecycle::Ask;
+pub use readers::Kicked;
 use record::ServerRecord;
-pub(crate) use record::TABLES;
+pub(crate) use record::{TABLES, TICKET_HOLDERS};
 use registry::{Registry, Workshop};
 
 /// Servers, for callers. Cheap to clone.
@@ -246,8 +248,8 @@ impl Servers {
             .store
             .write(move |tx| {
                 let record: ServerRecord = records::one(tx, id.0)?;
-                advance::announce(tx, &record, "server.console_token_created", Some(&actor))?;
-                console::issue(tx, id, spec)
+                advance::console_event(tx, &record, "server.console_token_created", actor.to_string())?;
+                console::issue(tx, id, spec, &actor)
             })
             .await?;
         Ok(Answer { body, replayed: false })
@@ -257,13 +259,63 @@ impl Servers {
     /// `unauthenticated`, or `too_many` when too many read it already.
     pub async fn console_open(&self, id: ServerId, secret: &str) -> Result<ConsoleStream> {
         let entry = self.registry.find(id).ok_or_else(|| Error::not_found("server", id))?;
-        let permit = entry.readers.clone().try_acquire_owned().map_err(|_| {
-            let most = limits::CONSOLE_READERS_MAX;
-            Error::new(Code::TooMany, format!("{most} readers have this console open; close one"))
-        })?;
+        let place = entry.readers.enter()?;
         let secret = secret.to_owned();
-        let ticket = self.workshop().core.store.write(move |tx| console::redeem(tx, id, &secret)).await?;
-        ConsoleStream::open(entry, &self.ring(id), permit, ticket).await
+        let ticket = self
+            .workshop()
+            .core
+            .store
+            .write(move |tx| {
+                let ticket = console::redeem(tx, id, &secret)?;
+                let record: ServerRecord = records::one(tx, id.0)?;
+                advance::console_event(tx, &record, "server.console_opened", ticket.actor.clone())?;
+                Ok(ticket)
+            })
+            .await?;
+        ConsoleStream::open(entry, &self.ring(id), place, ticket).await
+    }
+
+    /// Who has the console of server `id` open.
+    pub async fn console_readers(&self, id: ServerId) -> Result<ConsoleReaders> {
+        self.one(id).await?;
+        Ok(ConsoleReaders { items: self.readers(id) })
+    }
+
+    /// Puts a reader of the console out, or all of them, and makes tickets that nobody has taken yet worth nothing.
+    /// Answers who read. Fails with `not_found` when there is no such reader.
+    pub async fn console_kick(
+        &self,
+        call: &Call,
+        id: ServerId,
+        only: Option<ConsoleReaderId>,
+    ) -> Result<Answer<ConsoleReaders>> {
+        let (servers, actor) = (self.clone(), call.actor.clone());
+        let answer = self
+            .workshop()
+            .core
+            .mutate(call, move |tx| {
+                let record: ServerRecord = records::one(tx, id.0)?;
+                let mut items = servers.readers(id);
+                if let Some(only) = only {
+                    items.retain(|reader| reader.id == only);
+                    if items.is_empty() {
+                        return Err(Error::not_found("console reader", only));
+                    }
+                }
+                console::revoke(tx, id)?;
+                advance::console_event(tx, &record, "server.console_kicked", actor.to_string())?;
+                Ok(ConsoleReaders { items })
+            })
+            .await?;
+        // Readers go with the daemon: one that dies here has put out everyone.
+        if let (false, Some(entry)) = (answer.replayed, self.registry.find(id)) {
+            entry.readers.kick(only);
+        }
+        Ok(answer)
+    }
+
+    fn readers(&self, id: ServerId) -> Vec<ConsoleReader> {
+        self.registry.find(id).map(|entry| entry.readers.list()).unwrap_or_default()
     }
 
     /// Counters of its machine. Fails with `wrong_state` when none runs.

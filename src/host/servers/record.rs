@@ -22,6 +22,10 @@ pub(crate) const TABLES: &str = concat!(
         position INTEGER, expires_ms INTEGER NOT NULL) STRICT;"
 );
 
+/// Who made a ticket to a console.
+pub(crate) const TICKET_HOLDERS: &str =
+    "ALTER TABLE console_tokens ADD COLUMN actor TEXT NOT NULL DEFAULT 'host';";
+
 /// A server as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerRecord {

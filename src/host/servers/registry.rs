@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use model::ServerId;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use wire::control::{Command, FaultCode, Notice};
 
 use super::capacity::Capacity;
+use super::readers::Readers;
 use super::record::ServerRecord;
 use super::{actor, limits, machine};
 use crate::core::Shared;
@@ -60,7 +61,7 @@ pub struct Entry {
     /// Set when the server is no more.
     pub gone: AtomicBool,
     /// Readers of the console.
-    pub readers: Arc<Semaphore>,
+    pub readers: Arc<Readers>,
     socket: PathBuf,
     notices: mpsc::Sender<Notice>,
     machine: Mutex<Option<Machine>>,
@@ -177,7 +178,7 @@ impl Registry {
             poke: Notify::new(),
             console: watch::Sender::new(0),
             gone: AtomicBool::new(false),
-            readers: Arc::new(Semaphore::new(limits::CONSOLE_READERS_MAX)),
+            readers: Arc::default(),
             socket: self.workshop.core.dirs.server(id).join("control.sock"),
             notices,
             machine: Mutex::new(None),

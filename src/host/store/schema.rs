@@ -6,16 +6,19 @@ use crate::error::{Error, Result};
 use crate::{events, idempotency, images, network, operations, servers, tokens, volumes};
 
 /// Each migration is what every noun contributes to it.
-const MIGRATIONS: &[&[&str]] = &[&[
-    events::TABLES,
-    operations::TABLES,
-    idempotency::TABLES,
-    tokens::TABLES,
-    images::TABLES,
-    volumes::TABLES,
-    network::TABLES,
-    servers::TABLES,
-]];
+const MIGRATIONS: &[&[&str]] = &[
+    &[
+        events::TABLES,
+        operations::TABLES,
+        idempotency::TABLES,
+        tokens::TABLES,
+        images::TABLES,
+        volumes::TABLES,
+        network::TABLES,
+        servers::TABLES,
+    ],
+    &[servers::TICKET_HOLDERS],
+];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {
     let done: usize = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;

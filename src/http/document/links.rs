@@ -16,6 +16,8 @@ const OF_SERVER: &[&str] = &[
     "read_server_metrics",
     "read_console_log",
     "create_console_token",
+    "list_console_readers",
+    "kick_console_readers",
 ];
 const OF_IMAGE: &[&str] = &["read_image", "delete_image"];
 const OF_VOLUME: &[&str] = &["read_volume", "update_volume", "delete_volume"];

@@ -4,8 +4,8 @@ use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use model::server::{ConsoleToken, CreateConsoleToken};
-use model::{Code, ServerId};
+use model::server::{ConsoleReaders, ConsoleToken, CreateConsoleToken};
+use model::{Code, ConsoleReaderId, ServerId};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -86,6 +86,46 @@ pub(crate) async fn token(
         answer::undisturbed(async move { Ok(api.host.servers().console_token(&call, id, spec).await?) })
             .await?;
     answer::made(&made, &made.body.url)
+}
+
+/// Lists who has the console open.
+#[utoipa::path(get, path = "/v1/servers/{id}/console-readers", tag = "servers",
+    operation_id = "list_console_readers", params(("id" = ServerId, Path, description = "The server.")),
+    responses((status = 200, description = "The readers, in the order they came.", body = ConsoleReaders)))]
+pub(crate) async fn readers(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+) -> Result<Response, Failure> {
+    answer::plain(&api.host.servers().console_readers(id).await?)
+}
+
+/// Whom to put out.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct KickParameters {
+    /// Only this reader; everyone when absent.
+    #[param(value_type = Option<uuid::Uuid>)]
+    reader: Option<ConsoleReaderId>,
+}
+
+/// Puts readers of the console out, and makes tickets that nobody has used yet worth nothing.
+#[utoipa::path(delete, path = "/v1/servers/{id}/console-readers", tag = "servers",
+    operation_id = "kick_console_readers",
+    params(("id" = ServerId, Path, description = "The server."), KickParameters),
+    responses((status = 200, description = "Who was put out.", body = ConsoleReaders)))]
+pub(crate) async fn kick(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    Query(parameters): Query<KickParameters>,
+    Mutation { call, .. }: Mutation<()>,
+) -> Result<Response, Failure> {
+    let kicked = answer::undisturbed(async move {
+        Ok(api.host.servers().console_kick(&call, id, parameters.reader).await?)
+    })
+    .await?;
+    answer::done(&kicked)
 }
 
 /// The ticket.

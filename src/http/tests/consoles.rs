@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use model::operation::Accepted;
-use model::server::{ConsoleToken, Server};
+use model::server::{ConsoleReaders, ConsoleToken, Server};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio_tungstenite::WebSocketStream;
@@ -176,6 +176,43 @@ async fn a_console_is_closed_with_a_reason_when_its_server_or_the_daemon_goes() 
     let mut socket = open(&served, &server, json!({})).await;
     let (code, ()) = tokio::join!(close(&mut socket), served.stop());
     assert_eq!(code, 1001);
+}
+
+#[tokio::test]
+async fn a_reader_is_kicked_even_one_who_takes_nothing() {
+    let served = Served::start().await;
+    let server = running(&served).await;
+    let vmm = served.stage.launch.only();
+    // Enough to fill the sockets of one who does not read, so that its task is in the middle of sending.
+    let mut stalled = open(&served, &server, json!({})).await;
+    for _ in 0..1024 {
+        vmm.print(&("x".repeat(1023) + "\n"));
+    }
+    let mut looker = open(&served, &server, json!({ "read_only": true })).await;
+    vmm.print("end\n");
+    read_until(&mut looker, "end\n").await;
+    let path = format!("/v1/servers/{}/console-readers", server.id);
+    let readers: ConsoleReaders = served.call("GET", &path, Sent::nothing()).await.json(200);
+    assert_eq!(readers.items.iter().map(|reader| reader.read_only).collect::<Vec<_>>(), [false, true]);
+    let one = format!("{path}?reader={}", readers.items[1].id);
+    let kicked: ConsoleReaders = served.call("DELETE", &one, Sent::nothing()).await.json(200);
+    assert_eq!(kicked.items, readers.items[1..]);
+    let code = async |socket: &mut Socket| loop {
+        match within(socket.next()).await {
+            Some(Ok(Message::Close(frame))) => return Some(u16::from(frame.unwrap().code)),
+            Some(Ok(_)) => continue,
+            Some(Err(_)) | None => return None,
+        }
+    };
+    assert_eq!(code(&mut looker).await, Some(1008));
+    let kicked: ConsoleReaders = served.call("DELETE", &path, Sent::nothing()).await.json(200);
+    assert_eq!(kicked.items, readers.items[..1]);
+    // One whose sockets are full may never see the frame, but sees the end.
+    assert!(matches!(code(&mut stalled).await, Some(1008) | None));
+    assert_eq!(served.call("DELETE", &one, Sent::nothing()).await.status, 404);
+    let bad = served.call("DELETE", &format!("{path}?reader=one"), Sent::nothing()).await;
+    assert_eq!(bad.status, 400);
+    served.stop().await;
 }
 
 #[tokio::test]

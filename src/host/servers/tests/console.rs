@@ -1,12 +1,12 @@
 //! Consoles on fakes: readers, keyboards, tickets.
 use model::server::{CreateConsoleToken, DeleteServer};
-use model::{Code, ServerId};
+use model::{Code, EventId, ServerId};
 
 use super::super::{ConsoleStream, limits};
 use super::{START, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, server, succeeded};
-use crate::{Call, Host};
+use crate::{Call, Host, Idempotency};
 
 #[tokio::test]
 async fn two_readers_of_a_console_see_the_same_bytes_and_one_types() {
@@ -149,6 +149,49 @@ async fn a_ticket_that_has_expired_opens_nothing() {
     assert_eq!(refused.code, Code::Unauthenticated);
     records.execute("UPDATE console_tokens SET expires_ms = expires_ms + ?1", [lifetime_ms]).unwrap();
     host.servers().console_open(id, &secret).await.unwrap();
+    host.close().await;
+}
+
+#[tokio::test]
+async fn readers_are_known_by_who_let_them_in_and_are_kicked_one_by_one_or_all() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    assert_eq!(host.servers().console_readers(id).await.unwrap().items, []);
+    let first = open_console(&host, id, false).await;
+    let second = open_console(&host, id, true).await;
+    let third = open_console(&host, id, true).await;
+    let unused = ticket(&host, id, false).await;
+    let seen = host.servers().console_readers(id).await.unwrap().items;
+    let told: Vec<_> = seen.iter().map(|reader| (reader.read_only, reader.opened_by.as_str())).collect();
+    assert_eq!(told, [(false, "host"), (true, "host"), (true, "host")]);
+    drop(third);
+    assert_eq!(host.servers().console_readers(id).await.unwrap().items, seen[..2]);
+
+    let call = Call::by_host();
+    let gone = host.servers().console_kick(&call, id, Some(seen[2].id)).await.unwrap_err();
+    assert_eq!(gone.code, Code::NotFound);
+    let kicked = host.servers().console_kick(&call, id, Some(seen[0].id)).await.unwrap().body;
+    assert_eq!(kicked.items, seen[..1]);
+    tokio::time::timeout(SOON, first.kicked().wait()).await.unwrap();
+    assert_eq!(host.servers().console_readers(id).await.unwrap().items, seen[1..2]);
+    let refused = host.servers().console_open(id, &unused).await.err().unwrap();
+    assert_eq!(refused.code, Code::Unauthenticated, "a kick takes tickets that are on their way");
+
+    // A repeated kick is answered as before and puts nobody out who came since.
+    let idempotency = Idempotency { key: "k".into(), fingerprint: "f".into() };
+    let keyed = Call { idempotency: Some(idempotency), ..Call::by_host() };
+    let kicked = host.servers().console_kick(&keyed, id, None).await.unwrap().body;
+    assert_eq!(kicked.items, seen[1..2]);
+    tokio::time::timeout(SOON, second.kicked().wait()).await.unwrap();
+    let late = open_console(&host, id, true).await;
+    let again = host.servers().console_kick(&keyed, id, None).await.unwrap();
+    assert_eq!((again.replayed, again.body), (true, kicked));
+    assert_eq!(host.servers().console_readers(id).await.unwrap().items.len(), 1);
+    drop(late);
+    let told = host.events().page(EventId(0), 1000).await.unwrap();
+    let times = |kind: &str| told.iter().filter(|event| event.kind == kind).count();
+    assert_eq!((times("server.console_opened"), times("server.console_kicked")), (4, 2));
     host.close().await;
 }
 
