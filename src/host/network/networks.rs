@@ -117,6 +117,8 @@ impl Networks {
     pub async fn create(&self, call: &Call, spec: CreateNetwork) -> Result<Answer<Accepted<Network>>> {
         let surroundings = self.inner.plumbing.surroundings().await;
         let actor = call.actor.clone();
+        // One made while the host is being looked at would be recorded as ready, though nobody had made its bridge.
+        let working = self.inner.working.read().await;
         let answer = self
             .inner
             .core
@@ -131,6 +133,7 @@ impl Networks {
             lock(&self.inner.troubles).entry(network.id).or_insert_with(|| BEING_SET_UP.to_owned());
             self.inner.ask_to_settle();
         }
+        drop(working);
         Ok(answer)
     }
 
@@ -317,9 +320,9 @@ impl Inner {
         let (wanted, doomed) = self.core.store.read(read_wanted).await?;
         let troubles = self.plumbing.ensure(wanted).await;
         self.core.checkpoint("network.settled")?;
-        let known = troubles.clone();
-        let failed = self.core.store.write(move |tx| record_states(tx, &known)).await?;
-        *lock(&self.troubles) = troubles;
+        // Before the record, which ends operations: whoever waited for one finds its network ready.
+        *lock(&self.troubles) = troubles.clone();
+        let failed = self.core.store.write(move |tx| record_states(tx, &troubles)).await?;
         for segment in doomed.into_iter().chain(failed) {
             let id = segment.id;
             self.plumbing.remove(segment).await.map_err(refused)?;

@@ -304,3 +304,21 @@ async fn settled(networks: &Networks) -> bool {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_whose_operation_has_ended_is_there_however_many_are_made_at_once() {
+    let stage = Stage::new();
+    let networks = stage.open().await;
+    let made = (0..8).map(|number| {
+        let (networks, plumbing) = (networks.clone(), stage.plumbing.clone());
+        tokio::spawn(async move {
+            let network = created(&networks, spec(&format!("net{number}"), None)).await;
+            networks.check_ready(network.id).unwrap();
+            assert!(plumbing.scene().segments.contains_key(&network.id), "{network:?}");
+        })
+    });
+    for network in made.collect::<Vec<_>>() {
+        network.await.unwrap();
+    }
+    networks.close().await;
+}
