@@ -17,7 +17,7 @@ const IDLE: Duration = Duration::from_millis(100);
 const WAIT: Option<&str> = Some("wait=30");
 
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
-    let (few, many) = (ground.samples(40, 3), ground.samples(240, 16));
+    let (few, each) = (ground.samples(40, 3), ground.samples(10, 1));
     let host = Host::start(ground);
     let (cold, deleted) = cold(&host, few);
     let took = report.add(series("create_ms", "cold"), &cold);
@@ -27,7 +27,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     report.bar(&format!("create_ms after_delete {took:.1}, at most 10"), took <= 10.0);
     let took = report.add(series("create_ms", "back_to_back"), &back_to_back(&host, few));
     report.bar(&format!("create_ms back_to_back {took:.1}, at most 6"), took <= 6.0);
-    let rates: Vec<f64> = (0..ground.samples(3, 1)).map(|round| rate(&host, many / 3, round)).collect();
+    let rates: Vec<f64> = (0..ground.samples(3, 1)).map(|round| rate(&host, each, round)).collect();
     let rate = report.add(Series { unit: "1/s", ..series("creates_per_s", "8_clients") }, &rates);
     report.bar(&format!("{rate:.0} creates/s with {CLIENTS} clients, at least 50"), rate >= 50.0);
 }
@@ -90,14 +90,14 @@ fn back_to_back(host: &Host, count: usize) -> Vec<f64> {
     made.into_iter().map(|(took, _)| took).collect()
 }
 
-/// Servers that run, each second.
-fn rate(host: &Host, count: usize, round: usize) -> f64 {
+/// Servers that run, each second, when each caller wants so many.
+fn rate(host: &Host, each: usize, round: usize) -> f64 {
     let begun = Instant::now();
     std::thread::scope(|scope| {
         for client in 0..CLIENTS {
             scope.spawn(move || {
                 let mut connection = host.local();
-                for at in 0..count / CLIENTS {
+                for at in 0..each {
                     let body = server(&format!("rate-{round}-{client}-{at}"));
                     let answer = connection.call("POST", "/v1/servers", WAIT, Some(&body));
                     assert_eq!(answer["resource"]["state"], "running", "{answer}");
@@ -105,7 +105,7 @@ fn rate(host: &Host, count: usize, round: usize) -> f64 {
             });
         }
     });
-    (count / CLIENTS * CLIENTS) as f64 / begun.elapsed().as_secs_f64()
+    (each * CLIENTS) as f64 / begun.elapsed().as_secs_f64()
 }
 
 fn ms(begun: Instant) -> f64 {

@@ -17,12 +17,15 @@ const LEFT_KB: u64 = 2 << 20;
 /// Longest wait for a daemon to find its servers.
 const ADOPTED_MAX: Duration = Duration::from_secs(60);
 
+/// Pause between two looks at what takes long beside it.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
     let (most, part) = (ground.samples(SERVERS, 6), ground.samples(10, 2));
     let mut host = Host::start(ground);
     let mut client = host.local();
     // The default network has no thousand addresses.
-    let network = json!({ "name": "wide", "ipv4_cidr": "10.77.0.0/20" });
+    let network = json!({ "name": "wide", "ipv4_cidr": "172.30.0.0/20" });
     client.call("POST", "/v1/networks", Some("wait=30"), Some(&network));
     let mut took = Vec::new();
     let before_kb = available_kb();
@@ -45,7 +48,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     host.open();
     while host.log_count(text) < known + count {
         assert!(begun.elapsed() < ADOPTED_MAX, "not all are found again:\n{}", host.told());
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(LOOK_AGAIN);
     }
     let adopted_s = begun.elapsed().as_secs_f64();
     let mut add = |case: &str, unit, samples: &[f64]| {

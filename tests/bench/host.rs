@@ -63,6 +63,8 @@ impl Host {
         let mut command = Command::new(self.bin.join("toftd"));
         command.arg("--state-dir").arg(path("state")).arg("--run-dir").arg(path("run"));
         command.arg("--vmm").arg(self.bin.join("toft-vmm")).arg("--import-dir").arg(path("import"));
+        // Other daemons of this host have their groups elsewhere, and this one's parent goes with its last server.
+        command.arg("--cgroup").arg(self.base.path().file_name().expect("a name"));
         command.args(["--memory-bytes", &MEMORY_BYTES_ALL.to_string()]);
         command.args(["--listen", &self.address().to_string()]);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
@@ -85,6 +87,28 @@ impl Host {
             // An error means that it has ended already.
             let _ = kill(Pid::from_raw(daemon.id() as i32), signal);
             daemon.wait().expect("our child");
+        }
+    }
+
+    /// Deletes every server, by some callers at once.
+    fn delete_all(&self) {
+        loop {
+            let list = self.local().call("GET", "/v1/servers?limit=100", None, None);
+            let ids: Vec<&Value> = list["items"].as_array().into_iter().flatten().collect();
+            if ids.is_empty() {
+                return;
+            }
+            std::thread::scope(|scope| {
+                for part in ids.chunks(ids.len().div_ceil(DELETERS)) {
+                    scope.spawn(move || {
+                        let mut client = self.local();
+                        for server in part {
+                            let path = format!("/v1/servers/{}", server["id"].as_str().expect("an id"));
+                            client.call("DELETE", &path, Some("wait=30"), None);
+                        }
+                    });
+                }
+            });
         }
     }
 
@@ -156,10 +180,19 @@ impl Host {
 }
 
 impl Drop for Host {
+    /// Servers would outlive their daemon, and be in the way of what is measured next.
     fn drop(&mut self) {
+        // On a thread of its own, because its panic must not meet one that is under way.
+        let deleted = std::thread::scope(|scope| scope.spawn(|| self.delete_all()).join());
+        if deleted.is_err() {
+            eprintln!("bench: servers are left behind in {}", self.base.path().display());
+        }
         self.end(Signal::SIGTERM);
     }
 }
+
+/// Callers that delete at once.
+const DELETERS: usize = 4;
 
 /// Bytes that the ring has had, as its header says; none while it is being made.
 fn written(ring: &File) -> u64 {

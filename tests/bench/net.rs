@@ -80,6 +80,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         }
     }
     for (case, samples) in CASES.iter().zip(&samples) {
+        assert!(samples.iter().flatten().all(|sample| *sample > 0.0), "no frame came: {}", case.name);
         let series = |who| Series { bench: "net", case: case.name, who, unit: case.unit };
         let [toft, qemu] = [0, 1].map(|at| report.add(series(ends[at].guest.who), &samples[at]));
         let (name, ratio) = (case.name, toft / qemu);
@@ -167,9 +168,10 @@ fn command_line(host: &str, guest: &str, words: &[&str]) -> String {
     on_command(&format!("ip={guest} gw={host}"), words)
 }
 
-/// Gives the tap an address in a network of its own, and the guest's without asking for it. Answers both.
+/// Gives the tap an address in a network of its own, and the guest's without asking for it. Answers both. The networks are
+/// those for benchmarks (RFC 2544), which no daemon of another group has chosen for a bridge.
 fn configure(tap: &str, network: u8, mac: &str) -> (String, String) {
-    let (host, guest) = (format!("10.77.{network}.1"), format!("10.77.{network}.2"));
+    let (host, guest) = (format!("198.18.{network}.1"), format!("198.18.{network}.2"));
     ip(&format!("address add {host}/24 dev {tap}"));
     ip(&format!("link set {tap} up"));
     ip(&format!("neighbour replace {guest} lladdr {mac} dev {tap} nud permanent"));
