@@ -9,9 +9,10 @@ use serde::de::DeserializeOwned;
 use crate::call::{Answer, Call};
 use crate::config::{Config, Dirs};
 use crate::error::Result;
-use crate::idempotency;
+use crate::idempotency::{self, Underway};
 use crate::limits;
 use crate::store::{Store, Tx};
+use crate::tokens::Derivation;
 
 /// What every noun shares.
 pub struct Core {
@@ -23,9 +24,19 @@ pub struct Core {
     pub store: Store,
     /// When the daemon started.
     pub started_at: model::Time,
+    /// Secrets that a repeated call is to be told again.
+    pub secrets: Derivation,
+    /// Calls whose work is longer than a transaction.
+    pub underway: Underway,
 }
 
 impl Core {
+    /// The core of a daemon that starts now.
+    pub fn new(config: Config, dirs: Dirs, store: Store) -> Result<Core> {
+        let (secrets, underway) = (Derivation::new()?, Underway::default());
+        Ok(Core { config, dirs, store, started_at: model::Time::now(), secrets, underway })
+    }
+
     /// Carries out one mutating call in one transaction: looks the idempotency key up, runs `change`, stores its
     /// answer with the key, commits. Nothing is kept when `change` fails.
     pub async fn mutate<T, F>(&self, call: &Call, change: F) -> Result<Answer<T>>
@@ -33,6 +44,7 @@ impl Core {
         T: Serialize + DeserializeOwned + Send + 'static,
         F: FnOnce(&Tx<'_>) -> Result<T> + Send + 'static,
     {
+        self.underway.refuse(call)?;
         let call = call.clone();
         self.store
             .write(move |tx| {
@@ -44,6 +56,25 @@ impl Core {
                 Ok(Answer { body, replayed: false })
             })
             .await
+    }
+
+    /// Carries out one mutating call whose work is no transaction, such as a test that takes seconds, and keeps its
+    /// answer with the idempotency key. The same key is answered `idempotency_running` in the meantime. Nothing is
+    /// kept when the work fails or the daemon ends in the middle of it: a repeated call then does it again.
+    pub async fn once<T, R>(&self, call: &Call, work: R) -> Result<Answer<T>>
+    where
+        T: Serialize + DeserializeOwned + Send + 'static,
+        R: Future<Output = Result<T>> + Send,
+    {
+        let _underway = self.underway.begin(call)?;
+        let asked = call.clone();
+        if let Some(body) = self.store.read(move |connection| idempotency::replay(connection, &asked)).await?
+        {
+            return Ok(Answer { body, replayed: true });
+        }
+        let (body, call) = (work.await?, call.clone());
+        let keep = move |tx: &Tx<'_>| idempotency::keep(tx, &call, &body).map(|()| body);
+        Ok(Answer { body: self.store.write(keep).await?, replayed: false })
     }
 
     /// Does work that was promised, again until it succeeds or the daemon ends: what fails it is the host's trouble,

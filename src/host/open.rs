@@ -60,7 +60,7 @@ impl Host {
         }
         store.write(events::identify).await?;
         let capacity = Capacity::of_host(config.memory_bytes)?;
-        let core = Arc::new(Core { config, dirs, store, started_at: model::Time::now() });
+        let core = Arc::new(Core::new(config, dirs, store)?);
         let images = Images::new(core.clone());
         let volumes = Volumes::new(core.clone(), images.clone());
         let networks = Networks::new(core.clone(), plumbing);
@@ -100,6 +100,12 @@ impl Host {
         self.inner.servers.close().await;
         self.inner.networks.close().await;
         self.inner.core.store.close().await;
+    }
+
+    /// What every noun shares, for tests of it.
+    #[cfg(test)]
+    pub(crate) fn core(&self) -> &Shared {
+        &self.inner.core
     }
 
     /// The records, for tests of what is kept.
@@ -164,10 +170,9 @@ impl Host {
         self.inner.report.host().await
     }
 
-    /// Tries KVM with a small guest.
+    /// Tries KVM with a small guest. Fails with `idempotency_running` while a call with the same key does.
     pub async fn probe_kvm(&self, call: &Call) -> Result<Answer<KvmProbe>> {
-        let _ = call;
-        Ok(Answer { body: self.inner.report.probe_kvm().await?, replayed: false })
+        self.inner.core.once(call, self.inner.report.probe_kvm()).await
     }
 }
 

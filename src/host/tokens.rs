@@ -190,12 +190,50 @@ pub(crate) fn hash(secret: &str) -> String {
 
 /// 256 bits from the kernel, in hexadecimal.
 pub(crate) fn random_hex() -> Result<String> {
+    Ok(hex(&random()?))
+}
+
+fn random() -> Result<[u8; 32]> {
     use std::io::Read;
     let mut bytes = [0; 32];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut source| source.read_exact(&mut bytes))
         .map_err(|cause| Error::internal("the host has no random numbers", cause))?;
-    Ok(hex(&bytes))
+    Ok(bytes)
+}
+
+/// Makes secrets that can be told again to whoever repeats a call, without keeping them: each follows from what it is
+/// for and from random bits that only this process knows. They end with it, and so does the telling.
+pub struct Derivation([u8; 32]);
+
+impl Derivation {
+    /// With bits of its own.
+    pub fn new() -> Result<Derivation> {
+        random().map(Derivation)
+    }
+
+    /// 256 bits in hexadecimal, the same for the same parts: HMAC-SHA256 (RFC 2104) of the parts, each with its length
+    /// so that none can pass for part of another.
+    pub fn secret(&self, parts: &[&str]) -> String {
+        let mut message = Vec::new();
+        for part in parts {
+            message.extend((part.len() as u64).to_le_bytes());
+            message.extend(part.as_bytes());
+        }
+        hex(&self.mac(&message))
+    }
+
+    fn mac(&self, message: &[u8]) -> [u8; 32] {
+        use sha2::{Digest, Sha256};
+        // The hash works on blocks of 64 bytes; the key fills the first half of one.
+        let block = |pad: u8| {
+            let mut block = [pad; 64];
+            block.iter_mut().zip(self.0).for_each(|(byte, key)| *byte ^= key);
+            block
+        };
+        let inner = Sha256::new().chain_update(block(0x36)).chain_update(message).finalize();
+        Sha256::new().chain_update(block(0x5c)).chain_update(inner).finalize().into()
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -204,4 +242,26 @@ fn hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn derived_secrets_are_hmac_sha256() {
+        // RFC 4231, test case 1: its key is shorter, and a key is filled up with zeros.
+        let mut key = [0; 32];
+        key[..20].fill(0x0b);
+        let mac = hex(&Derivation(key).mac(b"Hi There"));
+        assert_eq!(mac, "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7");
+    }
+
+    #[test]
+    fn a_derived_secret_is_of_its_parts_and_its_process() {
+        let one = Derivation::new().unwrap();
+        assert_eq!(one.secret(&["ab", "c"]), one.secret(&["ab", "c"]));
+        assert_ne!(one.secret(&["ab", "c"]), one.secret(&["a", "bc"]));
+        assert_ne!(one.secret(&["ab", "c"]), Derivation::new().unwrap().secret(&["ab", "c"]));
+    }
 }

@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use model::server::{ConsoleToken, CreateConsoleToken};
 use model::{Code, ServerId, Time};
 use rusqlite::{OptionalExtension, params};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use wire::console::Ring;
@@ -205,15 +206,34 @@ async fn read(ring: Arc<Mutex<Ring>>, from: u64, length_max: usize) -> Result<Co
     .await
 }
 
-/// Makes a ticket.
+/// What is kept of a ticket for a repeated call: enough to know its secret by.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Issued {
+    hash: String,
+    expires_at: Time,
+}
+
+impl Issued {
+    /// Whether it is the ticket with this secret.
+    pub(super) fn is_of(&self, secret: &str) -> bool {
+        self.hash == tokens::hash(secret)
+    }
+
+    /// What its holder is told.
+    pub(super) fn token(&self, id: ServerId, secret: &str) -> ConsoleToken {
+        ConsoleToken { url: format!("/v1/servers/{id}/console?token={secret}"), expires_at: self.expires_at }
+    }
+}
+
+/// Makes a ticket with this secret.
 pub(super) fn issue(
     tx: &Tx<'_>,
     id: ServerId,
     spec: CreateConsoleToken,
     actor: &Actor,
-) -> Result<ConsoleToken> {
+    secret: &str,
+) -> Result<Issued> {
     let now = Time::now();
-    let secret = tokens::random_hex()?;
     let lifetime_ms = i64::try_from(limits::CONSOLE_TOKEN.as_millis()).unwrap_or_default();
     let expires_at = Time::from_unix_ms(now.unix_ms() + lifetime_ms);
     tx.execute("DELETE FROM console_tokens WHERE expires_ms < ?1", [now.unix_ms()])?;
@@ -224,11 +244,12 @@ pub(super) fn issue(
     if live >= limits::CONSOLE_TOKENS_MAX {
         return Err(Error::new(Code::TooMany, format!("{live} tickets are open; use them or wait a minute")));
     }
+    let issued = Issued { hash: tokens::hash(secret), expires_at };
     tx.execute(
         "INSERT INTO console_tokens (hash, server, read_only, position, expires_ms, actor)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         params![
-            tokens::hash(&secret),
+            issued.hash,
             id.to_string(),
             spec.read_only,
             spec.from,
@@ -236,7 +257,13 @@ pub(super) fn issue(
             actor.to_string()
         ],
     )?;
-    Ok(ConsoleToken { url: format!("/v1/servers/{id}/console?token={secret}"), expires_at })
+    Ok(issued)
+}
+
+/// Makes a ticket worth nothing. Repeatable.
+pub(super) fn withdraw(tx: &Tx<'_>, issued: &Issued) -> Result<()> {
+    tx.execute("DELETE FROM console_tokens WHERE hash = ?1", [&issued.hash])?;
+    Ok(())
 }
 
 /// Makes every ticket of a server that nobody has taken yet worth nothing.

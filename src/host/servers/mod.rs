@@ -14,11 +14,13 @@ use model::{Code, ConsoleReaderId, OperationId, ServerId};
 use rusqlite::Connection;
 use wire::control::{Command, Reply};
 
-use crate::call::{Answer, Call};
+use crate::call::{Answer, Call, Idempotency};
 use crate::error::{Error, Result};
+use crate::idempotency;
 use crate::labels;
 use crate::network::Networks;
 use crate::store::{Tx, records};
+use crate::tokens;
 use crate::vmms::Process;
 
 mod actor;
@@ -39,6 +41,7 @@ pub mod registry;
 mod saved;
 mod view;
 
+use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
 use lifecycle::Ask;
 pub use readers::Kicked;
@@ -233,26 +236,40 @@ impl Servers {
         console::log(&self.ring(id), from, tail_bytes).await
     }
 
-    /// Makes a one-use ticket to the console. Its url is `/v1/servers/{id}/console?token={secret}`. It is never
-    /// kept in readable form, so a repeated call makes another.
+    /// Makes a one-use ticket to the console. Its url is `/v1/servers/{id}/console?token={secret}`. The secret is
+    /// never kept in readable form: a repeated call is told it again while this daemon runs; after that it makes
+    /// another, and the first is worth nothing.
     pub async fn console_token(
         &self,
         call: &Call,
         id: ServerId,
         spec: CreateConsoleToken,
     ) -> Result<Answer<ConsoleToken>> {
-        let actor = call.actor.clone();
-        let body = self
-            .workshop()
-            .core
-            .store
-            .write(move |tx| {
-                let record: ServerRecord = records::one(tx, id.0)?;
-                advance::console_event(tx, &record, "server.console_token_created", actor.to_string())?;
-                console::issue(tx, id, spec, &actor)
-            })
-            .await?;
-        Ok(Answer { body, replayed: false })
+        let core = &self.workshop().core;
+        core.underway.refuse(call)?;
+        let call = call.clone();
+        let secret = match &call.idempotency {
+            Some(Idempotency { key, fingerprint }) => {
+                core.secrets.secret(&["console", &call.actor.to_string(), key, fingerprint])
+            }
+            None => tokens::random_hex()?,
+        };
+        let issue = move |tx: &Tx<'_>| {
+            if let Some(earlier) = idempotency::replay::<Issued>(tx, &call)? {
+                if earlier.is_of(&secret) {
+                    return Ok(Answer { body: earlier.token(id, &secret), replayed: true });
+                }
+                console::withdraw(tx, &earlier)?;
+            }
+            let record: ServerRecord = records::one(tx, id.0)?;
+            call.check_match(record.generation)?;
+            let actor = &call.actor;
+            advance::console_event(tx, &record, "server.console_token_created", actor.to_string())?;
+            let issued = console::issue(tx, id, spec, actor, &secret)?;
+            idempotency::keep(tx, &call, &issued)?;
+            Ok(Answer { body: issued.token(id, &secret), replayed: false })
+        };
+        core.store.write(issue).await
     }
 
     /// Opens the console of server `id` with a ticket, which is worth nothing afterwards. Fails with
@@ -289,12 +306,13 @@ impl Servers {
         id: ServerId,
         only: Option<ConsoleReaderId>,
     ) -> Result<Answer<ConsoleReaders>> {
-        let (servers, actor) = (self.clone(), call.actor.clone());
+        let (servers, conditions) = (self.clone(), call.clone());
         let answer = self
             .workshop()
             .core
             .mutate(call, move |tx| {
                 let record: ServerRecord = records::one(tx, id.0)?;
+                conditions.check_match(record.generation)?;
                 let mut items = servers.readers(id);
                 if let Some(only) = only {
                     items.retain(|reader| reader.id == only);
@@ -303,7 +321,7 @@ impl Servers {
                     }
                 }
                 console::revoke(tx, id)?;
-                advance::console_event(tx, &record, "server.console_kicked", actor.to_string())?;
+                advance::console_event(tx, &record, "server.console_kicked", conditions.actor.to_string())?;
                 Ok(ConsoleReaders { items })
             })
             .await?;

@@ -388,6 +388,42 @@ async fn a_key_belongs_to_one_caller_and_one_request() {
 }
 
 #[tokio::test]
+async fn long_work_with_a_key_is_done_once_and_says_while_it_runs() {
+    let stage = Stage::new();
+    let host = stage.open().await;
+    let core = host.core();
+    let (finish, finished) = tokio::sync::oneshot::channel();
+    let long = tokio::spawn({
+        let core = core.clone();
+        async move { core.once(&keyed("k"), async { Ok(finished.await.unwrap()) }).await }
+    });
+    // `begin` fails from the moment on that the work holds the key.
+    while core.underway.begin(&keyed("k")).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    let running = core.once(&keyed("k"), async { Ok(0) }).await.unwrap_err();
+    assert_eq!(running.code, Code::IdempotencyRunning);
+    assert!(running.code.retryable());
+    let running = core.mutate(&keyed("k"), |_| Ok(0)).await.unwrap_err();
+    assert_eq!(running.code, Code::IdempotencyRunning);
+    let mut other = keyed("k");
+    other.idempotency.as_mut().unwrap().fingerprint = "other".to_owned();
+    let mismatch = core.once(&other, async { Ok(0) }).await.unwrap_err();
+    assert_eq!(mismatch.code, Code::IdempotencyMismatch);
+    assert_eq!(core.once(&keyed("another"), async { Ok(1) }).await.unwrap().body, 1);
+
+    finish.send(7).unwrap();
+    let first = long.await.unwrap().unwrap();
+    let again = core.once(&keyed("k"), async { Ok(8) }).await.unwrap();
+    assert_eq!((first.body, first.replayed, again.body, again.replayed), (7, false, 7, true));
+
+    let failed = || async { Err::<u32, _>(Error::new(Code::MachineFailed, "no")) };
+    assert_eq!(core.once(&keyed("f"), failed()).await.unwrap_err().code, Code::MachineFailed);
+    assert_eq!(core.once(&keyed("f"), async { Ok(3) }).await.unwrap().body, 3, "a failure is not kept");
+    host.close().await;
+}
+
+#[tokio::test]
 async fn tokens_open_until_they_are_revoked_and_are_not_stored_readably() {
     let stage = Stage::new();
     let host = stage.open().await;

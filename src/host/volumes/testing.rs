@@ -55,7 +55,7 @@ impl Place {
         let store = Store::open(&dirs.database(), config.checkpoint.clone()).await.unwrap();
         // A life that ends at its first point ends here; the identity is in the records all the same.
         let _ = store.write(crate::events::identify).await;
-        Arc::new(Core { config, dirs, store, started_at: model::Time::now() })
+        Arc::new(Core::new(config, dirs, store).expect("a core"))
     }
 
     /// Names in a directory of the state directory, sorted.

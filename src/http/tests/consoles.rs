@@ -2,6 +2,7 @@
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
+use model::Code;
 use model::operation::Accepted;
 use model::server::{ConsoleReaders, ConsoleToken, Server};
 use serde_json::{Value, json};
@@ -98,6 +99,23 @@ async fn a_ticket_opens_one_console_once() {
             other => panic!("{used}: {other:?}"),
         }
     }
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_repeated_request_for_a_ticket_is_answered_with_the_same() {
+    let served = Served::start().await;
+    let server = running(&served).await;
+    let path = format!("/v1/servers/{}/console-tokens", server.id);
+    let sent = |body: Value| Sent::from(body).with("idempotency-key", "k");
+    let first = served.call("POST", &path, sent(json!({}))).await;
+    let again = served.call("POST", &path, sent(json!({}))).await;
+    assert_eq!((first.header("idempotency-replayed"), again.header("idempotency-replayed")), ("", "true"));
+    assert_eq!(first.json::<ConsoleToken>(201), again.json::<ConsoleToken>(201));
+    let other = served.call("POST", &path, sent(json!({ "read_only": true }))).await;
+    other.problem(Code::IdempotencyMismatch);
+    let stale = Sent::nothing().with("if-match", "\"999\"");
+    served.call("POST", &path, stale).await.problem(Code::StaleEtag);
     served.stop().await;
 }
 

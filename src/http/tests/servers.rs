@@ -188,6 +188,11 @@ async fn volumes_and_images_are_seen_and_refuse_what_would_break_a_server() {
     assert_eq!((about["product"].as_str(), about["api"].as_str()), (Some("toft"), Some("v1")));
     let probe: Value = served.call("POST", "/v1/host/actions/probe", Sent::nothing()).await.json(200);
     assert_eq!(probe["works"], true);
+    let probe = || Sent::nothing().with("idempotency-key", "k");
+    let first = served.call("POST", "/v1/host/actions/probe", probe()).await;
+    let again = served.call("POST", "/v1/host/actions/probe", probe()).await;
+    assert_eq!(first.json::<Value>(200)["works"], true);
+    assert_eq!((again.header("idempotency-replayed"), &again.body), ("true", &first.body));
     served.stop().await;
 }
 

@@ -1,11 +1,11 @@
 //! Consoles on fakes: readers, keyboards, tickets.
-use model::server::{CreateConsoleToken, DeleteServer};
+use model::server::{ConsoleToken, CreateConsoleToken, DeleteServer};
 use model::{Code, EventId, ServerId};
 
 use super::super::{ConsoleStream, limits};
 use super::{START, stop};
 use crate::fake_vmm::Guest;
-use crate::stage::{SOON, Stage, created, server, succeeded};
+use crate::stage::{SOON, Stage, created, keyed, server, succeeded};
 use crate::{Call, Host, Idempotency};
 
 #[tokio::test]
@@ -195,10 +195,78 @@ async fn readers_are_known_by_who_let_them_in_and_are_kicked_one_by_one_or_all()
     host.close().await;
 }
 
+#[tokio::test]
+async fn a_repeated_call_is_told_the_same_ticket_and_nothing_readable_is_kept() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let (call, spec) = (keyed("k"), CreateConsoleToken::default());
+    let first = host.servers().console_token(&call, id, spec).await.unwrap();
+    let again = host.servers().console_token(&call, id, spec).await.unwrap();
+    assert_eq!((first.replayed, again.replayed), (false, true));
+    assert_eq!(first.body, again.body);
+    let mut other = call.clone();
+    other.idempotency.as_mut().unwrap().fingerprint = "another body".to_owned();
+    let refused = host.servers().console_token(&other, id, spec).await.unwrap_err();
+    assert_eq!(refused.code, Code::IdempotencyMismatch);
+    let unkeyed = host.servers().console_token(&Call::by_host(), id, spec).await.unwrap().body;
+    for file in ["toft.db", "toft.db-wal"] {
+        let kept = std::fs::read(stage.state_dir().join(file)).unwrap();
+        for token in [&first.body, &unkeyed] {
+            let secret = secret(token).as_bytes();
+            assert!(!kept.windows(secret.len()).any(|piece| piece == secret), "{file} holds a secret");
+        }
+    }
+    host.servers().console_open(id, secret(&first.body)).await.unwrap();
+    // The call did what it did: told again, the ticket is still used up.
+    let told = host.servers().console_token(&call, id, spec).await.unwrap().body;
+    let refused = host.servers().console_open(id, secret(&told)).await.err().unwrap();
+    assert_eq!(refused.code, Code::Unauthenticated);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_daemon_that_cannot_know_a_ticket_any_more_replaces_it() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let (call, spec) = (keyed("k"), CreateConsoleToken::default());
+    let first = host.servers().console_token(&call, id, spec).await.unwrap().body;
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    let second = host.servers().console_token(&call, id, spec).await.unwrap();
+    assert!(!second.replayed);
+    let third = host.servers().console_token(&call, id, spec).await.unwrap();
+    assert!(third.replayed);
+    assert_eq!(second.body, third.body);
+    let refused = host.servers().console_open(id, secret(&first)).await.err().unwrap();
+    assert_eq!(refused.code, Code::Unauthenticated);
+    host.servers().console_open(id, secret(&second.body)).await.unwrap();
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_ticket_is_made_for_the_version_that_its_caller_saw() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let made = created(&host, server("web1")).await;
+    let call = |generation| Call { if_match: Some(crate::call::etag(generation)), ..Call::by_host() };
+    let spec = CreateConsoleToken::default();
+    let refused = host.servers().console_token(&call(made.generation + 1), made.id, spec).await.unwrap_err();
+    assert_eq!(refused.code, Code::StaleEtag);
+    host.servers().console_token(&call(made.generation), made.id, spec).await.unwrap();
+    host.close().await;
+}
+
+fn secret(token: &ConsoleToken) -> &str {
+    token.url.split_once("token=").unwrap().1
+}
+
 async fn ticket(host: &Host, id: ServerId, read_only: bool) -> String {
     let spec = CreateConsoleToken { read_only, from: None };
     let token = host.servers().console_token(&Call::by_host(), id, spec).await.unwrap().body;
-    token.url.split_once("token=").unwrap().1.to_owned()
+    secret(&token).to_owned()
 }
 
 async fn open_console(host: &Host, id: ServerId, read_only: bool) -> ConsoleStream {
