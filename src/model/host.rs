@@ -116,6 +116,12 @@ pub struct KvmProbe {
     pub detail: Option<String>,
     /// Extensions without which no server can run.
     pub missing: Vec<String>,
+    /// Extensions that servers can do without, and do: `checks` says what for.
+    #[serde(default)]
+    pub absent: Vec<String>,
+    /// Version of Landlock's interface; 0 when the kernel has none, absent when it was not tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub landlock_abi: Option<u32>,
     /// Instructions per second in guest kernel mode.
     pub kernel_mode_ips: u64,
     /// Cost of one exit to the VMM and back, in nanoseconds.

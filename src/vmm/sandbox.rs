@@ -144,7 +144,7 @@ fn close_thread(filter: Filter) {
 }
 
 /// A Landlock domain in which no rule allows anything; answers the version of the interface in force.
-fn forbid_files_and_network() -> Result<u32, landlock::RulesetError> {
+pub(crate) fn forbid_files_and_network() -> Result<u32, landlock::RulesetError> {
     let abi = ABI::V6;
     let status = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)

@@ -154,6 +154,8 @@ pub struct KvmReport {
     pub kernel_mode_ips: u64,
     /// Median cost of one exit to user space and back, in nanoseconds.
     pub exit_ns: u64,
+    /// Version of Landlock's interface that a process of this host can put in force; 0 when there is none.
+    pub landlock_abi: u32,
 }
 
 /// Whether Linux guests run here.

@@ -253,6 +253,7 @@ impl Launch for FakeLaunch {
                 linux: LinuxSupport::No("a fake runs no guest".to_owned()),
                 kernel_mode_ips: 1_000_000,
                 exit_ns: 10_000,
+                landlock_abi: 4,
             })
         }
         .boxed()

@@ -39,6 +39,8 @@ impl System {
             ("ksm", self.ksm()),
             ("swap", self.swap()),
             ("user_namespaces", self.user_namespaces()),
+            ("seccomp", self.seccomp()),
+            ("io_uring", self.io_uring()),
             ("cgroups", self.cgroups()),
             ("tun", self.tun()),
             (
@@ -65,15 +67,18 @@ impl System {
         model.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
     }
 
-    /// Documentation/admin-guide/hw-vuln: each file says `Not affected`, `Mitigation: …` or `Vulnerable…`.
+    /// Documentation/admin-guide/hw-vuln: each file says `Not affected`, `Mitigation: …` or `Vulnerable…`, and for
+    /// some parts of its own, such as `Mitigation: PTE Inversion; VMX: vulnerable`.
     fn mitigations(&self) -> Finding {
         let Ok(entries) = fs::read_dir(self.root.join("sys/devices/system/cpu/vulnerabilities")) else {
             return lesser("the kernel does not say what the processor is vulnerable to; use a newer kernel");
         };
         let mut vulnerable: Vec<String> = entries
             .flatten()
-            .filter(|entry| fs::read_to_string(entry.path()).is_ok_and(|text| text.starts_with("Vulnerable")))
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter_map(|entry| {
+                let text = fs::read_to_string(entry.path()).ok()?;
+                Some(format!("{}{}", entry.file_name().to_string_lossy(), unmitigated(&text)?))
+            })
             .collect();
         vulnerable.sort();
         match vulnerable.as_slice() {
@@ -126,6 +131,31 @@ impl System {
             }
             Some(_) => good("user namespaces can be made"),
             None => lesser("the kernel has no user namespaces, which jails use"),
+        }
+    }
+
+    /// seccomp(2): the list of actions is there from Linux 4.14 on, where filters are.
+    fn seccomp(&self) -> Finding {
+        let actions = self.read("proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
+        match actions.split_whitespace().any(|action| action == "kill_process") {
+            true => good("each thread of a VMM can be held to the system calls it needs"),
+            false => {
+                lesser("the kernel has no system call filters, so servers cannot run; use another kernel")
+            }
+        }
+    }
+
+    /// Documentation/admin-guide/sysctl/kernel.rst, `io_uring_disabled`; kernels before 6.6 have no such switch.
+    fn io_uring(&self) -> Finding {
+        match self.read("proc/sys/kernel/io_uring_disabled").as_deref() {
+            Some("2") => lesser(
+                "io_uring is switched off, so disks cannot work; allow it with `sysctl kernel.io_uring_disabled=0`",
+            ),
+            Some("1") => lesser(
+                "io_uring is kept to privileged processes, which VMMs are not, so disks cannot work; allow it with \
+                 `sysctl kernel.io_uring_disabled=0`",
+            ),
+            _ => good("disks can work without waiting for each other"),
         }
     }
 
@@ -206,6 +236,22 @@ impl System {
     fn read(&self, path: &str) -> Option<String> {
         fs::read_to_string(self.root.join(path)).ok().map(|text| text.trim().to_owned())
     }
+}
+
+/// What one file of vulnerabilities admits: nothing, all of it (an empty text), or some parts, in brackets. What
+/// hyper-threading leaves open is the check of hyper-threading's to tell.
+fn unmitigated(text: &str) -> Option<String> {
+    let text = text.trim();
+    if text.starts_with("Vulnerable") {
+        return Some(String::new());
+    }
+    // `Unknown: No mitigations` is what processors too old to be looked into get.
+    let open = |part: &&str| {
+        let part = part.to_ascii_lowercase();
+        part.contains("vulnerable") && !part.contains("smt vulnerable") || part.starts_with("unknown")
+    };
+    let parts: Vec<&str> = text.split([';', ',']).map(str::trim).filter(open).collect();
+    (!parts.is_empty()).then(|| format!(" ({})", parts.join(", ")))
 }
 
 fn installed(name: &str, package: &str, without: &str) -> Finding {

@@ -123,6 +123,8 @@ impl Report {
         let volumes = self.core.dirs.root().join("volumes");
         let troubles = self.networks.troubles();
         let mut checks = vec![kvm_check(launchable, probe.as_ref())];
+        checks.extend(probe.as_ref().map(features_check));
+        checks.extend(probe.as_ref().and_then(|probe| probe.landlock_abi).map(landlock_check));
         let looked = tokio::task::spawn_blocking(move || System::new(Path::new("/")).checks(&volumes)).await;
         checks.extend(looked.map_err(|cause| Error::internal("looking at the host ended badly", cause))?);
         checks.push(networks_check(troubles.values()));
@@ -152,6 +154,16 @@ fn last_probe(connection: &Connection) -> Result<Option<KvmProbe>> {
     Ok(text.map(|text| serde_json::from_str(&text)).transpose()?)
 }
 
+/// Extensions that servers can do without, and what is lost then.
+const WANTED: &[(&str, &str)] = &[
+    ("KVMCLOCK_CTRL", "a guest that was paused may report a stuck processor"),
+    ("STEAL_TIME", "guests cannot tell time that others took from being slow themselves"),
+    ("TSC_DEADLINE_TIMER", "timers of guests cost more exits"),
+    ("GET_TSC_KHZ", "guests must measure the speed of their clock, which takes longer and drifts"),
+    ("TSC_CONTROL", "a saved server can only go on where the clock runs at the same speed"),
+    ("XSAVE2", "a processor's state may be too large to be saved"),
+];
+
 fn judge(report: KvmReport) -> KvmProbe {
     let works = report.missing.is_empty();
     let (linux_guests, detail) = match report.linux {
@@ -163,6 +175,13 @@ fn judge(report: KvmReport) -> KvmProbe {
         linux_guests,
         detail,
         missing: report.missing,
+        absent: report
+            .extensions
+            .into_iter()
+            .filter(|(name, value)| *value <= 0 && WANTED.iter().any(|(wanted, _)| wanted == name))
+            .map(|(name, _)| name)
+            .collect(),
+        landlock_abi: Some(report.landlock_abi),
         kernel_mode_ips: report.kernel_mode_ips,
         exit_ns: report.exit_ns,
         at: Time::now(),
@@ -192,6 +211,32 @@ fn kvm_check(launchable: Result<()>, probe: Option<&KvmProbe>) -> Check {
         (Ok(()), Some(_)) => (CheckStatus::Ok, "a small guest ran".to_owned()),
     };
     Check { name: "kvm".to_owned(), status, detail }
+}
+
+fn features_check(probe: &KvmProbe) -> Check {
+    let lost: Vec<String> = WANTED
+        .iter()
+        .filter(|(name, _)| probe.absent.iter().any(|absent| absent == name))
+        .map(|(name, lost)| format!("without {name} {lost}"))
+        .collect();
+    let (status, detail) = match lost.is_empty() {
+        true => (CheckStatus::Ok, "KVM has everything that servers can use".to_owned()),
+        false => (CheckStatus::Degraded, format!("{}; a newer kernel may have it", lost.join("; "))),
+    };
+    Check { name: "kvm_features".to_owned(), status, detail }
+}
+
+fn landlock_check(abi: u32) -> Check {
+    let (status, detail) = match abi {
+        0 => (
+            CheckStatus::Degraded,
+            "the kernel has no Landlock, or it is switched off, so one wall around each VMM is missing and servers \
+             with strict isolation are refused; add landlock to the kernel parameter lsm="
+                .to_owned(),
+        ),
+        abi => (CheckStatus::Ok, format!("Landlock can be put around each VMM (interface {abi})")),
+    };
+    Check { name: "landlock".to_owned(), status, detail }
 }
 
 fn networks_check<'a>(troubles: impl Iterator<Item = &'a String>) -> Check {

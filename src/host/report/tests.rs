@@ -10,6 +10,7 @@ fn report(missing: &[&str], linux: LinuxSupport) -> KvmReport {
         linux,
         kernel_mode_ips: 1_000_000,
         exit_ns: 8000,
+        landlock_abi: 4,
     }
 }
 
@@ -34,6 +35,22 @@ fn kvm_is_good_lesser_or_failed_by_what_the_probe_found() {
 fn a_host_that_lacks_extensions_runs_no_linux_whatever_the_instructions_do() {
     let probe = judge(report(&["KVM_CAP_IRQFD"], LinuxSupport::Yes));
     assert!(!probe.works && !probe.linux_guests);
+}
+
+#[test]
+fn what_kvm_lacks_and_servers_would_use_is_named_with_what_is_lost() {
+    let mut whole = report(&[], LinuxSupport::Yes);
+    whole.extensions = vec![("STEAL_TIME".to_owned(), 1), ("NESTED_STATE".to_owned(), 0)];
+    let check = features_check(&judge(whole.clone()));
+    assert_eq!(check.status, CheckStatus::Ok, "{check:?}");
+    whole.extensions[0].1 = 0;
+    let check = features_check(&judge(whole));
+    assert_eq!(check.status, CheckStatus::Degraded);
+    assert!(check.detail.starts_with("without STEAL_TIME guests cannot tell"), "{check:?}");
+    assert_eq!(
+        (landlock_check(0).status, landlock_check(4).status),
+        (CheckStatus::Degraded, CheckStatus::Ok)
+    );
 }
 
 #[test]

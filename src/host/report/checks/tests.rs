@@ -31,6 +31,8 @@ fn each_check_tells_good_from_lesser() {
         ("ksm", "sys/kernel/mm/ksm/run", "0\n", "1\n"),
         ("swap", "proc/swaps", swap, "Filename Type Size Used Priority\n/dev/sda2 partition 1 0 -2\n"),
         ("user_namespaces", "proc/sys/user/max_user_namespaces", "5000\n", "0\n"),
+        ("seccomp", "proc/sys/kernel/seccomp/actions_avail", "kill_process kill_thread log\n", "\n"),
+        ("io_uring", "proc/sys/kernel/io_uring_disabled", "0\n", "1\n"),
         ("cgroups", "sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n", "hugetlb\n"),
         ("clock_source", clock, "tsc\n", "hpet\n"),
     ];
@@ -64,6 +66,25 @@ fn what_is_not_mitigated_is_named_in_order() {
 }
 
 #[test]
+fn what_is_mitigated_in_part_is_told_by_part() {
+    let cases = [
+        ("Mitigation: PTE Inversion; VMX: conditional cache flushes, SMT vulnerable", None),
+        ("Mitigation: PTE Inversion; VMX: vulnerable", Some(" (VMX: vulnerable)")),
+        ("Mitigation: Clear CPU buffers; SMT Host state unknown", None),
+        ("KVM: Mitigation: Split huge pages", None),
+        ("KVM: Vulnerable", Some(" (KVM: Vulnerable)")),
+        ("Processor vulnerable", Some(" (Processor vulnerable)")),
+        ("Unknown: No mitigations", Some(" (Unknown: No mitigations)")),
+        ("Mitigation: Enhanced IBRS; RSB filling; BHI: Vulnerable", Some(" (BHI: Vulnerable)")),
+        ("Vulnerable; BHI: Vulnerable", Some("")),
+        ("Not affected", None),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(unmitigated(text).as_deref(), expected, "{text}");
+    }
+}
+
+#[test]
 fn compressed_memory_is_no_disk() {
     let fake = Fake::new(&[("proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 1 0 5\n")]);
     assert_eq!(fake.status("swap").0, CheckStatus::Ok);
@@ -73,7 +94,7 @@ fn compressed_memory_is_no_disk() {
 fn an_empty_host_has_every_check_and_a_remedy_for_each_that_is_not_good() {
     let fake = Fake::new(&[]);
     let checks = System::new(fake.0.path()).checks(fake.0.path());
-    assert_eq!(checks.len(), 14);
+    assert_eq!(checks.len(), 16);
     assert!(
         checks.iter().all(|check| check.status != CheckStatus::Failed && check.detail.len() > 15),
         "{checks:?}"
