@@ -31,6 +31,8 @@ pub(crate) enum Error {
         "operation {operation} did not end within {seconds} s; it goes on: toft operation wait {operation}"
     )]
     WaitTimeout { operation: String, seconds: u64 },
+    #[error("operation {operation} was cancelled")]
+    Cancelled { operation: String },
     #[error("{0}")]
     Usage(String),
     #[error("cannot read {}", .path.display())]
@@ -67,6 +69,7 @@ impl Error {
             Error::Usage(_) | Error::Read { .. } => 2,
             Error::NoSuchName { .. } => 3,
             Error::Connect { .. } | Error::Http { .. } => 5,
+            Error::Cancelled { .. } => 4,
             Error::WaitTimeout { .. } => 7,
             Error::Guest(code) => *code,
             Error::Problem(problem) => match (problem.code, problem.status) {
@@ -92,7 +95,9 @@ impl Error {
         }
         text.push('\n');
         if let Error::Problem(problem) = self {
-            for field in &problem.errors {
+            // A single fault may be told by the detail already.
+            let told = |detail: &str| problem.detail.contains(detail);
+            for field in problem.errors.iter().filter(|field| !told(&field.detail) || !told(&field.pointer)) {
                 text.push_str(&format!("  {}: {}\n", field.pointer, field.detail));
             }
             if let Some(actions) = &problem.allowed_actions {

@@ -61,9 +61,7 @@ impl Verb {
 pub(crate) fn into_result(operation: &Operation) -> Result<(), Error> {
     match (&operation.state, &operation.error) {
         (_, Some(problem)) => Err(Error::Problem(problem.clone())),
-        (OperationState::Cancelled, None) => {
-            Err(Error::Usage(format!("operation {} was cancelled", operation.id)))
-        }
+        (OperationState::Cancelled, None) => Err(Error::Cancelled { operation: operation.id.to_string() }),
         _ => Ok(()),
     }
 }

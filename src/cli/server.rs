@@ -5,7 +5,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use model::limits::GRACE_S_MAX;
 use model::server::{
     CacheMode, ConsoleReader, ConsoleReaders, CpuTemplate, CreateNic, CreateServer, DiskLimits, Isolation,
-    PatchServer, Rate, RestartPolicy, Server, ServerIsolation, ServerMetrics, ServerPlan, StopServer,
+    NicLimits, PatchServer, Rate, RestartPolicy, Server, ServerIsolation, ServerMetrics, ServerPlan,
+    StopServer,
 };
 use model::{ConsoleReaderId, Labels, Name};
 
@@ -126,12 +127,8 @@ pub(crate) struct Create {
     /// What a completed write of the root volume promises.
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
     cache: Cache,
-    /// Bytes per second the root volume may move, such as 100M.
-    #[arg(long, value_parser = target::size)]
-    disk_bandwidth: Option<u64>,
-    /// Requests per second the root volume may take.
-    #[arg(long)]
-    disk_operations: Option<u64>,
+    #[command(flatten)]
+    limits: Limits,
     /// File with ssh public keys; may be given more than once.
     #[arg(long)]
     ssh_key_file: Vec<PathBuf>,
@@ -159,6 +156,45 @@ pub(crate) struct Create {
     /// Say what would be made, and make nothing.
     #[arg(long)]
     dry_run: bool,
+}
+
+/// Limits, each RATE or RATE:BURST; without a burst it is one second's worth.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits, each a rate per second or RATE:BURST")]
+struct Limits {
+    /// Bytes the root volume may move, such as 100M or 100M:500M.
+    #[arg(long, value_name = "RATE", value_parser = target::byte_rate)]
+    disk_bandwidth: Option<Rate>,
+    /// Requests the root volume may take.
+    #[arg(long, value_name = "RATE", value_parser = target::count_rate)]
+    disk_operations: Option<Rate>,
+    /// Bytes each interface may receive.
+    #[arg(long, value_name = "RATE", value_parser = target::byte_rate, conflicts_with = "no_network")]
+    nic_rx_bandwidth: Option<Rate>,
+    /// Packets each interface may receive.
+    #[arg(long, value_name = "RATE", value_parser = target::count_rate, conflicts_with = "no_network")]
+    nic_rx_packets: Option<Rate>,
+    /// Bytes each interface may send.
+    #[arg(long, value_name = "RATE", value_parser = target::byte_rate, conflicts_with = "no_network")]
+    nic_tx_bandwidth: Option<Rate>,
+    /// Packets each interface may send.
+    #[arg(long, value_name = "RATE", value_parser = target::count_rate, conflicts_with = "no_network")]
+    nic_tx_packets: Option<Rate>,
+}
+
+impl Limits {
+    fn disk(&self) -> DiskLimits {
+        DiskLimits { bandwidth_bytes: self.disk_bandwidth, operations: self.disk_operations }
+    }
+
+    fn nic(&self) -> NicLimits {
+        NicLimits {
+            rx_bytes: self.nic_rx_bandwidth,
+            rx_packets: self.nic_rx_packets,
+            tx_bytes: self.nic_tx_bandwidth,
+            tx_packets: self.nic_tx_packets,
+        }
+    }
 }
 
 /// `toft server update`.
@@ -373,10 +409,12 @@ impl Create {
     }
 
     fn into_request(self) -> Result<CreateServer, Error> {
-        let nics = match (self.no_network, self.network.is_empty()) {
+        let limits = self.limits.nic();
+        let nics = match (self.no_network, self.network.as_slice()) {
             (true, _) => Some(Vec::new()),
-            (false, true) => None,
-            (false, false) => Some(self.network.iter().map(|text| nic(text)).collect::<Result<_, _>>()?),
+            (false, []) if limits == NicLimits::default() => None,
+            (false, []) => Some(vec![CreateNic { limits, ..CreateNic::default() }]),
+            (false, all) => Some(all.iter().map(|text| nic(text, limits)).collect::<Result<_, _>>()?),
         };
         let mut ssh_keys = Vec::new();
         for file in &self.ssh_key_file {
@@ -384,7 +422,6 @@ impl Create {
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
             ssh_keys.extend(lines.map(str::to_owned));
         }
-        let rate = |per_second: u64| Rate { per_second, burst: None };
         Ok(CreateServer {
             name: self.name,
             image: self.image,
@@ -395,10 +432,7 @@ impl Create {
                 Cache::Writeback => CacheMode::Writeback,
                 Cache::Writethrough => CacheMode::Writethrough,
             },
-            disk_limits: DiskLimits {
-                bandwidth_bytes: self.disk_bandwidth.map(rate),
-                operations: self.disk_operations.map(rate),
-            },
+            disk_limits: self.limits.disk(),
             nics,
             cpu: self.cpu.into(),
             ssh_keys,
@@ -413,7 +447,7 @@ impl Create {
     }
 }
 
-fn nic(text: &str) -> Result<CreateNic, Error> {
+fn nic(text: &str, limits: NicLimits) -> Result<CreateNic, Error> {
     let (network, ipv4) = match text.split_once('=') {
         Some((network, address)) => {
             let address = address.parse().map_err(|_| {
@@ -423,7 +457,7 @@ fn nic(text: &str) -> Result<CreateNic, Error> {
         }
         None => (text, None),
     };
-    Ok(CreateNic { network: Some(network.to_owned()), ipv4, ..CreateNic::default() })
+    Ok(CreateNic { network: Some(network.to_owned()), ipv4, limits })
 }
 
 impl Update {

@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::Path;
 
 use model::page::Page;
+use model::server::Rate;
 use model::{Labels, Name};
 use serde::Deserialize;
 
@@ -43,6 +44,27 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     };
     let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size, such as 512M or 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// A rate of bytes, such as 100M, or with a burst, 100M:500M.
+pub(crate) fn byte_rate(text: &str) -> Result<Rate, String> {
+    rate(text, size)
+}
+
+/// A rate of requests or packets, such as 5000, or with a burst, 5000:20000.
+pub(crate) fn count_rate(text: &str) -> Result<Rate, String> {
+    rate(text, |text| text.parse().map_err(|_| format!("{text:?} is not a number, such as 5000")))
+}
+
+fn rate(text: &str, number: impl Fn(&str) -> Result<u64, String>) -> Result<Rate, String> {
+    let (per_second, burst) = match text.split_once(':') {
+        Some((per_second, burst)) => (number(per_second)?, Some(number(burst)?)),
+        None => (number(text)?, None),
+    };
+    match per_second == 0 || burst == Some(0) {
+        true => Err("a rate is at least 1; leave the option out for no limit".to_owned()),
+        false => Ok(Rate { per_second, burst }),
+    }
 }
 
 /// One `key=value`.

@@ -1,5 +1,6 @@
 //! The command line as it is typed: what parses, what does not, and what each form means.
 use clap::CommandFactory;
+use model::server::Rate;
 
 use super::*;
 
@@ -42,6 +43,17 @@ fn endpoints_are_read_in_every_form() {
     ];
     for (text, expected) in cases {
         assert_eq!(text.parse::<Endpoint>().map_err(drop), expected, "{text}");
+    }
+}
+
+#[test]
+fn rates_take_a_burst_and_are_never_nothing() {
+    let rate = |per_second, burst| Ok(Rate { per_second, burst });
+    assert_eq!(target::byte_rate("100M"), rate(100 << 20, None));
+    assert_eq!(target::byte_rate("1K:2k"), rate(1 << 10, Some(2 << 10)));
+    assert_eq!(target::count_rate("5:6"), rate(5, Some(6)));
+    for bad in ["", "0", "1:0", "0:1", "1:", ":1", "1:2:3", "1M", "-1"] {
+        assert!(target::count_rate(bad).is_err(), "{bad:?}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! `toft volume …`
 use clap::Subcommand;
+use model::Name;
 use model::volume::{PatchVolume, Volume};
 
 use crate::error::Error;
@@ -26,6 +27,17 @@ pub(crate) enum Verb {
         #[arg(value_parser = target::size)]
         size: u64,
     },
+    /// Change a volume's name or labels.
+    Update {
+        /// Name or id.
+        volume: String,
+        /// New name.
+        #[arg(long)]
+        name: Option<Name>,
+        /// KEY=VALUE to set, KEY- to remove; may be given more than once.
+        #[arg(long, value_parser = target::label_change)]
+        label: Vec<(String, Option<String>)>,
+    },
     /// Delete a volume that no server uses.
     #[command(visible_alias = "rm")]
     Delete {
@@ -47,12 +59,12 @@ impl Verb {
                 output::one(context.format, &volume)
             }
             Verb::Resize { volume, size } => {
-                let id = target::resolve(&context.client, "volumes", &volume).await?;
-                let patch = PatchVolume { size_bytes: Some(size), ..PatchVolume::default() };
-                let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
-                let path = format!("/v1/volumes/{id}");
-                let volume: Volume = context.client.send("PATCH", &path, Some(body), &[]).await?.json()?;
-                output::one(context.format, &volume)
+                change(context, &volume, PatchVolume { size_bytes: Some(size), ..PatchVolume::default() })
+                    .await
+            }
+            Verb::Update { volume, name, label } => {
+                let labels = (!label.is_empty()).then(|| label.into_iter().collect());
+                change(context, &volume, PatchVolume { name, labels, ..PatchVolume::default() }).await
             }
             Verb::Delete { volume } => {
                 let id = target::resolve(&context.client, "volumes", &volume).await?;
@@ -61,6 +73,13 @@ impl Verb {
             }
         }
     }
+}
+
+async fn change(context: &Context, volume: &str, patch: PatchVolume) -> Result<(), Error> {
+    let id = target::resolve(&context.client, "volumes", volume).await?;
+    let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
+    let answer = context.client.send("PATCH", &format!("/v1/volumes/{id}"), Some(body), &[]).await?;
+    output::one(context.format, &answer.json::<Volume>()?)
 }
 
 impl Row for Volume {

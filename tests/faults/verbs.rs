@@ -173,7 +173,13 @@ fn servers(cli: &Cli<'_>) {
     assert_eq!(cli.json(&["server", "list"]).as_array().unwrap().len(), 0, "a plan made something");
     let create = ["--wait", "server", "create", "web", "--image", "counter", "--memory", "64M"];
     let more = ["--network", "inside=10.99.0.7", "--label", "tier=front", "--external-ref", "order-1"];
-    let server = cli.json(&[&create[..], &more].concat());
+    let limits =
+        ["--disk-bandwidth", "100M:1G", "--disk-operations", "5000", "--nic-tx-packets", "90000:180000"];
+    let server = cli.json(&[&create[..], &more, &limits].concat());
+    let limits = (&server["volumes"][0]["limits"], &server["nics"][0]["limits"]);
+    assert_eq!(limits.0["bandwidth_bytes"], serde_json::json!({ "per_second": 100 << 20, "burst": 1 << 30 }));
+    assert_eq!(limits.0["operations"]["per_second"], 5000);
+    assert_eq!(limits.1["tx_packets"], serde_json::json!({ "per_second": 90000, "burst": 180_000 }));
     assert_eq!((server["state"].as_str(), server["wanted"].as_str()), (Some("running"), Some("running")));
     assert_eq!(server["nics"][0]["ipv4"], "10.99.0.7");
     let id = server["id"].as_str().unwrap();
@@ -256,9 +262,19 @@ fn consoles(cli: &Cli<'_>) {
     let mut follow = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains("serial got typed")));
-    follow.kill().unwrap();
-    follow.wait().unwrap();
+    let readers = cli.json(&["server", "console-readers", "reader"]);
+    assert_eq!((readers[0]["read_only"].as_bool(), readers[1]["id"].as_str()), (Some(true), None));
+    let reader = readers[0]["id"].as_str().unwrap();
+    cli.three_forms(&["server", "console-readers", "reader"], reader, "OPENED BY");
+    cli.fails(&["server", "console-kick", "reader", "--reader", &server_id(cli, "reader")], 3);
+    assert!(cli.ok(&["server", "console-kick", "reader"]).contains(reader));
+    assert_eq!(follow.wait().unwrap().code(), Some(1), "a reader who was put out is told");
+    assert_eq!(cli.json(&["server", "console-readers", "reader"]).as_array().unwrap().len(), 0);
     cli.ok(&["--wait", "server", "stop", "reader", "--grace-s", "0"]);
+}
+
+fn server_id(cli: &Cli<'_>, name: &str) -> String {
+    cli.json(&["server", "show", name])["id"].as_str().unwrap().to_owned()
 }
 
 fn volumes(cli: &Cli<'_>) {
@@ -269,11 +285,14 @@ fn volumes(cli: &Cli<'_>) {
     cli.three_forms(&["volume", "show", &volume], &volume, "SIZE");
     assert_eq!(cli.json(&["volume", "resize", &volume, "4M"])["size_bytes"], 4 << 20);
     cli.fails(&["volume", "resize", &volume, "1M"], 2);
-    cli.fails(&["volume", "delete", &volume], 4);
+    let changed = cli.json(&["volume", "update", &volume, "--name", "kept", "--label", "of=reader"]);
+    assert_eq!((changed["name"].as_str(), changed["labels"]["of"].as_str()), (Some("kept"), Some("reader")));
+    let volume = "kept";
+    cli.fails(&["volume", "delete", volume], 4);
     cli.ok(&["--wait", "server", "delete", "reader", "--keep-volumes"]);
     cli.fails(&["server", "show", "reader"], 3);
-    cli.ok(&["--wait", "volume", "delete", &volume]);
-    cli.fails(&["volume", "show", &volume], 3);
+    cli.ok(&["--wait", "volume", "delete", volume]);
+    cli.fails(&["volume", "show", volume], 3);
     cli.ok(&["--wait", "server", "delete", "www"]);
     assert_eq!(cli.json(&["volume", "list"]).as_array().unwrap().len(), 0);
     cli.ok(&["--wait", "network", "delete", "inside"]);

@@ -24,17 +24,25 @@ pub(super) const HELP: &str = r#"machine.json, with paths relative to it; only "
     "kernel": "vmlinuz",
     "initrd": "initrd",
     "cmdline": "console=ttyS0 root=/dev/vda rw",
-    "disks": [{"path": "root.raw", "read_only": false, "cache": "writeback", "serial": "root"}],
-    "nics": [{"tap": "tap0", "mac": "52:54:00:12:34:56", "mtu": 1500}],
+    "disks": [{"path": "root.raw", "read_only": false, "cache": "writeback", "serial": "root",
+               "limits": {"bandwidth": {"per_second": 104857600, "burst": 524288000}}}],
+    "nics": [{"tap": "tap0", "mac": "52:54:00:12:34:56", "mtu": 1500,
+              "tx_limits": {"operations": {"per_second": 10000, "burst": 10000}}}],
     "on_reset": "rebuild"
   }
 
-A tap is made for each nic and lasts as long as the machine; put it on a bridge yourself. The exit status is 0 when the guest powered
-itself off and 1 when the machine ended in any other way.
+"limits" of a disk, "rx_limits" and "tx_limits" of a nic hold "bandwidth" (bytes) and
+"operations" (requests or packets), each with both numbers; what is absent is unlimited.
 
-The VMM is kept in a jail: namespaces and an empty root directory of its own, no capability, a system call filter. As root it
-also gets a user id of its own; otherwise it runs with yours, in a user namespace where the host allows that. What the jail is
-without is told on standard error before the machine starts. Only the daemon limits a machine's CPU time and memory."#;
+A tap is made for each nic and lasts as long as the machine; put it on a bridge yourself.
+The exit status is 0 when the guest powered itself off and 1 when the machine ended in any
+other way.
+
+The VMM is kept in a jail: namespaces and an empty root directory of its own, no capability,
+a system call filter. As root it also gets a user id of its own; otherwise it runs with
+yours, in a user namespace where the host allows that. What the jail is without is told on
+standard error before the machine starts. Only the daemon limits a machine's CPU time and
+memory."#;
 
 /// The document.
 #[derive(Debug, Deserialize)]

@@ -15,6 +15,7 @@ use crate::{Call, Error};
 
 mod console;
 mod hibernate;
+mod limits;
 mod sweep;
 
 const START: ServerAction = ServerAction::Start;
