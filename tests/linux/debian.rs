@@ -64,9 +64,13 @@ impl Life {
         let interfaces_before = interfaces();
         let public = key.with_extension("pub");
         let public = public.to_str().unwrap();
+        let user_data = daemon.scratch().join("user-data");
+        let words = "#cloud-config\nwrite_files:\n- path: /etc/of-the-customer\n  content: theirs\n";
+        std::fs::write(&user_data, words).unwrap();
         let create = ["--wait", "server", "create", "web1", "--image", "debian-12"];
         let shape = ["--vcpus", "2", "--memory", "1G", "--disk", "3G", "--ssh-key-file", public];
-        let created = daemon.json(&[&create[..], &shape[..]].concat());
+        let more = ["--user-data-file", user_data.to_str().unwrap(), "--restart", "never"];
+        let created = daemon.json(&[&create[..], &shape, &more].concat());
         assert_eq!(created["state"], "running");
         let address = created["nics"][0]["ipv4"].as_str().unwrap().to_owned();
         let volume = created["volumes"][0]["volume_id"].as_str().unwrap().to_owned();
@@ -86,6 +90,7 @@ fn a_debian_server_boots_serves_and_powers_off() {
     assert!(text.contains("web1"), "{text}");
     assert_eq!(wait_for("ssh", BOOT, || ssh.run("hostname")), "web1");
     assert_eq!(ssh.run("nproc").unwrap(), "2");
+    assert_eq!(ssh.run("cat /etc/of-the-customer").unwrap(), "theirs");
     // The root file system has grown to the volume's size.
     let size: u64 = ssh.run("df --output=size -B1 / | tail -n 1").unwrap().trim().parse().unwrap();
     assert!(size > 5 << 29, "the root file system has only {size} bytes");
@@ -117,4 +122,12 @@ fn what_a_debian_server_wrote_is_there_after_a_restart() {
     assert!(daemon.console("web1").contains("Power down"), "it was forced off");
     daemon.run(&["--wait", "server", "start", "web1"]);
     assert_eq!(wait_for("ssh after the start", BOOT, || ssh.run("cat /var/kept")), "kept");
+
+    // The stock kernel's panic is told from a power-off and from a crash of the machine.
+    ssh.run("echo c | sudo tee /proc/sysrq-trigger");
+    let failed = wait_for("the panic", Duration::from_secs(120), || {
+        let server = daemon.json(&["server", "show", "web1"]);
+        (server["state"] == "failed").then_some(server)
+    });
+    assert_eq!(failed["state_reason"]["code"], "guest_panicked", "{failed}\n{}", daemon.console("web1"));
 }

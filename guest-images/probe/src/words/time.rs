@@ -6,7 +6,8 @@ use crate::failure::Outcome;
 use crate::words::note;
 use crate::{apic, check, cpu, say};
 
-/// Each line carries the TSC, the paravirtual clock and whether the host says it stopped us.
+/// Each line carries the TSC, the paravirtual clock, whether the host says it stopped us, and what it admits to have
+/// stolen, in nanoseconds.
 pub fn ticks(count: u64, interval_ms: u64) -> Outcome {
     let mut last_ns = 0;
     for index in 0..count {
@@ -20,7 +21,8 @@ pub fn ticks(count: u64, interval_ms: u64) -> Outcome {
                 );
                 last_ns = reading.system_ns;
                 let stopped = u8::from(reading.flags & GUEST_STOPPED != 0);
-                say!("probe: tick {index} {tsc} ns={} stopped={stopped}", reading.system_ns);
+                let steal = clock::steal_ns().unwrap_or(0);
+                say!("probe: tick {index} {tsc} ns={} stopped={stopped} steal={steal}", reading.system_ns);
                 if stopped != 0 {
                     clock::clear_guest_stopped();
                 }
