@@ -2,6 +2,7 @@
 //! crash anywhere inside it, and ends with the event that the lifecycle waits for.
 //! An error means that the host cannot do it now; the actor tries again. What is final is an event.
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -351,15 +352,23 @@ where
         .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
 }
 
-/// Opens or makes the console ring of a server.
+/// Opens the console ring of a server, or makes one where there is none that can be read.
 pub(super) fn open_ring(path: &std::path::Path) -> Result<File> {
     let failed = |cause| Error::file(format!("cannot open {}", path.display()), cause);
     match machine::open_own(path, Access::ReadWrite) {
-        Ok(file) => return Ok(file),
-        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(failed(cause)),
+        Ok(file) => match Ring::open(file.try_clone().map_err(failed)?) {
+            Ok(_) => return Ok(file),
+            // It is never synced, so a host that lost its power may find its name before its content. Old output is
+            // not worth a server that cannot start.
+            Err(cause) if matches!(cause.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof) => {
+                tracing::warn!("{} is begun anew: {cause}", path.display());
+            }
+            Err(cause) => return Err(failed(cause)),
+        },
+        Err(cause) if cause.kind() != ErrorKind::NotFound => return Err(failed(cause)),
         Err(_) => {}
     }
-    // A ring is whole before it has its name, so a crash leaves none that cannot be read.
+    // A ring is whole before it has its name, so the daemon's death leaves none that cannot be read.
     let fresh = path.with_extension("new");
     let file = machine::fresh_file(&fresh)?;
     Ring::create(file, wire::limits::CONSOLE_RING_BYTES).map_err(failed)?;

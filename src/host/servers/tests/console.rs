@@ -263,6 +263,29 @@ fn secret(token: &ConsoleToken) -> &str {
     token.url.split_once("token=").unwrap().1
 }
 
+#[tokio::test]
+async fn a_console_that_a_power_cut_left_without_its_content_is_begun_anew() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let mut spec = server("web1");
+    spec.start = false;
+    let id = created(&host, spec).await.id;
+    let ring = stage.state_dir().join("servers").join(id.to_string()).join("console.ring");
+    let length = std::fs::metadata(&ring).unwrap().len();
+    for left in [0, length] {
+        std::fs::write(&ring, vec![0; usize::try_from(left).unwrap()]).unwrap();
+        assert_eq!(host.servers().console_log(id, None, 100).await.unwrap().data, b"");
+        std::fs::write(&ring, vec![0; usize::try_from(left).unwrap()]).unwrap();
+        let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
+        succeeded(&host, started.body.operation.id).await;
+        let log = host.servers().console_log(id, None, 100).await.unwrap();
+        assert_eq!(log.data, b"fake guest: booted\r\n");
+        let stopped = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
+        succeeded(&host, stopped.body.operation.id).await;
+    }
+    host.close().await;
+}
+
 async fn ticket(host: &Host, id: ServerId, read_only: bool) -> String {
     let spec = CreateConsoleToken { read_only, from: None };
     let token = host.servers().console_token(&Call::by_host(), id, spec).await.unwrap().body;
