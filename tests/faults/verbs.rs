@@ -150,9 +150,25 @@ fn bring_images(cli: &Cli<'_>) {
     assert_eq!(cli.json(&["image", "list", "-l", "a=b"]).as_array().unwrap().len(), 1);
     cli.ok(&["--wait", "image", "delete", "recipe"]);
     cli.fails(&["image", "show", "recipe"], 3);
+    let seen = on_a_terminal(cli, "--wait image import recipe --catalogue probe");
+    assert!(seen.contains("image.import") && seen.contains("% ") && seen.contains("ready"), "{seen:?}");
+    cli.ok(&["--wait", "image", "delete", "recipe"]);
     cli.fails(&["image", "import", "x", "--from", "nothing"], 2);
     cli.fails(&["image", "import", "counter", "--from", "counter"], 4);
     cli.fails(&["image", "upload", "x", "/nonexistent"], 2);
+}
+
+/// What a person sees of a command.
+fn on_a_terminal(cli: &Cli<'_>, arguments: &str) -> String {
+    let toft = cli.stage.command(&[]);
+    let line = format!("{} {arguments}", toft.get_program().to_str().unwrap());
+    let mut script = std::process::Command::new("script");
+    script.args(["-qefc", &line, "/dev/null"]).stdin(Stdio::null()).env("TERM", "xterm");
+    script.envs(toft.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let output = script.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    text
 }
 
 fn networks(cli: &Cli<'_>) {
