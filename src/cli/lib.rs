@@ -2,6 +2,7 @@
 //! nothing of the daemon's insides. `toft run` alone speaks to a VMM directly, in place of a daemon.
 #![forbid(unsafe_code)]
 
+mod bulk;
 mod client;
 mod console;
 mod error;

@@ -6,14 +6,14 @@ use model::limits::GRACE_S_MAX;
 use model::server::{
     CacheMode, ConsoleReader, ConsoleReaders, CpuTemplate, CreateNic, CreateServer, DiskLimits, Isolation,
     NicLimits, PatchServer, Rate, RestartPolicy, Server, ServerIsolation, ServerMetrics, ServerPlan,
-    StopServer,
 };
 use model::{ConsoleReaderId, Labels, Name};
 
+use crate::bulk::Which;
 use crate::error::Error;
 use crate::output::{self, Format, Row};
 use crate::target::{self, ListOptions};
-use crate::{Context, console, wait};
+use crate::{Context, bulk, console, wait};
 
 /// What can be done with servers.
 #[derive(Debug, Subcommand)]
@@ -40,29 +40,17 @@ pub(crate) enum Verb {
         keep_volumes: bool,
     },
     /// Start a server.
-    Start {
-        /// Name or id.
-        server: String,
-    },
+    Start(Which),
     /// Press the power button; after the grace, force it off.
     Stop(Stop),
     /// Shut down and start again; with --grace-s 0, press reset.
     Reboot(Stop),
     /// Park a running server.
-    Pause {
-        /// Name or id.
-        server: String,
-    },
+    Pause(Which),
     /// Let a paused server run again.
-    Resume {
-        /// Name or id.
-        server: String,
-    },
+    Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
-    Hibernate {
-        /// Name or id.
-        server: String,
-    },
+    Hibernate(Which),
     /// Print the console's log.
     ConsoleLog {
         /// Name or id.
@@ -234,8 +222,8 @@ pub(crate) struct Update {
 /// `toft server stop` and `reboot`.
 #[derive(Debug, Args)]
 pub(crate) struct Stop {
-    /// Name or id.
-    server: String,
+    #[command(flatten)]
+    which: Which,
     /// Seconds the guest has to shut down; 0 forces at once.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=GRACE_S_MAX))]
     grace_s: u64,
@@ -329,12 +317,12 @@ impl Verb {
                     context.client.send("DELETE", &format!("/v1/servers/{id}{query}"), None, &[]).await?;
                 wait::finish::<Server>(context, &answer, "servers", true).await
             }
-            Verb::Start { server } => act(context, &server, "start", None).await,
-            Verb::Stop(stop) => act(context, &stop.server, "stop", Some(stop.grace_s)).await,
-            Verb::Reboot(stop) => act(context, &stop.server, "reboot", Some(stop.grace_s)).await,
-            Verb::Pause { server } => act(context, &server, "pause", None).await,
-            Verb::Resume { server } => act(context, &server, "resume", None).await,
-            Verb::Hibernate { server } => act(context, &server, "hibernate", None).await,
+            Verb::Start(which) => bulk::act(context, &which, "start", None).await,
+            Verb::Stop(stop) => bulk::act(context, &stop.which, "stop", Some(stop.grace_s)).await,
+            Verb::Reboot(stop) => bulk::act(context, &stop.which, "reboot", Some(stop.grace_s)).await,
+            Verb::Pause(which) => bulk::act(context, &which, "pause", None).await,
+            Verb::Resume(which) => bulk::act(context, &which, "resume", None).await,
+            Verb::Hibernate(which) => bulk::act(context, &which, "hibernate", None).await,
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let query = tail.map(|bytes| format!("?tail_bytes={bytes}")).unwrap_or_default();
@@ -374,16 +362,6 @@ impl Verb {
             }
         }
     }
-}
-
-async fn act(context: &Context, server: &str, verb: &str, grace_s: Option<u64>) -> Result<(), Error> {
-    let id = target::resolve(&context.client, "servers", server).await?;
-    let body = match grace_s {
-        Some(grace_s) => Some(serde_json::to_vec(&StopServer { grace_s }).map_err(Error::Answer)?),
-        None => None,
-    };
-    let answer = context.client.send("POST", &format!("/v1/servers/{id}/actions/{verb}"), body, &[]).await?;
-    wait::finish::<Server>(context, &answer, "servers", false).await
 }
 
 impl Create {

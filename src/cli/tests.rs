@@ -28,6 +28,19 @@ fn every_command_and_option_has_a_help_text() {
 }
 
 #[test]
+fn an_action_is_for_one_server_or_for_those_with_labels() {
+    let parses = |line: &str| Toft::try_parse_from(line.split_whitespace()).is_ok();
+    for verb in ["start", "stop", "reboot", "pause", "resume", "hibernate"] {
+        assert!(parses(&format!("toft server {verb} web1")), "{verb}");
+        assert!(parses(&format!("toft server {verb} -l env=test")), "{verb}");
+        assert!(parses(&format!("toft server {verb} --selector env=test,!keep --wait")), "{verb}");
+        assert!(!parses(&format!("toft server {verb}")), "{verb}");
+        assert!(!parses(&format!("toft server {verb} web1 -l env=test")), "{verb}");
+    }
+    assert!(parses("toft server stop -l env=test --grace-s 0"));
+}
+
+#[test]
 fn endpoints_are_read_in_every_form() {
     let tcp = |host: &str, port| Endpoint::Tcp { host: host.into(), port };
     let cases = [

@@ -51,7 +51,15 @@ fn resource_id(answer: &Answer) -> Result<String, Error> {
 
 /// Waits for an operation's end. Ctrl-C leaves the operation running, as any other end of this process does.
 pub(crate) async fn until_end(context: &Context, operation: &Operation) -> Result<Operation, Error> {
-    let deadline = Instant::now() + context.wait_timeout;
+    until(context, operation, Instant::now() + context.wait_timeout).await
+}
+
+/// As [`until_end`], with an end of the patience that several waits share.
+pub(crate) async fn until(
+    context: &Context,
+    operation: &Operation,
+    deadline: Instant,
+) -> Result<Operation, Error> {
     let bar = progress_bar(&operation.kind);
     let mut latest = operation.clone();
     while !latest.state.is_final() {

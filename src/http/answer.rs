@@ -145,6 +145,21 @@ pub(crate) fn done<T: Serialize>(answer: &Answer<T>) -> Result<Response, Failure
     Ok(response)
 }
 
+/// Answers what was decided for several resources; `waited` is the wait that was kept to.
+pub(crate) fn decided<T: Serialize>(
+    answer: &Answer<T>,
+    status: StatusCode,
+    waited: Option<Duration>,
+) -> Result<Response, Failure> {
+    let mut response = json(status, &serde_json::to_value(&answer.body).map_err(unwritable)?);
+    let headers = response.headers_mut();
+    if let Some(waited) = waited {
+        headers.insert(PREFERENCE_APPLIED, ascii(&format!("wait={}", waited.as_secs())));
+    }
+    mark_replay(headers, answer.replayed);
+    Ok(response)
+}
+
 /// For work that deletes: at its end there is no resource.
 pub(crate) async fn gone<T>(_: T) -> Option<T> {
     None

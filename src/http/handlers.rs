@@ -1,4 +1,5 @@
 //! One file per noun. A handler reads the request, makes one call to the host and writes the answer.
+pub(crate) mod bulk;
 pub(crate) mod console;
 pub(crate) mod description;
 pub(crate) mod events;

@@ -97,7 +97,7 @@ impl ListParameters {
 }
 
 /// Refuses a selector that cannot match by its form.
-fn check_selector(selector: &str) -> Result<(), Failure> {
+pub(crate) fn check_selector(selector: &str) -> Result<(), Failure> {
     let sound = |text: &str| {
         text.len() <= LABEL_CHARS_MAX
             && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b))

@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use crate::closing::Closing;
 use crate::error::Failure;
 use crate::handlers::{
-    console, description, events, host as host_paths, images, metrics, networks, operations,
+    bulk, console, description, events, host as host_paths, images, metrics, networks, operations,
 };
 use crate::handlers::{servers, volumes};
 use crate::kept::Kept;
@@ -110,6 +110,12 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(servers::pause))
         .routes(routes!(servers::resume))
         .routes(routes!(servers::hibernate))
+        .routes(routes!(bulk::start))
+        .routes(routes!(bulk::stop))
+        .routes(routes!(bulk::reboot))
+        .routes(routes!(bulk::pause))
+        .routes(routes!(bulk::resume))
+        .routes(routes!(bulk::hibernate))
         .routes(routes!(servers::metrics))
         .routes(routes!(servers::isolation))
         .routes(routes!(console::log))

@@ -1,4 +1,5 @@
 //! Tests of the room: what is generated, and the real router over real sockets.
+mod bulk;
 mod callers;
 mod consoles;
 mod errors;

@@ -33,6 +33,9 @@ pub const IDEMPOTENCY_KEY_CHARS_MAX: usize = 128;
 /// Most items of one page.
 pub const PAGE_ITEMS_MAX: u32 = 200;
 
+/// Most servers of one action on all that a selector matches: what one transaction carries out in a moment.
+pub const BULK_SERVERS_MAX: u32 = PAGE_ITEMS_MAX;
+
 /// Items of a page when the caller does not say.
 pub const PAGE_ITEMS_DEFAULT: u32 = 50;
 

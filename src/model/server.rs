@@ -6,6 +6,8 @@ use utoipa::ToSchema;
 
 use crate::id::{ConsoleReaderId, ImageId, NetworkId, OperationId, ServerId, VolumeId};
 use crate::name::{Labels, Name};
+use crate::operation::Operation;
+use crate::problem::Problem;
 use crate::time::Time;
 
 /// A server.
@@ -390,7 +392,7 @@ pub struct PatchServer {
 }
 
 /// What can be done to a server: `POST /v1/servers/{id}/actions/{verb}` with this body.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ServerAction {
     /// Build its machine.
@@ -405,6 +407,28 @@ pub enum ServerAction {
     Resume,
     /// Save its memory to the disk and end its machine.
     Hibernate,
+}
+
+/// Answer to `POST /v1/servers/actions/{verb}`: what was decided for each server, oldest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BulkActions {
+    /// One item a server.
+    pub items: Vec<BulkAction>,
+}
+
+/// What was decided for one server: it has an operation or a problem.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BulkAction {
+    /// The server.
+    pub server_id: ServerId,
+    /// Its name.
+    pub name: Name,
+    /// What brings it about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<Operation>,
+    /// Why it was refused, as the action on this server alone would be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
 }
 
 /// Body of the actions `stop` and `reboot`.

@@ -25,6 +25,7 @@ use crate::vmms::Process;
 
 mod actor;
 mod advance;
+mod bulk;
 pub mod capacity;
 mod console;
 mod create;
@@ -196,15 +197,7 @@ impl Servers {
         id: ServerId,
         action: ServerAction,
     ) -> Result<Answer<Accepted<Server>>> {
-        let ask = match action {
-            ServerAction::Start => Ask::Start,
-            ServerAction::Stop(how) => Ask::Stop { grace_ms: grace_ms(how)? },
-            ServerAction::Reboot(how) => Ask::Reboot { grace_ms: grace_ms(how)? },
-            ServerAction::Pause => Ask::Pause,
-            ServerAction::Resume => Ask::Resume,
-            ServerAction::Hibernate => Ask::Hibernate,
-        };
-        self.ask(call, id, ask).await
+        self.ask(call, id, asked(action)?).await
     }
 
     async fn ask(&self, call: &Call, id: ServerId, ask: Ask) -> Result<Answer<Accepted<Server>>> {
@@ -416,6 +409,17 @@ impl Servers {
 pub(crate) fn is_off(connection: &Connection, id: ServerId) -> Result<bool> {
     let record: Option<ServerRecord> = records::find(connection, id.0)?;
     Ok(record.is_none_or(|record| record.life.is_off()))
+}
+
+fn asked(action: ServerAction) -> Result<Ask> {
+    Ok(match action {
+        ServerAction::Start => Ask::Start,
+        ServerAction::Stop(how) => Ask::Stop { grace_ms: grace_ms(how)? },
+        ServerAction::Reboot(how) => Ask::Reboot { grace_ms: grace_ms(how)? },
+        ServerAction::Pause => Ask::Pause,
+        ServerAction::Resume => Ask::Resume,
+        ServerAction::Hibernate => Ask::Hibernate,
+    })
 }
 
 fn grace_ms(how: StopServer) -> Result<i64> {

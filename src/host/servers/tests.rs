@@ -13,6 +13,7 @@ use crate::fake_vmm::Guest;
 use crate::stage::{self, Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Error};
 
+mod bulk;
 mod console;
 mod hibernate;
 mod limits;

@@ -72,6 +72,17 @@ impl std::ops::Deref for Tx<'_> {
 }
 
 impl Tx<'_> {
+    /// Runs a part of the change: when it fails, nothing of that part stays, and what came before does.
+    pub(crate) fn attempt<T>(&self, part: impl FnOnce() -> Result<T>) -> Result<Result<T>> {
+        self.execute_batch("SAVEPOINT attempt")?;
+        let outcome = part();
+        if outcome.is_err() {
+            self.execute_batch("ROLLBACK TO attempt")?;
+        }
+        self.execute_batch("RELEASE attempt")?;
+        Ok(outcome)
+    }
+
     /// Wakes whoever follows events once this is committed.
     pub(crate) fn event_written(&self, id: u64) {
         self.changes.borrow_mut().last_event = Some(id);

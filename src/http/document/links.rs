@@ -35,7 +35,7 @@ pub(super) fn of(operation: &str, status: &str) -> Option<Value> {
         "list_volumes" => (OF_VOLUME, "/items/0/id"),
         "list_networks" => (OF_NETWORK, "/items/0/id"),
         "list_operations" => (OF_OPERATION, "/items/0/id"),
-        _ => return accepted(status),
+        _ => return accepted(operation, status),
     };
     let mut links = Map::new();
     add(&mut links, targets, id);
@@ -46,9 +46,10 @@ pub(super) fn of(operation: &str, status: &str) -> Option<Value> {
 }
 
 /// What else answers 202 leads to its operation.
-fn accepted(status: &str) -> Option<Value> {
+fn accepted(operation: &str, status: &str) -> Option<Value> {
     let mut links = Map::new();
-    add(&mut links, OF_OPERATION, "/operation/id");
+    let is_bulk = operation.ends_with("_servers");
+    add(&mut links, OF_OPERATION, if is_bulk { "/items/0/operation/id" } else { "/operation/id" });
     (status == "202").then_some(Value::Object(links))
 }
 

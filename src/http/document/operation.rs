@@ -47,6 +47,7 @@ pub(super) fn finish(path: &str, method: &str, operation: &mut Value) {
         changes: method != "get",
         about_one: path.contains("{id}"),
         long: operation["responses"].get("202").is_some(),
+        about_many: path.contains("/servers/actions/"),
         conditional: matches!(name.as_str(), "read_server" | "read_image" | "read_operation"),
     };
     let headers = request_headers(traits);
@@ -109,6 +110,7 @@ fn server_sent_event() -> Value {
 struct Traits {
     changes: bool,
     about_one: bool,
+    about_many: bool,
     long: bool,
     conditional: bool,
 }
@@ -162,7 +164,7 @@ fn document_headers(status: &str, traits: Traits, response: &mut Value) {
     headers.insert("X-Request-Id".into(), header("Names the request in the daemon's log."));
     match status {
         "201" => headers.insert("Location".into(), header("Path of what was made.")),
-        "202" => headers.insert("Location".into(), header("Path of the operation.")),
+        "202" if !traits.about_many => headers.insert("Location".into(), header("Path of the operation.")),
         "200" | "304" if traits.conditional => {
             headers.insert("ETag".into(), header("Version of the resource."))
         }

@@ -1,0 +1,81 @@
+//! Actions on one server, or on every server with some labels.
+use std::time::Instant;
+
+use clap::Args;
+use model::server::{BulkAction, BulkActions, Server, StopServer};
+
+use crate::error::Error;
+use crate::output::{self, Row};
+use crate::{Context, operation, target, wait};
+
+/// Which servers an action is for.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Which {
+    /// Name or id.
+    server: Option<String>,
+    /// Every server with these labels: key=value, key!=value, key, !key; comma-separated terms must all hold.
+    #[arg(short = 'l', long, alias = "label-selector")]
+    selector: Option<String>,
+}
+
+/// Asks for the action and ends the command as [`wait::finish`] does.
+pub(crate) async fn act(
+    context: &Context,
+    which: &Which,
+    verb: &str,
+    grace_s: Option<u64>,
+) -> Result<(), Error> {
+    let body = match grace_s {
+        Some(grace_s) => Some(serde_json::to_vec(&StopServer { grace_s }).map_err(Error::Answer)?),
+        None => None,
+    };
+    if let Some(selector) = &which.selector {
+        let path = format!("/v1/servers/actions/{verb}?label_selector={}", target::percent_encode(selector));
+        let answer: BulkActions = context.client.send("POST", &path, body, &[]).await?.json()?;
+        return finish(context, answer).await;
+    }
+    let id = target::resolve(&context.client, "servers", which.server.as_deref().unwrap_or_default()).await?;
+    let answer = context.client.send("POST", &format!("/v1/servers/{id}/actions/{verb}"), body, &[]).await?;
+    wait::finish::<Server>(context, &answer, "servers", false).await
+}
+
+/// Prints what became of each server; fails with the first that went wrong.
+async fn finish(context: &Context, mut answer: BulkActions) -> Result<(), Error> {
+    let deadline = Instant::now() + context.wait_timeout;
+    let mut wrong = None;
+    for item in &mut answer.items {
+        let outcome = match (&mut item.operation, &item.problem) {
+            (Some(operation), _) if context.wait => {
+                wait::until(context, operation, deadline).await.and_then(|ended| {
+                    *operation = ended;
+                    operation::into_result(operation)
+                })
+            }
+            (_, Some(problem)) => Err(Error::Problem(Box::new(problem.clone()))),
+            _ => Ok(()),
+        };
+        wrong = wrong.or(outcome.err());
+    }
+    output::many(context.format, &answer.items)?;
+    wrong.map_or(Ok(()), Err)
+}
+
+impl Row for BulkAction {
+    const COLUMNS: &'static [&'static str] = &["NAME", "OPERATION", "STATE", "PROBLEM"];
+
+    fn cells(&self) -> Vec<String> {
+        let failed = self.operation.as_ref().and_then(|operation| operation.error.as_deref());
+        let problem = self.problem.as_ref().or(failed);
+        vec![
+            self.name.to_string(),
+            self.operation.as_ref().map_or("-".to_owned(), |operation| operation.id.to_string()),
+            self.operation.as_ref().map_or("refused".to_owned(), |operation| output::word(&operation.state)),
+            problem.map(|problem| problem.detail.clone()).unwrap_or_default(),
+        ]
+    }
+
+    fn name(&self) -> String {
+        self.name.to_string()
+    }
+}
