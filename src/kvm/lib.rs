@@ -25,6 +25,7 @@
 
 mod cpu_state;
 pub mod cpuid;
+mod dirty;
 mod error;
 mod exit;
 mod host;
@@ -37,6 +38,7 @@ mod vm;
 mod vm_state;
 
 pub use cpu_state::CpuState;
+pub use dirty::DirtyLog;
 pub use error::Error;
 pub use exit::{Broken, Exit, SystemEvent};
 pub use host::{EXTENSIONS, Extension, Host};

@@ -18,7 +18,7 @@ pub struct Vm {
     // Dropped before the memory its slots point to.
     pub(crate) fd: VmFd,
     pub(crate) routing: Mutex<Routing>,
-    _memory: Arc<Ram>,
+    pub(crate) memory: Arc<Ram>,
 }
 
 /// Whether KVM emulates the interrupt controllers.
@@ -35,20 +35,8 @@ impl Vm {
     /// controllers, because making those in a VM without slots waits for a grace period of the kernel.
     pub fn new(host: &Host, memory: Arc<Ram>, irqchip: Irqchip) -> Result<Arc<Vm>, Error> {
         let fd = host.fd.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-        let vm = Vm { fd, routing: Mutex::new(Routing::default()), _memory: Arc::clone(&memory) };
-        for (slot, region) in (0u32..).zip(memory.iter()) {
-            let slot = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the range is one whole mapping, which lives until `_memory` is dropped, after `fd` by
-            // the order of fields; vCPUs hold an `Arc` of this VM. Regions of a `Ram` do not overlap.
-            let set = unsafe { vm.fd.set_user_memory_region(slot) };
-            set.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        }
+        let vm = Vm { fd, routing: Mutex::new(Routing::default()), memory };
+        vm.set_slots(0)?;
         let tss = layout::KVM_TSS as usize;
         vm.fd.set_tss_address(tss).map_err(failed("KVM_SET_TSS_ADDR"))?;
         vm.fd
@@ -62,6 +50,24 @@ impl Vm {
             vm.reset_routes()?;
         }
         Ok(Arc::new(vm))
+    }
+
+    /// Gives KVM one slot for each region of memory, or the same slots other flags.
+    pub(crate) fn set_slots(&self, flags: u32) -> Result<(), Error> {
+        for (slot, region) in (0u32..).zip(self.memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is one whole mapping, which lives until `memory` is dropped, after `fd` by
+            // the order of fields; vCPUs hold an `Arc` of this VM. Regions of a `Ram` do not overlap.
+            let set = unsafe { self.fd.set_user_memory_region(slot) };
+            set.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
     }
 
     /// Signals `kick` whenever the guest writes to `address`, whatever it writes, without an exit.

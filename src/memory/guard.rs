@@ -17,6 +17,7 @@ use sys::userfaultfd::UserFault;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::marks::{self, PAGE_BYTES};
+use crate::pages::{Pages, runs};
 use crate::{Error, Extent, Ram, extent};
 
 /// Memory protected at a time while the machine runs. Protecting 1 GiB at once holds up the guest for 30 ms.
@@ -64,13 +65,6 @@ struct State {
 enum Phase {
     Arming,
     Copying,
-}
-
-/// One bit a page.
-#[derive(Debug, Default, Clone)]
-struct Pages {
-    words: Vec<u64>,
-    count: usize,
 }
 
 impl Guard {
@@ -273,66 +267,6 @@ impl Drop for Guard {
     fn drop(&mut self) {
         self.ram.iter().for_each(|region| *marks::held(region) = false);
     }
-}
-
-impl Pages {
-    fn of(count: u64) -> Pages {
-        Pages { words: vec![0; count.div_ceil(64) as usize], count: count as usize }
-    }
-
-    fn set(&mut self, page: u64) {
-        if let Some(word) = self.words.get_mut((page / 64) as usize) {
-            *word |= 1 << (page % 64);
-        }
-    }
-
-    fn set_range(&mut self, from: u64, to: u64) {
-        let (mut page, to) = (from, to.min(self.count as u64));
-        while page < to {
-            match self.words.get_mut((page / 64) as usize) {
-                Some(word) if page.is_multiple_of(64) && to - page >= 64 => {
-                    *word = u64::MAX;
-                    page += 64;
-                }
-                _ => {
-                    self.set(page);
-                    page += 1;
-                }
-            }
-        }
-    }
-
-    fn has(&self, page: u64) -> bool {
-        self.words.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 == 1)
-    }
-
-    /// Answers whether it was set.
-    fn clear(&mut self, page: u64) -> bool {
-        let had = self.has(page);
-        if let Some(word) = self.words.get_mut((page / 64) as usize) {
-            *word &= !(1 << (page % 64));
-        }
-        had
-    }
-}
-
-/// Pages in a row that are set, as offset and bytes.
-fn runs(words: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
-    let pages = words.len() as u64 * 64;
-    let word = |page: u64| words.get((page / 64) as usize).copied().unwrap_or_default();
-    let has = move |page: u64| word(page) >> (page % 64) & 1 == 1;
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        while at < pages && !has(at) {
-            // Whole words of nothing are the usual case.
-            at = if at.is_multiple_of(64) && word(at) == 0 { at + 64 } else { at + 1 };
-        }
-        let start = at;
-        while at < pages && has(at) {
-            at += 1;
-        }
-        (at > start).then_some((start * PAGE_BYTES, (at - start) * PAGE_BYTES))
-    })
 }
 
 #[cfg(test)]

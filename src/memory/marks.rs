@@ -49,6 +49,11 @@ pub fn take(ram: &Ram) -> Vec<Vec<u64>> {
     ram.iter().map(marks_of).map(taken).collect()
 }
 
+/// A part of a region has changed in another way than by being written through it.
+pub(crate) fn mark(region: &vm_memory::GuestRegionMmap<Marks>, inside: u64, bytes: u64) {
+    marks_of(region).mark_dirty(inside as usize, bytes as usize);
+}
+
 /// Whether pages may go back to the host, until the answer is dropped.
 pub(crate) fn held(region: &vm_memory::GuestRegionMmap<Marks>) -> MutexGuard<'_, bool> {
     marks_of(region).shared.held.lock().unwrap_or_else(PoisonError::into_inner)

@@ -158,10 +158,14 @@ pub fn discard(ram: &Ram, start: GuestAddress, bytes: u64) -> Result<(), Error> 
     if *held {
         return Err(Error::Discard(io::ErrorKind::ResourceBusy.into()));
     }
-    if region.flags() & libc::MAP_PRIVATE != 0 {
-        return renew(region, inside, bytes).map_err(Error::Discard);
-    }
-    sys::memfd::punch_hole(file.file(), file.start() + inside, bytes).map_err(Error::Discard)
+    let done = if region.flags() & libc::MAP_PRIVATE != 0 {
+        renew(region, inside, bytes)
+    } else {
+        sys::memfd::punch_hole(file.file(), file.start() + inside, bytes)
+    };
+    // Also after a failure: a part may be zero already. Who copies memory has to see that it is.
+    marks::mark(region, inside, bytes);
+    done.map_err(Error::Discard)
 }
 
 /// Least piece of a private mapping that is given back: what Linux reports free at once. Each makes the kernel keep

@@ -5,6 +5,7 @@
 mod vmm_driver;
 
 mod devices;
+mod dirty;
 mod hostile;
 mod jail;
 mod launcher;

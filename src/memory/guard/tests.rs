@@ -116,17 +116,3 @@ fn a_guard_that_is_dropped_lets_everybody_go_on() {
     });
     assert_eq!(word(&ram, 5), 2);
 }
-
-#[test]
-fn runs_are_found_at_every_place_of_a_word() {
-    for (from, to) in [(0, 1), (63, 65), (64, 128), (1, 200), (255, 256), (0, 256), (130, 131)] {
-        let mut pages = Pages::of(256);
-        pages.set_range(from, to);
-        let found: Vec<_> = runs(&pages.words).collect();
-        assert_eq!(found, [(from * PAGE_BYTES, (to - from) * PAGE_BYTES)]);
-        assert!(pages.clear(from) && !pages.clear(from));
-    }
-    let mut pages = Pages::of(256);
-    pages.set_range(300, 400);
-    assert_eq!(runs(&pages.words).count(), 0);
-}

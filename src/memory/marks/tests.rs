@@ -42,3 +42,12 @@ fn reading_marks_nothing() {
     ram.read_slice(&mut data, GuestAddress(0x1000)).unwrap();
     assert_eq!(pages(&take(&ram)), []);
 }
+
+#[test]
+fn what_is_given_back_has_changed() {
+    let ram = crate::new(1 << 20).unwrap();
+    ram.write_slice(&[1; 4096], GuestAddress(0x3000)).unwrap();
+    start(&ram);
+    crate::discard(&ram, GuestAddress(0x3000), 8192).unwrap();
+    assert_eq!(pages(&take(&ram)), [(0, 3), (0, 4)]);
+}

@@ -1,0 +1,113 @@
+//! A set of pages of memory, one bit each: what is to be kept, copied or sent. Pages count from the first byte of
+//! memory, region after region, as in [`crate::Extent`].
+use crate::Extent;
+use crate::marks::PAGE_BYTES;
+
+/// Pages of one word.
+const WORD: u64 = 64;
+
+/// A set of pages.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Pages {
+    pub(crate) words: Vec<u64>,
+    pages: u64,
+}
+
+impl Pages {
+    /// None of this many pages.
+    pub fn of(pages: u64) -> Pages {
+        Pages { words: vec![0; pages.div_ceil(WORD) as usize], pages }
+    }
+
+    /// All of this many pages.
+    pub fn all(pages: u64) -> Pages {
+        let mut all = Pages::of(pages);
+        all.set_range(0, pages);
+        all
+    }
+
+    /// How many are in it.
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Adds a page.
+    pub fn set(&mut self, page: u64) {
+        if let Some(word) = self.words.get_mut((page / WORD) as usize) {
+            *word |= 1 << (page % WORD);
+        }
+    }
+
+    /// Adds the pages from one up to another.
+    pub fn set_range(&mut self, from: u64, to: u64) {
+        let (mut page, to) = (from, to.min(self.pages));
+        while page < to {
+            match self.words.get_mut((page / WORD) as usize) {
+                Some(word) if page.is_multiple_of(WORD) && to - page >= WORD => {
+                    *word = u64::MAX;
+                    page += WORD;
+                }
+                _ => {
+                    self.set(page);
+                    page += 1;
+                }
+            }
+        }
+    }
+
+    /// Whether a page is in it.
+    pub fn has(&self, page: u64) -> bool {
+        self.words.get((page / WORD) as usize).is_some_and(|word| word >> (page % WORD) & 1 == 1)
+    }
+
+    /// Takes a page out; answers whether it was in it.
+    pub fn clear(&mut self, page: u64) -> bool {
+        let had = self.has(page);
+        if let Some(word) = self.words.get_mut((page / WORD) as usize) {
+            *word &= !(1 << (page % WORD));
+        }
+        had
+    }
+
+    /// Adds what logs found, one for each region in their order: words of 64 pages, the first page lowest. Regions
+    /// have whole words of pages ([`crate::layout::ram_ranges`] gives no others for a valid machine).
+    pub fn add(&mut self, regions: &[Vec<u64>]) {
+        for (word, found) in self.words.iter_mut().zip(regions.iter().flatten()) {
+            *word |= found;
+        }
+    }
+
+    /// The words of a part that begins and ends with a word.
+    pub fn words_of(&self, part: Extent) -> &[u64] {
+        let word = |offset: u64| (offset / PAGE_BYTES / WORD) as usize;
+        self.words.get(word(part.offset)..word(part.offset + part.bytes)).unwrap_or_default()
+    }
+
+    /// Pages in a row that are in it, ascending.
+    pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        runs(&self.words).map(|(offset, bytes)| Extent { offset, bytes })
+    }
+}
+
+/// Pages in a row that are set, as offset and bytes.
+pub(crate) fn runs(words: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let pages = words.len() as u64 * WORD;
+    let word = |page: u64| words.get((page / WORD) as usize).copied().unwrap_or_default();
+    let has = move |page: u64| word(page) >> (page % WORD) & 1 == 1;
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < pages && !has(at) {
+            // Whole words of nothing are the usual case.
+            at = if at.is_multiple_of(WORD) && word(at) == 0 { at + WORD } else { at + 1 };
+        }
+        let start = at;
+        while at < pages && has(at) {
+            // And whole words of everything.
+            at = if at.is_multiple_of(WORD) && word(at) == u64::MAX { at + WORD } else { at + 1 };
+        }
+        (at > start).then_some((start * PAGE_BYTES, (at - start) * PAGE_BYTES))
+    })
+}
+
+#[cfg(test)]
+mod tests;
