@@ -16,7 +16,7 @@ pub struct Error {
     pub detail: String,
     /// Fields that are not valid.
     pub errors: Vec<FieldError>,
-    /// With `wrong_state`: what can be done now.
+    /// With `wrong_state`, and then always: what can be done now.
     pub allowed_actions: Option<Vec<String>>,
     /// The operation that is in the way, or that failed.
     pub operation_id: Option<OperationId>,
@@ -30,7 +30,8 @@ impl Error {
             code,
             detail: detail.into(),
             errors: Vec::new(),
-            allowed_actions: None,
+            // Nothing, unless `with_actions` knows better.
+            allowed_actions: (code == Code::WrongState).then(Vec::new),
             operation_id: None,
             source: None,
         }
@@ -95,6 +96,12 @@ impl Error {
     /// Attaches the cause.
     pub fn caused_by(mut self, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
         self.source = Some(Arc::from(cause.into()));
+        self
+    }
+
+    /// Says what can be done now instead; with `wrong_state`.
+    pub fn with_actions(mut self, allowed_actions: Vec<String>) -> Error {
+        self.allowed_actions = Some(allowed_actions);
         self
     }
 
@@ -169,5 +176,20 @@ impl From<rusqlite::Error> for Error {
 impl From<serde_json::Error> for Error {
     fn from(cause: serde_json::Error) -> Error {
         Error::internal("a record of the host cannot be read", cause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_state_always_says_what_can_be_done_and_nothing_else_does() {
+        for code in Code::ALL {
+            let problem = Error::new(*code, "no").to_problem("/v1", "");
+            assert_eq!(problem.allowed_actions.is_some(), *code == Code::WrongState, "{code:?}");
+        }
+        let error = Error::new(Code::WrongState, "no").with_actions(vec!["start".to_owned()]);
+        assert_eq!(error.to_problem("/v1", "").allowed_actions.unwrap(), ["start"]);
     }
 }

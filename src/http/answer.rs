@@ -33,12 +33,14 @@ pub(crate) trait Resource: Serialize + PartialSchema {
     fn generation(&self) -> u64;
     /// Its path.
     fn path(&self) -> String;
+    /// What can be asked of it now.
+    fn actions(&self) -> Vec<String>;
     /// Whether all of its JSON is told apart by its version. Live figures are not.
     const VERSIONED_WHOLE: bool;
 }
 
 macro_rules! resources {
-    ($($type:ty, $path:literal, $whole:literal;)*) => {$(
+    ($($type:ty, $path:literal, $whole:literal, |$resource:ident| $actions:expr;)*) => {$(
         impl Resource for $type {
             const VERSIONED_WHOLE: bool = $whole;
 
@@ -49,18 +51,23 @@ macro_rules! resources {
             fn path(&self) -> String {
                 format!(concat!("/v1/", $path, "/{}"), self.id)
             }
+
+            fn actions(&self) -> Vec<String> {
+                let $resource = self;
+                $actions
+            }
         }
     )*};
 }
 
 resources! {
-    Server, "servers", true;
-    Image, "images", true;
+    Server, "servers", true, |server| server.allowed_actions.clone();
+    Image, "images", true, |_image| Vec::new();
     // `used_bytes` moves with every write of the guest.
-    Volume, "volumes", false;
+    Volume, "volumes", false, |_volume| Vec::new();
     // `addresses_used` and `state` move with its servers and the host.
-    Network, "networks", false;
-    Operation, "operations", true;
+    Network, "networks", false, |_network| Vec::new();
+    Operation, "operations", true, |_operation| Vec::new();
 }
 
 /// Answers a read of one resource, or 304 when the caller has this version.
@@ -196,14 +203,14 @@ where
         None => None,
     };
     if let Some(operation) = ended_in_time {
-        if operation.state != OperationState::Succeeded {
-            return Err(end(operation));
-        }
-        body.operation = operation;
         body.resource = match body.resource {
             Some(resource) => fresh(resource).await,
             None => None,
         };
+        if operation.state != OperationState::Succeeded {
+            return Err(end(operation, body.resource.map(|resource| resource.actions())));
+        }
+        body.operation = operation;
         status = ended;
     }
     let location = match &body.resource {
@@ -225,12 +232,14 @@ where
     Ok(response)
 }
 
-/// The failure that tells of an operation which ended badly.
-fn end(operation: Operation) -> Failure {
+/// The failure that tells of an operation which ended badly; `actions` are what can be asked of its resource now.
+fn end(operation: Operation, actions: Option<Vec<String>>) -> Failure {
     let id: OperationId = operation.id;
     match operation.error {
         Some(problem) => Failure::from_problem(*problem, id),
-        None => Failure::new(Code::WrongState, format!("operation {id} was cancelled")).operation(id),
+        None => Failure::new(Code::WrongState, format!("operation {id} was cancelled"))
+            .actions(actions.unwrap_or_default())
+            .operation(id),
     }
 }
 

@@ -32,7 +32,8 @@ impl Failure {
             code,
             detail: shortened(detail.into()),
             errors: Vec::new(),
-            allowed_actions: None,
+            // Nothing, unless `actions` knows better.
+            allowed_actions: (code == Code::WrongState).then(Vec::new),
             operation_id: None,
             header: None,
             cause: None,
@@ -60,6 +61,12 @@ impl Failure {
     /// Adds a header to the response.
     pub(crate) fn header(mut self, name: HeaderName, value: HeaderValue) -> Failure {
         self.0.header = Some((name, value));
+        self
+    }
+
+    /// Says what can be done now instead; with `wrong_state`.
+    pub(crate) fn actions(mut self, allowed_actions: Vec<String>) -> Failure {
+        self.0.allowed_actions = Some(allowed_actions);
         self
     }
 

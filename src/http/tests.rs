@@ -6,6 +6,7 @@ mod errors;
 mod fuzz;
 mod generated;
 mod networks;
+mod operations;
 mod promises;
 mod served;
 mod servers;

@@ -147,7 +147,8 @@ pub struct Problem {
     /// Fields that are not valid.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldError>,
-    /// With `wrong_state`: what can be done now.
+    /// With `wrong_state`, and then always: what can be done now with the resource, or with the server that is in
+    /// the way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed_actions: Option<Vec<String>>,
     /// The operation that is in the way, or that failed.

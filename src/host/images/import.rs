@@ -91,6 +91,11 @@ impl Import {
                 tokio::select! {
                     arrived = &mut work => arrived,
                     () = pump(stream, sender) => work.await,
+                    // One that sends nothing is not waited for: the reader finds the stream broken off.
+                    () = self.handle.cancelled.notified() => {
+                        let _ = work.await;
+                        Err(Refusal::Cancelled)
+                    }
                 }
             }
             From::Entry(import, name) => {

@@ -123,12 +123,11 @@ pub(super) fn doom(tx: &Tx<'_>, mut image: Image, actor: &Actor) -> Result<(Imag
         ImageState::Ready => {}
         ImageState::Importing => {
             let detail = format!("image {} is being imported; cancel its operation instead", image.name);
-            let refused = Error { allowed_actions: Some(Vec::new()), ..Error::new(Code::WrongState, detail) };
-            return Err(Error { operation_id: image.operation_id, ..refused });
+            return Err(Error { operation_id: image.operation_id, ..Error::new(Code::WrongState, detail) });
         }
         ImageState::Deleting => {
             let detail = format!("image {} is being deleted already", image.name);
-            return Err(Error { allowed_actions: Some(Vec::new()), ..Error::new(Code::WrongState, detail) });
+            return Err(Error::new(Code::WrongState, detail));
         }
     }
     match users(tx, image.id)?.as_slice() {

@@ -132,7 +132,7 @@ fn choose_bridge(networks: &[Network], surroundings: &Surroundings) -> Result<St
 pub(super) fn check_deletable(tx: &Tx<'_>, network: &Network) -> Result<()> {
     if network.state == NetworkState::Deleting {
         let detail = format!("network {} is being deleted already", network.name);
-        return Err(Error { allowed_actions: Some(Vec::new()), ..Error::new(Code::WrongState, detail) });
+        return Err(Error::new(Code::WrongState, detail));
     }
     match addresses::users(tx, network.id)?.as_slice() {
         [] => Ok(()),

@@ -112,10 +112,8 @@ fn refusal(record: &ServerRecord, ask: Ask) -> Error {
             some.join(", ")
         ),
     };
-    let mut error = Error::new(Code::WrongState, detail);
-    error.allowed_actions = Some(actions);
-    error.operation_id = record.life.job.map(|job| job.id);
-    error
+    let operation_id = record.life.job.map(|job| job.id);
+    Error { operation_id, ..Error::new(Code::WrongState, detail).with_actions(actions) }
 }
 
 fn begins_run(record: &ServerRecord, next: &Step) -> bool {

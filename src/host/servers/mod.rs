@@ -357,9 +357,7 @@ impl Servers {
         });
         found.ok_or_else(|| {
             let detail = format!("server {} has no machine to {verb}", server.name);
-            let mut error = Error::new(Code::WrongState, detail);
-            error.allowed_actions = Some(server.allowed_actions);
-            error
+            Error::new(Code::WrongState, detail).with_actions(server.allowed_actions)
         })
     }
 
@@ -405,10 +403,11 @@ impl Servers {
     }
 }
 
-/// For `volumes`: whether a server has no machine, so that its volumes can be changed. True when there is none.
-pub(crate) fn is_off(connection: &Connection, id: ServerId) -> Result<bool> {
+/// For `volumes`: what can be asked of a server that has a machine, so that its volumes cannot be changed. None when
+/// it is off or there is none.
+pub(crate) fn actions_unless_off(connection: &Connection, id: ServerId) -> Result<Option<Vec<String>>> {
     let record: Option<ServerRecord> = records::find(connection, id.0)?;
-    Ok(record.is_none_or(|record| record.life.is_off()))
+    Ok(record.filter(|record| !record.life.is_off()).map(|record| view::allowed_actions(&record)))
 }
 
 fn asked(action: ServerAction) -> Result<Ask> {
@@ -444,7 +443,7 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
     if record.life.saved.is_some() && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
         let detail = "the server is hibernated, and its memory belongs to the machine it was: start it before its \
                       CPUs or memory are changed";
-        return Err(Error::new(Code::WrongState, detail));
+        return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));
     }
     if let Some(name) = patch.name {
         Networks::rename(tx, record.id, &name)?;

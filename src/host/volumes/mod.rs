@@ -115,7 +115,7 @@ impl Volumes {
         self.core.store.read(look).await
     }
 
-    /// Name, labels, size (only larger, and only while its server is off: see `servers::is_off`).
+    /// Name, labels, size (only larger, and only while its server is off: see `servers::actions_unless_off`).
     pub async fn patch(&self, call: &Call, id: VolumeId, patch: PatchVolume) -> Result<Answer<Volume>> {
         // Held until the file has its new length, so that no machine can start with half of the change.
         let held = match patch.size_bytes {
@@ -165,10 +165,7 @@ impl Volumes {
             }
             if volume.state == VolumeState::Deleting {
                 let detail = format!("volume {} is being deleted already", volume.name);
-                return Err(Error {
-                    allowed_actions: Some(Vec::new()),
-                    ..Error::new(Code::WrongState, detail)
-                });
+                return Err(Error::new(Code::WrongState, detail));
             }
             volume.state = VolumeState::Deleting;
             records::save(tx, &mut volume)?;
@@ -306,11 +303,11 @@ fn check_growth(tx: &Tx<'_>, volume: &Volume, size_bytes: u64, dirs: &Dirs) -> R
         return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
     }
     if let Some(server) = volume.server_id
-        && !crate::servers::is_off(tx, server)?
+        && let Some(actions) = crate::servers::actions_unless_off(tx, server)?
     {
         let detail =
             format!("volume {} belongs to server {server}, which is not off; stop it first", volume.name);
-        return Err(Error::new(Code::WrongState, detail));
+        return Err(Error::new(Code::WrongState, detail).with_actions(actions));
     }
     space::check(&dirs.root().join("volumes"), 0, size_bytes)
 }

@@ -174,6 +174,8 @@ impl Answer {
         assert_eq!(problem.status, self.status.as_u16());
         assert_eq!(problem.status, code.status());
         assert_eq!(problem.title, code.title());
+        let tells_actions = problem.allowed_actions.is_some();
+        assert_eq!(tells_actions, code == Code::WrongState, "{text}");
         assert_eq!(problem.kind, format!("/errors#{}", code.as_str()));
         assert_eq!(problem.request_id, self.header("x-request-id"));
         assert!(

@@ -179,7 +179,11 @@ async fn volumes_and_images_are_seen_and_refuse_what_would_break_a_server() {
     let path = format!("/v1/volumes/{}", page.items[0].id);
     served.call("DELETE", &path, Sent::nothing()).await.problem(Code::InUse);
     let larger = Sent::text("application/json", json!({ "size_bytes": 8 << 20 }).to_string());
-    served.call("PATCH", &path, larger).await.problem(Code::WrongState);
+    let problem = served.call("PATCH", &path, larger).await.problem(Code::WrongState);
+    assert!(
+        problem.allowed_actions.unwrap().contains(&"stop".to_owned()),
+        "of the server that is in the way"
+    );
     let images: Page<Image> = served.call("GET", "/v1/images?name=tiny", Sent::nothing()).await.json(200);
     assert_eq!(images.items.len(), 1);
     let answer = served.call("GET", "/v1/host", Sent::nothing()).await;

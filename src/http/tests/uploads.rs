@@ -24,17 +24,22 @@ async fn images(served: &Served, name: &str) -> Vec<Image> {
 }
 
 /// Begins a chunked upload over a connection of its own.
-async fn begin(served: &Served, name: &str) -> UnixStream {
+pub(super) async fn begin(served: &Served, name: &str) -> UnixStream {
+    begin_with(served, name, "").await
+}
+
+/// As [`begin`], with more lines of the head.
+pub(super) async fn begin_with(served: &Served, name: &str, more: &str) -> UnixStream {
     let mut stream = UnixStream::connect(served.socket()).await.unwrap();
     let head = format!(
         "POST /v1/images?name={name} HTTP/1.1\r\nhost: toft\r\ncontent-type: application/x-tar\r\n\
-         prefer: wait=20\r\ntransfer-encoding: chunked\r\n\r\n"
+         prefer: wait=20\r\ntransfer-encoding: chunked\r\n{more}\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     stream
 }
 
-async fn send(stream: &mut UnixStream, piece: &[u8]) {
+pub(super) async fn send(stream: &mut UnixStream, piece: &[u8]) {
     stream.write_all(format!("{:x}\r\n", piece.len()).as_bytes()).await.unwrap();
     stream.write_all(piece).await.unwrap();
     stream.write_all(b"\r\n").await.unwrap();
