@@ -88,7 +88,8 @@ impl Verb {
                 wait::finish::<Image>(context, &answer, "images", true).await
             }
             Verb::Catalogue => {
-                let entries: Vec<CatalogueEntry> = context.client.get("/v1/images/catalogue").await?;
+                let entries: Vec<CatalogueEntry> =
+                    target::pages(&context.client, "images/catalogue", &[], None).await?;
                 output::many(context.format, &entries)
             }
         }

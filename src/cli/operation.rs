@@ -4,15 +4,24 @@ use model::operation::{Operation, OperationState};
 
 use crate::error::Error;
 use crate::output::{self, Row};
-use crate::target::{self, ListOptions};
-use crate::{Context, wait};
+use crate::{Context, target, wait};
 
 /// What can be done with operations.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// List operations, also those that have ended.
     #[command(visible_alias = "ls")]
-    List(ListOptions),
+    List {
+        /// Only those on the resource of this id.
+        #[arg(long)]
+        resource: Option<uuid::Uuid>,
+        /// Order: created_at or -created_at.
+        #[arg(long, allow_hyphen_values = true)]
+        sort: Option<String>,
+        /// At most this many; all when absent.
+        #[arg(long)]
+        limit: Option<usize>,
+    },
     /// Show one operation.
     Show {
         /// Its id.
@@ -33,9 +42,11 @@ pub(crate) enum Verb {
 impl Verb {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
-            Verb::List(options) => {
+            Verb::List { resource, sort, limit } => {
+                let resource = resource.map(|id| id.to_string());
+                let parameters = [("resource_id", resource.as_deref()), ("sort", sort.as_deref())];
                 let operations: Vec<Operation> =
-                    target::list(&context.client, "operations", &options).await?;
+                    target::pages(&context.client, "operations", &parameters, limit).await?;
                 output::many(context.format, &operations)
             }
             Verb::Show { id } => {

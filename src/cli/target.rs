@@ -133,18 +133,28 @@ pub(crate) async fn list<T: serde::de::DeserializeOwned>(
     kind: &str,
     options: &ListOptions,
 ) -> Result<Vec<T>, Error> {
+    let parameters =
+        [("label_selector", options.label_selector.as_deref()), ("sort", options.sort.as_deref())];
+    pages(client, kind, &parameters, options.limit).await
+}
+
+/// At most `most` items of a list with these parameters, page by page; all without.
+pub(crate) async fn pages<T: serde::de::DeserializeOwned>(
+    client: &Client,
+    kind: &str,
+    parameters: &[(&str, Option<&str>)],
+    most: Option<usize>,
+) -> Result<Vec<T>, Error> {
     let mut items = Vec::new();
     let mut cursor: Option<String> = None;
     loop {
-        let rest = options.limit.map_or(usize::MAX, |limit| limit.saturating_sub(items.len()));
+        let rest = most.map_or(usize::MAX, |most| most.saturating_sub(items.len()));
         if rest == 0 {
             return Ok(items);
         }
         let page_limit = rest.min(model::limits::PAGE_ITEMS_MAX as usize);
         let mut path = format!("/v1/{kind}?limit={page_limit}");
-        let parameters =
-            [("label_selector", &options.label_selector), ("sort", &options.sort), ("cursor", &cursor)];
-        for (name, value) in parameters {
+        for (name, value) in parameters.iter().copied().chain([("cursor", cursor.as_deref())]) {
             if let Some(value) = value {
                 path.push_str(&format!("&{name}={}", percent_encode(value)));
             }

@@ -41,6 +41,15 @@ fn an_action_is_for_one_server_or_for_those_with_labels() {
 }
 
 #[test]
+fn operations_are_found_by_their_resource_and_have_no_labels() {
+    let parses = |line: &str| Toft::try_parse_from(line.split_whitespace()).is_ok();
+    let id = "01900000-0000-7000-8000-000000000000";
+    assert!(parses(&format!("toft operation list --resource {id} --sort -created_at --limit 5")));
+    assert!(!parses("toft operation list -l env=test"));
+    assert!(parses("toft server list -l env=test"));
+}
+
+#[test]
 fn endpoints_are_read_in_every_form() {
     let tcp = |host: &str, port| Endpoint::Tcp { host: host.into(), port };
     let cases = [

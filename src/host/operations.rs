@@ -265,7 +265,11 @@ impl Operations {
     }
 }
 
-/// Operations are in the order of their ids and have no names or labels.
+/// Whether an operation works on the resource of the second parameter; any does when that is null.
+const ON: &str = "(?2 IS NULL OR EXISTS (SELECT 1 FROM json_each(operations.body, '$.resources')
+    WHERE json_extract(value, '$.id') = ?2))";
+
+/// Operations are in the order of their ids and have no names or labels; they are found by what they work on.
 fn page(connection: &Connection, query: &ListQuery) -> Result<Page<Operation>> {
     if query.label_selector.is_some() || query.name.is_some() {
         return Err(records::bad_parameter(
@@ -276,10 +280,13 @@ fn page(connection: &Connection, query: &ListQuery) -> Result<Page<Operation>> {
     let (limit, after, descending) = records::by_creation(query)?;
     let (compare, order) = if descending { ("<", "DESC") } else { (">", "ASC") };
     let after = after.unwrap_or_else(|| if descending { "~".to_owned() } else { String::new() });
-    let sql =
-        format!("SELECT body FROM operations WHERE id {compare} ?1 ORDER BY id {order} LIMIT {}", limit + 1);
+    let sql = format!(
+        "SELECT body FROM operations WHERE id {compare} ?1 AND {ON} ORDER BY id {order} LIMIT {}",
+        limit + 1
+    );
     let mut statement = connection.prepare_cached(&sql)?;
-    let rows = statement.query_map([after], |row| row.get::<_, String>(0))?;
+    let resource = query.resource_id.map(|id| id.to_string());
+    let rows = statement.query_map(params![after, resource], |row| row.get::<_, String>(0))?;
     let mut items: Vec<Operation> =
         rows.map(|body| Ok(serde_json::from_str(&body?)?)).collect::<Result<_>>()?;
     let more = items.len() > limit as usize;

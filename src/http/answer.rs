@@ -80,7 +80,10 @@ pub(crate) fn one<T: Resource>(
 }
 
 /// Answers a list.
-pub(crate) fn page<T: Resource>(page: &Page<T>, fields: Option<&Fields>) -> Result<Response, Failure> {
+pub(crate) fn page<T: Serialize + PartialSchema>(
+    page: &Page<T>,
+    fields: Option<&Fields>,
+) -> Result<Response, Failure> {
     Ok(read(&written_page(page, fields)?, &HeaderMap::new()))
 }
 
@@ -112,7 +115,10 @@ pub(crate) fn written_one<T: Resource>(resource: &T, fields: Option<&str>) -> Re
 }
 
 /// Writes a list out.
-pub(crate) fn written_page<T: Resource>(page: &Page<T>, fields: Option<&Fields>) -> Result<Written, Failure> {
+pub(crate) fn written_page<T: Serialize>(
+    page: &Page<T>,
+    fields: Option<&Fields>,
+) -> Result<Written, Failure> {
     let body = project_page(page, fields).map_err(unwritable)?;
     Ok(Written { body, etag: None, is_versioned: false })
 }

@@ -91,6 +91,7 @@ impl ListParameters {
             sort: self.sort.unwrap_or_default(),
             name: self.name.map(String::from),
             label_selector: self.label_selector,
+            ..ListQuery::default()
         };
         Ok((query, self.fields))
     }
@@ -143,7 +144,7 @@ pub(crate) fn wait(text: &str) -> Result<Duration, Failure> {
         .ok_or_else(|| Failure::parameter("wait", "not_valid", format!("use 0s to {WAIT_S_MAX}s")))
 }
 
-/// Parameters of lists that are in the order of time and have neither names nor labels.
+/// Parameters of the list of operations, which are in the order of time and have neither names nor labels.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -157,6 +158,9 @@ pub(crate) struct HistoryParameters {
     /// Order.
     #[param(inline)]
     sort: Option<Age>,
+    /// Only operations on the resource of this id, whatever it is.
+    #[param(value_type = Option<String>, format = Uuid)]
+    resource_id: Option<uuid::Uuid>,
     /// Comma-separated names of the top-level fields to answer with.
     #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
     fields: Option<String>,
@@ -180,7 +184,52 @@ impl HistoryParameters {
             Some(Age::NewestFirst) => Sort::CreatedAtDescending,
             Some(Age::OldestFirst) | None => Sort::CreatedAt,
         };
-        let HistoryParameters { limit, cursor, fields, .. } = self;
+        let HistoryParameters { limit, cursor, fields, resource_id, .. } = self;
+        let (query, fields) =
+            ListParameters { limit, cursor, sort: Some(sort), fields, ..ListParameters::default() }
+                .checked()?;
+        Ok((ListQuery { resource_id, ..query }, fields))
+    }
+}
+
+/// Parameters of lists of things that have nothing but a name.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct NameParameters {
+    /// Most items of the page.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+    /// `next_cursor` of the page before. Keep the other parameters as they were.
+    #[param(pattern = "^[A-Za-z0-9_=.:-]{1,512}$")]
+    cursor: Option<String>,
+    /// Order.
+    #[param(inline)]
+    sort: Option<ByName>,
+    /// Comma-separated names of the top-level fields to answer with.
+    #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
+    fields: Option<String>,
+}
+
+/// Order by name.
+#[derive(Debug, Clone, Copy, Deserialize, utoipa::ToSchema)]
+pub(crate) enum ByName {
+    /// Forwards.
+    #[serde(rename = "name")]
+    Forwards,
+    /// Backwards.
+    #[serde(rename = "-name")]
+    Backwards,
+}
+
+impl NameParameters {
+    /// What to ask the host for, and which fields to answer with.
+    pub(crate) fn checked(self) -> Result<(ListQuery, Option<String>), Failure> {
+        let sort = match self.sort {
+            Some(ByName::Backwards) => Sort::NameDescending,
+            Some(ByName::Forwards) | None => Sort::Name,
+        };
+        let NameParameters { limit, cursor, fields, .. } = self;
         ListParameters { limit, cursor, sort: Some(sort), fields, ..ListParameters::default() }.checked()
     }
 }

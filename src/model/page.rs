@@ -29,6 +29,8 @@ pub struct ListQuery {
     pub name: Option<String>,
     /// Comma-separated terms that must all hold: `key=value`, `key!=value`, `key`, `!key`.
     pub label_selector: Option<String>,
+    /// Only operations on the resource of this id.
+    pub resource_id: Option<uuid::Uuid>,
 }
 
 /// Order of a list. Ties cannot occur: ids and names are unique.

@@ -171,8 +171,27 @@ impl Images {
         Ok(answer)
     }
 
-    /// Recipes that can be imported.
-    pub async fn catalogue(&self) -> Result<Vec<CatalogueEntry>> {
+    /// One page of the recipes that can be imported, in the order of their names.
+    pub async fn catalogue(&self, query: ListQuery) -> Result<Page<CatalogueEntry>> {
+        let (limit, after, backwards) = store_records::by_name(&query)?;
+        let mut items = self.recipes().await?;
+        if backwards {
+            items.reverse();
+        }
+        items.retain(|entry| match &after {
+            Some(after) if backwards => entry.name < *after,
+            Some(after) => entry.name > *after,
+            None => true,
+        });
+        let more = items.len() > limit as usize;
+        items.truncate(limit as usize);
+        let next_cursor =
+            items.last().filter(|_| more).map(|last| store_records::cursor(&last.name, query.sort));
+        let watch_cursor = self.core.store.read(store_records::watch_cursor).await?;
+        Ok(Page { items, next_cursor, watch_cursor })
+    }
+
+    async fn recipes(&self) -> Result<Vec<CatalogueEntry>> {
         let Some(guest_images) = self.core.config.guest_images_dir.clone() else { return Ok(Vec::new()) };
         let shown = guest_images.display().to_string();
         self.blocking(move || recipe::catalogue(&guest_images)).await.map_err(|cause| {
@@ -269,7 +288,7 @@ impl Images {
                     let detail = "this host has no catalogue; start toftd with --guest-images";
                     return Err(Error::new(Code::HostUnprepared, detail));
                 };
-                let known = self.catalogue().await?;
+                let known = self.recipes().await?;
                 if !known.iter().any(|entry| entry.name == name) {
                     let names: Vec<&str> = known.iter().map(|entry| entry.name.as_str()).collect();
                     let detail = format!("there is no such recipe; there are: {}", names.join(", "));

@@ -243,7 +243,7 @@ async fn a_recipe_is_built_and_comes_in() {
     Sample::new().write(sample.path());
     let recipes = guest_images(&format!("cp -r {} \"$3\"", sample.path().display()));
     let images = with_catalogue(&place, &recipes).await;
-    assert_eq!(images.catalogue().await.unwrap()[0].name, "sample");
+    assert_eq!(images.recipes().await.unwrap()[0].name, "sample");
     let from = |name: &str| ImportSource::Catalogue(name.to_owned());
     let answer = images.import(&Call::by_host(), import("sample", from("sample"))).await.unwrap();
     let operation = ended(&images.core, answer.body.operation.id).await;

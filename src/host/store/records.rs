@@ -181,6 +181,19 @@ pub(crate) fn by_creation(query: &ListQuery) -> Result<(u32, Option<String>, boo
     Ok((limit(query)?, after, descending))
 }
 
+/// Limit, position and direction of a list that has no order but that of names.
+pub(crate) fn by_name(query: &ListQuery) -> Result<(u32, Option<String>, bool)> {
+    let descending = match query.sort {
+        Sort::Name => false,
+        Sort::NameDescending => true,
+        Sort::CreatedAt | Sort::CreatedAtDescending => {
+            return Err(bad_parameter("sort", "must be name or -name".to_owned()));
+        }
+    };
+    let after = query.cursor.as_ref().map(|cursor| open_cursor(cursor, query.sort)).transpose()?;
+    Ok((limit(query)?, after, descending))
+}
+
 /// Position of the last event in this view of the records.
 pub fn watch_cursor(connection: &Connection) -> Result<EventId> {
     Ok(EventId(connection.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| row.get(0))?))

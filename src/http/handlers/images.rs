@@ -16,7 +16,7 @@ use crate::error::Failure;
 use crate::limits::UPLOAD_BYTES_MAX;
 use crate::page::Fields;
 use crate::path::Id;
-use crate::query::{ListParameters, NoParameters, OneParameters, Query};
+use crate::query::{ListParameters, NameParameters, NoParameters, OneParameters, Query};
 use crate::routes::{Api, Slot};
 use crate::upload::Upload;
 
@@ -120,9 +120,14 @@ fn length(headers: &HeaderMap) -> Result<Option<u64>, Failure> {
 
 /// Lists recipes that images can be imported from.
 #[utoipa::path(get, path = "/v1/images/catalogue", tag = "images", operation_id = "list_catalogue",
-    responses((status = 200, description = "The recipes.", body = Vec<CatalogueEntry>)))]
-pub(crate) async fn catalogue(State(api): State<Api>, _: Query<NoParameters>) -> Result<Response, Failure> {
-    answer::plain(&api.host.images().catalogue().await?)
+    params(NameParameters), responses((status = 200, description = "One page.", body = Page<CatalogueEntry>)))]
+pub(crate) async fn catalogue(
+    State(api): State<Api>,
+    Query(parameters): Query<NameParameters>,
+) -> Result<Response, Failure> {
+    let (query, fields) = parameters.checked()?;
+    let fields = Fields::of::<CatalogueEntry>(fields.as_deref())?;
+    answer::page(&api.host.images().catalogue(query).await?, fields.as_ref())
 }
 
 /// Reads an image.

@@ -1,8 +1,10 @@
 //! Operations over HTTP: found, waited for, cancelled. An upload that does not go on is work that lasts.
 use model::image::Image;
-use model::operation::{Operation, OperationState};
+use model::network::Network;
+use model::operation::{Accepted, Operation, OperationState};
 use model::page::Page;
-use model::{Code, Problem};
+use model::{Code, NetworkId, OperationId, Problem};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -68,5 +70,30 @@ async fn work_that_goes_on_is_cancelled_and_leaves_nothing() {
     let problem = refused(repeated).await;
     assert_eq!((problem.code, problem.operation_id), (Code::WrongState, Some(operation.id)));
     assert_eq!(problem.allowed_actions, Some(Vec::new()));
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn operations_are_found_by_what_they_work_on() {
+    let served = Served::start().await;
+    let network =
+        |name: &str| Sent::from(json!({ "name": name, "kind": "isolated" })).with("prefer", "wait=20");
+    let made = async |name: &str| -> Accepted<Network> {
+        served.call("POST", "/v1/networks", network(name)).await.json(201)
+    };
+    let (one, other) = (made("one").await, made("other").await);
+    let id = one.resource.unwrap().id;
+    let path = format!("/v1/networks/{id}");
+    let sent = Sent::nothing().with("prefer", "wait=20");
+    let deleted: Accepted<Network> = served.call("DELETE", &path, sent).await.json(200);
+    let found = async |query: &str| -> Vec<OperationId> {
+        let path = format!("/v1/operations?{query}");
+        let page: Page<Operation> = served.call("GET", &path, Sent::nothing()).await.json(200);
+        page.items.iter().map(|operation| operation.id).collect()
+    };
+    assert_eq!(found(&format!("resource_id={id}")).await, [one.operation.id, deleted.operation.id]);
+    assert_eq!(found(&format!("resource_id={id}&sort=-created_at&limit=1")).await, [deleted.operation.id]);
+    assert_eq!(found(&format!("resource_id={}", other.resource.unwrap().id)).await, [other.operation.id]);
+    assert_eq!(found(&format!("resource_id={}", NetworkId::new())).await, []);
     served.stop().await;
 }

@@ -35,9 +35,17 @@ pub(super) struct Served {
 
 impl Served {
     pub(super) async fn start() -> Served {
+        Served::start_with(|_| {}).await
+    }
+
+    /// A host with another configuration.
+    pub(super) async fn start_with(change: impl FnOnce(&mut host::Config)) -> Served {
         let directory = tempfile::tempdir().unwrap();
         let stage = Stage::new();
-        let host = stage.open_with_image().await;
+        let mut config = stage.config();
+        change(&mut config);
+        let host = stage.open_with(config).await.unwrap();
+        crate::stage::import(&host).await;
         let (_, token) = host.tokens().create("test", None).await.unwrap();
         let bound = crate::bind(&Config {
             unix: Some(UnixListen { path: directory.path().join("toftd.sock"), group_id: None }),

@@ -1,8 +1,9 @@
 //! Images sent as a stream: whole ones become images, broken ones leave nothing.
-use model::image::{Image, ImageState};
+use model::image::{CatalogueEntry, Image, ImageState};
 use model::operation::Accepted;
 use model::page::Page;
 use model::{Code, Problem};
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -64,6 +65,31 @@ async fn a_whole_bundle_becomes_an_image() {
     within(stream.read_exact(&mut status)).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 201");
     assert_eq!(images(&served, "chunked").await[0].sha256, image.sha256);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn the_catalogue_is_a_list_like_any_other() {
+    let recipes = tempfile::tempdir().unwrap();
+    let entry = |name: &str| format!("[{name}]\ntitle = \"{name}\"\ndescription = \"d\"\n");
+    std::fs::write(recipes.path().join("catalogue.toml"), ["b", "c", "a"].map(entry).concat()).unwrap();
+    let directory = recipes.path().to_owned();
+    let served = Served::start_with(|config| config.guest_images_dir = Some(directory)).await;
+    for (sort, names) in
+        [("", ["a", "b", "c"]), ("&sort=name", ["a", "b", "c"]), ("&sort=-name", ["c", "b", "a"])]
+    {
+        let path = format!("/v1/images/catalogue?limit=2{sort}");
+        let first: Page<CatalogueEntry> = served.call("GET", &path, Sent::nothing()).await.json(200);
+        let next = format!("{path}&cursor={}", first.next_cursor.unwrap());
+        let second: Page<CatalogueEntry> = served.call("GET", &next, Sent::nothing()).await.json(200);
+        assert_eq!(second.next_cursor, None);
+        let all = first.items.iter().chain(&second.items).map(|entry| entry.name.as_str());
+        assert_eq!(all.collect::<Vec<_>>(), names, "{sort}");
+    }
+    let path = "/v1/images/catalogue?fields=name";
+    let page: Value = served.call("GET", path, Sent::nothing()).await.json(200);
+    assert_eq!(page["items"][0], json!({ "name": "a" }));
+    assert!(page["watch_cursor"].is_u64());
     served.stop().await;
 }
 
