@@ -456,7 +456,7 @@ async fn asks_that_race_leave_one_truth() {
     let actions = [stop(0), START, ServerAction::Pause, ServerAction::Resume, stop(5)];
     let tasks: Vec<_> = (0..40)
         .map(|at| {
-            let (host, action) = (host.clone(), actions[at % actions.len()].clone());
+            let (host, action) = (host.clone(), actions[at % actions.len()]);
             tokio::spawn(async move { host.servers().act(&Call::by_host(), id, action).await })
         })
         .collect();
