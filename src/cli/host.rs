@@ -63,9 +63,9 @@ fn print(format: Format, report: &HostReport, all: bool) -> Result<(), Error> {
 fn text(report: &HostReport, all: bool) -> String {
     let servers: Vec<String> =
         report.servers.iter().map(|(state, count)| format!("{count} {state}")).collect();
-    let capacity = |capacity: &model::host::Capacity| {
+    let capacity = |capacity: &model::host::Capacity, used: &str| {
         format!(
-            "{} free of {}, {} promised",
+            "{} free of {}, {} {used}",
             output::bytes(capacity.free_bytes),
             output::bytes(capacity.total_bytes),
             output::bytes(capacity.used_bytes)
@@ -82,8 +82,8 @@ fn text(report: &HostReport, all: bool) -> String {
         report.cpus.total,
         report.cpus.model,
         report.cpus.used,
-        capacity(&report.memory),
-        capacity(&report.storage),
+        capacity(&report.memory, "promised"),
+        capacity(&report.storage, "used"),
         if servers.is_empty() { "none".to_owned() } else { servers.join(", ") },
     );
     if let Some(kvm) = &report.kvm {

@@ -75,7 +75,7 @@ pub struct CpuCapacity {
 pub struct Capacity {
     /// In all.
     pub total_bytes: u64,
-    /// Promised to servers.
+    /// Memory: promised to servers. Storage: taken, by whatever there is.
     pub used_bytes: u64,
     /// Free for new ones.
     pub free_bytes: u64,
