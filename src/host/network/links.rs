@@ -8,7 +8,7 @@ use model::network::NetworkKind;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
-use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
 
 use super::cidr::Cidr;
 use super::mac::Mac;
@@ -17,6 +17,10 @@ use super::plumbing::{PlumbingError, Segment, Surroundings};
 /// Shorter prefixes than this are ways out by another name (VPNs split the default route in two), not ranges that
 /// a network must stay clear of.
 const RANGE_PREFIX_MIN: u8 = 8;
+
+/// The reserved addresses 01:80:C2:00:00:0x by their last digit (IEEE 802.1D, table 7-10). Only pause frames, which
+/// the kernel drops, cannot be among them (`BR_GROUPFWD_MACPAUSE`).
+const RESERVED_BUT_PAUSE: u16 = !(1 << 1);
 
 /// A netlink socket.
 pub(super) struct Links {
@@ -119,13 +123,20 @@ impl Links {
         }
     }
 
-    /// Puts a tap on a bridge and brings it up.
+    /// Puts a tap on a bridge and brings it up. Frames to reserved addresses go the way of all others, past the rules
+    /// of `bridge toft`, instead of to the port itself, which no rule of a bridge would see of LLDP's.
     pub(super) async fn enslave(&self, tap: &str, segment: &Segment) -> Result<(), PlumbingError> {
         let bridge = self.own_bridge(segment).await?.ok_or_else(|| vanished(&segment.bridge))?;
         let port = if_nametoindex(tap).map_err(|_| vanished(tap))?;
         set_switch(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")?;
-        let up = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).up().build();
-        self.handle.link().change(up).execute().await.map_err(|cause| failed("connect", tap, cause))
+        let joined = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).build();
+        let watched = LinkBridgePort::new(port).group_fwd_mask(RESERVED_BUT_PAUSE).build();
+        let up = LinkUnspec::new_with_index(port).up().build();
+        for change in [joined, watched, up] {
+            let changed = self.handle.link().change(change).execute().await;
+            changed.map_err(|cause| failed("connect", tap, cause))?;
+        }
+        Ok(())
     }
 
     /// Removes a device, if it is there.

@@ -4,8 +4,14 @@
 //! `bridge toft` sees each frame as it leaves a guest, before the bridge or the host does anything with it. It
 //! passes ARP and IPv4 with the sender's own addresses, and drops the rest: IPv6 (networks are IPv4), VLAN tags
 //! (they would hide what is inside), anything from a tap that is not in the sets. Each chain names what may pass and
-//! drops the rest, because an expression that cannot be read, as in a frame cut short, matches nothing. `inet toft` decides what may
-//! reach the host and pass through it.
+//! drops the rest, because an expression that cannot be read, as in a frame cut short or one that lies about its length,
+//! matches nothing: IPv4 passes when its protocol was read and is no answer of a DHCP server, or when it is a later part
+//! of a datagram, which is worth nothing without the first.
+//!
+//! Frames to 01:80:C2:00:00:0x, which bridges must not pass on (IEEE 802.1D, table 7-10), the kernel would hand to the
+//! port itself, without `prerouting`. `links` has ports send them through it; `to_bridge` catches what a port without
+//! that would let by, and `inet toft` drops whatever comes from a port. It also decides what may reach the host and pass
+//! through it.
 
 use std::fmt::Write;
 
@@ -64,6 +70,7 @@ table bridge toft {{
         iifname "{TAP_PREFIX}*" jump from_guest
     }}
     chain from_guest {{
+        ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 counter drop
         iifname . ether saddr @senders ether type arp goto arp_from_guest
         iifname . ether saddr @senders ether type ip goto ipv4_from_guest
         counter drop
@@ -78,10 +85,19 @@ table bridge toft {{
         counter drop
     }}
     chain ipv4_from_guest {{
-        udp sport 67 counter drop
         ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
-        iifname . ip saddr @addresses accept
+        iifname . ip saddr @addresses goto own_ipv4_from_guest
         counter drop
+    }}
+    chain own_ipv4_from_guest {{
+        ip frag-off & 0x1fff != 0 accept
+        meta l4proto != udp accept
+        udp sport != 67 accept
+        counter drop
+    }}
+    chain to_bridge {{
+        type filter hook input priority -300; policy accept;
+        iifname "{TAP_PREFIX}*" ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 counter drop
     }}
 }}
 "#
@@ -115,6 +131,7 @@ fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String]) {
 table inet toft {{
     chain to_host {{
         type filter hook input priority 0; policy accept;
+        iifname "{TAP_PREFIX}*" counter drop
         iifname "{BRIDGE_PREFIX}*" goto guest_to_host
     }}
     chain guest_to_host {{
@@ -127,6 +144,7 @@ table inet toft {{
     }}
     chain through_host {{
         type filter hook forward priority 0; policy accept;
+        iifname "{TAP_PREFIX}*" counter drop
 {through}        iifname "{BRIDGE_PREFIX}*" counter drop
         oifname "{BRIDGE_PREFIX}*" counter drop
     }}

@@ -72,10 +72,16 @@ impl Udp {
         let mut header = vec![0x45, 0, total[0], total[1], 0, 0, 0x40, 0, 64, 17, 0, 0];
         header.extend(self.from.0.octets());
         header.extend(self.to.0.octets());
-        let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        add_checksum(&mut header);
         [header, udp.concat()].concat()
+    }
+
+    /// A frame in whose IPv4 header the byte at `at` says something else, with the checksum to it.
+    pub(super) fn altered(&self, to: Mac, from: Mac, at: usize, byte: u8) -> Vec<u8> {
+        let mut payload = self.payload();
+        payload[at] = byte;
+        add_checksum(&mut payload[..20]);
+        ethernet(to, from, IPV4, &payload)
     }
 
     pub(super) fn frame(&self, to: Mac, from: Mac) -> Vec<u8> {
@@ -91,6 +97,14 @@ impl Udp {
         let data = udp.get(8..usize::from(number(4)?))?.to_vec();
         Some(Udp { from: (ipv4(12)?, number(0)?), to: (ipv4(16)?, number(2)?), data })
     }
+}
+
+/// RFC 791, section 3.1.
+fn add_checksum(header: &mut [u8]) {
+    header[10..12].fill(0);
+    let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
 }
 
 fn payload(frame: &[u8], kind: u16) -> Option<&[u8]> {

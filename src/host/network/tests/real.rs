@@ -23,6 +23,12 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
         let evil = ground.plug(&segment, &ports[0]).await;
         let victim = ground.plug(&segment, &ports[1]).await;
         let gateway = segment.cidr.gateway();
+        // Where the kernel takes bridged IPv4 for its own it drops what is malformed and collects parts, before our rules
+        // are asked. They must hold where it does not.
+        let collects = std::path::Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
+        if collects.exists() {
+            std::fs::write(collects, "0").unwrap();
+        }
         // A request for the victim's own address would be answered by the victim instead of being shown.
         let nobody = Ipv4Addr::new(10, 77, 0, 200);
         let own = (evil.mac, evil.ipv4);
@@ -35,6 +41,8 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
         let tagged = [&[0, 5, 8, 0][..], &udp(gateway, (1000, 1000)).payload()].concat();
         let mut cut = Arp::request(own, nobody).payload();
         cut[4] = 8;
+        let dhcp_answer = udp(evil.ipv4, (67, 68));
+        let lying = |at: usize, byte: u8| dhcp_answer.altered(victim.mac, evil.mac, at, byte);
         let mut router_advertisement = vec![0x60, 0, 0, 0, 0, 16, 58, 255];
         router_advertisement.extend([0xfe; 32]);
         router_advertisement.extend([134, 0, 0, 0, 64, 0, 0, 30, 0, 0, 0, 0, 0, 0, 0, 0]);
@@ -63,7 +71,11 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
                 .frame(victim.mac, evil.mac),
             ),
             ("ARP of an odd shape", ethernet(BROADCAST, evil.mac, 0x0806, &cut)),
-            ("a DHCP server's reply", udp(evil.ipv4, (67, 68)).frame(victim.mac, evil.mac)),
+            ("a DHCP server's reply", dhcp_answer.frame(victim.mac, evil.mac)),
+            ("one that is shorter than it says", lying(3, 0xff)),
+            ("one whose header is longer than it", lying(0, 0x4f)),
+            ("one that is of another version", lying(0, 0x65)),
+            ("one that is the first of several parts", lying(6, 0x20)),
             ("an IPv6 router advertisement", ethernet(BROADCAST, evil.mac, 0x86dd, &router_advertisement)),
             ("a VLAN tag", ethernet(victim.mac, evil.mac, 0x8100, &tagged)),
             ("a provider's VLAN tag", ethernet(victim.mac, evil.mac, 0x88a8, &tagged)),
@@ -83,12 +95,57 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
         // The same victim hears what is honest, so it was not deaf.
         evil.send(&honest.frame(victim.mac, evil.mac));
         victim.wait("an honest packet", |frame| Udp::read(frame).filter(|udp| *udp == honest));
+        // So does a datagram in parts, the later ones of which say no port.
+        for (part, at, byte) in [("first", 6, 0x20), ("second", 7, 2)] {
+            let udp = Udp { data: part.into(), ..honest.clone() };
+            evil.send(&udp.altered(victim.mac, evil.mac, at, byte));
+            victim.wait(part, |frame| frame[42..].starts_with(part.as_bytes()).then_some(()));
+        }
         evil.send(&Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), victim.ipv4).frame(BROADCAST, evil.mac));
         evil.udp((victim.mac, victim.ipv4, 9), 9, b"mark");
         victim.frames_before(b"mark");
         let answer = evil.wait("the answer to a probe for a taken address", Arp::read);
         assert_eq!((answer.operation, answer.sender), (2, (victim.mac, victim.ipv4)));
         assert_eq!(evil.resolve(gateway), Mac::of_bridge(segment.id));
+    });
+}
+
+/// IEEE 802.1D, table 7-10: what a bridge keeps from passing on ends at its port, and what it carries at no socket.
+#[test]
+fn frames_that_bridges_keep_for_themselves_reach_nothing_of_the_host() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["evil", "victim"]).await;
+        let evil = ground.plug(&segment, &ports[0]).await;
+        let gateway = segment.cidr.gateway();
+        let socket = tokio::net::UdpSocket::bind("0.0.0.0:8080").await.unwrap();
+        // The bridge answers from now on.
+        evil.resolve(gateway);
+        // A host that does not look where an address should come from, as many do not.
+        for device in ["all", &ports[0].tap()] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{device}/rp_filter"), "0").unwrap();
+        }
+        for last in 0..16 {
+            let reserved = Mac([0x01, 0x80, 0xc2, 0, 0, last]);
+            for from in [evil.ipv4, ports[1].ipv4, Ipv4Addr::new(8, 8, 8, 8)] {
+                let udp = Udp { from: (from, 1), to: (gateway, 8080), data: b"to the host".to_vec() };
+                evil.send(&udp.frame(reserved, evil.mac));
+            }
+            evil.send(
+                &Arp::request((evil.mac, Ipv4Addr::new(8, 8, 8, 8)), gateway).frame(reserved, evil.mac),
+            );
+        }
+        // What follows on the way is answered when all that came before has been looked at.
+        evil.send(&Arp::request((evil.mac, evil.ipv4), gateway).frame(BROADCAST, evil.mac));
+        let answer =
+            evil.wait("the gateway's answer", |frame| Arp::read(frame).filter(|arp| arp.operation == 2));
+        assert_eq!(answer.target, (evil.mac, evil.ipv4), "the host answered a frame that was not its own");
+        let mut buffer = [0; 16];
+        assert!(socket.try_recv(&mut buffer).is_err(), "a guest reached a service of the host");
+        // Without the rules it does.
+        nft::apply("flush ruleset").await.unwrap();
+        let udp = Udp { from: (evil.ipv4, 1), to: (gateway, 8080), data: b"to the host".to_vec() };
+        evil.send(&udp.frame(Mac([0x01, 0x80, 0xc2, 0, 0, 0x0e]), evil.mac));
+        tokio::time::timeout(std::time::Duration::from_secs(20), socket.readable()).await.unwrap().unwrap();
     });
 }
 
