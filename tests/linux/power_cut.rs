@@ -151,11 +151,13 @@ fn what_a_guest_was_told_is_written_outlives_a_power_cut() {
     let patience = Duration::from_secs(300);
     let look = || {
         let log = daemon.console("writer");
-        // The console's log goes on over cuts, as far as the host had written it.
+        // The console's log goes on over cuts, as far as the host had written it: its newest guest may be any of those
+        // before this boot.
         let (guest, begun) = log.rsplit_once("log: begins ")?.1.split_once('\n')?;
         assert!(!begun.contains("log: broken"), "{log}");
         let found = last(begun, "log: intact")?;
-        (guest.trim() != notes.text("guest")).then(|| (guest.trim().to_owned(), found))
+        let is_new = !notes.text("guests").lines().any(|earlier| earlier == guest.trim());
+        is_new.then(|| (guest.trim().to_owned(), found))
     };
     let (guest, found) = wait_for_quietly(patience, look).unwrap_or_else(|| {
         let server = daemon.json(&["server", "show", "writer"]);
@@ -174,7 +176,7 @@ fn what_a_guest_was_told_is_written_outlives_a_power_cut() {
         last(&daemon.console("writer"), "log: safe").filter(|told| *told >= found + RECORDS)
     });
     notes.write("acknowledged", told);
-    notes.write("guest", guest);
+    notes.write("guests", notes.text("guests") + &guest + "\n");
     notes.write("cuts", boot + 1);
     fs::write(&loose, (boot + 1).to_string()).unwrap();
     fs::write("/proc/sysrq-trigger", "b").unwrap();
