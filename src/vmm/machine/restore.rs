@@ -50,6 +50,7 @@ impl Machine {
         built.begin(host, Origin::Saved { ram, state: &contents.machine, clock_ns })?;
         if let (Identity::New, Some(parts)) = (identity, &built.parts) {
             parts.power.tell_generation();
+            parts.functions.iter().for_each(|function| function.tell_new_owner());
         }
         built.run = Run::Paused { clock_ns };
         if then == Then::Run {

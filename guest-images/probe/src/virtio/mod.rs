@@ -40,6 +40,7 @@ pub mod common {
     pub const DEVICE_FEATURE: u64 = 4;
     pub const DRIVER_FEATURE_SELECT: u64 = 8;
     pub const DRIVER_FEATURE: u64 = 12;
+    pub const CONFIG_VECTOR: u64 = 16;
     pub const QUEUES: u64 = 18;
     pub const STATUS: u64 = 20;
     pub const GENERATION: u64 = 21;
@@ -197,6 +198,18 @@ impl Device {
         write16(self.common + common::QUEUE_ENABLE, 1);
         check!(read16(self.common + common::QUEUE_ENABLE) == 1, "queue {index} cannot be enabled");
         Ok(queue)
+    }
+
+    /// Has changes of the configuration signalled through MSI-X table entry `entry`.
+    pub fn set_config_vector(&self, entry: u16) -> Outcome {
+        write16(self.common + common::CONFIG_VECTOR, entry);
+        let taken = read16(self.common + common::CONFIG_VECTOR);
+        check!(taken == entry, "vector {entry} of the configuration refused");
+        Ok(())
+    }
+
+    pub fn generation(&self) -> u8 {
+        read8(self.common + common::GENERATION)
     }
 
     pub fn ready(&self) -> Outcome {

@@ -6,6 +6,7 @@ mod beat;
 mod bench;
 mod blk;
 mod button;
+mod changed;
 mod cpus;
 mod dirty;
 mod evil;
@@ -135,6 +136,7 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
             report,
         ),
         "irq" => irq::run(settings.disk, report),
+        "changed" => changed::run(settings.disk, first.unwrap_or(60_000), report),
         "net" => net::run(settings, report),
         "netecho" => net::echo(settings, first.unwrap_or(1), second.unwrap_or(30_000), report),
         "netsend" => traffic::send(settings, first.unwrap_or(1472), second.unwrap_or(1000), report),

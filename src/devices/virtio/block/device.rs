@@ -10,7 +10,7 @@ use super::config::{self, WRITEBACK_OFFSET, bit};
 use super::request::{IDENTITY_BYTES, Terms};
 use super::service::{Caching, Service, ServiceOptions};
 use super::state::State;
-use super::{BlockControl, BlockStats, CacheMode};
+use super::{Access, BlockControl, BlockStats, CacheMode};
 use crate::limiter::{LimiterState, LimitsSlot, RateLimits, Throttle};
 use crate::limits::BLOCK_QUEUE_SIZE;
 use crate::state::{Numbers, Refused};
@@ -145,7 +145,8 @@ impl VirtioDevice for Block {
 
     fn restore(&mut self, state: &Numbers) -> Result<(), Refused> {
         let State { sectors, writeback } = State::read(&self.name, state)?;
-        if sectors != self.disk.sectors() {
+        // What its driver may only read was never its own, and may be another's for whom the machine has become.
+        if sectors != self.disk.sectors() && self.disk.access() == Access::ReadWrite {
             let detail =
                 format!("it had {sectors} sectors when it was saved and has {} here", self.disk.sectors());
             return Err(Refused::new(&self.name, detail));

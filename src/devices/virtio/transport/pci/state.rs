@@ -6,7 +6,7 @@ use super::{State, VirtioPci};
 use crate::bus::locked;
 use crate::pci::msix::MsixState;
 use crate::state::{Numbers, Refused};
-use crate::virtio::device::{Begin, Stand};
+use crate::virtio::device::{Begin, Signals, Stand};
 
 /// A function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +139,13 @@ impl VirtioPci {
             Some(stand) => self.go_on(&mut state, &name, stand),
             None => Ok(()),
         }
+    }
+
+    /// Tells the driver that the function belongs to another machine now, after [`VirtioPci::restore`]: whatever its
+    /// configuration says may have changed (virtio 1.2, section 4.1.4.3.1), such as an address or a size.
+    pub fn tell_new_owner(&self) {
+        self.signals.count_change();
+        self.signals.config_changed();
     }
 
     fn go_on(&self, state: &mut State, name: &str, stand: &Stand) -> Result<(), Refused> {
