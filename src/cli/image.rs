@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::Name;
-use model::image::{CatalogueEntry, Image, ImportImage, ImportSource};
+use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, ImportSource};
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -54,6 +54,9 @@ pub(crate) struct Import {
     /// KEY=VALUE; may be given more than once.
     #[arg(long, value_parser = target::label)]
     label: Vec<(String, String)>,
+    /// Say what would be imported, and import nothing.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// `toft image upload`.
@@ -111,6 +114,11 @@ impl Import {
         };
         let import = ImportImage { name, source, sha256: self.sha256, labels: target::labels(&self.label)? };
         let body = serde_json::to_vec(&import).map_err(Error::Answer)?;
+        if self.dry_run {
+            let path = "/v1/images?dry_run=true";
+            let plan: ImagePlan = context.client.send("POST", path, Some(body), &[]).await?.json()?;
+            return output::plan(context.format, &plan, &plan.image, &plan.steps);
+        }
         let answer = context.client.send("POST", "/v1/images", Some(body), &[]).await?;
         wait::finish::<Image>(context, &answer, "images", false).await
     }

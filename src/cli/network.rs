@@ -1,7 +1,7 @@
 //! `toft network …`
 use clap::{Args, Subcommand, ValueEnum};
 use model::Name;
-use model::network::{CreateNetwork, Network, NetworkKind, PatchNetwork};
+use model::network::{CreateNetwork, Network, NetworkKind, NetworkPlan, PatchNetwork};
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -54,6 +54,9 @@ pub(crate) struct Create {
     /// KEY=VALUE; may be given more than once.
     #[arg(long, value_parser = target::label)]
     label: Vec<(String, String)>,
+    /// Say what would be made, and make nothing.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -78,6 +81,12 @@ impl Verb {
                     labels: target::labels(&create.label)?,
                 };
                 let body = serde_json::to_vec(&request).map_err(Error::Answer)?;
+                if create.dry_run {
+                    let path = "/v1/networks?dry_run=true";
+                    let plan: NetworkPlan =
+                        context.client.send("POST", path, Some(body), &[]).await?.json()?;
+                    return output::plan(context.format, &plan, &plan.network, &plan.steps);
+                }
                 let answer = context.client.send("POST", "/v1/networks", Some(body), &[]).await?;
                 wait::finish::<Network>(context, &answer, "networks", false).await
             }

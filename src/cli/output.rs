@@ -43,6 +43,24 @@ pub(crate) fn one<T: Row>(format: Format, item: &T) -> Result<(), Error> {
     }
 }
 
+/// Prints a plan of which `item` is what would be made.
+pub(crate) fn plan<T: Row>(
+    format: Format,
+    plan: &impl Serialize,
+    item: &T,
+    steps: &[String],
+) -> Result<(), Error> {
+    match format {
+        Format::Json => json(plan),
+        Format::Name => print_text(&format!("{}\n", item.name())),
+        Format::Table => {
+            one(format, item)?;
+            let steps = steps.iter().map(|step| format!("  {step}\n")).collect::<String>();
+            print_text(&format!("would:\n{steps}"))
+        }
+    }
+}
+
 /// Prints a list.
 pub(crate) fn many<T: Row>(format: Format, items: &[T]) -> Result<(), Error> {
     match format {

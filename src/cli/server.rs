@@ -371,16 +371,12 @@ impl Create {
         if dry_run {
             let answer = context.client.send("POST", "/v1/servers?dry_run=true", Some(body), &[]).await?;
             let plan: ServerPlan = answer.json()?;
-            return match context.format {
-                Format::Json => output::json(&plan),
-                Format::Name => output::print_text(&format!("{}\n", plan.server.name)),
-                Format::Table => {
-                    let steps = plan.steps.iter().map(|step| format!("  {step}\n")).collect::<String>();
-                    let left = output::bytes(plan.memory_bytes_left);
-                    output::one(Format::Table, &plan.server)?;
-                    output::print_text(&format!("would:\n{steps}memory left afterwards: {left}\n"))
-                }
-            };
+            output::plan(context.format, &plan, &plan.server, &plan.steps)?;
+            if context.format == Format::Table {
+                let left = output::bytes(plan.memory_bytes_left);
+                output::print_text(&format!("memory left afterwards: {left}\n"))?;
+            }
+            return Ok(());
         }
         let answer = context.client.send("POST", "/v1/servers", Some(body), &[]).await?;
         wait::finish::<Server>(context, &answer, "servers", false).await

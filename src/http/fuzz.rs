@@ -150,7 +150,7 @@ fn query_string(kind: u8, text: &[u8]) {
         6 => drop(taken(query::parse::<console::OpenParameters>(text))),
         7 => drop(taken(query::parse::<events::EventParameters>(text))),
         8 => drop(taken(query::parse::<images::UploadParameters>(text))),
-        9 => drop(taken(query::parse::<servers::CreateParameters>(text))),
+        9 => drop(taken(query::parse::<query::CreateParameters>(text))),
         10 => drop(taken(query::parse::<operations::WaitParameters>(text))),
         _ => {
             let Some(wait) = taken(query::wait(text)) else { return };

@@ -119,6 +119,15 @@ pub(crate) fn check_selector(selector: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Parameter of what can be planned before it is made.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct CreateParameters {
+    /// Answer what would be made, or the problem it would fail with, and make nothing.
+    pub(crate) dry_run: Option<bool>,
+}
+
 /// Parameter of every read of one resource.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]

@@ -85,6 +85,15 @@ pub struct ImportImage {
     pub labels: Labels,
 }
 
+/// Answer to `POST /v1/images?dry_run=true`: what would be imported.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImagePlan {
+    /// The image as it would be accepted; its id may differ, and its files say the rest when they come in.
+    pub image: Image,
+    /// Each step, for people.
+    pub steps: Vec<String>,
+}
+
 /// From where to import. Never a path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]

@@ -87,6 +87,15 @@ pub struct CreateNetwork {
     pub labels: Labels,
 }
 
+/// Answer to `POST /v1/networks?dry_run=true`: what would be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NetworkPlan {
+    /// The network as it would be; its id, range and bridge may differ when it is really made.
+    pub network: Network,
+    /// Each step, for people.
+    pub steps: Vec<String>,
+}
+
 /// Body of `PATCH /v1/networks/{id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -13,7 +13,9 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use model::image::{CatalogueEntry, Image, ImageSource, ImageState, ImportImage, ImportSource, UploadImage};
+use model::image::{
+    CatalogueEntry, Image, ImagePlan, ImageSource, ImageState, ImportImage, ImportSource, UploadImage,
+};
 use model::operation::{Accepted, Operation};
 use model::page::{ListQuery, Page};
 use model::{Code, ImageId};
@@ -50,8 +52,10 @@ pub(crate) const TABLES: &str = crate::table!("images");
 #[derive(Clone)]
 pub struct Images {
     core: Shared,
-    at_work: Arc<Mutex<BTreeMap<ImageId, Arc<ImportHandle>>>>,
+    at_work: Arc<AtWork>,
 }
+
+type AtWork = Mutex<BTreeMap<ImageId, Arc<ImportHandle>>>;
 
 /// What a machine starts with, open for reading.
 pub struct BootFiles {
@@ -134,6 +138,21 @@ impl Images {
             tokio::spawn(async move { images.finish(import, from).await });
         }
         Ok(answer)
+    }
+
+    /// What `import` would do; changes nothing. Fails as `import` would when it is called; what is in the files shows
+    /// only when they come in.
+    pub async fn plan(&self, call: &Call, spec: ImportImage) -> Result<ImagePlan> {
+        check_sha256(spec.sha256.as_deref(), "/sha256")?;
+        let (source, _) = self.check_source(spec.source).await?;
+        let steps = steps(&source, spec.sha256.as_deref());
+        let (call, at_work) = (call.clone(), self.at_work.clone());
+        let rehearsed = move |tx: &Tx<'_>| {
+            check_room(&at_work)?;
+            let (image, _) = records::accept(tx, spec.name, spec.labels, source, &call.actor)?;
+            Ok(ImagePlan { image, steps })
+        };
+        self.core.store.rehearse(rehearsed).await
     }
 
     /// Imports a bundle from a stream, and answers when it has ended: the operation in the answer has succeeded.
@@ -305,10 +324,7 @@ impl Images {
     {
         let (caller, at_work) = (call.clone(), self.at_work.clone());
         let change = move |tx: &Tx<'_>| {
-            if lock(&at_work).len() >= limits::IMPORTS_MAX {
-                let detail = format!("{} imports are at work; wait for one to end", limits::IMPORTS_MAX);
-                return Err(Error::new(Code::TooMany, detail));
-            }
+            check_room(&at_work)?;
             let (image, operation) = record(tx, &caller)?;
             Ok(Accepted { operation, resource: Some(image) })
         };
@@ -384,6 +400,27 @@ fn remove_strangers(directory: &PathBuf, known: &[ImageId]) -> io::Result<()> {
         if incoming.is_some() || !known.contains(&id) {
             files::remove_tree(&entry.path())?;
         }
+    }
+    Ok(())
+}
+
+/// What an import would do, for people.
+fn steps(source: &ImageSource, sha256: Option<&str>) -> Vec<String> {
+    let bring_in = match source {
+        ImageSource::Catalogue(name) => format!("build the recipe {name}"),
+        ImageSource::ImportDirectory(name) => format!("read {name} of the import directory"),
+        ImageSource::Upload => "receive the bundle".to_owned(),
+    };
+    let mut steps = vec![bring_in];
+    steps.extend(sha256.map(|sha256| format!("compare its manifest with SHA-256 {sha256}")));
+    steps.push("compare each file with the SHA-256 in the manifest".to_owned());
+    steps
+}
+
+fn check_room(at_work: &AtWork) -> Result<()> {
+    if lock(at_work).len() >= limits::IMPORTS_MAX {
+        let detail = format!("{} imports are at work; wait for one to end", limits::IMPORTS_MAX);
+        return Err(Error::new(Code::TooMany, detail));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use model::network::{CreateNetwork, Network, NetworkKind, NetworkState, PatchNetwork};
+use model::network::{CreateNetwork, Network, NetworkKind, NetworkPlan, NetworkState, PatchNetwork};
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::ServerNic;
@@ -135,6 +135,16 @@ impl Networks {
         }
         drop(working);
         Ok(answer)
+    }
+
+    /// What `create` would do; changes nothing. Fails as `create` would.
+    pub async fn plan(&self, spec: CreateNetwork) -> Result<NetworkPlan> {
+        let surroundings = self.inner.plumbing.surroundings().await;
+        let rehearsed = move |tx: &Tx<'_>| {
+            let network = insert(tx, spec, &surroundings)?;
+            Ok(NetworkPlan { steps: steps(&network), network })
+        };
+        self.inner.core.store.rehearse(rehearsed).await
     }
 
     /// Name and labels.
@@ -365,6 +375,21 @@ impl Inner {
         }
         self.core.checkpoint("network.served")
     }
+}
+
+/// What making it would do, for people.
+fn steps(network: &Network) -> Vec<String> {
+    let reach = match network.kind {
+        NetworkKind::Nat => "let its servers out through the host's address",
+        NetworkKind::Isolated => {
+            "keep its servers from everything but each other and the host's DHCP and DNS"
+        }
+    };
+    vec![
+        format!("make the bridge {} with the address {}", network.bridge, network.ipv4_gateway),
+        reach.to_owned(),
+        format!("serve DHCP and DNS to {} addresses of {}", network.addresses_total, network.ipv4_cidr),
+    ]
 }
 
 fn refused(trouble: PlumbingError) -> Error {

@@ -28,8 +28,8 @@ const OF_OPERATION: &[&str] = &["read_operation", "cancel_operation"];
 pub(super) fn of(operation: &str, status: &str) -> Option<Value> {
     let (targets, id) = match operation {
         "create_server" if status != "200" => (OF_SERVER, "/resource/id"),
-        "import_image" => (OF_IMAGE, "/resource/id"),
-        "create_network" => (OF_NETWORK, "/resource/id"),
+        "import_image" if status != "200" => (OF_IMAGE, "/resource/id"),
+        "create_network" if status != "200" => (OF_NETWORK, "/resource/id"),
         "list_servers" => (OF_SERVER, "/items/0/id"),
         "list_images" => (OF_IMAGE, "/items/0/id"),
         "list_volumes" => (OF_VOLUME, "/items/0/id"),

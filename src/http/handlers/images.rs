@@ -2,7 +2,7 @@
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
-use model::image::{CatalogueEntry, Image, ImportImage, UploadImage};
+use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, UploadImage};
 use model::operation::Accepted;
 use model::page::Page;
 use model::{Code, ImageId, Name};
@@ -43,12 +43,15 @@ pub(crate) struct UploadParameters {
     /// SHA-256 of the whole body in lower-case hexadecimal; only with `application/x-tar`.
     #[param(pattern = "^[0-9a-f]{64}$")]
     sha256: Option<String>,
+    /// Answer what would be imported, or the problem it would fail with, and import nothing; only with JSON.
+    dry_run: Option<bool>,
 }
 
 /// Imports an image: a bundle sent as the body (`application/x-tar`), or a source named in JSON.
 #[utoipa::path(post, path = "/v1/images", tag = "images", operation_id = "import_image", params(UploadParameters),
     request_body(content((ImportImage = "application/json"), (Vec<u8> = "application/x-tar"))),
     responses(
+        (status = 200, description = "With `dry_run`: what would be imported.", body = ImagePlan),
         (status = 201, description = "With `Prefer: wait`: it is ready.", body = Accepted<Image>),
         (status = 202, description = "It is being imported.", body = Accepted<Image>),
     ))]
@@ -73,11 +76,18 @@ async fn import(api: Api, parameters: UploadParameters, request: Request) -> Res
     let Mutation { call, body: Json(spec), wait } =
         Mutation::<Json<ImportImage>>::from_request(request, &()).await?;
     let host = api.host.clone();
+    if parameters.dry_run == Some(true) {
+        return answer::plain(&host.images().plan(&call, spec).await?);
+    }
     let begun = answer::undisturbed(async move { Ok(host.images().import(&call, spec).await?) }).await?;
     answer::accepted(&api, begun, wait, StatusCode::CREATED, |image| fresh(&api, image)).await
 }
 
 async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Result<Response, Failure> {
+    if parameters.dry_run == Some(true) {
+        let detail = "a bundle is known only when it has been sent; use it with a source named in JSON";
+        return Err(Failure::parameter("dry_run", "conflict", detail));
+    }
     let Some(name) = parameters.name else {
         return Err(Failure::parameter(
             "name",

@@ -3,7 +3,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use model::NetworkId;
-use model::network::{CreateNetwork, Network, PatchNetwork};
+use model::network::{CreateNetwork, Network, NetworkPlan, PatchNetwork};
 use model::operation::Accepted;
 use model::page::Page;
 
@@ -12,7 +12,7 @@ use crate::call::{Json, Mutation, Patch, Removable};
 use crate::error::Failure;
 use crate::page::Fields;
 use crate::path::Id;
-use crate::query::{ListParameters, NoParameters, OneParameters, Query};
+use crate::query::{CreateParameters, ListParameters, NoParameters, OneParameters, Query};
 use crate::routes::Api;
 
 /// Lists networks.
@@ -29,17 +29,21 @@ pub(crate) async fn list(
 
 /// Creates a network.
 #[utoipa::path(post, path = "/v1/networks", tag = "networks", operation_id = "create_network",
-    request_body = CreateNetwork,
+    params(CreateParameters), request_body = CreateNetwork,
     responses(
+        (status = 200, description = "With `dry_run`: what would be made.", body = NetworkPlan),
         (status = 201, description = "With `Prefer: wait`: it is made.", body = Accepted<Network>),
         (status = 202, description = "It is being made.", body = Accepted<Network>),
     ))]
 pub(crate) async fn create(
     State(api): State<Api>,
-    _: Query<NoParameters>,
+    Query(parameters): Query<CreateParameters>,
     Mutation { call, body: Json(spec), wait }: Mutation<Json<CreateNetwork>>,
 ) -> Result<Response, Failure> {
     let host = api.host.clone();
+    if parameters.dry_run == Some(true) {
+        return answer::plain(&host.networks().plan(spec).await?);
+    }
     let made = answer::undisturbed(async move { Ok(host.networks().create(&call, spec).await?) }).await?;
     answer::accepted(&api, made, wait, StatusCode::CREATED, |network| fresh(&api, network)).await
 }

@@ -17,7 +17,7 @@ use crate::call::{Json, Mutation, Optional, Patch, Removable};
 use crate::error::Failure;
 use crate::page::Fields;
 use crate::path::Id;
-use crate::query::{ListParameters, NoParameters, OneParameters, Query};
+use crate::query::{CreateParameters, ListParameters, NoParameters, OneParameters, Query};
 use crate::routes::Api;
 
 /// Lists servers.
@@ -35,15 +35,6 @@ pub(crate) async fn list(
         answer::written_page(&api.host.servers().list(query).await?, fields.as_ref())
     };
     answer::kept(&api, &uri, &headers, write).await
-}
-
-/// How to create.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(crate) struct CreateParameters {
-    /// Answer what would be made and make nothing.
-    dry_run: Option<bool>,
 }
 
 /// Creates a server and, unless told otherwise, starts it.

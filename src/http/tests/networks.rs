@@ -1,5 +1,5 @@
 //! Conventions that hold for every resource, seen on networks: versions, keys, waiting, pages, projections.
-use model::network::{Network, NetworkState};
+use model::network::{Network, NetworkPlan, NetworkState};
 use model::operation::{Accepted, Operation, OperationState};
 use model::page::Page;
 use model::{Code, NetworkId};
@@ -49,6 +49,22 @@ async fn a_caller_who_prefers_to_wait_gets_the_end_state_at_once() {
     let deleted: Accepted<Network> = deleted.json(200);
     assert_eq!((deleted.operation.state, deleted.resource), (OperationState::Succeeded, None));
     served.call("GET", &path, Sent::nothing()).await.problem(Code::NotFound);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_says_what_would_be_made_or_why_not_and_makes_nothing() {
+    let served = Served::start().await;
+    let plan = async |body: Value| served.call("POST", "/v1/networks?dry_run=true", body).await;
+    let known: Page<Network> = served.call("GET", "/v1/networks", Sent::nothing()).await.json(200);
+    let answer: NetworkPlan = plan(json!({ "name": "a", "ipv4_cidr": "10.99.0.0/24" })).await.json(200);
+    assert_eq!((answer.network.name.as_str(), answer.network.ipv4_cidr.as_str()), ("a", "10.99.0.0/24"));
+    assert!(answer.steps.len() >= 3, "{answer:?}");
+    plan(json!({ "name": "default" })).await.problem(Code::AlreadyExists);
+    let overlaps = plan(json!({ "name": "a", "ipv4_cidr": known.items[0].ipv4_cidr })).await;
+    assert_eq!(overlaps.problem(Code::Invalid).errors[0].pointer, "/ipv4_cidr");
+    let after: Page<Network> = served.call("GET", "/v1/networks", Sent::nothing()).await.json(200);
+    assert_eq!((after.items.len(), after.watch_cursor), (known.items.len(), known.watch_cursor));
     served.stop().await;
 }
 

@@ -1,5 +1,5 @@
 //! Images sent as a stream: whole ones become images, broken ones leave nothing.
-use model::image::{CatalogueEntry, Image, ImageState};
+use model::image::{CatalogueEntry, Image, ImagePlan, ImageState};
 use model::operation::Accepted;
 use model::page::Page;
 use model::{Code, Problem};
@@ -65,6 +65,28 @@ async fn a_whole_bundle_becomes_an_image() {
     within(stream.read_exact(&mut status)).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 201");
     assert_eq!(images(&served, "chunked").await[0].sha256, image.sha256);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_says_what_would_be_imported_or_why_not_and_imports_nothing() {
+    let served = Served::start().await;
+    let path = "/v1/images?dry_run=true";
+    let plan = async |name: &str, entry: &str| {
+        let body = json!({ "name": name, "source": { "import_directory": entry } });
+        served.call("POST", path, body).await
+    };
+    let answer: ImagePlan = plan("another", "tiny").await.json(200);
+    assert_eq!((answer.image.name.as_str(), answer.image.state), ("another", ImageState::Importing));
+    assert!(answer.steps[0].contains("tiny"), "{answer:?}");
+    plan("tiny", "tiny").await.problem(Code::AlreadyExists);
+    let absent = plan("another", "absent").await.problem(Code::Invalid);
+    assert_eq!(absent.errors[0].pointer, "/source/import_directory");
+    let bundle = Sent::text("application/x-tar", bundle(&served));
+    let refused = served.call("POST", &format!("{path}&name=sent"), bundle).await;
+    assert_eq!(refused.problem(Code::InvalidRequest).errors[0].pointer, "dry_run");
+    let page: Page<Image> = served.call("GET", "/v1/images", Sent::nothing()).await.json(200);
+    assert_eq!(page.items.iter().map(|image| image.name.as_str()).collect::<Vec<_>>(), ["tiny"]);
     served.stop().await;
 }
 
