@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::Name;
-use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, ImportSource};
+use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, ImportSource, PatchImage};
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -25,6 +25,20 @@ pub(crate) enum Verb {
     Show {
         /// Name or id.
         image: String,
+    },
+    /// Change an image's name, description or labels.
+    Update {
+        /// Name or id.
+        image: String,
+        /// New name.
+        #[arg(long)]
+        name: Option<Name>,
+        /// New description.
+        #[arg(long)]
+        description: Option<String>,
+        /// KEY=VALUE to set, KEY- to remove; may be given more than once.
+        #[arg(long, value_parser = target::label_change)]
+        label: Vec<(String, Option<String>)>,
     },
     /// Delete an image that no server uses.
     #[command(visible_alias = "rm")]
@@ -83,6 +97,15 @@ impl Verb {
             Verb::Show { image } => {
                 let id = target::resolve(&context.client, "images", &image).await?;
                 let image: Image = context.client.get(&format!("/v1/images/{id}")).await?;
+                output::one(context.format, &image)
+            }
+            Verb::Update { image, name, description, label } => {
+                let id = target::resolve(&context.client, "images", &image).await?;
+                let labels = (!label.is_empty()).then(|| label.into_iter().collect());
+                let patch = PatchImage { name, description, labels };
+                let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
+                let path = format!("/v1/images/{id}");
+                let image: Image = context.client.send("PATCH", &path, Some(body), &[]).await?.json()?;
                 output::one(context.format, &image)
             }
             Verb::Delete { image } => {

@@ -22,7 +22,13 @@ pub(crate) enum Verb {
     Create(Box<Create>),
     /// List servers.
     #[command(visible_alias = "ls")]
-    List(ListOptions),
+    List {
+        #[command(flatten)]
+        options: ListOptions,
+        /// Only the server with this reference.
+        #[arg(long)]
+        external_ref: Option<String>,
+    },
     /// Show one server.
     Show {
         /// Name or id.
@@ -214,6 +220,9 @@ pub(crate) struct Update {
     /// What the next machine must be kept apart by.
     #[arg(long, value_enum)]
     isolation: Option<Walls>,
+    /// Your own unique reference; an empty one removes it.
+    #[arg(long)]
+    external_ref: Option<String>,
     /// Only if the server is still at this generation.
     #[arg(long)]
     if_generation: Option<u64>,
@@ -300,8 +309,10 @@ impl Verb {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
             Verb::Create(create) => create.run(context).await,
-            Verb::List(options) => {
-                let servers: Vec<Server> = target::list(&context.client, "servers", &options).await?;
+            Verb::List { options, external_ref } => {
+                let parameters = [("external_ref", external_ref.as_deref())];
+                let servers: Vec<Server> =
+                    target::list_with(&context.client, "servers", &options, &parameters).await?;
                 output::many(context.format, &servers)
             }
             Verb::Show { server } => {
@@ -446,7 +457,9 @@ impl Update {
             cpu: self.cpu.map(CpuTemplate::from),
             restart_policy: self.restart.map(RestartPolicy::from),
             isolation: self.isolation.map(Isolation::from),
+            external_ref: self.external_ref.map(|text| (!text.is_empty()).then_some(text)),
             disk_limits: None,
+            nic_limits: None,
         };
         let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
         let etag = self.if_generation.map(|generation| format!("\"{generation}\""));

@@ -133,8 +133,19 @@ pub(crate) async fn list<T: serde::de::DeserializeOwned>(
     kind: &str,
     options: &ListOptions,
 ) -> Result<Vec<T>, Error> {
-    let parameters =
-        [("label_selector", options.label_selector.as_deref()), ("sort", options.sort.as_deref())];
+    list_with(client, kind, options, &[]).await
+}
+
+/// As [`list`], with parameters that only this list has.
+pub(crate) async fn list_with<T: serde::de::DeserializeOwned>(
+    client: &Client,
+    kind: &str,
+    options: &ListOptions,
+    more: &[(&str, Option<&str>)],
+) -> Result<Vec<T>, Error> {
+    let mut parameters =
+        vec![("label_selector", options.label_selector.as_deref()), ("sort", options.sort.as_deref())];
+    parameters.extend(more);
     pages(client, kind, &parameters, options.limit).await
 }
 

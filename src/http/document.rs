@@ -61,7 +61,7 @@ pub(crate) fn openapi_json() -> String {
 
 const METHODS: &[&str] = &["get", "post", "patch", "delete"];
 /// Merge patches, whose members null may only remove where there is something to go back to.
-const PATCHES: &[&str] = &["PatchServer", "PatchVolume", "PatchNetwork"];
+const PATCHES: &[&str] = &["PatchServer", "PatchImage", "PatchVolume", "PatchNetwork"];
 
 fn finished(mut document: Value) -> Value {
     for (path, item) in document["paths"].as_object_mut().into_iter().flatten() {

@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderName, HeaderValue, header};
 use host::Actor;
-use model::image::{Image, ImportImage};
+use model::image::{Image, ImportImage, PatchImage};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateConsoleToken, CreateServer, PatchServer, Server, StopServer};
 use model::volume::PatchVolume;
@@ -16,9 +16,12 @@ use serde::de::DeserializeOwned;
 
 use crate::call::{IDEMPOTENCY_KEY, Mutation, Optional, Patch, RequestBody};
 use crate::error::Failure;
-use crate::handlers::{console, events, images, operations, servers};
+use crate::handlers::{bulk, console, events, images, operations, servers};
 use crate::page::Fields;
-use crate::query::{self, HistoryParameters, ListParameters, NoParameters, OneParameters};
+use crate::query::{
+    self, HistoryParameters, ListParameters, NameParameters, NoParameters, OneParameters,
+    ServerListParameters,
+};
 
 /// Reads `data` as what its first byte says: below 0x80, since `host` has the others.
 pub fn api(data: &[u8]) {
@@ -39,7 +42,10 @@ fn body(kind: u8, text: &[u8]) {
         4 => json::<ImportImage>(text),
         5 => json::<CreateNetwork>(text),
         6 => patch::<PatchNetwork>(text),
-        7 => patch::<PatchVolume>(text),
+        7 => {
+            patch::<PatchVolume>(text);
+            patch::<PatchImage>(text);
+        }
         _ => drop(taken(crate::body::parse::<servers::Nothing>(text))),
     }
 }
@@ -131,6 +137,9 @@ fn query_string(kind: u8, text: &[u8]) {
     match kind % 12 {
         0 | 1 => {
             let list = query::parse::<ListParameters>(text).and_then(ListParameters::checked);
+            let servers = query::parse::<ServerListParameters>(text).and_then(ServerListParameters::checked);
+            assert!(list.is_err() || servers.is_ok(), "servers are listed like the rest");
+            let _ = taken(servers);
             let Some((list, fields)) = taken(list) else { return };
             assert!(list.limit.is_none_or(|limit| (1..=model::limits::PAGE_ITEMS_MAX).contains(&limit)));
             assert!(list.cursor.is_none_or(|cursor| cursor.is_ascii() && (1..=512).contains(&cursor.len())));
@@ -140,7 +149,11 @@ fn query_string(kind: u8, text: &[u8]) {
             }
             let _ = taken(Fields::of::<Server>(fields.as_deref()));
         }
-        2 => drop(taken(query::parse::<HistoryParameters>(text).and_then(HistoryParameters::checked))),
+        2 => {
+            let _ = taken(query::parse::<HistoryParameters>(text).and_then(HistoryParameters::checked));
+            let _ = taken(query::parse::<NameParameters>(text).and_then(NameParameters::checked));
+            let _ = taken(query::parse::<bulk::Selection>(text));
+        }
         3 => {
             let Some(one) = taken(query::parse::<OneParameters>(text)) else { return };
             let _ = taken(Fields::of::<Image>(one.fields.as_deref()));

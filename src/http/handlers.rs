@@ -17,6 +17,7 @@ use crate::call::Removable;
 pub(crate) fn removable(patch: &str) -> Vec<&'static str> {
     let defaults = match patch {
         "PatchServer" => model::server::PatchServer::DEFAULTS,
+        "PatchImage" => model::image::PatchImage::DEFAULTS,
         "PatchVolume" => model::volume::PatchVolume::DEFAULTS,
         "PatchNetwork" => model::network::PatchNetwork::DEFAULTS,
         _ => &[],

@@ -2,7 +2,7 @@
 //! parameters of lists and of single reads are here too.
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use model::limits::{LABEL_CHARS_MAX, LABELS_MAX, PAGE_ITEMS_MAX, WAIT_S_MAX};
+use model::limits::{EXTERNAL_REF_CHARS_MAX, LABEL_CHARS_MAX, LABELS_MAX, PAGE_ITEMS_MAX, WAIT_S_MAX};
 use model::page::{ListQuery, Sort};
 use model::{Code, Name};
 use serde::Deserialize;
@@ -94,6 +94,51 @@ impl ListParameters {
             ..ListQuery::default()
         };
         Ok((query, self.fields))
+    }
+}
+
+/// Parameters of the list of servers: those of every list, and what only servers have.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ServerListParameters {
+    /// Most items of the page.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+    /// `next_cursor` of the page before. Keep the other parameters as they were.
+    #[param(pattern = "^[A-Za-z0-9_=.:-]{1,512}$")]
+    cursor: Option<String>,
+    /// Order.
+    #[param(inline)]
+    sort: Option<Sort>,
+    /// Only the resource of this name.
+    #[param(inline)]
+    name: Option<Name>,
+    /// Only the server with this reference.
+    #[param(min_length = 1, max_length = 128)]
+    external_ref: Option<String>,
+    /// Comma-separated terms that must all hold: `key=value`, `key!=value`, `key`, `!key`.
+    #[param(
+        pattern = "^(!?[A-Za-z0-9._/-]{1,63}|[A-Za-z0-9._/-]{1,63}!?=[A-Za-z0-9._/-]{0,63})(,(!?[A-Za-z0-9._/-]{1,63}|[A-Za-z0-9._/-]{1,63}!?=[A-Za-z0-9._/-]{0,63})){0,31}$"
+    )]
+    label_selector: Option<String>,
+    /// Comma-separated names of the top-level fields to answer with.
+    #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
+    fields: Option<String>,
+}
+
+impl ServerListParameters {
+    /// What to ask the host for, and which fields to answer with.
+    pub(crate) fn checked(self) -> Result<(ListQuery, Option<String>), Failure> {
+        let ServerListParameters { limit, cursor, sort, name, external_ref, label_selector, fields } = self;
+        let sound = |reference: &String| (1..=EXTERNAL_REF_CHARS_MAX).contains(&reference.chars().count());
+        if !external_ref.as_ref().is_none_or(sound) {
+            let detail = format!("a reference has 1 to {EXTERNAL_REF_CHARS_MAX} characters");
+            return Err(Failure::parameter("external_ref", "out_of_range", detail));
+        }
+        let (query, fields) =
+            ListParameters { limit, cursor, sort, name, label_selector, fields }.checked()?;
+        Ok((ListQuery { external_ref, ..query }, fields))
     }
 }
 

@@ -123,7 +123,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(console::readers, console::kick))
         .routes(routes!(images::list, images::create))
         .routes(routes!(images::catalogue))
-        .routes(routes!(images::one, images::delete))
+        .routes(routes!(images::one, images::patch, images::delete))
         .routes(routes!(volumes::list))
         .routes(routes!(volumes::one, volumes::patch, volumes::delete))
         .routes(routes!(networks::list, networks::create))

@@ -13,8 +13,11 @@ pub struct Image {
     pub id: ImageId,
     /// Unique name.
     pub name: Name,
-    /// One line for people.
+    /// One line for people, of the image's maker.
     pub title: String,
+    /// The caller's own words.
+    #[serde(default)]
+    pub description: String,
     /// The caller's own pairs.
     #[serde(default)]
     pub labels: Labels,
@@ -83,6 +86,22 @@ pub struct ImportImage {
     /// The caller's own pairs.
     #[serde(default)]
     pub labels: Labels,
+}
+
+/// Body of `PATCH /v1/images/{id}`: an RFC 7396 merge patch. Servers keep what they were made from, whatever it is
+/// called.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PatchImage {
+    /// New name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+    /// New description.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Labels to set; null removes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<std::collections::BTreeMap<String, Option<String>>>,
 }
 
 /// Answer to `POST /v1/images?dry_run=true`: what would be imported.

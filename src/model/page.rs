@@ -29,6 +29,8 @@ pub struct ListQuery {
     pub name: Option<String>,
     /// Comma-separated terms that must all hold: `key=value`, `key!=value`, `key`, `!key`.
     pub label_selector: Option<String>,
+    /// Only the server with this reference.
+    pub external_ref: Option<String>,
     /// Only operations on the resource of this id.
     pub resource_id: Option<uuid::Uuid>,
 }

@@ -1,7 +1,7 @@
 //! Servers: what a customer creates.
 use std::net::Ipv4Addr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use crate::id::{ConsoleReaderId, ImageId, NetworkId, OperationId, ServerId, VolumeId};
@@ -386,9 +386,31 @@ pub struct PatchServer {
     /// What the next machine must be kept apart by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation: Option<Isolation>,
+    /// New reference of the caller's own, unique; null removes it.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub external_ref: Option<Option<String>>,
     /// New limits of the root volume, replaced as a whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_limits: Option<DiskLimits>,
+    /// New limits of interfaces, those of each replaced as a whole; one that is not named keeps its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nic_limits: Option<Vec<PatchNicLimits>>,
+}
+
+/// New limits of one interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PatchNicLimits {
+    /// Which: its `index`.
+    pub index: u8,
+    /// The limits; none when empty.
+    pub limits: NicLimits,
+}
+
+/// A member that null takes away is told from one that was left out.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
 }
 
 /// What can be done to a server: `POST /v1/servers/{id}/actions/{verb}` with this body.

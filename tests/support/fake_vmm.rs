@@ -104,6 +104,7 @@ struct Inside {
     disk: Option<(u64, u64)>,
     typed: Vec<u8>,
     limits: BTreeMap<u16, RateLimits>,
+    nic_limits: BTreeMap<u16, (RateLimits, RateLimits)>,
     resets: u64,
     presses: u32,
     save: Option<SaveStatus>,
@@ -329,6 +330,11 @@ impl FakeVmm {
         lock(&self.inside).limits.clone()
     }
 
+    /// Limits that were set live, to and from the guest, by interface.
+    pub fn nic_limits(&self) -> BTreeMap<u16, (RateLimits, RateLimits)> {
+        lock(&self.inside).nic_limits.clone()
+    }
+
     /// Times its machine was built again.
     pub fn resets(&self) -> u64 {
         lock(&self.inside).resets
@@ -520,7 +526,11 @@ impl Running {
                 lock(&self.vmm.inside).limits.insert(disk, limits);
                 Ok(Reply::Done)
             }
-            Command::SetBalloon { .. } | Command::LimitNic { .. } => Ok(Reply::Done),
+            Command::LimitNic { nic, rx, tx } => {
+                lock(&self.vmm.inside).nic_limits.insert(nic, (rx, tx));
+                Ok(Reply::Done)
+            }
+            Command::SetBalloon { .. } => Ok(Reply::Done),
             Command::SaveStatus => {
                 Ok(Reply::Save(lock(&self.vmm.inside).save.clone().unwrap_or(SaveStatus::None)))
             }

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use model::image::{
-    CatalogueEntry, Image, ImagePlan, ImageSource, ImageState, ImportImage, ImportSource, UploadImage,
+    CatalogueEntry, Image, ImagePlan, ImageSource, ImageState, ImportImage, ImportSource, PatchImage,
+    UploadImage,
 };
 use model::operation::{Accepted, Operation};
 use model::page::{ListQuery, Page};
@@ -99,6 +100,18 @@ impl Images {
     /// The image.
     pub async fn one(&self, id: ImageId) -> Result<Image> {
         self.core.store.read(move |connection| store_records::one(connection, id.0)).await
+    }
+
+    /// Name, description and labels.
+    pub async fn patch(&self, call: &Call, id: ImageId, patch: PatchImage) -> Result<Answer<Image>> {
+        let conditions = call.clone();
+        let change = move |tx: &Tx<'_>| {
+            let mut image: Image = store_records::one(tx, id.0)?;
+            conditions.check_match(image.generation)?;
+            records::update(tx, &mut image, patch)?;
+            Ok(image)
+        };
+        self.core.mutate(call, change).await
     }
 
     /// Deletes it. Fails with `in_use` while a server boots from it. Volumes that were made from it are copies of

@@ -1,7 +1,8 @@
 //! What images write into the records, each in one transaction: accepted, arrived, given up, deleted. Nothing
 //! here touches a file. `images` and `import` call it.
 use model::event::EventData;
-use model::image::{Image, ImageSource, ImageState};
+use model::image::{Image, ImageSource, ImageState, PatchImage};
+use model::limits::DESCRIPTION_CHARS_MAX;
 use model::operation::{Operation, Resource};
 use model::{Code, ImageId, Labels, Name, OperationId, Time};
 use rusqlite::Connection;
@@ -11,6 +12,7 @@ use super::incoming::Arrived;
 use crate::call::Actor;
 use crate::error::{Error, Result};
 use crate::events;
+use crate::labels;
 use crate::operations::{self, NewOperation, Outcome};
 use crate::store::Tx;
 use crate::store::records::{self, Record};
@@ -53,6 +55,7 @@ pub(super) fn accept(
         id: ImageId::new(),
         name,
         title: String::new(),
+        description: String::new(),
         labels,
         state: ImageState::Importing,
         source,
@@ -74,6 +77,25 @@ pub(super) fn accept(
     records::insert(tx, &image)?;
     announce(tx, &image, "image.created", Some(operation.id), None)?;
     Ok((image, operation))
+}
+
+/// Changes what its owner says of it.
+pub(super) fn update(tx: &Tx<'_>, image: &mut Image, patch: PatchImage) -> Result<()> {
+    if let Some(description) = patch.description {
+        if description.chars().count() > DESCRIPTION_CHARS_MAX {
+            let detail = format!("must have at most {DESCRIPTION_CHARS_MAX} characters");
+            return Err(Error::invalid("/description", "too_long", detail));
+        }
+        image.description = description;
+    }
+    if let Some(name) = patch.name {
+        image.name = name;
+    }
+    if let Some(changes) = patch.labels {
+        image.labels = labels::merge(&image.labels, changes)?;
+    }
+    records::save(tx, image)?;
+    announce(tx, image, "image.updated", None, None)
 }
 
 /// The image is complete and lies in its place. An import that was cancelled meanwhile fails here.

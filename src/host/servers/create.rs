@@ -178,15 +178,7 @@ fn check(spec: &CreateServer) -> Result<()> {
         format!("has {data_bytes} bytes; {} are possible", bounds::USER_DATA_BYTES_MAX)
     });
     faults.description(&spec.description);
-    if let Some(reference) = &spec.external_ref {
-        let chars = reference.chars().count();
-        faults.unless(
-            (1..=bounds::EXTERNAL_REF_CHARS_MAX).contains(&chars),
-            "/external_ref",
-            "length",
-            || format!("must have 1 to {} characters", bounds::EXTERNAL_REF_CHARS_MAX),
-        );
-    }
+    faults.external_ref(spec.external_ref.as_deref());
     faults.end()
 }
 
@@ -226,12 +218,20 @@ impl Faults {
         });
     }
 
+    pub(super) fn external_ref(&mut self, reference: Option<&str>) {
+        let Some(reference) = reference else { return };
+        let sound = (1..=bounds::EXTERNAL_REF_CHARS_MAX).contains(&reference.chars().count());
+        self.unless(sound, "/external_ref", "length", || {
+            format!("must have 1 to {} characters", bounds::EXTERNAL_REF_CHARS_MAX)
+        });
+    }
+
     pub(super) fn disk_limits(&mut self, pointer: &str, limits: &DiskLimits) {
         self.rate(pointer, "bandwidth_bytes", limits.bandwidth_bytes);
         self.rate(pointer, "operations", limits.operations);
     }
 
-    fn nic_limits(&mut self, pointer: &str, limits: &NicLimits) {
+    pub(super) fn nic_limits(&mut self, pointer: &str, limits: &NicLimits) {
         self.rate(pointer, "rx_bytes", limits.rx_bytes);
         self.rate(pointer, "rx_packets", limits.rx_packets);
         self.rate(pointer, "tx_bytes", limits.tx_bytes);

@@ -182,7 +182,7 @@ pub(super) fn disk_limits(limits: &server::DiskLimits) -> RateLimits {
     RateLimits { bandwidth: limits.bandwidth_bytes.map(bucket), operations: limits.operations.map(bucket) }
 }
 
-fn nic_limits(limits: &NicLimits) -> (RateLimits, RateLimits) {
+pub(super) fn nic_limits(limits: &NicLimits) -> (RateLimits, RateLimits) {
     let rx = RateLimits { bandwidth: limits.rx_bytes.map(bucket), operations: limits.rx_packets.map(bucket) };
     let tx = RateLimits { bandwidth: limits.tx_bytes.map(bucket), operations: limits.tx_packets.map(bucket) };
     (rx, tx)

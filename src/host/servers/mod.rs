@@ -7,8 +7,9 @@ use std::sync::Arc;
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
-    ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, PatchServer,
-    Server, ServerAction, ServerIsolation, ServerMetrics, ServerPlan, StopServer,
+    ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer,
+    PatchNicLimits, PatchServer, Server, ServerAction, ServerIsolation, ServerMetrics, ServerPlan,
+    StopServer,
 };
 use model::{Code, ConsoleReaderId, OperationId, ServerId};
 use rusqlite::Connection;
@@ -147,7 +148,7 @@ impl Servers {
     /// Changes what can be changed: names, words and limits at once, CPUs and memory at the next start.
     pub async fn patch(&self, call: &Call, id: ServerId, patch: PatchServer) -> Result<Answer<Server>> {
         let conditions = call.clone();
-        let limits = patch.disk_limits;
+        let (limits_disk, limits_nics) = (patch.disk_limits.is_some(), patch.nic_limits.is_some());
         let answer = self
             .workshop()
             .core
@@ -156,12 +157,13 @@ impl Servers {
                 conditions.check_match(record.generation)?;
                 apply(tx, &mut record, patch)?;
                 record::save(tx, &mut record)?;
+                record::refer(tx, &record)?;
                 advance::announce(tx, &record, "server.updated", Some(&conditions.actor))?;
                 view::server(tx, &record)
             })
             .await?;
         self.workshop().networks.wake();
-        if limits.is_some()
+        if (limits_disk || limits_nics)
             && let Some(entry) = self.registry.find(id)
         {
             let record = self
@@ -171,8 +173,11 @@ impl Servers {
                 .read(move |connection| records::one::<ServerRecord>(connection, id.0))
                 .await?;
             // They are recorded and in force from the next start at the latest.
-            if let Err(cause) = entry.limit_disk(&record).await {
+            if limits_disk && let Err(cause) = entry.limit_disk(&record).await {
                 tracing::warn!(server = %id, "its disk's limits are not in force: {cause}");
+            }
+            if limits_nics && let Err(cause) = entry.limit_nics(&record).await {
+                tracing::warn!(server = %id, "its interfaces' limits are not in force: {cause}");
             }
         }
         self.registry.poke(id);
@@ -439,6 +444,20 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
             "the server has no root volume".to_owned()
         });
     }
+    let named = patch.nic_limits.as_deref().unwrap_or_default();
+    for (at, PatchNicLimits { index, limits }) in named.iter().enumerate() {
+        let pointer = format!("/nic_limits/{at}");
+        faults.nic_limits(&format!("{pointer}/limits"), limits);
+        let is_there = record.nics.iter().any(|nic| nic.index == *index);
+        faults.unless(is_there, &format!("{pointer}/index"), "not_found", || {
+            format!("the server has {} interfaces, counted from 0", record.nics.len())
+        });
+        let is_first = !named.iter().take(at).any(|other| other.index == *index);
+        faults.unless(is_first, &format!("{pointer}/index"), "repeated", || {
+            format!("interface {index} is named twice")
+        });
+    }
+    faults.external_ref(patch.external_ref.as_ref().and_then(Option::as_deref));
     faults.end()?;
     if record.life.saved.is_some() && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
         let detail = "the server is hibernated, and its memory belongs to the machine it was: start it before its \
@@ -455,6 +474,12 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
     if let (Some(limits), Some(disk)) = (patch.disk_limits, record.disks.first_mut()) {
         disk.limits = limits;
     }
+    for PatchNicLimits { index, limits } in patch.nic_limits.into_iter().flatten() {
+        if let Some(nic) = record.nics.iter_mut().find(|nic| nic.index == index) {
+            nic.limits = limits;
+        }
+    }
+    record.external_ref = patch.external_ref.unwrap_or(record.external_ref.take());
     record.description = patch.description.unwrap_or(std::mem::take(&mut record.description));
     record.vcpus = patch.vcpus.unwrap_or(record.vcpus);
     record.memory_bytes = patch.memory_bytes.unwrap_or(record.memory_bytes);

@@ -99,6 +99,7 @@ pub struct Disk {
 impl Record for ServerRecord {
     const TABLE: &'static str = "servers";
     const NOUN: &'static str = "server";
+    const HAS_EXTERNAL_REF: bool = true;
     fn id(&self) -> Uuid {
         self.id.0
     }
@@ -124,6 +125,12 @@ impl ServerRecord {
 /// Adds a server. Fails with `already_exists` when its name or reference is taken.
 pub(super) fn insert(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
     records::insert(tx, record)?;
+    refer(tx, record)?;
+    hold(tx, record)
+}
+
+/// Saves under which reference a server is found. Fails with `already_exists` when another has it.
+pub(super) fn refer(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
     tx.prepare_cached("UPDATE servers SET external_ref = ?2 WHERE id = ?1")?
         .execute(params![record.id.to_string(), record.external_ref])
         .map_err(|cause| match (cause.sqlite_error_code(), &record.external_ref) {
@@ -133,7 +140,7 @@ pub(super) fn insert(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
             ),
             _ => Error::from(cause),
         })?;
-    hold(tx, record)
+    Ok(())
 }
 
 /// Saves a server with what it holds of the host.

@@ -133,6 +133,22 @@ impl Entry {
         }
     }
 
+    /// As [`Entry::limit_disk`], with the limits of every interface.
+    pub async fn limit_nics(&self, record: &ServerRecord) -> Result<(), AskError> {
+        if self.machine().is_none() {
+            return Ok(());
+        }
+        for nic in &record.nics {
+            let (rx, tx) = machine::nic_limits(&nic.limits);
+            let command = Command::LimitNic { nic: u16::from(nic.index), rx, tx };
+            match self.link(limits::COMMAND).await?.order(command, limits::COMMAND).await {
+                Err(AskError::Refused(fault)) if fault.code == FaultCode::WrongState => return Ok(()),
+                outcome => outcome?,
+            }
+        }
+        Ok(())
+    }
+
     /// Whether there is a connection that has not closed.
     pub fn is_linked(&self) -> bool {
         self.held().as_ref().is_some_and(|held| held.link.as_ref().is_some_and(|link| !link.is_closed()))

@@ -33,6 +33,8 @@ pub trait Record: Serialize + DeserializeOwned + Send + 'static {
     const TABLE: &'static str;
     /// The noun for people, such as `server`.
     const NOUN: &'static str;
+    /// Whether its table has a column `external_ref`.
+    const HAS_EXTERNAL_REF: bool = false;
     /// Its identity.
     fn id(&self) -> Uuid;
     /// Its unique name.
@@ -135,6 +137,13 @@ pub fn page<R: Record>(connection: &Connection, query: &ListQuery) -> Result<Pag
     if let Some(name) = &query.name {
         terms.push("name = ?".to_owned());
         values.push(Box::new(name.clone()));
+    }
+    if let Some(reference) = &query.external_ref {
+        if !R::HAS_EXTERNAL_REF {
+            return Err(bad_parameter("external_ref", format!("a {} has none", R::NOUN)));
+        }
+        terms.push("external_ref = ?".to_owned());
+        values.push(Box::new(reference.clone()));
     }
     if let Some(text) = &query.label_selector {
         for term in selector::parse(text).map_err(|detail| bad_parameter("label_selector", detail))? {

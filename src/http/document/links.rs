@@ -19,7 +19,7 @@ const OF_SERVER: &[&str] = &[
     "list_console_readers",
     "kick_console_readers",
 ];
-const OF_IMAGE: &[&str] = &["read_image", "delete_image"];
+const OF_IMAGE: &[&str] = &["read_image", "update_image", "delete_image"];
 const OF_VOLUME: &[&str] = &["read_volume", "update_volume", "delete_volume"];
 const OF_NETWORK: &[&str] = &["read_network", "update_network", "delete_network"];
 const OF_OPERATION: &[&str] = &["read_operation", "cancel_operation"];

@@ -27,6 +27,7 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
         include_str!("../../../api/examples/create-console-token.json"),
     ),
     ("import_image", "application/json", include_str!("../../../api/examples/import-image.json")),
+    ("update_image", "application/merge-patch+json", include_str!("../../../api/examples/update-image.json")),
     (
         "update_volume",
         "application/merge-patch+json",

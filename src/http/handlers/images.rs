@@ -2,7 +2,7 @@
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
-use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, UploadImage};
+use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, PatchImage, UploadImage};
 use model::operation::Accepted;
 use model::page::Page;
 use model::{Code, ImageId, Name};
@@ -11,7 +11,7 @@ use utoipa::IntoParams;
 
 use crate::answer;
 use crate::body;
-use crate::call::{Head, Json, Mutation};
+use crate::call::{Head, Json, Mutation, Patch, Removable};
 use crate::error::Failure;
 use crate::limits::UPLOAD_BYTES_MAX;
 use crate::page::Fields;
@@ -151,6 +151,26 @@ pub(crate) async fn one(
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
     answer::one(&api.host.images().one(id).await?, parameters.fields.as_deref(), &headers)
+}
+
+impl Removable for PatchImage {
+    const DEFAULTS: &'static [(&'static str, &'static str)] = &[("description", "\"\"")];
+}
+
+/// Changes an image by an RFC 7396 merge patch: its name, its description, its labels.
+#[utoipa::path(patch, path = "/v1/images/{id}", tag = "images", operation_id = "update_image",
+    params(("id" = ImageId, Path, description = "The image.")),
+    request_body(content((PatchImage = "application/merge-patch+json"), (PatchImage = "application/json"))),
+    responses((status = 200, description = "The image as changed.", body = Image)))]
+pub(crate) async fn patch(
+    State(api): State<Api>,
+    Id(id): Id<ImageId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Patch(patch), .. }: Mutation<Patch<PatchImage>>,
+) -> Result<Response, Failure> {
+    let changed =
+        answer::undisturbed(async move { Ok(api.host.images().patch(&call, id, patch).await?) }).await?;
+    answer::changed(&changed)
 }
 
 /// Deletes an image that nothing needs.

@@ -17,16 +17,17 @@ use crate::call::{Json, Mutation, Optional, Patch, Removable};
 use crate::error::Failure;
 use crate::page::Fields;
 use crate::path::Id;
-use crate::query::{CreateParameters, ListParameters, NoParameters, OneParameters, Query};
+use crate::query::{CreateParameters, NoParameters, OneParameters, Query, ServerListParameters};
 use crate::routes::Api;
 
 /// Lists servers.
-#[utoipa::path(get, path = "/v1/servers", tag = "servers", operation_id = "list_servers", params(ListParameters),
+#[utoipa::path(get, path = "/v1/servers", tag = "servers", operation_id = "list_servers",
+    params(ServerListParameters),
     responses((status = 200, description = "One page.", body = Page<Server>)))]
 pub(crate) async fn list(
     State(api): State<Api>,
     uri: Uri,
-    Query(parameters): Query<ListParameters>,
+    Query(parameters): Query<ServerListParameters>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
     let write = async {
@@ -80,6 +81,7 @@ impl Removable for PatchServer {
         ("cpu", "\"host\""),
         ("restart_policy", "\"on_failure\""),
         ("isolation", "\"standard\""),
+        ("external_ref", "null"),
         ("disk_limits", "{}"),
     ];
 }

@@ -160,6 +160,8 @@ async fn a_mistake_in_a_query_names_the_parameter() {
         ("/v1/servers?cursor=%00", "cursor"),
         ("/v1/servers?sort=size", "sort"),
         ("/v1/servers?name=A", "name"),
+        ("/v1/servers?external_ref=", "external_ref"),
+        ("/v1/volumes?external_ref=a", "external_ref"),
         ("/v1/servers?label_selector=", "label_selector"),
         ("/v1/servers?label_selector=a%3Db%2C", "label_selector"),
         ("/v1/servers?label_selector=a%3Db%3Dc", "label_selector"),

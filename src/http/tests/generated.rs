@@ -1,7 +1,7 @@
 //! What is generated from the types and kept in `api/`. `UPDATE=1 cargo test -p http-room` writes it anew.
 use std::path::{Path, PathBuf};
 
-use model::image::ImportImage;
+use model::image::{ImportImage, PatchImage};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateConsoleToken, CreateServer, PatchServer, StopServer};
 use model::volume::PatchVolume;
@@ -50,6 +50,7 @@ fn every_example_parses_as_its_type_and_is_in_the_document() {
             "stop-server.json" => check::<StopServer>(&text),
             "create-console-token.json" => check::<CreateConsoleToken>(&text),
             "import-image.json" => check::<ImportImage>(&text),
+            "update-image.json" => check::<PatchImage>(&text),
             "update-volume.json" => check::<PatchVolume>(&text),
             "create-network.json" => check::<CreateNetwork>(&text),
             "update-network.json" => check::<PatchNetwork>(&text),

@@ -109,6 +109,39 @@ async fn a_dry_run_says_what_would_be_made_and_makes_nothing() {
 }
 
 #[tokio::test]
+async fn a_reference_is_set_found_kept_unique_and_removed() {
+    let served = Served::start().await;
+    let (one, other) = (made(&served, "one").await, made(&served, "other").await);
+    let patch = async |server: &Server, reference: Value| {
+        let body = json!({ "external_ref": reference }).to_string();
+        let path = format!("/v1/servers/{}", server.id);
+        served.call("PATCH", &path, Sent::text("application/merge-patch+json", body)).await
+    };
+    let found = async |reference: &str| -> Vec<ServerId> {
+        let path = format!("/v1/servers?external_ref={reference}");
+        let page: Page<Server> = served.call("GET", &path, Sent::nothing()).await.json(200);
+        page.items.iter().map(|server| server.id).collect()
+    };
+    assert_eq!(patch(&one, json!("order 17")).await.json::<Server>(200).external_ref.unwrap(), "order 17");
+    assert_eq!((found("order%2017").await, found("order").await), (vec![one.id], vec![]));
+    patch(&other, json!("order 17")).await.problem(Code::AlreadyExists);
+    for bad in ["", &"x".repeat(129)] {
+        let problem = patch(&other, json!(bad)).await.problem(Code::Invalid);
+        assert_eq!(problem.errors[0].pointer, "/external_ref");
+    }
+    // Left out, it stays.
+    let path = format!("/v1/servers/{}", one.id);
+    let words = Sent::text("application/merge-patch+json", r#"{"description": "d"}"#);
+    let kept: Server = served.call("PATCH", &path, words).await.json(200);
+    assert_eq!(kept.external_ref.as_deref(), Some("order 17"));
+    assert_eq!(patch(&one, Value::Null).await.json::<Server>(200).external_ref, None);
+    assert_eq!(found("order%2017").await, []);
+    patch(&other, json!("order 17")).await.json::<Server>(200);
+    assert_eq!(found("order%2017").await, [other.id]);
+    served.stop().await;
+}
+
+#[tokio::test]
 async fn isolation_is_answered_while_there_is_a_machine() {
     let served = Served::start().await;
     let server = made(&served, "web1").await;

@@ -91,6 +91,42 @@ async fn a_dry_run_says_what_would_be_imported_or_why_not_and_imports_nothing() 
 }
 
 #[tokio::test]
+async fn an_image_is_renamed_and_described_and_servers_keep_it() {
+    let served = Served::start().await;
+    let image = images(&served, "tiny").await.remove(0);
+    let body = json!({ "name": "web1", "image": "tiny", "memory_bytes": 128 << 20 });
+    let sent = Sent::from(body).with("prefer", "wait=20");
+    let server: Value = served.call("POST", "/v1/servers", sent).await.json(201);
+    let path = format!("/v1/images/{}", image.id);
+    let patch = |body: Value| Sent::text("application/merge-patch+json", body.to_string());
+    let change = json!({ "name": "small", "description": "d", "labels": { "tier": "low" } });
+    let stale = patch(change.clone()).with("if-match", "\"999\"");
+    served.call("PATCH", &path, stale).await.problem(Code::StaleEtag);
+    let tag = format!("\"{}\"", image.generation);
+    let answer = served.call("PATCH", &path, patch(change).with("if-match", &tag)).await;
+    let changed: Image = answer.json(200);
+    assert_eq!((changed.name.as_str(), changed.description.as_str()), ("small", "d"));
+    assert_eq!((changed.labels.value("tier"), changed.sha256.as_str()), (Some("low"), image.sha256.as_str()));
+    assert!(changed.generation > image.generation);
+    assert_eq!(answer.header("etag"), format!("\"{}\"", changed.generation));
+    let removed = patch(json!({ "description": null, "labels": { "tier": null } }));
+    let removed: Image = served.call("PATCH", &path, removed).await.json(200);
+    assert_eq!((removed.description.as_str(), removed.labels.value("tier")), ("", None));
+    let long = patch(json!({ "description": "x".repeat(1025) }));
+    let problem = served.call("PATCH", &path, long).await.problem(Code::Invalid);
+    assert_eq!(problem.errors[0].pointer, "/description");
+    served.call("PATCH", &path, patch(json!({ "name": null }))).await.problem(Code::Invalid);
+    // Whatever it is called, it cannot go while a server boots from it, and the server still starts.
+    served.call("DELETE", &path, Sent::nothing()).await.problem(Code::InUse);
+    let server = format!("/v1/servers/{}", server["resource"]["id"].as_str().unwrap());
+    for (verb, body) in [("stop", json!({ "grace_s": 0 })), ("start", json!({}))] {
+        let sent = Sent::from(body).with("prefer", "wait=20");
+        served.call("POST", &format!("{server}/actions/{verb}"), sent).await.json::<Value>(200);
+    }
+    served.stop().await;
+}
+
+#[tokio::test]
 async fn the_catalogue_is_a_list_like_any_other() {
     let recipes = tempfile::tempdir().unwrap();
     let entry = |name: &str| format!("[{name}]\ntitle = \"{name}\"\ndescription = \"d\"\n");

@@ -1,8 +1,46 @@
 //! Limits as they reach the machine.
-use model::server::CreateServer;
+use model::server::{CreateNic, CreateServer, NicLimits, PatchServer};
 use wire::machine::{RateLimits, TokenBucket};
 
-use crate::stage::{Stage, created};
+use crate::Call;
+use crate::stage::{Stage, created, server};
+
+#[tokio::test]
+async fn limits_of_interfaces_are_changed_while_the_machine_runs() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let mut spec = server("web1");
+    spec.nics = Some(vec![CreateNic::default(), CreateNic::default()]);
+    let id = created(&host, spec).await.id;
+    let patch = |limits: serde_json::Value| -> PatchServer {
+        serde_json::from_value(serde_json::json!({ "nic_limits": limits })).unwrap()
+    };
+    let limits = serde_json::json!({ "tx_bytes": { "per_second": 1000 } });
+    let wanted = patch(serde_json::json!([{ "index": 1, "limits": limits }]));
+    let after = host.servers().patch(&Call::by_host(), id, wanted).await.unwrap().body;
+    assert_eq!(after.nics[0].limits, NicLimits::default());
+    assert_eq!(after.nics[1].limits.tx_bytes.unwrap().per_second, 1000);
+    let live = stage.launch.only().nic_limits();
+    assert_eq!(live[&1].1.bandwidth.unwrap().per_second, 1000);
+    assert_eq!((live[&1].0.bandwidth, live[&0].1.bandwidth), (None, None));
+
+    let bad = serde_json::json!({ "rx_packets": { "per_second": 0 } });
+    let wrong = patch(serde_json::json!([
+        { "index": 0, "limits": {} }, { "index": 0, "limits": bad }, { "index": 2, "limits": {} },
+    ]));
+    let refused = host.servers().patch(&Call::by_host(), id, wrong).await.unwrap_err();
+    let pointers: Vec<_> = refused.errors.iter().map(|error| error.pointer.as_str()).collect();
+    assert_eq!(
+        pointers,
+        ["/nic_limits/1/limits/rx_packets/per_second", "/nic_limits/1/index", "/nic_limits/2/index"]
+    );
+    // An empty set lifts the limits, at once and for the next machine.
+    let lifted = patch(serde_json::json!([{ "index": 1, "limits": {} }]));
+    let after = host.servers().patch(&Call::by_host(), id, lifted).await.unwrap().body;
+    assert_eq!(after.nics[1].limits, NicLimits::default());
+    assert_eq!(stage.launch.only().nic_limits()[&1].1.bandwidth, None);
+    host.close().await;
+}
 
 #[tokio::test]
 async fn each_direction_of_an_interface_has_its_own_limits_with_their_bursts() {
