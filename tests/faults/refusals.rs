@@ -34,7 +34,8 @@ pub(crate) struct Kind {
 enum On {
     /// A path: its second or first argument.
     Path(usize),
-    /// A descriptor of a file below the stage or of memory; sockets and counters of the runtime do not run full.
+    /// A descriptor of a file below the stage, of memory, of a control group or a switch of the kernel's; sockets and
+    /// counters of the runtime do not run full.
     File,
     Anything,
 }
@@ -85,11 +86,22 @@ pub(crate) const KINDS: &[Kind] = &[
     kind("pipe2", libc::SYS_pipe2, On::Anything, DESCRIPTORS),
     kind("memfd_create", libc::SYS_memfd_create, On::Anything, DESCRIPTORS),
     kind("pidfd_open", libc::SYS_pidfd_open, On::Anything, DESCRIPTORS),
+    kind("eventfd2", libc::SYS_eventfd2, On::Anything, DESCRIPTORS),
+    kind("timerfd_create", libc::SYS_timerfd_create, On::Anything, DESCRIPTORS),
+    kind("epoll_create1", libc::SYS_epoll_create1, On::Anything, DESCRIPTORS),
+    kind("io_uring_setup", libc::SYS_io_uring_setup, On::Anything, DESCRIPTORS),
+    kind("userfaultfd", libc::SYS_userfaultfd, On::Anything, DESCRIPTORS),
     kind("epoll_ctl", libc::SYS_epoll_ctl, On::Anything, MEMORY),
     kind("clone", libc::SYS_clone, On::Anything, MEMORY),
     kind("clone3", libc::SYS_clone3, On::Anything, MEMORY),
     kind("ioctl", libc::SYS_ioctl, On::Anything, &[Errno::EIO, Errno::ENOMEM]),
     kind("mount", libc::SYS_mount, On::Anything, MEMORY),
+    kind("unshare", libc::SYS_unshare, On::Anything, MEMORY),
+    kind("pivot_root", libc::SYS_pivot_root, On::Anything, MEMORY),
+    kind("setresuid", libc::SYS_setresuid, On::Anything, &[Errno::EAGAIN]),
+    kind("setresgid", libc::SYS_setresgid, On::Anything, MEMORY),
+    kind("execve", libc::SYS_execve, On::Anything, MEMORY),
+    kind("execveat", libc::SYS_execveat, On::Anything, MEMORY),
 ];
 
 /// A call that was made, or is to be refused: the `nth` of its kind, from 1, since the kernel was told to count.
@@ -202,7 +214,7 @@ impl Shared {
                 let at = if kind.name == "mmap" { 4 } else { 0 };
                 let link = format!("/proc/{}/fd/{}", notice.pid, argument(at) as i32);
                 let path = std::fs::read_link(link).ok()?.to_string_lossy().into_owned();
-                if path.starts_with("/memfd:") {
+                if ["/memfd:", "/sys/fs/cgroup/", "/proc/sys/"].iter().any(|start| path.starts_with(start)) {
                     return Some(path);
                 }
                 let below = path.strip_prefix(&self.base)?;
