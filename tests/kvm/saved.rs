@@ -3,8 +3,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use wire::control::Notice;
-use wire::machine::Access;
 use wire::control::{Command, FaultCode, Reply};
+use wire::machine::Access;
 use wire::saved::{Counters, Digest, Identity, MemoryUse, Moment, SaveStatus, Then};
 
 use crate::probe_guest;
