@@ -5,14 +5,15 @@ use clap::{Args, Subcommand, ValueEnum};
 use model::limits::GRACE_S_MAX;
 use model::server::{
     CacheMode, ConsoleReader, ConsoleReaders, CpuTemplate, CreateNic, CreateServer, DiskLimits, Isolation,
-    NicLimits, PatchServer, Rate, RestartPolicy, Server, ServerIsolation, ServerMetrics, ServerPlan,
+    NicLimits, PatchDiskLimits, PatchNicLimits, PatchServer, Rate, RestartPolicy, Server, ServerIsolation,
+    ServerMetrics, ServerNic, ServerPlan,
 };
 use model::{ConsoleReaderId, Labels, Name};
 
 use crate::bulk::Which;
 use crate::error::Error;
 use crate::output::{self, Format, Row};
-use crate::target::{self, ListOptions};
+use crate::target::{self, Limit, ListOptions};
 use crate::{Context, bulk, console, wait};
 
 /// What can be done with servers.
@@ -176,6 +177,59 @@ struct Limits {
     nic_tx_packets: Option<Rate>,
 }
 
+/// Limits to change, each RATE, RATE:BURST or none.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Limits, each a rate per second, RATE:BURST, or none")]
+struct NewLimits {
+    /// Bytes the root volume may move.
+    #[arg(long, value_name = "RATE", value_parser = target::byte_limit)]
+    disk_bandwidth: Option<Limit>,
+    /// Requests the root volume may take.
+    #[arg(long, value_name = "RATE", value_parser = target::count_limit)]
+    disk_operations: Option<Limit>,
+    /// Bytes each interface may receive.
+    #[arg(long, value_name = "RATE", value_parser = target::byte_limit)]
+    nic_rx_bandwidth: Option<Limit>,
+    /// Packets each interface may receive.
+    #[arg(long, value_name = "RATE", value_parser = target::count_limit)]
+    nic_rx_packets: Option<Limit>,
+    /// Bytes each interface may send.
+    #[arg(long, value_name = "RATE", value_parser = target::byte_limit)]
+    nic_tx_bandwidth: Option<Limit>,
+    /// Packets each interface may send.
+    #[arg(long, value_name = "RATE", value_parser = target::count_limit)]
+    nic_tx_packets: Option<Limit>,
+}
+
+impl NewLimits {
+    fn disk(&self) -> Option<PatchDiskLimits> {
+        let rate = |limit: Option<Limit>| limit.map(|limit| limit.0);
+        let (bandwidth_bytes, operations) = (rate(self.disk_bandwidth), rate(self.disk_operations));
+        let is_given = bandwidth_bytes.is_some() || operations.is_some();
+        is_given.then_some(PatchDiskLimits { bandwidth_bytes, operations })
+    }
+
+    fn has_nics(&self) -> bool {
+        let all = [self.nic_rx_bandwidth, self.nic_rx_packets, self.nic_tx_bandwidth, self.nic_tx_packets];
+        all.iter().any(Option::is_some)
+    }
+
+    /// The limits of each interface, changed where they are to be.
+    fn nics(&self, nics: &[ServerNic]) -> Vec<PatchNicLimits> {
+        let changed = |nic: &ServerNic| {
+            let pick = |new: Option<Limit>, now| new.map_or(now, |limit| limit.0);
+            let limits = NicLimits {
+                rx_bytes: pick(self.nic_rx_bandwidth, nic.limits.rx_bytes),
+                rx_packets: pick(self.nic_rx_packets, nic.limits.rx_packets),
+                tx_bytes: pick(self.nic_tx_bandwidth, nic.limits.tx_bytes),
+                tx_packets: pick(self.nic_tx_packets, nic.limits.tx_packets),
+            };
+            PatchNicLimits { index: nic.index, limits }
+        };
+        nics.iter().map(changed).collect()
+    }
+}
+
 impl Limits {
     fn disk(&self) -> DiskLimits {
         DiskLimits { bandwidth_bytes: self.disk_bandwidth, operations: self.disk_operations }
@@ -223,6 +277,8 @@ pub(crate) struct Update {
     /// Your own unique reference; an empty one removes it.
     #[arg(long)]
     external_ref: Option<String>,
+    #[command(flatten)]
+    limits: NewLimits,
     /// Only if the server is still at this generation.
     #[arg(long)]
     if_generation: Option<u64>,
@@ -448,6 +504,13 @@ fn nic(text: &str, limits: NicLimits) -> Result<CreateNic, Error> {
 impl Update {
     async fn run(self, context: &Context) -> Result<(), Error> {
         let id = target::resolve(&context.client, "servers", &self.server).await?;
+        let (mut nic_limits, mut generation) = (None, self.if_generation);
+        if self.limits.has_nics() {
+            // Limits of an interface are sent whole, so they must still be those that were read.
+            let server: Server = context.client.get(&format!("/v1/servers/{id}")).await?;
+            nic_limits = Some(self.limits.nics(&server.nics));
+            generation = generation.or(Some(server.generation));
+        }
         let patch = PatchServer {
             name: self.name,
             description: self.description,
@@ -458,11 +521,11 @@ impl Update {
             restart_policy: self.restart.map(RestartPolicy::from),
             isolation: self.isolation.map(Isolation::from),
             external_ref: self.external_ref.map(|text| (!text.is_empty()).then_some(text)),
-            disk_limits: None,
-            nic_limits: None,
+            disk_limits: self.limits.disk(),
+            nic_limits,
         };
         let body = serde_json::to_vec(&patch).map_err(Error::Answer)?;
-        let etag = self.if_generation.map(|generation| format!("\"{generation}\""));
+        let etag = generation.map(|generation| format!("\"{generation}\""));
         let headers: Vec<(&str, &str)> = etag.iter().map(|etag| ("if-match", etag.as_str())).collect();
         let answer = context.client.send("PATCH", &format!("/v1/servers/{id}"), Some(body), &headers).await?;
         output::one(context.format, &answer.json::<Server>()?)

@@ -51,6 +51,23 @@ pub(crate) fn byte_rate(text: &str) -> Result<Rate, String> {
     rate(text, size)
 }
 
+/// A new limit of bytes: a rate, or none at all.
+pub(crate) fn byte_limit(text: &str) -> Result<Limit, String> {
+    if text == NONE { Ok(Limit(None)) } else { byte_rate(text).map(|rate| Limit(Some(rate))) }
+}
+
+/// A new limit of requests or packets: a rate, or none at all.
+pub(crate) fn count_limit(text: &str) -> Result<Limit, String> {
+    if text == NONE { Ok(Limit(None)) } else { count_rate(text).map(|rate| Limit(Some(rate))) }
+}
+
+/// A limit to set, or to lift.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit(pub(crate) Option<Rate>);
+
+/// How a limit is lifted on the command line.
+const NONE: &str = "none";
+
 /// A rate of requests or packets, such as 5000, or with a burst, 5000:20000.
 pub(crate) fn count_rate(text: &str) -> Result<Rate, String> {
     rate(text, |text| text.parse().map_err(|_| format!("{text:?} is not a number, such as 5000")))

@@ -390,9 +390,9 @@ pub struct PatchServer {
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub external_ref: Option<Option<String>>,
-    /// New limits of the root volume, replaced as a whole.
+    /// New limits of the root volume; null lifts them all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub disk_limits: Option<DiskLimits>,
+    pub disk_limits: Option<PatchDiskLimits>,
     /// New limits of interfaces, those of each replaced as a whole; one that is not named keeps its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nic_limits: Option<Vec<PatchNicLimits>>,
@@ -409,8 +409,36 @@ pub struct PatchNicLimits {
 }
 
 /// A member that null takes away is told from one that was left out.
-fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+fn given<'de, D, T>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
     Option::deserialize(deserializer).map(Some)
+}
+
+/// Changes of a disk's limits: what is absent stays, null lifts it. A rate is replaced together with its burst.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PatchDiskLimits {
+    /// Bytes read and written.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Rate>)]
+    pub bandwidth_bytes: Option<Option<Rate>>,
+    /// Requests.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Rate>)]
+    pub operations: Option<Option<Rate>>,
+}
+
+impl PatchDiskLimits {
+    /// The limits after the change.
+    pub fn applied_to(self, limits: DiskLimits) -> DiskLimits {
+        DiskLimits {
+            bandwidth_bytes: self.bandwidth_bytes.unwrap_or(limits.bandwidth_bytes),
+            operations: self.operations.unwrap_or(limits.operations),
+        }
+    }
 }
 
 /// What can be done to a server: `POST /v1/servers/{id}/actions/{verb}` with this body.

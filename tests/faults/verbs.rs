@@ -198,6 +198,15 @@ fn servers(cli: &Cli<'_>) {
     assert_eq!(limits.1["tx_packets"], serde_json::json!({ "per_second": 90000, "burst": 180_000 }));
     assert_eq!((server["state"].as_str(), server["wanted"].as_str()), (Some("running"), Some("running")));
     assert_eq!(server["nics"][0]["ipv4"], "10.99.0.7");
+    let changed =
+        cli.json(&["server", "update", "web", "--disk-operations", "none", "--nic-rx-bandwidth", "1M:2M"]);
+    let limits = (&changed["volumes"][0]["limits"], &changed["nics"][0]["limits"]);
+    assert_eq!(
+        (limits.0["bandwidth_bytes"]["burst"].as_u64(), limits.0.get("operations")),
+        (Some(1 << 30), None)
+    );
+    assert_eq!(limits.1["rx_bytes"], serde_json::json!({ "per_second": 1 << 20, "burst": 2 << 20 }));
+    assert_eq!(limits.1["tx_packets"]["per_second"], 90000);
     let id = server["id"].as_str().unwrap();
     cli.three_forms(&["server", "list"], "web", "STATE");
     cli.three_forms(&["server", "show", id], "web", "STATE");

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
-    ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer,
+    ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, DiskLimits,
     PatchNicLimits, PatchServer, Server, ServerAction, ServerIsolation, ServerMetrics, ServerPlan,
     StopServer,
 };
@@ -439,7 +439,7 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
     faults.machine(patch.vcpus, patch.memory_bytes);
     faults.description(patch.description.as_deref().unwrap_or_default());
     if let Some(limits) = &patch.disk_limits {
-        faults.disk_limits("/disk_limits", limits);
+        faults.disk_limits("/disk_limits", &limits.applied_to(DiskLimits::default()));
         faults.unless(!record.disks.is_empty(), "/disk_limits", "no_disk", || {
             "the server has no root volume".to_owned()
         });
@@ -472,7 +472,7 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
         record.labels = labels::merge(&record.labels, changes)?;
     }
     if let (Some(limits), Some(disk)) = (patch.disk_limits, record.disks.first_mut()) {
-        disk.limits = limits;
+        disk.limits = limits.applied_to(disk.limits);
     }
     for PatchNicLimits { index, limits } in patch.nic_limits.into_iter().flatten() {
         if let Some(nic) = record.nics.iter_mut().find(|nic| nic.index == index) {

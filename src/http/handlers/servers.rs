@@ -82,7 +82,7 @@ impl Removable for PatchServer {
         ("restart_policy", "\"on_failure\""),
         ("isolation", "\"standard\""),
         ("external_ref", "null"),
-        ("disk_limits", "{}"),
+        ("disk_limits", r#"{ "bandwidth_bytes": null, "operations": null }"#),
     ];
 }
 

@@ -1,5 +1,5 @@
 //! Limits as they reach the machine.
-use model::server::{CreateNic, CreateServer, NicLimits, PatchServer};
+use model::server::{CreateNic, CreateServer, NicLimits, PatchServer, Rate};
 use wire::machine::{RateLimits, TokenBucket};
 
 use crate::Call;
@@ -62,5 +62,27 @@ async fn each_direction_of_an_interface_has_its_own_limits_with_their_bursts() {
     assert_eq!(nic.rx_limits, RateLimits { bandwidth: bucket(1, 1), operations: bucket(2, 20) });
     assert_eq!(nic.tx_limits, RateLimits { bandwidth: None, operations: bucket(4, 40) });
     assert_eq!(spec.disks[0].limits, RateLimits { bandwidth: bucket(7, 70), operations: None });
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_patch_of_one_limit_leaves_the_other_and_null_lifts_it() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let patched = async |limits: serde_json::Value| {
+        let patch: PatchServer =
+            serde_json::from_value(serde_json::json!({ "disk_limits": limits })).unwrap();
+        host.servers().patch(&Call::by_host(), id, patch).await.unwrap().body.volumes[0].limits
+    };
+    let rate = |per_second, burst| Some(Rate { per_second, burst });
+    let limits = patched(serde_json::json!({ "operations": { "per_second": 5, "burst": 50 } })).await;
+    assert_eq!((limits.bandwidth_bytes, limits.operations), (None, rate(5, Some(50))));
+    let limits = patched(serde_json::json!({ "bandwidth_bytes": { "per_second": 7 } })).await;
+    assert_eq!((limits.bandwidth_bytes, limits.operations), (rate(7, None), rate(5, Some(50))));
+    let limits = patched(serde_json::json!({ "operations": null })).await;
+    assert_eq!((limits.bandwidth_bytes, limits.operations), (rate(7, None), None));
+    let live = stage.launch.only().disk_limits();
+    assert_eq!((live[&0].bandwidth.unwrap().burst, live[&0].operations), (7, None));
     host.close().await;
 }
