@@ -36,7 +36,7 @@ pub(crate) enum Verb {
         server: String,
     },
     /// Change a server. CPUs, memory and CPU template take effect at its next start.
-    Update(Update),
+    Update(Box<Update>),
     /// Delete a server with its root volume.
     #[command(visible_alias = "rm")]
     Delete {
