@@ -96,7 +96,7 @@ fn range(text: &str) {
     assert_eq!(cidr.places(), (1_u32 << (32 - cidr.prefix())) - 3);
     let mut taken = BTreeSet::new();
     for _ in 0..4 {
-        let address = cidr.next_free(&taken).expect("a network has places");
+        let address = cidr.next_free(&taken, None).expect("a network has places");
         assert!(cidr.has_place(address) && taken.insert(address));
     }
     assert!(![cidr.base(), cidr.gateway(), cidr.broadcast()].iter().any(|address| taken.contains(address)));

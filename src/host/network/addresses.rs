@@ -48,7 +48,7 @@ pub(super) fn reserve(tx: &Tx<'_>, network: NetworkId, wanted: Reservation<'_>) 
     let taken: BTreeSet<Ipv4Addr> = of_network(tx, network.id)?.into_iter().map(|port| port.ipv4).collect();
     let ipv4 = match wanted.ipv4 {
         Some(asked) => check_asked(asked, range, &taken, &network, wanted.index)?,
-        None => range.next_free(&taken).ok_or_else(|| exhausted(&network))?,
+        None => give_next(tx, &network, range, &taken)?,
     };
     tx.prepare_cached(
         "INSERT INTO addresses (network, ipv4, mac, server, nic, name) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
@@ -62,6 +62,19 @@ pub(super) fn reserve(tx: &Tx<'_>, network: NetworkId, wanted: Reservation<'_>) 
         wanted.name.as_str()
     ])?;
     count(tx, &mut network)?;
+    Ok(ipv4)
+}
+
+/// Addresses go round: one that was just given back rests for as long as it can, so that neither a client that has not
+/// noticed nor dnsmasq, which would have to be started anew, still knows it as somebody else's.
+fn give_next(tx: &Tx<'_>, network: &Network, range: Cidr, taken: &BTreeSet<Ipv4Addr>) -> Result<Ipv4Addr> {
+    let id = network.id.to_string();
+    let latest: Option<u32> = tx
+        .prepare_cached("SELECT latest_ipv4 FROM networks WHERE id = ?1")?
+        .query_row([&id], |row| row.get(0))?;
+    let ipv4 = range.next_free(taken, latest.map(Ipv4Addr::from)).ok_or_else(|| exhausted(network))?;
+    tx.prepare_cached("UPDATE networks SET latest_ipv4 = ?2 WHERE id = ?1")?
+        .execute(params![id, u32::from(ipv4)])?;
     Ok(ipv4)
 }
 

@@ -101,12 +101,14 @@ impl Cidr {
         u32::from(self.broadcast()).saturating_sub(u32::from(self.gateway())).saturating_sub(1)
     }
 
-    /// The lowest address that a server can have and none of `taken` has.
-    pub fn next_free(self, taken: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
+    /// The next address above `latest`, from the lowest on behind the last one, that a server can have and none of
+    /// `taken` has.
+    pub fn next_free(self, taken: &BTreeSet<Ipv4Addr>, latest: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
         let first = u32::from(self.gateway()).saturating_add(1);
         let end = u32::from(self.broadcast());
+        let begin = latest.map_or(first, |latest| u32::from(latest).saturating_add(1).clamp(first, end));
         // Every taken address can push the search on by one, so this looks at no more than one above them.
-        (first..end).map(Ipv4Addr::from).find(|address| !taken.contains(address))
+        (begin..end).chain(first..begin).map(Ipv4Addr::from).find(|address| !taken.contains(address))
     }
 }
 

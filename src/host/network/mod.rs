@@ -40,5 +40,8 @@ pub(crate) const TABLES: &str = concat!(
      CREATE UNIQUE INDEX addresses_by_server ON addresses (server, nic);"
 );
 
+/// The latest address that was chosen for an interface, as a number.
+pub(crate) const LATEST: &str = "ALTER TABLE networks ADD COLUMN latest_ipv4 INTEGER;";
+
 #[cfg(test)]
 mod tests;

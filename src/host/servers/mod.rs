@@ -48,7 +48,7 @@ pub use console::{ConsolePiece, ConsoleStream, Keyboard};
 use lifecycle::Ask;
 pub use readers::Kicked;
 use record::ServerRecord;
-pub(crate) use record::{TABLES, TICKET_HOLDERS};
+pub(crate) use record::{HELD_INDEX, TABLES, TICKET_HOLDERS};
 use registry::{Registry, Workshop};
 
 /// Servers, for callers. Cheap to clone.

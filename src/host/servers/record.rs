@@ -26,6 +26,9 @@ pub(crate) const TABLES: &str = concat!(
 pub(crate) const TICKET_HOLDERS: &str =
     "ALTER TABLE console_tokens ADD COLUMN actor TEXT NOT NULL DEFAULT 'host';";
 
+/// Whether a machine fits is asked with each start; the sum is read from here, and no document with it.
+pub(crate) const HELD_INDEX: &str = "CREATE INDEX servers_held ON servers (id, memory_held, vcpus_held);";
+
 /// A server as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerRecord {

@@ -18,6 +18,7 @@ const MIGRATIONS: &[&[&str]] = &[
         servers::TABLES,
     ],
     &[servers::TICKET_HOLDERS],
+    &[network::LATEST, servers::HELD_INDEX],
 ];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {

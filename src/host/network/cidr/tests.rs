@@ -44,12 +44,27 @@ fn addresses_are_given_lowest_first_until_none_is_left() {
     let small = cidr("10.0.0.0/29");
     let mut taken = BTreeSet::new();
     let mut given = Vec::new();
-    while let Some(address) = small.next_free(&taken) {
+    while let Some(address) = small.next_free(&taken, None) {
         assert!(taken.insert(address));
         given.push(address.to_string());
     }
     assert_eq!(given, ["10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6"]);
     assert_eq!(small.places(), 5);
+}
+
+#[test]
+fn an_address_that_was_given_back_is_given_again_after_all_others() {
+    let small = cidr("10.0.0.0/29");
+    let (mut latest, mut given) = (None, Vec::new());
+    for _ in 0..7 {
+        latest = small.next_free(&BTreeSet::from(["10.0.0.4".parse().unwrap()]), latest);
+        given.push(latest.unwrap().to_string());
+    }
+    let round = ["10.0.0.2", "10.0.0.3", "10.0.0.5", "10.0.0.6"];
+    assert_eq!(given, [&round[..], &round[..3]].concat());
+    for outside in ["9.0.0.0", "10.0.0.7", "11.0.0.0"] {
+        assert_eq!(small.next_free(&BTreeSet::new(), outside.parse().ok()).unwrap().to_string(), "10.0.0.2");
+    }
 }
 
 #[test]
@@ -70,11 +85,13 @@ proptest! {
 
     #[test]
     fn the_next_free_address_has_a_place_and_is_not_taken(
-        base in any::<u32>(), prefix in 16u8..=29, taken in proptest::collection::btree_set(0u32..40, 0..40)
+        base in any::<u32>(), prefix in 16u8..=29, taken in proptest::collection::btree_set(0u32..40, 0..40),
+        latest in proptest::option::of(0u32..40)
     ) {
         let range = Cidr::around(base.into(), prefix);
         let taken = taken.into_iter().map(|n| Ipv4Addr::from(u32::from(range.base()).wrapping_add(n))).collect();
-        match range.next_free(&taken) {
+        let latest = latest.map(|n| Ipv4Addr::from(u32::from(range.base()).wrapping_add(n)));
+        match range.next_free(&taken, latest) {
             Some(address) => prop_assert!(range.has_place(address) && !taken.contains(&address)),
             None => prop_assert!(taken.len() as u32 >= range.places()),
         }

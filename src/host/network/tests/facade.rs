@@ -171,6 +171,9 @@ async fn addresses_are_given_once_kept_and_given_back() {
     let address = |last| Ipv4Addr::new(10, 5, 0, last);
     let first = ServerId::new();
     assert_eq!(reserve(&networks, small.id, first, None).await.unwrap().ipv4, address(2));
+    let brief = ServerId::new();
+    assert_eq!(reserve(&networks, small.id, brief, None).await.unwrap().ipv4, address(3));
+    networks.inner.core.store.write(move |tx| Networks::release(tx, brief)).await.unwrap();
     assert_eq!(
         reserve(&networks, small.id, ServerId::new(), Some(address(4))).await.unwrap().ipv4,
         address(4)
@@ -179,7 +182,8 @@ async fn addresses_are_given_once_kept_and_given_back() {
         let refused = reserve(&networks, small.id, ServerId::new(), Some(bad)).await.unwrap_err();
         assert_eq!(refused.errors[0].pointer, "/nics/0/ipv4", "{bad}");
     }
-    for expected in [3, 5, 6] {
+    // The one that was given back comes last.
+    for expected in [5, 6, 3] {
         assert_eq!(
             reserve(&networks, small.id, ServerId::new(), None).await.unwrap().ipv4,
             address(expected)
