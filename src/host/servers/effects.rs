@@ -25,7 +25,7 @@ use super::{limits, machine, saved};
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::link::AskError;
-use crate::vmms::{Cell, Link, Start, Walls};
+use crate::vmms::{Cell, Link, ProcessId, Start, Walls};
 use crate::volumes::Volumes;
 
 /// One piece of work on one server.
@@ -137,6 +137,15 @@ impl Doing {
     async fn spawn(&self) -> Result<Event> {
         self.dismiss_stranger().await;
         self.entry.drop_machine();
+        // Neither needs the other, and both take a while.
+        let (started, prepared) =
+            tokio::join!(self.start_vmm(), machine::prepare(&self.workshop, &self.record));
+        let id = started?;
+        self.entry.keep_prepared(prepared?);
+        Ok(Event::Spawned(id))
+    }
+
+    async fn start_vmm(&self) -> Result<ProcessId> {
         let (socket, will, log) = (self.file("control.sock"), self.file("will.json"), self.file("vmm.log"));
         let (listener, will, log) = blocking(move || {
             machine::remove_file(&socket)?;
@@ -156,7 +165,7 @@ impl Doing {
         self.workshop.core.checkpoint("server.spawned")?;
         let id = process.id();
         self.entry.hold(process);
-        Ok(Event::Spawned(id))
+        Ok(id)
     }
 
     async fn cell(&self) -> Result<Cell> {

@@ -40,6 +40,7 @@ pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerReco
 }
 
 /// A machine and the files that it names.
+#[derive(Debug)]
 pub(super) struct Description {
     pub(super) spec: MachineSpec,
     pub(super) descriptors: Packet,
@@ -60,13 +61,37 @@ pub(super) async fn ready(
     if record.isolation == server::Isolation::Strict {
         isolation::require(workshop, entry, record).await?;
     }
+    let prepared = match entry.take_prepared().filter(|kept| kept.is_of(record)) {
+        Some(prepared) => prepared,
+        None => prepare(workshop, record).await?,
+    };
+    Ok(Some((link, prepared.description)))
+}
+
+/// A machine that only has to be sent.
+#[derive(Debug)]
+pub struct Prepared {
+    of: ServerRecord,
+    description: Description,
+}
+
+impl Prepared {
+    /// Whether it is what the record asks for still: limits and names may have changed since.
+    fn is_of(&self, record: &ServerRecord) -> bool {
+        let ServerRecord { life, held, generation, updated_at, started_at, .. } = record.clone();
+        ServerRecord { life, held, generation, updated_at, started_at, ..self.of.clone() } == *record
+    }
+}
+
+/// Opens and makes all that the machine of `record` needs but its VMM. Repeatable.
+pub(super) async fn prepare(workshop: &Workshop, record: &ServerRecord) -> Result<Prepared> {
     let description = describe(workshop, record).await?;
     workshop.core.checkpoint("server.plugged")?;
-    Ok(Some((link, description)))
+    Ok(Prepared { of: record.clone(), description })
 }
 
 /// Numbers descriptors as they are added.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Packet(pub(super) Vec<OwnedFd>);
 
 impl Packet {

@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use wire::control::{Command, FaultCode, Notice};
 
 use super::capacity::Capacity;
+use super::machine::Prepared;
 use super::readers::Readers;
 use super::record::ServerRecord;
 use super::{actor, limits, machine};
@@ -65,6 +66,8 @@ pub struct Entry {
     socket: PathBuf,
     notices: mpsc::Sender<Notice>,
     machine: Mutex<Option<Machine>>,
+    /// What the VMM at hand is to be sent.
+    prepared: Mutex<Option<Prepared>>,
     /// Held while a connection is made, so that there is one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -91,7 +94,18 @@ impl Entry {
     /// Lets the process and its connection go.
     pub fn drop_machine(&self) {
         *self.held() = None;
+        self.take_prepared();
         self.wake_readers();
+    }
+
+    /// Keeps what the VMM at hand is to be sent.
+    pub fn keep_prepared(&self, prepared: Prepared) {
+        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
+    }
+
+    /// What the VMM at hand is to be sent, if it was kept.
+    pub fn take_prepared(&self) -> Option<Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Makes readers of the console look again.
@@ -198,6 +212,7 @@ impl Registry {
             socket: self.workshop.core.dirs.server(id).join("control.sock"),
             notices,
             machine: Mutex::new(None),
+            prepared: Mutex::new(None),
             connecting: tokio::sync::Mutex::new(()),
         });
         let actor = actor::Actor::new(self.workshop.clone(), entry.clone(), inbox);
