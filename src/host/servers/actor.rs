@@ -1,6 +1,7 @@
 //! The one task that acts for a server. It does the work of the phase the record is in, one piece at a time,
 //! and saves what comes of it; it holds no truth of its own.
 //! It decides nothing: `lifecycle::step` does.
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,11 +37,38 @@ struct Busy {
     run: u64,
     stop: Arc<AtomicBool>,
     future: BoxFuture<'static, Result<Event>>,
+    /// What came of it, once it is done.
+    outcome: Option<Result<Event>>,
+}
+
+impl Busy {
+    /// Goes on with the work; returns when it is done. Cancel-safe.
+    async fn advance(&mut self) {
+        if self.outcome.is_none() {
+            self.outcome = Some(Pin::new(&mut self.future).await);
+        }
+    }
+}
+
+/// Waits for `other` while the work in progress goes on: work that stands still keeps what it holds, such as its turn to
+/// read the records, and `other` may wait for just that.
+async fn beside<T>(busy: &mut Option<Busy>, other: impl Future<Output = T>) -> T {
+    let going_on = async {
+        if let Some(busy) = busy {
+            busy.advance().await;
+        }
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        biased;
+        outcome = other => outcome,
+        never = going_on => match never {},
+    }
 }
 
 /// What woke the actor.
 enum Woken {
-    Done(u64, Result<Event>),
+    Done,
     Ended(Option<ExitStatus>),
     Deadline,
     Notice(Notice),
@@ -77,7 +105,7 @@ impl Actor {
             self.save(record.life.run, event).await?;
         }
         loop {
-            let Some(record) = self.record().await? else { return Ok(()) };
+            let Some(record) = beside(&mut busy, self.record()).await? else { return Ok(()) };
             let life = &record.life;
             if let Some(busy) = &busy
                 && life.work() != Some(busy.work)
@@ -89,24 +117,28 @@ impl Actor {
                 busy = Some(self.start(work, &record));
             }
             match self.wait(life, &mut busy, &pause).await {
-                Woken::Done(run, Ok(event)) => {
-                    busy = None;
-                    pause = Pause::default();
-                    self.save(run, event).await?;
-                }
-                Woken::Done(_, Err(cause)) if self.workshop.core.store.is_dead() => return Err(cause),
-                Woken::Done(_, Err(cause)) => {
-                    busy = None;
-                    pause.lengthen();
-                    tracing::warn!(server = %self.entry.id, "work is tried again: {}", cause.chain());
-                }
+                Woken::Done => match busy.take().and_then(|busy| Some((busy.run, busy.outcome?))) {
+                    Some((run, Ok(event))) => {
+                        pause = Pause::default();
+                        self.save(run, event).await?;
+                    }
+                    Some((_, Err(cause))) if self.workshop.core.store.is_dead() => return Err(cause),
+                    Some((_, Err(cause))) => {
+                        pause.lengthen();
+                        tracing::warn!(server = %self.entry.id, "work is tried again: {}", cause.chain());
+                    }
+                    None => {}
+                },
                 Woken::Ended(status) => {
-                    let end = effects::end_of(&self.workshop, self.entry.id, status).await;
-                    self.save(life.run, Event::Ended(end)).await?;
+                    let told = async {
+                        let end = effects::end_of(&self.workshop, self.entry.id, status).await;
+                        self.save(life.run, Event::Ended(end)).await
+                    };
+                    beside(&mut busy, told).await?;
                 }
-                Woken::Deadline => self.save(life.run, Event::DeadlinePassed).await?,
-                Woken::Notice(notice) => self.take_notice(notice).await?,
-                Woken::Disconnected => self.reconnect().await,
+                Woken::Deadline => beside(&mut busy, self.save(life.run, Event::DeadlinePassed)).await?,
+                Woken::Notice(notice) => beside(&mut busy, self.take_notice(notice)).await?,
+                Woken::Disconnected => beside(&mut busy, self.reconnect()).await,
                 // Whoever pokes has a reason to try at once.
                 Woken::Poked => pause = Pause::default(),
             }
@@ -121,7 +153,7 @@ impl Actor {
             record: record.clone(),
             stop: stop.clone(),
         };
-        Busy { work, run: record.life.run, stop, future: Box::pin(doing.perform(work)) }
+        Busy { work, run: record.life.run, stop, future: Box::pin(doing.perform(work)), outcome: None }
     }
 
     async fn wait(&mut self, life: &Life, busy: &mut Option<Busy>, pause: &Pause) -> Woken {
@@ -135,7 +167,7 @@ impl Actor {
         };
         let done = async {
             match busy {
-                Some(busy) => (busy.run, Pin::new(&mut busy.future).await),
+                Some(busy) => busy.advance().await,
                 None => std::future::pending().await,
             }
         };
@@ -147,7 +179,7 @@ impl Actor {
         };
         tokio::select! {
             biased;
-            (run, outcome) = done => Woken::Done(run, outcome),
+            () = done => Woken::Done,
             status = ended => Woken::Ended(status),
             () = self.entry.poke.notified() => Woken::Poked,
             () = deadline => Woken::Deadline,
