@@ -19,7 +19,7 @@ use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::DOMAIN;
-use super::limits::{DNSMASQ_MAX, LEASE_S, UNRECORDED_LOOKS_MAX};
+use super::limits::{DNSMASQ_MAX, LEASE_S, SOCKETS_AGAIN, SOCKETS_TRIES, UNRECORDED_LOOKS_MAX};
 use super::plumbing::{PlumbingError, Port, Segment};
 use super::program;
 use crate::volumes::files::{self, Durability};
@@ -39,6 +39,9 @@ pub(super) struct Files {
     /// Which name has which address.
     pub(super) names: String,
 }
+
+/// What dnsmasq says when another socket has its address (strerror(3) of EADDRINUSE).
+const IN_USE: &str = "Address already in use";
 
 impl Dnsmasq {
     /// Its files are in `directory`, which every user can reach, because dnsmasq drops its privileges.
@@ -123,7 +126,18 @@ impl Dnsmasq {
         }
         self.write("leases", "").map_err(failed)?;
         let config = self.config_argument();
-        program::run(&program, &[&config], "", DNSMASQ_MAX).await
+        let mut tries = 0;
+        loop {
+            let started = program::run(&program, &[&config], "", DNSMASQ_MAX).await;
+            match started {
+                // Of one that somebody has killed nothing is to be seen for a moment before its sockets are closed.
+                Err(PlumbingError::Failed(detail)) if detail.contains(IN_USE) && tries < SOCKETS_TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(SOCKETS_AGAIN).await;
+                }
+                started => return started,
+            }
+        }
     }
 
     /// Ends it and removes its files.

@@ -47,3 +47,10 @@ pub const SETTLE_EVERY: Duration = Duration::from_secs(60);
 
 /// Pause after a pass that failed, as when the disk is full, or left a network degraded.
 pub const SETTLE_AGAIN: Duration = Duration::from_secs(2);
+
+/// How often dnsmasq is started again when its address is still that of one that was killed, and the pause before it: one
+/// second in all, in which the kernel closes the sockets of a process on the busiest host.
+pub const SOCKETS_TRIES: u32 = 20;
+
+/// See [`SOCKETS_TRIES`].
+pub const SOCKETS_AGAIN: Duration = Duration::from_millis(50);

@@ -46,6 +46,8 @@ pub(super) async fn run(
         |what: &str, cause: std::io::Error| PlumbingError::Failed(format!("cannot {what} {name}: {cause}"));
     let mut child = Command::new(program)
         .args(arguments)
+        // What it says is read by people and told apart by us, so in one language.
+        .env("LC_ALL", "C")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

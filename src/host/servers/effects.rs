@@ -37,6 +37,13 @@ pub(super) struct Doing {
     pub(super) stop: Arc<AtomicBool>,
 }
 
+/// What of a VMM is the daemon's: it outlives the process.
+struct Ends {
+    listener: Listener,
+    will: File,
+    log: File,
+}
+
 impl Doing {
     /// Does it.
     pub(super) async fn perform(self, work: Work) -> Result<Event> {
@@ -84,15 +91,30 @@ impl Doing {
         let made = async {
             blocking(move || machine::make_directory(&directory)).await?;
             self.workshop.core.checkpoint("server.directory_made")?;
-            self.fill().await
+            if !self.is_quickly_started() {
+                // A daemon may have died here before the start was called off.
+                self.undo_vmm().await?;
+                return self.fill().await.map(|()| None);
+            }
+            self.vmm(self.fill()).await.map(Some)
         };
-        let outcome = made.await.map(|()| Event::Made);
+        let outcome = made.await.map(Event::Made);
+        if outcome.is_err() && !self.workshop.core.store.is_dead() {
+            self.undo_vmm().await?;
+        }
         // Stopped because nobody wants it: what event it is matters no more, and it is no trouble.
         if self.stop.load(Ordering::SeqCst) && !self.workshop.core.store.is_dead() {
             let detail = "the work was stopped".to_owned();
             return Ok(Event::MakeFailed(Trouble { code: Code::Draining, detail }));
         }
         self.final_or(outcome, Event::MakeFailed)
+    }
+
+    /// Whether a VMM that is started at once has not long to wait for its disk: it ends by itself when nobody comes.
+    fn is_quickly_started(&self) -> bool {
+        let copied_bytes = self.workshop.images.disk_stored_bytes(self.record.image_id);
+        let starts = matches!(self.record.life.phase, Phase::Creating { start: true });
+        starts && copied_bytes <= limits::QUICK_FILL_BYTES_MAX
     }
 
     async fn fill(&self) -> Result<()> {
@@ -135,31 +157,60 @@ impl Doing {
     }
 
     async fn spawn(&self) -> Result<Event> {
-        self.dismiss_stranger().await;
-        self.entry.drop_machine();
-        // Neither needs the other, and both take a while.
-        let (started, prepared) =
-            tokio::join!(self.start_vmm(), machine::prepare(&self.workshop, &self.record));
-        let id = started?;
-        self.entry.keep_prepared(prepared?);
-        Ok(Event::Spawned(id))
+        self.vmm(std::future::ready(Ok(()))).await.map(Event::Spawned)
     }
 
-    async fn start_vmm(&self) -> Result<ProcessId> {
+    /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
+    /// both take a while. Repeatable.
+    async fn vmm(&self, filled: impl Future<Output = Result<()>>) -> Result<ProcessId> {
+        self.dismiss_stranger().await;
+        self.entry.drop_machine();
+        let ends = self.bind().await?;
+        let prepared = machine::prepare(&self.workshop, &self.record, filled);
+        // Both to their end, whatever becomes of the other: what is half done would be undone too early.
+        let (started, prepared) = tokio::join!(self.start_vmm(ends), prepared);
+        let id = started?;
+        self.entry.keep_prepared(prepared?);
+        Ok(id)
+    }
+
+    /// Takes back what [`Doing::vmm`] has made of a server that is no more to be. Repeatable.
+    async fn undo_vmm(&self) -> Result<()> {
+        // The socket is the first thing that is made for a VMM, and the last that is removed.
+        if self.entry.machine().is_none() && !self.file("control.sock").exists() {
+            return Ok(());
+        }
+        match self.entry.machine() {
+            Some(machine) => {
+                machine.process.kill()?;
+                let _ = tokio::time::timeout(limits::KILL, machine.process.ended()).await;
+            }
+            None => self.dismiss_stranger().await,
+        }
+        self.release(false).await.map(drop)
+    }
+
+    /// Binds the control socket and makes the files that a VMM is started with.
+    async fn bind(&self) -> Result<Ends> {
         let (socket, will, log) = (self.file("control.sock"), self.file("will.json"), self.file("vmm.log"));
-        let (listener, will, log) = blocking(move || {
+        let ends = blocking(move || {
             machine::remove_file(&socket)?;
             let listener = Listener::bind(&socket)
                 .map_err(|cause| Error::file(format!("cannot bind {}", socket.display()), cause))?;
-            Ok((listener, machine::fresh_file(&will)?, machine::open_log(&log)?))
+            Ok(Ends { listener, will: machine::fresh_file(&will)?, log: machine::open_log(&log)? })
         })
         .await?;
         self.workshop.core.checkpoint("server.socket_bound")?;
+        Ok(ends)
+    }
+
+    async fn start_vmm(&self, ends: Ends) -> Result<ProcessId> {
         let walls = match self.record.isolation {
             Isolation::Strict => Walls::All,
             Isolation::Standard => Walls::AsFound,
         };
         let (label, cell) = (self.record.name.to_string(), self.cell().await?);
+        let Ends { listener, will, log } = ends;
         let start = Start { label, listener: listener.into(), will, log, cell, walls };
         let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
@@ -318,6 +369,8 @@ impl Doing {
     }
 
     async fn purge(&self) -> Result<Event> {
+        // A daemon may have died with a VMM started for a server that was not made to the end.
+        self.undo_vmm().await?;
         let keep_volumes = matches!(self.record.life.phase, Phase::Deleting { keep_volumes: true, .. });
         if !keep_volumes {
             for disk in &self.record.disks {

@@ -1,6 +1,9 @@
 //! Bounds of servers: waits for VMMs, restarts, console readers. Each with the reason for its size.
 use std::time::Duration;
 
+/// Most bytes of an image's disk that are copied while the VMM is being started; they take a fraction of a second.
+pub const QUICK_FILL_BYTES_MAX: u64 = 64 << 20;
+
 /// First pause before a failed server is started again, in milliseconds; doubled with each failure.
 pub const RESTART_PAUSE_MS: i64 = 1000;
 

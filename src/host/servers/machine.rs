@@ -18,7 +18,7 @@ use wire::machine::{
 use super::effects::{blocking, open_ring};
 use super::isolation;
 use super::limits;
-use super::record::ServerRecord;
+use super::record::{self, ServerRecord};
 use super::registry::{Entry, Workshop};
 use crate::error::{Error, Result};
 use crate::network::{Lease, Networks};
@@ -63,7 +63,7 @@ pub(super) async fn ready(
     }
     let prepared = match entry.take_prepared().filter(|kept| kept.is_of(record)) {
         Some(prepared) => prepared,
-        None => prepare(workshop, record).await?,
+        None => prepare(workshop, record, std::future::ready(Ok(()))).await?,
     };
     Ok(Some((link, prepared.description)))
 }
@@ -83,9 +83,13 @@ impl Prepared {
     }
 }
 
-/// Opens and makes all that the machine of `record` needs but its VMM. Repeatable.
-pub(super) async fn prepare(workshop: &Workshop, record: &ServerRecord) -> Result<Prepared> {
-    let description = describe(workshop, record).await?;
+/// Opens and makes all that the machine of `record` needs but its VMM, its disks once they are `filled`. Repeatable.
+pub(super) async fn prepare(
+    workshop: &Workshop,
+    record: &ServerRecord,
+    filled: impl Future<Output = Result<()>>,
+) -> Result<Prepared> {
+    let description = describe(workshop, record, filled).await?;
     workshop.core.checkpoint("server.plugged")?;
     Ok(Prepared { of: record.clone(), description })
 }
@@ -102,30 +106,40 @@ impl Packet {
     }
 }
 
-async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<Description> {
+async fn describe(
+    workshop: &Workshop,
+    record: &ServerRecord,
+    filled: impl Future<Output = Result<()>>,
+) -> Result<Description> {
+    let ring = workshop.core.dirs.server(record.id).join("console.ring");
+    // None of them needs another, and each waits for something else. All are ended before an error is told: what goes on
+    // behind it could make again what the next step removes.
+    let (files, volumes, seed, taps, ring) = tokio::join!(
+        workshop.images.boot_files(record.image_id),
+        open_volumes(workshop, record, filled),
+        write_seed(workshop, record),
+        plug(workshop, record),
+        blocking(move || open_ring(&ring)),
+    );
+    let (files, volumes, seed, taps, ring) = (files?, volumes?, seed?, taps?, ring?);
+    workshop.core.checkpoint("server.seeded")?;
     let mut packet = Packet::default();
-    let files = workshop.images.boot_files(record.image_id).await?;
     let boot = Boot {
         kernel: packet.add(files.kernel),
         initrd: files.initrd.map(|initrd| packet.add(initrd)),
         cmdline: files.cmdline,
     };
-    let mut disks = Vec::new();
-    for disk in &record.disks {
-        let file = workshop.volumes.open(disk.volume_id).await?;
-        disks.push(Disk {
-            file: packet.add(file),
-            access: Access::ReadWrite,
-            cache: match disk.cache {
-                server::CacheMode::Writeback => CacheMode::Writeback,
-                server::CacheMode::Writethrough => CacheMode::Writethrough,
-            },
-            serial: serial(disk.volume_id.0),
-            limits: disk_limits(&disk.limits),
-        });
-    }
-    let seed = write_seed(workshop, record).await?;
-    workshop.core.checkpoint("server.seeded")?;
+    let root = |(disk, file): (&record::Disk, File)| Disk {
+        file: packet.add(file),
+        access: Access::ReadWrite,
+        cache: match disk.cache {
+            server::CacheMode::Writeback => CacheMode::Writeback,
+            server::CacheMode::Writethrough => CacheMode::Writethrough,
+        },
+        serial: serial(disk.volume_id.0),
+        limits: disk_limits(&disk.limits),
+    };
+    let mut disks: Vec<Disk> = record.disks.iter().zip(volumes).map(root).collect();
     disks.push(Disk {
         file: packet.add(seed),
         access: Access::ReadOnly,
@@ -134,14 +148,10 @@ async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<Descript
         limits: RateLimits::default(),
     });
     let mut nics = Vec::new();
-    for nic in &record.nics {
-        let lease = lease(workshop, nic).await?;
-        let tap = workshop.networks.plug(record.id, nic).await?;
+    for (nic, (mtu, tap)) in record.nics.iter().zip(taps) {
         let (rx_limits, tx_limits) = nic_limits(&nic.limits);
-        nics.push(Nic { tap: packet.add(tap), mac: mac(&nic.mac)?, mtu: lease.mtu, rx_limits, tx_limits });
+        nics.push(Nic { tap: packet.add(tap), mac: mac(&nic.mac)?, mtu, rx_limits, tx_limits });
     }
-    let ring = workshop.core.dirs.server(record.id).join("console.ring");
-    let ring = blocking(move || open_ring(&ring)).await?;
     let spec = MachineSpec {
         memory_bytes: record.memory_bytes,
         vcpus: record.vcpus,
@@ -158,6 +168,30 @@ async fn describe(workshop: &Workshop, record: &ServerRecord) -> Result<Descript
         on_reset: OnReset::Rebuild,
     };
     Ok(Description { spec, descriptors: packet })
+}
+
+/// Opens the record's volumes, in their order.
+async fn open_volumes(
+    workshop: &Workshop,
+    record: &ServerRecord,
+    filled: impl Future<Output = Result<()>>,
+) -> Result<Vec<File>> {
+    filled.await?;
+    let mut files = Vec::new();
+    for disk in &record.disks {
+        files.push(workshop.volumes.open(disk.volume_id).await?);
+    }
+    Ok(files)
+}
+
+/// Makes the taps of the record's interfaces, in their order; answers each with its network's largest packet.
+async fn plug(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<(u16, OwnedFd)>> {
+    let mut taps = Vec::new();
+    for nic in &record.nics {
+        let lease = lease(workshop, nic).await?;
+        taps.push((lease.mtu, workshop.networks.plug(record.id, nic).await?));
+    }
+    Ok(taps)
 }
 
 async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {

@@ -17,8 +17,8 @@ const GRACE_MS_MAX: i64 = GRACE_S_MAX as i64 * 1000;
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// Directory and volumes are there.
-    Made,
+    /// Directory and volumes are there, and the VMM of the first machine, where one was started meanwhile.
+    Made(Option<ProcessId>),
     /// They could not be made.
     MakeFailed(Trouble),
     /// A VMM process was started.
@@ -101,8 +101,16 @@ impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
         match (phase, event) {
-            (Phase::Creating { start: true }, Event::Made) => self.life.begin_run(),
-            (Phase::Creating { start: false }, Event::Made) => {
+            (Phase::Creating { start: true }, Event::Made(vmm)) => {
+                self.life.begin_run();
+                self.life.phase = Phase::Starting { vmm };
+            }
+            // It was stopped before it had begun.
+            (Phase::Creating { start: false }, Event::Made(Some(vmm))) => {
+                let (vmm, push, then) = (Some(vmm), Push::Force, Then::Stop);
+                self.life.phase = Phase::Stopping { vmm, push, then };
+            }
+            (Phase::Creating { start: false }, Event::Made(None)) => {
                 self.life.phase = Phase::Stopped { why: None };
                 self.end_job(Verdict::Succeeded);
             }
