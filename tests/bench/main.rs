@@ -16,6 +16,7 @@ mod disk;
 mod ground;
 mod guest;
 mod host;
+mod memory;
 mod net;
 mod process;
 mod rows;
@@ -49,6 +50,11 @@ const GROUPS: &[Group] = &[
         name: "density",
         what: "idle servers until 1,000 or memory is short; a new daemon finds them",
         run: density::run,
+    },
+    Group {
+        name: "memory",
+        what: "what a VMM holds beside its guest's memory, and a server is charged",
+        run: memory::run,
     },
     Group { name: "disk", what: "random reads, sequential writes with flushes, beside QEMU", run: disk::run },
     Group { name: "net", what: "full-size and small frames both ways, beside QEMU", run: net::run },
