@@ -15,6 +15,7 @@ mod operation;
 mod output;
 mod run;
 mod server;
+mod snapshot;
 mod target;
 mod volume;
 mod wait;
@@ -83,6 +84,9 @@ enum Noun {
     /// Disks of servers.
     #[command(subcommand, visible_alias = "volumes")]
     Volume(volume::Verb),
+    /// What servers were at a moment.
+    #[command(subcommand, visible_alias = "snapshots")]
+    Snapshot(snapshot::Verb),
     /// Networks and their addresses.
     #[command(subcommand, visible_alias = "networks")]
     Network(network::Verb),
@@ -179,6 +183,7 @@ async fn call(toft: Toft) -> Result<(), Error> {
         Noun::Server(verb) => verb.run(&context).await,
         Noun::Image(verb) => verb.run(&context).await,
         Noun::Volume(verb) => verb.run(&context).await,
+        Noun::Snapshot(verb) => verb.run(&context).await,
         Noun::Network(verb) => verb.run(&context).await,
         Noun::Operation(verb) => verb.run(&context).await,
         Noun::Event(verb) => verb.run(&context).await,

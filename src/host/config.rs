@@ -4,7 +4,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use model::{ImageId, NetworkId, ServerId, VolumeId};
+use model::{ImageId, NetworkId, ServerId, SnapshotId, VolumeId};
 
 use crate::core::{AlwaysLive, Checkpoint};
 use crate::error::{Error, Result};
@@ -69,7 +69,7 @@ impl Dirs {
                 ),
             ));
         }
-        for sub in ["", "servers", "images", "volumes", "networks", "import", "run"] {
+        for sub in ["", "servers", "images", "volumes", "snapshots", "networks", "import", "run"] {
             let path = dirs.root.join(sub);
             std::fs::DirBuilder::new()
                 .recursive(true)
@@ -103,6 +103,11 @@ impl Dirs {
     /// A volume's file.
     pub fn volume(&self, id: VolumeId) -> PathBuf {
         self.root.join("volumes").join(format!("{id}.raw"))
+    }
+
+    /// The directory of a snapshot: `disk0.raw`, and with memory `machine.state` and `machine.memory`.
+    pub fn snapshot(&self, id: SnapshotId) -> PathBuf {
+        self.root.join("snapshots").join(id.to_string())
     }
 
     /// The directory of a network.

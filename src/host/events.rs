@@ -39,6 +39,7 @@ pub fn path(resource: Resource) -> String {
         Resource::Image(id) => format!("/v1/images/{id}"),
         Resource::Volume(id) => format!("/v1/volumes/{id}"),
         Resource::Network(id) => format!("/v1/networks/{id}"),
+        Resource::Snapshot(id) => format!("/v1/snapshots/{id}"),
     }
 }
 

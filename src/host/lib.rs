@@ -27,6 +27,8 @@ pub mod network;
 pub mod seed;
 pub mod volumes;
 
+pub mod snapshots;
+
 pub mod vmms;
 
 pub mod servers;

@@ -17,6 +17,7 @@ use crate::report::Report;
 use crate::servers::Servers;
 use crate::servers::capacity::Capacity;
 use crate::servers::registry::Workshop;
+use crate::snapshots::Snapshots;
 use crate::store::{Store, Tx, Version};
 use crate::tokens::Tokens;
 use crate::vmms::Launch;
@@ -37,6 +38,7 @@ struct Inner {
     servers: Servers,
     images: Images,
     volumes: Volumes,
+    snapshots: Snapshots,
     networks: Networks,
     operations: Operations,
     tokens: Tokens,
@@ -63,11 +65,13 @@ impl Host {
         let core = Arc::new(Core::new(config, dirs, store)?);
         let images = Images::new(core.clone());
         let volumes = Volumes::new(core.clone(), images.clone());
+        let snapshots = Snapshots::new(core.clone());
         let networks = Networks::new(core.clone(), plumbing);
         let servers = Servers::new(Workshop {
             core: core.clone(),
             images: images.clone(),
             volumes: volumes.clone(),
+            snapshots: snapshots.clone(),
             networks: networks.clone(),
             launcher: launcher.clone(),
             capacity,
@@ -79,6 +83,7 @@ impl Host {
         images.recover().await?;
         volumes.recover().await?;
         networks.recover().await?;
+        snapshots.recover(servers.snapshots_under_way().await?).await?;
         servers.recover().await?;
         Ok(Host {
             inner: Arc::new(Inner {
@@ -87,6 +92,7 @@ impl Host {
                 servers,
                 images,
                 volumes,
+                snapshots,
                 networks,
                 operations,
                 tokens,
@@ -98,6 +104,7 @@ impl Host {
     /// Stops working; servers run on. Everything that was promised is in the records.
     pub async fn close(&self) {
         self.inner.servers.close().await;
+        self.inner.snapshots.close().await;
         self.inner.networks.close().await;
         self.inner.core.store.close().await;
     }
@@ -132,6 +139,11 @@ impl Host {
     /// Volumes.
     pub fn volumes(&self) -> &Volumes {
         &self.inner.volumes
+    }
+
+    /// Snapshots.
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.inner.snapshots
     }
 
     /// Networks.

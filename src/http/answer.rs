@@ -12,6 +12,7 @@ use model::network::Network;
 use model::operation::{Accepted, Operation, OperationState};
 use model::page::Page;
 use model::server::Server;
+use model::snapshot::Snapshot;
 use model::volume::Volume;
 use model::{Code, OperationId};
 use serde::Serialize;
@@ -65,6 +66,7 @@ resources! {
     Image, "images", true, |_image| Vec::new();
     // `used_bytes` moves with every write of the guest.
     Volume, "volumes", false, |_volume| Vec::new();
+    Snapshot, "snapshots", true, |_snapshot| Vec::new();
     // `addresses_used` and `state` move with its servers and the host.
     Network, "networks", false, |_network| Vec::new();
     Operation, "operations", true, |_operation| Vec::new();

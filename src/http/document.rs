@@ -24,6 +24,7 @@ use crate::error::DOCUMENTATION;
         (name = "servers", description = "What a customer creates."),
         (name = "images", description = "Read-only templates that root volumes are made from."),
         (name = "volumes", description = "Writable disks."),
+        (name = "snapshots", description = "What servers were at a moment."),
         (name = "networks", description = "Layer 2 with addresses."),
         (name = "operations", description = "Long jobs with progress and an end."),
         (name = "events", description = "One ordered log of everything that happens."),
@@ -61,7 +62,7 @@ pub(crate) fn openapi_json() -> String {
 
 const METHODS: &[&str] = &["get", "post", "patch", "delete"];
 /// Merge patches, whose members null may only remove where there is something to go back to.
-const PATCHES: &[&str] = &["PatchServer", "PatchImage", "PatchVolume", "PatchNetwork"];
+const PATCHES: &[&str] = &["PatchServer", "PatchImage", "PatchVolume", "PatchSnapshot", "PatchNetwork"];
 
 fn finished(mut document: Value) -> Value {
     for (path, item) in document["paths"].as_object_mut().into_iter().flatten() {

@@ -9,6 +9,7 @@ pub(crate) mod metrics;
 pub(crate) mod networks;
 pub(crate) mod operations;
 pub(crate) mod servers;
+pub(crate) mod snapshots;
 pub(crate) mod volumes;
 
 use crate::call::Removable;
@@ -19,6 +20,7 @@ pub(crate) fn removable(patch: &str) -> Vec<&'static str> {
         "PatchServer" => model::server::PatchServer::DEFAULTS,
         "PatchImage" => model::image::PatchImage::DEFAULTS,
         "PatchVolume" => model::volume::PatchVolume::DEFAULTS,
+        "PatchSnapshot" => model::snapshot::PatchSnapshot::DEFAULTS,
         "PatchNetwork" => model::network::PatchNetwork::DEFAULTS,
         _ => &[],
     };

@@ -17,7 +17,7 @@ use crate::error::Failure;
 use crate::handlers::{
     bulk, console, description, events, host as host_paths, images, metrics, networks, operations,
 };
-use crate::handlers::{servers, volumes};
+use crate::handlers::{servers, snapshots, volumes};
 use crate::kept::Kept;
 use crate::limits::{CONSOLES_MAX, EVENT_STREAMS_MAX, UPLOADS_MAX, WAITS_MAX};
 use crate::{auth, document, edge};
@@ -116,6 +116,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(bulk::pause))
         .routes(routes!(bulk::resume))
         .routes(routes!(bulk::hibernate))
+        .routes(routes!(snapshots::take))
         .routes(routes!(servers::metrics))
         .routes(routes!(servers::isolation))
         .routes(routes!(console::log))
@@ -126,6 +127,8 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(images::one, images::patch, images::delete))
         .routes(routes!(volumes::list))
         .routes(routes!(volumes::one, volumes::patch, volumes::delete))
+        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::one, snapshots::patch, snapshots::delete))
         .routes(routes!(networks::list, networks::create))
         .routes(routes!(networks::one, networks::patch, networks::delete))
         .routes(routes!(operations::list))

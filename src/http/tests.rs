@@ -10,5 +10,6 @@ mod operations;
 mod promises;
 mod served;
 mod servers;
+mod snapshots;
 mod streams;
 mod uploads;

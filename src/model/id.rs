@@ -43,6 +43,8 @@ id! {
     VolumeId;
     /// A network.
     NetworkId;
+    /// A snapshot.
+    SnapshotId;
     /// An operation.
     OperationId;
     /// An access token.

@@ -13,10 +13,13 @@ pub mod operation;
 pub mod page;
 pub mod problem;
 pub mod server;
+pub mod snapshot;
 pub mod time;
 pub mod volume;
 
-pub use id::{ConsoleReaderId, EventId, ImageId, NetworkId, OperationId, ServerId, TokenId, VolumeId};
+pub use id::{
+    ConsoleReaderId, EventId, ImageId, NetworkId, OperationId, ServerId, SnapshotId, TokenId, VolumeId,
+};
 pub use name::{Labels, Name};
 pub use problem::{Code, FieldError, Problem};
 pub use time::Time;

@@ -2,7 +2,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
+use crate::id::{ImageId, NetworkId, OperationId, ServerId, SnapshotId, VolumeId};
 use crate::problem::Problem;
 use crate::time::Time;
 
@@ -86,6 +86,8 @@ pub enum Resource {
     Volume(VolumeId),
     /// A network.
     Network(NetworkId),
+    /// A snapshot.
+    Snapshot(SnapshotId),
 }
 
 /// Answer to a request that started long work: 202 with `Location: /v1/operations/{id}`.

@@ -61,11 +61,11 @@ pub enum VolumeFormat {
     Raw,
 }
 
-/// How a volume was filled from its image.
+/// How a volume was filled from what it was made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FillMethod {
-    /// The file system shares the image's blocks until they are written.
+    /// The file system shares the source's blocks until they are written.
     Reflink,
     /// Data was copied, holes were kept.
     SparseCopy,

@@ -227,6 +227,11 @@ fn a_resume_ends_whoever_dies_meanwhile() {
 }
 
 #[test]
+fn a_snapshot_ends_whoever_dies_meanwhile() {
+    inside("held::a_snapshot_ends_whoever_dies_meanwhile", struck_everywhere(Verb::Snapshot));
+}
+
+#[test]
 fn a_delete_ends_whoever_dies_meanwhile() {
     inside("held::a_delete_ends_whoever_dies_meanwhile", struck_everywhere(Verb::Delete));
 }

@@ -15,4 +15,5 @@ mod held;
 mod hostile;
 mod kills;
 mod reboots;
+mod snapshots;
 mod sweep;

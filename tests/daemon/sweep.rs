@@ -219,6 +219,11 @@ fn a_resume_converges_wherever_the_daemon_dies() {
 }
 
 #[test]
+fn a_snapshot_converges_wherever_the_daemon_dies() {
+    inside("sweep::a_snapshot_converges_wherever_the_daemon_dies", sweep(Verb::Snapshot));
+}
+
+#[test]
 fn the_deletion_of_an_image_converges_wherever_the_daemon_dies() {
     inside("sweep::the_deletion_of_an_image_converges_wherever_the_daemon_dies", sweep(Verb::DeleteImage));
 }

@@ -91,6 +91,7 @@ fn every_verb_does_its_work_on_the_real_daemon() {
         networks(&cli);
         servers(&cli);
         consoles(&cli);
+        snapshots(&cli);
         volumes(&cli);
         operations_and_events(&cli);
         tokens(&stage);
@@ -300,6 +301,28 @@ fn consoles(cli: &Cli<'_>) {
 
 fn server_id(cli: &Cli<'_>, name: &str) -> String {
     cli.json(&["server", "show", name])["id"].as_str().unwrap().to_owned()
+}
+
+fn snapshots(cli: &Cli<'_>) {
+    let taken =
+        cli.json(&["--wait", "snapshot", "create", "www", "--name", "both", "--memory", "--label", "a=b"]);
+    assert_eq!((taken["state"].as_str(), taken["memory"].as_bool()), (Some("ready"), Some(true)), "{taken}");
+    assert_eq!(cli.json(&["server", "show", "www"])["state"], "running");
+    cli.three_forms(&["snapshot", "list"], "both", "STORED");
+    cli.three_forms(&["snapshot", "show", "both"], "both", "STORED");
+    let at = "2999-01-31T12:00:00Z";
+    let updated =
+        cli.json(&["snapshot", "update", "both", "--name", "kept", "--label", "a-", "--expires-at", at]);
+    assert_eq!((updated["name"].as_str(), updated["labels"]["a"].as_str()), (Some("kept"), None));
+    assert_eq!(updated["expires_at"], "2999-01-31T12:00:00.000Z");
+    assert_eq!(cli.json(&["snapshot", "update", "kept", "--never-expires"])["expires_at"], Value::Null);
+    cli.fails(&["snapshot", "update", "kept", "--expires-at", "soon"], 2);
+    cli.fails(&["snapshot", "update", "kept", "--expires-at", "2001-01-31T12:00:00Z"], 2);
+    cli.fails(&["snapshot", "create", "www", "--name", "kept"], 4);
+    cli.fails(&["snapshot", "create", "reader", "--memory"], 4);
+    cli.fails(&["snapshot", "create", "nothing"], 3);
+    cli.ok(&["--wait", "snapshot", "delete", "kept"]);
+    cli.fails(&["snapshot", "show", "kept"], 3);
 }
 
 fn volumes(cli: &Cli<'_>) {

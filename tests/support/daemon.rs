@@ -395,6 +395,12 @@ impl Stage {
                 self.succeeded(&answer.operation()).await.unwrap();
             }
         }
+        for snapshot in api.all("/v1/snapshots").await {
+            let id = text(&snapshot["id"]);
+            let answer =
+                self.call(Method::DELETE, &format!("/v1/snapshots/{id}"), &format!("end-{id}"), None).await;
+            self.succeeded(&answer.operation()).await.unwrap();
+        }
         for image in api.all("/v1/images").await {
             let id = text(&image["id"]);
             let answer =
@@ -427,7 +433,7 @@ impl Drop for Stage {
 
 /// What a daemon keeps when it keeps nothing: its records and its empty directories.
 fn belongs_to_a_daemon(line: &str) -> bool {
-    let empty = ["servers", "images", "volumes", "networks", "import", "run", "state"];
+    let empty = ["servers", "images", "volumes", "snapshots", "networks", "import", "run", "state"];
     let directory = empty.iter().any(|name| line.ends_with(&format!("/{name}")));
     (line.contains(": directory ") && directory)
         || line.ends_with("/state/toft.db")

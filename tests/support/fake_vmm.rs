@@ -29,7 +29,7 @@ use wire::control::{
 };
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
-use wire::machine::{MachineSpec, RateLimits};
+use wire::machine::{FdIndex, MachineSpec, RateLimits};
 use wire::saved::{Digest, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::{Reason, Will};
 
@@ -204,6 +204,7 @@ impl FakeLaunch {
             log: start.log,
             connections: Vec::new(),
             ring: None,
+            armed: None,
         };
         std::thread::spawn(move || running.run());
         Ok(vmm)
@@ -368,6 +369,8 @@ struct Running {
     log: File,
     connections: Vec<Connection>,
     ring: Option<Ring>,
+    /// Files of a save that waits for its moment.
+    armed: Option<[File; 2]>,
 }
 
 struct Connection {
@@ -492,7 +495,13 @@ impl Running {
             Command::Pause if self.guest == Guest::CannotPause => {
                 Err(Fault { code: FaultCode::Timeout, detail: "disk0 did not drain".to_owned() })
             }
-            Command::Pause => self.turn_to(MachineState::Paused),
+            Command::Pause => {
+                let turned = self.turn_to(MachineState::Paused);
+                if let Some(files) = self.armed.take() {
+                    self.write_save(files);
+                }
+                turned
+            }
             Command::Resume => self.turn_to(MachineState::Running),
             Command::PressPowerButton => {
                 lock(&self.vmm.inside).presses += 1;
@@ -534,7 +543,10 @@ impl Running {
             Command::SaveStatus => {
                 Ok(Reply::Save(lock(&self.vmm.inside).save.clone().unwrap_or(SaveStatus::None)))
             }
-            Command::CancelSave => Ok(Reply::Done),
+            Command::CancelSave => {
+                self.armed = None;
+                Ok(Reply::Done)
+            }
             Command::Save(spec) => self.save(&spec, descriptors),
             Command::Restore(spec) => self.restore(*spec, descriptors),
         };
@@ -616,24 +628,38 @@ impl Running {
         }
     }
 
-    /// What is saved is when it was saved and on which console.
-    fn save(&self, spec: &SaveSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
-        if self.vmm.state() != MachineState::Paused {
-            return Err(Fault { code: FaultCode::WrongState, detail: "the machine runs".to_owned() });
+    /// What is saved is that it was saved. While the machine runs, it waits for the next pause.
+    fn save(&mut self, spec: &SaveSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
+        let fault = |code, detail: &str| Fault { code, detail: detail.to_owned() };
+        if spec.live.is_none() && self.vmm.state() != MachineState::Paused {
+            return Err(fault(FaultCode::WrongState, "the machine runs"));
         }
-        let refused = |cause: std::io::Error| Fault { code: FaultCode::Host, detail: cause.to_string() };
-        let mut files: Vec<File> = descriptors.into_iter().map(File::from).collect();
+        let mut files: Vec<Option<File>> = descriptors.into_iter().map(|fd| Some(File::from(fd))).collect();
+        let mut take = |at: FdIndex| files.get_mut(usize::from(at.0)).and_then(Option::take);
+        let (Some(state), Some(memory)) = (take(spec.state), take(spec.memory)) else {
+            return Err(fault(FaultCode::Invalid, "a file is missing"));
+        };
+        match spec.live {
+            Some(_) => {
+                lock(&self.vmm.inside).save = Some(SaveStatus::Armed);
+                self.armed = Some([state, memory]);
+            }
+            None => self.write_save([state, memory]),
+        }
+        Ok(Reply::Done)
+    }
+
+    fn write_save(&self, files: [File; 2]) {
         let saves = self.kernel.saves.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let root = Digest([saves as u8; 32]);
-        for at in [spec.state, spec.memory] {
-            files[usize::from(at.0)].write_all(root.to_string().as_bytes()).map_err(refused)?;
-        }
+        let written = files.into_iter().try_for_each(|mut file| file.write_all(root.to_string().as_bytes()));
         let report =
             SaveReport { root, state_bytes: 64, memory_bytes: 64, stall_us: 0, waits: 0, total_us: 1 };
-        let failed = || SaveStatus::Failed { detail: "no space left on device".to_owned() };
-        let status = if self.guest == Guest::CannotSave { failed() } else { SaveStatus::Saved(report) };
+        let status = match written {
+            Ok(()) if self.guest != Guest::CannotSave => SaveStatus::Saved(report),
+            _ => SaveStatus::Failed { detail: "no space left on device".to_owned() },
+        };
         lock(&self.vmm.inside).save = Some(status);
-        Ok(Reply::Done)
     }
 
     fn restore(&mut self, spec: RestoreSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {

@@ -163,6 +163,17 @@ pub(super) fn doom(tx: &Tx<'_>, mut image: Image, actor: &Actor) -> Result<(Imag
             return Err(Error::new(Code::InUse, detail));
         }
     }
+    match crate::snapshots::users_of_image(tx, image.id)?.as_slice() {
+        [] => {}
+        users => {
+            let detail = format!(
+                "snapshots hold servers that boot from image {}: {}; delete them first",
+                image.name,
+                users.join(", ")
+            );
+            return Err(Error::new(Code::InUse, detail));
+        }
+    }
     image.state = ImageState::Deleting;
     records::save(tx, &mut image)?;
     let resources = vec![Resource::Image(image.id)];

@@ -117,18 +117,22 @@ impl Actor {
                 busy = Some(self.start(work, &record));
             }
             match self.wait(life, &mut busy, &pause).await {
-                Woken::Done => match busy.take().and_then(|busy| Some((busy.run, busy.outcome?))) {
-                    Some((run, Ok(event))) => {
-                        pause = Pause::default();
-                        self.save(run, event).await?;
+                Woken::Done => {
+                    match busy.take().and_then(|busy| Some((busy.work, busy.run, busy.outcome?))) {
+                        Some((work, run, Ok(event))) => {
+                            pause = Pause::default();
+                            self.save(run, event).await?;
+                            self.tidy(work).await?;
+                        }
+                        Some((_, _, Err(cause))) if self.workshop.core.store.is_dead() => return Err(cause),
+                        Some((work, _, Err(cause))) => {
+                            self.tidy(work).await?;
+                            pause.lengthen();
+                            tracing::warn!(server = %self.entry.id, "work is tried again: {}", cause.chain());
+                        }
+                        None => {}
                     }
-                    Some((_, Err(cause))) if self.workshop.core.store.is_dead() => return Err(cause),
-                    Some((_, Err(cause))) => {
-                        pause.lengthen();
-                        tracing::warn!(server = %self.entry.id, "work is tried again: {}", cause.chain());
-                    }
-                    None => {}
-                },
+                }
                 Woken::Ended(status) => {
                     let told = async {
                         let end = effects::end_of(&self.workshop, self.entry.id, status).await;
@@ -142,6 +146,14 @@ impl Actor {
                 // Whoever pokes has a reason to try at once.
                 Woken::Poked => pause = Pause::default(),
             }
+        }
+    }
+
+    /// Removes what work leaves that nobody wanted any more when it ended.
+    async fn tidy(&self, ended: Work) -> Result<()> {
+        match ended {
+            Work::Snapshot { id } => self.workshop.snapshots.tidy(id).await,
+            _ => Ok(()),
         }
     }
 

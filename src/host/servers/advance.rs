@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::events;
 use crate::network::Networks;
 use crate::operations::{self, NewOperation, Outcome};
+use crate::snapshots::Snapshots;
 use crate::store::{Tx, records};
 use crate::volumes::Volumes;
 
@@ -41,6 +42,11 @@ pub(super) fn event(
     let Some(mut record) = records::find::<ServerRecord>(tx, id.0)? else { return Ok(None) };
     if record.life.run != run {
         return Ok(Some(record));
+    }
+    if let Event::SnapshotTaken(snapshot, taken) = &event
+        && record.life.phase.snapshot() == Some(*snapshot)
+    {
+        Snapshots::complete(tx, *snapshot, taken)?;
     }
     let mut next = step(&record.life, event, record.context());
     if begins_run(&record, &next) {
@@ -70,6 +76,9 @@ pub(super) fn ask(
     let resource = Resource::Server(record.id);
     let mut resources = vec![resource];
     resources.extend(record.disks.iter().map(|disk| Resource::Volume(disk.volume_id)));
+    if let Ask::Snapshot { id, .. } = ask {
+        resources.push(Resource::Snapshot(id));
+    }
     let new = NewOperation { kind: ask.job_kind().operation_kind(), resources, actor, cancellable: false };
     let (operation, next) = match asked {
         Asked::Joined(operation, next) => (operation, next),
@@ -127,6 +136,11 @@ pub(super) fn save(
     next: Step,
     actor: &Actor,
 ) -> Result<Option<ServerRecord>> {
+    if let Some(snapshot) = record.life.phase.snapshot()
+        && next.life.phase.snapshot() != Some(snapshot)
+    {
+        Snapshots::settle(tx, snapshot)?;
+    }
     for (id, verdict) in next.ended {
         operations::finish(tx, id, outcome(verdict))?;
     }
@@ -221,6 +235,7 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
         Phase::Pausing { .. } => ("pausing", 10),
         Phase::Resuming { .. } => ("resuming", 10),
         Phase::Hibernating { .. } => ("pausing", 5),
+        Phase::Snapshotting { .. } => ("copying", 1),
         Phase::Resetting { .. } => ("resetting", 10),
         Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
         Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),

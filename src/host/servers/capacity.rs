@@ -48,7 +48,8 @@ impl Capacity {
                 ),
             ));
         }
-        record.held = record::Held { memory_bytes: record.memory_bytes, vcpus: record.vcpus };
+        record.held =
+            record::Held { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu: Some(record.cpu) };
         Ok(())
     }
 

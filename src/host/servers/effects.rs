@@ -52,6 +52,7 @@ impl Doing {
             Work::Spawn => self.final_or(self.spawn().await, Event::StartFailed),
             Work::Boot { saved } => self.final_or(self.boot(saved).await, Event::StartFailed),
             Work::Save => self.save().await,
+            Work::Snapshot { id } => self.snapshot(id).await,
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
             Work::Resume => self.resume().await,
             Work::CountResets => Ok(match self.resets().await {

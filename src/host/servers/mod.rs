@@ -1,6 +1,6 @@
 //! Servers: what a customer creates. The facade checks and records; an actor per server does the work.
 //! It knows no HTTP; it reaches VMMs only through `vmms`.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use model::server::{
     PatchNicLimits, PatchServer, Server, ServerAction, ServerIsolation, ServerMetrics, ServerPlan,
     StopServer,
 };
-use model::{Code, ConsoleReaderId, OperationId, ServerId};
+use model::snapshot::{CreateSnapshot, Snapshot};
+use model::{Code, ConsoleReaderId, OperationId, ServerId, SnapshotId};
 use rusqlite::Connection;
 use wire::control::{Command, Reply};
 
@@ -41,6 +42,7 @@ pub mod record;
 mod recover;
 pub mod registry;
 mod saved;
+mod snapshot;
 mod view;
 
 use console::Issued;
@@ -82,6 +84,35 @@ impl Servers {
             self.registry.poke(record.id);
         }
         Ok(())
+    }
+
+    /// Snapshots that are being taken; whoever takes them takes them up again.
+    pub(crate) async fn snapshots_under_way(&self) -> Result<BTreeSet<SnapshotId>> {
+        let all: Vec<ServerRecord> = self.workshop().core.store.read(records::all).await?;
+        Ok(all.iter().filter_map(|record| record.life.phase.snapshot()).collect())
+    }
+
+    /// Takes a snapshot of it. A server that runs stands still while its disks are copied, and runs on.
+    pub async fn snapshot(
+        &self,
+        call: &Call,
+        id: ServerId,
+        spec: CreateSnapshot,
+    ) -> Result<Answer<Accepted<Snapshot>>> {
+        let (workshop, conditions) = (self.workshop().clone(), call.clone());
+        let answer = self
+            .workshop()
+            .core
+            .mutate(call, move |tx| {
+                let record: ServerRecord = records::one(tx, id.0)?;
+                conditions.check_match(record.generation)?;
+                snapshot::accept(tx, &workshop, record, spec, &conditions.actor)
+            })
+            .await?;
+        if !answer.replayed {
+            self.registry.poke(id);
+        }
+        Ok(answer)
     }
 
     /// Ends every actor; machines run on.

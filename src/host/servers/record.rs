@@ -86,6 +86,9 @@ pub struct Held {
     pub memory_bytes: u64,
     /// Virtual CPUs.
     pub vcpus: u8,
+    /// CPU that the guest sees; absent in records of machines that were started before it was kept.
+    #[serde(default)]
+    pub cpu: Option<CpuTemplate>,
 }
 
 /// A disk of a server.

@@ -19,6 +19,7 @@ use super::{actor, limits, machine};
 use crate::core::Shared;
 use crate::images::Images;
 use crate::network::Networks;
+use crate::snapshots::Snapshots;
 use crate::vmms::link::{AskError, Hello};
 use crate::vmms::{Launch, Link, Process};
 use crate::volumes::Volumes;
@@ -31,6 +32,8 @@ pub struct Workshop {
     pub images: Images,
     /// Their disks.
     pub volumes: Volumes,
+    /// What they were.
+    pub snapshots: Snapshots,
     /// Their addresses and taps.
     pub networks: Networks,
     /// Starts VMMs.

@@ -17,6 +17,7 @@ mod bulk;
 mod console;
 mod hibernate;
 mod limits;
+mod snapshot;
 mod sweep;
 
 const START: ServerAction = ServerAction::Start;
@@ -31,7 +32,7 @@ async fn a_created_server_runs_the_machine_it_asked_for() {
     let host = stage.open_with_image().await;
     let server = created(&host, server("web1")).await;
     assert_eq!(server.state, ServerState::Running);
-    assert_eq!(server.allowed_actions, ["stop", "reboot", "pause", "hibernate", "delete"]);
+    assert_eq!(server.allowed_actions, ["stop", "reboot", "pause", "hibernate", "snapshot", "delete"]);
     assert!(server.operation_id.is_none());
     assert_eq!(server.nics.len(), 1);
     let vmm = stage.launch.only();
@@ -99,7 +100,7 @@ async fn what_makes_no_sense_is_refused_with_what_does() {
     let id = created(&host, spec).await.id;
     let refused = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap_err();
     assert_eq!(refused.code, Code::WrongState);
-    assert_eq!(refused.allowed_actions.unwrap(), ["start", "delete"]);
+    assert_eq!(refused.allowed_actions.unwrap(), ["start", "snapshot", "delete"]);
     host.close().await;
 }
 
@@ -586,7 +587,8 @@ pub(super) async fn nothing_left(stage: &Stage, host: &crate::Host) {
     assert_eq!(host.volumes().list(Default::default()).await.unwrap().items.len(), 0, "volumes");
     let networks = host.networks().list(Default::default()).await.unwrap().items;
     assert!(networks.iter().all(|network| network.addresses_used == 0), "addresses");
-    for directory in ["servers", "volumes"] {
+    assert_eq!(host.snapshots().list(Default::default()).await.unwrap().items.len(), 0, "snapshots");
+    for directory in ["servers", "volumes", "snapshots"] {
         let entries = std::fs::read_dir(stage.state_dir().join(directory)).unwrap();
         assert_eq!(entries.count(), 0, "{directory}");
     }

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, TransactionBehavior};
 
 use crate::error::{Error, Result};
-use crate::{events, idempotency, images, network, operations, servers, tokens, volumes};
+use crate::{events, idempotency, images, network, operations, servers, snapshots, tokens, volumes};
 
 /// Each migration is what every noun contributes to it.
 const MIGRATIONS: &[&[&str]] = &[
@@ -19,6 +19,7 @@ const MIGRATIONS: &[&[&str]] = &[
     ],
     &[servers::TICKET_HOLDERS],
     &[network::LATEST, servers::HELD_INDEX],
+    &[snapshots::TABLES],
 ];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {

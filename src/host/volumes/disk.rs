@@ -11,17 +11,27 @@ use model::volume::FillMethod;
 use model::{Code, VolumeId};
 use sys::beneath::{self, Access};
 
-use super::files::Unfinished;
-use super::fill::{Watch, fill};
+use super::files::{Durability, Unfinished};
+use super::fill::{Watch, fill, share};
 use super::limits::{LET_GO, LET_GO_AGAIN, PROGRESS_EVERY};
 use crate::core::Shared;
 use crate::error::{Error, Result};
 
-/// Makes the file at `place`, filled from `source`, and says how. When this fails nothing lies there.
+/// A file to make.
+pub(super) struct NewFile {
+    /// Where it is to lie.
+    pub(super) place: PathBuf,
+    /// What it is filled from; nothing makes it empty.
+    pub(super) source: Option<File>,
+    /// Its length.
+    pub(super) size_bytes: u64,
+    /// What it is to outlive.
+    pub(super) durability: Durability,
+}
+
+/// Makes a file and says how it was filled. When this fails nothing lies there.
 pub(super) async fn make(
-    place: PathBuf,
-    source: Option<File>,
-    size_bytes: u64,
+    new: NewFile,
     cancelled: &(dyn Fn() -> bool + Send + Sync),
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<FillMethod> {
@@ -29,9 +39,8 @@ pub(super) async fn make(
     // Whoever waits may be dropped; then nobody wants the file any more.
     let _stop = StopOnDrop(watch.clone());
     let shared = watch.clone();
-    let shown = place.display().to_string();
-    let mut work =
-        tokio::task::spawn_blocking(move || make_now(&place, source.as_ref(), size_bytes, &shared));
+    let shown = new.place.display().to_string();
+    let mut work = tokio::task::spawn_blocking(move || make_now(&new, &shared));
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let outcome = loop {
         tokio::select! {
@@ -54,18 +63,44 @@ pub(super) async fn make(
     }
 }
 
-fn make_now(place: &Path, source: Option<&File>, size_bytes: u64, watch: &Watch) -> io::Result<FillMethod> {
-    let mut unfinished = Unfinished::create(place)?;
-    let method = match source {
-        Some(source) => fill(source, unfinished.file(), size_bytes, watch)?,
+fn make_now(new: &NewFile, watch: &Watch) -> io::Result<FillMethod> {
+    let mut unfinished = Unfinished::create(&new.place)?;
+    let method = match &new.source {
+        Some(source) => fill(source, unfinished.file(), new.size_bytes, watch)?,
         None => {
-            unfinished.file().set_len(size_bytes)?;
+            unfinished.file().set_len(new.size_bytes)?;
             FillMethod::Empty
         }
     };
     watch.check()?;
-    unfinished.finish()?;
+    match new.durability {
+        Durability::Power => unfinished.finish()?,
+        Durability::Process => unfinished.take_place()?,
+    }
     Ok(method)
+}
+
+/// Shares the blocks of `source` with a file beside `place` that is removed again, where the file system can share
+/// blocks at all: what the kernel has not written yet is on the medium then, and sharing them again takes no time.
+pub(super) async fn share_ahead(source: File, place: PathBuf) -> Result<()> {
+    let shared = blocking(move || {
+        let mut unfinished = Unfinished::create(&place)?;
+        share(&source, unfinished.file()).map(drop)
+    });
+    shared.await.map_err(|cause| file_trouble("cannot share the blocks of a volume".to_owned(), cause))
+}
+
+/// Opens the file of a volume for reading, without its lock: for whoever knows that nobody writes to it.
+pub(super) async fn look(core: &Shared, id: VolumeId) -> Result<File> {
+    let place = core.dirs.volume(id);
+    blocking(move || {
+        let (Some(directory), Some(name)) = (place.parent(), place.file_name()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        beneath::open(directory, Path::new(name), Access::Read)
+    })
+    .await
+    .map_err(|cause| Error::file(format!("cannot open the file of volume {id}"), cause))
 }
 
 struct StopOnDrop(Arc<Watch>);

@@ -69,7 +69,7 @@ impl Unfinished {
     }
 
     /// Gives it its place, flushed or not.
-    fn take_place(mut self) -> io::Result<()> {
+    pub(crate) fn take_place(mut self) -> io::Result<()> {
         fs::rename(&self.path, &self.place)?;
         self.finished = true;
         Ok(())

@@ -36,17 +36,26 @@ impl Watch {
 /// length of `source`. Fails with `Interrupted` when `watch` says stop.
 pub(crate) fn fill(source: &File, target: &File, size_bytes: u64, watch: &Watch) -> io::Result<FillMethod> {
     watch.check()?;
-    let method = match ioctl_ficlone(target, source) {
-        Ok(()) => FillMethod::Reflink,
-        // Which of these is answered depends on the file system and on whether both files are on the same.
-        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS | Errno::PERM) => {
-            copy(source, target, watch)?;
-            FillMethod::SparseCopy
-        }
-        Err(cause) => return Err(cause.into()),
+    let method = if share(source, target)? {
+        FillMethod::Reflink
+    } else {
+        copy(source, target, watch)?;
+        FillMethod::SparseCopy
     };
     target.set_len(size_bytes)?;
     Ok(method)
+}
+
+/// Makes `target` share the blocks of `source`; false where the file system cannot.
+pub(crate) fn share(source: &File, target: &File) -> io::Result<bool> {
+    match ioctl_ficlone(target, source) {
+        Ok(()) => Ok(true),
+        // Which of these is answered depends on the file system and on whether both files are on the same.
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS | Errno::PERM) => {
+            Ok(false)
+        }
+        Err(cause) => Err(cause.into()),
+    }
 }
 
 fn copy(source: &File, target: &File, watch: &Watch) -> io::Result<()> {

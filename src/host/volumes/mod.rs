@@ -1,11 +1,12 @@
 //! Volumes: writable disks, one raw file each.
-//! Called by the facade, and by `servers`, which makes, opens and removes the root volumes.
+//! Called by the facade, and by `servers`, which makes, opens, copies and removes the root volumes.
 //!
 //! The record is committed before the file is made and removed after it is gone. A file lies at its place only
 //! when it is complete; a volume in state `creating` is filled again from the beginning.
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use model::event::EventData;
 use model::operation::{Accepted, Resource};
@@ -31,6 +32,9 @@ pub(crate) mod fill;
 pub mod limits;
 mod recover;
 pub(crate) mod space;
+
+use disk::NewFile;
+use files::Durability;
 
 pub(crate) const TABLES: &str = crate::table!("volumes");
 
@@ -240,7 +244,8 @@ impl Volumes {
             None => None,
         };
         let place = self.core.dirs.volume(id);
-        let method = disk::make(place, source, volume.size_bytes, cancelled, progress).await?;
+        let new = NewFile { place, source, size_bytes: volume.size_bytes, durability: Durability::Power };
+        let method = disk::make(new, cancelled, progress).await?;
         self.core.checkpoint("volume.filled")?;
         let dirs = self.core.dirs.clone();
         self.core.store.write(move |tx| become_ready(tx, id, method, &dirs)).await
@@ -257,6 +262,35 @@ impl Volumes {
             return Err(attached(&volume));
         };
         disk::grow(file, volume.size_bytes).await
+    }
+
+    /// For `servers`: opens it for reading while its machine is parked or has ended.
+    pub(crate) async fn look(&self, id: VolumeId) -> Result<File> {
+        disk::look(&self.core, id).await
+    }
+
+    /// For `servers`: makes the copy of a volume that follows quick, where its blocks can be shared. Repeatable.
+    pub(crate) async fn share_ahead(source: File, place: PathBuf) -> Result<()> {
+        disk::share_ahead(source, place).await
+    }
+
+    /// For `servers`: copies a volume's file to `place`, sharing its blocks where the file system can, and says how. The
+    /// copy outlives the daemon; whoever wants it to outlive a loss of power flushes it. Looks at `cancelled` between
+    /// pieces and then fails with `draining`; `progress` takes bytes done and in all.
+    pub(crate) async fn copy(
+        source: File,
+        place: PathBuf,
+        size_bytes: u64,
+        cancelled: &(dyn Fn() -> bool + Send + Sync),
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+    ) -> Result<FillMethod> {
+        let new = NewFile { place, source: Some(source), size_bytes, durability: Durability::Process };
+        disk::make(new, cancelled, progress).await
+    }
+
+    /// For `servers`: bytes that its file takes on the disk.
+    pub(crate) fn stored_bytes(&self, id: VolumeId) -> u64 {
+        used_bytes(std::fs::symlink_metadata(self.core.dirs.volume(id)))
     }
 
     /// For `servers`: gives it to nobody, when its server is deleted and it is kept. Repeatable.

@@ -12,6 +12,7 @@ const OF_SERVER: &[&str] = &[
     "pause_server",
     "resume_server",
     "hibernate_server",
+    "snapshot_server",
     "read_server_isolation",
     "read_server_metrics",
     "read_console_log",
@@ -21,6 +22,7 @@ const OF_SERVER: &[&str] = &[
 ];
 const OF_IMAGE: &[&str] = &["read_image", "update_image", "delete_image"];
 const OF_VOLUME: &[&str] = &["read_volume", "update_volume", "delete_volume"];
+const OF_SNAPSHOT: &[&str] = &["read_snapshot", "update_snapshot", "delete_snapshot"];
 const OF_NETWORK: &[&str] = &["read_network", "update_network", "delete_network"];
 const OF_OPERATION: &[&str] = &["read_operation", "cancel_operation"];
 
@@ -30,6 +32,8 @@ pub(super) fn of(operation: &str, status: &str) -> Option<Value> {
         "create_server" if status != "200" => (OF_SERVER, "/resource/id"),
         "import_image" if status != "200" => (OF_IMAGE, "/resource/id"),
         "create_network" if status != "200" => (OF_NETWORK, "/resource/id"),
+        "snapshot_server" => (OF_SNAPSHOT, "/resource/id"),
+        "list_snapshots" => (OF_SNAPSHOT, "/items/0/id"),
         "list_servers" => (OF_SERVER, "/items/0/id"),
         "list_images" => (OF_IMAGE, "/items/0/id"),
         "list_volumes" => (OF_VOLUME, "/items/0/id"),

@@ -33,6 +33,12 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
         "application/merge-patch+json",
         include_str!("../../../api/examples/update-volume.json"),
     ),
+    ("snapshot_server", "application/json", include_str!("../../../api/examples/snapshot-server.json")),
+    (
+        "update_snapshot",
+        "application/merge-patch+json",
+        include_str!("../../../api/examples/update-snapshot.json"),
+    ),
     ("create_network", "application/json", include_str!("../../../api/examples/create-network.json")),
     (
         "update_network",
@@ -49,7 +55,10 @@ pub(super) fn finish(path: &str, method: &str, operation: &mut Value) {
         about_one: path.contains("{id}"),
         long: operation["responses"].get("202").is_some(),
         about_many: path.contains("/servers/actions/"),
-        conditional: matches!(name.as_str(), "read_server" | "read_image" | "read_operation"),
+        conditional: matches!(
+            name.as_str(),
+            "read_server" | "read_image" | "read_snapshot" | "read_operation"
+        ),
     };
     let headers = request_headers(traits);
     if let Some(members) = operation.as_object_mut().filter(|_| !headers.is_empty()) {

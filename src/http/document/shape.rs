@@ -52,6 +52,9 @@ pub(super) fn bounds() -> Vec<(&'static str, Value)> {
         ("/PatchImage/properties/labels", label_patch.clone()),
         ("/PatchVolume/properties/size_bytes", disk),
         ("/PatchVolume/properties/labels", label_patch.clone()),
+        ("/CreateSnapshot/properties/description", json!({ "maxLength": DESCRIPTION_CHARS_MAX })),
+        ("/PatchSnapshot/properties/description", json!({ "maxLength": DESCRIPTION_CHARS_MAX })),
+        ("/PatchSnapshot/properties/labels", label_patch.clone()),
         ("/PatchNetwork/properties/labels", label_patch),
         (
             "/CreateNetwork/properties/ipv4_cidr",

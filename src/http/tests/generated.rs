@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use model::image::{ImportImage, PatchImage};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateConsoleToken, CreateServer, PatchServer, StopServer};
+use model::snapshot::{CreateSnapshot, PatchSnapshot};
 use model::volume::PatchVolume;
 
 use crate::document;
@@ -52,6 +53,8 @@ fn every_example_parses_as_its_type_and_is_in_the_document() {
             "import-image.json" => check::<ImportImage>(&text),
             "update-image.json" => check::<PatchImage>(&text),
             "update-volume.json" => check::<PatchVolume>(&text),
+            "snapshot-server.json" => check::<CreateSnapshot>(&text),
+            "update-snapshot.json" => check::<PatchSnapshot>(&text),
             "create-network.json" => check::<CreateNetwork>(&text),
             "update-network.json" => check::<PatchNetwork>(&text),
             _ => Err("say here which type it is an example of".into()),

@@ -11,6 +11,7 @@
 //! gives Server.state ServerState           a member of an answer
 //! always Server.state                      that is never missing
 //! word RestartPolicy never                 a word of an enumeration
+//! is ImportSource {catalogue: string}      one of the forms of what has no members of its own
 //! ```
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -83,8 +84,9 @@ fn schema_lines(name: &str, how: Use, schema: &Value, lines: &mut Lines, used: &
     let required: BTreeSet<&str> =
         schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     if members(&schema["properties"]).next().is_none() {
+        // A line for each of several alternatives, so that one more breaks nothing.
         let shape = shape(schema, how, used);
-        lines.insert(format!("is {name} {shape}"));
+        lines.extend(shape.split('|').map(|alternative| format!("is {name} {alternative}")));
         return;
     }
     if how == Use::Request {
@@ -161,6 +163,12 @@ fn members(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
     value.as_object().into_iter().flat_map(Map::iter)
 }
 
+/// A line for each alternative of a line that has several.
+fn alternatives(line: &str) -> Option<impl Iterator<Item = String>> {
+    let (name, shape) = line.strip_prefix("is ")?.split_once(' ')?;
+    shape.contains('|').then(|| shape.split('|').map(move |one| format!("is {name} {one}")))
+}
+
 /// Lines of `kept` that do not hold any more.
 fn broken(kept: &Lines, now: &Lines) -> Vec<String> {
     let bound = |line: &str| -> Option<(String, f64)> {
@@ -182,7 +190,9 @@ fn broken(kept: &Lines, now: &Lines) -> Vec<String> {
         }),
         // What has gone altogether is missed by another line.
         (_, Some((place, was))) => needed.get(&place).is_none_or(|is| is.is_subset(&was)),
-        _ => now.contains(line),
+        _ => {
+            now.contains(line) || alternatives(line).is_some_and(|mut all| all.all(|one| now.contains(&one)))
+        }
     };
     kept.iter().filter(|line| !holds(line)).cloned().collect()
 }

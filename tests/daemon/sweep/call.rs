@@ -32,6 +32,7 @@ pub(crate) enum Verb {
     Reset,
     Pause,
     Resume,
+    Snapshot,
     Delete,
     Import,
     DeleteImage,
@@ -57,6 +58,7 @@ impl Verb {
             Verb::Reboot | Verb::Reset => "server.reboot",
             Verb::Pause => "server.pause",
             Verb::Resume => "server.resume",
+            Verb::Snapshot => "server.snapshot",
             Verb::Delete => "server.delete",
             Verb::Import => "image.import",
             Verb::DeleteImage => "image.delete",
@@ -160,7 +162,7 @@ impl Sweep {
                 self.subject = self.image().await.map(|image| text(&image["id"]));
                 return;
             }
-            Verb::Reboot | Verb::Reset | Verb::Pause | Verb::Resume => 0,
+            Verb::Reboot | Verb::Reset | Verb::Pause | Verb::Resume | Verb::Snapshot => 0,
             _ => return,
         };
         // A guest that has counted once sees its button.
@@ -193,6 +195,14 @@ impl Sweep {
                 let path = format!("/v1/images/{}", text(&image["id"]));
                 let answer = self.stage.call(Method::DELETE, &path, &key, None).await;
                 self.stage.succeeded(&answer.operation()).await.unwrap();
+            }
+            Verb::Snapshot => {
+                for snapshot in self.stage.api().all("/v1/snapshots").await {
+                    let key = self.key("delete");
+                    let path = format!("/v1/snapshots/{}", text(&snapshot["id"]));
+                    let answer = self.stage.call(Method::DELETE, &path, &key, None).await;
+                    self.stage.succeeded(&answer.operation()).await.unwrap();
+                }
             }
             Verb::Delete | Verb::DeleteImage => self.subject = None,
             Verb::Stop | Verb::Reboot | Verb::Reset | Verb::Resume => {}
@@ -248,6 +258,7 @@ impl Sweep {
             Verb::Reset => (Method::POST, action("reboot"), Some(json!({ "grace_s": 0 }))),
             Verb::Pause => (Method::POST, action("pause"), None),
             Verb::Resume => (Method::POST, action("resume"), None),
+            Verb::Snapshot => (Method::POST, action("snapshot"), Some(json!({ "memory": true }))),
             Verb::Delete => (Method::DELETE, format!("/v1/servers/{id}"), None),
             Verb::DeleteImage => (Method::DELETE, format!("/v1/images/{id}"), None),
             Verb::Import => (Method::POST, "/v1/images".to_owned(), Some(import_body(SUBJECT))),
@@ -266,7 +277,7 @@ impl Sweep {
             Verb::Start | Verb::Reboot | Verb::Reset => (Some("running"), before.boots + 1),
             Verb::Stop => (Some("stopped"), before.boots),
             Verb::Pause => (Some("paused"), before.boots),
-            Verb::Resume => (Some("running"), before.boots),
+            Verb::Resume | Verb::Snapshot => (Some("running"), before.boots),
             Verb::Delete | Verb::DeleteImage => (None, 0),
             Verb::Import => (Some("ready"), 0),
         };
@@ -287,12 +298,21 @@ impl Sweep {
                 "should be {state:?} after {boots} boots in all, and is {now:?}; was {before:?}"
             ));
         }
-        if matches!(self.verb, Verb::Reset | Verb::Pause | Verb::Resume) && now.vmm != before.vmm {
+        if self.verb == Verb::Snapshot {
+            let all = self.stage.api().all("/v1/snapshots").await;
+            let whole = |one: &Value| one["state"] == "ready" && one["memory"] == true;
+            if all.len() != 1 || !all.iter().all(whole) {
+                return Err(format!("should be one snapshot that is whole: {all:?}"));
+            }
+        }
+        if matches!(self.verb, Verb::Reset | Verb::Pause | Verb::Resume | Verb::Snapshot)
+            && now.vmm != before.vmm
+        {
             return Err(format!("its VMM is another: {now:?}; was {before:?}"));
         }
         match (self.verb, &now.id) {
             (Verb::Pause, Some(id)) => self.stands_still(id).await,
-            (Verb::Resume, Some(id)) => self.goes_on(id).await,
+            (Verb::Resume | Verb::Snapshot, Some(id)) => self.goes_on(id).await,
             _ => Ok(()),
         }
     }

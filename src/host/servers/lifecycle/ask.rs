@@ -1,9 +1,9 @@
 //! What callers may ask of a server in each phase, and what that changes. Pure.
 //! What is so already is done at once; what is being done is joined; what makes no sense is refused.
-use model::OperationId;
 use model::server::Wanted;
+use model::{OperationId, SnapshotId};
 
-use super::{Context, Job, JobKind, Life, Phase, Push, Step, Then, Verdict};
+use super::{Back, Context, Job, JobKind, Life, Phase, Push, Step, Then, Verdict};
 use crate::vmms::ProcessId;
 
 /// Something a caller asks for.
@@ -27,6 +27,13 @@ pub enum Ask {
     Resume,
     /// Have the memory on the disk and no machine.
     Hibernate,
+    /// Have a copy made of what it is.
+    Snapshot {
+        /// The snapshot to take.
+        id: SnapshotId,
+        /// Whether memory is copied too, which takes a machine.
+        memory: bool,
+    },
     /// Be no more.
     Delete {
         /// Whether its volumes stay.
@@ -50,13 +57,14 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 7] = [
+pub const ACTIONS: [(&str, Ask); 8] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
     ("pause", Ask::Pause),
     ("resume", Ask::Resume),
     ("hibernate", Ask::Hibernate),
+    ("snapshot", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: false }),
     ("delete", Ask::Delete { keep_volumes: false }),
 ];
 
@@ -70,6 +78,7 @@ impl Ask {
             Ask::Pause => JobKind::Pause,
             Ask::Resume => JobKind::Resume,
             Ask::Hibernate => JobKind::Hibernate,
+            Ask::Snapshot { .. } => JobKind::Snapshot,
             Ask::Delete { .. } => JobKind::Delete,
         }
     }
@@ -93,6 +102,7 @@ impl Life {
             Ask::Pause => asking.pause(),
             Ask::Resume => asking.resume(),
             Ask::Hibernate => asking.hibernate(),
+            Ask::Snapshot { id, memory } => asking.snapshot(id, memory),
             Ask::Delete { keep_volumes } => asking.delete(keep_volumes),
         }
     }
@@ -120,6 +130,11 @@ impl Life {
                 life.give_up_hibernating(vmm, was_paused);
                 return Ok(Step { life, ended: vec![(id, undone())], gone: false });
             }
+            (JobKind::Snapshot, Phase::Snapshotting { vmm, back, .. }) => {
+                life.job = None;
+                life.give_up_snapshotting(vmm, back);
+                return Ok(Step { life, ended: vec![(id, undone())], gone: false });
+            }
             _ => return Err(Refused),
         };
         life.wanted = match job.kind {
@@ -134,6 +149,15 @@ impl Life {
     /// What a server without a machine is to be: a memory that was saved is not given up.
     pub(super) fn wanted_at_rest(&self) -> Wanted {
         if self.saved.is_some() { Wanted::Hibernated } else { Wanted::Stopped }
+    }
+
+    /// Goes back to what the server did before. Its machine may have been parked for the moment.
+    pub(super) fn give_up_snapshotting(&mut self, vmm: Option<ProcessId>, back: Back) {
+        self.phase = match (vmm, back) {
+            (Some(vmm), Back::Running) => Phase::Resuming { vmm },
+            (Some(vmm), _) => Phase::Pausing { vmm },
+            (None, back) => Phase::at_rest(back),
+        };
     }
 
     /// Goes back to what the machine did before.
@@ -187,7 +211,7 @@ impl Asking {
             }
             Phase::Starting { .. } if self.life.job.is_some() => self.join(),
             Phase::Starting { .. } => self.begin(Wanted::Running),
-            Phase::Running { .. } => self.done(),
+            Phase::Running { .. } | Phase::Snapshotting { back: Back::Running, .. } => self.done(),
             _ => Err(Refused),
         }
     }
@@ -203,7 +227,13 @@ impl Asking {
                 self.life.wanted = Wanted::Stopped;
                 self.join()
             }
-            Phase::Stopped { .. } => self.done(),
+            Phase::Stopped { .. } | Phase::Snapshotting { back: Back::Stopped { .. }, .. } => self.done(),
+            Phase::Snapshotting { vmm: None, snapshot, memory, .. } => {
+                let back = Back::Stopped { why: None };
+                self.life.phase = Phase::Snapshotting { vmm: None, snapshot, memory, back };
+                self.life.wanted = Wanted::Stopped;
+                self.done()
+            }
             Phase::Failed { .. } | Phase::Waiting { .. } => {
                 self.life.phase = Phase::Stopped { why: None };
                 self.life.wanted = Wanted::Stopped;
@@ -221,6 +251,7 @@ impl Asking {
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
             | Phase::Hibernating { vmm, .. }
+            | Phase::Snapshotting { vmm: Some(vmm), .. }
             | Phase::Resetting { vmm, .. } => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Stop };
                 self.interrupt();
@@ -300,7 +331,7 @@ impl Asking {
             }
             Phase::Pausing { .. } if self.life.job.is_some() => self.join(),
             Phase::Pausing { .. } => self.begin(Wanted::Paused),
-            Phase::Paused { .. } => self.done(),
+            Phase::Paused { .. } | Phase::Snapshotting { back: Back::Paused, .. } => self.done(),
             _ => Err(Refused),
         }
     }
@@ -313,7 +344,7 @@ impl Asking {
             }
             Phase::Resuming { .. } if self.life.job.is_some() => self.join(),
             Phase::Resuming { .. } => self.begin(Wanted::Running),
-            Phase::Running { .. } => self.done(),
+            Phase::Running { .. } | Phase::Snapshotting { back: Back::Running, .. } => self.done(),
             _ => Err(Refused),
         }
     }
@@ -340,6 +371,22 @@ impl Asking {
         }
     }
 
+    fn snapshot(mut self, snapshot: SnapshotId, memory: bool) -> Result<Asked, Refused> {
+        let wanted = self.life.wanted;
+        let (vmm, back) = match self.life.phase.clone() {
+            Phase::Running { vmm } => (Some(vmm), Back::Running),
+            Phase::Paused { vmm } => (Some(vmm), Back::Paused),
+            Phase::Stopped { why } if self.life.saved.is_none() => (None, Back::Stopped { why }),
+            Phase::Failed { why } if self.life.saved.is_none() => (None, Back::Failed { why }),
+            _ => return Err(Refused),
+        };
+        if memory && vmm.is_none() {
+            return Err(Refused);
+        }
+        self.life.phase = Phase::Snapshotting { vmm, snapshot, memory, back };
+        self.begin(wanted)
+    }
+
     fn delete(mut self, keep_volumes: bool) -> Result<Asked, Refused> {
         let verdict = Verdict::Succeeded;
         let then = Then::Delete { keep_volumes, verdict: verdict.clone() };
@@ -351,6 +398,7 @@ impl Asking {
             Phase::Creating { .. } => Phase::Deleting { keep_volumes: false, verdict },
             Phase::Stopped { .. }
             | Phase::Hibernated { .. }
+            | Phase::Snapshotting { vmm: None, .. }
             | Phase::Failed { .. }
             | Phase::Waiting { .. } => Phase::Deleting { keep_volumes, verdict },
             // A create is being undone: its own verdict stands, and this operation sees the server go.
@@ -372,6 +420,7 @@ impl Asking {
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
             | Phase::Hibernating { vmm, .. }
+            | Phase::Snapshotting { vmm: Some(vmm), .. }
             | Phase::Resetting { vmm, .. } => Phase::Stopping { vmm: Some(vmm), push: Push::Force, then },
         };
         self.life.saved = None;

@@ -12,6 +12,7 @@
 //!                        │   │       Pausing▼ │  ▼ │Resetting     │  │ └──▶ Deleting ──purged──▶ (gone)
 //!                        │   │        Paused──┘                  │  │
 //!                        │   │       Resuming                    │  │
+//!                        │   │     Snapshotting ──taken, failed──▶ as before; from Stopped, Failed and Paused too
 //!                        │   │     Hibernating ──saved──▶ Stopping, Releasing ──▶ Hibernated ──start──▶ Starting,
 //!                        │   │                                   │  │             memory restored ──▶ Resuming
 //!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
@@ -19,7 +20,7 @@
 //!                        └── Waiting ◀── released: failure, policy restarts it
 //! ```
 use model::server::{RestartPolicy, ServerState, StateReason, Wanted};
-use model::{Code, OperationId};
+use model::{Code, OperationId, SnapshotId};
 use serde::{Deserialize, Serialize};
 use wire::saved::Digest;
 
@@ -91,6 +92,8 @@ pub enum JobKind {
     Resume,
     /// Memory on the disk and no machine.
     Hibernate,
+    /// A copy of what it is.
+    Snapshot,
     /// Nothing left.
     Delete,
 }
@@ -106,6 +109,7 @@ impl JobKind {
             JobKind::Pause => "server.pause",
             JobKind::Resume => "server.resume",
             JobKind::Hibernate => "server.hibernate",
+            JobKind::Snapshot => "server.snapshot",
             JobKind::Delete => "server.delete",
         }
     }
@@ -158,6 +162,17 @@ pub enum Phase {
         /// Whether vCPUs were parked before, and stay so if it comes to nothing.
         was_paused: bool,
     },
+    /// Its disks, and its memory if asked for, are being copied. What it did goes on but for the moment that is copied.
+    Snapshotting {
+        /// The process, if it has a machine.
+        vmm: Option<ProcessId>,
+        /// The snapshot that is taken.
+        snapshot: SnapshotId,
+        /// Whether memory is copied too.
+        memory: bool,
+        /// What it goes back to.
+        back: Back,
+    },
     /// No machine; its memory is on the disk.
     Hibernated {
         /// Why, where that says more than the state.
@@ -201,6 +216,26 @@ pub enum Phase {
         verdict: Verdict,
     },
     /// Its machine ended badly and nothing restarts it.
+    Failed {
+        /// Why.
+        why: StateReason,
+    },
+}
+
+/// What a server goes back to when a snapshot of it has been taken, or has not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Back {
+    /// Running vCPUs.
+    Running,
+    /// Parked vCPUs.
+    Paused,
+    /// No machine.
+    Stopped {
+        /// Why, where that says more than the state.
+        why: Option<StateReason>,
+    },
+    /// No machine, for a bad reason.
     Failed {
         /// Why.
         why: StateReason,
@@ -284,6 +319,11 @@ pub enum Work {
     Resume,
     /// Park them and save the machine.
     Save,
+    /// Take a snapshot.
+    Snapshot {
+        /// Which.
+        id: SnapshotId,
+    },
     /// Ask how often the machine was reset.
     CountResets,
     /// Build the machine again, if it was reset so often and no more.
@@ -343,6 +383,7 @@ impl Life {
         match &self.phase {
             Phase::Creating { start } => *start,
             Phase::Stopped { .. }
+            | Phase::Snapshotting { vmm: None, .. }
             | Phase::Hibernated { .. }
             | Phase::Deleting { .. }
             | Phase::Failed { .. } => false,
@@ -377,6 +418,7 @@ impl Life {
             Phase::Pausing { .. } => Some(Work::Pause),
             Phase::Resuming { .. } => Some(Work::Resume),
             Phase::Hibernating { .. } => Some(Work::Save),
+            Phase::Snapshotting { snapshot, .. } => Some(Work::Snapshot { id: *snapshot }),
             Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
             Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
             Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
@@ -404,6 +446,12 @@ impl Phase {
             Phase::Running { .. } | Phase::Pausing { .. } | Phase::Resetting { .. } => ServerState::Running,
             Phase::Paused { .. } | Phase::Resuming { .. } | Phase::Hibernating { .. } => ServerState::Paused,
             Phase::Hibernated { .. } => ServerState::Hibernated,
+            Phase::Snapshotting { back, .. } => match back {
+                Back::Running => ServerState::Running,
+                Back::Paused => ServerState::Paused,
+                Back::Stopped { .. } => ServerState::Stopped,
+                Back::Failed { .. } => ServerState::Failed,
+            },
             Phase::Stopping { .. } => ServerState::Stopping,
             Phase::Releasing { then } => match then {
                 Then::Delete { .. } => ServerState::Deleting,
@@ -418,7 +466,10 @@ impl Phase {
     pub fn why(&self) -> Option<&StateReason> {
         match self {
             Phase::Stopped { why } | Phase::Hibernated { why } => why.as_ref(),
-            Phase::Waiting { why, .. } | Phase::Failed { why } => Some(why),
+            Phase::Snapshotting { back: Back::Stopped { why }, .. } => why.as_ref(),
+            Phase::Waiting { why, .. }
+            | Phase::Failed { why }
+            | Phase::Snapshotting { back: Back::Failed { why }, .. } => Some(why),
             _ => None,
         }
     }
@@ -431,10 +482,20 @@ impl Phase {
         }
     }
 
+    /// The snapshot that is being taken.
+    pub fn snapshot(&self) -> Option<SnapshotId> {
+        match self {
+            Phase::Snapshotting { snapshot, .. } => Some(*snapshot),
+            _ => None,
+        }
+    }
+
     /// The process it has, if it is known.
     pub fn vmm(&self) -> Option<&ProcessId> {
         match self {
-            Phase::Starting { vmm } | Phase::Stopping { vmm, .. } => vmm.as_ref(),
+            Phase::Starting { vmm } | Phase::Stopping { vmm, .. } | Phase::Snapshotting { vmm, .. } => {
+                vmm.as_ref()
+            }
             Phase::Running { vmm }
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }

@@ -3,12 +3,13 @@
 use model::Code;
 use model::limits::GRACE_S_MAX;
 use model::server::{RestartPolicy, StateReason, Wanted};
-use model::{OperationId, Time};
+use model::{OperationId, SnapshotId, Time};
 use wire::control::MachineState;
 
 use super::end::{End, EndKind};
-use super::{Context, JobKind, Life, Phase, Push, Saved, Step, Then, Trouble, Verdict};
+use super::{Back, Context, JobKind, Life, Phase, Push, Saved, Step, Then, Trouble, Verdict};
 use crate::servers::limits;
+use crate::snapshots::Taken;
 use crate::vmms::ProcessId;
 
 /// The longest grace that can be asked for, in milliseconds.
@@ -41,6 +42,10 @@ pub enum Event {
     Saved(Saved),
     /// It could not be saved.
     SaveFailed(Trouble),
+    /// The snapshot is complete, and the machine does what it did before.
+    SnapshotTaken(SnapshotId, Taken),
+    /// There is nothing of the snapshot; the machine may be parked.
+    SnapshotFailed(SnapshotId, Trouble),
     /// The machine was reset so often before.
     ResetsCounted(u64),
     /// The machine was built again.
@@ -79,6 +84,18 @@ pub fn step(life: &Life, event: Event, context: Context) -> Step {
     let mut stepping = Stepping { life: life.clone(), ended: Vec::new(), gone: false, context };
     stepping.take(event);
     Step { life: stepping.life, ended: stepping.ended, gone: stepping.gone }
+}
+
+impl Phase {
+    /// Without a machine, as before.
+    pub(super) fn at_rest(back: Back) -> Phase {
+        match back {
+            Back::Stopped { why } => Phase::Stopped { why },
+            Back::Failed { why } => Phase::Failed { why },
+            // Those have a machine.
+            Back::Running | Back::Paused => Phase::Stopped { why: None },
+        }
+    }
 }
 
 impl Life {
@@ -133,6 +150,22 @@ impl Stepping {
             (Phase::Hibernating { vmm, was_paused }, Event::SaveFailed(trouble)) => {
                 self.end_job(Verdict::Failed(trouble));
                 self.life.give_up_hibernating(vmm, was_paused);
+            }
+            (Phase::Snapshotting { vmm, snapshot, back, .. }, Event::SnapshotTaken(id, _))
+                if id == snapshot =>
+            {
+                self.life.phase = match (vmm, back) {
+                    (Some(vmm), Back::Running) => Phase::Running { vmm },
+                    (Some(vmm), _) => Phase::Paused { vmm },
+                    (None, back) => Phase::at_rest(back),
+                };
+                self.end_job(Verdict::Succeeded);
+            }
+            (Phase::Snapshotting { vmm, snapshot, back, .. }, Event::SnapshotFailed(id, trouble))
+                if id == snapshot =>
+            {
+                self.end_job(Verdict::Failed(trouble));
+                self.life.give_up_snapshotting(vmm, back);
             }
             (Phase::Starting { vmm }, Event::StartFailed(trouble)) => {
                 let then = Then::Fail(trouble);
@@ -236,6 +269,7 @@ impl Stepping {
             | Phase::Paused { .. }
             | Phase::Resuming { .. }
             | Phase::Hibernating { .. }
+            | Phase::Snapshotting { vmm: Some(_), .. }
             | Phase::Resetting { .. } => {
                 let trouble = Trouble {
                     code: Code::MachineFailed,
@@ -358,6 +392,11 @@ impl Stepping {
             }
             (Phase::Paused { vmm }, Found::Alive(MachineState::Running)) => {
                 self.life.phase = Phase::Pausing { vmm };
+            }
+            (Phase::Snapshotting { vmm: Some(vmm), .. }, Found::Alive(MachineState::Shell)) => {
+                let detail = "the machine is gone".to_owned();
+                self.end_job(Verdict::Failed(Trouble { code: Code::MachineFailed, detail }));
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };
             }
             (
                 Phase::Running { vmm }

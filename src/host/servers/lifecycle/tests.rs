@@ -1,6 +1,6 @@
 //! The lifecycle against a small world and an oracle: whatever is asked in whatever order, and wherever the daemon
 //! dies in between, the server ends where the last accepted ask points, and each operation ends once.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::server::ServerState;
 use proptest::prelude::*;
@@ -10,6 +10,7 @@ use wire::saved::Digest;
 use wire::will::{Reason, Will};
 
 use super::*;
+use crate::snapshots::Taken;
 
 /// What happens to a server in a test.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +37,8 @@ struct World {
     saved: Option<Saved>,
     is_stale: bool,
     turns: u8,
+    /// Snapshots whose files are complete.
+    snapshots: BTreeSet<SnapshotId>,
 }
 
 impl World {
@@ -60,6 +63,23 @@ impl World {
                 Event::Made(None)
             }
             Work::Spawn => Event::Spawned(self.spawn()),
+            Work::Snapshot { id } => {
+                self.snapshots.insert(id);
+                let taken = Taken {
+                    at_ms: self.now_ms,
+                    paused_ms: 0,
+                    disks: Vec::new(),
+                    root: None,
+                    stored_bytes: 1,
+                };
+                match &life.phase {
+                    // A machine that ran runs on, whatever an earlier try has left.
+                    Phase::Snapshotting { back: Back::Running, .. } => {
+                        self.turn(MachineState::Running, Event::SnapshotTaken(id, taken))
+                    }
+                    _ => Event::SnapshotTaken(id, taken),
+                }
+            }
             Work::Boot { .. } | Work::Resume | Work::Pause | Work::Save if self.machine.is_none() => {
                 Event::Ended(self.end())
             }
@@ -145,22 +165,43 @@ struct Test {
     life: Option<Life>,
     /// Operations by number, with how often they ended.
     operations: BTreeMap<OperationId, u32>,
+    /// Snapshots on record by their operations, and whether they are complete.
+    recorded: BTreeMap<SnapshotId, (OperationId, bool)>,
+    /// Operations that were to take one.
+    taken_by: Vec<OperationId>,
+    /// Operations that succeeded.
+    succeeded: BTreeSet<OperationId>,
     oracle: ServerState,
 }
 
 impl Test {
     fn save(&mut self, next: Step) {
-        for (id, _) in next.ended {
+        if let Some(left) = self.life.as_ref().and_then(|life| life.phase.snapshot())
+            && next.life.phase.snapshot() != Some(left)
+        {
+            // What is not complete is forgotten, and tidied up when the work on it has ended.
+            self.recorded.retain(|id, (_, is_complete)| *id != left || *is_complete);
+        }
+        for (id, verdict) in next.ended {
+            if verdict == Verdict::Succeeded {
+                self.succeeded.insert(id);
+            }
             *self.operations.get_mut(&id).expect("an operation that was accepted") += 1;
         }
         self.life = Some(next.life).filter(|_| !next.gone);
     }
 
     fn event(&mut self, event: Event) {
-        if let Some(life) = &self.life {
-            let next = step(life, event, self.world.context());
-            self.save(next);
+        let Some(life) = &self.life else { return };
+        if let Event::SnapshotTaken(id, _) = &event
+            && life.phase.snapshot() == Some(*id)
+            && let Some((_, is_complete)) = self.recorded.get_mut(id)
+        {
+            *is_complete = true;
         }
+        let next = step(life, event, self.world.context());
+        self.save(next);
+        self.world.snapshots.retain(|id| self.recorded.contains_key(id));
     }
 
     fn happen(&mut self, happening: Happening) {
@@ -168,13 +209,17 @@ impl Test {
         match happening {
             Happening::Ask(ask) => self.ask(&life, ask),
             Happening::Work | Happening::WorkAndDie => {
-                if life.work().is_none() {
-                    return;
-                }
+                let Some(work) = life.work() else { return };
                 let event = self.world.perform(&life);
                 match happening {
                     Happening::Work => self.event(event),
-                    _ => self.die(),
+                    _ => {
+                        if matches!(work, Work::Snapshot { .. }) {
+                            // It died in the moment that is copied.
+                            self.world.turn(MachineState::Paused, Event::Paused);
+                        }
+                        self.die()
+                    }
                 }
             }
             Happening::Die => self.die(),
@@ -198,6 +243,10 @@ impl Test {
         match life.ask(ask, id, self.world.context()) {
             Ok(Asked::Began(next) | Asked::Done(next)) => {
                 self.operations.insert(id, 0);
+                if let Ask::Snapshot { id: snapshot, .. } = ask {
+                    self.recorded.insert(snapshot, (id, false));
+                    self.taken_by.push(id);
+                }
                 self.save(next);
             }
             Ok(Asked::Joined(joined, next)) => {
@@ -208,6 +257,8 @@ impl Test {
         }
         // The oracle: the last ask that was accepted says where it ends.
         self.oracle = match ask {
+            // It goes back to what it was.
+            Ask::Snapshot { .. } => self.oracle,
             Ask::Start | Ask::Resume | Ask::Reboot { .. } => ServerState::Running,
             Ask::Stop { .. } => ServerState::Stopped,
             Ask::Pause => ServerState::Paused,
@@ -235,6 +286,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         2 => Just(Ask::Pause),
         2 => Just(Ask::Resume),
         3 => Just(Ask::Hibernate),
+        3 => any::<bool>().prop_map(|memory| Ask::Snapshot { id: SnapshotId::new(), memory }),
         1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
     ];
     let happening = prop_oneof![
@@ -256,6 +308,9 @@ proptest! {
             world: World::default(),
             life: Some(Life::new(create, start)),
             operations: BTreeMap::from([(create, 0)]),
+            recorded: BTreeMap::new(),
+            taken_by: Vec::new(),
+            succeeded: BTreeSet::new(),
             oracle: if start { ServerState::Running } else { ServerState::Stopped },
         };
         for happening in happenings {
@@ -264,6 +319,8 @@ proptest! {
         test.settle();
         let state = test.life.as_ref().map_or(ServerState::Deleting, |life| life.phase.state());
         prop_assert_eq!(state, test.oracle);
+        let taken = test.taken_by.iter().filter(|operation| test.succeeded.contains(operation)).count();
+        prop_assert_eq!(taken, test.recorded.len());
         let machine = test.world.machine.as_ref().map(|(_, state)| *state);
         let wanted = match state {
             ServerState::Running => Some(MachineState::Running),
@@ -276,6 +333,11 @@ proptest! {
         prop_assert_eq!(test.life.as_ref().and_then(|life| life.saved), test.world.saved);
         prop_assert!(test.operations.values().all(|ends| *ends == 1), "{:?}", test.operations);
         prop_assert!(test.life.is_none_or(|life| life.job.is_none()));
+        // There is a snapshot exactly for each operation that took one, and it is complete.
+        for (id, (operation, is_complete)) in &test.recorded {
+            prop_assert!(*is_complete && test.world.snapshots.contains(id));
+            prop_assert!(test.succeeded.contains(operation), "{:?}", test.succeeded);
+        }
     }
 }
 

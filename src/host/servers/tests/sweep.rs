@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use model::operation::{Operation, OperationState};
 use model::server::{DeleteServer, ServerAction, ServerState, StopServer};
-use model::{Code, ServerId};
+use model::snapshot::{CreateSnapshot, SnapshotState};
+use model::{Code, ServerId, SnapshotId};
+
+use wire::control::MachineState;
 
 use super::nothing_left;
 use crate::fake_vmm::Guest;
@@ -38,6 +41,10 @@ const LIFE: &[(&str, Option<ServerState>)] = &[
     ("reboot", Some(ServerState::Running)),
     ("stop", Some(ServerState::Stopped)),
     ("start", Some(ServerState::Running)),
+    ("snapshot", Some(ServerState::Running)),
+    ("forget", Some(ServerState::Running)),
+    ("snapshot with memory", Some(ServerState::Running)),
+    ("forget again", Some(ServerState::Running)),
     ("hibernate", Some(ServerState::Hibernated)),
     ("wake", Some(ServerState::Running)),
     ("delete", None),
@@ -45,6 +52,17 @@ const LIFE: &[(&str, Option<ServerState>)] = &[
 
 async fn call(host: &Host, verb: &str, id: Option<ServerId>) -> Result<(model::OperationId, ServerId)> {
     let servers = host.servers();
+    if let ("snapshot" | "snapshot with memory", Some(id)) = (verb, id) {
+        let memory = verb == "snapshot with memory";
+        let spec = CreateSnapshot { name: Some("now".parse().unwrap()), memory, ..Default::default() };
+        return Ok((servers.snapshot(&keyed(verb), id, spec).await?.body.operation.id, id));
+    }
+    if let ("forget" | "forget again", Some(id)) = (verb, id) {
+        // The key is looked up before the snapshot is, so one that is gone already is no trouble.
+        let page = host.snapshots().list(Default::default()).await?;
+        let snapshot = page.items.first().map_or_else(|| SnapshotId(uuid::Uuid::nil()), |found| found.id);
+        return Ok((host.snapshots().delete(&keyed(verb), snapshot).await?.body.operation.id, id));
+    }
     let grace = |grace_s| StopServer { grace_s };
     let action = match verb {
         "pause" => ServerAction::Pause,
@@ -140,6 +158,15 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
             assert_eq!(machines, wanted, "checkpoint {number}, after {verb}");
             if *verb == "wake" {
                 assert!(stage.launch.only().is_restored(), "checkpoint {number}: its memory is lost");
+            }
+            if verb.starts_with("snapshot") {
+                let snapshots = host.snapshots().list(Default::default()).await.map(|page| page.items);
+                let ready = |snapshot: &model::snapshot::Snapshot| snapshot.state == SnapshotState::Ready;
+                assert!(
+                    snapshots.is_ok_and(|all| all.len() == 1 && all.iter().all(ready)),
+                    "checkpoint {number}"
+                );
+                assert_eq!(stage.launch.only().state(), MachineState::Running, "checkpoint {number}");
             }
             if *verb == "reset" {
                 assert_eq!(stage.launch.only().resets(), 1, "checkpoint {number}");

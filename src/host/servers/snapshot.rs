@@ -1,0 +1,457 @@
+//! Taking a snapshot: what is recorded when one is asked for, and the work. The files are of one moment: a machine that
+//! runs is parked while its disks are copied, or shared where the file system can, and memory is taken as it was then.
+//!
+//! ```text
+//! runs ── memory is protected ──▶ parked ── disks copied ──▶ runs ── memory copied ──▶ flushed
+//!              (with memory only)    └─ the moment ─┘
+//! ```
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use model::operation::{Accepted, Progress};
+use model::snapshot::{CreateSnapshot, Snapshot, SnapshotState, SnapshotVolume};
+use model::volume::FillMethod;
+use model::{Code, Name, SnapshotId, Time};
+use wire::control::{Command, FaultCode, Reply};
+use wire::machine::FdIndex;
+use wire::saved::{Live, Moment, SaveReport, SaveSpec, SaveStatus};
+
+use super::effects::{Doing, blocking};
+use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
+use super::record::ServerRecord;
+use super::registry::Workshop;
+use super::{advance, limits, machine, view};
+use crate::call::Actor;
+use crate::error::{Error, Result};
+use crate::operations;
+use crate::snapshots::{self, Origin, OriginDisk, SnapshotRecord, Snapshots, Taken};
+use crate::store::Tx;
+use crate::vmms::Link;
+use crate::vmms::link::AskError;
+use crate::volumes::{Volumes, files, space};
+
+/// Files of a machine's memory in a snapshot's directory.
+pub(super) const STATE: &str = "machine.state";
+pub(super) const MEMORY: &str = "machine.memory";
+
+/// Where the kernel hands out descriptors that tell of writes to memory.
+const USERFAULTFD: &str = "/dev/userfaultfd";
+
+/// File of a disk in a snapshot's directory.
+pub(super) fn disk_name(index: usize) -> String {
+    format!("disk{index}.raw")
+}
+
+/// Records a snapshot and the operation that takes it.
+pub(super) fn accept(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    server: ServerRecord,
+    spec: CreateSnapshot,
+    actor: &Actor,
+) -> Result<Accepted<Snapshot>> {
+    snapshots::check_description(&spec.description)?;
+    snapshots::check_expiry(spec.expires_at)?;
+    let id = SnapshotId::new();
+    let memory = spec.memory;
+    let record = describe(tx, id, &server, spec)?;
+    if memory && server.life.phase.vmm().is_none() {
+        let detail = format!(
+            "server {} has no machine, and so no memory to save; leave out `memory`, or start it first",
+            server.name
+        );
+        return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(&server)));
+    }
+    let ask = Ask::Snapshot { id, memory };
+    let disks: u64 = server.disks.iter().map(|disk| workshop.volumes.stored_bytes(disk.volume_id)).sum();
+    // How much of the memory was ever written is not known before it is copied.
+    let needed = disks.saturating_add(if memory { record.shown.memory_bytes } else { 0 });
+    let place = workshop.core.dirs.root().join("snapshots");
+    let (operation, _) = advance::ask(tx, workshop.capacity, server, ask, actor, |_| Ok(()))?;
+    space::check(&place, needed, 0)?;
+    Snapshots::begin(tx, &record, actor)?;
+    Ok(Accepted { operation: operations::one(tx, operation.id)?, resource: Some(record.shown) })
+}
+
+fn describe(
+    tx: &Tx<'_>,
+    id: SnapshotId,
+    server: &ServerRecord,
+    spec: CreateSnapshot,
+) -> Result<SnapshotRecord> {
+    let volumes = (0u8..).zip(&server.disks).map(|(index, disk)| {
+        let size_bytes = Volumes::find(tx, disk.volume_id)?.size_bytes;
+        Ok(SnapshotVolume { index, size_bytes, filled_by: None })
+    });
+    // Of a machine that runs, what it has; the record may already say what the next one gets.
+    let has_machine = server.life.phase.vmm().is_some();
+    let held = Some(server.held).filter(|_| has_machine);
+    let now = Time::now();
+    let shown = Snapshot {
+        id,
+        name: spec.name.map_or_else(|| name(&server.name, id), Ok)?,
+        description: spec.description,
+        labels: spec.labels,
+        state: SnapshotState::Creating,
+        server_id: server.id,
+        server_name: server.name.clone(),
+        memory: spec.memory,
+        vcpus: held.map_or(server.vcpus, |held| held.vcpus),
+        memory_bytes: held.map_or(server.memory_bytes, |held| held.memory_bytes),
+        cpu: held.and_then(|held| held.cpu).unwrap_or(server.cpu),
+        image_id: server.image_id,
+        volumes: volumes.collect::<Result<_>>()?,
+        stored_bytes: 0,
+        taken_at: None,
+        paused_ms: None,
+        expires_at: spec.expires_at,
+        generation: 1,
+        created_at: now,
+        updated_at: now,
+    };
+    let origin = Origin {
+        default_user: server.default_user.clone(),
+        ssh_keys: server.ssh_keys.clone(),
+        user_data: server.user_data.clone(),
+        restart_policy: server.restart_policy,
+        isolation: server.isolation,
+        nics: server.nics.clone(),
+        disks: server
+            .disks
+            .iter()
+            .map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits })
+            .collect(),
+    };
+    Ok(SnapshotRecord { shown, root: None, origin })
+}
+
+/// Unique, and says whose it is.
+fn name(server: &Name, id: SnapshotId) -> Result<Name> {
+    let digits = id.0.simple().to_string();
+    let tail = format!("-{}", &digits[digits.len() - 8..]);
+    let head = server.as_str();
+    let head = &head[..head.len().min(model::limits::NAME_CHARS_MAX - tail.len())];
+    format!("{head}{tail}").parse().map_err(|cause| Error::internal("a snapshot cannot be named", cause))
+}
+
+/// The moment, as the machine that runs sees it.
+struct Stillness {
+    at_ms: i64,
+    paused_ms: u64,
+    disks: Vec<FillMethod>,
+}
+
+impl Doing {
+    /// Takes a snapshot, from the beginning. What fails leaves no files; the machine may be parked then.
+    pub(super) async fn snapshot(&self, id: SnapshotId) -> Result<Event> {
+        match self.try_snapshot(id).await {
+            Ok(taken) => Ok(Event::SnapshotTaken(id, taken)),
+            Err(cause) if self.workshop.core.store.is_dead() => Err(cause),
+            Err(cause) => {
+                if !self.is_stopped() {
+                    tracing::warn!(server = %self.record.id, "no snapshot of it: {}", cause.chain());
+                }
+                self.give_up().await;
+                self.workshop.snapshots.remove(id).await?;
+                self.workshop.core.checkpoint("server.snapshot_removed")?;
+                Ok(Event::SnapshotFailed(id, Trouble::from(&cause)))
+            }
+        }
+    }
+
+    /// Memory is not to be protected for a save that nobody wants. A VMM that cannot be told so has ended or is about to.
+    async fn give_up(&self) {
+        if self.entry.machine().is_some()
+            && let Ok(link) = self.entry.link(limits::COMMAND).await
+        {
+            let _ = link.order(Command::CancelSave, limits::COMMAND).await;
+        }
+    }
+
+    async fn try_snapshot(&self, id: SnapshotId) -> Result<Taken> {
+        let Phase::Snapshotting { vmm, memory, back, .. } = &self.record.life.phase else {
+            return Err(Error::new(Code::WrongState, "the snapshot is not wanted any more"));
+        };
+        let directory = self.workshop.snapshots.directory(id);
+        // Whatever an earlier try has left is of another moment.
+        self.workshop.snapshots.remove(id).await?;
+        let made = directory.clone();
+        blocking(move || make_directory(&made)).await?;
+        self.workshop.core.checkpoint("server.snapshot_begun")?;
+        let (still, report) = match (vmm, memory, back) {
+            (None, ..) => (self.copy_at_rest(&directory).await?, None),
+            (Some(_), false, back) => (self.copy_disks_only(&directory, back).await?, None),
+            (Some(_), true, Back::Running) => self.copy_running(&directory).await?,
+            (Some(_), true, _) => self.copy_parked(&directory).await?,
+        };
+        self.workshop.core.checkpoint("server.snapshot_copied")?;
+        let stored_bytes = blocking(move || flush(&directory)).await?;
+        self.workshop.core.checkpoint("server.snapshot_flushed")?;
+        let Stillness { at_ms, paused_ms, disks } = still;
+        let root = report.map(|report| report.root);
+        Ok(Taken { at_ms, paused_ms, disks, root, stored_bytes })
+    }
+
+    /// Nobody writes to the disks: each is locked while it is copied, so that no machine gets it.
+    async fn copy_at_rest(&self, directory: &Path) -> Result<Stillness> {
+        let mut files = Vec::new();
+        for disk in &self.record.disks {
+            files.push(self.workshop.volumes.open(disk.volume_id).await?);
+        }
+        let at_ms = Time::now().unix_ms();
+        let disks = self.copy_disks(directory, files).await?;
+        Ok(Stillness { at_ms, paused_ms: 0, disks })
+    }
+
+    async fn copy_disks_only(&self, directory: &Path, back: &Back) -> Result<Stillness> {
+        let link = self.fresh_link().await?;
+        let files = self.disks_ahead(directory).await?;
+        let moment = self.park(&link).await?;
+        let disks = self.copy_disks(directory, files).await?;
+        self.let_go(&link, back, moment, disks).await
+    }
+
+    /// Of a machine that is parked: memory and disks are copied side by side.
+    async fn copy_parked(&self, directory: &Path) -> Result<(Stillness, Option<SaveReport>)> {
+        let link = self.fresh_link().await?;
+        let files = self.disks_ahead(directory).await?;
+        let moment = self.park(&link).await?;
+        self.begin_save(&link, directory, None).await?;
+        let (disks, report) = tokio::try_join!(self.copy_disks(directory, files), self.end_of_save(&link))?;
+        let still = self.let_go(&link, &Back::Paused, moment, disks).await?;
+        Ok((still, Some(report)))
+    }
+
+    /// Of a machine that runs: it stands still for its disks only, where the kernel can tell of writes to memory.
+    async fn copy_running(&self, directory: &Path) -> Result<(Stillness, Option<SaveReport>)> {
+        let link = self.fresh_link().await?;
+        // A daemon that has died may have left it parked.
+        link.order(Command::Resume, limits::PAUSE).await?;
+        let files = self.disks_ahead(directory).await?;
+        let is_live = self.begin_live_save(&link, directory).await?;
+        let moment = self.park(&link).await?;
+        if is_live {
+            let disks = self.copy_disks(directory, files).await?;
+            let still = self.let_go(&link, &Back::Running, moment, disks).await?;
+            return Ok((still, Some(self.end_of_save(&link).await?)));
+        }
+        self.begin_save(&link, directory, None).await?;
+        let (disks, report) = tokio::try_join!(self.copy_disks(directory, files), self.end_of_save(&link))?;
+        let still = self.let_go(&link, &Back::Running, moment, disks).await?;
+        Ok((still, Some(report)))
+    }
+
+    /// A connection to a machine that saves nothing.
+    async fn fresh_link(&self) -> Result<Link> {
+        let link = self.entry.link(limits::COMMAND).await?;
+        // A save that a daemon began that has died: its files are not ours.
+        link.order(Command::CancelSave, limits::COMMAND).await?;
+        Ok(link)
+    }
+
+    /// Opens the disks, and does what can be done before the machine stands still.
+    async fn disks_ahead(&self, directory: &Path) -> Result<Vec<File>> {
+        let mut files = Vec::new();
+        for (index, disk) in self.record.disks.iter().enumerate() {
+            let file = self.workshop.volumes.look(disk.volume_id).await?;
+            let twin = file.try_clone().map_err(|cause| Error::file("a volume cannot be opened", cause))?;
+            Volumes::share_ahead(twin, directory.join(disk_name(index))).await?;
+            files.push(file);
+        }
+        Ok(files)
+    }
+
+    async fn park(&self, link: &Link) -> Result<(Instant, i64)> {
+        self.check_wanted()?;
+        let began = Instant::now();
+        link.order(Command::Pause, limits::PAUSE).await?;
+        let at_ms = Time::now().unix_ms();
+        self.workshop.core.checkpoint("server.snapshot_parked")?;
+        Ok((began, at_ms))
+    }
+
+    /// The disks are copied: a machine that ran before runs on.
+    async fn let_go(
+        &self,
+        link: &Link,
+        back: &Back,
+        (began, at_ms): (Instant, i64),
+        disks: Vec<FillMethod>,
+    ) -> Result<Stillness> {
+        if *back != Back::Running {
+            return Ok(Stillness { at_ms, paused_ms: 0, disks });
+        }
+        link.order(Command::Resume, limits::PAUSE).await?;
+        let paused_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.workshop.core.checkpoint("server.snapshot_resumed")?;
+        Ok(Stillness { at_ms, paused_ms, disks })
+    }
+
+    /// Copies or shares every disk. Stops when nobody wants it any more.
+    async fn copy_disks(&self, directory: &Path, files: Vec<File>) -> Result<Vec<FillMethod>> {
+        let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
+        let copying = async {
+            let mut methods = Vec::new();
+            for (index, (file, disk)) in files.into_iter().zip(&self.record.disks).enumerate() {
+                let volume = disk.volume_id;
+                let size_bytes = self
+                    .workshop
+                    .core
+                    .store
+                    .read(move |all| Ok(Volumes::find(all, volume)?.size_bytes))
+                    .await?;
+                let place = directory.join(disk_name(index));
+                let stopped = || self.is_stopped();
+                let moved = |bytes_done: u64, bytes_total: u64| {
+                    done.store(bytes_done, Ordering::Relaxed);
+                    total.store(bytes_total, Ordering::Relaxed);
+                };
+                methods.push(Volumes::copy(file, place, size_bytes, &stopped, &moved).await?);
+                self.workshop.core.checkpoint("server.snapshot_disk_copied")?;
+            }
+            Ok(methods)
+        };
+        tokio::pin!(copying);
+        loop {
+            tokio::select! {
+                outcome = &mut copying => return outcome,
+                () = tokio::time::sleep(limits::PROGRESS_EVERY) => {
+                    let (done, total) = (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
+                    self.tell("copying_disks", (10, 40), done, total).await?;
+                }
+            }
+        }
+    }
+
+    /// Begins to save memory while the machine runs, and waits until the moment can come. False where this host or this
+    /// memory cannot: then the machine has to stand still for it.
+    async fn begin_live_save(&self, link: &Link, directory: &Path) -> Result<bool> {
+        let Ok(device) = File::options().read(true).write(true).open(USERFAULTFD) else { return Ok(false) };
+        match self.begin_save(link, directory, Some(device)).await {
+            Err(cause) if cause.code == Code::MachineFailed => {
+                tracing::info!(server = %self.record.id, "stands still for its memory: {}", cause.chain());
+                return Ok(false);
+            }
+            begun => begun?,
+        }
+        loop {
+            match self.save_status(link).await? {
+                SaveStatus::Arming => tokio::time::sleep(limits::SAVE_LOOK).await,
+                SaveStatus::Armed => {
+                    self.workshop.core.checkpoint("server.snapshot_armed")?;
+                    return Ok(true);
+                }
+                SaveStatus::Failed { detail } => {
+                    tracing::info!(server = %self.record.id, "stands still for its memory: {detail}");
+                    return Ok(false);
+                }
+                other => return Err(unexpected(&other)),
+            }
+            self.check_wanted()?;
+        }
+    }
+
+    async fn begin_save(&self, link: &Link, directory: &Path, device: Option<File>) -> Result<()> {
+        let paths = [directory.join(STATE), directory.join(MEMORY)];
+        let [state, memory] = blocking(move || {
+            let [state, memory] = paths;
+            Ok([machine::fresh_file(&state)?, machine::fresh_file(&memory)?])
+        })
+        .await?;
+        let live = device.as_ref().map(|_| Live { userfaultfd: FdIndex(2), moment: Moment::Pause });
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), live };
+        let mut descriptors = vec![state.as_fd(), memory.as_fd()];
+        descriptors.extend(device.as_ref().map(AsFd::as_fd));
+        match link.ask(Command::Save(spec), &descriptors, limits::PAUSE).await {
+            Ok(_) => Ok(()),
+            Err(AskError::Refused(fault)) if fault.code == FaultCode::Host => {
+                Err(Error::new(Code::MachineFailed, fault.detail))
+            }
+            Err(cause) => Err(cause.into()),
+        }
+    }
+
+    /// Waits until memory is copied.
+    async fn end_of_save(&self, link: &Link) -> Result<SaveReport> {
+        loop {
+            match self.save_status(link).await? {
+                SaveStatus::Saved(report) => return Ok(report),
+                SaveStatus::Copying { done_bytes, total_bytes } => {
+                    self.tell("saving_memory", (50, 40), done_bytes, total_bytes).await?;
+                }
+                SaveStatus::Failed { detail } => {
+                    let detail =
+                        format!("the memory of server {} could not be saved: {detail}", self.record.name);
+                    return Err(Error::new(Code::MachineFailed, detail));
+                }
+                other => return Err(unexpected(&other)),
+            }
+            self.check_wanted()?;
+            tokio::time::sleep(limits::SAVE_LOOK).await;
+        }
+    }
+
+    async fn save_status(&self, link: &Link) -> Result<SaveStatus> {
+        match link.ask(Command::SaveStatus, &[], limits::COMMAND).await? {
+            Reply::Save(status) => Ok(status),
+            other => {
+                let detail = format!("the VMM says of a save it was asked for: {other:?}");
+                Err(Error::new(Code::MachineFailed, detail))
+            }
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    fn check_wanted(&self) -> Result<()> {
+        match self.is_stopped() {
+            true => Err(Error::new(Code::WrongState, "the snapshot was given up")),
+            false => Ok(()),
+        }
+    }
+
+    /// Tells how far a part of the work is, which takes so many percent of the operation from so many on.
+    async fn tell(&self, phase: &str, (from, span): (u8, u8), done: u64, total: u64) -> Result<()> {
+        let Some(job) = self.record.life.job else { return Ok(()) };
+        let part = done.saturating_mul(u64::from(span)).checked_div(total).unwrap_or_default();
+        let progress = Progress {
+            phase: phase.to_owned(),
+            percent: from + u8::try_from(part).unwrap_or(span).min(span),
+            bytes_done: Some(done),
+            bytes_total: Some(total),
+        };
+        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
+    }
+}
+
+fn unexpected(status: &SaveStatus) -> Error {
+    Error::new(Code::MachineFailed, format!("the VMM says of a save it was asked for: {status:?}"))
+}
+
+fn make_directory(directory: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(directory)
+        .map_err(|cause| Error::file(format!("cannot make {}", directory.display()), cause))
+}
+
+/// Puts every file on its medium; answers what they take of it.
+fn flush(directory: &Path) -> Result<u64> {
+    let failed = |cause| Error::file(format!("cannot flush {}", directory.display()), cause);
+    let mut stored_bytes = 0u64;
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let path: PathBuf = entry.map_err(failed)?.path();
+        let file = File::open(&path).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        stored_bytes = stored_bytes.saturating_add(crate::volumes::used_bytes(file.metadata()));
+    }
+    files::sync_parent(&directory.join(STATE)).map_err(failed)?;
+    files::sync_parent(directory).map_err(failed)?;
+    Ok(stored_bytes)
+}

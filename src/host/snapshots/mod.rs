@@ -1,0 +1,297 @@
+//! Snapshots: what servers were at a moment. Called by the facade, and by `servers`, which takes them.
+//!
+//! The record is committed before the first file is made, and one in state `creating` is worth nothing: a server takes
+//! it from the beginning, or it is removed. The files of a `ready` one never change.
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use model::operation::Accepted;
+use model::page::{ListQuery, Page};
+use model::snapshot::{PatchSnapshot, Snapshot};
+use model::{Code, SnapshotId, Time};
+use rusqlite::Connection;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use crate::call::{Actor, Answer, Call};
+use crate::core::Shared;
+use crate::error::{Error, Result};
+use crate::labels;
+use crate::store::Tx;
+use crate::store::records;
+use crate::volumes::files;
+
+pub mod limits;
+pub(crate) mod record;
+
+pub(crate) use record::{Origin, OriginDisk, SnapshotRecord, TABLES, Taken};
+
+/// Snapshots, for callers. Cheap to clone.
+#[derive(Clone)]
+pub struct Snapshots {
+    core: Shared,
+    expiry: Arc<Expiry>,
+}
+
+/// The task that deletes what has expired.
+#[derive(Default)]
+struct Expiry {
+    /// Some time has changed.
+    changed: Notify,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Snapshots {
+    pub(crate) fn new(core: Shared) -> Snapshots {
+        Snapshots { core, expiry: Arc::default() }
+    }
+
+    /// Takes up what an earlier daemon left unfinished: `taken` are those that servers are taking, and go on to take.
+    /// From here on what expires is deleted.
+    pub(crate) async fn recover(&self, taken: BTreeSet<SnapshotId>) -> Result<()> {
+        let left_behind = move |connection: &Connection| record::left_behind(connection, &taken);
+        for id in self.core.store.read(left_behind).await? {
+            self.purge(id).await?;
+        }
+        let all: Vec<SnapshotRecord> = self.core.store.read(records::all).await?;
+        let known = all.iter().map(|record| record.shown.id).collect();
+        let directory = self.core.dirs.root().join("snapshots");
+        blocking(move || remove_strangers(&directory, &known)).await?;
+        let snapshots = self.clone();
+        let task = tokio::spawn(async move { snapshots.expire().await });
+        *self.expiry.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+        Ok(())
+    }
+
+    /// Ends what is done by itself.
+    pub(crate) async fn close(&self) {
+        let task = self.expiry.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            task.abort();
+            // An aborted task answers an error that says so.
+            let _ = task.await;
+        }
+    }
+
+    /// One page.
+    pub async fn list(&self, query: ListQuery) -> Result<Page<Snapshot>> {
+        let look = move |connection: &Connection| {
+            let Page { items, next_cursor, watch_cursor } =
+                records::page::<SnapshotRecord>(connection, &query)?;
+            let items = items.into_iter().map(|record| record.shown).collect();
+            Ok(Page { items, next_cursor, watch_cursor })
+        };
+        self.core.store.read(look).await
+    }
+
+    /// The snapshot.
+    pub async fn one(&self, id: SnapshotId) -> Result<Snapshot> {
+        let look = move |connection: &Connection| records::one::<SnapshotRecord>(connection, id.0);
+        Ok(self.core.store.read(look).await?.shown)
+    }
+
+    /// Changes name, words, labels and expiry.
+    pub async fn patch(&self, call: &Call, id: SnapshotId, patch: PatchSnapshot) -> Result<Answer<Snapshot>> {
+        let conditions = call.clone();
+        let change = move |tx: &Tx<'_>| {
+            let mut record: SnapshotRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.shown.generation)?;
+            apply(&mut record.shown, patch)?;
+            record::save(tx, &mut record)?;
+            record::announce(tx, &record.shown, "snapshot.updated", None, Some(&conditions.actor))?;
+            Ok(record.shown)
+        };
+        let answer = self.core.mutate(call, change).await?;
+        self.expiry.changed.notify_one();
+        Ok(answer)
+    }
+
+    /// Deletes it.
+    pub async fn delete(&self, call: &Call, id: SnapshotId) -> Result<Answer<Accepted<Snapshot>>> {
+        let conditions = call.clone();
+        let change = move |tx: &Tx<'_>| {
+            let record: SnapshotRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.shown.generation)?;
+            record::doom(tx, record, &conditions.actor, None)
+        };
+        let answer = self.core.mutate(call, change).await?;
+        if !answer.replayed {
+            self.carry_off(id);
+        }
+        Ok(answer)
+    }
+
+    /// Removes the files of a doomed snapshot in the background.
+    fn carry_off(&self, id: SnapshotId) {
+        let snapshots = self.clone();
+        tokio::spawn(async move {
+            let purged = snapshots.core.insist("the deletion of a snapshot", || snapshots.purge(id));
+            if let Err(cause) = purged.await {
+                tracing::warn!(snapshot = %id, "is deleted at the next start: {}", cause.chain());
+            }
+        });
+    }
+
+    /// Deletes what expires when its time has come, for ever.
+    async fn expire(&self) {
+        let mut pause = crate::limits::RETRY;
+        loop {
+            match self.expire_now().await {
+                Ok(next_ms) => {
+                    pause = crate::limits::RETRY;
+                    let left_ms = next_ms.map(|next_ms| next_ms.saturating_sub(Time::now().unix_ms()));
+                    // The clock may be set meanwhile, so it is looked at now and then.
+                    let left = left_ms.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or_default()));
+                    tokio::select! {
+                        () = tokio::time::sleep(left.unwrap_or(limits::CLOCK).min(limits::CLOCK)) => {}
+                        () = self.expiry.changed.notified() => {}
+                    }
+                }
+                Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return,
+                Err(cause) => {
+                    tracing::warn!("snapshots that have expired are deleted later: {}", cause.chain());
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(crate::limits::RETRY_MAX);
+                }
+            }
+        }
+    }
+
+    /// Deletes what has expired; answers when the next one does.
+    async fn expire_now(&self) -> Result<Option<i64>> {
+        let now_ms = Time::now().unix_ms();
+        let due = self
+            .core
+            .store
+            .read(move |connection| Ok(!record::expired(connection, now_ms)?.is_empty()))
+            .await?;
+        if due {
+            let doom = move |tx: &Tx<'_>| {
+                let expired = record::expired(tx, now_ms)?;
+                let doomed = expired.into_iter().map(|record| {
+                    let id = record.shown.id;
+                    record::doom(tx, record, &Actor::Host, Some("it has expired")).map(|_| id)
+                });
+                doomed.collect::<Result<Vec<SnapshotId>>>()
+            };
+            for id in self.core.store.write(doom).await? {
+                self.core.insist("the deletion of a snapshot that has expired", || self.purge(id)).await?;
+            }
+        }
+        self.core.store.read(record::next_expiry_ms).await
+    }
+
+    /// For `servers`: records a snapshot that it is going to take. Fails with `already_exists` when the name is taken.
+    pub(crate) fn begin(tx: &Tx<'_>, record: &SnapshotRecord, actor: &Actor) -> Result<()> {
+        record::insert(tx, record, actor)
+    }
+
+    /// For `servers`: it is complete, and its files are on their medium.
+    pub(crate) fn complete(tx: &Tx<'_>, id: SnapshotId, taken: &Taken) -> Result<()> {
+        record::complete(tx, id, taken)
+    }
+
+    /// For `servers`: it is taken no more; what is not complete is forgotten.
+    pub(crate) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
+        record::settle(tx, id)
+    }
+
+    /// For `servers`, after work on it has ended: removes the files if there is no record. Repeatable.
+    pub(crate) async fn tidy(&self, id: SnapshotId) -> Result<()> {
+        // One that is complete may have an expiry, which nobody has waited for yet.
+        self.expiry.changed.notify_one();
+        let find = move |connection: &Connection| records::find::<SnapshotRecord>(connection, id.0);
+        match self.core.store.read(find).await? {
+            Some(_) => Ok(()),
+            None => self.remove(id).await,
+        }
+    }
+
+    /// Where its files lie.
+    pub(crate) fn directory(&self, id: SnapshotId) -> PathBuf {
+        self.core.dirs.snapshot(id)
+    }
+
+    async fn purge(&self, id: SnapshotId) -> Result<()> {
+        self.remove(id).await?;
+        self.core.checkpoint("snapshot.removed")?;
+        self.core.store.write(move |tx| record::forget(tx, id)).await
+    }
+
+    /// For `servers` too: removes its files. Repeatable.
+    pub(crate) async fn remove(&self, id: SnapshotId) -> Result<()> {
+        let directory = self.core.dirs.snapshot(id);
+        blocking(move || {
+            files::remove_tree(&directory)
+                .map_err(|cause| Error::file(format!("cannot remove {}", directory.display()), cause))
+        })
+        .await
+    }
+}
+
+/// For `images`: names of the snapshots that servers of this image were saved in.
+pub(crate) fn users_of_image(connection: &Connection, image: model::ImageId) -> Result<Vec<String>> {
+    let all: Vec<SnapshotRecord> = records::all(connection)?;
+    let of_image = all.into_iter().map(|record| record.shown).filter(|shown| shown.image_id == image);
+    Ok(of_image.map(|shown| shown.name.to_string()).collect())
+}
+
+fn apply(shown: &mut Snapshot, patch: PatchSnapshot) -> Result<()> {
+    if let Some(name) = patch.name {
+        shown.name = name;
+    }
+    if let Some(description) = patch.description {
+        check_description(&description)?;
+        shown.description = description;
+    }
+    if let Some(changes) = patch.labels {
+        shown.labels = labels::merge(&shown.labels, changes)?;
+    }
+    if let Some(expires_at) = patch.expires_at {
+        check_expiry(expires_at)?;
+        shown.expires_at = expires_at;
+    }
+    Ok(())
+}
+
+/// A time that has passed is a mistake more likely than a wish.
+pub(crate) fn check_expiry(expires_at: Option<Time>) -> Result<()> {
+    if expires_at.is_some_and(|time| time <= Time::now()) {
+        return Err(Error::invalid("/expires_at", "has_passed", "must lie in the future"));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_description(text: &str) -> Result<()> {
+    let most = model::limits::DESCRIPTION_CHARS_MAX;
+    if text.chars().count() > most {
+        let detail = format!("must have at most {most} characters");
+        return Err(Error::invalid("/description", "too_long", detail));
+    }
+    Ok(())
+}
+
+/// Only names that Toft gives are removed; what else lies there is somebody's and is left.
+fn remove_strangers(directory: &Path, known: &BTreeSet<SnapshotId>) -> Result<()> {
+    let failed = |cause| Error::file(format!("cannot tidy {}", directory.display()), cause);
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if id.is_some_and(|id| !known.contains(&id)) {
+            files::remove_tree(&entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+async fn blocking<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
+}

@@ -1,0 +1,66 @@
+//! Snapshots over HTTP, with fake VMMs underneath.
+use model::operation::Accepted;
+use model::page::Page;
+use model::server::Server;
+use model::snapshot::{Snapshot, SnapshotState};
+use model::{Code, SnapshotId};
+use serde_json::{Value, json};
+
+use super::served::{Sent, Served};
+
+fn waiting(body: Value) -> Sent {
+    Sent::from(body).with("prefer", "wait=20")
+}
+
+#[tokio::test]
+async fn a_snapshot_is_taken_read_changed_and_deleted() {
+    let served = Served::start().await;
+    let body = json!({ "name": "web1", "image": "tiny", "memory_bytes": 128 << 20 });
+    let answer = served.call("POST", "/v1/servers", waiting(body)).await;
+    let server = answer.json::<Accepted<Server>>(201).resource.unwrap();
+    let action = format!("/v1/servers/{}/actions/snapshot", server.id);
+    // A body is not needed.
+    let answer = served.call("POST", &action, Sent::nothing().with("prefer", "wait=20")).await;
+    let disk = answer.json::<Accepted<Snapshot>>(201).resource.unwrap();
+    assert_eq!((disk.state, disk.memory), (SnapshotState::Ready, false));
+    assert_eq!(answer.header("location"), format!("/v1/snapshots/{}", disk.id));
+    let both = json!({ "name": "both", "memory": true, "expires_at": "2999-01-31T12:00:00Z", "labels": { "a": "b" } });
+    let answer = served.call("POST", &action, waiting(both.clone())).await;
+    let both_taken = answer.json::<Accepted<Snapshot>>(201).resource.unwrap();
+    served.call("POST", &action, waiting(both)).await.problem(Code::AlreadyExists);
+    let page: Page<Snapshot> =
+        served.call("GET", "/v1/snapshots?label_selector=a%3Db", Sent::nothing()).await.json(200);
+    assert_eq!(page.items, std::slice::from_ref(&both_taken));
+
+    let path = format!("/v1/snapshots/{}", both_taken.id);
+    let answer = served.call("GET", &path, Sent::nothing()).await;
+    let etag = answer.header("etag").to_owned();
+    let same = served.call("GET", &path, Sent::nothing().with("if-none-match", &etag)).await;
+    assert_eq!(same.status.as_u16(), 304);
+    let patch = |text: &str| Sent::text("application/merge-patch+json", text).with("if-match", &etag);
+    served.call("PATCH", &path, patch(r#"{"name": null}"#)).await.problem(Code::Invalid);
+    let past = r#"{"expires_at": "2001-01-31T12:00:00Z"}"#;
+    served.call("PATCH", &path, patch(past)).await.problem(Code::Invalid);
+    let changed: Snapshot =
+        served.call("PATCH", &path, patch(r#"{"expires_at": null, "name": "kept"}"#)).await.json(200);
+    assert_eq!((changed.expires_at, changed.name.as_str()), (None, "kept"));
+    served.call("PATCH", &path, patch(r#"{"name": "late"}"#)).await.problem(Code::StaleEtag);
+
+    for id in [disk.id, both_taken.id] {
+        let path = format!("/v1/snapshots/{id}");
+        let deleted = served.call("DELETE", &path, Sent::nothing().with("prefer", "wait=20")).await;
+        assert_eq!(deleted.json::<Accepted<Snapshot>>(200).resource, None);
+        served.call("GET", &path, Sent::nothing()).await.problem(Code::NotFound);
+    }
+    let stopped = json!({ "grace_s": 0 });
+    served
+        .call("POST", &format!("/v1/servers/{}/actions/stop", server.id), waiting(stopped))
+        .await
+        .json::<Value>(200);
+    let problem =
+        served.call("POST", &action, waiting(json!({ "memory": true }))).await.problem(Code::WrongState);
+    assert!(problem.detail.contains("no memory to save"), "{}", problem.detail);
+    let nobody = format!("/v1/snapshots/{}", SnapshotId::new());
+    served.call("DELETE", &nobody, Sent::nothing()).await.problem(Code::NotFound);
+    served.stop().await;
+}

@@ -1,0 +1,133 @@
+//! Snapshots: what a server's disks, and its memory if asked for, were at one moment.
+use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::ToSchema;
+
+use crate::id::{ImageId, ServerId, SnapshotId};
+use crate::name::{Labels, Name};
+use crate::server::CpuTemplate;
+use crate::time::Time;
+use crate::volume::FillMethod;
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// Identity.
+    pub id: SnapshotId,
+    /// Unique name.
+    pub name: Name,
+    /// The caller's own words.
+    #[serde(default)]
+    pub description: String,
+    /// The caller's own pairs.
+    #[serde(default)]
+    pub labels: Labels,
+    /// Whether it can be used.
+    pub state: SnapshotState,
+    /// The server it is one of, which may be gone.
+    pub server_id: ServerId,
+    /// That server's name when it was taken.
+    pub server_name: Name,
+    /// Whether it holds the memory of a machine that ran, as it was at the same moment as the disks.
+    pub memory: bool,
+    /// Virtual CPUs of the server.
+    pub vcpus: u8,
+    /// Memory of the server in bytes.
+    pub memory_bytes: u64,
+    /// Which CPU its guest saw.
+    pub cpu: CpuTemplate,
+    /// Image it boots from.
+    pub image_id: ImageId,
+    /// Its disks: the root volume first.
+    pub volumes: Vec<SnapshotVolume>,
+    /// Bytes it takes on the host's disk; blocks that are shared with the server's volumes are counted too.
+    pub stored_bytes: u64,
+    /// The moment it shows; absent while it is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_at: Option<Time>,
+    /// How long the guest stood still for it, in milliseconds: 0 for a server that did not run. Absent while it is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_ms: Option<u64>,
+    /// When it is deleted by itself, unless something uses it then; absent for never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Time>,
+    /// Version of this resource.
+    pub generation: u64,
+    /// When it was asked for.
+    pub created_at: Time,
+    /// When it last changed.
+    pub updated_at: Time,
+}
+
+/// Whether a snapshot can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// It is being taken.
+    Creating,
+    /// It can be used.
+    Ready,
+    /// It is being deleted.
+    Deleting,
+}
+
+/// A disk in a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotVolume {
+    /// Position: 0 is the root disk.
+    pub index: u8,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// How it was filled; absent while it is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filled_by: Option<FillMethod>,
+}
+
+/// Body of `POST /v1/servers/{id}/actions/snapshot`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateSnapshot {
+    /// Unique name; made of the server's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+    /// Whether to save the memory too, so that a restore goes on where the guest was. Only of a server that runs or is
+    /// paused.
+    #[serde(default)]
+    pub memory: bool,
+    /// When to delete it by itself; never when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Time>,
+    /// The caller's own words.
+    #[serde(default)]
+    pub description: String,
+    /// The caller's own pairs.
+    #[serde(default)]
+    pub labels: Labels,
+}
+
+/// Body of `PATCH /v1/snapshots/{id}`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PatchSnapshot {
+    /// New name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+    /// New description.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Labels to set; null removes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<std::collections::BTreeMap<String, Option<String>>>,
+    /// New time to delete it by itself; null for never.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "given")]
+    #[schema(value_type = Option<Time>)]
+    pub expires_at: Option<Option<Time>>,
+}
+
+/// A member that is there, be it null.
+fn given<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    T::deserialize(deserializer).map(Some)
+}
