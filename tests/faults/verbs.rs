@@ -90,6 +90,7 @@ fn every_verb_does_its_work_on_the_real_daemon() {
         bring_images(&cli);
         networks(&cli);
         servers(&cli);
+        many_servers(&cli);
         consoles(&cli);
         snapshots(&cli);
         volumes(&cli);
@@ -149,6 +150,14 @@ fn bring_images(cli: &Cli<'_>) {
     cli.three_forms(&["image", "list"], "counter", "NAME");
     cli.three_forms(&["image", "show", "reader"], "reader", "NAME");
     assert_eq!(cli.json(&["image", "list", "-l", "a=b"]).as_array().unwrap().len(), 1);
+    let plan = cli.json(&["image", "import", "planned", "--from", "counter", "--dry-run"]);
+    assert_eq!(plan["image"]["name"], "planned");
+    cli.fails(&["image", "import", "counter", "--from", "counter", "--dry-run"], 4);
+    cli.fails(&["image", "show", "planned"], 3);
+    let update = ["image", "update", "recipe", "--name", "dish", "--description", "d", "--label", "c=d"];
+    let image = cli.json(&update);
+    assert_eq!((image["description"].as_str(), image["labels"]["c"].as_str()), (Some("d"), Some("d")));
+    cli.ok(&["image", "update", "dish", "--name", "recipe"]);
     cli.ok(&["--wait", "image", "delete", "recipe"]);
     cli.fails(&["image", "show", "recipe"], 3);
     let seen = on_a_terminal(cli, "--wait image import recipe --catalogue probe");
@@ -173,6 +182,10 @@ fn on_a_terminal(cli: &Cli<'_>, arguments: &str) -> String {
 }
 
 fn networks(cli: &Cli<'_>) {
+    let plan = cli.json(&["network", "create", "inner", "--cidr", "10.99.0.0/24", "--dry-run"]);
+    assert_eq!(plan["network"]["ipv4_cidr"], "10.99.0.0/24");
+    assert!(cli.ok(&["-o", "table", "network", "create", "inner", "--dry-run"]).contains("would:\n"));
+    cli.fails(&["network", "show", "inner"], 3);
     let network =
         cli.json(&["--wait", "network", "create", "inner", "--cidr", "10.99.0.0/24", "--kind", "isolated"]);
     assert_eq!((network["state"].as_str(), network["kind"].as_str()), (Some("ready"), Some("isolated")));
@@ -267,6 +280,32 @@ fn servers(cli: &Cli<'_>) {
     });
 }
 
+/// One action on every server with some labels. `www` runs before and after.
+fn many_servers(cli: &Cli<'_>) {
+    let update = ["server", "update", "www", "--label", "env=test", "--external-ref", "order-2"];
+    assert_eq!(cli.json(&update)["external_ref"], "order-2");
+    assert_eq!(cli.json(&["server", "list", "--external-ref", "order-2"]).as_array().unwrap().len(), 1);
+    assert_eq!(cli.json(&["server", "list", "--external-ref", "order-1"]).as_array().unwrap().len(), 0);
+    cli.json(&["--wait", "server", "create", "other", "--image", "counter", "--memory", "64M", "--no-start"]);
+    let stopped = cli.json(&["--wait", "server", "stop", "-l", "env=test", "--grace-s", "0"]);
+    assert_eq!(stopped.as_array().unwrap().len(), 1, "{stopped}");
+    assert_eq!(
+        (&stopped[0]["name"], &stopped[0]["operation"]["state"]),
+        (&"www".into(), &"succeeded".into())
+    );
+    let refused = cli.fails(&["server", "pause", "--selector", "env=test"], 4);
+    assert!(refused.out.contains("refused") && refused.err.contains("start"), "{refused:?}");
+    assert!(cli.ok(&["-o", "table", "--wait", "server", "start", "-l", "env"]).contains("succeeded"));
+    assert_eq!(cli.json(&["server", "show", "www"])["state"], "running");
+    assert_eq!(cli.json(&["server", "show", "other"])["state"], "stopped");
+    assert_eq!(cli.json(&["server", "stop", "-l", "env=none"]).as_array().unwrap().len(), 0);
+    for wrong in [&["www", "-l", "env=test"][..], &["-l", ""], &["-l", "a b"], &[]] {
+        cli.fails(&[&["server", "stop"], wrong].concat(), 2);
+    }
+    assert_eq!(cli.json(&["server", "update", "www", "--external-ref", ""])["external_ref"], Value::Null);
+    cli.ok(&["--wait", "server", "delete", "other"]);
+}
+
 fn consoles(cli: &Cli<'_>) {
     cli.ok(&["--wait", "server", "create", "reader", "--image", "reader", "--memory", "64M", "--no-network"]);
     cli.stage.console("reader", "serial waiting");
@@ -351,6 +390,10 @@ fn operations_and_events(cli: &Cli<'_>) {
     let last = operations[0]["id"].as_str().unwrap();
     cli.three_forms(&["operation", "list"], last, "KIND");
     cli.three_forms(&["operation", "show", last], last, "KIND");
+    let resource = operations[0]["resources"][0]["id"].as_str().unwrap();
+    let found = cli.json(&["operation", "list", "--resource", resource]);
+    assert!(found.as_array().unwrap().iter().any(|operation| operation["id"] == last), "{found}");
+    cli.fails(&["operation", "list", "-l", "a=b"], 2);
     cli.note(&["operation", "cancel"]);
     cli.fails(&["operation", "cancel", last], 4);
     cli.fails(&["operation", "show", "00000000-0000-0000-0000-000000000000"], 3);
