@@ -3,7 +3,7 @@ use std::io::IsTerminal;
 
 use clap::Args;
 use futures_util::{SinkExt, StreamExt};
-use model::server::{ConsoleToken, CreateConsoleToken};
+use model::console::{ConsoleToken, CreateConsoleToken};
 use nix::sys::termios::{self, SetArg, Termios};
 use tokio::io::AsyncReadExt;
 use tokio_tungstenite::tungstenite::Message;

@@ -13,6 +13,7 @@ mod limits;
 mod network;
 mod operation;
 mod output;
+mod rates;
 mod run;
 mod server;
 mod snapshot;

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::{ConsoleReaderId, ImageId, NetworkId, OperationId, ServerId, VolumeId};
+use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
 use crate::name::{Labels, Name};
 use crate::operation::Operation;
 use crate::problem::Problem;
@@ -582,45 +582,4 @@ pub struct NicMetrics {
     pub tx_dropped: u64,
     /// Times a direction waited for its limits.
     pub throttled: u64,
-}
-
-/// Body of `POST /v1/servers/{id}/console-tokens`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CreateConsoleToken {
-    /// Whether the holder may only look.
-    #[serde(default)]
-    pub read_only: bool,
-    /// Position to replay from; everything still held when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<u64>,
-}
-
-/// Someone who has a server's console open.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ConsoleReader {
-    /// Names it as long as it reads.
-    pub id: ConsoleReaderId,
-    /// Whether it may only look.
-    pub read_only: bool,
-    /// Who made the ticket that it came with, as in events: `local:{uid}` or `token:{id}`.
-    pub opened_by: String,
-    /// When it came.
-    pub opened_at: Time,
-}
-
-/// Everyone who has a server's console open.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ConsoleReaders {
-    /// In the order they came.
-    pub items: Vec<ConsoleReader>,
-}
-
-/// A one-use ticket to the console.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ConsoleToken {
-    /// Path and query of the WebSocket; prefix it with the API's scheme and host.
-    pub url: String,
-    /// After this it is worth nothing.
-    pub expires_at: Time,
 }

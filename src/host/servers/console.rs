@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use model::server::{ConsoleToken, CreateConsoleToken};
+use model::console::{ConsoleToken, CreateConsoleToken};
 use model::{Code, ServerId, Time};
 use rusqlite::{OptionalExtension, params};
 use serde::{Deserialize, Serialize};

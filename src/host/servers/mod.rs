@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use model::console::{ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken};
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
-    ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken, CreateServer, DeleteServer, DiskLimits,
-    PatchNicLimits, PatchServer, Server, ServerAction, ServerIsolation, ServerMetrics, ServerPlan,
-    StopServer,
+    CreateServer, DeleteServer, DiskLimits, PatchNicLimits, PatchServer, Server, ServerAction,
+    ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
 use model::snapshot::{CreateSnapshot, Snapshot};
 use model::{Code, ConsoleReaderId, OperationId, ServerId, SnapshotId};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use model::server::ConsoleReader;
+use model::console::ConsoleReader;
 use model::{Code, ConsoleReaderId, Time};
 use tokio::sync::watch;
 

@@ -4,7 +4,7 @@ use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use model::server::{ConsoleReaders, ConsoleToken, CreateConsoleToken};
+use model::console::{ConsoleReaders, ConsoleToken, CreateConsoleToken};
 use model::{Code, ConsoleReaderId, ServerId};
 use serde::Deserialize;
 use utoipa::IntoParams;

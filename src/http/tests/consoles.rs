@@ -3,8 +3,9 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use model::Code;
+use model::console::{ConsoleReaders, ConsoleToken};
 use model::operation::Accepted;
-use model::server::{ConsoleReaders, ConsoleToken, Server};
+use model::server::Server;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio_tungstenite::WebSocketStream;

@@ -1,9 +1,10 @@
 //! What is generated from the types and kept in `api/`. `UPDATE=1 cargo test -p http-room` writes it anew.
 use std::path::{Path, PathBuf};
 
+use model::console::CreateConsoleToken;
 use model::image::{ImportImage, PatchImage};
 use model::network::{CreateNetwork, PatchNetwork};
-use model::server::{CreateConsoleToken, CreateServer, PatchServer, StopServer};
+use model::server::{CreateServer, PatchServer, StopServer};
 use model::snapshot::{CreateSnapshot, PatchSnapshot};
 use model::volume::PatchVolume;
 

@@ -1,5 +1,6 @@
 //! Consoles on fakes: readers, keyboards, tickets.
-use model::server::{ConsoleToken, CreateConsoleToken, DeleteServer};
+use model::console::{ConsoleToken, CreateConsoleToken};
+use model::server::DeleteServer;
 use model::{Code, EventId, ServerId};
 
 use super::super::{ConsoleStream, limits};
