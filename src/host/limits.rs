@@ -50,6 +50,17 @@ pub const TOKENS_MAX: u32 = 1000;
 /// Most commands that wait for one VMM's or launcher's answers: a few readers of a console and an actor.
 pub const COMMANDS_MAX: usize = 256;
 
+/// Packets read from one VMM before other tasks get their turn: each may cost a parse of 64 KiB.
+pub const PACKETS_PER_TURN: u32 = 16;
+
+/// Most packets of a VMM within [`UNASKED_EVERY`] that answer no command. A guest causes some 32 faults and no more
+/// resets than machines can be built, which takes milliseconds; who says more is no VMM of ours. Its connection is closed
+/// and made again after a pause, so that a taken-over VMM costs the daemon little and keeps its server.
+pub const UNASKED_MAX: u32 = 1_000;
+
+/// See [`UNASKED_MAX`].
+pub const UNASKED_EVERY: Duration = Duration::from_secs(1);
+
 /// How long the launcher may take to start a VMM.
 pub const SPAWN: Duration = Duration::from_secs(10);
 

@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use devices::{EventFd, Notices};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
-use crate::limits::{FAULT_BYTES_MAX, FAULTS_MAX};
+use crate::limits::{FAULT_BYTES_MAX, FAULTS_EVERY_MS, FAULTS_MAX};
 
 /// How the guest's run came to an end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub(crate) struct News {
     pub(crate) ending: Option<Ending>,
     /// Device and detail, oldest first.
     pub(crate) faults: VecDeque<(String, String)>,
-    /// Faults that found no room.
+    /// Faults that were too many.
     pub(crate) faults_lost: u64,
     /// The console has passed the point somebody waits for.
     pub(crate) console: bool,
@@ -39,11 +40,30 @@ pub(crate) struct News {
 pub(crate) struct Bell {
     event: EventFd,
     news: Mutex<News>,
+    pace: Mutex<Pace>,
+}
+
+/// How many faults were kept in the span that is running.
+struct Pace {
+    began: Instant,
+    kept: usize,
+}
+
+impl Pace {
+    /// Counts one; `false` when it is one too many.
+    fn keeps(&mut self, now: Instant) -> bool {
+        if now.duration_since(self.began) >= Duration::from_millis(FAULTS_EVERY_MS) {
+            *self = Pace { began: now, kept: 0 };
+        }
+        self.kept = self.kept.saturating_add(1);
+        self.kept <= FAULTS_MAX
+    }
 }
 
 impl Bell {
     pub(crate) fn new() -> io::Result<Bell> {
-        Ok(Bell { event: EventFd::new(EFD_NONBLOCK)?, news: Mutex::default() })
+        let pace = Mutex::new(Pace { began: Instant::now(), kept: 0 });
+        Ok(Bell { event: EventFd::new(EFD_NONBLOCK)?, news: Mutex::default(), pace })
     }
 
     /// Readable when there is news.
@@ -88,10 +108,11 @@ impl Bell {
 
 impl Notices for Bell {
     fn device_fault(&self, device: &str, mut detail: String) {
+        let keeps = self.pace.lock().unwrap_or_else(PoisonError::into_inner).keeps(Instant::now());
         let cut = detail.floor_char_boundary(FAULT_BYTES_MAX);
         detail.truncate(cut);
         let mut news = self.news();
-        if news.faults.len() < FAULTS_MAX {
+        if keeps && news.faults.len() < FAULTS_MAX {
             news.faults.push_back((device.to_owned(), detail));
         } else {
             news.faults_lost = news.faults_lost.saturating_add(1);

@@ -10,8 +10,12 @@ pub(crate) const QUEUED_MESSAGES_MAX: usize = 64;
 /// Packets read from one connection before the others get their turn.
 pub(crate) const PACKETS_PER_TURN: usize = 16;
 
-/// Most device faults that wait to be told. A guest can cause them at will; the rest is only counted.
+/// Most device faults that wait to be told, and that are told within [`FAULTS_EVERY_MS`]. A guest can cause them at will; the rest is only counted.
 pub(crate) const FAULTS_MAX: usize = 32;
+
+/// The span in which so many are told, and the rest is only counted, in milliseconds: the daemon closes a connection on
+/// which too much comes unasked.
+pub(crate) const FAULTS_EVERY_MS: u64 = 1_000;
 
 /// Longest text of one device fault, in bytes.
 pub(crate) const FAULT_BYTES_MAX: usize = 512;

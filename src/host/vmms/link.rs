@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::Code;
 use sys::seqpacket::Socket;
@@ -192,13 +192,23 @@ impl Shared {
         }
     }
 
+    /// Reads until the VMM closes, or says what makes no sense or too much. It may be in an attacker's hands, so it gets
+    /// neither the runtime's thread nor the daemon's time for itself.
     async fn read(&self, console: &watch::Sender<u64>, notices: &mpsc::Sender<Notice>) {
+        let mut unasked = Unasked::new(Instant::now());
+        let mut turn = 0;
         loop {
+            // Waiting for a socket that stays readable never lets another task run.
+            if turn == limits::PACKETS_PER_TURN {
+                turn = 0;
+                tokio::task::yield_now().await;
+            }
             let Ok(mut ready) = self.socket.readable().await else { return };
             let message = match ready.get_inner().0.receive::<Message>() {
                 Ok(Some((message, _))) => message,
                 Ok(None) => return,
                 Err(cause) if cause.is_would_block() => {
+                    turn = 0;
                     ready.clear_ready();
                     continue;
                 }
@@ -207,11 +217,16 @@ impl Shared {
                     return;
                 }
             };
+            turn += 1;
+            if !unasked.take(Instant::now()) {
+                return tracing::warn!("a VMM says too much unasked; its connection is closed");
+            }
             match message {
                 Message::Reply { id, result } => {
                     let sender = self.waiting().as_mut().and_then(|waiting| waiting.remove(&id));
                     // Nobody waits any more when the reply came after its time.
                     if let Some(sender) = sender {
+                        unasked.answered();
                         let _ = sender.send(result);
                     }
                 }
@@ -225,6 +240,33 @@ impl Shared {
                 }
             }
         }
+    }
+}
+
+/// How much more a VMM may say that is no answer.
+struct Unasked {
+    left: u32,
+    renewed: Instant,
+}
+
+impl Unasked {
+    fn new(now: Instant) -> Unasked {
+        Unasked { left: limits::UNASKED_MAX, renewed: now }
+    }
+
+    /// Counts one packet; `false` when it is one too many.
+    fn take(&mut self, now: Instant) -> bool {
+        if now.duration_since(self.renewed) >= limits::UNASKED_EVERY {
+            *self = Unasked::new(now);
+        }
+        let left = self.left.checked_sub(1);
+        self.left = left.unwrap_or_default();
+        left.is_some()
+    }
+
+    /// The packet answered a command of ours. One notice may follow, such as word of the console.
+    fn answered(&mut self) {
+        self.left = self.left.saturating_add(2);
     }
 }
 

@@ -30,3 +30,20 @@ fn the_eventfd_is_readable_exactly_while_there_is_news() {
     assert!(bell.take().console);
     assert!(bell.event().read().is_err());
 }
+
+#[test]
+fn a_guest_that_goes_on_is_told_so_often_and_then_counted() {
+    let began = Instant::now();
+    let mut pace = Pace { began, kept: 0 };
+    for span in 0..2 {
+        let now = began + Duration::from_millis(FAULTS_EVERY_MS) * span;
+        assert!((0..FAULTS_MAX).all(|_| pace.keeps(now)));
+        assert!(!pace.keeps(now) && !pace.keeps(now));
+    }
+    // Whether somebody looks between them or not.
+    let bell = Bell::new().unwrap();
+    *bell.pace.lock().unwrap() = Pace { began: Instant::now() + Duration::from_secs(3600), kept: FAULTS_MAX };
+    bell.device_fault("disk0", "again".to_owned());
+    let news = bell.take();
+    assert_eq!((news.faults.len(), news.faults_lost), (0, 1));
+}

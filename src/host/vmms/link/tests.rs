@@ -160,3 +160,85 @@ async fn what_is_no_message_closes_the_link() {
     let (link, ..) = connect(&path).await;
     assert!(matches!(link.order(Command::Pause, SOON).await, Err(AskError::Gone)));
 }
+
+#[tokio::test]
+async fn a_vmm_that_always_has_more_to_say_leaves_other_tasks_their_turn() {
+    let (go, told_to) = std::sync::mpsc::channel();
+    let (done, all_sent) = std::sync::mpsc::channel();
+    let (path, _directory, _thread) = vmm(move |channel, request| match request.command {
+        Command::Hello { .. } => greet(channel, &request),
+        _ => {
+            assert!(reply(channel, request.id, Ok(Reply::Done)));
+            told_to.recv().unwrap();
+            for written in 0..64 {
+                channel.send(&Message::Notice(Notice::Console { written }), &[]).unwrap();
+            }
+            done.send(()).is_ok()
+        }
+    });
+    let (link, _, seen, _inbox) = connect(&path).await;
+    link.order(Command::Pause, SOON).await.unwrap();
+    // The only thread of the runtime waits here, so that all of it is there when the reader gets its turn.
+    go.send(()).unwrap();
+    all_sent.recv().unwrap();
+    let mut turns = std::collections::BTreeSet::new();
+    while turns.last() != Some(&63) {
+        tokio::task::yield_now().await;
+        turns.insert(*seen.borrow());
+    }
+    assert!(turns.len() >= 4, "others had their turn only at {turns:?}");
+}
+
+#[tokio::test]
+async fn a_vmm_that_floods_loses_its_connection() {
+    const FLOOD: u64 = 100_000;
+    let (told, sent) = std::sync::mpsc::channel();
+    let (path, _directory, _thread) = vmm(move |channel, request| match request.command {
+        Command::Hello { .. } => greet(channel, &request),
+        _ => {
+            let notice = Message::Notice(Notice::DeviceFault {
+                device: "disk0".to_owned(),
+                detail: "x".repeat(60 * 1024),
+            });
+            let sent = (0..FLOOD).take_while(|_| channel.send(&notice, &[]).is_ok()).count();
+            told.send(sent as u64).unwrap();
+            false
+        }
+    });
+    let (link, ..) = connect(&path).await;
+    assert!(matches!(link.order(Command::Pause, SOON).await, Err(AskError::Gone)));
+    link.closed().await;
+    assert!(matches!(link.order(Command::Pause, SOON).await, Err(AskError::Gone)));
+    drop(link);
+    assert!(sent.recv().unwrap() < FLOOD, "everything was read");
+}
+
+#[tokio::test]
+async fn what_was_asked_for_does_not_count_as_a_flood() {
+    let (path, _directory, _thread) = vmm(|channel, request| match request.command {
+        Command::Hello { .. } => greet(channel, &request),
+        _ => {
+            reply(channel, request.id, Ok(Reply::Done))
+                && channel.send(&Message::Notice(Notice::Console { written: request.id }), &[]).is_ok()
+        }
+    });
+    let (link, ..) = connect(&path).await;
+    for _ in 0..limits::UNASKED_MAX {
+        link.order(Command::WatchConsole { seen: 0 }, SOON).await.unwrap();
+    }
+    assert!(!link.is_closed());
+}
+
+#[test]
+fn a_vmm_may_say_so_much_in_each_span() {
+    let start = Instant::now();
+    let mut unasked = Unasked::new(start);
+    for span in 0..2 {
+        let now = start + limits::UNASKED_EVERY * span;
+        assert!((0..limits::UNASKED_MAX).all(|_| unasked.take(now)));
+        assert!(!unasked.take(now));
+        // Each answer pays for itself and for one notice.
+        unasked.answered();
+        assert!(unasked.take(now) && unasked.take(now) && !unasked.take(now));
+    }
+}
