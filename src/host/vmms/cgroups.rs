@@ -48,8 +48,16 @@ impl Controller {
             (Controller::Cpu, Version::V1) => {
                 vec![("cpu.cfs_period_us", period_us.to_string()), ("cpu.cfs_quota_us", quota_us.to_string())]
             }
-            (Controller::Memory, Version::V2) => vec![("memory.max", memory.to_string())],
-            (Controller::Memory, Version::V1) => vec![("memory.limit_in_bytes", memory.to_string())],
+            // Without a word on swap, memory beyond the limit goes there, until the host has none left.
+            (Controller::Memory, Version::V2) => {
+                vec![("memory.max", memory.to_string()), (SWAP_V2, "0".to_owned())]
+            }
+            // Here memory and swap are limited together, never below the limit of memory alone, whatever stood before.
+            (Controller::Memory, Version::V1) => vec![
+                (SWAP_V1, "-1".to_owned()),
+                ("memory.limit_in_bytes", memory.to_string()),
+                (SWAP_V1, memory.to_string()),
+            ],
             (Controller::Pids, _) => vec![("pids.max", limits::VMM_NPROC.to_string())],
         }
     }
@@ -64,14 +72,29 @@ impl Controller {
             (Controller::Cpu, Version::V1) => {
                 read("cpu.cfs_quota_us").trim().parse().is_ok_and(|us: i64| us > 0)
             }
-            (Controller::Memory, Version::V2) => is_number(&read("memory.max")),
+            (Controller::Memory, Version::V2) => {
+                is_number(&read("memory.max"))
+                    && (read(SWAP_V2).trim() == "0" || has_no_swap(&directory.join(SWAP_V2)))
+            }
             // Without a limit the file shows the largest page-aligned number.
             (Controller::Memory, Version::V1) => {
-                read("memory.limit_in_bytes").trim().parse().is_ok_and(|bytes: u64| bytes < 1 << 62)
+                let is_bound = |name| read(name).trim().parse().is_ok_and(|bytes: u64| bytes < 1 << 62);
+                is_bound("memory.limit_in_bytes")
+                    && (is_bound(SWAP_V1) || has_no_swap(&directory.join(SWAP_V1)))
             }
             (Controller::Pids, _) => is_number(&read("pids.max")),
         }
     }
+}
+
+/// Where a group's use of swap is limited. Kernels that do not account swap have no such file.
+const SWAP_V2: &str = "memory.swap.max";
+const SWAP_V1: &str = "memory.memsw.limit_in_bytes";
+
+/// Whether the file that would limit swap is missing, and so is swap.
+fn has_no_swap(file: &Path) -> bool {
+    // The first line says what is in the columns; a kernel that knows no swap has no such file either.
+    !file.exists() && fs::read_to_string("/proc/swaps").unwrap_or_default().lines().count() <= 1
 }
 
 fn is_number(text: &str) -> bool {
@@ -263,7 +286,11 @@ impl Hierarchy {
         let mut refused = Vec::new();
         for controller in &self.controllers {
             for (name, value) in controller.limit(self.version, cell) {
-                if let Err(cause) = write(&directory.join(name), &value) {
+                let file = directory.join(name);
+                if let Err(cause) = write(&file, &value) {
+                    if [SWAP_V1, SWAP_V2].contains(&name) && has_no_swap(&file) {
+                        continue;
+                    }
                     refused.push((*controller, format!("{name} cannot be set to {value}: {cause}")));
                     break;
                 }
