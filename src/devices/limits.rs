@@ -19,6 +19,10 @@ pub const CONFIG_BYTES_MAX: usize = 256;
 /// 19) and equal to what QEMU accepts, so a driver that works there works here.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 
+/// Descriptors of a completed chain whose storage is kept for the next one: more than most requests have. A guest that once
+/// fills a queue with the longest chains does not keep it all.
+pub const SPARE_SEGMENTS_MAX: usize = 32;
+
 /// Events taken from one epoll_wait. More than one device's descriptors; the rest stays in the kernel.
 pub const EVENTS_MAX: usize = 32;
 
@@ -61,6 +65,10 @@ pub const BLOCK_REQUEST_BYTES_MAX: u32 = 32 << 20;
 /// Bytes of requests in flight per disk beyond which nothing more is taken from the queue: what even a slow disk
 /// (20 MB/s) moves within a drain, and more than a fast one needs to be kept busy.
 pub const BLOCK_IN_FLIGHT_BYTES_MAX: u64 = 64 << 20;
+
+/// Descriptors of requests in flight per disk beyond which nothing more is taken from the queue. Each costs the process up
+/// to a hundred bytes; so many are 8 MiB in flight for a guest whose pages are all scattered.
+pub const BLOCK_IN_FLIGHT_SEGMENTS_MAX: usize = 2_048;
 
 /// Ranges in one discard request. Linux merges up to 256 on fast disks; each is a system call here.
 pub const DISCARD_RANGES_MAX: u32 = 16;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::limits::CHAIN_DESCRIPTORS_MAX;
+use crate::limits::{CHAIN_DESCRIPTORS_MAX, SPARE_SEGMENTS_MAX};
 
 mod chain;
 
@@ -276,13 +276,20 @@ impl Queue {
         false
     }
 
+    /// Descriptors for which storage is kept.
+    #[cfg(test)]
+    pub(crate) fn spare_segments(&self) -> usize {
+        self.spare.iter().map(Vec::capacity).sum()
+    }
+
     fn forget(&mut self, chain: Chain) {
         if let Some(entry) = self.in_flight.get_mut(usize::from(chain.head())) {
             *entry = false;
         }
         self.taken = self.taken.saturating_sub(1);
-        if self.spare.len() < SPARE_MAX {
-            self.spare.push(chain.into_storage());
+        let storage = chain.into_storage();
+        if self.spare.len() < SPARE_MAX && storage.capacity() <= SPARE_SEGMENTS_MAX {
+            self.spare.push(storage);
         }
     }
 }

@@ -362,3 +362,25 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn the_longest_requests_leave_no_storage_behind() {
+    const DEPTH: usize = 64;
+    each_engine(|ring_over| {
+        let memory = memory();
+        let mut ring = ring_over(disk(&[7; 4096]), DEPTH as u16);
+        for token in 0..DEPTH as u64 {
+            ring.read(token, 0, &memory, (0..PIECES_MAX).map(|piece| at(piece as u64, 1))).unwrap();
+        }
+        assert!(finish(&mut ring).into_iter().all(|done| done.result.is_ok()));
+        let kept: usize = ring.slots.iter().map(|slot| slot.vectors.kept()).sum();
+        assert!(kept <= 2 * DEPTH * vectors::PIECES_KEPT, "{kept} after answers");
+        // So have those that were refused.
+        for _ in 0..DEPTH {
+            let outside = (0..PIECES_MAX).map(|piece| at(piece as u64, 1)).chain([at(u64::MAX - 8, 1)]);
+            assert!(ring.read(0, 0, &memory, outside).is_err());
+        }
+        let kept: usize = ring.slots.iter().map(|slot| slot.vectors.kept()).sum();
+        assert!(kept <= 2 * DEPTH * vectors::PIECES_KEPT, "{kept} after refusals");
+    });
+}

@@ -10,6 +10,10 @@ use crate::Ram;
 /// Most buffers in one request (UIO_MAXIOV in include/uapi/linux/uio.h).
 pub const PIECES_MAX: usize = 1024;
 
+/// Most buffers for which a released list keeps storage, 32 bytes each: more than most requests have. Whoever once fills a
+/// ring with the longest requests does not keep it all.
+pub(super) const PIECES_KEPT: usize = 32;
+
 /// What zeroes are written from. Large enough that a request's vectors reach 64 MiB.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -103,10 +107,18 @@ impl Vectors {
         }
     }
 
-    /// Lets go of the memory; keeps the storage for the next request.
+    /// Buffers for which there is storage.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.list.capacity() + self.pieces.capacity()
+    }
+
+    /// Lets go of the memory; keeps the storage for the next request, unless this one was uncommonly long.
     pub(super) fn release(&mut self) {
         self.list.clear();
+        self.list.shrink_to(PIECES_KEPT);
         self.pieces.clear();
+        self.pieces.shrink_to(PIECES_KEPT);
         self.memory = None;
         self.done = 0;
     }

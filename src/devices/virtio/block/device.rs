@@ -85,7 +85,7 @@ impl Block {
         }
     }
 
-    fn service(
+    pub(super) fn service(
         &self,
         wiring: QueueWiring,
         signals: Arc<dyn Signals>,

@@ -15,7 +15,7 @@ use super::pending::Pending;
 use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
 use crate::EventFd;
 use crate::limiter::Throttle;
-use crate::limits::BLOCK_IN_FLIGHT_BYTES_MAX;
+use crate::limits::{BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX};
 use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources, Stand};
 
 /// The descriptors besides the kick.
@@ -53,10 +53,34 @@ pub(super) struct ServiceOptions {
     pub(super) caching: Caching,
 }
 
+/// What the requests cost that the kernel works on.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InFlight {
+    bytes: u64,
+    pub(super) segments: usize,
+}
+
+impl InFlight {
+    fn add(&mut self, pending: &Pending) {
+        self.bytes = self.bytes.saturating_add(pending.request.bytes());
+        self.segments = self.segments.saturating_add(pending.chain.segments());
+    }
+
+    fn remove(&mut self, pending: &Pending) {
+        self.bytes = self.bytes.saturating_sub(pending.request.bytes());
+        self.segments = self.segments.saturating_sub(pending.chain.segments());
+    }
+
+    /// Whether nothing more is to be taken. The last request may reach beyond.
+    fn is_full(self) -> bool {
+        self.bytes >= BLOCK_IN_FLIGHT_BYTES_MAX || self.segments >= BLOCK_IN_FLIGHT_SEGMENTS_MAX
+    }
+}
+
 /// The thread's side of one queue.
 pub(super) struct Service {
     index: u16,
-    queue: Queue,
+    pub(super) queue: Queue,
     kick: Arc<EventFd>,
     memory: Arc<Ram>,
     /// There until the service ends.
@@ -70,8 +94,8 @@ pub(super) struct Service {
     signals: Arc<dyn Signals>,
     caching: Caching,
     done: Vec<Completed>,
-    in_flight_bytes: u64,
-    /// As many bytes are in flight as may be; the next answer makes room.
+    pub(super) in_flight: InFlight,
+    /// As much is in flight as may be; the next answer makes room.
     is_full: bool,
     /// Paused or broken: nothing is taken from the queue.
     is_quiet: bool,
@@ -148,14 +172,14 @@ impl Service {
             signals,
             caching,
             done: Vec::new(),
-            in_flight_bytes: 0,
+            in_flight: InFlight::default(),
             is_full: false,
             is_quiet: false,
         }
     }
 
     /// Takes what there is, hands it over in one system call and passes on what is already answered.
-    fn serve(&mut self) -> Result<Progress, Fault> {
+    pub(super) fn serve(&mut self) -> Result<Progress, Fault> {
         self.is_full = false;
         let taken = self.take_requests();
         if let Some(lease) = &mut self.lease {
@@ -167,17 +191,17 @@ impl Service {
     }
 
     fn has_room_again(&self) -> bool {
-        self.is_full && self.in_flight_bytes < BLOCK_IN_FLIGHT_BYTES_MAX
+        self.is_full && !self.in_flight.is_full()
     }
 
     /// At most a queue full, so that commands are heard.
-    fn take_requests(&mut self) -> Result<Progress, Fault> {
+    pub(super) fn take_requests(&mut self) -> Result<Progress, Fault> {
         if self.throttle.is_waiting() {
             return Ok(Progress::Idle);
         }
         self.queue.silence_kicks()?;
         for _ in 0..self.queue.size() {
-            if self.in_flight_bytes >= BLOCK_IN_FLIGHT_BYTES_MAX {
+            if self.in_flight.is_full() {
                 self.is_full = true;
                 return Ok(Progress::Idle);
             }
@@ -211,7 +235,7 @@ impl Service {
         }
         let Some(lease) = &self.lease else { return self.refuse(chain, Refusal::Malformed) };
         let pending = Pending::new(chain, request, self.caching.durability(), &lease.disk);
-        self.in_flight_bytes = self.in_flight_bytes.saturating_add(pending.request.bytes());
+        self.in_flight.add(&pending);
         self.issue(pending)
     }
 
@@ -229,7 +253,7 @@ impl Service {
             // The queue's heads are below its size, and each is in flight once; so what is refused here is a buffer
             // outside memory.
             _ => {
-                self.in_flight_bytes = self.in_flight_bytes.saturating_sub(pending.request.bytes());
+                self.in_flight.remove(&pending);
                 self.refuse(pending.chain, Refusal::Malformed)
             }
         }
@@ -269,7 +293,7 @@ impl Service {
         if next {
             return self.issue(pending);
         }
-        self.in_flight_bytes = self.in_flight_bytes.saturating_sub(pending.request.bytes());
+        self.in_flight.remove(&pending);
         let Pending { chain, request, .. } = pending;
         let status = match (&request, result) {
             (_, Ok(())) => {

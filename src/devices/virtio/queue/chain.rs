@@ -97,6 +97,11 @@ impl Chain {
         self.segments.get(self.readable..).unwrap_or_default()
     }
 
+    /// How many buffers it has.
+    pub fn segments(&self) -> usize {
+        self.segments.len()
+    }
+
     /// Bytes in [`Chain::readable`].
     pub fn readable_bytes(&self) -> u32 {
         self.readable_bytes

@@ -1,11 +1,13 @@
 //! Drivers that break the rules, by mistake or on purpose.
 use std::sync::atomic::AtomicBool;
 use std::thread;
+use std::time::Instant;
 
 use vm_memory::GuestMemoryBackend;
 
 use super::*;
-use crate::virtio::bench::{INDIRECT, NEXT, WRITE, write_descriptor};
+use crate::limits::{BLOCK_IN_FLIGHT_SEGMENTS_MAX, CHAIN_DESCRIPTORS_MAX};
+use crate::virtio::bench::{INDIRECT, NEXT, PATIENCE, WRITE, write_descriptor};
 
 const OUTSIDE: u64 = 1 << 40;
 
@@ -275,4 +277,43 @@ fn descriptors_rewritten_meanwhile_do_no_harm() {
         eprintln!("{engine:?}: {breaks} of 40 rounds broke the device");
         assert_eq!(driver.ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, OK);
     }
+}
+
+#[test]
+fn the_longest_chains_wait_for_each_other_and_leave_no_storage_behind() {
+    each_engine(|engine| {
+        let mut driver = Driver::new(Setup { engine, ..Setup::default() });
+        driver.active.take().unwrap().stop();
+        let features = driver.block.features();
+        let (wiring, signals) = (driver.ring.wiring(0, features), driver.heard.clone());
+        let mut service = driver.block.service(wiring, signals, features, None).unwrap();
+        // One table, to which every head of the queue leads: a header, two sectors in the smallest pieces, a status.
+        let (header, status) = (driver.header(VIRTIO_BLK_T_IN, 0), driver.filled(&[UNANSWERED]));
+        let (table, data) = (driver.buffer(1024 * 16), driver.buffer(1024));
+        let place = |at: u16| table + u64::from(at) * 16;
+        let memory = &driver.bench.memory;
+        write_descriptor(memory, place(0), header, 16, NEXT, 1);
+        for at in 1..1023 {
+            let length = if at == 1022 { 3 } else { 1 };
+            write_descriptor(memory, place(at), data, length, NEXT | WRITE, at + 1);
+        }
+        write_descriptor(memory, place(1023), status, 1, WRITE, 0);
+        for head in 0..256 {
+            driver.ring.descriptor(head, table, 1024 * 16, INDIRECT, 0);
+            driver.ring.offer(head);
+        }
+        let (mut most, mut done) = (0, 0);
+        let start = Instant::now();
+        while done < 256 {
+            service.take_requests().unwrap();
+            most = most.max(service.in_flight.segments);
+            service.serve().unwrap();
+            done += std::iter::from_fn(|| driver.ring.take_used()).count();
+            assert!(start.elapsed() < PATIENCE, "{engine:?}: {done} of 256 requests were answered");
+        }
+        assert!(most < BLOCK_IN_FLIGHT_SEGMENTS_MAX + CHAIN_DESCRIPTORS_MAX, "{engine:?}: {most} in flight");
+        assert_eq!((seen(&driver.stats.reads), seen(&driver.stats.malformed)), (256, 0));
+        assert_eq!(service.in_flight.segments, 0);
+        assert_eq!(service.queue.spare_segments(), 0);
+    });
 }
