@@ -109,6 +109,7 @@ struct Inside {
     presses: u32,
     save: Option<SaveStatus>,
     restored: bool,
+    sandbox: Sandbox,
 }
 
 enum Order {
@@ -239,7 +240,13 @@ impl Launch for FakeLaunch {
         lock(&self.kernel.state).oom_kills.get(key).copied().unwrap_or_default()
     }
 
-    fn examine(&self, _: &ProcessId, _: &str, sandbox: Sandbox, _: &[PathBuf]) -> Result<Vec<Finding>> {
+    fn examine(
+        &self,
+        _: &ProcessId,
+        _: &str,
+        sandbox: Option<Sandbox>,
+        _: &[PathBuf],
+    ) -> Result<Vec<Finding>> {
         let lacks = lock(&self.kernel.state).lacks.clone();
         let found = |item: &Item| lacks.get(item).cloned().map_or_else(|| Ok(format!("{sandbox:?}")), Err);
         Ok(Item::ALL.into_iter().map(|item| Finding { item, found: found(&item) }).collect())
@@ -293,6 +300,11 @@ impl FakeVmm {
     /// Ends its machine for this reason, as the guest or a bug would.
     pub fn end(&self, reason: Reason) {
         self.order(Order::End(reason));
+    }
+
+    /// From here on it says this of the walls that it put around itself.
+    pub fn set_sandbox(&self, sandbox: Sandbox) {
+        lock(&self.inside).sandbox = sandbox;
     }
 
     /// The guest writes on its console.
@@ -485,7 +497,7 @@ impl Running {
                 version: "fake".to_owned(),
                 state: self.vmm.state(),
                 console_written: self.ring.as_ref().map_or(0, Ring::written),
-                sandbox: Default::default(),
+                sandbox: lock(&self.vmm.inside).sandbox,
             }),
             Command::Boot(spec) => {
                 let (result, ended) = self.boot(*spec, descriptors);

@@ -48,6 +48,9 @@ pub(super) fn event(
     {
         Snapshots::complete(tx, *snapshot, taken)?;
     }
+    if let Event::Made(Some(spawned)) | Event::Spawned(spawned) = &event {
+        record.sandbox = spawned.sandbox;
+    }
     let mut next = step(&record.life, event, record.context());
     if begins_run(&record, &next) {
         let mut admitted = record.clone();

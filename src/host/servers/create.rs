@@ -73,6 +73,7 @@ pub(super) fn server(
         user_data: spec.user_data,
         restart_policy: spec.restart_policy,
         isolation: spec.isolation,
+        sandbox: None,
         generation: 1,
         created_at: now,
         updated_at: now,

@@ -18,14 +18,14 @@ use wire::control::{Command, Reply};
 use wire::launch::ExitStatus;
 use wire::will::Will;
 
-use super::lifecycle::{End, Event, Phase, Saved, Trouble, Work};
+use super::lifecycle::{End, Event, Phase, Saved, Spawned, Trouble, Work};
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
 use super::{limits, machine, saved};
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::link::AskError;
-use crate::vmms::{Cell, Link, ProcessId, Start, Walls};
+use crate::vmms::{Cell, Link, Start, Walls};
 use crate::volumes::Volumes;
 
 /// One piece of work on one server.
@@ -163,16 +163,16 @@ impl Doing {
 
     /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
     /// both take a while. Repeatable.
-    async fn vmm(&self, filled: impl Future<Output = Result<()>>) -> Result<ProcessId> {
+    async fn vmm(&self, filled: impl Future<Output = Result<()>>) -> Result<Spawned> {
         self.dismiss_stranger().await;
         self.entry.drop_machine();
         let ends = self.bind().await?;
         let prepared = machine::prepare(&self.workshop, &self.record, filled);
         // Both to their end, whatever becomes of the other: what is half done would be undone too early.
         let (started, prepared) = tokio::join!(self.start_vmm(ends), prepared);
-        let id = started?;
+        let spawned = started?;
         self.entry.keep_prepared(prepared?);
-        Ok(id)
+        Ok(spawned)
     }
 
     /// Takes back what [`Doing::vmm`] has made of a server that is no more to be. Repeatable.
@@ -205,7 +205,7 @@ impl Doing {
         Ok(ends)
     }
 
-    async fn start_vmm(&self, ends: Ends) -> Result<ProcessId> {
+    async fn start_vmm(&self, ends: Ends) -> Result<Spawned> {
         let walls = match self.record.isolation {
             Isolation::Strict => Walls::All,
             Isolation::Standard => Walls::AsFound,
@@ -215,9 +215,11 @@ impl Doing {
         let start = Start { label, listener: listener.into(), will, log, cell, walls };
         let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
-        let id = process.id();
+        let vmm = process.id();
         self.entry.hold(process);
-        Ok(id)
+        // Asked now, because later a guest may have taken it over. Whether it answers is seen when it is to boot.
+        let hello = self.entry.greet(limits::BOOT).await.ok().and_then(|(_, hello)| hello);
+        Ok(Spawned { vmm, sandbox: hello.map(|hello| hello.sandbox) })
     }
 
     async fn cell(&self) -> Result<Cell> {

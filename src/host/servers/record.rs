@@ -5,6 +5,7 @@ use model::{Code, ImageId, Labels, Name, ServerId, Time, VolumeId};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use wire::control::Sandbox;
 
 use super::lifecycle::{Context, Life};
 use super::limits;
@@ -69,6 +70,9 @@ pub struct ServerRecord {
     /// What it must be kept apart by.
     #[serde(default)]
     pub isolation: Isolation,
+    /// What its VMM said of its own walls before it had a machine; absent when it was not asked then.
+    #[serde(default)]
+    pub sandbox: Option<Sandbox>,
     /// Version.
     pub generation: u64,
     /// When it was made.

@@ -16,6 +16,7 @@ use crate::{Call, Error};
 mod bulk;
 mod console;
 mod hibernate;
+mod hostile;
 mod limits;
 mod snapshot;
 mod sweep;

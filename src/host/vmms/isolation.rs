@@ -28,7 +28,8 @@ pub(super) struct Subject<'a> {
     pub(super) pid: i32,
     /// Name of its control groups.
     pub(super) key: &'a str,
-    pub(super) sandbox: Sandbox,
+    /// What it said before it had a guest.
+    pub(super) sandbox: Option<Sandbox>,
     /// Files it may hold, and directories whose files it may hold.
     pub(super) files: &'a [PathBuf],
 }
@@ -38,32 +39,38 @@ pub(super) fn examine(subject: &Subject<'_>, cgroups: &Cgroups) -> io::Result<Ve
     let process = Process::read(subject.pid)?;
     let membership = fs::read_to_string(process.path("cgroup"))?;
     let group = |controller| cgroups.found(subject.key, &membership, controller);
-    let sandbox = subject.sandbox;
-    let found = |item| match item {
-        Item::Uid => process.own_ids(),
-        Item::Capabilities => process.no_capabilities(),
-        Item::NoNewPrivs => process.shows("NoNewPrivs", "1", "nothing it executes gains a right"),
-        Item::MountNamespace => process.own_namespace("mnt"),
-        Item::PidNamespace => process.own_namespace("pid"),
-        Item::NetNamespace => process.own_namespace("net").and_then(|own| process.no_devices().map(|()| own)),
-        Item::IpcNamespace => process.own_namespace("ipc"),
-        Item::UtsNamespace => process.own_namespace("uts"),
-        Item::Root => process.empty_root(),
-        Item::Rlimits => process.limited(),
-        Item::Landlock => match sandbox.landlock_abi {
-            0 => Err("the kernel has no Landlock, or it is switched off (kernel parameter lsm=)".to_owned()),
-            abi => Ok(format!("a domain that allows nothing, version {abi} of the interface")),
-        },
-        Item::CgroupCpu => group(Controller::Cpu),
-        Item::CgroupMemory => group(Controller::Memory),
-        Item::CgroupPids => group(Controller::Pids),
-        Item::Seccomp => process.filtered(sandbox.seccomp),
-        Item::IoUring => match sandbox.rings_restricted {
-            true => Ok("each ring does what its one file needs, and no other can be made".to_owned()),
-            false => Err("the kernel cannot restrict rings (it can since 5.10)".to_owned()),
-        },
-        Item::Descriptors => process.known_descriptors(subject.files),
-    };
+    let said = || subject.sandbox.ok_or_else(|| "it was not asked before its guest ran".to_owned());
+    let found =
+        |item| -> Result<String, String> {
+            match item {
+                Item::Uid => process.own_ids(),
+                Item::Capabilities => process.no_capabilities(),
+                Item::NoNewPrivs => process.shows("NoNewPrivs", "1", "nothing it executes gains a right"),
+                Item::MountNamespace => process.own_namespace("mnt"),
+                Item::PidNamespace => process.own_namespace("pid"),
+                Item::NetNamespace => {
+                    process.own_namespace("net").and_then(|own| process.no_devices().map(|()| own))
+                }
+                Item::IpcNamespace => process.own_namespace("ipc"),
+                Item::UtsNamespace => process.own_namespace("uts"),
+                Item::Root => process.empty_root(),
+                Item::Rlimits => process.limited(),
+                Item::Landlock => match said()?.landlock_abi {
+                    0 => Err("the kernel has no Landlock, or it is switched off (kernel parameter lsm=)"
+                        .to_owned()),
+                    abi => Ok(format!("a domain that allows nothing, version {abi} of the interface")),
+                },
+                Item::CgroupCpu => group(Controller::Cpu),
+                Item::CgroupMemory => group(Controller::Memory),
+                Item::CgroupPids => group(Controller::Pids),
+                Item::Seccomp => process.filtered(subject.sandbox.is_none_or(|sandbox| sandbox.seccomp)),
+                Item::IoUring => match said()?.rings_restricted {
+                    true => Ok("each ring does what its one file needs, and no other can be made".to_owned()),
+                    false => Err("the kernel cannot restrict rings (it can since 5.10)".to_owned()),
+                },
+                Item::Descriptors => process.known_descriptors(subject.files),
+            }
+        };
     let findings = Item::ALL.into_iter().map(|item| Finding { item, found: found(item) }).collect();
     // What vanished meanwhile would have looked like a missing wall.
     fs::metadata(process.path("status")).map(|_| findings)
@@ -295,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_process_outside_any_jail_is_found_without_walls() {
-        let sandbox = Sandbox::default();
+        let sandbox = Some(Sandbox::default());
         let pid = i32::try_from(std::process::id()).unwrap();
         let subject = Subject { pid, key: "nobody", sandbox, files: &[] };
         let findings = examine(&subject, &Cgroups::of_host("toft").unwrap()).unwrap();
@@ -308,8 +315,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_vmm_was_not_asked_in_time_does_not_stand() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let subject = Subject { pid, key: "nobody", sandbox: None, files: &[] };
+        let findings = examine(&subject, &Cgroups::of_host("toft").unwrap()).unwrap();
+        for item in [Item::Landlock, Item::IoUring] {
+            let finding = findings.iter().find(|finding| finding.item == item).unwrap();
+            assert_eq!(finding.found, Err("it was not asked before its guest ran".to_owned()), "{item}");
+        }
+    }
+
+    #[test]
     fn a_process_that_has_ended_is_an_error() {
-        let subject = Subject { pid: i32::MAX, key: "nobody", sandbox: Sandbox::default(), files: &[] };
+        let subject = Subject { pid: i32::MAX, key: "nobody", sandbox: None, files: &[] };
         assert!(examine(&subject, &Cgroups::of_host("toft").unwrap()).is_err());
     }
 

@@ -227,7 +227,7 @@ impl Launch for Launcher {
         &self,
         id: &ProcessId,
         key: &str,
-        sandbox: Sandbox,
+        sandbox: Option<Sandbox>,
         files: &[PathBuf],
     ) -> Result<Vec<Finding>> {
         let gone = || Error::new(Code::MachineFailed, format!("VMM {} has ended", id.pid));

@@ -46,10 +46,15 @@ pub trait Launch: Send + Sync + 'static {
     /// How often the kernel ended a VMM of [`Cell::key`] because its memory ran out, until it is released.
     fn oom_kills(&self, key: &str) -> u64;
 
-    /// What keeps a VMM apart, as found on its process. `sandbox` is what it says of itself; `files` it may hold, and
-    /// those that lie in the directories among them. Fails when it has ended.
-    fn examine(&self, id: &ProcessId, key: &str, sandbox: Sandbox, files: &[PathBuf])
-    -> Result<Vec<Finding>>;
+    /// What keeps a VMM apart, as found on its process. `sandbox` is what it said of itself before it had a guest, when that
+    /// is known; `files` it may hold, and those that lie in the directories among them. Fails when it has ended.
+    fn examine(
+        &self,
+        id: &ProcessId,
+        key: &str,
+        sandbox: Option<Sandbox>,
+        files: &[PathBuf],
+    ) -> Result<Vec<Finding>>;
 
     /// Looks at KVM and tries a guest on it.
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>>;

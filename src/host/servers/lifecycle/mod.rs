@@ -33,7 +33,7 @@ pub mod step;
 
 pub use ask::{Ask, Asked, Refused};
 pub use end::{End, EndKind};
-pub use step::{Event, Found, step};
+pub use step::{Event, Found, Spawned, step};
 
 /// All that decides what a server does next. Saved as one piece.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

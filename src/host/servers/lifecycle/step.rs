@@ -4,7 +4,7 @@ use model::Code;
 use model::limits::GRACE_S_MAX;
 use model::server::{RestartPolicy, StateReason, Wanted};
 use model::{OperationId, SnapshotId, Time};
-use wire::control::MachineState;
+use wire::control::{MachineState, Sandbox};
 
 use super::end::{End, EndKind};
 use super::{Back, Context, JobKind, Life, Phase, Push, Saved, Step, Then, Trouble, Verdict};
@@ -15,15 +15,24 @@ use crate::vmms::ProcessId;
 /// The longest grace that can be asked for, in milliseconds.
 const GRACE_MS_MAX: i64 = GRACE_S_MAX as i64 * 1000;
 
+/// A VMM process that was started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spawned {
+    /// Which.
+    pub vmm: ProcessId,
+    /// What it closed behind itself, in its own words, when it answered. There is no guest yet.
+    pub sandbox: Option<Sandbox>,
+}
+
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// Directory and volumes are there, and the VMM of the first machine, where one was started meanwhile.
-    Made(Option<ProcessId>),
+    Made(Option<Spawned>),
     /// They could not be made.
     MakeFailed(Trouble),
     /// A VMM process was started.
-    Spawned(ProcessId),
+    Spawned(Spawned),
     /// Its vCPUs run.
     Booted,
     /// No process, or no machine in it.
@@ -118,12 +127,12 @@ impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
         match (phase, event) {
-            (Phase::Creating { start: true }, Event::Made(vmm)) => {
+            (Phase::Creating { start: true }, Event::Made(spawned)) => {
                 self.life.begin_run();
-                self.life.phase = Phase::Starting { vmm };
+                self.life.phase = Phase::Starting { vmm: spawned.map(|spawned| spawned.vmm) };
             }
             // It was stopped before it had begun.
-            (Phase::Creating { start: false }, Event::Made(Some(vmm))) => {
+            (Phase::Creating { start: false }, Event::Made(Some(Spawned { vmm, .. }))) => {
                 let (vmm, push, then) = (Some(vmm), Push::Force, Then::Stop);
                 self.life.phase = Phase::Stopping { vmm, push, then };
             }
@@ -134,10 +143,10 @@ impl Stepping {
             (Phase::Creating { .. }, Event::MakeFailed(trouble)) => {
                 self.delete(false, Verdict::Failed(trouble));
             }
-            (Phase::Starting { .. }, Event::Spawned(vmm)) => {
+            (Phase::Starting { .. }, Event::Spawned(Spawned { vmm, .. })) => {
                 self.life.phase = Phase::Starting { vmm: Some(vmm) };
             }
-            (Phase::Stopping { push, then, .. }, Event::Spawned(vmm)) => {
+            (Phase::Stopping { push, then, .. }, Event::Spawned(Spawned { vmm, .. })) => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then };
             }
             (Phase::Starting { vmm: Some(vmm) }, Event::Booted) => self.booted(vmm),

@@ -134,13 +134,13 @@ impl World {
         self.machine.take_if(|(_, state)| *state == MachineState::Shell);
     }
 
-    fn spawn(&mut self) -> ProcessId {
+    fn spawn(&mut self) -> Spawned {
         self.spawned += 1;
         let id = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
         // A process that was never recorded is dismissed first.
         assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
         self.machine = Some((id.clone(), MachineState::Shell));
-        id
+        Spawned { vmm: id, sandbox: None }
     }
 
     fn turn(&mut self, state: MachineState, event: Event) -> Event {

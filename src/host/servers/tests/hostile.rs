@@ -1,0 +1,44 @@
+//! VMMs that a guest has taken over.
+use wire::control::Sandbox;
+
+use super::*;
+
+/// The detail with which the walls are reported that only the VMM itself can tell.
+async fn said(host: &crate::Host, id: model::ServerId) -> String {
+    // A daemon that has just started takes the process up in its own time.
+    let found = async {
+        loop {
+            match host.servers().isolation(id).await {
+                Err(cause) if cause.code == Code::WrongState => tokio::task::yield_now().await,
+                found => return found.unwrap(),
+            }
+        }
+    };
+    let found = tokio::time::timeout(stage::SOON, found).await.expect("the machine at hand");
+    let wall = found.items.into_iter().find(|item| item.name == Item::Landlock.name());
+    wall.unwrap().detail
+}
+
+#[tokio::test]
+async fn a_vmm_is_believed_what_it_said_before_its_guest_ran() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let before = said(&host, id).await;
+    assert_eq!(before, format!("{:?}", Some(Sandbox::default())));
+    // A guest has taken it over and has it say something else, also to the next daemon.
+    stage.launch.only().set_sandbox(Sandbox { seccomp: true, landlock_abi: 9, rings_restricted: true });
+    assert_eq!(said(&host, id).await, before);
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    until(&host, id, |server| server.state == ServerState::Running).await;
+    assert_eq!(said(&host, id).await, before);
+    // Another machine is another process, which is asked anew.
+    let stopped = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
+    succeeded(&host, stopped.body.operation.id).await;
+    let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
+    succeeded(&host, started.body.operation.id).await;
+    assert_eq!(said(&host, id).await, before);
+    host.close().await;
+}
