@@ -15,6 +15,7 @@ use wire::control::Notice;
 use wire::launch::ExitStatus;
 
 use super::lifecycle::{Event, Life, Phase, Work};
+use super::pace::Pace;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
 use super::{advance, effects, limits, recover};
@@ -28,7 +29,7 @@ pub(super) struct Actor {
     entry: Arc<Entry>,
     notices: mpsc::Receiver<Notice>,
     /// When events that a guest causes at will may be recorded again.
-    guest_event_at: Option<Instant>,
+    pace: Pace,
 }
 
 /// A piece of work in progress.
@@ -78,7 +79,7 @@ enum Woken {
 
 impl Actor {
     pub(super) fn new(workshop: Arc<Workshop>, entry: Arc<Entry>, notices: mpsc::Receiver<Notice>) -> Actor {
-        Actor { workshop, entry, notices, guest_event_at: None }
+        Actor { workshop, entry, notices, pace: Pace::default() }
     }
 
     /// Acts until the server is no more, or the records are closed. When they cannot be read or written for a while,
@@ -238,11 +239,9 @@ impl Actor {
                 ("server.device_fault", format!("{device}: {detail}"))
             }
         };
-        let now = Instant::now();
-        if self.guest_event_at.is_some_and(|at| now < at) {
-            return Ok(());
-        }
-        self.guest_event_at = Some(now + limits::GUEST_EVENT_EVERY);
+        let Some(missed) = self.pace.takes(kind, std::time::Instant::now()) else { return Ok(()) };
+        let reason =
+            if missed == 0 { reason } else { format!("{reason} ({missed} more since the last such event)") };
         let id = self.entry.id;
         self.workshop
             .core

@@ -54,8 +54,13 @@ pub const CONSOLE_FULL: Duration = Duration::from_millis(10);
 /// How long typing waits for a guest that reads nothing before it gives up.
 pub const CONSOLE_STUCK: Duration = Duration::from_secs(30);
 
-/// Least time between two events of one kind that a guest causes at will, such as resets and device faults.
+/// Least time between two events of one kind that a guest causes at will, such as resets and device faults. It doubles
+/// with each that follows, up to [`GUEST_EVENT_EVERY_MAX`].
 pub const GUEST_EVENT_EVERY: Duration = Duration::from_secs(10);
+
+/// Longest such pause, and so long there must have been none at all before pauses begin anew. A hundred guests that cause
+/// all they can fill the event log ([`crate::limits::EVENTS_KEPT`]) in two weeks.
+pub const GUEST_EVENT_EVERY_MAX: Duration = Duration::from_secs(3600);
 
 /// What a VMM needs besides its guest's memory, in bytes: measured at 5 MiB, with room for queues.
 pub const VMM_OVERHEAD_BYTES: u64 = 16 << 20;

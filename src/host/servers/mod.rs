@@ -37,6 +37,7 @@ pub mod lifecycle;
 pub mod limits;
 mod machine;
 mod metrics;
+mod pace;
 mod readers;
 pub mod record;
 mod recover;

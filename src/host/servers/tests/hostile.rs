@@ -1,5 +1,5 @@
-//! VMMs that a guest has taken over.
-use wire::control::Sandbox;
+//! Guests that talk too much, and VMMs that a guest has taken over.
+use wire::control::{Notice, Sandbox};
 
 use super::*;
 
@@ -40,5 +40,23 @@ async fn a_vmm_is_believed_what_it_said_before_its_guest_ran() {
     let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();
     succeeded(&host, started.body.operation.id).await;
     assert_eq!(said(&host, id).await, before);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn an_event_of_one_kind_hides_none_of_another() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    created(&host, server("web1")).await;
+    let mut log = host.events().follow(Some(host.events().last())).await.unwrap();
+    let vmm = stage.launch.only();
+    vmm.say(Notice::Booted { resets: 1 });
+    vmm.say(Notice::DeviceFault { device: "disk0".to_owned(), detail: "nonsense".to_owned() });
+    vmm.say(Notice::GuestPanicked);
+    let mut wanted = vec!["server.reset", "server.device_fault", "server.guest_panicked"];
+    while !wanted.is_empty() {
+        let events = tokio::time::timeout(stage::SOON, log.next()).await.expect("all kinds").unwrap();
+        wanted.retain(|kind| !events.iter().any(|event| event.kind == *kind));
+    }
     host.close().await;
 }
