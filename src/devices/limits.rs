@@ -8,7 +8,8 @@ pub const DRAIN_MS_MAX: u64 = 5_000;
 /// because memory that a late answer lands in may belong to something else by then; Linux gives a disk 30 s.
 pub const STOP_MS_MAX: u64 = 60_000;
 
-/// How long the vCPU that writes a reset waits for its end. Within it, drivers that do not ask again find the device
+/// How long the vCPU that writes a reset, or takes away a function's right to reach memory, waits for the end of what is
+/// in flight. Within it, drivers that do not ask again find the device
 /// reset; the others ask every millisecond, and no vCPU is held in the hands of a disk that hangs.
 pub const RESET_WAIT_MS: u64 = 50;
 

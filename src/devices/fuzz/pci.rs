@@ -130,7 +130,7 @@ impl AtWork {
 }
 
 impl Active for AtWork {
-    fn pause(&mut self) -> Result<(), NotDrained> {
+    fn pause_within(&mut self, _patience: Duration) -> Result<(), NotDrained> {
         self.change(|running| running.paused = true);
         Ok(())
     }

@@ -212,12 +212,11 @@ impl Worker {
 }
 
 impl Active for Worker {
-    fn pause(&mut self) -> Result<(), NotDrained> {
+    fn pause_within(&mut self, patience: Duration) -> Result<(), NotDrained> {
         self.stand = None;
         let (answer, answered) = channel();
         self.send(Command::Pause(answer));
-        // The thread answers within DRAIN_MS_MAX unless its handler is stuck in a call; twice that is for it.
-        match answered.recv_timeout(Duration::from_millis(DRAIN_MS_MAX.saturating_mul(2))) {
+        match answered.recv_timeout(patience) {
             Ok(Ok(stand)) => {
                 self.stand = stand;
                 Ok(())

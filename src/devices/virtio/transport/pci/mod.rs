@@ -298,8 +298,9 @@ impl VirtioPci {
             return;
         }
         match &mut state.active {
-            // A device that cannot be drained takes nothing new all the same.
-            Some(active) if !master => drop(active.pause()),
+            // A device that cannot be drained takes nothing new all the same, and a disk that hangs does not hold the
+            // vCPU that wrote this.
+            Some(active) if !master => drop(active.pause_within(Duration::from_millis(RESET_WAIT_MS))),
             Some(active) if !state.held => active.resume(),
             _ => {}
         }

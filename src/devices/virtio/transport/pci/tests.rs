@@ -108,6 +108,30 @@ fn a_device_that_hangs_in_its_reset_is_not_drained() {
 }
 
 #[test]
+fn a_device_that_hangs_holds_no_vcpu_that_takes_its_memory_away() {
+    const MEMORY: u32 = 2;
+    const MASTER: u32 = 4;
+    let mut rig = Rig::new();
+    let [mut ring, _] = rig.start();
+    rig.hung.begin();
+    let started = std::time::Instant::now();
+    rig.set_config(4, MEMORY, 2);
+    assert!(started.elapsed().as_millis() < u128::from(DRAIN_MS_MAX), "held for {:?}", started.elapsed());
+    // It takes nothing new while it hangs, nor when what hung has ended.
+    let head = ring.chain(&[Part::Write(0x1000, 5)]);
+    ring.offer(head);
+    rig.write(layout::NOTIFY, 0, 2);
+    rig.hung.end();
+    rig.function.pause().unwrap();
+    rig.function.resume();
+    rig.function.pause().unwrap();
+    assert_eq!(ring.take_used(), None);
+    rig.function.resume();
+    rig.set_config(4, MEMORY | MASTER, 2);
+    rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1]);
+}
+
+#[test]
 fn doorbells_follow_the_bar_and_the_command_register() {
     let mut rig = Rig::new();
     rig.start();
