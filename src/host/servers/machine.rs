@@ -223,10 +223,16 @@ async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> 
             user_data: record.user_data.as_deref(),
             nics,
         };
-        seed::write(&path, &seed)?;
-        File::open(&path).map_err(|cause| Error::file(format!("cannot open {}", path.display()), cause))
+        fresh_seed(&path, &seed)
     })
     .await
+}
+
+/// Writes the seed disk and opens what was written.
+pub(super) fn fresh_seed(path: &Path, seed: &Seed<'_>) -> Result<File> {
+    seed::write(path, seed)?;
+    open_own(path, beneath::Access::Read)
+        .map_err(|cause| Error::file(format!("cannot open {}", path.display()), cause))
 }
 
 /// What a guest sees as a disk's serial: the last 20 hexadecimal digits of the volume's id, which are the random

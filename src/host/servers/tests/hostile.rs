@@ -1,7 +1,12 @@
 //! Guests that talk too much, and VMMs that a guest has taken over.
+use std::path::Path;
+
+use model::Name;
 use wire::control::{Notice, Sandbox};
 
 use super::*;
+use crate::seed::Seed;
+use crate::servers::machine;
 
 /// The detail with which the walls are reported that only the VMM itself can tell.
 async fn said(host: &crate::Host, id: model::ServerId) -> String {
@@ -59,4 +64,26 @@ async fn an_event_of_one_kind_hides_none_of_another() {
         wanted.retain(|kind| !events.iter().any(|event| event.kind == *kind));
     }
     host.close().await;
+}
+
+#[test]
+fn the_seed_disk_is_not_opened_behind_a_link() {
+    let servers = tempfile::tempdir().unwrap();
+    let (own, elsewhere) = (servers.path().join("one"), servers.path().join("elsewhere"));
+    std::fs::create_dir(&elsewhere).unwrap();
+    let name: Name = "web1".parse().unwrap();
+    let seed = Seed {
+        server: model::ServerId::new(),
+        name: &name,
+        default_user: "user",
+        ssh_keys: &[],
+        user_data: None,
+        nics: Vec::new(),
+    };
+    let open = |directory: &Path| machine::fresh_seed(&directory.join("seed.img"), &seed);
+    std::os::unix::fs::symlink(&elsewhere, &own).unwrap();
+    assert!(open(&own).is_err(), "it was opened behind a link");
+    std::fs::remove_file(&own).unwrap();
+    std::fs::create_dir(&own).unwrap();
+    open(&own).unwrap();
 }
