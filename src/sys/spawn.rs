@@ -118,7 +118,59 @@ pub(crate) fn place(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd]) -> io::Resul
 pub(crate) fn close_all_on_exec() -> io::Result<()> {
     const CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
     // SAFETY: close_range(2) takes three integers; with this flag it only marks descriptors.
-    check(unsafe { libc::close_range(0, libc::c_uint::MAX, CLOEXEC) }).map(drop)
+    match check(unsafe { libc::close_range(0, libc::c_uint::MAX, CLOEXEC) }) {
+        Ok(_) => Ok(()),
+        // Kernels before 5.11 do not know it, and filters of containers do not let it through.
+        Err(_) => mark_each(),
+    }
+}
+
+/// The same, one after the other as `/proc` lists them. Runs in a child, so it allocates nothing.
+fn mark_each() -> io::Result<()> {
+    const HEADER_BYTES: usize = std::mem::offset_of!(libc::dirent64, d_name);
+    /// Aligned as the entries in it.
+    #[repr(C, align(8))]
+    struct Entries([u8; 4096]);
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: a string that ends with NUL.
+    let directory = check(unsafe { libc::open(c"/proc/self/fd".as_ptr(), flags) })?;
+    let mut entries = Entries([0; 4096]);
+    let listed = loop {
+        // SAFETY: the kernel writes at most as many bytes as it is told, which are there.
+        let read = unsafe {
+            libc::syscall(libc::SYS_getdents64, directory, entries.0.as_mut_ptr(), entries.0.len())
+        };
+        let Ok(length) = usize::try_from(read) else { break Err(io::Error::last_os_error()) };
+        if length == 0 {
+            break Ok(());
+        }
+        let mut rest = entries.0.get(..length).unwrap_or_default();
+        while let Some((header, _)) = rest.split_at_checked(HEADER_BYTES) {
+            // `d_reclen`, the entry's own length (getdents(2)), stands before its type and its name.
+            let [.., low, high, _type] = header else { break };
+            let Some((entry, others)) = rest.split_at_checked(usize::from(u16::from_ne_bytes([*low, *high])))
+            else {
+                break;
+            };
+            if entry.is_empty() {
+                break;
+            }
+            rest = others;
+            let Some(descriptor) = number(entry.get(HEADER_BYTES..).unwrap_or_default()) else { continue };
+            // SAFETY: integers; the descriptor was open a moment ago and nobody else closes any here.
+            let marked = unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
+            check(marked)?;
+        }
+    };
+    // SAFETY: opened above and used nowhere else.
+    unsafe { libc::close(directory) };
+    listed
+}
+
+/// The number that a name ended by NUL is; nothing for `.` and `..`.
+fn number(name: &[u8]) -> Option<RawFd> {
+    let end = name.iter().position(|byte| *byte == 0)?;
+    std::str::from_utf8(name.get(..end)?).ok()?.parse().ok()
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {

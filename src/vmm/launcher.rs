@@ -16,6 +16,7 @@ use crate::threads::{self, ThreadKind};
 mod children;
 mod probing;
 
+pub use children::jail_of;
 use probing::Probing;
 
 /// Why the launcher ends early.

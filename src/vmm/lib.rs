@@ -57,4 +57,5 @@ mod modes;
 )]
 pub mod fuzz;
 
+pub use launcher::jail_of;
 pub use modes::main;

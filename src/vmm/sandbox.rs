@@ -95,7 +95,7 @@ impl Filter {
 static FILTERS: AtomicBool = AtomicBool::new(false);
 
 /// Closes the process, which has one thread. What the kernel does not have is left out and reported.
-pub(crate) fn close_process() -> Sandbox {
+pub fn close_process() -> Sandbox {
     sys::thread::share_one_heap();
     let landlock_abi = forbid_files_and_network().unwrap_or_else(|error| {
         log::line(format_args!("Landlock is not in force: {error}"));
@@ -111,22 +111,22 @@ pub(crate) fn close_process() -> Sandbox {
 }
 
 /// From here on this thread, and those it starts, get no further ring: whoever asks is told that the kernel has none.
-pub(crate) fn close_rings() -> Result<(), seccompiler::Error> {
+pub fn close_rings() -> Result<(), seccompiler::Error> {
     if FILTERS.load(Ordering::Relaxed) { Filter::NoRings.load() } else { Ok(()) }
 }
 
 /// Closes the calling thread, which runs a vCPU.
-pub(crate) fn close_vcpu() {
+pub fn close_vcpu() {
     close_thread(Filter::Vcpu);
 }
 
 /// Closes the calling thread, which saves memory.
-pub(crate) fn close_save() {
+pub fn close_save() {
     close_thread(Filter::Save);
 }
 
 /// Closes the calling thread, which serves a device.
-pub(crate) fn close_device(kind: &str) {
+pub fn close_device(kind: &str) {
     close_thread(Filter::of_device(kind));
 }
 
@@ -144,7 +144,7 @@ fn close_thread(filter: Filter) {
 }
 
 /// A Landlock domain in which no rule allows anything; answers the version of the interface in force.
-pub(crate) fn forbid_files_and_network() -> Result<u32, landlock::RulesetError> {
+pub fn forbid_files_and_network() -> Result<u32, landlock::RulesetError> {
     let abi = ABI::V6;
     let status = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)

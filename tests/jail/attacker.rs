@@ -6,7 +6,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 
 use serde_json::Value;
-use vmm::sandbox::Filter;
+use vmm::sandbox;
 
 use crate::calls::{call, open_through_ring, signed};
 
@@ -45,8 +45,11 @@ fn attacker() {
     let mut order = [0; 4096];
     let length = socket.read(&mut order).unwrap();
     let order: Value = serde_json::from_slice(&order[..length]).unwrap();
-    if let Some(name) = order["filter"].as_str() {
-        put_on(name);
+    if order["landlock"] == true {
+        sandbox::forbid_files_and_network().unwrap();
+    }
+    if let Some(thread) = order["thread"].as_str() {
+        close(thread);
     }
     let answer = match attack(&order, &socket) {
         Ok(what) => format!("got {what}"),
@@ -58,15 +61,22 @@ fn attacker() {
     }
 }
 
-/// The filters that a VMM's thread of this kind has, in their order.
-fn put_on(name: &str) {
-    let filter =
-        Filter::ALL.into_iter().find(|filter| format!("{filter:?}") == name).expect("a kind of thread");
-    let before = [Filter::NoClone3, Filter::Control, Filter::NoRings];
-    // The main thread makes the rings, so it is the one without the last of them.
-    let before = if filter == Filter::Control { &before[..1] } else { &before[..] };
-    for filter in before.iter().chain([&filter]) {
-        filter.load().unwrap();
+/// Closes what a VMM's thread of this kind closes behind itself, by the same functions and in the same order.
+fn close(thread: &str) {
+    assert!(sandbox::close_process().seccomp, "the kernel filters");
+    if thread == "main" {
+        return;
+    }
+    sandbox::close_rings().unwrap();
+    match thread {
+        "main with a machine" => {}
+        "vcpu" => sandbox::close_vcpu(),
+        "save" => sandbox::close_save(),
+        // Started by the vCPU whose guest has set its driver to work.
+        device => {
+            sandbox::close_vcpu();
+            sandbox::close_device(device);
+        }
     }
 }
 
@@ -75,6 +85,7 @@ fn attack(order: &Value, socket: &File) -> io::Result<String> {
     let path = || CString::new(text("path")).unwrap();
     let number = |name: &str| order[name].as_i64().unwrap_or_default() as i32;
     match text("attack").as_str() {
+        "nothing" => Ok("nothing".to_owned()),
         "stay" => Ok(format!("{}", std::process::id())),
         "open" => content(File::open(text("path"))?),
         "open_upwards" => {

@@ -1,5 +1,5 @@
-//! Starts the attacker as the launcher starts a VMM: the same function of the same room, the same numbers for its
-//! descriptors, this program in place of the VMM's.
+//! Starts the attacker as the launcher starts a VMM: in the jail that the launcher makes of what the daemon asks for, by
+//! the same function, with the same numbers for its descriptors; this program in place of the VMM's.
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use serde_json::Value;
-use sys::jail::{Jail, Program, Refused, Rlimits, Started, Step, User, spawn};
+use sys::jail::{Jail, Program, Refused, Started, Step, spawn};
 use sys::pidfd::{Ended, Signal};
+use vmm::jail_of;
+use wire::launch::{JailUser, Rlimits};
 
 use crate::attacker::{ARGUMENTS, GIVEN, NAME, SOCKET};
 
@@ -82,8 +84,13 @@ impl Cell {
             descriptors: &descriptors,
         };
         let Plan { uid, left_out, cgroups, refused, .. } = *plan;
-        let user = User::Own { uid, gid: uid };
-        let jail = Jail { user, cgroups, rlimits: RLIMITS, refused, left_out };
+        let wanted = wire::launch::Jail {
+            user: JailUser::Own { uid, gid: uid },
+            cgroups: u8::try_from(cgroups.len()).unwrap(),
+            rlimits: RLIMITS,
+            required: refused == Refused::Fails,
+        };
+        let jail = Jail { left_out, ..jail_of(&wanted, cgroups).unwrap() };
         Ok(Cell { started: spawn(&program, &jail)?, socket })
     }
 

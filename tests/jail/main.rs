@@ -5,5 +5,6 @@
 mod attacker;
 mod calls;
 mod cell;
+mod landlock;
 mod racer;
 mod walls;

@@ -20,7 +20,7 @@ use crate::cell::{Cell, FILTERED, Plan, fresh_id};
 const RIGHTS: &[Step] = &[Step::Ids, Step::Capabilities];
 
 /// Everything but the ids.
-const NOTHING_BUT_IDS: &[Step] = &[
+pub(crate) const NOTHING_BUT_IDS: &[Step] = &[
     Step::PidNamespace,
     Step::MountNamespace,
     Step::NetNamespace,
@@ -42,9 +42,9 @@ fn stopped_by(hole: &[Step], order: &Value) {
 }
 
 /// Kinds of threads of a VMM.
-const THREADS: [&str; 6] = ["Control", "Vcpu", "Block", "Net", "Rng", "Balloon"];
+const THREADS: [&str; 8] = ["main", "main with a machine", "vcpu", "save", "block", "net", "rng", "balloon"];
 
-/// With the hole, but under the filters of a VMM's thread.
+/// With the hole, but behind all that a VMM's thread has closed behind itself.
 #[track_caller]
 fn try_filters(uid: u32, hole: &[Step], order: &Value) {
     try_filtered_cells(order, || Cell::start(uid, hole, &[]));
@@ -54,7 +54,7 @@ fn try_filters(uid: u32, hole: &[Step], order: &Value) {
 fn try_filtered_cells(order: &Value, start: impl Fn() -> Cell) {
     for thread in THREADS {
         let mut order = order.clone();
-        order["filter"] = thread.into();
+        order["thread"] = thread.into();
         match start().order(&order) {
             Err(why) => assert_eq!(why, FILTERED, "{order}"),
             Ok(what) => panic!("{order} gets {what} in spite of its filter"),
@@ -88,12 +88,12 @@ fn left_open(file: &File) -> usize {
 }
 
 /// A directory that everybody can use, with a file that everybody can read and write.
-struct Bait {
-    directory: tempfile::TempDir,
+pub(crate) struct Bait {
+    pub(crate) directory: tempfile::TempDir,
 }
 
 impl Bait {
-    fn new() -> Bait {
+    pub(crate) fn new() -> Bait {
         let directory = tempfile::Builder::new().prefix("toft-bait").tempdir().unwrap();
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o777)).unwrap();
         let file = directory.path().join("file");
@@ -102,7 +102,7 @@ impl Bait {
         Bait { directory }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 }
@@ -131,13 +131,23 @@ fn a_ring_opens_nothing() {
     for path in [bait.path("file").as_path(), Path::new("/dev/zero")] {
         let order = json!({"attack": "open_through_ring", "path": path});
         try_jails(fresh_id(), &[Step::Root], &order);
-        // Only the main thread makes rings, which are restricted before they are used; the others have no such call.
+        // Only the main thread makes rings, before it has a machine, and restricts them before they are used. From then on
+        // it has no such call, and no other thread ever has.
         for thread in &THREADS[1..] {
             let mut order = order.clone();
-            order["filter"] = (*thread).into();
+            order["thread"] = (*thread).into();
             let refused = Cell::start(fresh_id(), &[Step::Root], &[]).order(&order).unwrap_err();
             assert!(refused == FILTERED || refused.contains("not implemented"), "{thread}: {refused}");
         }
+    }
+}
+
+#[test]
+fn each_kind_of_thread_lives_behind_what_it_has_closed() {
+    // Or that a filter ended an attack would prove nothing.
+    for thread in THREADS {
+        let order = json!({"attack": "nothing", "thread": thread});
+        assert_eq!(Cell::start(fresh_id(), &[], &[]).order(&order), Ok("nothing".to_owned()), "{thread}");
     }
 }
 

@@ -74,7 +74,10 @@ impl Child {
     fn build(&mut self) -> Result<std::convert::Infallible, (Step, io::Error)> {
         self.step(Step::Cgroups, Child::join_cgroups)?;
         self.must(Step::Prepare, Child::prepare_process)?;
-        self.step(Step::Descriptors, |_| close_all_on_exec())?;
+        // Never done without: a directory of the host's that stays open leads out of every root.
+        if !self.left_out.contains(&Step::Descriptors) {
+            self.must(Step::Descriptors, |_| close_all_on_exec())?;
+        }
         self.must(Step::Descriptors, Child::place_descriptors)?;
         if self.user_namespace {
             self.step(Step::UserNamespace, Child::map_caller)?;

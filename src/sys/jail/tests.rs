@@ -129,3 +129,66 @@ fn cost() {
     }
     println!("without namespaces and root: {} us", median_us(&namespaces));
 }
+
+const INSIDE: &str = "TOFT_TEST_NO_CLOSE_RANGE";
+
+/// From here on the kernel does not know the call, for this process and its children.
+fn forget_call(number: libc::c_long) {
+    let statement = |code: u32, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut program = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, number as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: integers.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    // SAFETY: the program lives through the call, which copies it.
+    let loaded = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
+    assert_eq!(loaded, 0, "{}", io::Error::last_os_error());
+}
+
+/// What a kernel does that knows less and less.
+#[test]
+#[ignore = "the test beside it runs it, in a process of its own"]
+fn without_close_range() {
+    if std::env::var_os(INSIDE).is_none() {
+        return;
+    }
+    // More than one read of the directory lists.
+    let null = File::open("/dev/null").unwrap();
+    let open = |_| {
+        // SAFETY: integers; the copy is left open across exec on purpose, until this process ends.
+        let copy = unsafe { libc::fcntl(null.as_raw_fd(), libc::F_DUPFD, 20) };
+        assert!(copy >= 20);
+        copy
+    };
+    let copies: Vec<RawFd> = (0..500).map(open).collect();
+    // SAFETY: integers.
+    let is_marked = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } == libc::FD_CLOEXEC;
+    assert!(!copies.iter().any(is_marked));
+    forget_call(libc::SYS_close_range);
+    let (_, input) = io::pipe().unwrap();
+    let input = OwnedFd::from(input);
+    // The child's table is its own, so what it marks is marked there alone.
+    let started = list_tests(&caller(&[]), &input).unwrap();
+    assert!(started.refused.iter().all(|(step, _)| *step != Step::Descriptors));
+    end(&started);
+    crate::spawn::close_all_on_exec().unwrap();
+    assert!(copies.iter().all(is_marked));
+    // Where not even that can be had, nothing is started.
+    forget_call(libc::SYS_getdents64);
+    let error = list_tests(&caller(&[]), &input).unwrap_err();
+    assert_eq!((error.step, error.cause.raw_os_error()), (Step::Descriptors, Some(libc::ENOSYS)));
+}
+
+#[test]
+fn descriptors_are_closed_by_a_kernel_that_cannot_close_them_at_once() {
+    let output = std::process::Command::new("/proc/self/exe")
+        .args(["--ignored", "--exact", "jail::tests::without_close_range", "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+}

@@ -89,7 +89,8 @@ fn start(arguments: &[&str], placed: &[(BorrowedFd<'_>, i32)], jail: &Jail<'_>) 
     })
 }
 
-fn jail_of<'a>(wanted: &launch::Jail, cgroups: &'a [BorrowedFd<'a>]) -> Result<Jail<'a>, String> {
+/// The jail that a VMM gets of what was asked for.
+pub fn jail_of<'a>(wanted: &launch::Jail, cgroups: &'a [BorrowedFd<'a>]) -> Result<Jail<'a>, String> {
     let user = match wanted.user {
         // With the ids of root it could do what root can wherever capabilities do not matter: open root's files.
         JailUser::Own { uid: 0, .. } | JailUser::Own { gid: 0, .. } => {
@@ -111,7 +112,6 @@ fn items(step: Step) -> &'static [Item] {
     match step {
         // Which controller a descriptor stood for is the daemon's knowledge.
         Step::Cgroups => &[Item::CgroupCpu, Item::CgroupMemory, Item::CgroupPids],
-        Step::Descriptors => &[Item::Descriptors],
         Step::PidNamespace => &[Item::PidNamespace],
         Step::MountNamespace => &[Item::MountNamespace],
         Step::NetNamespace => &[Item::NetNamespace],
@@ -122,7 +122,7 @@ fn items(step: Step) -> &'static [Item] {
         Step::Ids | Step::UserNamespace | Step::Keyring => &[Item::Uid],
         Step::Capabilities => &[Item::Capabilities],
         Step::NoNewPrivs => &[Item::NoNewPrivs],
-        // These two end the spawn, so nothing runs without them.
-        Step::Prepare | Step::Execute => &[],
+        // These end the spawn, so nothing runs without them.
+        Step::Prepare | Step::Descriptors | Step::Execute => &[],
     }
 }
