@@ -100,8 +100,11 @@ pub(crate) struct Create {
     /// Unique name, also the host name.
     name: Name,
     /// Image's name or id.
-    #[arg(long)]
-    image: String,
+    #[arg(long, required_unless_present = "snapshot")]
+    image: Option<String>,
+    /// Snapshot's name or id: its disk, in place of the image's.
+    #[arg(long, conflicts_with = "image")]
+    snapshot: Option<String>,
     /// Virtual CPUs.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     vcpus: u8,
@@ -375,6 +378,7 @@ impl Create {
         Ok(CreateServer {
             name: self.name,
             image: self.image,
+            snapshot: self.snapshot,
             vcpus: self.vcpus,
             memory_bytes: self.memory,
             disk_bytes: self.disk,

@@ -282,8 +282,13 @@ pub struct NicLimits {
 pub struct CreateServer {
     /// Unique name, also the host name.
     pub name: Name,
-    /// Image's id or name.
-    pub image: String,
+    /// Image's id or name. This or `snapshot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Snapshot's id or name: the root volume begins as the disk in it, and the kernel is its image's. A memory in it is
+    /// not used: the server boots, and is another one to cloud-init.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Virtual CPUs, 1 to 32.
     #[serde(default = "vcpus_default")]
     #[schema(minimum = 1, maximum = 32)]

@@ -2,7 +2,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::{ImageId, ServerId, VolumeId};
+use crate::id::{ImageId, ServerId, SnapshotId, VolumeId};
 use crate::name::{Labels, Name};
 use crate::time::Time;
 
@@ -30,6 +30,9 @@ pub struct Volume {
     /// The image it was made from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_id: Option<ImageId>,
+    /// The snapshot it was made from, which may be gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_id: Option<SnapshotId>,
     /// The server it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_id: Option<ServerId>,

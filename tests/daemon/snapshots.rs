@@ -72,6 +72,18 @@ async fn snapshots_in_every_state() {
     assert_eq!(off["state"], "ready", "{off}");
     assert!(stage.vmms().is_empty());
 
+    // Another server begins with the disk as it was, whatever the first one does with its own.
+    let spec = json!({ "name": "web2", "snapshot": "off", "memory_bytes": 64 << 20, "nics": [] });
+    let accepted = stage.call(Method::POST, "/v1/servers", "make-web2", Some(spec)).await;
+    stage.succeeded(&accepted.operation()).await.unwrap();
+    let second = stage.api().get(&format!("/v1/servers/{}", text(&accepted.body["resource"]["id"]))).await;
+    beats_on(&stage, text(&second["id"]).as_str(), 3).await;
+    let volume = stage.scratch("state/volumes").join(text(&second["volumes"][0]["volume_id"]) + ".raw");
+    assert!(std::fs::read(volume).expect("its disk").starts_with(b"disk"));
+    let gone =
+        stage.call(Method::DELETE, &format!("/v1/servers/{}", text(&second["id"])), "drop-web2", None).await;
+    stage.succeeded(&gone.operation()).await.unwrap();
+
     // The machine with the memory of an earlier start is not in the way of the next one.
     act(&stage, &id, "start", "start", None).await;
     let soon = time_in(Duration::from_millis(300));

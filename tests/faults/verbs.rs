@@ -360,6 +360,12 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["snapshot", "create", "www", "--name", "kept"], 4);
     cli.fails(&["snapshot", "create", "reader", "--memory"], 4);
     cli.fails(&["snapshot", "create", "nothing"], 3);
+    let create =
+        ["--wait", "server", "create", "again", "--snapshot", "kept", "--memory", "64M", "--no-network"];
+    assert_eq!(cli.json(&create)["state"], "running");
+    cli.fails(&["server", "create", "more", "--snapshot", "kept", "--image", "counter"], 2);
+    cli.fails(&["server", "create", "more"], 2);
+    cli.ok(&["--wait", "server", "delete", "again"]);
     cli.ok(&["--wait", "snapshot", "delete", "kept"]);
     cli.fails(&["snapshot", "show", "kept"], 3);
 }

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::images::Images;
 use crate::network::{Networks, Reservation};
 use crate::operations::{self, NewOperation};
+use crate::snapshots::Snapshots;
 use crate::store::Tx;
 use crate::volumes::NewVolume;
 
@@ -34,11 +35,29 @@ pub(super) fn server(
     actor: &Actor,
 ) -> Result<(Operation, ServerRecord)> {
     check(&spec)?;
-    let image = Images::ready(tx, &spec.image)?;
+    let (image, snapshot) = match (&spec.image, &spec.snapshot) {
+        (Some(image), None) => (Images::ready(tx, image)?, None),
+        (None, Some(snapshot)) => {
+            let snapshot = Snapshots::ready(tx, snapshot)?.shown;
+            (Images::ready(tx, &snapshot.image_id.to_string())?, Some(snapshot))
+        }
+        (None, None) => {
+            return Err(Error::invalid("/image", "missing", "say which image, or which snapshot"));
+        }
+        (Some(_), Some(_)) => {
+            let detail = "a server is made from an image or from a snapshot, not from both";
+            return Err(Error::invalid("/snapshot", "conflict", detail));
+        }
+    };
     let memory_bytes = memory(&spec, image.memory_bytes_min)?;
     let id = ServerId::new();
     let mut disks = Vec::new();
-    if let Some(size_bytes) = disk_size(&spec, image.disk_bytes)? {
+    // The first disk of a snapshot stands in for the image's. A snapshot of a server without disks has none.
+    let source_bytes = match &snapshot {
+        Some(snapshot) => snapshot.volumes.first().map_or(0, |disk| disk.size_bytes),
+        None => image.disk_bytes,
+    };
+    if let Some(size_bytes) = disk_size(&spec, source_bytes)? {
         let volume = workshop.volumes.create(
             tx,
             NewVolume {
@@ -46,6 +65,7 @@ pub(super) fn server(
                 labels: Labels::default(),
                 size_bytes,
                 image_id: (image.disk_bytes > 0).then_some(image.id),
+                snapshot_id: snapshot.as_ref().filter(|_| source_bytes > 0).map(|snapshot| snapshot.id),
                 server_id: Some(id),
             },
         )?;
@@ -132,8 +152,9 @@ fn memory(spec: &CreateServer, least: u64) -> Result<u64> {
 fn disk_size(spec: &CreateServer, image_bytes: u64) -> Result<Option<u64>> {
     match spec.disk_bytes {
         Some(size_bytes) if size_bytes < image_bytes => {
-            let detail =
-                format!("the image's disk has {image_bytes} bytes; a volume made from it cannot be smaller");
+            let detail = format!(
+                "what it is made from has a disk of {image_bytes} bytes; the volume cannot be smaller"
+            );
             Err(Error::invalid("/disk_bytes", "too_small", detail))
         }
         Some(size_bytes) => Ok(Some(size_bytes)),

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use model::operation::Progress;
 use model::server::Isolation;
-use model::{Code, ServerId, Time};
+use model::{Code, ServerId, Time, VolumeId};
 use sys::beneath::Access;
 use sys::seqpacket::Listener;
 use tokio::sync::{mpsc, watch};
@@ -88,11 +88,12 @@ impl Doing {
     }
 
     async fn make(&self) -> Result<Event> {
+        let is_quick = self.is_quickly_started().await?;
         let directory = self.workshop.core.dirs.server(self.record.id);
         let made = async {
             blocking(move || machine::make_directory(&directory)).await?;
             self.workshop.core.checkpoint("server.directory_made")?;
-            if !self.is_quickly_started() {
+            if !is_quick {
                 // A daemon may have died here before the start was called off.
                 self.undo_vmm().await?;
                 return self.fill().await.map(|()| None);
@@ -112,10 +113,19 @@ impl Doing {
     }
 
     /// Whether a VMM that is started at once has not long to wait for its disk: it ends by itself when nobody comes.
-    fn is_quickly_started(&self) -> bool {
+    async fn is_quickly_started(&self) -> Result<bool> {
+        if !matches!(self.record.life.phase, Phase::Creating { start: true }) {
+            return Ok(false);
+        }
+        let disks: Vec<VolumeId> = self.record.disks.iter().map(|disk| disk.volume_id).collect();
+        let from_snapshot = move |connection: &rusqlite::Connection| {
+            let volumes = disks.iter().map(|id| Ok(Volumes::find(connection, *id)?.snapshot_id.is_some()));
+            Ok(volumes.collect::<Result<Vec<bool>>>()?.contains(&true))
+        };
         let copied_bytes = self.workshop.images.disk_stored_bytes(self.record.image_id);
-        let starts = matches!(self.record.life.phase, Phase::Creating { start: true });
-        starts && copied_bytes <= limits::QUICK_FILL_BYTES_MAX
+        // How much a snapshot holds depends on what its guest has written.
+        let is_copied = copied_bytes <= limits::QUICK_FILL_BYTES_MAX;
+        Ok(is_copied && !self.workshop.core.store.read(from_snapshot).await?)
     }
 
     async fn fill(&self) -> Result<()> {

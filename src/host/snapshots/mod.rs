@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
-use model::snapshot::{PatchSnapshot, Snapshot};
+use model::snapshot::{PatchSnapshot, Snapshot, SnapshotState};
 use model::{Code, SnapshotId, Time};
 use rusqlite::Connection;
 use tokio::sync::Notify;
@@ -181,6 +181,23 @@ impl Snapshots {
             }
         }
         self.core.store.read(record::next_expiry_ms).await
+    }
+
+    /// For `servers`: the snapshot of this id or name, which can be used. Fails with `invalid` on `/snapshot`.
+    pub(crate) fn ready(connection: &Connection, id_or_name: &str) -> Result<SnapshotRecord> {
+        let shown: String = id_or_name.chars().take(model::limits::NAME_CHARS_MAX).collect();
+        let refused = |code: &str, detail: String| Err(Error::invalid("/snapshot", code, detail));
+        let Some(record) = records::resolve::<SnapshotRecord>(connection, id_or_name)? else {
+            let detail = format!("there is no snapshot {shown}; `GET /v1/snapshots` lists what there is");
+            return refused("not_found", detail);
+        };
+        match record.shown.state {
+            SnapshotState::Ready => Ok(record),
+            SnapshotState::Creating => {
+                refused("not_ready", format!("snapshot {shown} is still being taken; wait for its operation"))
+            }
+            SnapshotState::Deleting => refused("not_ready", format!("snapshot {shown} is being deleted")),
+        }
     }
 
     /// For `servers`: records a snapshot that it is going to take. Fails with `already_exists` when the name is taken.

@@ -18,6 +18,7 @@ use crate::events;
 use crate::operations::{self, NewOperation, Outcome};
 use crate::store::Tx;
 use crate::store::records::{self, Record};
+use crate::volumes;
 
 pub(crate) const TABLES: &str = concat!(
     crate::table!("snapshots"),
@@ -172,6 +173,12 @@ pub(super) fn doom(
             let detail = format!("snapshot {} is being deleted already", shown.name);
             return Err(Error::new(Code::WrongState, detail));
         }
+    }
+    let filling = volumes::filled_from(tx, id)?;
+    if !filling.is_empty() {
+        let names: Vec<&str> = filling.iter().map(Name::as_str).collect();
+        let detail = format!("volumes are being made from snapshot {}: {}", shown.name, names.join(", "));
+        return Err(Error::new(Code::InUse, detail));
     }
     record.shown.state = SnapshotState::Deleting;
     save(tx, &mut record)?;

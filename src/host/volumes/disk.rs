@@ -92,7 +92,12 @@ pub(super) async fn share_ahead(source: File, place: PathBuf) -> Result<()> {
 
 /// Opens the file of a volume for reading, without its lock: for whoever knows that nobody writes to it.
 pub(super) async fn look(core: &Shared, id: VolumeId) -> Result<File> {
-    let place = core.dirs.volume(id);
+    look_at(core.dirs.volume(id)).await
+}
+
+/// Opens a file for reading, and nothing that a link in its place leads to.
+pub(super) async fn look_at(place: PathBuf) -> Result<File> {
+    let shown = place.display().to_string();
     blocking(move || {
         let (Some(directory), Some(name)) = (place.parent(), place.file_name()) else {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -100,7 +105,7 @@ pub(super) async fn look(core: &Shared, id: VolumeId) -> Result<File> {
         beneath::open(directory, Path::new(name), Access::Read)
     })
     .await
-    .map_err(|cause| Error::file(format!("cannot open the file of volume {id}"), cause))
+    .map_err(|cause| Error::file(format!("cannot open {shown}"), cause))
 }
 
 struct StopOnDrop(Arc<Watch>);

@@ -12,7 +12,7 @@ use model::event::EventData;
 use model::operation::{Accepted, Resource};
 use model::page::{ListQuery, Page};
 use model::volume::{FillMethod, PatchVolume, Volume, VolumeFormat, VolumeState};
-use model::{Code, ImageId, Labels, Name, OperationId, ServerId, Time, VolumeId};
+use model::{Code, ImageId, Labels, Name, OperationId, ServerId, SnapshotId, Time, VolumeId};
 use rusqlite::Connection;
 use uuid::Uuid;
 
@@ -53,8 +53,10 @@ pub(crate) struct NewVolume {
     pub labels: Labels,
     /// Size in bytes, a multiple of 4096, at least the image's.
     pub size_bytes: u64,
-    /// What it is filled from; nothing makes it empty.
+    /// The image whose disk it is filled from; nothing makes it empty.
     pub image_id: Option<ImageId>,
+    /// The snapshot whose first disk it is filled from instead.
+    pub snapshot_id: Option<SnapshotId>,
     /// The server it belongs to.
     pub server_id: Option<ServerId>,
 }
@@ -196,9 +198,11 @@ impl Volumes {
     /// For `servers`: writes the record, in state `creating`. Fails with `disk_full` when the file system cannot
     /// hold it, `already_exists` when the name is taken.
     pub(crate) fn create(&self, tx: &Tx<'_>, new: NewVolume) -> Result<Volume> {
-        let stored = match new.image_id {
-            Some(image) => self.images.disk_stored_bytes(image),
-            None => 0,
+        let stored = match (new.snapshot_id, new.image_id) {
+            (Some(snapshot), _) => std::fs::metadata(self.core.dirs.snapshot_disk(snapshot))
+                .map_or(0, |found| found.blocks() * 512),
+            (None, Some(image)) => self.images.disk_stored_bytes(image),
+            (None, None) => 0,
         };
         space::check(&self.core.dirs.root().join("volumes"), stored, new.size_bytes)?;
         let now = Time::now();
@@ -212,6 +216,7 @@ impl Volumes {
             format: VolumeFormat::Raw,
             filled_by: None,
             image_id: new.image_id,
+            snapshot_id: new.snapshot_id,
             server_id: new.server_id,
             generation: 1,
             created_at: now,
@@ -239,9 +244,10 @@ impl Volumes {
         if volume.state != VolumeState::Creating {
             return Ok(());
         }
-        let source = match volume.image_id {
-            Some(image) => self.images.disk(image).await?,
-            None => None,
+        let source = match (volume.snapshot_id, volume.image_id) {
+            (Some(snapshot), _) => Some(disk::look_at(self.core.dirs.snapshot_disk(snapshot)).await?),
+            (None, Some(image)) => self.images.disk(image).await?,
+            (None, None) => None,
         };
         let place = self.core.dirs.volume(id);
         let new = NewFile { place, source, size_bytes: volume.size_bytes, durability: Durability::Power };
@@ -395,5 +401,13 @@ fn announce(tx: &Tx<'_>, volume: &Volume, kind: &str, operation: Option<Operatio
 
 #[cfg(test)]
 pub(crate) mod testing;
+/// For `snapshots`: the volumes that are being filled from one.
+pub(crate) fn filled_from(connection: &Connection, snapshot: SnapshotId) -> Result<Vec<Name>> {
+    let all: Vec<Volume> = records::all(connection)?;
+    let is_filling =
+        |volume: &Volume| volume.snapshot_id == Some(snapshot) && volume.state == VolumeState::Creating;
+    Ok(all.into_iter().filter(is_filling).map(|volume| volume.name).collect())
+}
+
 #[cfg(test)]
 mod tests;

@@ -30,7 +30,14 @@ async fn sample_image(volumes: &Volumes) -> ImageId {
 
 fn new(name: &str, size_bytes: u64, image_id: Option<ImageId>) -> NewVolume {
     let server_id = Some(ServerId::new());
-    NewVolume { name: name.parse().unwrap(), labels: Labels::default(), size_bytes, image_id, server_id }
+    NewVolume {
+        name: name.parse().unwrap(),
+        labels: Labels::default(),
+        size_bytes,
+        image_id,
+        snapshot_id: None,
+        server_id,
+    }
 }
 
 async fn created(volumes: &Volumes, new: NewVolume) -> Result<Volume> {

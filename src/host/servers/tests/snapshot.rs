@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use model::operation::{OperationState, Resource};
-use model::server::{Server, ServerAction, ServerState};
+use model::server::{CreateServer, Server, ServerAction, ServerState};
 use model::snapshot::{CreateSnapshot, PatchSnapshot, Snapshot, SnapshotState};
 use model::{Code, ServerId, SnapshotId, Time};
 use wire::control::MachineState;
@@ -99,6 +99,82 @@ async fn a_snapshot_holds_the_disk_of_its_moment_in_every_state_of_the_server() 
     no_files(&stage);
     nothing_left(&stage, &host).await;
     host.close().await;
+}
+
+fn from_snapshot(name: &str, snapshot: &str) -> CreateServer {
+    CreateServer { image: None, snapshot: Some(snapshot.to_owned()), ..server(name) }
+}
+
+#[tokio::test]
+async fn a_server_made_from_a_snapshot_begins_with_its_disk_and_is_another() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    std::fs::write(volume(&stage, &first), b"what web1 wrote").unwrap();
+    let snapshot = taken(&host, first.id, named("kept", true)).await;
+    for (name, source) in [("by-name", "kept".to_owned()), ("by-id", snapshot.id.to_string())] {
+        let made = created(&host, from_snapshot(name, &source)).await;
+        assert_eq!(made.state, ServerState::Running);
+        assert!(std::fs::read(volume(&stage, &made)).unwrap().starts_with(b"what web1 wrote"), "{name}");
+        assert_eq!(made.image_id, first.image_id);
+        assert_ne!((&made.nics[0].mac, made.nics[0].ipv4), (&first.nics[0].mac, first.nics[0].ipv4));
+        let volume = host.volumes().one(made.volumes[0].volume_id).await.unwrap();
+        assert_eq!(volume.snapshot_id, Some(snapshot.id));
+    }
+    // What it was made from may go, and it stays.
+    let deleted = host.snapshots().delete(&Call::by_host(), snapshot.id).await.unwrap();
+    succeeded(&host, deleted.body.operation.id).await;
+
+    let refused = async |spec: CreateServer| {
+        let refused = host.servers().create(&Call::by_host(), spec).await.unwrap_err();
+        (refused.code, refused.errors[0].pointer.clone(), refused.errors[0].code.clone())
+    };
+    let at = |pointer: &str, code: &str| (Code::Invalid, pointer.to_owned(), code.to_owned());
+    assert_eq!(refused(from_snapshot("c", "kept")).await, at("/snapshot", "not_found"));
+    assert_eq!(refused(CreateServer { image: None, ..server("c") }).await, at("/image", "missing"));
+    let both = CreateServer { snapshot: Some("kept".to_owned()), ..server("c") };
+    assert_eq!(refused(both).await, at("/snapshot", "conflict"));
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_snapshot_stays_while_a_volume_is_made_of_it_wherever_the_daemon_dies() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    std::fs::write(volume(&stage, &first), b"what web1 wrote").unwrap();
+    let snapshot = taken(&host, first.id, named("kept", false)).await;
+    let checkpoint = Arc::new(DieAt("server.directory_made"));
+    host.close().await;
+    drop(host);
+    let host = stage.open_watched(checkpoint).await.unwrap();
+    let call = keyed("second");
+    let begun = host.servers().create(&call, from_snapshot("web2", "kept")).await.unwrap().body;
+    while !host.is_dead() {
+        tokio::task::yield_now().await;
+    }
+    host.close().await;
+    drop(host);
+
+    // The next daemon has the volume to fill: until it is, what it is filled from is in use.
+    let host = stage.open().await;
+    let deleted = host.snapshots().delete(&Call::by_host(), snapshot.id).await;
+    let made = succeeded(&host, begun.operation.id).await;
+    assert_eq!(made.state, OperationState::Succeeded);
+    let second = host.servers().one(begun.resource.unwrap().id).await.unwrap();
+    assert!(std::fs::read(volume(&stage, &second)).unwrap().starts_with(b"what web1 wrote"));
+    // The volume may have been filled before the snapshot was to go.
+    assert!(deleted.is_ok() || deleted.is_err_and(|refused| refused.code == Code::InUse));
+    host.close().await;
+}
+
+/// Dies at this point.
+struct DieAt(&'static str);
+
+impl Checkpoint for DieAt {
+    fn reached(&self, point: &'static str) -> Fate {
+        if point == self.0 { Fate::Die } else { Fate::Live }
+    }
 }
 
 #[tokio::test]
