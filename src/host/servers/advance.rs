@@ -87,6 +87,14 @@ pub(super) fn ask(
         Asked::Joined(operation, next) => (operation, next),
         Asked::Done(next) => (operations::accept_as(tx, id, new)?.id, next),
         Asked::Began(next) => {
+            if ask == Ask::Hibernate && record.is_changed() {
+                let detail = format!(
+                    "server {} gets other CPUs or memory at its next start, into which this memory would not fit: \
+                     reboot it first, or change it back",
+                    record.name
+                );
+                return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(&record)));
+            }
             if begins_run(&record, &next) {
                 before_start(&record)?;
                 capacity.admit(tx, &mut record)?;

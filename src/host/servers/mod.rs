@@ -48,7 +48,7 @@ mod view;
 
 use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
-use lifecycle::Ask;
+use lifecycle::{Ask, Phase};
 pub use readers::Kicked;
 use record::ServerRecord;
 pub(crate) use record::{HELD_INDEX, TABLES, TICKET_HOLDERS};
@@ -491,7 +491,8 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
     }
     faults.external_ref(patch.external_ref.as_ref().and_then(Option::as_deref));
     faults.end()?;
-    if record.life.saved.is_some() && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
+    let is_saved = record.life.saved.is_some() || matches!(record.life.phase, Phase::Hibernating { .. });
+    if is_saved && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
         let detail = "the server is hibernated, and its memory belongs to the machine it was: start it before its \
                       CPUs or memory are changed";
         return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));

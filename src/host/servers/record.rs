@@ -83,6 +83,14 @@ pub struct ServerRecord {
     pub started_at: Option<Time>,
 }
 
+impl ServerRecord {
+    /// Whether the next machine is to be another than the one at hand, so that the memory of this one fits no more.
+    pub fn is_changed(&self) -> bool {
+        let Held { memory_bytes, vcpus, cpu } = self.held;
+        (memory_bytes, vcpus) != (self.memory_bytes, self.vcpus) || cpu.is_some_and(|cpu| cpu != self.cpu)
+    }
+}
+
 /// What a machine was promised.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {

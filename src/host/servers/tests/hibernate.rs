@@ -55,6 +55,27 @@ async fn a_hibernated_server_goes_on_where_it_was_and_its_memory_is_used_once() 
 }
 
 #[tokio::test]
+async fn a_server_that_is_to_get_another_machine_is_not_hibernated_into_this_one() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let act = async |action| host.servers().act(&Call::by_host(), id, action).await;
+    let change = async |vcpus| {
+        let patch = PatchServer { vcpus: Some(vcpus), ..PatchServer::default() };
+        host.servers().patch(&Call::by_host(), id, patch).await.unwrap()
+    };
+    change(2).await;
+    let refused = act(ServerAction::Hibernate).await.unwrap_err();
+    assert_eq!(refused.code, Code::WrongState);
+    assert!(refused.detail.contains("reboot it first"), "{}", refused.detail);
+    assert_eq!(host.servers().one(id).await.unwrap().state, ServerState::Running);
+    change(1).await;
+    let hibernated = act(ServerAction::Hibernate).await.unwrap();
+    succeeded(&host, hibernated.body.operation.id).await;
+    host.close().await;
+}
+
+#[tokio::test]
 async fn a_memory_that_cannot_be_saved_or_read_costs_nothing() {
     let stage = Stage::new();
     let host = stage.open_with_image().await;
