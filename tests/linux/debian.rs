@@ -21,6 +21,8 @@ impl Ssh {
             .arg(&self.key)
             .args(["-n", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
             .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10", "-o", "BatchMode=yes"])
+            // A server that is gone in the middle of a command says no more.
+            .args(["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"])
             .args([&self.target, line])
             .stderr(Stdio::null())
             .output()
@@ -124,7 +126,7 @@ fn what_a_debian_server_wrote_is_there_after_a_restart() {
     assert_eq!(wait_for("ssh after the start", BOOT, || ssh.run("cat /var/kept")), "kept");
 
     // The stock kernel's panic is told from a power-off and from a crash of the machine.
-    ssh.run("echo c | sudo tee /proc/sysrq-trigger");
+    ssh.run("sudo sh -c '(sleep 2; echo c > /proc/sysrq-trigger) > /dev/null 2>&1 &'").unwrap();
     let failed = wait_for("the panic", Duration::from_secs(120), || {
         let server = daemon.json(&["server", "show", "web1"]);
         (server["state"] == "failed").then_some(server)
