@@ -22,6 +22,11 @@ static TABLE: AtomicU64 = AtomicU64::new(0);
 static PAGES: AtomicU64 = AtomicU64::new(0);
 static RESTS: AtomicBool = AtomicBool::new(false);
 
+/// Bytes of a longer buffer: three sectors. To the balloon any number of a descriptor may come to be that of a page
+/// to take away, and the page of this number holds nothing of ours. Numbers from 0x200 to 0x2db are this program's own
+/// pages, and one that gives those away is its own victim.
+const LONG_BYTES: u64 = 3 * 512;
+
 /// What the other processor does until the end.
 pub fn vandal() -> ! {
     let mut random = cpu::tsc() | 1;
@@ -40,7 +45,7 @@ pub fn vandal() -> ! {
         let descriptor = table + (random >> 8) % 16 * 16;
         match random % 6 {
             0 => write64(descriptor, pick([pages, pages + 4096, 0, 1 << 40, u64::MAX - 7, table])),
-            1 => write32(descriptor + 8, pick([0, 1, 16, 512, 4096, 0xffff_ffff]) as u32),
+            1 => write32(descriptor + 8, pick([0, 1, 16, LONG_BYTES, 4096, 0xffff_ffff]) as u32),
             2 => write16(descriptor + 12, pick([0, 1, 2, 3, 4, 7]) as u16),
             3 => write16(descriptor + 14, pick([0, 1, 2, 3, 15, 0xffff]) as u16),
             4 => write32(pages, pick([0, 1, 4, 8, 11, 13]) as u32),
@@ -93,7 +98,7 @@ fn storm(
         let before = read16(queue.used + 2);
         write8(pages, 0);
         let read = Segment::Read { address: pages, bytes: 16 };
-        let chain = [read, Segment::Write { address: pages + 512, bytes: 513 }];
+        let chain = [read, Segment::Write { address: pages + 512, bytes: LONG_BYTES as u32 + 1 }];
         // The heads are counted here: what comes back may have been rewritten.
         let head = (*requests % u32::from(queue.size / 2) * 2) as u16;
         queue.place(head, if victim.kind == virtio::RNG { &chain[1..] } else { &chain });
