@@ -110,11 +110,6 @@ impl Dirs {
         self.root.join("snapshots").join(id.to_string())
     }
 
-    /// The first disk of a snapshot.
-    pub fn snapshot_disk(&self, id: SnapshotId) -> PathBuf {
-        self.snapshot(id).join("disk0.raw")
-    }
-
     /// The directory of a network.
     pub fn network(&self, id: NetworkId) -> PathBuf {
         self.root.join("networks").join(id.to_string())

@@ -8,11 +8,22 @@ use serde::de::DeserializeOwned;
 
 use crate::call::{Answer, Call};
 use crate::config::{Config, Dirs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::idempotency::{self, Underway};
 use crate::limits;
 use crate::store::{Store, Tx};
 use crate::tokens::Derivation;
+
+/// Runs what waits for the disk where waiting is allowed.
+pub(crate) async fn blocking<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
+}
 
 /// What every noun shares.
 pub struct Core {

@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hmac::{Hmac, KeyInit, Mac};
 use model::{Code, Time, TokenId};
 use rusqlite::{OptionalExtension, params};
+use sha2::Sha256;
 
 use crate::call::Actor;
 use crate::config::Dirs;
@@ -215,24 +217,19 @@ impl Derivation {
     /// 256 bits in hexadecimal, the same for the same parts: HMAC-SHA256 (RFC 2104) of the parts, each with its length
     /// so that none can pass for part of another.
     pub fn secret(&self, parts: &[&str]) -> String {
-        let mut message = Vec::new();
+        let mut mac = self.mac();
         for part in parts {
-            message.extend((part.len() as u64).to_le_bytes());
-            message.extend(part.as_bytes());
+            mac.update(&(part.len() as u64).to_le_bytes());
+            mac.update(part.as_bytes());
         }
-        hex(&self.mac(&message))
+        hex(&mac.finalize().into_bytes())
     }
 
-    fn mac(&self, message: &[u8]) -> [u8; 32] {
-        use sha2::{Digest, Sha256};
-        // The hash works on blocks of 64 bytes; the key fills the first half of one.
-        let block = |pad: u8| {
-            let mut block = [pad; 64];
-            block.iter_mut().zip(self.0).for_each(|(byte, key)| *byte ^= key);
-            block
-        };
-        let inner = Sha256::new().chain_update(block(0x36)).chain_update(message).finalize();
-        Sha256::new().chain_update(block(0x5c)).chain_update(inner).finalize().into()
+    fn mac(&self) -> Hmac<Sha256> {
+        // A key that is shorter than a block of the hash is filled up with zeros.
+        let mut key = [0; 64];
+        key[..self.0.len()].copy_from_slice(&self.0);
+        Hmac::new(&key.into())
     }
 }
 
@@ -253,7 +250,7 @@ mod tests {
         // RFC 4231, test case 1: its key is shorter, and a key is filled up with zeros.
         let mut key = [0; 32];
         key[..20].fill(0x0b);
-        let mac = hex(&Derivation(key).mac(b"Hi There"));
+        let mac = hex(&Derivation(key).mac().chain_update(b"Hi There").finalize().into_bytes());
         assert_eq!(mac, "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7");
     }
 

@@ -1,5 +1,6 @@
 //! KVM's log of the pages that vCPUs, and KVM itself, have written: asked for whole, cleared piece by piece just before
-//! a piece is copied. What devices write is not in it; `memory::marks` has that. `vmm::migrate` uses both.
+//! a piece is copied. What devices write is not in it; `memory::marks` has that. No machine is moved yet, so only
+//! `tests/kvm/dirty.rs` uses it.
 use std::sync::Arc;
 
 use kvm_bindings::{

@@ -2,7 +2,7 @@
 //! out. Addresses with their holes are the guest's; whoever saves or fills memory counts offsets.
 use std::io;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, WriteVolatile};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{Error, Ram};
 
@@ -18,45 +18,25 @@ pub struct Extent {
 /// What may hold something else than zeroes, ascending. Pages that nobody ever touched are not in it; of memory that
 /// is mapped privately, all is.
 pub fn touched(ram: &Ram) -> Result<Vec<Extent>, Error> {
-    touched_in(ram, Extent { offset: 0, bytes: ram.iter().map(|region| region.len()).sum() })
-}
-
-/// The same of a part.
-pub fn touched_in(ram: &Ram, part: Extent) -> Result<Vec<Extent>, Error> {
     let mut found = Vec::new();
-    let mut before = 0;
+    let mut offset = 0;
     for region in ram.iter() {
-        let (from, to) = (part.offset.max(before), (part.offset + part.bytes).min(before + region.len()));
+        let end = offset + region.len();
         match region.file_offset() {
-            _ if from >= to => (),
             Some(file) if region.flags() & libc::MAP_PRIVATE == 0 => {
-                let mut at = from;
-                while at < to {
+                let mut at = offset;
+                while at < end {
                     let next = sys::memfd::next_data(file.file(), at).map_err(Error::Copy)?;
-                    let Some((start, stop)) = next.filter(|(start, _)| *start < to) else { break };
-                    found.push(Extent { offset: start, bytes: stop.min(to) - start });
+                    let Some((start, stop)) = next.filter(|(start, _)| *start < end) else { break };
+                    found.push(Extent { offset: start, bytes: stop.min(end) - start });
                     at = stop;
                 }
             }
-            _ => found.push(Extent { offset: from, bytes: to - from }),
+            _ => found.push(Extent { offset, bytes: region.len() }),
         }
-        before += region.len();
+        offset = end;
     }
     Ok(found)
-}
-
-/// Writes a part as it is at this moment, with no copy of ours in between.
-pub fn send(ram: &Ram, part: Extent, to: &mut impl WriteVolatile) -> Result<(), Error> {
-    each_part(ram, part.offset, part.bytes as usize, |address, from, end| {
-        ram.write_all_volatile_to(address, to, end - from).map_err(copy_error)
-    })
-}
-
-/// Fills a part with what is read, with no copy of ours in between.
-pub fn receive(ram: &Ram, part: Extent, from: &mut impl ReadVolatile) -> Result<(), Error> {
-    each_part(ram, part.offset, part.bytes as usize, |address, start, end| {
-        ram.read_exact_volatile_from(address, from, end - start).map_err(copy_error)
-    })
 }
 
 /// Copies from `offset` into the whole of `data`.

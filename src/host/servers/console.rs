@@ -15,11 +15,12 @@ use tokio::time::Instant;
 use wire::console::Ring;
 use wire::control::{Command, Reply};
 
-use super::effects::{blocking, open_ring};
+use super::effects::open_ring;
 use super::limits;
 use super::readers::{Kicked, Place};
 use super::registry::Entry;
 use crate::call::Actor;
+use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::store::Tx;
 use crate::tokens;

@@ -15,7 +15,7 @@ use crate::images::Images;
 use crate::network::{Networks, Reservation};
 use crate::operations::{self, NewOperation};
 use crate::snapshots::Snapshots;
-use crate::store::Tx;
+use crate::store::{Tx, records};
 use crate::volumes::NewVolume;
 
 /// Memory of a server whose creator names none and whose image needs less, in bytes.
@@ -39,7 +39,7 @@ pub(super) fn server(
         (Some(image), None) => (Images::ready(tx, image)?, None),
         (None, Some(snapshot)) => {
             let snapshot = Snapshots::ready(tx, snapshot)?.shown;
-            (Images::ready(tx, &snapshot.image_id.to_string())?, Some(snapshot))
+            (records::one(tx, snapshot.image_id.0)?, Some(snapshot))
         }
         (None, None) => {
             return Err(Error::invalid("/image", "missing", "say which image, or which snapshot"));

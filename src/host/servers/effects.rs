@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use model::operation::Progress;
 use model::server::Isolation;
-use model::{Code, ServerId, Time, VolumeId};
+use model::{Code, ServerId, Time};
 use sys::beneath::Access;
 use sys::seqpacket::Listener;
 use tokio::sync::{mpsc, watch};
@@ -22,6 +22,7 @@ use super::lifecycle::{End, Event, Phase, Saved, Spawned, Trouble, Work};
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
 use super::{limits, machine, saved};
+use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::link::AskError;
@@ -117,15 +118,15 @@ impl Doing {
         if !matches!(self.record.life.phase, Phase::Creating { start: true }) {
             return Ok(false);
         }
-        let disks: Vec<VolumeId> = self.record.disks.iter().map(|disk| disk.volume_id).collect();
-        let from_snapshot = move |connection: &rusqlite::Connection| {
-            let volumes = disks.iter().map(|id| Ok(Volumes::find(connection, *id)?.snapshot_id.is_some()));
-            Ok(volumes.collect::<Result<Vec<bool>>>()?.contains(&true))
+        let (volumes, disks) = (self.workshop.volumes.clone(), self.record.disks.clone());
+        let look = move |connection: &rusqlite::Connection| {
+            disks
+                .iter()
+                .map(|disk| Ok(volumes.source_bytes(&Volumes::find(connection, disk.volume_id)?)))
+                .sum()
         };
-        let copied_bytes = self.workshop.images.disk_stored_bytes(self.record.image_id);
-        // How much a snapshot holds depends on what its guest has written.
-        let is_copied = copied_bytes <= limits::QUICK_FILL_BYTES_MAX;
-        Ok(is_copied && !self.workshop.core.store.read(from_snapshot).await?)
+        let copied_bytes: u64 = self.workshop.core.store.read(look).await?;
+        Ok(copied_bytes <= limits::QUICK_FILL_BYTES_MAX)
     }
 
     async fn fill(&self) -> Result<()> {
@@ -414,17 +415,6 @@ pub(super) async fn end_of(workshop: &Workshop, id: ServerId, status: Option<Exi
     // What cannot be read was not counted.
     let oom_kills = blocking(move || Ok(launcher.oom_kills(&id.to_string()))).await.unwrap_or_default();
     End::of(will, status, oom_kills, Time::now().unix_ms())
-}
-
-/// Runs what waits for the disk where waiting is allowed.
-pub(super) async fn blocking<T, F>(work: F) -> Result<T>
-where
-    T: Send + 'static,
-    F: FnOnce() -> Result<T> + Send + 'static,
-{
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
 }
 
 /// Opens the console ring of a server, or makes one where there is none that can be read.

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use model::server::{Isolation, IsolationItem, ServerIsolation};
 
-use super::effects::blocking;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
+use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::vmms::Finding;
 use crate::vmms::launcher::not_whole;

@@ -15,11 +15,12 @@ use wire::machine::{
     RateLimits, TokenBucket,
 };
 
-use super::effects::{blocking, open_ring};
+use super::effects::open_ring;
 use super::isolation;
 use super::limits;
 use super::record::{self, ServerRecord};
 use super::registry::{Entry, Workshop};
+use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::network::{Lease, Networks};
 use crate::seed::{self, Seed, SeedNic};

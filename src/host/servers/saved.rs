@@ -14,10 +14,11 @@ use wire::saved::{
     Clock, Counters, Identity, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then,
 };
 
-use super::effects::{Doing, blocking};
+use super::effects::Doing;
 use super::lifecycle::{Event, Saved, Trouble};
 use super::limits;
 use super::machine::{self, Description};
+use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::Link;

@@ -19,15 +19,16 @@ use wire::control::{Command, FaultCode, Reply};
 use wire::machine::FdIndex;
 use wire::saved::{Live, Moment, SaveReport, SaveSpec, SaveStatus};
 
-use super::effects::{Doing, blocking};
+use super::effects::Doing;
 use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
 use super::{advance, limits, machine, view};
 use crate::call::Actor;
+use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
-use crate::snapshots::{self, Origin, OriginDisk, SnapshotRecord, Snapshots, Taken};
+use crate::snapshots::{self, Origin, OriginDisk, SnapshotRecord, Snapshots, Taken, disk_name};
 use crate::store::Tx;
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
@@ -39,11 +40,6 @@ pub(super) const MEMORY: &str = "machine.memory";
 
 /// Where the kernel hands out descriptors that tell of writes to memory.
 const USERFAULTFD: &str = "/dev/userfaultfd";
-
-/// File of a disk in a snapshot's directory.
-pub(super) fn disk_name(index: usize) -> String {
-    format!("disk{index}.raw")
-}
 
 /// Records a snapshot and the operation that takes it.
 pub(super) fn accept(

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::call::{Actor, Answer, Call};
-use crate::core::Shared;
+use crate::core::{Shared, blocking};
 use crate::error::{Error, Result};
 use crate::labels;
 use crate::store::Tx;
@@ -255,6 +255,11 @@ pub(crate) fn users_of_image(connection: &Connection, image: model::ImageId) -> 
     Ok(of_image.map(|shown| shown.name.to_string()).collect())
 }
 
+/// File of a disk in a snapshot's directory.
+pub(crate) fn disk_name(index: usize) -> String {
+    format!("disk{index}.raw")
+}
+
 fn apply(shown: &mut Snapshot, patch: PatchSnapshot) -> Result<()> {
     if let Some(name) = patch.name {
         shown.name = name;
@@ -301,14 +306,4 @@ fn remove_strangers(directory: &Path, known: &BTreeSet<SnapshotId>) -> Result<()
         }
     }
     Ok(())
-}
-
-async fn blocking<T, F>(work: F) -> Result<T>
-where
-    T: Send + 'static,
-    F: FnOnce() -> Result<T> + Send + 'static,
-{
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
 }

@@ -24,7 +24,7 @@ use crate::images::Images;
 use crate::operations::{self, NewOperation, Outcome};
 use crate::store::Tx;
 use crate::store::records::{self, Record};
-use crate::{events, labels};
+use crate::{events, labels, snapshots};
 
 mod disk;
 pub(crate) mod files;
@@ -198,13 +198,6 @@ impl Volumes {
     /// For `servers`: writes the record, in state `creating`. Fails with `disk_full` when the file system cannot
     /// hold it, `already_exists` when the name is taken.
     pub(crate) fn create(&self, tx: &Tx<'_>, new: NewVolume) -> Result<Volume> {
-        let stored = match (new.snapshot_id, new.image_id) {
-            (Some(snapshot), _) => std::fs::metadata(self.core.dirs.snapshot_disk(snapshot))
-                .map_or(0, |found| found.blocks() * 512),
-            (None, Some(image)) => self.images.disk_stored_bytes(image),
-            (None, None) => 0,
-        };
-        space::check(&self.core.dirs.root().join("volumes"), stored, new.size_bytes)?;
         let now = Time::now();
         let volume = Volume {
             id: VolumeId::new(),
@@ -222,9 +215,25 @@ impl Volumes {
             created_at: now,
             updated_at: now,
         };
+        let place = self.core.dirs.root().join("volumes");
+        space::check(&place, self.source_bytes(&volume), volume.size_bytes)?;
         records::insert(tx, &volume)?;
         announce(tx, &volume, "volume.created", None)?;
         Ok(volume)
+    }
+
+    /// For `servers`: bytes that filling it copies where blocks cannot be shared.
+    pub(crate) fn source_bytes(&self, volume: &Volume) -> u64 {
+        match (volume.snapshot_id, volume.image_id) {
+            (Some(snapshot), _) => used_bytes(std::fs::metadata(self.snapshot_disk(snapshot))),
+            (None, Some(image)) => self.images.disk_stored_bytes(image),
+            (None, None) => 0,
+        }
+    }
+
+    /// What a volume made of a snapshot is filled from.
+    fn snapshot_disk(&self, id: SnapshotId) -> PathBuf {
+        self.core.dirs.snapshot(id).join(snapshots::disk_name(0))
     }
 
     /// For `servers`: the record.
@@ -245,7 +254,7 @@ impl Volumes {
             return Ok(());
         }
         let source = match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => Some(disk::look_at(self.core.dirs.snapshot_disk(snapshot)).await?),
+            (Some(snapshot), _) => Some(disk::look_at(self.snapshot_disk(snapshot)).await?),
             (None, Some(image)) => self.images.disk(image).await?,
             (None, None) => None,
         };

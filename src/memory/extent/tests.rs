@@ -74,33 +74,3 @@ fn zeroes_are_known_from_anything_else() {
         }
     }
 }
-
-#[test]
-fn a_part_is_sent_and_received_across_the_hole() {
-    let (from, to) = (new(BYTES).unwrap(), new(BYTES).unwrap());
-    let part = Extent { offset: RAM_BELOW_4G_MAX - 8192, bytes: 16384 };
-    fill(&from, part.offset + 4090, &[9; 8000]).unwrap();
-    let mut sent = Vec::new();
-    send(&from, part, &mut sent).unwrap();
-    assert_eq!(sent.len(), 16384);
-    receive(&to, part, &mut sent.as_slice()).unwrap();
-    let mut data = [0; 16384];
-    read(&to, part.offset, &mut data).unwrap();
-    assert!(data == sent.as_slice());
-    assert!(receive(&to, part, &mut &sent[..100]).is_err(), "it ends too early");
-    let beyond = Extent { offset: BYTES - 4096, bytes: 8192 };
-    assert!(matches!(send(&from, beyond, &mut Vec::new()), Err(Error::Range { .. })));
-}
-
-#[test]
-fn only_a_part_is_asked_for_what_was_touched() {
-    let ram = new(BYTES).unwrap();
-    for at in [0x5000, 0x9000, RAM_BELOW_4G_MAX - 4096, RAM_BELOW_4G_MAX + 4096] {
-        fill(&ram, at, &[1]).unwrap();
-    }
-    let edge = RAM_BELOW_4G_MAX;
-    let found = touched_in(&ram, Extent { offset: edge - 4096, bytes: 3 * 4096 }).unwrap();
-    let page = |offset| Extent { offset, bytes: 4096 };
-    assert_eq!(found, [page(edge - 4096), page(edge + 4096)]);
-    assert_eq!(touched_in(&ram, Extent { offset: 0x6000, bytes: 0x3000 }).unwrap(), []);
-}
