@@ -45,9 +45,12 @@ impl Answer {
         self.status < 300
     }
 
-    /// The operation that was accepted.
+    /// The operation that was accepted; panics with the whole answer when none was.
     pub(crate) fn operation(&self) -> String {
-        text(&self.body["operation"]["id"])
+        match self.body["operation"]["id"].as_str() {
+            Some(id) => id.to_owned(),
+            None => panic!("no operation was accepted: {} {}", self.status, self.body),
+        }
     }
 
     /// The `code` of a problem.
