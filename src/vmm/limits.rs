@@ -20,16 +20,6 @@ pub(crate) const FAULTS_EVERY_MS: u64 = 1_000;
 /// Longest text of one device fault, in bytes.
 pub(crate) const FAULT_BYTES_MAX: usize = 512;
 
-/// Longest state file beside its table of memory, in bytes: 32 vCPUs with 20 KiB each as text and the most devices need
-/// 1 MiB.
-pub(crate) const STATE_BYTES_MAX: u64 = 16 << 20;
-
-/// Bytes of the table for each MiB of memory: one row of 48 for a whole part, and up to twenty for one in pieces.
-pub(crate) const STATE_BYTES_PER_MIB: u64 = 1024;
-
-/// Most sections of a state file. Four are known.
-pub(crate) const SECTIONS_MAX: u64 = 64;
-
 /// How often the progress of a save is told at most, in milliseconds.
 pub(crate) const SAVE_TOLD_EVERY_MS: u64 = 100;
 

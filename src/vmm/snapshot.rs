@@ -1,6 +1,6 @@
-//! A machine as files, the one form for all who keep or move one: `format` is sections and their digest, `contents`
-//! what is in them, `table` which parts of memory there are, `copy` moves memory between machine and file. `machine`
-//! fills and reads it; nothing here knows a running machine or a socket.
+//! A machine as files, the one form for all who keep or move one: `contents` is what is in the sections, `copy` moves
+//! memory between machine and file. The outer form and the table of memory's parts are in [`wire::saved`], for the daemon
+//! looks at them too. `machine` fills and reads it; nothing here knows a running machine or a socket.
 //!
 //! ```text
 //! state file: header ─ sections ─ (JSON: shape, machine, counters) ─ table of memory       its SHA-256 is the root
@@ -8,12 +8,9 @@
 //! ```
 mod contents;
 mod copy;
-mod format;
-mod table;
 
 pub(crate) use contents::{Contents, Counted, MachineState, Shape};
 pub(crate) use copy::{Parts, copy_in, copy_out};
-pub(crate) use table::Table;
 
 use std::fs::File;
 use std::io;
@@ -21,8 +18,9 @@ use std::os::unix::fs::FileExt;
 
 use sha2::{Digest as _, Sha256};
 use wire::saved::Digest;
-
-use crate::limits::{STATE_BYTES_MAX, STATE_BYTES_PER_MIB};
+use wire::saved::form::{self, FormError};
+use wire::saved::state_bytes_max;
+use wire::saved::table::Table;
 
 /// Why a machine cannot be saved, or what was saved not read.
 #[derive(Debug, thiserror::Error)]
@@ -37,10 +35,8 @@ pub(crate) enum Error {
     TooLong { found: u64, most: u64 },
     #[error("the state file is not the one that was named: its digest is {found}")]
     Root { found: Digest },
-    #[error("the state file {0}")]
-    Form(String),
-    #[error("the state file's {section}: {detail}")]
-    Section { section: &'static str, detail: String },
+    #[error(transparent)]
+    Form(#[from] FormError),
     #[error("memory at {offset:#x} is not what was saved there")]
     Chunk { offset: u64 },
     #[error(transparent)]
@@ -68,7 +64,7 @@ pub(crate) fn write(file: &File, contents: &Contents, table: &Table) -> Result<(
 pub(crate) fn bytes(contents: &Contents, table: &Table) -> Result<Vec<u8>, Error> {
     let mut sections = contents.sections()?;
     sections.push(table.section());
-    Ok(format::join(&sections))
+    Ok(form::join(&sections))
 }
 
 /// Reads a state file for a machine of `memory_bytes` that has the digest `root`. Nothing of it is looked at before
@@ -76,7 +72,7 @@ pub(crate) fn bytes(contents: &Contents, table: &Table) -> Result<Vec<u8>, Error
 pub(crate) fn read(file: &File, root: Digest, memory_bytes: u64) -> Result<(Contents, Table), Error> {
     let reading = |cause| Error::File { doing: "read the state file", cause };
     let found = file.metadata().map_err(reading)?.len();
-    let most = STATE_BYTES_MAX + (memory_bytes >> 20) * STATE_BYTES_PER_MIB;
+    let most = state_bytes_max(memory_bytes);
     if found > most {
         return Err(Error::TooLong { found, most });
     }
@@ -91,12 +87,14 @@ pub(crate) fn read(file: &File, root: Digest, memory_bytes: u64) -> Result<(Cont
 
 /// What the bytes of a state file say.
 pub(crate) fn parse(bytes: &[u8]) -> Result<(Contents, Table), Error> {
-    let mut sections = format::split(bytes)?;
+    let mut sections = form::split(bytes)?;
     let contents = Contents::parse(&mut sections)?;
     let table = Table::parse(&mut sections)?;
     match sections.first_unknown() {
         None => Ok((contents, table)),
-        Some(name) => Err(Error::Form(format!("has a section {name:?} that this version does not know"))),
+        Some(name) => {
+            Err(FormError::Form(format!("has a section {name:?} that this version does not know")).into())
+        }
     }
 }
 

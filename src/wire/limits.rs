@@ -44,3 +44,13 @@ pub const CONSOLE_RING_BYTES_MAX: u64 = 64 << 20;
 
 /// Longest last will in bytes; longer files are not ours.
 pub const WILL_BYTES_MAX: usize = 16 * 1024;
+
+/// Longest state file beside its table of memory, in bytes: 32 vCPUs with 20 KiB each as text and the most devices need
+/// 1 MiB.
+pub const STATE_BYTES_MAX: u64 = 16 << 20;
+
+/// Bytes of the table for each MiB of memory: one row of 48 for a whole part, and up to twenty for one in pieces.
+pub const STATE_BYTES_PER_MIB: u64 = 1024;
+
+/// Most sections of a state file. Four are known.
+pub const SECTIONS_MAX: u64 = 64;

@@ -1,8 +1,13 @@
-//! Saving a machine and building it again from what was saved: commands and reports. What the files hold is the VMM's
-//! matter; the daemon keeps them, and the digest by which a reader knows that they are the ones.
+//! Saving a machine and building it again from what was saved: commands and reports, the outer form of a state file and
+//! the table of memory in it. What else the files hold is the VMM's matter; the daemon keeps them, and the digest by which
+//! a reader knows that they are the ones.
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::limits;
 use crate::machine::{FdIndex, MachineSpec, SpecError};
+
+pub mod form;
+pub mod table;
 
 /// A SHA-256 digest, in JSON 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -175,6 +180,12 @@ pub enum Then {
     Run,
     /// It stays paused until [`crate::control::Command::Resume`].
     Stay,
+}
+
+/// Longest state file of a machine with so much memory; both in bytes.
+pub fn state_bytes_max(memory_bytes: u64) -> u64 {
+    let table_bytes = (memory_bytes >> 20).saturating_mul(limits::STATE_BYTES_PER_MIB);
+    limits::STATE_BYTES_MAX.saturating_add(table_bytes)
 }
 
 impl SaveSpec {

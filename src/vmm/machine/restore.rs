@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use kvm::Host;
 use memory::{Backing, Ram};
+use wire::saved::table::Table;
 use wire::saved::{Clock, Counters, Identity, MemoryUse, RestoreSpec, Then};
 
 use super::build::Origin;
@@ -13,7 +14,7 @@ use super::save::{Files, shape, wall_ns};
 use super::{Error, Machine, Run};
 use crate::bell::Bell;
 use crate::boot;
-use crate::snapshot::{self, Table};
+use crate::snapshot;
 
 impl Machine {
     /// Builds the machine that was saved. `spec` has been checked against the number of descriptors.
@@ -27,7 +28,7 @@ impl Machine {
         let mut files = Files::new(descriptors);
         let (state, memory) = (files.take("/state", state)?, files.take("/memory", memory)?);
         let (contents, table) = snapshot::read(&state, root, machine.memory_bytes)?;
-        contents.shape.check(&shape(&machine))?;
+        contents.shape.check(&shape(&machine)).map_err(snapshot::Error::from)?;
         let ram = fill(how, memory, &table, machine.memory_bytes)?;
         if identity == Identity::New {
             if how == MemoryUse::Adopt {

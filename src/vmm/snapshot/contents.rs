@@ -6,9 +6,7 @@ use kvm::{CpuState, VmState, cpuid};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use wire::control::MachineStats;
-
-use super::Error;
-use super::format::{Section, Sections};
+use wire::saved::form::{FormError, Section, Sections};
 
 const SHAPE: &str = "shape";
 const MACHINE: &str = "machine";
@@ -62,7 +60,7 @@ pub(crate) struct Counted {
 }
 
 impl Contents {
-    pub(super) fn sections(&self) -> Result<Vec<Section>, Error> {
+    pub(super) fn sections(&self) -> Result<Vec<Section>, FormError> {
         Ok(vec![
             section(SHAPE, &self.shape)?,
             section(MACHINE, &self.machine)?,
@@ -70,7 +68,7 @@ impl Contents {
         ])
     }
 
-    pub(super) fn parse(sections: &mut Sections<'_>) -> Result<Contents, Error> {
+    pub(super) fn parse(sections: &mut Sections<'_>) -> Result<Contents, FormError> {
         Ok(Contents {
             shape: open(sections, SHAPE)?,
             machine: open(sections, MACHINE)?,
@@ -81,7 +79,7 @@ impl Contents {
 
 impl Shape {
     /// Says what differs from the machine that is to be built.
-    pub(crate) fn check(&self, wanted: &Shape) -> Result<(), Error> {
+    pub(crate) fn check(&self, wanted: &Shape) -> Result<(), FormError> {
         let numbers =
             |shape: &Shape| [shape.memory_bytes, shape.vcpus.into(), shape.disks.into(), shape.nics.into()];
         let names = ["bytes of memory", "vCPUs", "disks", "interfaces"];
@@ -90,20 +88,20 @@ impl Shape {
             None => Ok(()),
             Some((name, (saved, wanted))) => {
                 let detail = format!("the saved machine has {saved} {name}, the specification {wanted}");
-                Err(Error::Section { section: SHAPE, detail })
+                Err(FormError::Section { section: SHAPE, detail })
             }
         }
     }
 }
 
-fn section<T: Serialize>(name: &'static str, value: &T) -> Result<Section, Error> {
+fn section<T: Serialize>(name: &'static str, value: &T) -> Result<Section, FormError> {
     let bytes = serde_json::to_vec(value);
-    let bytes = bytes.map_err(|error| Error::Section { section: name, detail: error.to_string() })?;
+    let bytes = bytes.map_err(|error| FormError::Section { section: name, detail: error.to_string() })?;
     Ok(Section { name, version: VERSION, bytes })
 }
 
-fn open<T: DeserializeOwned>(sections: &mut Sections<'_>, name: &'static str) -> Result<T, Error> {
-    let refuse = |detail| Error::Section { section: name, detail };
+fn open<T: DeserializeOwned>(sections: &mut Sections<'_>, name: &'static str) -> Result<T, FormError> {
+    let refuse = |detail| FormError::Section { section: name, detail };
     match sections.take(name)? {
         (VERSION, bytes) => {
             // The text may repeat a name that somebody made up.

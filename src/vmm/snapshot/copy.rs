@@ -7,9 +7,9 @@ use std::os::unix::fs::FileExt;
 use memory::{Extent, Ram};
 use sha2::{Digest as _, Sha256};
 use wire::saved::Digest;
+use wire::saved::table::{PART_BYTES_MAX, Part, Table};
 
 use super::Error;
-use super::table::{PART_BYTES_MAX, Part, Table};
 
 /// What is still to be copied: parts by their offsets.
 pub(crate) struct Parts(BTreeMap<u64, u64>);

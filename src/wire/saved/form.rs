@@ -4,7 +4,6 @@
 //! ```text
 //! "toftsave" │ version 4 │ sections 4 ║ name 8 │ version 4 │ 0 4 │ length 8 │ that many bytes ║ …
 //! ```
-use super::Error;
 use crate::limits::SECTIONS_MAX;
 
 const MAGIC: &[u8; 8] = b"toftsave";
@@ -12,33 +11,53 @@ const MAGIC: &[u8; 8] = b"toftsave";
 /// Version of this outer form.
 const VERSION: u32 = 1;
 
+/// Why bytes are no state file, or not one that this program reads.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FormError {
+    /// As a whole.
+    #[error("the state file {0}")]
+    Form(String),
+    /// One of its sections.
+    #[error("the state file's {section}: {detail}")]
+    Section {
+        /// Its name.
+        section: &'static str,
+        /// What is wrong with it.
+        detail: String,
+    },
+}
+
 /// A part of a state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Section {
+pub struct Section {
     /// At most eight bytes.
-    pub(super) name: &'static str,
-    pub(super) version: u32,
-    pub(super) bytes: Vec<u8>,
+    pub name: &'static str,
+    /// Version of what is in it.
+    pub version: u32,
+    /// What is in it.
+    pub bytes: Vec<u8>,
 }
 
 /// The sections of a file that nobody has taken yet.
-pub(super) struct Sections<'a>(Vec<(&'a str, u32, &'a [u8])>);
+pub struct Sections<'a>(Vec<(&'a str, u32, &'a [u8])>);
 
 impl<'a> Sections<'a> {
-    /// The one section of this name and its version.
-    pub(super) fn take(&mut self, name: &'static str) -> Result<(u32, &'a [u8]), Error> {
+    /// The one section of this name: its version and its bytes. Fails when there is none.
+    pub fn take(&mut self, name: &'static str) -> Result<(u32, &'a [u8]), FormError> {
         let at = self.0.iter().position(|(found, ..)| *found == name);
-        let at = at.ok_or_else(|| Error::Form(format!("lacks the section {name:?}")))?;
+        let at = at.ok_or_else(|| FormError::Form(format!("lacks the section {name:?}")))?;
         let (_, version, bytes) = self.0.remove(at);
         Ok((version, bytes))
     }
 
-    pub(super) fn first_unknown(&self) -> Option<&'a str> {
+    /// The name of one that nobody has taken.
+    pub fn first_unknown(&self) -> Option<&'a str> {
         self.0.first().map(|(name, ..)| *name)
     }
 }
 
-pub(super) fn join(sections: &[Section]) -> Vec<u8> {
+/// The file of these sections.
+pub fn join(sections: &[Section]) -> Vec<u8> {
     let mut file = MAGIC.to_vec();
     file.extend(VERSION.to_le_bytes());
     file.extend((sections.len() as u32).to_le_bytes());
@@ -56,9 +75,9 @@ pub(super) fn join(sections: &[Section]) -> Vec<u8> {
     file
 }
 
-/// Cuts a file into its sections, which together are all of it.
-pub(super) fn split(file: &[u8]) -> Result<Sections<'_>, Error> {
-    let form = |detail: String| Error::Form(detail);
+/// Cuts a file into its sections, which together are all of it. Fails with what is wrong with its form.
+pub fn split(file: &[u8]) -> Result<Sections<'_>, FormError> {
+    let form = |detail: String| FormError::Form(detail);
     let mut rest = file;
     if take(&mut rest, 8).is_none_or(|magic| magic != MAGIC) {
         return Err(form("does not begin like one".to_owned()));
@@ -93,8 +112,8 @@ pub(super) fn split(file: &[u8]) -> Result<Sections<'_>, Error> {
     Ok(Sections(sections))
 }
 
-fn cut() -> Error {
-    Error::Form("ends before its end".to_owned())
+fn cut() -> FormError {
+    FormError::Form("ends before its end".to_owned())
 }
 
 /// The next bytes, if there are as many.
@@ -105,7 +124,7 @@ pub(super) fn take<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
 }
 
 /// The next number of 4 or 8 bytes.
-pub(super) fn number(rest: &mut &[u8], width: usize) -> Result<u64, Error> {
+pub(super) fn number(rest: &mut &[u8], width: usize) -> Result<u64, FormError> {
     let bytes = take(rest, width).ok_or_else(cut)?;
     let mut number = [0; 8];
     for (to, from) in number.iter_mut().zip(bytes) {

@@ -3,13 +3,11 @@
 //! ```text
 //! bytes of memory 8 │ parts 8 ║ offset 8 │ bytes 4 │ 0 4 │ SHA-256 32 ║ …        ascending, disjoint, whole pages
 //! ```
-use wire::saved::Digest;
-
-use super::Error;
-use super::format::{Section, Sections, number, take};
+use super::Digest;
+use super::form::{FormError, Section, Sections, number, take};
 
 /// Longest part: what is read, compared and copied at once.
-pub(crate) const PART_BYTES_MAX: u32 = 1 << 20;
+pub const PART_BYTES_MAX: u32 = 1 << 20;
 
 const NAME: &str = "memory";
 const VERSION: u32 = 1;
@@ -18,27 +16,33 @@ const ROW_BYTES: usize = 48;
 
 /// The table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Table {
-    pub(crate) memory_bytes: u64,
-    pub(crate) parts: Vec<Part>,
+pub struct Table {
+    /// Length of memory in bytes.
+    pub memory_bytes: u64,
+    /// Ascending and disjoint.
+    pub parts: Vec<Part>,
 }
 
 /// A part of memory that is in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Part {
-    pub(crate) offset: u64,
-    pub(crate) bytes: u32,
-    pub(crate) digest: Digest,
+pub struct Part {
+    /// Where it begins in memory and in the file, in bytes.
+    pub offset: u64,
+    /// Its length: whole pages, at most [`PART_BYTES_MAX`].
+    pub bytes: u32,
+    /// SHA-256 of its bytes.
+    pub digest: Digest,
 }
 
 impl Table {
     /// Bytes of all parts.
-    pub(crate) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.parts.iter().map(|part| u64::from(part.bytes)).sum()
     }
 
-    pub(super) fn section(&self) -> Section {
-        let mut bytes = Vec::with_capacity(16 + self.parts.len() * ROW_BYTES);
+    /// Its section in a state file.
+    pub fn section(&self) -> Section {
+        let mut bytes = Vec::with_capacity(self.parts.len().saturating_add(1).saturating_mul(ROW_BYTES));
         bytes.extend(self.memory_bytes.to_le_bytes());
         bytes.extend((self.parts.len() as u64).to_le_bytes());
         for part in &self.parts {
@@ -50,8 +54,9 @@ impl Table {
         Section { name: NAME, version: VERSION, bytes }
     }
 
-    pub(super) fn parse(sections: &mut Sections<'_>) -> Result<Table, Error> {
-        let refuse = |detail: &str| Error::Section { section: NAME, detail: detail.to_owned() };
+    /// Takes it out of a state file's sections. Fails when it is not there, or says what cannot be.
+    pub fn parse(sections: &mut Sections<'_>) -> Result<Table, FormError> {
+        let refuse = |detail: &str| FormError::Section { section: NAME, detail: detail.to_owned() };
         let (version, mut rest) = sections.take(NAME)?;
         if version != VERSION {
             return Err(refuse(&format!("it has version {version}; this program reads up to {VERSION}")));
