@@ -20,12 +20,12 @@ use crate::machine::{
     RateLimits, TokenBucket,
 };
 use crate::will::Will;
-use crate::{control, launch, limits};
+use crate::{control, launch, limits, peer};
 
 /// Reads `data` as what its first byte says.
 pub fn wire(data: &[u8]) {
     let Some((kind, rest)) = data.split_first() else { return };
-    match kind % 11 {
+    match kind % 12 {
         0 => again::<control::Request>(rest),
         1 => again::<control::Message>(rest),
         2 => again::<launch::Request>(rest),
@@ -36,6 +36,7 @@ pub fn wire(data: &[u8]) {
         7 => ring_as_written(rest),
         8 => packet::<control::Request>(rest),
         9 => packet::<launch::Request>(rest),
+        11 => frame(rest),
         _ => built_specification(rest),
     }
 }
@@ -45,6 +46,18 @@ fn again<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(text: &[
     let written = serde_json::to_vec(&value).expect("what was read can be written");
     let read: T = serde_json::from_slice(&written).expect("what was written can be read");
     assert_eq!(read, value);
+}
+
+/// A frame from another daemon: what is read is framed and read again as the same.
+fn frame(data: &[u8]) {
+    let Some((start, rest)) = data.split_first_chunk() else { return };
+    let Ok(length) = peer::head(*start) else { return };
+    assert!(length <= limits::FRAME_BYTES_MAX);
+    let Ok(message) = peer::Message::read(&rest[..length.min(rest.len())]) else { return };
+    let framed = message.frame().expect("what fits in a frame fits when written without spaces");
+    let (start, rest) = framed.split_first_chunk().expect("a head");
+    assert_eq!(peer::head(*start), Ok(rest.len()));
+    assert_eq!(peer::Message::read(rest), Ok(message));
 }
 
 /// A specification that came with so many descriptors.

@@ -45,5 +45,6 @@ pub mod isolation;
 pub mod launch;
 pub mod limits;
 pub mod machine;
+pub mod peer;
 pub mod saved;
 pub mod will;

@@ -1,0 +1,273 @@
+//! What two daemons say to each other about a migration: frames of bounded length, each with the version of this
+//! protocol, over a connection that is encrypted and authenticated below. Types and framing only; `host` speaks it.
+//!
+//! ```text
+//!  source                                   target
+//!    Greet { ticket } ────────────────────▶   the ticket is looked up and bound to who presents it
+//!    ◀──────────────────────────── Welcome
+//!    Ask(Offer) ──────────────────────────▶   looks at what it has
+//!    ◀──────────────────── Verdict, or at any time Refuse
+//! ```
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, VCPUS_MAX};
+use crate::machine::CpuTemplate;
+use crate::saved::Digest;
+
+/// Version of this protocol. Both ends must speak the same one.
+pub const VERSION: u16 = 1;
+
+/// Length of a frame's head in bytes: magic, version, kind and length, integers little endian.
+pub const HEAD_BYTES: usize = 12;
+
+const MAGIC: [u8; 4] = *b"TOFT";
+
+/// Kind of the frames that hold one JSON document.
+const DOCUMENT: u16 = 1;
+
+/// Why bytes are no frame. The connection is of no use after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// It does not begin as a frame does.
+    #[error("the other side does not speak Toft's migration protocol")]
+    Magic,
+    /// Another version.
+    #[error(
+        "the other side speaks version {0} of the migration protocol and this one version {VERSION}; upgrade the older"
+    )]
+    Version(u16),
+    /// A kind that this version does not have.
+    #[error("the other side sent a frame of kind {0}, which version {VERSION} does not have")]
+    Kind(u16),
+    /// Longer than allowed.
+    #[error("the other side sent a frame of {0} bytes, and {FRAME_BYTES_MAX} are allowed")]
+    TooLong(usize),
+    /// Its document is not one of these messages.
+    #[error("the other side sent a document that is no message")]
+    Message,
+}
+
+/// Reads a frame's head and answers how many bytes follow it, at most [`FRAME_BYTES_MAX`].
+pub fn head(bytes: [u8; HEAD_BYTES]) -> Result<usize, FrameError> {
+    let [m0, m1, m2, m3, v0, v1, k0, k1, l0, l1, l2, l3] = bytes;
+    if [m0, m1, m2, m3] != MAGIC {
+        return Err(FrameError::Magic);
+    }
+    let version = u16::from_le_bytes([v0, v1]);
+    if version != VERSION {
+        return Err(FrameError::Version(version));
+    }
+    let kind = u16::from_le_bytes([k0, k1]);
+    if kind != DOCUMENT {
+        return Err(FrameError::Kind(kind));
+    }
+    let length = u32::from_le_bytes([l0, l1, l2, l3]);
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
+    if length > FRAME_BYTES_MAX { Err(FrameError::TooLong(length)) } else { Ok(length) }
+}
+
+/// Anything one daemon says to the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Message {
+    /// The source's first word.
+    Greet {
+        /// Version of the daemon, for people.
+        program: String,
+        /// The secret of the target's ticket.
+        ticket: String,
+    },
+    /// The ticket holds.
+    Welcome {
+        /// Name of the target's host, for people.
+        host: String,
+        /// Version of the daemon, for people.
+        program: String,
+    },
+    /// Could this server come?
+    Ask(Box<Offer>),
+    /// The answer: nothing is in the way when the list is empty.
+    Verdict {
+        /// Everything that is in the way, at most [`OBSTACLES_MAX`].
+        blocked_by: Vec<Obstacle>,
+    },
+    /// No, and the connection ends.
+    Refuse {
+        /// Why, for people.
+        detail: String,
+    },
+}
+
+/// Most obstacles of one verdict: one a disk and a nic, and some for the whole.
+pub const OBSTACLES_MAX: usize = DISKS_MAX + 3 * NICS_MAX + 16;
+
+/// A server that is to move, as far as the target must know before anything moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offer {
+    /// The server's id, which it keeps.
+    pub server: String,
+    /// Its name, which it keeps.
+    pub name: String,
+    /// Its machine's virtual CPUs.
+    pub vcpus: u8,
+    /// Its machine's memory in bytes.
+    pub memory_bytes: u64,
+    /// What its guest was told of the CPU.
+    pub cpu: OfferedCpu,
+    /// Digest of the image it was made from, which has its kernel.
+    pub image: Digest,
+    /// The image's name on the source, for people.
+    pub image_name: String,
+    /// Its disks, the root volume first.
+    pub disks: Vec<OfferedDisk>,
+    /// Its interfaces.
+    pub nics: Vec<OfferedNic>,
+}
+
+/// A CPU that a guest may be using every feature of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfferedCpu {
+    /// The server's choice.
+    pub template: CpuTemplate,
+    /// The source's vendor, as the processor names it.
+    pub vendor: String,
+    /// The source's features, as its kernel names them.
+    pub features: Vec<String>,
+}
+
+/// A disk that is to move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfferedDisk {
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Bytes of it that were ever written.
+    pub written_bytes: u64,
+}
+
+/// An interface that is to move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfferedNic {
+    /// Name of the network it is on.
+    pub network: String,
+    /// The network's range.
+    pub ipv4_cidr: String,
+    /// Its address, which it keeps.
+    pub ipv4: Ipv4Addr,
+    /// Its hardware address, which it keeps.
+    pub mac: String,
+}
+
+/// Something in a migration's way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Obstacle {
+    /// For programs.
+    pub kind: ObstacleKind,
+    /// For people: what it is and what to do.
+    pub detail: String,
+}
+
+/// Kinds of [`Obstacle`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ObstacleKind {
+    /// The target's processor lacks something that the guest may use.
+    CpuFeatures,
+    /// The target has not enough memory left.
+    Memory,
+    /// The target's disk has not enough room.
+    Storage,
+    /// The target has not the image that the server boots from.
+    Image,
+    /// The target's networks do not fit.
+    Network,
+    /// The target has a server of this id or name.
+    Name,
+    /// The target cannot run servers.
+    Kvm,
+    /// A machine cannot be handed over by the VMM that runs it.
+    Vmm,
+}
+
+/// Why an offer is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the offer's {0} is not valid")]
+pub struct OfferError(pub &'static str);
+
+/// Longest text of an offer in bytes; names have at most 63.
+const TEXT_BYTES_MAX: usize = 128;
+
+/// Most CPU features of an offer: Linux names about 250 of x86.
+const FEATURES_MAX: usize = 1024;
+
+impl Offer {
+    /// Checks every number and every length.
+    pub fn check(&self) -> Result<(), OfferError> {
+        let short = |text: &str| !text.is_empty() && text.len() <= TEXT_BYTES_MAX;
+        let fail = |what| Err(OfferError(what));
+        if !short(&self.server) || !short(&self.name) || !short(&self.image_name) {
+            return fail("name");
+        }
+        if self.vcpus == 0 || self.vcpus > VCPUS_MAX {
+            return fail("number of CPUs");
+        }
+        if self.memory_bytes == 0 || self.memory_bytes > MEMORY_BYTES_MAX {
+            return fail("memory");
+        }
+        let features = &self.cpu.features;
+        if self.cpu.vendor.len() > TEXT_BYTES_MAX
+            || features.len() > FEATURES_MAX
+            || !features.iter().all(|feature| short(feature))
+        {
+            return fail("CPU");
+        }
+        if self.disks.len() > DISKS_MAX {
+            return fail("number of disks");
+        }
+        let nics = &self.nics;
+        if nics.len() > NICS_MAX
+            || !nics.iter().all(|nic| short(&nic.network) && short(&nic.ipv4_cidr) && short(&nic.mac))
+        {
+            return fail("interfaces");
+        }
+        Ok(())
+    }
+}
+
+impl Message {
+    /// The frame that holds it. Fails when it would be longer than any reader takes.
+    pub fn frame(&self) -> Result<Vec<u8>, FrameError> {
+        let document = serde_json::to_vec(self).map_err(|_| FrameError::Message)?;
+        let too_long = FrameError::TooLong(document.len());
+        let length = u32::try_from(document.len()).map_err(|_| too_long)?;
+        if document.len() > FRAME_BYTES_MAX {
+            return Err(too_long);
+        }
+        let mut frame = Vec::with_capacity(HEAD_BYTES.saturating_add(document.len()));
+        frame.extend(MAGIC);
+        frame.extend(VERSION.to_le_bytes());
+        frame.extend(DOCUMENT.to_le_bytes());
+        frame.extend(length.to_le_bytes());
+        frame.extend(document);
+        Ok(frame)
+    }
+
+    /// Reads what followed a head.
+    pub fn read(document: &[u8]) -> Result<Message, FrameError> {
+        let message = serde_json::from_slice(document).map_err(|_| FrameError::Message)?;
+        match &message {
+            Message::Ask(offer) if offer.check().is_err() => Err(FrameError::Message),
+            Message::Verdict { blocked_by } if blocked_by.len() > OBSTACLES_MAX => Err(FrameError::Message),
+            _ => Ok(message),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
