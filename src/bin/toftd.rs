@@ -28,6 +28,9 @@ async fn main() -> anyhow::Result<()> {
     let config = flags.host()?;
     let plumbing = HostPlumbing::new(&flags.run_dir).watched(config.checkpoint.clone());
     let host = host::Host::open(config, launcher, Arc::new(plumbing)).await?;
+    if let Some(address) = flags.migration_listen {
+        host.migrations().listen(address).await?;
+    }
     let stop = async {
         tokio::select! { _ = terminated.recv() => (), _ = interrupted.recv() => () }
     };

@@ -1,6 +1,7 @@
 //! `toft host …`
 use clap::Subcommand;
 use model::host::{About, CheckStatus, Health, HostReport};
+use model::migration::{CreateMigrationTicket, MigrationTicket};
 
 use crate::Context;
 use crate::error::Error;
@@ -13,6 +14,12 @@ pub(crate) enum Verb {
     Show,
     /// Try KVM with a small guest and look at everything servers need; fails when servers cannot run.
     Check,
+    /// Make a ticket with which another host can bring a server here; it is shown once.
+    Ticket {
+        /// Seconds it is good for.
+        #[arg(long)]
+        lifetime_s: Option<u64>,
+    },
     /// Show the daemon's version and what it can do.
     About,
 }
@@ -31,6 +38,22 @@ impl Verb {
                 match report.health {
                     Health::Failing => Err(Error::Guest(1)),
                     Health::Ok | Health::Degraded => Ok(()),
+                }
+            }
+            Verb::Ticket { lifetime_s } => {
+                let body =
+                    serde_json::to_vec(&CreateMigrationTicket { lifetime_s }).map_err(Error::Answer)?;
+                let answer = context.client.send("POST", "/v1/migration-tickets", Some(body), &[]).await?;
+                let made: MigrationTicket = answer.json()?;
+                match context.format {
+                    Format::Json => output::json(&made),
+                    Format::Name => output::print_text(&format!("{}\n", made.ticket)),
+                    Format::Table => output::print_text(&format!(
+                        "ticket   {}\ntarget   {}\nexpires  {}\n",
+                        made.ticket,
+                        made.target,
+                        output::time(made.expires_at)
+                    )),
                 }
             }
             Verb::About => {

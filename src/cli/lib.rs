@@ -10,6 +10,7 @@ mod event;
 mod host;
 mod image;
 mod limits;
+mod migrate;
 mod network;
 mod operation;
 mod output;

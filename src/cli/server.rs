@@ -12,6 +12,7 @@ use model::{ConsoleReaderId, Labels, Name};
 
 use crate::bulk::Which;
 use crate::error::Error;
+use crate::migrate::Migrate;
 use crate::output::{self, Format, Row};
 use crate::rates::{Limits, NewLimits};
 use crate::target::{self, ListOptions};
@@ -59,6 +60,8 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
+    /// Move a server to another host.
+    Migrate(Migrate),
     /// Print the console's log.
     ConsoleLog {
         /// Name or id.
@@ -302,6 +305,7 @@ impl Verb {
             Verb::Pause(which) => bulk::act(context, &which, "pause", None).await,
             Verb::Resume(which) => bulk::act(context, &which, "resume", None).await,
             Verb::Hibernate(which) => bulk::act(context, &which, "hibernate", None).await,
+            Verb::Migrate(migrate) => migrate.run(context).await,
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let query = tail.map(|bytes| format!("?tail_bytes={bytes}")).unwrap_or_default();

@@ -33,6 +33,8 @@ pub mod vmms;
 
 pub mod servers;
 
+pub mod migration;
+
 pub mod report;
 
 mod open;

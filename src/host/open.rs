@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::events::{self, Events};
 use crate::images::Images;
 use crate::limits;
+use crate::migration::Migrations;
 use crate::network::{Networks, Plumbing};
 use crate::operations::{Cancel, Operations};
 use crate::report::Report;
@@ -42,6 +43,7 @@ struct Inner {
     networks: Networks,
     operations: Operations,
     tokens: Tokens,
+    migrations: Migrations,
     report: Report,
 }
 
@@ -79,6 +81,7 @@ impl Host {
         let cancels = Cancels { images: images.clone(), servers: servers.clone() };
         let operations = Operations::new(core.clone(), Arc::new(cancels));
         let tokens = Tokens::new(&core);
+        let migrations = Migrations::new(core.clone(), capacity, launcher.clone()).await?;
         let report = Report::new(core.clone(), servers.clone(), networks.clone(), launcher);
         images.recover().await?;
         volumes.recover().await?;
@@ -96,6 +99,7 @@ impl Host {
                 networks,
                 operations,
                 tokens,
+                migrations,
                 report,
             }),
         })
@@ -103,6 +107,7 @@ impl Host {
 
     /// Stops working; servers run on. Everything that was promised is in the records.
     pub async fn close(&self) {
+        self.inner.migrations.close().await;
         self.inner.servers.close().await;
         self.inner.snapshots.close().await;
         self.inner.networks.close().await;
@@ -154,6 +159,11 @@ impl Host {
     /// Operations.
     pub fn operations(&self) -> &Operations {
         &self.inner.operations
+    }
+
+    /// Moves between hosts.
+    pub fn migrations(&self) -> &Migrations {
+        &self.inner.migrations
     }
 
     /// The event log.

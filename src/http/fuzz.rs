@@ -9,6 +9,7 @@ use axum::http::{HeaderName, HeaderValue, header};
 use host::Actor;
 use model::console::CreateConsoleToken;
 use model::image::{Image, ImportImage, PatchImage};
+use model::migration::{CreateMigrationTicket, MigrateServer};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateServer, PatchServer, Server, StopServer};
 use model::volume::PatchVolume;
@@ -35,7 +36,7 @@ pub fn api(data: &[u8]) {
 }
 
 fn body(kind: u8, text: &[u8]) {
-    match kind % 9 {
+    match kind % 11 {
         0 => json::<CreateServer>(text),
         1 => patch::<PatchServer>(text),
         2 => json::<StopServer>(text),
@@ -47,6 +48,8 @@ fn body(kind: u8, text: &[u8]) {
             patch::<PatchVolume>(text);
             patch::<PatchImage>(text);
         }
+        9 => json::<MigrateServer>(text),
+        10 => json::<CreateMigrationTicket>(text),
         _ => drop(taken(crate::body::parse::<servers::Nothing>(text))),
     }
 }

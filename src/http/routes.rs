@@ -117,6 +117,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(bulk::resume))
         .routes(routes!(bulk::hibernate))
         .routes(routes!(snapshots::take))
+        .routes(routes!(servers::migrate))
         .routes(routes!(servers::metrics))
         .routes(routes!(servers::isolation))
         .routes(routes!(console::log))
@@ -136,6 +137,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(events::follow))
         .routes(routes!(host_paths::report))
         .routes(routes!(host_paths::probe))
+        .routes(routes!(host_paths::ticket))
         .routes(routes!(metrics::scrape))
 }
 

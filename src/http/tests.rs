@@ -5,6 +5,7 @@ mod consoles;
 mod errors;
 mod fuzz;
 mod generated;
+mod migrations;
 mod networks;
 mod operations;
 mod promises;

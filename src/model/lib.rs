@@ -8,6 +8,7 @@ pub mod host;
 pub mod id;
 pub mod image;
 pub mod limits;
+pub mod migration;
 pub mod name;
 pub mod network;
 pub mod operation;

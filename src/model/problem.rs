@@ -52,6 +52,8 @@ codes! {
     WrongState = 409 "Wrong state";
     /// A resource of this kind with this name or `external_ref` exists.
     AlreadyExists = 409 "Already exists";
+    /// Something is in the way of moving the server; `errors` names each thing. Mend it, or choose another target.
+    MigrationBlocked = 409 "The server cannot move";
     /// Something else uses the resource; `detail` names it.
     InUse = 409 "In use";
     /// A request with the same idempotency key is being carried out. Ask again.
@@ -76,6 +78,8 @@ codes! {
     Internal = 500 "Internal error";
     /// The VMM refused or died; `detail` has its words.
     MachineFailed = 502 "The machine failed";
+    /// Another host cannot be reached, does not speak the same protocol, or broke off; `detail` says which.
+    HostUnreachable = 502 "The other host cannot be reached";
     /// The daemon is shutting down or starting. Try again.
     Draining = 503 "Not ready";
     /// KVM is missing, not permitted or not able; `detail` says what to do.
@@ -100,6 +104,7 @@ impl Code {
                 | Code::TooMany
                 | Code::Internal
                 | Code::MachineFailed
+                | Code::HostUnreachable
                 | Code::Draining
                 | Code::NoCapacity
                 | Code::DiskFull

@@ -14,6 +14,7 @@ mod deaths;
 mod held;
 mod hostile;
 mod kills;
+mod moves;
 mod reboots;
 mod snapshots;
 mod sweep;

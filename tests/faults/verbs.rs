@@ -83,6 +83,7 @@ fn every_verb_does_its_work_on_the_real_daemon() {
         catalogue(&stage);
         let recipes = stage.path("guest-images");
         stage.flags(&["--guest-images", recipes.to_str().unwrap(), "--listen", "127.0.0.1:7700"]);
+        stage.flags(&["--migration-listen", "127.0.0.1:7701"]);
         images::write(&stage.path("import/reader"), "serial=600000 beat=100");
         stage.start();
         let cli = Cli { stage: &stage, used: RefCell::default() };
@@ -91,6 +92,7 @@ fn every_verb_does_its_work_on_the_real_daemon() {
         networks(&cli);
         servers(&cli);
         many_servers(&cli);
+        moves(&cli);
         consoles(&cli);
         snapshots(&cli);
         volumes(&cli);
@@ -166,6 +168,26 @@ fn bring_images(cli: &Cli<'_>) {
     cli.fails(&["image", "import", "x", "--from", "nothing"], 2);
     cli.fails(&["image", "import", "counter", "--from", "counter"], 4);
     cli.fails(&["image", "upload", "x", "/nonexistent"], 2);
+}
+
+/// A host may ask itself, and is in its own way.
+fn moves(cli: &Cli<'_>) {
+    let made = cli.json(&["host", "ticket", "--lifetime-s", "60"]);
+    assert_eq!(made["target"], "127.0.0.1:7701");
+    let ticket = cli.ok(&["-o", "name", "host", "ticket"]);
+    assert!(cli.ok(&["-o", "table", "host", "ticket"]).contains("target   127.0.0.1:7701"));
+    let target = ["--target", "127.0.0.1:7701", "--ticket", ticket.trim()];
+    let dry = [&["server", "migrate", "www", "--dry-run"], &target[..]].concat();
+    let plan = cli.json(&dry);
+    let codes: Vec<&str> =
+        plan["blocked_by"].as_array().unwrap().iter().filter_map(|one| one["code"].as_str()).collect();
+    assert!(codes.contains(&"name") && codes.contains(&"network"), "{plan}");
+    assert!(cli.ok(&[&["-o", "table"], &dry[..]].concat()).contains("blocked  name: "));
+    assert!(!cli.ok(&[&["-o", "name"], &dry[..]].concat()).is_empty());
+    let said = cli.fails(&[&["server", "migrate", "www"], &target[..]].concat(), 4);
+    assert!(said.err.contains("this host has a server"), "{said:?}");
+    cli.fails(&["server", "migrate", "www", "--target", "127.0.0.1:7701", "--ticket", "x"], 2);
+    cli.fails(&["server", "migrate", "www", "--target", "127.0.0.1:1", "--ticket", ticket.trim()], 5);
 }
 
 /// What a person sees of a command.

@@ -41,6 +41,8 @@ pub(crate) struct Orders {
     pub(crate) hold_at: Option<String>,
     /// Whether its commits come after what was to follow them.
     pub(crate) late_commits: bool,
+    /// Further flags.
+    pub(crate) flags: Vec<String>,
 }
 
 /// What outlives a daemon, and the daemon.
@@ -48,6 +50,8 @@ pub(crate) struct Stage {
     base: tempfile::TempDir,
     bin: PathBuf,
     probe: PathBuf,
+    /// A process whose network is the daemon's; the test's own when absent.
+    network_of: Option<u32>,
     daemon: Mutex<Option<Child>>,
     /// The number of the copy of the daemon's program that runs: an upgrade is another file.
     edition: Mutex<u32>,
@@ -74,6 +78,11 @@ pub(crate) async fn wait_for<T>(what: &str, mut look: impl AsyncFnMut() -> Optio
 impl Stage {
     /// An empty stage. `TOFT_BIN` says where the binaries are, `TOFT_PROBE` where the probe guest is.
     pub(crate) fn new() -> Stage {
+        Stage::on(None)
+    }
+
+    /// As [`Stage::new`], for a daemon in the network of this process: to others it is another host.
+    pub(crate) fn on(network_of: Option<u32>) -> Stage {
         let directory = |name: &str| -> PathBuf {
             std::env::var_os(name).unwrap_or_else(|| panic!("set {name}, as scripts/test does")).into()
         };
@@ -86,6 +95,7 @@ impl Stage {
             base,
             bin,
             probe,
+            network_of,
             daemon: Mutex::default(),
             edition: Mutex::default(),
             empty: World::look(&[], &[]),
@@ -100,7 +110,18 @@ impl Stage {
     pub(crate) fn start(&self, orders: Orders) {
         let base = self.base.path();
         let log = std::fs::File::options().create(true).append(true).open(self.log_path()).expect("a log");
-        let mut command = Command::new(self.program(*lock(&self.edition)));
+        let program = self.program(*lock(&self.edition));
+        let mut command = match self.network_of {
+            None => Command::new(program),
+            Some(pid) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/proc/{pid}/ns/net")).arg(program);
+                // One server may be known to both hosts, and each has a group for it.
+                let group = std::env::var("TOFT_CGROUP").expect("set where tests run inside");
+                command.env("TOFT_CGROUP", format!("{group}-far"));
+                command
+            }
+        };
         command
             .arg("--state-dir")
             .arg(base.join("state"))
@@ -110,6 +131,7 @@ impl Stage {
             .arg(self.bin.join("toft-vmm"))
             .arg("--import-dir")
             .arg(base.join("import"))
+            .args(orders.flags)
             .env("TOFT_CHECKPOINTS", self.checkpoints_path())
             // The log is shown by its end, which is to be what the daemon said.
             .env("RUST_BACKTRACE", "0")
@@ -385,6 +407,13 @@ impl Stage {
 
     /// Deletes everything, ends the daemon, and expects nothing to be left.
     pub(crate) async fn close(self) {
+        self.clear().await;
+        self.end(Signal::SIGTERM).await;
+        self.left_nothing().await;
+    }
+
+    /// Deletes everything.
+    pub(crate) async fn clear(&self) {
         let api = self.api();
         for (path, doomed) in [("/v1/servers", true), ("/v1/volumes", false), ("/v1/networks", true)] {
             for item in api.all(path).await {
@@ -407,7 +436,10 @@ impl Stage {
                 self.call(Method::DELETE, &format!("/v1/images/{id}"), &format!("end-{id}"), None).await;
             self.succeeded(&answer.operation()).await.unwrap();
         }
-        self.end(Signal::SIGTERM).await;
+    }
+
+    /// Expects an empty world, after the end of the daemon.
+    pub(crate) async fn left_nothing(&self) {
         let left = wait_for("an empty world", async || {
             let left = self.look().differs_from(&self.empty);
             left.iter().all(|line| belongs_to_a_daemon(line)).then_some(())

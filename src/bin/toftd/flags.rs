@@ -32,6 +32,9 @@ pub(crate) struct Flags {
     /// Private key for --listen, PEM.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub(crate) tls_key: Option<PathBuf>,
+    /// Address and port at which other hosts may ask to bring servers here, with a ticket; nobody may when absent.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) migration_listen: Option<SocketAddr>,
     /// The VMM's binary; toft-vmm beside this one when absent.
     #[arg(long, value_name = "FILE")]
     pub(crate) vmm: Option<PathBuf>,

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 
 use model::network::Network;
 use model::{Code, Name, NetworkId, ServerId};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::cidr::Cidr;
 use super::mac::Mac;
@@ -166,6 +166,22 @@ pub(super) fn users(connection: &Connection, network: NetworkId) -> Result<Vec<S
         connection.prepare_cached("SELECT DISTINCT name FROM addresses WHERE network = ?1 ORDER BY name")?;
     let rows = statement.query_map([network.to_string()], |row| row.get(0))?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Name of the server that has this address on the network, or this hardware address on any.
+pub(crate) fn owner(
+    connection: &Connection,
+    network: NetworkId,
+    ipv4: Ipv4Addr,
+    mac: &str,
+) -> Result<Option<String>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT name FROM addresses WHERE (network = ?1 AND ipv4 = ?2) OR mac = ?3 ORDER BY name LIMIT 1",
+    )?;
+    let found = statement
+        .query_row(params![network.to_string(), u32::from(ipv4), mac], |row| row.get(0))
+        .optional()?;
+    Ok(found)
 }
 
 /// The range of a network's record.

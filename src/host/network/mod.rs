@@ -23,7 +23,7 @@ mod records;
 pub mod rules;
 pub mod testing;
 
-pub(crate) use addresses::Reservation;
+pub(crate) use addresses::{Reservation, owner};
 pub use host::HostPlumbing;
 pub(crate) use networks::Lease;
 pub use networks::Networks;

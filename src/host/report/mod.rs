@@ -24,7 +24,7 @@ use checks::System;
 const KVM_PROBE: &str = "kvm_probe";
 
 /// What this daemon can do, for clients that have to know before they ask.
-const CAPABILITIES: [&str; 9] = [
+const CAPABILITIES: [&str; 10] = [
     "console_streams",
     "dry_run",
     "event_stream",
@@ -32,6 +32,7 @@ const CAPABILITIES: [&str; 9] = [
     "image_catalogue",
     "image_upload",
     "isolated_networks",
+    "migration_preflight",
     "nat_networks",
     "rate_limits",
 ];

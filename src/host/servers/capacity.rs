@@ -34,23 +34,16 @@ impl Capacity {
 
     /// Promises memory to the record's next machine. Fails with `no_capacity`.
     pub fn admit(&self, connection: &Connection, record: &mut ServerRecord) -> Result<()> {
-        let left = self.left(connection, record)?;
-        let needed = record.memory_bytes.saturating_add(limits::VMM_OVERHEAD_BYTES);
-        if needed > left {
-            const MIB: u64 = 1 << 20;
-            return Err(Error::new(
-                Code::NoCapacity,
-                format!(
-                    "server {} needs {} MiB of memory and {} MiB are left; stop or delete servers, or ask for less",
-                    record.name,
-                    needed.div_ceil(MIB),
-                    left / MIB
-                ),
-            ));
-        }
+        check(record.name.as_str(), record.memory_bytes, self.left(connection, record)?)?;
         record.held =
             record::Held { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu: Some(record.cpu) };
         Ok(())
+    }
+
+    /// Whether a machine of this much memory that is not here yet would fit. Fails with `no_capacity`.
+    pub(crate) fn fits(&self, connection: &Connection, name: &str, memory_bytes: u64) -> Result<()> {
+        let (held, _) = record::held(connection, None)?;
+        check(name, memory_bytes, self.memory_bytes.saturating_sub(held))
     }
 
     /// Memory that nobody but this server holds, in bytes.
@@ -58,4 +51,20 @@ impl Capacity {
         let (others, _) = record::held(connection, Some(record.id))?;
         Ok(self.memory_bytes.saturating_sub(others))
     }
+}
+
+fn check(name: &str, memory_bytes: u64, left: u64) -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    let needed = memory_bytes.saturating_add(limits::VMM_OVERHEAD_BYTES);
+    if needed <= left {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::NoCapacity,
+        format!(
+            "server {name} needs {} MiB of memory and {} MiB are left; stop or delete servers, or ask for less",
+            needed.div_ceil(MIB),
+            left / MIB
+        ),
+    ))
 }

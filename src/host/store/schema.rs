@@ -3,7 +3,9 @@
 use rusqlite::{Connection, TransactionBehavior};
 
 use crate::error::{Error, Result};
-use crate::{events, idempotency, images, network, operations, servers, snapshots, tokens, volumes};
+use crate::{
+    events, idempotency, images, migration, network, operations, servers, snapshots, tokens, volumes,
+};
 
 /// Each migration is what every noun contributes to it.
 const MIGRATIONS: &[&[&str]] = &[
@@ -20,6 +22,7 @@ const MIGRATIONS: &[&[&str]] = &[
     &[servers::TICKET_HOLDERS],
     &[network::LATEST, servers::HELD_INDEX],
     &[snapshots::TABLES],
+    &[migration::TABLES],
 ];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {

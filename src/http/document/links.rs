@@ -13,6 +13,7 @@ const OF_SERVER: &[&str] = &[
     "resume_server",
     "hibernate_server",
     "snapshot_server",
+    "migrate_server",
     "read_server_isolation",
     "read_server_metrics",
     "read_console_log",

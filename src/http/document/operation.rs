@@ -26,6 +26,12 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
         "application/json",
         include_str!("../../../api/examples/create-console-token.json"),
     ),
+    ("migrate_server", "application/json", include_str!("../../../api/examples/migrate-server.json")),
+    (
+        "create_migration_ticket",
+        "application/json",
+        include_str!("../../../api/examples/create-migration-ticket.json"),
+    ),
     ("import_image", "application/json", include_str!("../../../api/examples/import-image.json")),
     ("update_image", "application/merge-patch+json", include_str!("../../../api/examples/update-image.json")),
     (

@@ -63,6 +63,11 @@ pub(super) fn bounds() -> Vec<(&'static str, Value)> {
         ("/PatchServer/properties/nic_limits", json!({ "maxItems": NICS_MAX })),
         ("/PatchNicLimits/properties/index", json!({ "maximum": NICS_MAX - 1 })),
         ("/StopServer/properties/grace_s", json!({ "maximum": GRACE_S_MAX })),
+        (
+            "/MigrateServer/properties/target",
+            json!({ "pattern": "^([0-9.]{7,15}|\\[[0-9A-Fa-f:.]{2,45}\\]):[0-9]{1,5}$" }),
+        ),
+        ("/MigrateServer/properties/ticket", json!({ "pattern": "^[0-9a-f]{64}\\.[0-9a-f]{64}$" })),
         ("/ImportImage/properties/sha256", json!({ "pattern": "^[0-9a-f]{64}$" })),
     ]
 }

@@ -1,7 +1,8 @@
-//! `/v1/host`.
+//! `/v1/host`, and the tickets it gives to other hosts.
 use axum::extract::State;
 use axum::response::Response;
 use model::host::{HostReport, KvmProbe};
+use model::migration::{CreateMigrationTicket, MigrationTicket};
 
 use super::servers::Nothing;
 use crate::answer;
@@ -28,4 +29,19 @@ pub(crate) async fn probe(
 ) -> Result<Response, Failure> {
     let probed = answer::undisturbed(async move { Ok(api.host.probe_kvm(&call).await?) }).await?;
     answer::done(&probed)
+}
+
+/// Makes a ticket with which another host can ask to bring a server here. It belongs to the first host that presents
+/// it, and is shown here only.
+#[utoipa::path(post, path = "/v1/migration-tickets", tag = "host", operation_id = "create_migration_ticket",
+    request_body = Option<CreateMigrationTicket>,
+    responses((status = 200, description = "The ticket.", body = MigrationTicket)))]
+pub(crate) async fn ticket(
+    State(api): State<Api>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Optional(spec), .. }: Mutation<Optional<CreateMigrationTicket>>,
+) -> Result<Response, Failure> {
+    let made =
+        answer::undisturbed(async move { Ok(api.host.migrations().ticket(&call, spec).await?) }).await?;
+    answer::done(&made)
 }

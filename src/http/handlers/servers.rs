@@ -3,6 +3,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::Response;
 use model::ServerId;
+use model::migration::{MigrateServer, MigrationPlan};
 use model::operation::Accepted;
 use model::page::Page;
 use model::server::{
@@ -172,6 +173,33 @@ actions! {
     resume, Nothing, "Lets a paused server run again.", |_given| ServerAction::Resume;
     hibernate, Nothing, "Hibernates a server: saves its memory to the disk and ends its machine. A start goes on where it was, with the clock set right; a stop with no grace throws the memory away.",
         |_given| ServerAction::Hibernate;
+}
+
+/// How to move.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct MigrateParameters {
+    /// Answer what would be moved and what is in the way, and move nothing.
+    dry_run: Option<bool>,
+}
+
+/// Moves a server to another host. What is in the way on either host is told all at once.
+#[utoipa::path(post, path = "/v1/servers/{id}/actions/migrate", tag = "servers", operation_id = "migrate_server",
+    params(("id" = ServerId, Path, description = "The server."), MigrateParameters), request_body = MigrateServer,
+    responses((status = 200, description = "With `dry_run`: what would be moved and what is in the way.",
+        body = MigrationPlan)))]
+pub(crate) async fn migrate(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    Query(parameters): Query<MigrateParameters>,
+    Mutation { body: Json(spec), .. }: Mutation<Json<MigrateServer>>,
+) -> Result<Response, Failure> {
+    let migrations = api.host.migrations();
+    if parameters.dry_run == Some(true) {
+        return answer::plain(&migrations.plan(id, spec).await?);
+    }
+    match migrations.migrate(id, spec).await? {}
 }
 
 /// Counters of a server's machine.

@@ -1,0 +1,167 @@
+//! The end a server comes to: waits for other hosts, looks at their tickets, and says what is in the way here.
+//! Whoever connects is hostile until its ticket holds, and bounded afterwards.
+use std::sync::Arc;
+
+use model::image::{Image, ImageState};
+use model::network::Network;
+use model::{Code, ServerId};
+use rusqlite::Connection;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedNic};
+
+use super::cpu::Cpu;
+use super::link::Link;
+use super::{Migrations, identity, limits, ticket};
+use crate::error::{Error, Result};
+use crate::network::{self, cidr::Cidr};
+use crate::servers::capacity::Capacity;
+use crate::servers::record::ServerRecord;
+use crate::store::records;
+use crate::volumes::space;
+
+/// Waits for other hosts until it is dropped, and all their connections with it.
+pub(super) async fn listen(migrations: Migrations, listener: TcpListener, acceptor: TlsAcceptor) {
+    let places = Arc::new(Semaphore::new(limits::CONNECTIONS_MAX));
+    let mut conversations = JoinSet::new();
+    loop {
+        while conversations.try_join_next().is_some() {}
+        // One too many waits in the kernel's queue, whose length is bounded too.
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(cause) => {
+                tracing::warn!("a connection of another host cannot be taken: {cause}");
+                sleep(limits::ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        let (migrations, acceptor) = (migrations.clone(), acceptor.clone());
+        conversations.spawn(async move {
+            let _place = place;
+            match timeout(limits::CONVERSATION, converse(&migrations, acceptor, stream)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(cause)) => tracing::info!(%peer, "another host was not served: {}", cause.chain()),
+                Err(_) => tracing::info!(%peer, "another host was too slow"),
+            }
+        });
+    }
+}
+
+async fn converse(migrations: &Migrations, acceptor: TlsAcceptor, stream: TcpStream) -> Result<()> {
+    let stream = acceptor
+        .accept(stream)
+        .await
+        .map_err(|cause| Error::new(Code::Unauthenticated, "the handshake failed").caused_by(cause))?;
+    let source = identity::shown(stream.get_ref().1.peer_certificates())?;
+    let mut link = Link::new(stream);
+    let said = answer(migrations, &mut link, source).await;
+    if let Err(refused) = &said {
+        // What the log says of it is ours; the other side learns what its operator can mend.
+        let detail = refused.detail.clone();
+        link.send(&Message::Refuse { detail }).await?;
+    }
+    link.end().await?;
+    said
+}
+
+async fn answer<S>(migrations: &Migrations, link: &mut Link<S>, source: wire::saved::Digest) -> Result<()>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    let Message::Greet { ticket, .. } = link.receive().await? else { return Err(out_of_turn()) };
+    migrations.core.store.write(move |tx| ticket::present(tx, &ticket, source)).await?;
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    link.send(&Message::Welcome { host, program: env!("CARGO_PKG_VERSION").to_owned() }).await?;
+    let Message::Ask(offer) = link.receive().await? else { return Err(out_of_turn()) };
+    let blocked_by = judge(migrations, *offer).await?;
+    link.send(&Message::Verdict { blocked_by }).await
+}
+
+fn out_of_turn() -> Error {
+    Error::new(Code::InvalidRequest, "that message is out of turn; upgrade the older of the two hosts")
+}
+
+/// Everything that is in the way here.
+async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<Obstacle>> {
+    let mut found = Vec::new();
+    let mut add = |kind, detail: String| found.push(Obstacle { kind, detail });
+    if let Err(cause) = migrations.launcher.check() {
+        add(ObstacleKind::Kvm, cause.detail);
+    }
+    if let Some(detail) = Cpu::of_host()?.misses(&offer.cpu) {
+        add(ObstacleKind::CpuFeatures, detail);
+    }
+    let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));
+    let written = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.written_bytes));
+    if let Err(cause) = space::check(&migrations.core.dirs.root().join("volumes"), written, size) {
+        add(ObstacleKind::Storage, cause.detail);
+    }
+    let capacity = migrations.capacity;
+    let recorded =
+        migrations.core.store.read(move |connection| against_records(connection, capacity, &offer)).await?;
+    found.extend(recorded);
+    Ok(found)
+}
+
+fn against_records(connection: &Connection, capacity: Capacity, offer: &Offer) -> Result<Vec<Obstacle>> {
+    let mut found = Vec::new();
+    let mut add = |kind, detail: String| found.push(Obstacle { kind, detail });
+    let id: ServerId = offer.server.parse().map_err(|cause: uuid::Error| {
+        Error::new(Code::InvalidRequest, "the server's id is none").caused_by(cause)
+    })?;
+    if records::find::<ServerRecord>(connection, id.0)?.is_some() {
+        add(
+            ObstacleKind::Name,
+            format!("this host has a server {id} already; is it asked to take its own server?"),
+        );
+    } else if records::resolve::<ServerRecord>(connection, &offer.name)?.is_some() {
+        add(
+            ObstacleKind::Name,
+            format!("this host has a server named {}; rename one of the two", offer.name),
+        );
+    }
+    if let Err(cause) = capacity.fits(connection, &offer.name, offer.memory_bytes) {
+        add(ObstacleKind::Memory, cause.detail);
+    }
+    let images: Vec<Image> = records::all(connection)?;
+    let digest = offer.image.to_string();
+    if !images.iter().any(|image| image.state == ImageState::Ready && image.sha256 == digest) {
+        let detail = format!(
+            "this host has no image with the content of {} (sha256 {digest}); import the same bundle here",
+            offer.image_name
+        );
+        add(ObstacleKind::Image, detail);
+    }
+    for nic in &offer.nics {
+        if let Some(detail) = against_networks(connection, nic)? {
+            add(ObstacleKind::Network, detail);
+        }
+    }
+    Ok(found)
+}
+
+/// Why an interface could not have its network and addresses here.
+fn against_networks(connection: &Connection, nic: &OfferedNic) -> Result<Option<String>> {
+    let name = &nic.network;
+    let network =
+        records::all::<Network>(connection)?.into_iter().find(|network| network.name.as_str() == name);
+    let Some(network) = network else {
+        return Ok(Some(format!(
+            "this host has no network {name}; make it with the range {}",
+            nic.ipv4_cidr
+        )));
+    };
+    let same = nic.ipv4_cidr.parse::<Cidr>().is_ok_and(|range| range.to_string() == network.ipv4_cidr);
+    if !same {
+        return Ok(Some(format!(
+            "network {name} is {} here and {} there; the address {} would not fit",
+            network.ipv4_cidr, nic.ipv4_cidr, nic.ipv4
+        )));
+    }
+    let owner = network::owner(connection, network.id, nic.ipv4, &nic.mac)?;
+    Ok(owner.map(|owner| format!("server {owner} has {} or {} on this host; delete it", nic.ipv4, nic.mac)))
+}

@@ -1,0 +1,244 @@
+//! Two hosts in one process, each with a state directory of its own, over loopback.
+use model::migration::{CreateMigrationTicket, MigrateServer, MigrationPlan, MigrationTicket, ObstacleCode};
+use model::network::{CreateNetwork, NetworkKind};
+use model::{Code, Labels, ServerId};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::*;
+use crate::Host;
+use crate::stage::{self, SOON, Stage};
+
+/// A source with the server `web1`, and a target that waits.
+struct Pair {
+    source: Host,
+    target: Host,
+    server: ServerId,
+    address: SocketAddr,
+    _stages: [Stage; 2],
+}
+
+impl Pair {
+    async fn new(target: Stage) -> Pair {
+        let stages = [Stage::new(), target];
+        let source = stages[0].open_with_image().await;
+        let target = stages[1].open().await;
+        let server = stage::created(&source, stage::server("web1")).await.id;
+        let address = target.migrations().listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        Pair { source, target, server, address, _stages: stages }
+    }
+
+    async fn ticket(&self) -> MigrationTicket {
+        ticket(&self.target, None).await.unwrap()
+    }
+
+    async fn plan(&self, ticket: &str) -> Result<MigrationPlan> {
+        let spec = MigrateServer { target: self.address, ticket: ticket.to_owned() };
+        self.source.migrations().plan(self.server, spec).await
+    }
+
+    async fn obstacles(&self) -> Vec<ObstacleCode> {
+        let ticket = self.ticket().await.ticket;
+        self.plan(&ticket).await.unwrap().blocked_by.iter().map(|obstacle| obstacle.code).collect()
+    }
+
+    async fn close(self) {
+        self.source.close().await;
+        self.target.close().await;
+    }
+}
+
+async fn ticket(host: &Host, lifetime_s: Option<u64>) -> Result<MigrationTicket> {
+    let made = host.migrations().ticket(&Call::by_host(), CreateMigrationTicket { lifetime_s }).await?;
+    Ok(made.body)
+}
+
+#[tokio::test]
+async fn a_target_that_lacks_nothing_leaves_only_what_the_vmm_cannot_do() {
+    let pair = Pair::new(Stage::new()).await;
+    stage::import(&pair.target).await;
+    let ticket = pair.ticket().await;
+    assert_eq!(ticket.target, pair.address);
+    assert!(ticket.ticket.starts_with(&ticket.fingerprint));
+    let plan = pair.plan(&ticket.ticket).await.unwrap();
+    assert_eq!(plan.memory_bytes, 128 << 20);
+    assert_eq!(plan.target_version, env!("CARGO_PKG_VERSION"));
+    let codes: Vec<ObstacleCode> = plan.blocked_by.iter().map(|obstacle| obstacle.code).collect();
+    assert_eq!(codes, [ObstacleCode::Vmm], "{plan:?}");
+    let spec = MigrateServer { target: pair.address, ticket: ticket.ticket };
+    let refused = pair.source.migrations().migrate(pair.server, spec).await.unwrap_err();
+    assert_eq!(refused.code, Code::MigrationBlocked);
+    let named: Vec<&str> = refused.errors.iter().map(|error| error.code.as_str()).collect();
+    assert_eq!(named, ["vmm"]);
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn everything_that_is_in_the_way_is_told_at_once() {
+    let mut small = Stage::new();
+    small.memory_bytes = 64 << 20;
+    small.launch.set_trouble(Some(Error::new(Code::KvmUnavailable, "no KVM here")));
+    let pair = Pair::new(small).await;
+    assert_eq!(
+        pair.obstacles().await,
+        [ObstacleCode::Kvm, ObstacleCode::Memory, ObstacleCode::Image, ObstacleCode::Vmm]
+    );
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_name_an_address_or_a_network_that_is_taken_is_in_the_way() {
+    let pair = Pair::new(Stage::new()).await;
+    stage::import(&pair.target).await;
+    let twin = stage::created(&pair.target, stage::server("web1")).await;
+    assert_eq!(twin.nics[0].ipv4, pair.source.servers().one(pair.server).await.unwrap().nics[0].ipv4);
+    assert_eq!(pair.obstacles().await, [ObstacleCode::Name, ObstacleCode::Network, ObstacleCode::Vmm]);
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_network_that_is_missing_or_of_another_range_is_in_the_way() {
+    let pair = Pair::new(Stage::new()).await;
+    stage::import(&pair.target).await;
+    let network = |range: &str| CreateNetwork {
+        name: "lan".parse().unwrap(),
+        kind: NetworkKind::Isolated,
+        ipv4_cidr: Some(range.to_owned()),
+        labels: Labels::default(),
+    };
+    let made = pair.source.networks().create(&Call::by_host(), network("10.91.0.0/24")).await.unwrap();
+    stage::succeeded(&pair.source, made.body.operation.id).await;
+    let mut spec = stage::server("web2");
+    spec.start = false;
+    spec.nics = Some(vec![serde_json::from_value(serde_json::json!({ "network": "lan" })).unwrap()]);
+    let server = stage::created(&pair.source, spec).await.id;
+    let details = async || {
+        let spec = MigrateServer { target: pair.address, ticket: pair.ticket().await.ticket };
+        let plan = pair.source.migrations().plan(server, spec).await.unwrap();
+        let found = plan.blocked_by.into_iter().filter(|found| found.code == ObstacleCode::Network);
+        found.map(|found| found.detail).collect::<Vec<_>>()
+    };
+    assert!(details().await[0].contains("no network lan"));
+    let made = pair.target.networks().create(&Call::by_host(), network("10.92.0.0/24")).await.unwrap();
+    stage::succeeded(&pair.target, made.body.operation.id).await;
+    assert!(details().await[0].contains("10.92.0.0/24 here and 10.91.0.0/24 there"));
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_ticket_belongs_to_the_first_host_that_presents_it() {
+    let pair = Pair::new(Stage::new()).await;
+    let ticket = pair.ticket().await.ticket;
+    pair.plan(&ticket).await.unwrap();
+    pair.plan(&ticket).await.unwrap();
+    let stage = Stage::new();
+    let thief = stage.open_with_image().await;
+    let server = stage::created(&thief, stage::server("web9")).await.id;
+    let spec = MigrateServer { target: pair.address, ticket };
+    let refused = thief.migrations().plan(server, spec).await.unwrap_err();
+    assert_eq!((refused.code, refused.errors[0].code.as_str()), (Code::Invalid, "refused"));
+    assert!(refused.detail.contains("presented by another host"), "{refused}");
+    thief.close().await;
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_ticket_of_another_host_or_of_none_or_too_old_is_refused() {
+    let pair = Pair::new(Stage::new()).await;
+    let good = pair.ticket().await;
+    let (_, secret) = good.ticket.split_once('.').unwrap();
+    let code = async |ticket: String| {
+        let refused = pair.plan(&ticket).await.unwrap_err();
+        (refused.code, refused.errors[0].code.clone())
+    };
+    let other = "0".repeat(64);
+    assert_eq!(code(format!("{other}.{secret}")).await, (Code::Invalid, "other_host".to_owned()));
+    assert_eq!(code(format!("{}.{other}", good.fingerprint)).await, (Code::Invalid, "refused".to_owned()));
+    assert_eq!(code("nonsense".to_owned()).await, (Code::Invalid, "not_valid".to_owned()));
+    pair.target
+        .store()
+        .write(|tx| Ok(tx.execute("UPDATE migration_tickets SET expires_ms = 0", [])?))
+        .await
+        .unwrap();
+    assert_eq!(code(good.ticket).await, (Code::Invalid, "refused".to_owned()));
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn nobody_is_home_where_no_host_waits() {
+    let pair = Pair::new(Stage::new()).await;
+    let ticket = pair.ticket().await.ticket;
+    let stage = Stage::new();
+    let silent = stage.open().await;
+    assert_eq!(self::ticket(&silent, None).await.unwrap_err().code, Code::HostUnprepared);
+    for lifetime_s in [0, limits::TICKET_S_MAX + 1] {
+        assert_eq!(self::ticket(&pair.target, Some(lifetime_s)).await.unwrap_err().code, Code::Invalid);
+    }
+    silent.close().await;
+    pair.target.migrations().close().await;
+    assert_eq!(pair.plan(&ticket).await.unwrap_err().code, Code::HostUnreachable);
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_host_is_the_same_after_it_was_opened_again() {
+    let stage = Stage::new();
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        let host = stage.open().await;
+        host.migrations().listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        seen.push(ticket(&host, None).await.unwrap().fingerprint);
+        host.close().await;
+    }
+    assert_eq!(seen[0], seen[1]);
+    let other = Stage::new();
+    let host = other.open().await;
+    host.migrations().listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    assert_ne!(ticket(&host, None).await.unwrap().fingerprint, seen[0]);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_caller_without_a_certificate_or_with_nonsense_is_cut_off_and_others_are_served() {
+    let pair = Pair::new(Stage::new()).await;
+    let mut plain = TcpStream::connect(pair.address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    let mut rest = Vec::new();
+    // An alert at most, then the end.
+    let read = tokio::time::timeout(SOON, plain.read_to_end(&mut rest)).await.expect("it is cut off");
+    assert!(read.is_err() || rest.len() < 64);
+
+    let fingerprint = pair.target.migrations().identity.fingerprint();
+    let nameless =
+        rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+    let mut config = pair.source.migrations().identity.to(fingerprint).unwrap();
+    config.client_auth_cert_resolver = nameless.client_auth_cert_resolver;
+    let stream = TcpStream::connect(pair.address).await.unwrap();
+    let name = rustls::pki_types::ServerName::IpAddress(pair.address.ip().into());
+    let connected = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await;
+    // With TLS 1.3 the client learns of it when it reads.
+    let served = match connected {
+        Err(_) => false,
+        Ok(stream) => link::Link::new(stream).receive().await.is_ok(),
+    };
+    assert!(!served, "a host that shows no certificate was served");
+
+    let mut stranger = greeted(&pair).await;
+    stranger.send(&wire::peer::Message::Refuse { detail: "hello".to_owned() }).await.unwrap();
+    assert!(matches!(stranger.receive().await, Ok(wire::peer::Message::Refuse { .. })));
+    assert!(pair.plan(&pair.ticket().await.ticket).await.is_ok());
+    pair.close().await;
+}
+
+/// A connection of the source on which nothing was said.
+async fn greeted(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<TcpStream>> {
+    let fingerprint = pair.target.migrations().identity.fingerprint();
+    let config = pair.source.migrations().identity.to(fingerprint).unwrap();
+    let stream = TcpStream::connect(pair.address).await.unwrap();
+    let name = rustls::pki_types::ServerName::IpAddress(pair.address.ip().into());
+    link::Link::new(tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap())
+}

@@ -1,0 +1,51 @@
+//! The question whether a server could move, over HTTP. One host is both ends: it may ask itself.
+use model::migration::{MigrationPlan, MigrationTicket, ObstacleCode};
+use model::{Code, ServerId};
+use serde_json::json;
+
+use super::served::{Sent, Served};
+use crate::stage;
+
+fn path() -> &'static str {
+    "/v1/migration-tickets"
+}
+
+#[tokio::test]
+async fn what_is_in_the_way_is_answered_or_refused_with() {
+    let served = Served::start().await;
+    served.call("POST", path(), Sent::nothing()).await.problem(Code::HostUnprepared);
+    let address = "127.0.0.1:0".parse().unwrap();
+    let address = served.host.migrations().listen(address).await.unwrap();
+    let ticket: MigrationTicket = served.call("POST", path(), Sent::nothing()).await.json(200);
+    assert_eq!(ticket.target, address);
+    let server = stage::created(&served.host, stage::server("web1")).await.id;
+    let body = json!({ "target": address, "ticket": ticket.ticket });
+    let verb = format!("/v1/servers/{server}/actions/migrate");
+    let plan: MigrationPlan =
+        served.call("POST", &format!("{verb}?dry_run=true"), body.clone()).await.json(200);
+    let codes: Vec<ObstacleCode> = plan.blocked_by.iter().map(|obstacle| obstacle.code).collect();
+    assert_eq!(codes, [ObstacleCode::Name, ObstacleCode::Network, ObstacleCode::Vmm]);
+    let problem = served.call("POST", &verb, body.clone()).await.problem(Code::MigrationBlocked);
+    let named: Vec<&str> = problem.errors.iter().map(|error| error.code.as_str()).collect();
+    assert_eq!(named, ["name", "network", "vmm"]);
+    let nobody = format!("/v1/servers/{}/actions/migrate", ServerId::new());
+    served.call("POST", &nobody, body).await.problem(Code::NotFound);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_target_that_is_no_address_and_a_lifetime_out_of_range_are_refused() {
+    let served = Served::start().await;
+    let server = stage::created(&served.host, stage::server("web1")).await.id;
+    let verb = format!("/v1/servers/{server}/actions/migrate?dry_run=true");
+    for (target, ticket, pointer) in
+        [("a.host:1", "x", "/target"), ("127.0.0.1", "x", "/target"), ("127.0.0.1:1", "x", "/ticket")]
+    {
+        let body = json!({ "target": target, "ticket": ticket });
+        let problem = served.call("POST", &verb, body).await.problem(Code::Invalid);
+        assert_eq!(problem.errors[0].pointer, pointer, "{problem:?}");
+    }
+    let problem = served.call("POST", path(), json!({ "lifetime_s": 0 })).await.problem(Code::Invalid);
+    assert_eq!(problem.errors[0].pointer, "/lifetime_s");
+    served.stop().await;
+}

@@ -1,0 +1,88 @@
+//! Moving a server to another host: the target's ticket, the request, and what is in the way.
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::time::Time;
+
+/// Body of `POST /v1/migration-tickets`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateMigrationTicket {
+    /// Seconds it is good for; an hour when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 86400)]
+    pub lifetime_s: Option<u64>,
+}
+
+/// Lets one other host ask to bring a server here. Made by the host that is to take it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrationTicket {
+    /// What the source is given. It is shown here and never again, and belongs to the first host that presents it.
+    pub ticket: String,
+    /// Where this host waits for other hosts.
+    #[schema(value_type = String)]
+    pub target: SocketAddr,
+    /// SHA-256 of this host's certificate, which the ticket holds too.
+    pub fingerprint: String,
+    /// After this it is worth nothing.
+    pub expires_at: Time,
+}
+
+/// Body of `POST /v1/servers/{id}/actions/migrate`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateServer {
+    /// Address and port at which the target waits for other hosts.
+    #[schema(value_type = String)]
+    pub target: SocketAddr,
+    /// The target's ticket.
+    pub ticket: String,
+}
+
+/// What a migration would move, and what is in its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrationPlan {
+    /// The target's host name.
+    pub target: String,
+    /// Version of the target's daemon.
+    pub target_version: String,
+    /// The guest's memory in bytes.
+    pub memory_bytes: u64,
+    /// Bytes of its disks that were ever written.
+    pub disk_bytes: u64,
+    /// Everything that is in the way; nothing when it is empty.
+    pub blocked_by: Vec<Obstacle>,
+}
+
+/// Something in a migration's way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Obstacle {
+    /// For programs.
+    pub code: ObstacleCode,
+    /// What it is and what to do.
+    pub detail: String,
+}
+
+/// Kinds of obstacles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ObstacleCode {
+    /// The target's processor lacks something that the guest may use.
+    CpuFeatures,
+    /// The target has not enough memory left.
+    Memory,
+    /// The target's disk has not enough room.
+    Storage,
+    /// The target has not the image that the server boots from.
+    Image,
+    /// The target's networks do not fit.
+    Network,
+    /// The target has a server of this id or name.
+    Name,
+    /// The target cannot run servers.
+    Kvm,
+    /// This version's machines cannot be handed to another host.
+    Vmm,
+}
