@@ -103,6 +103,17 @@ impl Ring {
         Ok(position)
     }
 
+    /// Puts down what another ring held from `position` on: in a ring that nobody has written to, or where this one goes
+    /// on. Anything else is `InvalidInput`. The console's count goes on from there.
+    pub fn adopt(&mut self, position: u64, data: &[u8]) -> io::Result<u64> {
+        let end = position.saturating_add(data.len() as u64);
+        if (self.written != 0 && self.written != position) || end > WRITTEN_MAX {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.written = position;
+        self.append(data)
+    }
+
     /// Reads at most `length_max` bytes from position `from`. When those bytes have been overwritten, the
     /// piece starts at the oldest byte still held; compare [`Piece::start`] with `from` to see the gap.
     pub fn read(&mut self, from: u64, length_max: usize) -> io::Result<Piece> {

@@ -45,6 +45,8 @@ pub mod isolation;
 pub mod launch;
 pub mod limits;
 pub mod machine;
+pub mod migration;
 pub mod peer;
 pub mod saved;
+pub mod transfer;
 pub mod will;

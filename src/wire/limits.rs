@@ -58,3 +58,15 @@ pub const STATE_BYTES_PER_MIB: u64 = 1024;
 
 /// Most sections of a state file. Four are known.
 pub const SECTIONS_MAX: u64 = 64;
+
+/// Most streams of one move: more than any network card has queues worth using.
+pub const STREAMS_MAX: usize = 16;
+
+/// Longest document in a frame between two VMMs, in bytes: a reason of 2 KiB, each byte escaped.
+pub const DOCUMENT_BYTES_MAX: u32 = 16 << 10;
+
+/// Longest downtime that a move may aim at, in milliseconds. Beyond it, saving the machine is the better way.
+pub const DOWNTIME_MS_MAX: u32 = 60_000;
+
+/// Least bandwidth of a move, in bytes a second: with less, one piece of memory outlasts the patience of the other end.
+pub const BANDWIDTH_BYTES_MIN: u64 = 1 << 20;

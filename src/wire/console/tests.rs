@@ -81,3 +81,19 @@ fn damaged_headers_are_refused() {
     }
     assert!(Ring::open(tempfile::tempfile().unwrap()).is_err());
 }
+
+#[test]
+fn what_another_ring_held_goes_on_where_it_was() {
+    let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let mut from = Ring::create(from, 4096).unwrap();
+    let mut to = Ring::create(to, 4096).unwrap();
+    from.append(&[b'x'; 6000]).unwrap();
+    from.append(b"end").unwrap();
+    let piece = from.read(0, 8192).unwrap();
+    assert_eq!(to.adopt(piece.start, &piece.data).unwrap(), 6003);
+    assert_eq!(to.read(5000, 8192).unwrap(), from.read(5000, 8192).unwrap());
+    assert_eq!(to.adopt(6003, b"more").unwrap(), 6007);
+    assert!(to.adopt(6003, b"again").is_err() && to.adopt(7000, b"gap").is_err());
+    let mut other = Ring::create(tempfile::tempfile().unwrap(), 4096).unwrap();
+    assert!(other.adopt(u64::MAX - 2, b"far").is_err());
+}

@@ -1,0 +1,225 @@
+//! Moving a machine from one VMM to another while its guest runs: commands and reports. What the two say to each other
+//! over their streams is in [`crate::transfer`]; when which end has the machine, the VMM's phase table says.
+//!
+//! ```text
+//!  source  greet ─▶ rounds ─▶ pause ─▶ last_round ─▶ state ─▶ ready ═▶ commit ═▶ moved
+//!                └────────── any failure: returned ───────────┘         │ refused: returned
+//!  target  greet ─▶ rounds ─────────────────────▶ state ─▶ ready ═════▶ release ═▶ moved
+//!                └── any failure: dropped ──────────┘        │ abort, or its own refusal: dropped
+//! ```
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{BANDWIDTH_BYTES_MIN, DOWNTIME_MS_MAX, STREAMS_MAX};
+use crate::machine::{FdIndex, MachineSpec, SpecError};
+
+/// Where to send a machine. Its disks are not sent: both ends have the same files open, on one host or on a file system
+/// that all hosts see alike.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SendSpec {
+    /// Connected stream sockets, whose other ends the target has in the same order. Who is there was made sure of by
+    /// who opened them. TCP is without delay (TCP_NODELAY).
+    pub streams: Vec<FdIndex>,
+    /// How far to go for it.
+    #[serde(default)]
+    pub limits: SendLimits,
+}
+
+/// How far a source goes to move its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SendLimits {
+    /// How long the guest may stand still, in milliseconds: the source stops it when it expects no more.
+    pub downtime_ms: u32,
+    /// Most bytes a second while the guest runs; no bound without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bytes_per_s: Option<u64>,
+}
+
+impl Default for SendLimits {
+    /// 50 ms, and as much as the streams take.
+    fn default() -> SendLimits {
+        SendLimits { downtime_ms: 50, bandwidth_bytes_per_s: None }
+    }
+}
+
+/// What machine to receive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveSpec {
+    /// The machine, with as much memory and as many vCPUs, disks and interfaces as the one that comes. A later reset
+    /// boots what it says. Its console's ring is empty: what the source's ring holds comes along.
+    pub machine: MachineSpec,
+    /// See [`SendSpec::streams`].
+    pub streams: Vec<FdIndex>,
+}
+
+/// Which end of a move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// Where the machine comes from.
+    Source,
+    /// Where it goes to.
+    Target,
+}
+
+/// How far an end has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Each makes sure of the other.
+    Greet,
+    /// Memory is copied while the guest runs.
+    Rounds,
+    /// The guest is being stopped.
+    Pause,
+    /// What was written since is copied.
+    LastRound,
+    /// Processors and devices go over, and the target builds the machine.
+    State,
+    /// The target could run it, and waits for the source's word.
+    Ready,
+    /// The source has given it up, and waits to hear that the target has it.
+    Commit,
+    /// The target has it, and lets it run.
+    Release,
+    /// The end: the machine is the target's.
+    Moved,
+    /// The end: the machine stays the source's. Only the source says so.
+    Returned,
+    /// The end: the target does not take it, and never will. Only the target says so.
+    Dropped,
+}
+
+impl Phase {
+    /// Every phase, in the order of a move that works.
+    pub const ALL: [Phase; 11] = [
+        Phase::Greet,
+        Phase::Rounds,
+        Phase::Pause,
+        Phase::LastRound,
+        Phase::State,
+        Phase::Ready,
+        Phase::Commit,
+        Phase::Release,
+        Phase::Moved,
+        Phase::Returned,
+        Phase::Dropped,
+    ];
+
+    /// Whether nothing follows.
+    pub fn is_end(self) -> bool {
+        matches!(self, Phase::Moved | Phase::Returned | Phase::Dropped)
+    }
+}
+
+/// Which end has the machine, from where that is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Owner {
+    /// This end: the other one is dead, or has said for good that it has it not.
+    Here,
+    /// The other end has it, or will.
+    There,
+}
+
+/// How a move stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationStatus {
+    /// Which end this is.
+    pub side: Side,
+    /// How far it is.
+    pub phase: Phase,
+    /// Whether this end cannot know which has the machine: its link broke between [`Phase::Ready`] and the other's
+    /// answer. It stays paused until [`crate::control::Command::SettleMigration`].
+    pub in_doubt: bool,
+    /// What was moved.
+    pub progress: Progress,
+    /// Why it ended, when it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+/// What was moved so far. A target knows only what came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Bytes of memory that went over the streams, again ones counted again.
+    pub sent_bytes: u64,
+    /// Bytes of memory that still have to, as of the last look at the log.
+    pub left_bytes: u64,
+    /// Bytes of memory that were only told to be zero, or not told at all.
+    pub skipped_bytes: u64,
+    /// Rounds begun, the last one with it.
+    pub rounds: u32,
+    /// Bytes a second, over the last round.
+    pub bytes_per_s: u64,
+    /// Bytes a second that the guest wrote anew, over the last round.
+    pub dirtied_bytes_per_s: u64,
+    /// How much of their time vCPUs are held back, in percent.
+    pub throttle_percent: u8,
+    /// How long the guest would stand still if it were stopped at the last look, in microseconds.
+    pub expected_downtime_us: u64,
+    /// How long the machine stood still at this end, in microseconds: until the target said that it runs.
+    pub downtime_us: u64,
+    /// How long all of it took, in microseconds.
+    pub total_us: u64,
+}
+
+impl SendSpec {
+    /// Every descriptor the specification names, with the field that names it.
+    pub fn descriptors(&self) -> Vec<(String, FdIndex)> {
+        streams(&self.streams)
+    }
+
+    /// Checks that `descriptors` came in the packet and each is named at most once, and every number.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        check_count(&self.streams)?;
+        self.limits.check()?;
+        crate::machine::check_descriptors(self.descriptors(), descriptors)
+    }
+}
+
+impl SendLimits {
+    /// Checks every number.
+    pub fn check(&self) -> Result<(), SpecError> {
+        if !(1..=DOWNTIME_MS_MAX).contains(&self.downtime_ms) {
+            let detail = format!("must be 1 to {DOWNTIME_MS_MAX}");
+            return Err(SpecError { field: "/limits/downtime_ms".to_owned(), detail });
+        }
+        match self.bandwidth_bytes_per_s {
+            Some(less) if less < BANDWIDTH_BYTES_MIN => Err(SpecError {
+                field: "/limits/bandwidth_bytes_per_s".to_owned(),
+                detail: format!("must be at least {BANDWIDTH_BYTES_MIN}"),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl ReceiveSpec {
+    /// Checks the machine and every descriptor.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        self.machine.check(descriptors)?;
+        check_count(&self.streams)?;
+        let mut named = self.machine.descriptors();
+        named.extend(streams(&self.streams));
+        crate::machine::check_descriptors(named, descriptors)
+    }
+}
+
+fn streams(streams: &[FdIndex]) -> Vec<(String, FdIndex)> {
+    streams.iter().enumerate().map(|(at, stream)| (format!("/streams/{at}"), *stream)).collect()
+}
+
+fn check_count(streams: &[FdIndex]) -> Result<(), SpecError> {
+    if (1..=STREAMS_MAX).contains(&streams.len()) {
+        return Ok(());
+    }
+    Err(SpecError { field: "/streams".to_owned(), detail: format!("must be 1 to {STREAMS_MAX}") })
+}
+
+#[cfg(test)]
+mod tests;

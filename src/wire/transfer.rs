@@ -1,0 +1,383 @@
+//! What two VMMs say to each other over the streams of a move: frames, each with its length before it. Reading is done
+//! as if an attacker wrote: a head is checked before anything of its length is believed, and [`Order`] knows what may
+//! follow what on which stream.
+//!
+//! ```text
+//! kind 4 │ length 4 │ offset 8 ║ that many bytes          little-endian
+//! stream 0:  Open  (Part │ Zero │ Console │ Word)*  State  Word*          source to target; Word* the other way
+//! stream n:  Open  (Part │ Zero)*  End
+//! ```
+//! Memory is sharded: each piece of [`SHARD_BYTES`] has one stream, so that a page that is sent again never overtakes
+//! itself.
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{DOCUMENT_BYTES_MAX, STATE_BYTES_MAX, STREAMS_MAX};
+
+/// Version of these frames. Both ends must speak the same one.
+pub const VERSION: u32 = 1;
+
+/// Length of a frame's head in bytes.
+pub const HEAD_BYTES: usize = 16;
+
+/// Memory that goes over one stream, and the longest [`Kind::Part`], in bytes.
+pub const SHARD_BYTES: u64 = 2 << 20;
+
+const PAGE_BYTES: u64 = 4096;
+
+const MAGIC: &str = "toft-move";
+
+/// The end of a frame's head: what follows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// An [`Open`] as JSON. First on each stream.
+    Open,
+    /// Memory from `offset` on.
+    Part,
+    /// `length` bytes of memory from `offset` on are zero. Nothing follows.
+    Zero,
+    /// Output of the console; `offset` is the position of its first byte.
+    Console,
+    /// A [`Word`] as JSON.
+    Word,
+    /// The machine beside its memory, as a state file without a table of memory.
+    State,
+    /// No more of memory on this stream. Nothing follows; `offset` is how many bytes of memory it carried.
+    End,
+}
+
+const KINDS: [(u32, Kind); 7] = [
+    (1, Kind::Open),
+    (2, Kind::Part),
+    (3, Kind::Zero),
+    (4, Kind::Console),
+    (5, Kind::Word),
+    (6, Kind::State),
+    (7, Kind::End),
+];
+
+/// What a frame says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// What follows.
+    pub kind: Kind,
+    /// How many bytes it is about, at most what its kind allows.
+    pub length: u32,
+    /// Where they belong.
+    pub offset: u64,
+}
+
+/// The first frame of a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Open {
+    magic: String,
+    version: u32,
+    /// Which stream this is, from 0.
+    pub stream: u16,
+    /// How many there are.
+    pub streams: u16,
+    /// Bytes of the machine's memory.
+    pub memory_bytes: u64,
+}
+
+/// What the ends say about the move itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Word {
+    /// Target: memory can come.
+    Prepared,
+    /// Source: a round begins.
+    Round {
+        /// Counted from 1.
+        number: u32,
+        /// Whether the guest stands still.
+        last: bool,
+    },
+    /// Target: I could run it; what did you decide?
+    Ready,
+    /// Source: it is yours.
+    Commit,
+    /// Target: I have it, and it runs.
+    Released,
+    /// Source: it stays mine.
+    Abort {
+        /// Why, for people.
+        detail: String,
+    },
+    /// Target: I do not take it and never will.
+    Refused {
+        /// Why, for people.
+        detail: String,
+    },
+}
+
+/// Why a stream is of no use any more.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The link.
+    #[error("the stream broke")]
+    Link(#[source] io::Error),
+    /// Not of this protocol, or another version of it.
+    #[error("the other end does not speak version {VERSION} of this protocol: {0}")]
+    Version(String),
+    /// No such kind.
+    #[error("a frame of kind {0}, which does not exist")]
+    Kind(u32),
+    /// Longer, or elsewhere, than its kind allows.
+    #[error("a {kind:?} of {length} bytes at {offset:#x} is not allowed")]
+    Bounds {
+        /// Of the frame.
+        kind: Kind,
+        /// Of the frame.
+        length: u32,
+        /// Of the frame.
+        offset: u64,
+    },
+    /// Not at this point of this stream.
+    #[error("a {0:?} has no place here")]
+    Order(Kind),
+    /// A document that is none.
+    #[error("a {0:?} that cannot be read")]
+    Document(Kind),
+    /// A document that is too long to be sent.
+    #[error("a {kind:?} of {bytes} bytes is too long to be sent")]
+    TooLong {
+        /// Of the frame.
+        kind: Kind,
+        /// Of the document.
+        bytes: usize,
+    },
+}
+
+impl Kind {
+    fn number(self) -> u32 {
+        KINDS.iter().find(|(_, kind)| *kind == self).map_or(0, |(number, _)| *number)
+    }
+
+    /// Longest length, in bytes.
+    fn length_max(self) -> u32 {
+        match self {
+            Kind::Open | Kind::Word => DOCUMENT_BYTES_MAX,
+            Kind::Part | Kind::Zero => SHARD_BYTES as u32,
+            Kind::Console => CONSOLE_PIECE_BYTES_MAX,
+            Kind::State => STATE_BYTES_MAX as u32,
+            Kind::End => 0,
+        }
+    }
+}
+
+/// Longest piece of console output in one frame, in bytes.
+pub const CONSOLE_PIECE_BYTES_MAX: u32 = 64 << 10;
+
+impl Head {
+    /// The bytes of a head.
+    pub fn bytes(&self) -> [u8; HEAD_BYTES] {
+        let mut bytes = [0; HEAD_BYTES];
+        let number =
+            u128::from(self.kind.number()) | u128::from(self.length) << 32 | u128::from(self.offset) << 64;
+        bytes.copy_from_slice(&number.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a head. Its kind exists, and its length is none that its kind does not allow; of memory, it is whole pages
+    /// of one shard.
+    pub fn parse(bytes: [u8; HEAD_BYTES]) -> Result<Head, FrameError> {
+        let number = u128::from_le_bytes(bytes);
+        let (kind, length, offset) = (number as u32, (number >> 32) as u32, (number >> 64) as u64);
+        let found = KINDS.iter().find(|(number, _)| *number == kind);
+        let (_, kind) = *found.ok_or(FrameError::Kind(kind))?;
+        let refused = FrameError::Bounds { kind, length, offset };
+        if length > kind.length_max() {
+            return Err(refused);
+        }
+        let holds = match kind {
+            Kind::Part | Kind::Zero => {
+                let end = (offset % SHARD_BYTES).saturating_add(u64::from(length));
+                let whole = offset.is_multiple_of(PAGE_BYTES) && u64::from(length).is_multiple_of(PAGE_BYTES);
+                whole && length > 0 && end <= SHARD_BYTES
+            }
+            Kind::Console => length > 0 && offset.checked_add(u64::from(length)).is_some(),
+            Kind::Open | Kind::Word | Kind::State => offset == 0 && length > 0,
+            Kind::End => true,
+        };
+        if holds { Ok(Head { kind, length, offset }) } else { Err(refused) }
+    }
+
+    /// Reads the next head of a stream.
+    pub fn read(from: &mut impl Read) -> Result<Head, FrameError> {
+        let mut bytes = [0; HEAD_BYTES];
+        from.read_exact(&mut bytes).map_err(FrameError::Link)?;
+        Head::parse(bytes)
+    }
+
+    /// Writes the head.
+    pub fn write(&self, to: &mut impl Write) -> Result<(), FrameError> {
+        to.write_all(&self.bytes()).map_err(FrameError::Link)
+    }
+
+    /// Reads what follows the head into memory of its own: documents, console output and state, never memory.
+    pub fn read_body(&self, from: &mut impl Read) -> Result<Vec<u8>, FrameError> {
+        if matches!(self.kind, Kind::Part | Kind::Zero | Kind::End) {
+            return Err(FrameError::Order(self.kind));
+        }
+        let (mut body, wanted) = (Vec::new(), u64::from(self.length));
+        // Grows with what comes, not with what was announced.
+        let came = from.take(wanted).read_to_end(&mut body).map_err(FrameError::Link)?;
+        if came as u64 == wanted {
+            Ok(body)
+        } else {
+            Err(FrameError::Link(io::ErrorKind::UnexpectedEof.into()))
+        }
+    }
+}
+
+/// Writes a frame with what follows it.
+pub fn write(to: &mut impl Write, kind: Kind, offset: u64, body: &[u8]) -> Result<(), FrameError> {
+    let too_long = FrameError::TooLong { kind, bytes: body.len() };
+    let length = u32::try_from(body.len()).ok().filter(|length| *length <= kind.length_max());
+    let head = Head { kind, length: length.ok_or(too_long)?, offset };
+    // In one write, so that no half of a short frame waits for the other end's acknowledgement.
+    let frame = [&head.bytes(), body].concat();
+    to.write_all(&frame).map_err(FrameError::Link)
+}
+
+impl Open {
+    /// For stream `stream` of `streams`.
+    pub fn new(stream: u16, streams: u16, memory_bytes: u64) -> Open {
+        Open { magic: MAGIC.to_owned(), version: VERSION, stream, streams, memory_bytes }
+    }
+
+    /// Reads what follows the head of the first frame.
+    pub fn parse(body: &[u8]) -> Result<Open, FrameError> {
+        let open: Open = document(Kind::Open, body)?;
+        if open.magic != MAGIC || open.version != VERSION {
+            let magic: String = open.magic.chars().take(32).collect();
+            return Err(FrameError::Version(format!("it speaks {magic:?} version {}", open.version)));
+        }
+        if usize::from(open.streams) > STREAMS_MAX || open.stream >= open.streams {
+            return Err(FrameError::Document(Kind::Open));
+        }
+        Ok(open)
+    }
+
+    /// Writes it.
+    pub fn write(&self, to: &mut impl Write) -> Result<(), FrameError> {
+        write(to, Kind::Open, 0, &json(Kind::Open, self)?)
+    }
+}
+
+/// Longest reason in a word, in bytes.
+const DETAIL_BYTES_MAX: usize = 2048;
+
+impl Word {
+    /// Reads what follows the head of a word.
+    pub fn parse(body: &[u8]) -> Result<Word, FrameError> {
+        document(Kind::Word, body)
+    }
+
+    /// Writes it. A long reason is cut.
+    pub fn write(&self, to: &mut impl Write) -> Result<(), FrameError> {
+        let mut word = self.clone();
+        if let Word::Abort { detail } | Word::Refused { detail } = &mut word {
+            let cut = detail.floor_char_boundary(DETAIL_BYTES_MAX);
+            detail.truncate(cut);
+        }
+        write(to, Kind::Word, 0, &json(Kind::Word, &word)?)
+    }
+}
+
+fn json<T: Serialize>(kind: Kind, value: &T) -> Result<Vec<u8>, FrameError> {
+    serde_json::to_vec(value).map_err(|_| FrameError::Document(kind))
+}
+
+fn document<T: for<'de> Deserialize<'de>>(kind: Kind, body: &[u8]) -> Result<T, FrameError> {
+    serde_json::from_slice(body).map_err(|_| FrameError::Document(kind))
+}
+
+/// What may come next on a stream from the source, once it was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Order {
+    stream: u64,
+    streams: u64,
+    memory_bytes: u64,
+    carried_bytes: u64,
+    /// Where the console goes on, once some of it has come.
+    console: Option<u64>,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Memory,
+    /// On the first stream the state may come.
+    Ended,
+    /// Only words.
+    Told,
+}
+
+impl Order {
+    /// For a stream that was opened as the receiver expected.
+    pub fn new(open: &Open) -> Order {
+        Order {
+            stream: open.stream.into(),
+            streams: u64::from(open.streams).max(1),
+            memory_bytes: open.memory_bytes,
+            carried_bytes: 0,
+            console: None,
+            stage: Stage::Memory,
+        }
+    }
+
+    /// Whether all of memory has come.
+    pub fn has_ended(&self) -> bool {
+        self.stage != Stage::Memory
+    }
+
+    /// Bytes of memory that came.
+    pub fn carried_bytes(&self) -> u64 {
+        self.carried_bytes
+    }
+
+    /// Judges the next head; what it says may be believed after that.
+    pub fn admit(&mut self, head: &Head) -> Result<(), FrameError> {
+        let Head { kind, length, offset } = *head;
+        let refused = FrameError::Bounds { kind, length, offset };
+        let is_first = self.stream == 0;
+        match (kind, self.stage) {
+            (Kind::Part | Kind::Zero, Stage::Memory) => {
+                let end = offset.checked_add(u64::from(length));
+                let shard = offset.checked_div(SHARD_BYTES).unwrap_or(0);
+                let is_ours = shard.checked_rem(self.streams) == Some(self.stream);
+                if !is_ours || end.is_none_or(|end| end > self.memory_bytes) {
+                    return Err(refused);
+                }
+                if kind == Kind::Part {
+                    self.carried_bytes = self.carried_bytes.saturating_add(u64::from(length));
+                }
+            }
+            (Kind::Console, Stage::Memory | Stage::Ended) if is_first => {
+                if self.console.is_some_and(|next| next != offset) {
+                    return Err(refused);
+                }
+                self.console = offset.checked_add(u64::from(length));
+            }
+            (Kind::End, Stage::Memory) if offset == self.carried_bytes => self.stage = Stage::Ended,
+            (Kind::End, Stage::Memory) => return Err(refused),
+            (Kind::State, Stage::Ended) if is_first => self.stage = Stage::Told,
+            (Kind::Word, _) if is_first => (),
+            _ => return Err(FrameError::Order(kind)),
+        }
+        Ok(())
+    }
+}
+
+/// Which stream a piece of memory has.
+pub fn stream_of(offset: u64, streams: usize) -> usize {
+    let shard = offset.checked_div(SHARD_BYTES).unwrap_or(0);
+    shard.checked_rem(streams as u64).unwrap_or(0) as usize
+}
+
+#[cfg(test)]
+mod tests;

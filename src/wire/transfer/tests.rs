@@ -1,0 +1,98 @@
+use super::*;
+
+fn open(stream: u16, streams: u16) -> Order {
+    Order::new(&Open::new(stream, streams, 64 << 20))
+}
+
+fn head(kind: Kind, length: u32, offset: u64) -> Head {
+    Head { kind, length, offset }
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let mut bytes = Vec::new();
+    Open::new(1, 3, 7 << 21).write(&mut bytes).unwrap();
+    Word::Round { number: 3, last: true }.write(&mut bytes).unwrap();
+    Word::Refused { detail: "ü".repeat(5000) }.write(&mut bytes).unwrap();
+    let mut rest = bytes.as_slice();
+    let mut next = || {
+        let head = Head::read(&mut rest).unwrap();
+        (head.kind, head.read_body(&mut rest).unwrap())
+    };
+    let (kind, body) = next();
+    assert_eq!((kind, Open::parse(&body).unwrap()), (Kind::Open, Open::new(1, 3, 7 << 21)));
+    assert_eq!(Word::parse(&next().1).unwrap(), Word::Round { number: 3, last: true });
+    assert_eq!(Word::parse(&next().1).unwrap(), Word::Refused { detail: "ü".repeat(1024) });
+    assert!(rest.is_empty());
+}
+
+#[test]
+fn heads_that_no_honest_end_writes_are_refused() {
+    for (kind, length, offset) in [
+        (Kind::Open, 0, 0),
+        (Kind::Open, DOCUMENT_BYTES_MAX + 1, 0),
+        (Kind::Word, 5, 1),
+        (Kind::Part, 0, 0),
+        (Kind::Part, 4095, 0),
+        (Kind::Part, 4096, 1),
+        (Kind::Part, 8192, SHARD_BYTES - 4096),
+        (Kind::Part, SHARD_BYTES as u32 + 4096, 0),
+        (Kind::Zero, 4096, u64::MAX),
+        (Kind::Console, 1, u64::MAX),
+        (Kind::Console, CONSOLE_PIECE_BYTES_MAX + 1, 0),
+        (Kind::State, STATE_BYTES_MAX as u32 + 1, 0),
+        (Kind::End, 1, 0),
+    ] {
+        let bytes = head(kind, length, offset).bytes();
+        assert!(matches!(Head::parse(bytes), Err(FrameError::Bounds { .. })), "{kind:?} {length} {offset}");
+    }
+    assert!(matches!(Head::parse([0; HEAD_BYTES]), Err(FrameError::Kind(0))));
+    assert!(matches!(Head::parse([0xFF; HEAD_BYTES]), Err(FrameError::Kind(_))));
+}
+
+#[test]
+fn memory_comes_over_its_own_stream_and_lies_inside() {
+    let mut order = open(1, 2);
+    assert!(order.admit(&head(Kind::Part, 4096, SHARD_BYTES)).is_ok());
+    assert!(order.admit(&head(Kind::Part, 4096, 0)).is_err());
+    assert!(order.admit(&head(Kind::Zero, 4096, 2 * SHARD_BYTES)).is_err());
+    assert!(order.admit(&head(Kind::Part, 4096, (64 << 20) + SHARD_BYTES)).is_err());
+    assert!(order.admit(&head(Kind::Part, 4096, (64 << 20) - 4096)).is_ok());
+    for kind in [Kind::Word, Kind::State, Kind::Console, Kind::Open] {
+        assert!(matches!(order.admit(&head(kind, 4, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
+    assert!(order.admit(&head(Kind::End, 0, 4096)).is_err(), "it carried two pages");
+    assert!(order.admit(&head(Kind::End, 0, 8192)).is_ok());
+    assert!(order.admit(&head(Kind::End, 0, 8192)).is_err());
+    assert!(order.admit(&head(Kind::Part, 4096, SHARD_BYTES)).is_err());
+}
+
+#[test]
+fn the_state_comes_once_and_after_memory() {
+    let mut order = open(0, 1);
+    assert!(order.admit(&head(Kind::State, 4, 0)).is_err());
+    assert!(order.admit(&head(Kind::Console, 10, 5)).is_ok());
+    assert!(order.admit(&head(Kind::Console, 10, 5)).is_err(), "what came comes again");
+    assert!(order.admit(&head(Kind::End, 0, 0)).is_ok());
+    assert!(order.admit(&head(Kind::Console, 10, 15)).is_ok());
+    assert!(order.admit(&head(Kind::State, 4, 0)).is_ok());
+    assert!(order.admit(&head(Kind::State, 4, 0)).is_err());
+    assert!(order.admit(&head(Kind::Console, 10, 25)).is_err());
+    assert!(order.admit(&head(Kind::Word, 4, 0)).is_ok());
+}
+
+#[test]
+fn a_length_is_not_believed_before_as_much_has_come() {
+    let head = head(Kind::State, STATE_BYTES_MAX as u32, 0);
+    let error = head.read_body(&mut [1, 2, 3].as_slice()).unwrap_err();
+    assert!(matches!(error, FrameError::Link(_)), "{error}");
+}
+
+#[test]
+fn another_version_is_told_apart_from_nonsense() {
+    let other = br#"{"magic":"toft-move","version":2,"stream":0,"streams":1,"memory_bytes":1}"#;
+    assert!(matches!(Open::parse(other), Err(FrameError::Version(_))));
+    let out = br#"{"magic":"toft-move","version":1,"stream":1,"streams":1,"memory_bytes":1}"#;
+    assert!(matches!(Open::parse(out), Err(FrameError::Document(_))));
+    assert!(matches!(Open::parse(b"{}"), Err(FrameError::Document(_))));
+}
