@@ -1,6 +1,5 @@
 //! KVM's log of the pages that vCPUs, and KVM itself, have written: asked for whole, cleared piece by piece just before
-//! a piece is copied. What devices write is not in it; `memory::marks` has that. No machine is moved yet, so only
-//! `tests/kvm/dirty.rs` uses it.
+//! a piece is copied. What devices write is not in it; `memory::marks` has that.
 use std::sync::Arc;
 
 use kvm_bindings::{

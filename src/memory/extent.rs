@@ -2,7 +2,10 @@
 //! out. Addresses with their holes are the guest's; whoever saves or fills memory counts offsets.
 use std::io;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileMemoryError,
+    WriteVolatile,
+};
 
 use crate::{Error, Ram};
 
@@ -39,6 +42,44 @@ pub fn touched(ram: &Ram) -> Result<Vec<Extent>, Error> {
     Ok(found)
 }
 
+/// Where in a part the first page is that may hold something else than zeroes, if there is one. Looking makes none; of
+/// memory that is mapped privately, that is the first of all. Cheap, however large the memory is: where a row of touched
+/// pages ends is not looked for.
+pub fn first_touched(ram: &Ram, part: Extent) -> Result<Option<u64>, Error> {
+    let mut before = 0;
+    for region in ram.iter() {
+        let (from, to) = (part.offset.max(before), (part.offset + part.bytes).min(before + region.len()));
+        let first = match region.file_offset() {
+            _ if from >= to => None,
+            Some(file) if region.flags() & libc::MAP_PRIVATE == 0 => {
+                sys::memfd::first_data(file.file(), from).map_err(Error::Copy)?.filter(|first| *first < to)
+            }
+            _ => Some(from),
+        };
+        if first.is_some() {
+            return Ok(first);
+        }
+        before += region.len();
+    }
+    Ok(None)
+}
+
+/// Writes a part as it is at this moment, with no copy of ours in between.
+pub fn send(ram: &Ram, part: Extent, to: &mut impl WriteVolatile) -> Result<(), Error> {
+    each_part(ram, part.offset, part.bytes as usize, |address, from, end| {
+        let slice = ram.get_slice(address, end - from).map_err(copy_error)?;
+        to.write_all_volatile(&slice).map_err(volatile_error)
+    })
+}
+
+/// Fills a part with what is read, with no copy of ours in between.
+pub fn receive(ram: &Ram, part: Extent, from: &mut impl ReadVolatile) -> Result<(), Error> {
+    each_part(ram, part.offset, part.bytes as usize, |address, start, end| {
+        let mut slice = ram.get_slice(address, end - start).map_err(copy_error)?;
+        from.read_exact_volatile(&mut slice).map_err(volatile_error)
+    })
+}
+
 /// Copies from `offset` into the whole of `data`.
 pub fn read(ram: &Ram, offset: u64, data: &mut [u8]) -> Result<(), Error> {
     each_part(ram, offset, data.len(), |address, from, to| {
@@ -50,6 +91,13 @@ pub fn read(ram: &Ram, offset: u64, data: &mut [u8]) -> Result<(), Error> {
 pub fn fill(ram: &Ram, offset: u64, data: &[u8]) -> Result<(), Error> {
     each_part(ram, offset, data.len(), |address, from, to| {
         ram.write_slice(data.get(from..to).unwrap_or_default(), address).map_err(copy_error)
+    })
+}
+
+/// Makes a part zero, and gives its pages back to the host.
+pub fn clear(ram: &Ram, part: Extent) -> Result<(), Error> {
+    each_part(ram, part.offset, part.bytes as usize, |address, from, to| {
+        crate::discard(ram, address, (to - from) as u64)
     })
 }
 
@@ -78,6 +126,13 @@ fn each_part(
         before = end;
     }
     if done == length { Ok(()) } else { Err(Error::Range { start: offset, bytes: length as u64 }) }
+}
+
+fn volatile_error(cause: VolatileMemoryError) -> Error {
+    match cause {
+        VolatileMemoryError::IOError(cause) => Error::Copy(cause),
+        other => Error::Copy(io::Error::other(other)),
+    }
 }
 
 fn copy_error(cause: vm_memory::GuestMemoryError) -> Error {

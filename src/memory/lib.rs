@@ -31,7 +31,7 @@ pub mod guard;
 pub mod packet;
 pub mod ring;
 
-pub use extent::{Extent, fill, is_zero, read, touched};
+pub use extent::{Extent, clear, fill, first_touched, is_zero, read, receive, send, touched};
 pub use file::read_file;
 pub use pages::Pages;
 pub use ram::{Backing, Error, Ram, build, discard, new};

@@ -87,6 +87,11 @@ impl Pages {
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         runs(&self.words).map(|(offset, bytes)| Extent { offset, bytes })
     }
+
+    /// The same of a part that begins and ends with a word.
+    pub fn extents_of(&self, part: Extent) -> impl Iterator<Item = Extent> + '_ {
+        runs(self.words_of(part)).map(move |(offset, bytes)| Extent { offset: part.offset + offset, bytes })
+    }
 }
 
 /// Pages in a row that are set, as offset and bytes.

@@ -29,18 +29,24 @@ pub fn is_sealed(file: &File) -> bool {
 /// The first range at or after `from` that may hold something else than zeroes, as start and end in bytes; nothing
 /// when there is only a hole up to the end. A file system that knows no holes tells one range.
 pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
-    let seek = |from: u64, whence| -> io::Result<Option<u64>> {
-        let from = i64::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        match lseek(file.as_fd(), from, whence) {
-            Ok(at) => Ok(u64::try_from(at).ok()),
-            // There is none.
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
-    };
-    let Some(start) = seek(from, Whence::SeekData)? else { return Ok(None) };
-    let end = seek(start, Whence::SeekHole)?;
+    let Some(start) = first_data(file, from)? else { return Ok(None) };
+    let end = seek(file, start, Whence::SeekHole)?;
     Ok(end.filter(|end| *end > start).map(|end| (start, end)))
+}
+
+/// The beginning of that range. Its end costs a look at every page of it.
+pub fn first_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    seek(file, from, Whence::SeekData)
+}
+
+fn seek(file: &File, from: u64, whence: Whence) -> io::Result<Option<u64>> {
+    let from = i64::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    match lseek(file.as_fd(), from, whence) {
+        Ok(at) => Ok(u64::try_from(at).ok()),
+        // There is none.
+        Err(Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Gives the pages of a range back to the host; they read as zero from then on. Parts of pages at the edges

@@ -34,6 +34,8 @@ pub(crate) struct News {
     pub(crate) console: bool,
     /// A save has got further, or to its end.
     pub(crate) save: bool,
+    /// A move has got further, or left a chore.
+    pub(crate) moving: bool,
 }
 
 /// Rung by any thread, answered by the main thread.
@@ -87,6 +89,17 @@ impl Bell {
     pub(crate) fn save(&self) {
         self.news().save = true;
         self.ring();
+    }
+
+    /// Tells that a move has got further, or has something to be done.
+    pub(crate) fn moving(&self) {
+        self.news().moving = true;
+        self.ring();
+    }
+
+    /// Whether the guest's run has ended and nobody has looked yet.
+    pub(crate) fn has_ending(&self) -> bool {
+        self.news().ending.is_some()
     }
 
     /// Takes everything that has happened.

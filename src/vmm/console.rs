@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use wire::console::Ring;
+use wire::console::{Piece, Ring};
 
 use crate::bell::Bell;
 use crate::log;
@@ -46,6 +46,20 @@ impl Console {
     pub(crate) fn watch(&self, seen: impl Iterator<Item = u64>) {
         self.watched.store(seen.min().unwrap_or(NO_WATCH), Ordering::SeqCst);
         self.ring_if_passed();
+    }
+
+    /// What the ring holds from a position on, at most so many bytes.
+    pub(crate) fn read(&self, from: u64, length_max: usize) -> io::Result<Piece> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).read(from, length_max)
+    }
+
+    /// Puts down what another machine's console held from a position on.
+    pub(crate) fn adopt(&self, position: u64, data: &[u8]) -> io::Result<()> {
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        self.written.store(ring.adopt(position, data)?, Ordering::SeqCst);
+        drop(ring);
+        self.ring_if_passed();
+        Ok(())
     }
 
     pub(crate) fn sink(self: &Arc<Console>) -> Box<dyn Write + Send> {

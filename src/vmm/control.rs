@@ -15,6 +15,7 @@ use kvm::Host;
 use sys::seqpacket::Listener;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::control::{Message, Notice, Sandbox};
+use wire::migration::{MigrationStatus, Phase};
 use wire::will::Reason;
 
 use crate::bell::{Bell, Ending, News};
@@ -66,6 +67,8 @@ struct Shell {
     will: LastWill,
     bell: Arc<Bell>,
     machine: Option<Machine>,
+    /// Of a move.
+    phase_told: Option<Phase>,
     listener: Listener,
     epoll: Epoll,
     connections: BTreeMap<u64, Connection>,
@@ -88,6 +91,7 @@ pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
         will,
         bell,
         machine: None,
+        phase_told: None,
         listener: Listener::from(control),
         epoll: Epoll::new().map_err(Error::Serve)?,
         connections: BTreeMap::new(),
@@ -130,7 +134,8 @@ impl Shell {
     /// How long to wait for anything: for ever, unless nobody knows of this process. A daemon that died between
     /// starting it and writing that down would leave it for good.
     fn patience_ms(&self) -> i32 {
-        if self.machine.is_none() && self.connections.is_empty() { FORSAKEN_MS } else { -1 }
+        let has_none = self.machine.as_ref().is_none_or(Machine::is_dropped);
+        if has_none && self.connections.is_empty() { FORSAKEN_MS } else { -1 }
     }
 
     fn accept(&mut self) {
@@ -219,6 +224,7 @@ impl Shell {
             self.tell_all(&Notice::Save(status));
         }
         match news.ending {
+            None if news.moving => drop(self.move_on(true)),
             None => (),
             Some(Ending::ResetAsked) => self.reset_asked(),
             Some(Ending::PoweredOff) => self.reason = Some(Reason::PoweredOff),
@@ -228,6 +234,20 @@ impl Shell {
                 self.tell_all(&Notice::GuestPanicked);
                 self.reason = Some(Reason::GuestPanicked);
             }
+        }
+    }
+
+    /// A move has got further. A phase is told before its chores are done, so that no machine runs of which nobody knows.
+    /// Answers how the move stands when nothing is left to be done for it.
+    fn move_on(&mut self, mut is_news: bool) -> Option<MigrationStatus> {
+        loop {
+            let (chore, status) = self.machine.as_ref()?.next_chore()?;
+            is_news |= self.phase_told.replace(status.phase) != Some(status.phase);
+            if std::mem::take(&mut is_news) {
+                self.tell_all(&Notice::Migration(Box::new(status.clone())));
+            }
+            let Some(chore) = chore else { return Some(status) };
+            self.machine.as_mut()?.do_chore(chore, &self.host);
         }
     }
 

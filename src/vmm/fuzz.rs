@@ -1,5 +1,5 @@
-//! What fuzzers call: kernels and initial RAM disks of any shape, put into guest memory, and state files of any content.
-//! No part of a machine.
+//! What fuzzers call: kernels and initial RAM disks of any shape, put into guest memory, state files of any content, and
+//! what comes over the streams of a move. No part of a machine.
 //! `tests/fuzz` calls it with new bytes, and the test here with the seeds kept there.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,6 +9,7 @@ use memory::{Ram, layout};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::boot::{Source, prepare};
+use crate::migrate;
 use crate::snapshot;
 
 const MEMORY_BYTES: u64 = 24 << 20;
@@ -66,6 +67,37 @@ pub fn state(data: &[u8]) {
     }
 }
 
+/// Takes `data` as what comes over one stream of a move: a byte that says over which of how many, and the frames. Memory
+/// comes to lie only in this stream's shards and inside, and no more of it than came.
+pub fn moved(data: &[u8]) {
+    let Some((which, mut frames)) = data.split_first() else { return };
+    let (index, count) = (usize::from(which & 3), usize::from(which >> 2 & 3) + 1);
+    let ram = memory::new(MOVED_BYTES).expect("memory for a small machine");
+    let (mut console, mut came) = (Vec::new(), frames.len() as u64);
+    let outcome = migrate::take_stream(&mut frames, &ram, index, count, |position, piece: &[u8]| {
+        console.push((position, piece.to_vec()));
+    });
+    if let Err(refused) = &outcome {
+        assert!(!refused.is_empty() && refused.len() < 2048, "told in {} bytes", refused.len());
+    }
+    let mut end = None;
+    for (position, piece) in &console {
+        assert!(end.is_none_or(|end| end == *position) && !piece.is_empty(), "the console has a gap");
+        end = Some(position + piece.len() as u64);
+        came = came.checked_sub(piece.len() as u64).expect("no more of the console than came");
+    }
+    for extent in memory::touched(&ram).expect("a memory file") {
+        let pages = (extent.offset..extent.offset + extent.bytes).step_by(4096);
+        for offset in pages {
+            assert_eq!(wire::transfer::stream_of(offset, count), index, "memory at {offset:#x}");
+        }
+        came = came.checked_sub(extent.bytes.saturating_sub(4096)).expect("no more of memory than came");
+    }
+}
+
+/// Four shards, the last one cut short.
+const MOVED_BYTES: u64 = (8 << 20) - 4096;
+
 fn word(ram: &Ram, address: u64) -> u64 {
     ram.read_obj(GuestAddress(address)).expect("parameters lie in memory")
 }
@@ -100,6 +132,11 @@ mod tests {
     #[test]
     fn seeds_of_the_kernel_loader_hold() {
         replay("elf", super::elf);
+    }
+
+    #[test]
+    fn seeds_of_the_streams_of_a_move_hold() {
+        replay("moved", super::moved);
     }
 
     #[test]

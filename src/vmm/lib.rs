@@ -38,6 +38,8 @@ mod console;
 mod snapshot;
 mod vcpu;
 
+mod migrate;
+
 mod machine;
 
 mod control;

@@ -32,6 +32,16 @@ pub(crate) const ARMED_ROUNDS_MAX: usize = 8;
 /// How often what is written is protected again while the moment is waited for, in milliseconds.
 pub(crate) const REARM_EVERY_MS: u64 = 20;
 
+/// How often the progress of a move is told at most, in milliseconds.
+pub(crate) const MOVE_TOLD_EVERY_MS: u64 = 100;
+
+/// How long one end of a move waits for the other to read, write or answer, in milliseconds. The least bandwidth there is
+/// sends a piece of memory in two seconds; a switch that fails over takes some.
+pub(crate) const LINK_PATIENCE_MS: u16 = 30_000;
+
+/// How often vCPUs are held back that write too fast, in milliseconds: below what a guest's timers notice.
+pub(crate) const BRAKE_EVERY_MS: u64 = 10;
+
 /// How long all vCPUs may take to leave KVM_RUN. They are interrupted by a signal and finish one emulated
 /// access; only a host that does not schedule them takes longer.
 pub(crate) const PARK_MS_MAX: u64 = 5_000;

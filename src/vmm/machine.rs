@@ -18,11 +18,13 @@ use wire::machine::{MachineSpec, OnReset, RateLimits};
 use crate::bell::Bell;
 use crate::boot;
 use crate::console::Console;
+use crate::migrate;
 use crate::sandbox;
 use crate::snapshot;
 use crate::vcpu::NotParked;
 
 mod build;
+mod moving;
 mod parts;
 mod plan;
 mod restore;
@@ -32,6 +34,7 @@ mod translate;
 mod wiring;
 
 use build::Origin;
+use moving::Moving;
 use parts::Parts;
 use plan::Plan;
 use save::Save;
@@ -48,6 +51,8 @@ pub(crate) struct Machine {
     run: Run,
     /// The save that is under way, or the last one.
     save: Option<Save>,
+    /// The move that is under way, or the last one.
+    moving: Option<Moving>,
 }
 
 /// Whether vCPUs run.
@@ -94,6 +99,8 @@ pub(crate) enum Error {
     Device(#[from] devices::Refused),
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
+    #[error(transparent)]
+    Move(#[from] migrate::Error),
     #[error("the machine is being built")]
     Absent,
     #[error("{0}")]
@@ -117,7 +124,7 @@ impl Error {
             Error::Kvm(kvm::Error::State(_)) | Error::Device(_) => FaultCode::Invalid,
             Error::Snapshot(error) if error.is_of_the_host() => FaultCode::Host,
             Error::Snapshot(_) => FaultCode::Invalid,
-            Error::Kvm(_) | Error::Memory(_) | Error::Host { .. } => FaultCode::Host,
+            Error::Move(_) | Error::Kvm(_) | Error::Memory(_) | Error::Host { .. } => FaultCode::Host,
             Error::NotParked(_) | Error::NotDrained(_) => FaultCode::Timeout,
             Error::Absent | Error::State(_) => FaultCode::WrongState,
         }
@@ -157,7 +164,16 @@ impl Machine {
             cause: io::Error::other(error),
         })?;
         let run = Run::Paused { clock_ns: 0 };
-        Ok(Machine { plan, console, bell: Arc::clone(bell), lasting, parts: None, run, save: None })
+        Ok(Machine {
+            plan,
+            console,
+            bell: Arc::clone(bell),
+            lasting,
+            parts: None,
+            run,
+            save: None,
+            moving: None,
+        })
     }
 
     fn begin(&mut self, host: &Host, origin: Origin<'_>) -> Result<(), Error> {
@@ -179,10 +195,15 @@ impl Machine {
         if let Some(save) = &mut self.save {
             save.cancel_before_moment();
         }
+        self.abandon_move("the machine was reset");
         self.stop();
         // What the old guest still had to say is not the new one's; how a save stands is nobody's but the daemon's.
-        if self.bell.take().save {
+        let news = self.bell.take();
+        if news.save {
             self.bell.save();
+        }
+        if news.moving {
+            self.bell.moving();
         }
         self.lasting.resets += 1;
         self.begin(host, Origin::Kernel)?;
@@ -204,6 +225,7 @@ impl Machine {
     /// Stops vCPUs, then drains devices. When that fails, the machine runs on. A save that waits for this moment has
     /// it then; when that fails, the save tells.
     pub(crate) fn pause(&mut self) -> Result<(), Error> {
+        self.check_not_moving()?;
         self.park()?;
         let _ = self.take_moment();
         Ok(())
@@ -235,6 +257,11 @@ impl Machine {
     /// Lets devices and then vCPUs go on. The guest's clock goes on from where it stopped: a thread that is
     /// parked waits for no CPU, so none of the pause is stolen time either.
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
+        self.check_not_moving()?;
+        self.go_on()
+    }
+
+    fn go_on(&mut self) -> Result<(), Error> {
         let Run::Paused { clock_ns } = self.run else { return Ok(()) };
         if self.save.as_ref().is_some_and(Save::needs_stillness) {
             return Err(Error::State("memory is being saved; wait for the end of that, or cancel it"));

@@ -38,6 +38,8 @@ pub enum Filter {
     Balloon,
     /// Copies memory into a file.
     Save,
+    /// Moves memory over a stream.
+    Move,
     /// Pretends that clone3 does not exist: its flags lie in memory, where a filter cannot look.
     NoClone3,
     /// Pretends that rings do not exist.
@@ -46,7 +48,7 @@ pub enum Filter {
 
 impl Filter {
     /// All of them.
-    pub const ALL: [Filter; 9] = [
+    pub const ALL: [Filter; 10] = [
         Filter::Control,
         Filter::Vcpu,
         Filter::Block,
@@ -54,6 +56,7 @@ impl Filter {
         Filter::Rng,
         Filter::Balloon,
         Filter::Save,
+        Filter::Move,
         Filter::NoClone3,
         Filter::NoRings,
     ];
@@ -70,7 +73,7 @@ impl Filter {
 
     /// The program for the kernel, made once.
     fn program(self) -> Result<&'static BpfProgram, seccompiler::Error> {
-        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 9];
+        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 10];
         let Some(kept) = PROGRAMS.get(self as usize) else { return Err(seccompiler::Error::EmptyFilter) };
         if kept.get().is_none() {
             // Two threads may both make it; it comes out the same.
@@ -123,6 +126,11 @@ pub fn close_vcpu() {
 /// Closes the calling thread, which saves memory.
 pub fn close_save() {
     close_thread(Filter::Save);
+}
+
+/// Closes the calling thread, which moves memory over a stream.
+pub(crate) fn close_move() {
+    close_thread(Filter::Move);
 }
 
 /// Closes the calling thread, which serves a device.

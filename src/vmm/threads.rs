@@ -15,6 +15,8 @@ pub(crate) enum ThreadKind {
     Vcpu(u8),
     /// Copies memory into a file.
     Save,
+    /// Moves memory over a stream.
+    Move,
     /// Serves a device; the name is the one the device room gave it.
     Device(&'static str),
 }
@@ -30,6 +32,10 @@ pub(crate) fn enter(kind: ThreadKind) {
         ThreadKind::Save => {
             sys::thread::set_name("save");
             sandbox::close_save();
+        }
+        ThreadKind::Move => {
+            sys::thread::set_name("move");
+            sandbox::close_move();
         }
         ThreadKind::Device(name) => {
             sys::thread::set_name(name);

@@ -56,6 +56,12 @@ struct Member {
     index: usize,
 }
 
+/// Holds vCPUs back that write to memory faster than it is copied.
+pub(crate) struct Brake {
+    gate: Arc<Gate>,
+    kickers: Vec<(usize, Arc<Kicker>)>,
+}
+
 /// Not every vCPU parked in time.
 #[derive(Debug, thiserror::Error)]
 #[error("{running} of {all} vCPUs did not stop within {PARK_MS_MAX} ms")]
@@ -121,6 +127,12 @@ impl Crew {
         })
     }
 
+    /// What holds the vCPUs back for moments.
+    pub(crate) fn brake(&self) -> Brake {
+        let kickers = self.members.iter().map(|member| (member.index, Arc::clone(&member.kicker)));
+        Brake { gate: Arc::clone(&self.gate), kickers: kickers.collect() }
+    }
+
     /// Ends and joins the threads.
     pub(crate) fn leave(&mut self) {
         self.gate.dismiss();
@@ -137,6 +149,18 @@ impl Crew {
         for member in &self.members {
             if let Some(thread) = self.gate.thread(member.index) {
                 member.kicker.kick(thread);
+            }
+        }
+    }
+}
+
+impl Brake {
+    /// Brings every vCPU out of the guest and keeps it out for so long, unless it is wanted elsewhere before.
+    pub(crate) fn hold(&self, nap: Duration) {
+        self.gate.set_nap(Instant::now() + nap);
+        for (index, kicker) in &self.kickers {
+            if let Some(thread) = self.gate.thread(*index) {
+                kicker.kick(thread);
             }
         }
     }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{MachineSpec, RateLimits};
+use crate::migration::{MigrationStatus, Owner, ReceiveSpec, SendLimits, SendSpec};
 use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
 use crate::will::Reason;
 
@@ -39,6 +40,29 @@ pub enum Command {
     CancelSave,
     /// How the save that is under way, or the last one, stands. Answered with [`Reply::Save`].
     SaveStatus,
+    /// Move the machine, which runs, to another VMM over streams that travel in the same packet. Answered when it has
+    /// begun; how it goes is told by [`Notice::Migration`] and [`Command::MigrationStatus`]. Until it has ended, nothing
+    /// else pauses, resumes, resets or saves the machine.
+    Send(SendSpec),
+    /// Receive a machine, instead of [`Command::Boot`]. Once per process: one that was dropped is followed by another VMM.
+    Receive(Box<ReceiveSpec>),
+    /// Give up the move that is under way: the machine runs on at the source. Refused by a source that has given the
+    /// machine up, and by a target that has it.
+    CancelMigration,
+    /// How the move that is under way, or the last one, stands. Answered with [`Reply::Migration`].
+    MigrationStatus,
+    /// Tell an end in doubt which has the machine. Who says [`Owner::Here`] knows that the other end is dead and never
+    /// told [`crate::migration::Phase::Release`], or that it has dropped the machine; or, to a target, that the source
+    /// has given it up. Refused by an end that knows better.
+    SettleMigration {
+        /// Seen from the end that is told.
+        owner: Owner,
+    },
+    /// Replace the limits of the move that is under way.
+    LimitMigration {
+        /// In force from now on.
+        limits: SendLimits,
+    },
     /// Stop the vCPUs and drain the devices; answered when no I/O is in flight. Repeatable.
     Pause,
     /// Let the vCPUs run again. Repeatable.
@@ -126,6 +150,8 @@ pub enum Reply {
     },
     /// Answer to [`Command::SaveStatus`].
     Save(SaveStatus),
+    /// Answer to [`Command::MigrationStatus`]; nothing when there never was a move.
+    Migration(Option<Box<MigrationStatus>>),
     /// Answer to [`Command::Stats`].
     Stats(Box<MachineStats>),
 }
@@ -203,6 +229,8 @@ pub enum Notice {
     },
     /// A save has got further, or to its end.
     Save(SaveStatus),
+    /// A move has got further, or to its end. A target tells [`crate::migration::Phase::Release`] before the machine runs.
+    Migration(Box<MigrationStatus>),
     /// The machine is as it was saved. It runs, unless it was asked to stay paused.
     Restored,
     /// The guest's kernel crashed and said so through pvpanic.

@@ -561,6 +561,15 @@ impl Running {
             }
             Command::Save(spec) => self.save(&spec, descriptors),
             Command::Restore(spec) => self.restore(*spec, descriptors),
+            Command::MigrationStatus => Ok(Reply::Migration(None)),
+            // Nobody moves machines that nobody runs.
+            Command::Send(_)
+            | Command::Receive(_)
+            | Command::CancelMigration
+            | Command::SettleMigration { .. }
+            | Command::LimitMigration { .. } => {
+                Err(Fault { code: FaultCode::WrongState, detail: "there is no move".to_owned() })
+            }
         };
         if follows.is_err() && self.guest == Guest::DiesAtBoot {
             return Err(Ended(Some(ExitStatus::Signal(11))));

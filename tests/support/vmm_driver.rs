@@ -20,6 +20,7 @@ use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Reques
 use wire::launch::fd;
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
+use wire::migration::{MigrationStatus, ReceiveSpec, SendLimits, SendSpec};
 use wire::saved::{Live, MemoryUse, Moment, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::Will;
 
@@ -284,6 +285,62 @@ impl Vmm {
         file
     }
 
+    /// Builds everything for a machine that comes over these streams; gives the refusal back.
+    pub(crate) fn try_receive(&mut self, mut machine: Machine, streams: Vec<OwnedFd>) -> Result<(), Fault> {
+        machine.spec.console = Console { ring: machine.add(self.make_console(machine.console_bytes)) };
+        let streams = streams.into_iter().map(|stream| machine.add(File::from(stream))).collect();
+        let spec = ReceiveSpec { machine: machine.spec, streams };
+        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
+        let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
+        self.reply(id).map(drop)
+    }
+
+    /// Begins to send the machine over these streams.
+    pub(crate) fn try_send(&mut self, streams: Vec<OwnedFd>, limits: SendLimits) -> Result<(), Fault> {
+        let named = (0..streams.len() as u16).map(FdIndex).collect();
+        let descriptors: Vec<_> = streams.iter().map(OwnedFd::as_fd).collect();
+        let id = self.send(Command::Send(SendSpec { streams: named, limits }), &descriptors);
+        let begun = self.reply(id).map(drop);
+        if begun.is_ok() {
+            // Of the move before.
+            self.notices.retain(|notice| !matches!(notice, Notice::Migration(_)));
+        }
+        begun
+    }
+
+    /// How the move stands.
+    pub(crate) fn migration(&mut self) -> MigrationStatus {
+        match self.command(Command::MigrationStatus) {
+            Ok(Reply::Migration(Some(status))) => *status,
+            other => panic!("no move: {other:?}"),
+        }
+    }
+
+    /// Waits until a move is told to have come so far.
+    pub(crate) fn wait_for_move(
+        &mut self,
+        what: &str,
+        fits: impl Fn(&MigrationStatus) -> bool,
+    ) -> MigrationStatus {
+        let told = |notice: &Notice| matches!(notice, Notice::Migration(status) if fits(status));
+        match self.wait_for_notice(what, told) {
+            Notice::Migration(status) => *status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What a VMM that has ended told of its move.
+    pub(crate) fn last_words(&mut self) -> Vec<MigrationStatus> {
+        while let Ok(Some((Message::Notice(notice), _))) = self.channel.receive() {
+            self.notices.push_back(notice);
+        }
+        let told = self.notices.drain(..).filter_map(|notice| match notice {
+            Notice::Migration(status) => Some(*status),
+            _ => None,
+        });
+        told.collect()
+    }
+
     /// Its process id.
     pub(crate) fn pid(&self) -> i32 {
         self.pid
@@ -423,7 +480,12 @@ impl Vmm {
                 Ok(Some((message, _))) => return message,
                 // A peer that ends with something of ours unread is told first; what it sent comes after.
                 Err(Error::Socket(cause)) if cause.kind() == io::ErrorKind::ConnectionReset => continue,
-                other => panic!("{what} did not come: {:?}\n{}", other.map(|_| "closed"), self.told()),
+                other => panic!(
+                    "{what} did not come: {:?}\n{:?}\n{}",
+                    other.map(|_| "closed"),
+                    self.will(),
+                    self.told()
+                ),
             }
         }
     }

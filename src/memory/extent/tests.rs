@@ -74,3 +74,41 @@ fn zeroes_are_known_from_anything_else() {
         }
     }
 }
+
+#[test]
+fn a_part_is_sent_and_received_across_the_hole() {
+    let (from, to) = (new(BYTES).unwrap(), new(BYTES).unwrap());
+    let part = Extent { offset: RAM_BELOW_4G_MAX - 8192, bytes: 16384 };
+    fill(&from, part.offset + 4090, &[9; 8000]).unwrap();
+    let mut sent = Vec::new();
+    send(&from, part, &mut sent).unwrap();
+    assert_eq!(sent.len(), 16384);
+    receive(&to, part, &mut sent.as_slice()).unwrap();
+    let mut data = [0; 16384];
+    read(&to, part.offset, &mut data).unwrap();
+    assert!(data == sent.as_slice());
+    assert!(receive(&to, part, &mut &sent[..100]).is_err(), "it ends too early");
+    let beyond = Extent { offset: BYTES - 4096, bytes: 8192 };
+    assert!(matches!(send(&from, beyond, &mut Vec::new()), Err(Error::Range { .. })));
+}
+
+#[test]
+fn the_first_touched_page_of_a_part_is_found_and_looking_makes_none() {
+    let ram = new(BYTES).unwrap();
+    let edge = RAM_BELOW_4G_MAX;
+    for at in [0x5000, 0x9000, edge + 4096] {
+        fill(&ram, at, &[1]).unwrap();
+    }
+    for (offset, bytes, wanted) in [
+        (0, BYTES, Some(0x5000)),
+        (0x5000, 0x1000, Some(0x5000)),
+        (0x6000, 0x3000, None),
+        (0x6000, 0x4000, Some(0x9000)),
+        (edge - 4096, 0x2000, None),
+        (edge - 4096, 0x3000, Some(edge + 4096)),
+        (edge + 8192, BYTES - edge - 8192, None),
+    ] {
+        assert_eq!(first_touched(&ram, Extent { offset, bytes }).unwrap(), wanted, "{offset:#x} {bytes:#x}");
+    }
+    assert_eq!(touched(&ram).unwrap().len(), 3);
+}

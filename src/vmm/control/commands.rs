@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use wire::control::{Command, Fault, FaultCode, MachineState, Notice, PROTOCOL, Reply};
 use wire::limits::CONSOLE_INPUT_BYTES_MAX;
 use wire::machine::{MachineSpec, OnReset};
+use wire::migration::ReceiveSpec;
 use wire::saved::RestoreSpec;
 use wire::will::Reason;
 
@@ -28,6 +29,10 @@ impl From<machine::Error> for Fault {
 impl Shell {
     /// Does what a peer commands.
     pub(super) fn obey(&mut self, token: u64, command: Command, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+        // Whoever commands may have heard from the other end what this one has yet to do.
+        if self.machine.as_ref().is_some_and(Machine::has_chore) {
+            self.move_on(false);
+        }
         match command {
             Command::Hello { protocol: _ } => Ok(Reply::Hello {
                 protocol: PROTOCOL,
@@ -48,6 +53,22 @@ impl Shell {
                 Ok(Reply::Done)
             }
             Command::SaveStatus => Ok(Reply::Save(self.machine()?.save_status())),
+            Command::Send(spec) => {
+                let checked = spec.check(descriptors.len());
+                checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+                self.machine()?.send(&spec, descriptors).map(done).map_err(Fault::from)
+            }
+            Command::Receive(spec) => self.receive(*spec, descriptors),
+            Command::CancelMigration => self.machine()?.cancel_move().map(done).map_err(Fault::from),
+            Command::MigrationStatus => Ok(Reply::Migration(self.move_on(false).map(Box::new))),
+            Command::SettleMigration { owner } => {
+                self.machine()?.settle_move(owner).map(done).map_err(Fault::from)
+            }
+            Command::LimitMigration { limits } => {
+                let checked = limits.check();
+                checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+                self.machine()?.limit_move(limits).map(done).map_err(Fault::from)
+            }
             Command::Pause => self.machine()?.pause().map(done).map_err(Fault::from),
             Command::Resume => self.machine()?.resume().map(done).map_err(Fault::from),
             Command::PressPowerButton => {
@@ -55,7 +76,7 @@ impl Shell {
                 Ok(Reply::Done)
             }
             Command::Reset => {
-                self.machine()?;
+                self.machine()?.check_resettable()?;
                 self.rebuild()
             }
             Command::Quit => {
@@ -125,6 +146,18 @@ impl Shell {
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
         self.machine = Some(Machine::restore(&self.host, spec, descriptors, &self.bell)?);
         self.tell_all(&Notice::Restored);
+        Ok(Reply::Done)
+    }
+
+    fn receive(&mut self, spec: ReceiveSpec, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+        if self.machine.is_some() {
+            return Err(fault(
+                FaultCode::WrongState,
+                "a VMM holds one machine; start another VMM to receive one",
+            ));
+        }
+        spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+        self.machine = Some(Machine::receive(&self.host, spec, descriptors, &self.bell)?);
         Ok(Reply::Done)
     }
 

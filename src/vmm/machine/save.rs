@@ -27,6 +27,7 @@ impl Machine {
     /// Begins to save the machine into the files of the packet.
     pub(crate) fn save(&mut self, spec: &SaveSpec, descriptors: Vec<OwnedFd>) -> Result<(), Error> {
         let began = Instant::now();
+        self.check_not_moving()?;
         if self.save.as_ref().is_some_and(Save::is_under_way) {
             return Err(Error::State("a save is under way; wait for its end, or cancel it"));
         }
@@ -84,7 +85,7 @@ impl Machine {
         let began = Instant::now();
         self.park()?;
         let taken = self.take();
-        self.resume()?;
+        self.go_on()?;
         if let Some(save) = &self.save {
             save.stood_still(began.elapsed());
         }
@@ -106,7 +107,7 @@ impl Machine {
     }
 
     /// Everything but memory, of a machine that is paused.
-    fn contents(&self) -> Result<Contents, Error> {
+    pub(super) fn contents(&self) -> Result<Contents, Error> {
         let Run::Paused { clock_ns } = self.run else { return Err(Error::State("the machine runs")) };
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         let functions = parts.functions.iter().map(|function| function.save());

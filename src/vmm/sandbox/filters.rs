@@ -21,6 +21,9 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+const KVM_GET_DIRTY_LOG: u64 = 0x4010_ae42;
+const KVM_CLEAR_DIRTY_LOG: u64 = 0xc018_aec0;
+const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
 /// include/uapi/linux/userfaultfd.h.
 const UFFD_TYPE: u64 = 0xaa00;
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
@@ -125,6 +128,11 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
             calls.extend(any(SAVE));
             calls.push((libc::SYS_ioctl, one_of(1, &[UFFDIO_WRITEPROTECT])?));
         }
+        Filter::Move => {
+            calls.extend(any(MOVE));
+            let requests = [KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_SET_USER_MEMORY_REGION];
+            calls.push((libc::SYS_ioctl, one_of(1, &requests)?));
+        }
         Filter::Rng | Filter::NoClone3 | Filter::NoRings => calls.extend(any(SHARED_BY_DEVICES)),
     }
     Ok(calls)
@@ -213,6 +221,10 @@ const BALLOON: &[libc::c_long] = &[libc::SYS_fallocate];
 
 /// Writing a file that has no length yet, finding what of memory is in use, waiting for writers.
 const SAVE: &[libc::c_long] = &[libc::SYS_ftruncate, libc::SYS_fdatasync, libc::SYS_lseek, libc::SYS_poll];
+
+/// Beside reading and writing: waiting, which memory is in use, giving pages back, what the console holds, ending a stream.
+const MOVE: &[libc::c_long] =
+    &[libc::SYS_poll, libc::SYS_lseek, libc::SYS_fallocate, libc::SYS_pread64, libc::SYS_shutdown];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

@@ -22,13 +22,15 @@ struct State {
     wish: Wish,
     /// Threads that are outside KVM_RUN and will stay there until the wish changes.
     parked: usize,
+    /// Until when a thread that was brought out of the guest stays out.
+    nap: Instant,
     /// The kernel's ids of the threads, once they have started and until they end.
     threads: Vec<Option<i32>>,
 }
 
 impl Gate {
     pub(super) fn new(threads: usize) -> Gate {
-        let state = State { wish: Wish::Park, parked: 0, threads: vec![None; threads] };
+        let state = State { wish: Wish::Park, parked: 0, nap: Instant::now(), threads: vec![None; threads] };
         Gate { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -69,9 +71,21 @@ impl Gate {
         }
     }
 
-    /// What a thread is to do at this moment.
+    /// What a thread is to do at this moment; while it is held back, what it is to do then.
     pub(super) fn look(&self) -> Wish {
-        self.state().wish
+        let mut state = self.state();
+        loop {
+            let left = state.nap.saturating_duration_since(Instant::now());
+            if state.wish != Wish::Run || left.is_zero() {
+                return state.wish;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Holds threads back until then that come out of the guest.
+    pub(super) fn set_nap(&self, until: Instant) {
+        self.state().nap = until;
     }
 
     /// Waits, parked, until the wish is another than to park.

@@ -1,0 +1,229 @@
+//! What a move does to the machine, by the main thread: its begin at both ends, and the chores that the phase table leaves.
+//! Threads, streams and the table are `migrate`'s.
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvm::{DirtyLog, Host};
+use memory::{Ram, marks};
+use wire::machine::FdIndex;
+use wire::migration::{MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+
+use super::build::Origin;
+use super::save::{Files, shape};
+use super::{Error, Machine, Run, Save};
+use crate::bell::Bell;
+use crate::log;
+use crate::migrate::{Effect, Event, Shared, Source, Sources, Stream, Target, open_streams};
+use crate::snapshot;
+
+/// One move, at one of its ends.
+pub(super) enum Moving {
+    Source(Source),
+    Target {
+        target: Target,
+        /// Until the machine is built in it.
+        ram: Option<Arc<Ram>>,
+    },
+}
+
+impl Moving {
+    fn shared(&self) -> &Arc<Shared> {
+        match self {
+            Moving::Source(source) => &source.shared,
+            Moving::Target { target, .. } => &target.shared,
+        }
+    }
+}
+
+impl Machine {
+    /// Begins to move the machine over the streams of the packet.
+    pub(crate) fn send(&mut self, spec: &SendSpec, descriptors: Vec<OwnedFd>) -> Result<(), Error> {
+        self.check_not_moving()?;
+        if self.save.as_ref().is_some_and(Save::is_under_way) {
+            return Err(Error::State("the machine is being saved; wait for the end of that, or cancel it"));
+        }
+        if self.is_paused() {
+            return Err(Error::State("the machine is paused; resume it first, or save it"));
+        }
+        let mut streams = streams(&mut Files::new(descriptors), &spec.streams)?;
+        streams.iter_mut().for_each(Stream::expect_soon);
+        let parts = self.parts.as_ref().ok_or(Error::Absent)?;
+        open_streams(&mut streams, self.plan.spec.memory_bytes)?;
+        // The one before is let go of first: two must not log the same memory.
+        self.moving = None;
+        marks::start(&parts.ram);
+        let sources = Sources {
+            ram: Arc::clone(&parts.ram),
+            log: DirtyLog::start(&parts.vm)?,
+            console: Arc::clone(&self.console),
+            brake: parts.crew.brake(),
+        };
+        self.moving = Some(Moving::Source(Source::start(sources, streams, spec.limits, &self.bell)?));
+        Ok(())
+    }
+
+    /// Makes everything for a machine that comes over the streams of the packet. `spec` has been checked against the number
+    /// of descriptors.
+    pub(crate) fn receive(
+        host: &Host,
+        spec: ReceiveSpec,
+        descriptors: Vec<OwnedFd>,
+        bell: &Arc<Bell>,
+    ) -> Result<Machine, Error> {
+        let mut files = Files::new(descriptors);
+        let streams = streams(&mut files, &spec.streams)?;
+        let ram = memory::new(spec.machine.memory_bytes)?;
+        let mut machine = Machine::prepare(host, spec.machine, files.0, bell)?;
+        let target = Target::start(&ram, &machine.console, streams, bell)?;
+        machine.moving = Some(Moving::Target { target, ram: Some(ram) });
+        Ok(machine)
+    }
+
+    /// What the phase table has left to be done next, and how the move stands with it.
+    pub(crate) fn next_chore(&self) -> Option<(Option<Effect>, MigrationStatus)> {
+        self.moving.as_ref().map(|moving| moving.shared().next_chore())
+    }
+
+    /// Whether the phase table has left something to be done.
+    pub(crate) fn has_chore(&self) -> bool {
+        self.moving.as_ref().is_some_and(|moving| moving.shared().has_chore())
+    }
+
+    /// Does it, and tells the table.
+    pub(crate) fn do_chore(&mut self, chore: Effect, host: &Host) {
+        let Some(shared) = self.moving.as_ref().map(|moving| Arc::clone(moving.shared())) else { return };
+        let done = match chore {
+            Effect::Pause => self.stop_for_move(&shared),
+            Effect::Build => self.build_moved(host, &shared),
+            Effect::Run | Effect::Resume => self.go_on(),
+            Effect::Drop => {
+                self.stop();
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        match done {
+            Ok(()) if matches!(chore, Effect::Pause | Effect::Build | Effect::Run) => {
+                shared.give(Event::Done);
+            }
+            Ok(()) => {}
+            Err(error) => {
+                let why = log::chain(&error);
+                log::line(format_args!("a move: {why}"));
+                shared.fail(Event::Failed, why);
+            }
+        }
+    }
+
+    fn stop_for_move(&mut self, shared: &Shared) -> Result<(), Error> {
+        self.park()?;
+        if self.bell.has_ending() {
+            return Err(Error::State("the guest came to an end as it was to be stopped"));
+        }
+        shared.put(self.contents()?);
+        Ok(())
+    }
+
+    fn build_moved(&mut self, host: &Host, shared: &Shared) -> Result<(), Error> {
+        let contents = shared.take().ok_or(Error::Absent)?;
+        contents.shape.check(&shape(&self.plan.spec)).map_err(snapshot::Error::from)?;
+        let Some(Moving::Target { ram, .. }) = &mut self.moving else { return Err(Error::Absent) };
+        let ram = ram.take().ok_or(Error::Absent)?;
+        let clock_ns = contents.machine.clock_ns;
+        self.lasting.before = contents.counted.stats;
+        self.begin(host, Origin::Saved { ram, state: &contents.machine, clock_ns })?;
+        self.run = Run::Paused { clock_ns };
+        Ok(())
+    }
+
+    /// How the move that is under way, or the last one, stands.
+    pub(crate) fn move_status(&self) -> Option<MigrationStatus> {
+        self.moving.as_ref().map(|moving| moving.shared().status())
+    }
+
+    /// Gives the move up, if this end still can.
+    pub(crate) fn cancel_move(&mut self) -> Result<(), Error> {
+        let Some(moving) = &self.moving else { return Ok(()) };
+        let shared = moving.shared();
+        match shared.fail(Event::Cancel, "it was cancelled".to_owned()) {
+            Some(_) => Ok(()),
+            None if matches!(shared.phase(), Phase::Returned | Phase::Dropped) => Ok(()),
+            None => Err(Error::State("the machine has been handed over, which cannot be taken back")),
+        }
+    }
+
+    /// Takes the word of somebody who can see the other end.
+    pub(crate) fn settle_move(&mut self, owner: Owner) -> Result<(), Error> {
+        let none = Error::State("no move of this machine is in doubt");
+        let status = self.move_status().ok_or(none)?;
+        let agrees = match (status.side, status.phase) {
+            (Side::Source, Phase::Moved) | (Side::Target, Phase::Dropped) => owner == Owner::There,
+            (Side::Source, Phase::Returned) | (Side::Target, Phase::Release | Phase::Moved) => {
+                owner == Owner::Here
+            }
+            _ if status.in_doubt => {
+                let shared = self.moving.as_ref().map(|moving| Arc::clone(moving.shared()));
+                return match shared.and_then(|shared| shared.give(Event::Settled(owner))) {
+                    Some(_) => Ok(()),
+                    None => Err(Error::State("the move has just gone on; look again")),
+                };
+            }
+            _ => return Err(Error::State("the move is not in doubt; cancel it to end it")),
+        };
+        if agrees { Ok(()) } else { Err(Error::State("this end knows better which one has the machine")) }
+    }
+
+    /// Replaces the limits of the move.
+    pub(crate) fn limit_move(&mut self, limits: SendLimits) -> Result<(), Error> {
+        match &self.moving {
+            Some(Moving::Source(source)) if !source.shared.phase().is_end() => {
+                source.shared.set_limits(limits);
+                Ok(())
+            }
+            _ => Err(Error::State("no machine is being sent from here")),
+        }
+    }
+
+    /// Whether it was to come from elsewhere and will not.
+    pub(crate) fn is_dropped(&self) -> bool {
+        self.move_status().is_some_and(|status| status.phase == Phase::Dropped)
+    }
+
+    /// Whether the machine may be reset: not one that another end may have.
+    pub(crate) fn check_resettable(&self) -> Result<(), Error> {
+        match self.move_status() {
+            Some(status) if status.side == Side::Source && status.phase == Phase::Rounds => Ok(()),
+            _ => self.check_not_moving(),
+        }
+    }
+
+    pub(super) fn check_not_moving(&self) -> Result<(), Error> {
+        match self.move_status().map(|status| (status.side, status.phase)) {
+            None | Some((Side::Source, Phase::Returned) | (Side::Target, Phase::Moved)) => Ok(()),
+            Some((Side::Source, Phase::Moved)) => Err(Error::State("the machine has moved to another VMM")),
+            Some((Side::Target, Phase::Dropped)) => {
+                Err(Error::State("the machine did not come; start another VMM for another"))
+            }
+            Some(_) => {
+                Err(Error::State("the machine is being moved; wait for the end of that, or cancel it"))
+            }
+        }
+    }
+
+    /// The machine is about to be another one.
+    pub(super) fn abandon_move(&mut self, why: &str) {
+        if let Some(Moving::Source(source)) = &self.moving {
+            source.shared.fail(Event::Failed, why.to_owned());
+            source.shut();
+        }
+    }
+}
+
+fn streams(files: &mut Files, named: &[FdIndex]) -> Result<Vec<Stream>, Error> {
+    let take = |(at, fd): (usize, &FdIndex)| {
+        let field = format!("/streams/{at}");
+        let socket = files.take(&field, *fd)?;
+        Stream::new(socket.into()).map_err(|cause| Error::File { field, cause })
+    };
+    named.iter().enumerate().map(take).collect()
+}

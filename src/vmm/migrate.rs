@@ -1,0 +1,95 @@
+//! Moving the machine to another VMM while its guest runs: the threads and streams of both ends, the phase table that
+//! both act by, and the decision when to stop the guest. It knows no device and builds nothing: what is to be done to the
+//! machine are chores for the main thread, in `machine`.
+//!
+//! ```text
+//! phase, converge (pure) ◀── shared: phase, chores, progress ──▶ main thread
+//!                               ▲                  ▲
+//!              source: one thread that decides, one for each stream ══▶ target: one thread for each stream
+//! ```
+use std::io;
+
+use wire::transfer::FrameError;
+
+use crate::snapshot;
+
+mod converge;
+mod phase;
+mod ram;
+mod shared;
+mod source;
+mod stream;
+mod target;
+
+pub(crate) use phase::{Effect, Event};
+pub(crate) use shared::Shared;
+pub(crate) use source::{Source, Sources, open as open_streams};
+pub(crate) use stream::Stream;
+pub(crate) use target::Target;
+
+/// Why a move does not go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("stream {stream}")]
+    Frame {
+        stream: usize,
+        #[source]
+        cause: FrameError,
+    },
+    #[error("the other end's stream {stream} is not the one that was expected")]
+    Streams { stream: usize },
+    #[error("the other end said {0:?} when it had nothing to say")]
+    Unexpected(wire::transfer::Word),
+    #[error("the guest writes to its memory faster than the streams take it, even when it is held back")]
+    DoesNotConverge,
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    #[error("cannot {doing}")]
+    Host {
+        doing: &'static str,
+        #[source]
+        cause: io::Error,
+    },
+    /// Somebody else has ended it, and said why.
+    #[error("the move has ended")]
+    Over,
+}
+
+impl Error {
+    fn at(stream: usize) -> impl Fn(FrameError) -> Error {
+        move |cause| Error::Frame { stream, cause }
+    }
+
+    /// Whether a stream is gone, as opposed to something being wrong.
+    fn is_link(&self) -> bool {
+        matches!(self, Error::Frame { cause: FrameError::Link(_), .. })
+    }
+}
+
+/// Takes everything that comes over one stream, as its thread does. Answers the words that were said.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn take_stream(
+    from: &mut &[u8],
+    ram: &memory::Ram,
+    index: usize,
+    count: usize,
+    mut console: impl FnMut(u64, &[u8]),
+) -> Result<usize, String> {
+    let told = |error: Error| crate::log::chain(&error);
+    let mut order = target::open(from, ram, index, count).map_err(told)?;
+    let mut words = 0;
+    while !from.is_empty() {
+        let put = |position, piece: &[u8]| {
+            console(position, piece);
+            Ok(())
+        };
+        if let target::Came::Word(_) = target::next(&mut order, from, ram, index, put).map_err(told)? {
+            words += 1;
+        }
+    }
+    Ok(words)
+}

@@ -1,0 +1,119 @@
+//! When to stop the guest: pure arithmetic after each round. It knows what went over the streams, how long that took, and
+//! how much was written meanwhile.
+use std::time::Duration;
+
+use wire::migration::SendLimits;
+
+/// What one round has shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Round {
+    /// Counted from 1.
+    pub(crate) number: u32,
+    /// How long it took.
+    pub(crate) took: Duration,
+    /// Bytes that went over the streams.
+    pub(crate) sent_bytes: u64,
+    /// Bytes that were written meanwhile and are to be sent again.
+    pub(crate) left_bytes: u64,
+}
+
+/// What was decided, and the figures for those who look on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Decision {
+    pub(crate) next: Next,
+    pub(crate) bytes_per_s: u64,
+    pub(crate) dirtied_bytes_per_s: u64,
+    pub(crate) expected_downtime: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Stop the guest and send what is left.
+    Stop,
+    /// Another round, with vCPUs held back for so many hundredths of their time.
+    Again { throttle_percent: u8 },
+    /// Held back as far as it goes, the guest still writes faster than the streams take.
+    GiveUp,
+}
+
+/// What is to be done in the standstill besides sending memory: stopping, the log, the state, building it anew.
+const FIXED: Duration = Duration::from_millis(6);
+
+/// Of a round that sent less, the rate is nobody's: such a round is mostly waiting.
+const RATE_BYTES_MIN: u64 = 1 << 20;
+
+/// The most that vCPUs are held back. What is left keeps a guest's connections alive.
+const THROTTLE_PERCENT_MAX: u8 = 99;
+
+/// Least step by which they are held back further.
+const THROTTLE_PERCENT_STEP: u8 = 10;
+
+/// Rounds at the most throttle before it is given up.
+const ROUNDS_AT_MOST_MAX: u32 = 20;
+
+/// What remembers one move's rounds.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Convergence {
+    rate: u64,
+    left_before: Option<u64>,
+    throttle_percent: u8,
+    at_most: u32,
+}
+
+impl Convergence {
+    /// What follows a round.
+    pub(crate) fn after(&mut self, round: Round, limits: SendLimits) -> Decision {
+        let per_s = |bytes: u64| {
+            let per_s = u128::from(bytes) * 1_000_000_000 / round.took.as_nanos().max(1);
+            u64::try_from(per_s).unwrap_or(u64::MAX)
+        };
+        if round.sent_bytes >= RATE_BYTES_MIN || self.rate == 0 {
+            self.rate = per_s(round.sent_bytes).max(1);
+        }
+        let dirtied_bytes_per_s = per_s(round.left_bytes);
+        let sending_us = u128::from(round.left_bytes) * 1_000_000 / u128::from(self.rate);
+        let sending = Duration::from_micros(u64::try_from(sending_us).unwrap_or(u64::MAX));
+        let expected_downtime = FIXED.saturating_add(sending);
+        let next = self.next(round, dirtied_bytes_per_s, expected_downtime, limits);
+        self.left_before = Some(round.left_bytes);
+        Decision { next, bytes_per_s: self.rate, dirtied_bytes_per_s, expected_downtime }
+    }
+
+    fn next(&mut self, round: Round, dirtied: u64, expected: Duration, limits: SendLimits) -> Next {
+        if round.left_bytes == 0 || expected <= Duration::from_millis(limits.downtime_ms.into()) {
+            return Next::Stop;
+        }
+        // A round that leaves three quarters of what the last one left, or less, gets there by itself, and soon.
+        let is_shrinking = self.left_before.is_none_or(|before| round.left_bytes <= before / 4 * 3);
+        if round.number == 1 || is_shrinking {
+            return Next::Again { throttle_percent: self.throttle_percent };
+        }
+        if self.throttle_percent == THROTTLE_PERCENT_MAX {
+            self.at_most += 1;
+            if self.at_most > ROUNDS_AT_MOST_MAX {
+                return Next::GiveUp;
+            }
+        }
+        // A guest that leaves as much as the last time may write over the same pages again and again: how fast cannot
+        // be seen, only that it is too fast.
+        let is_lower_bound = self.left_before.is_some_and(|before| round.left_bytes >= before / 10 * 9);
+        self.throttle_percent = self.throttle(dirtied, is_lower_bound);
+        Next::Again { throttle_percent: self.throttle_percent }
+    }
+
+    /// So that the guest writes half of what the streams take: what it would write unhindered is what it wrote in the
+    /// time it had. Of a lower bound nothing can be reckoned; it gets a quarter of the time it had.
+    fn throttle(&self, dirtied: u64, is_lower_bound: bool) -> u8 {
+        let had = 100 - self.throttle_percent.min(99);
+        let unhindered = u128::from(dirtied) * 100 / u128::from(had);
+        let may = u128::from(self.rate / 2) * 100 / unhindered.max(1);
+        let mut wanted = 100 - u8::try_from(may.min(100)).unwrap_or(100);
+        if is_lower_bound {
+            wanted = wanted.max(100 - had / 4);
+        }
+        wanted.max(self.throttle_percent.saturating_add(THROTTLE_PERCENT_STEP)).min(THROTTLE_PERCENT_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+//! What each end of a move does next: one pure table for both. Nothing here touches a machine or a stream. Whoever
+//! learns of an event asks it under one lock, and only then carries out the effects, in order.
+//!
+//! The source gives the machine up when it enters `commit`; the target has it when it enters `release`. In between
+//! nobody runs it. A source in `commit` takes it back only on the target's refusal, a target in `ready` runs it only on
+//! the source's commit. When the link breaks there, both stay paused, in doubt, until somebody who can see the other end
+//! settles it.
+use wire::migration::{Owner, Phase, Side};
+
+/// What happens to an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Event {
+    /// The work of the last effects is done.
+    Done,
+    /// That work failed, or the machine came to an end in it.
+    Failed,
+    /// Somebody wants the move no more.
+    Cancel,
+    /// The other end says something.
+    Heard(Said),
+    /// A stream is gone.
+    Lost,
+    /// Somebody who can see the other end says which has the machine.
+    Settled(Owner),
+}
+
+/// What the ends say to each other, as far as it decides anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Said {
+    Prepared,
+    State,
+    Ready,
+    Commit,
+    Released,
+    Abort,
+    Refused,
+}
+
+/// What an end does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Effect {
+    /// Say it, if there is a link.
+    Say(Said),
+    /// Copy memory while the guest runs.
+    CopyRounds,
+    /// Stop the guest.
+    Pause,
+    /// Copy what is left.
+    CopyRest,
+    /// Send processors and devices.
+    SendState,
+    /// Build the machine from what came; it stays paused.
+    Build,
+    /// Let the target's machine run.
+    Run,
+    /// Let the source's machine run again.
+    Resume,
+    /// Take the target's machine apart.
+    Drop,
+}
+
+/// Whether nobody can know at this end which one has the machine, once the link is lost.
+pub(crate) fn in_doubt(side: Side, phase: Phase) -> bool {
+    matches!((side, phase), (Side::Source, Phase::Commit) | (Side::Target, Phase::Ready))
+}
+
+/// The next phase of an end and what to do in it. Nothing when the event means nothing in this phase: words come late, and
+/// everything may be said twice.
+pub(crate) fn step(side: Side, phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+    match side {
+        Side::Source => source(phase, event),
+        Side::Target => target(phase, event),
+    }
+}
+
+fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+    use Effect::{CopyRest, CopyRounds, Pause, Resume, Say, SendState};
+    use Event::{Cancel, Done, Failed, Heard, Lost, Settled};
+    Some(match (phase, event) {
+        (Phase::Greet, Heard(Said::Prepared)) => (Phase::Rounds, &[CopyRounds]),
+        (Phase::Rounds, Done) => (Phase::Pause, &[Pause]),
+        (Phase::Pause, Done) => (Phase::LastRound, &[CopyRest]),
+        (Phase::LastRound, Done) => (Phase::State, &[SendState]),
+        (Phase::State, Done) => (Phase::Ready, &[]),
+        (Phase::State | Phase::Ready, Heard(Said::Ready)) => (Phase::Commit, &[Say(Said::Commit)]),
+        (
+            Phase::Greet | Phase::Rounds | Phase::Pause | Phase::LastRound | Phase::State | Phase::Ready,
+            Failed | Cancel | Lost | Heard(Said::Refused) | Settled(Owner::Here),
+        ) => (Phase::Returned, &[Resume, Say(Said::Abort)]),
+
+        (Phase::Commit, Heard(Said::Released) | Settled(Owner::There)) => (Phase::Moved, &[]),
+        (Phase::Commit, Heard(Said::Refused) | Settled(Owner::Here)) => (Phase::Returned, &[Resume]),
+
+        (Phase::Returned, Heard(Said::Prepared | Said::Ready)) => (Phase::Returned, &[Say(Said::Abort)]),
+        _ => return None,
+    })
+}
+
+fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+    use Effect::{Build, Drop, Run, Say};
+    use Event::{Cancel, Done, Failed, Heard, Lost, Settled};
+    Some(match (phase, event) {
+        (Phase::Greet, Done) => (Phase::Rounds, &[Say(Said::Prepared)]),
+        (Phase::Rounds, Heard(Said::State)) => (Phase::State, &[Build]),
+        (Phase::State, Done) => (Phase::Ready, &[Say(Said::Ready)]),
+        (
+            Phase::Greet | Phase::Rounds | Phase::State,
+            Failed | Cancel | Lost | Heard(Said::Abort) | Settled(Owner::There),
+        ) => (Phase::Dropped, &[Drop, Say(Said::Refused)]),
+
+        (Phase::Ready, Heard(Said::Commit) | Settled(Owner::Here)) => (Phase::Release, &[Run]),
+        (Phase::Ready, Heard(Said::Abort) | Settled(Owner::There)) => (Phase::Dropped, &[Drop]),
+        (Phase::Ready, Failed | Cancel) => (Phase::Dropped, &[Drop, Say(Said::Refused)]),
+
+        (Phase::Release, Done) => (Phase::Moved, &[Say(Said::Released)]),
+        (Phase::Release, Failed) => (Phase::Dropped, &[Drop, Say(Said::Refused)]),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests;

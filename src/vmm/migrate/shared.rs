@@ -1,0 +1,263 @@
+//! What the threads of one move and the main thread share: the phase, changed by the table under one lock; chores for the
+//! main thread; progress for those who look on.
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use wire::migration::{MigrationStatus, Phase, Progress, SendLimits, Side};
+use wire::transfer::Word;
+
+use super::phase::{self, Effect, Event, Said};
+use super::{Error, Stream};
+use crate::bell::Bell;
+use crate::limits::MOVE_TOLD_EVERY_MS;
+use crate::snapshot::Contents;
+
+/// One move at one end.
+pub(crate) struct Shared {
+    side: Side,
+    began: Instant,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    bell: Arc<Bell>,
+    pub(super) sent_bytes: AtomicU64,
+    pub(super) skipped_bytes: AtomicU64,
+    /// What a target says, from whatever thread. A source's words go between its frames, by the thread that decides.
+    mouth: Option<Mutex<Stream>>,
+}
+
+struct Inner {
+    phase: Phase,
+    /// A stream is gone.
+    lost: bool,
+    chores: VecDeque<Effect>,
+    contents: Option<Box<Contents>>,
+    detail: Option<String>,
+    progress: Progress,
+    limits: SendLimits,
+    /// When the next bytes may go, with a bound on bandwidth.
+    due: Instant,
+    told: Instant,
+    stopped: Option<Instant>,
+    ended: Option<Instant>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        side: Side,
+        limits: SendLimits,
+        bell: &Arc<Bell>,
+        mouth: Option<Stream>,
+    ) -> Arc<Shared> {
+        let now = Instant::now();
+        let inner = Inner {
+            phase: Phase::Greet,
+            lost: false,
+            chores: VecDeque::new(),
+            contents: None,
+            detail: None,
+            progress: Progress::default(),
+            limits,
+            due: now,
+            told: now,
+            stopped: None,
+            ended: None,
+        };
+        Arc::new(Shared {
+            side,
+            began: now,
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            bell: Arc::clone(bell),
+            sent_bytes: AtomicU64::new(0),
+            skipped_bytes: AtomicU64::new(0),
+            mouth: mouth.map(Mutex::new),
+        })
+    }
+
+    /// Something has happened: the table says what follows. Chores are left to the main thread, and a target speaks. Answers
+    /// the phase that follows, if it meant anything; others may have gone on from there.
+    pub(crate) fn give(&self, event: Event) -> Option<Phase> {
+        self.give_with(event, None)
+    }
+
+    fn give_with(&self, event: Event, why: Option<String>) -> Option<Phase> {
+        let mut inner = self.inner();
+        if event == Event::Lost && !inner.phase.is_end() {
+            inner.lost = true;
+        }
+        let found = phase::step(self.side, inner.phase, event);
+        if inner.detail.is_none() && (found.is_some() || event == Event::Lost) {
+            inner.detail = why;
+        }
+        if let Some((next, effects)) = found {
+            inner.enter(next);
+            let machines = |effect: &&Effect| {
+                matches!(effect, Effect::Pause | Effect::Build | Effect::Run | Effect::Resume | Effect::Drop)
+            };
+            inner.chores.extend(effects.iter().filter(machines));
+            // With the phase in hand, so that words leave in the order of phases. Each is shorter than any socket's buffer.
+            for effect in effects {
+                if let Effect::Say(said) = effect {
+                    self.say(*said, inner.detail.as_deref());
+                }
+            }
+        }
+        drop(inner);
+        self.changed.notify_all();
+        self.bell.moving();
+        found.map(|(next, _)| next)
+    }
+
+    /// The same of something that went wrong. The first reason is kept.
+    pub(crate) fn fail(&self, event: Event, why: String) -> Option<Phase> {
+        self.give_with(event, Some(why))
+    }
+
+    /// How an error is told to the table.
+    pub(super) fn fail_with(&self, error: &Error) {
+        if matches!(error, Error::Over) {
+            return;
+        }
+        let event = if error.is_link() { Event::Lost } else { Event::Failed };
+        self.fail(event, crate::log::chain(error));
+    }
+
+    fn say(&self, said: Said, detail: Option<&str>) {
+        let Some(mouth) = &self.mouth else { return };
+        let word = match said {
+            Said::Prepared => Word::Prepared,
+            Said::Ready => Word::Ready,
+            Said::Released => Word::Released,
+            Said::Refused => Word::Refused { detail: detail.unwrap_or_default().to_owned() },
+            Said::State | Said::Commit | Said::Abort => return,
+        };
+        let mut mouth = mouth.lock().unwrap_or_else(PoisonError::into_inner);
+        // Who does not hear it finds the link broken.
+        let _ = word.write(&mut *mouth);
+    }
+
+    /// The next chore for the main thread, and how the move stands with it: without a chore, everything that the phase
+    /// asks of the machine is done.
+    pub(crate) fn next_chore(&self) -> (Option<Effect>, MigrationStatus) {
+        let mut inner = self.inner();
+        (inner.chores.pop_front(), self.status_of(&inner))
+    }
+
+    /// Whether there is one.
+    pub(crate) fn has_chore(&self) -> bool {
+        !self.inner().chores.is_empty()
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.inner().phase
+    }
+
+    /// Whether nothing is left for the threads to do but to end.
+    pub(super) fn is_over(&self) -> bool {
+        self.phase().is_end()
+    }
+
+    /// Waits while the main thread has the phase in hand; answers the one that follows.
+    pub(super) fn wait_through(&self, phase: Phase) -> Phase {
+        let mut inner = self.inner();
+        while inner.phase == phase {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.phase
+    }
+
+    /// Goes from one phase to the next, unless somebody has ended it.
+    pub(super) fn go_to(&self, next: Phase, event: Event) -> Result<(), Error> {
+        if self.give(event) == Some(next) { Ok(()) } else { Err(Error::Over) }
+    }
+
+    /// The same when some work is done.
+    pub(super) fn done(&self, next: Phase) -> Result<(), Error> {
+        self.go_to(next, Event::Done)
+    }
+
+    /// What the machine is beside its memory: from the main thread to the one that sends it, or the other way.
+    pub(crate) fn put(&self, contents: Contents) {
+        self.inner().contents = Some(Box::new(contents));
+    }
+
+    pub(crate) fn take(&self) -> Option<Contents> {
+        self.inner().contents.take().map(|contents| *contents)
+    }
+
+    pub(crate) fn limits(&self) -> SendLimits {
+        self.inner().limits
+    }
+
+    pub(crate) fn set_limits(&self, limits: SendLimits) {
+        self.inner().limits = limits;
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many bytes may go.
+    pub(super) fn pace(&self, bytes: u64) {
+        let mut inner = self.inner();
+        let Some(per_s) = inner.limits.bandwidth_bytes_per_s else { return };
+        let from = inner.due.max(Instant::now());
+        inner.due = from + Duration::from_secs_f64(bytes as f64 / per_s.max(1) as f64);
+        while !inner.phase.is_end() && inner.limits.bandwidth_bytes_per_s.is_some() {
+            let left = from.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Notes progress; tells of it from time to time.
+    pub(super) fn note(&self, change: impl FnOnce(&mut Progress)) {
+        let mut inner = self.inner();
+        change(&mut inner.progress);
+        if inner.told.elapsed() > Duration::from_millis(MOVE_TOLD_EVERY_MS) {
+            inner.told = Instant::now();
+            drop(inner);
+            self.bell.moving();
+        }
+    }
+
+    pub(crate) fn status(&self) -> MigrationStatus {
+        self.status_of(&self.inner())
+    }
+
+    fn status_of(&self, inner: &Inner) -> MigrationStatus {
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let end = inner.ended.unwrap_or_else(Instant::now);
+        let progress = Progress {
+            sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
+            skipped_bytes: self.skipped_bytes.load(Ordering::Relaxed),
+            downtime_us: inner.stopped.map_or(0, |stopped| us(end.duration_since(stopped))),
+            total_us: us(end.duration_since(self.began)),
+            ..inner.progress
+        };
+        MigrationStatus {
+            side: self.side,
+            phase: inner.phase,
+            in_doubt: inner.lost && phase::in_doubt(self.side, inner.phase),
+            progress,
+            detail: inner.detail.clone(),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn enter(&mut self, next: Phase) {
+        self.phase = next;
+        if next == Phase::Pause {
+            self.stopped = Some(Instant::now());
+        }
+        if next.is_end() {
+            self.ended.get_or_insert_with(Instant::now);
+        }
+    }
+}

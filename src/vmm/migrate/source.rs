@@ -1,0 +1,427 @@
+//! The end that has the machine. One thread decides and speaks on the first stream; one for each stream sends memory. They
+//! end when the move does.
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm::DirtyLog;
+use memory::{Pages, Ram, marks};
+use wire::migration::{Phase, SendLimits, Side};
+use wire::saved::table::Table;
+use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Head, Kind, Open, Word};
+
+use super::converge::{Convergence, Decision, Next, Round};
+use super::phase::{Event, Said};
+use super::ram::{self, Frames, Sum};
+use super::{Error, Shared, Stream};
+use crate::bell::Bell;
+use crate::console::Console;
+use crate::limits::BRAKE_EVERY_MS;
+use crate::snapshot;
+use crate::threads::{self, ThreadKind};
+use crate::vcpu::Brake;
+
+/// What of a machine a source needs.
+pub(crate) struct Sources {
+    pub(crate) ram: Arc<Ram>,
+    pub(crate) log: DirtyLog,
+    pub(crate) console: Arc<Console>,
+    pub(crate) brake: Brake,
+}
+
+/// A source from its begin on. Dropped, its streams are shut and its threads waited for.
+pub(crate) struct Source {
+    pub(crate) shared: Arc<Shared>,
+    streams: Vec<Stream>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Source {
+    /// Begins to move the machine over `streams`.
+    pub(crate) fn start(
+        sources: Sources,
+        streams: Vec<Stream>,
+        limits: SendLimits,
+        bell: &Arc<Bell>,
+    ) -> Result<Source, Error> {
+        let shared = Shared::new(Side::Source, limits, bell, None);
+        let copies = |streams: &[Stream]| -> Result<Vec<Stream>, Error> {
+            let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>();
+            copies.map_err(|cause| Error::Host { doing: "copy a stream", cause })
+        };
+        let mut source = Source { shared, streams: copies(&streams)?, threads: Vec::new() };
+        let Sources { ram, log, console, brake } = sources;
+        let log = Arc::new(log);
+        let (told, results) = channel();
+        let mut jobs = Vec::new();
+        let count = streams.len();
+        let first = streams.first().map(Stream::copy).transpose();
+        let first = first.map_err(|cause| Error::Host { doing: "copy a stream", cause })?;
+        for (index, stream) in streams.into_iter().enumerate() {
+            let (give, work) = channel();
+            jobs.push(give);
+            let worker = Worker {
+                shared: Arc::clone(&source.shared),
+                ram: Arc::clone(&ram),
+                log: Arc::clone(&log),
+                stream,
+                index,
+                count,
+                work,
+                told: told.clone(),
+            };
+            source.spawn(move || worker.run())?;
+        }
+        let Some(first) = first else { return Err(Error::Streams { stream: 0 }) };
+        let shared = Arc::clone(&source.shared);
+        let conductor =
+            Conductor { shared, ram, log, console, brake, first, jobs, results, console_sent: None };
+        source.spawn(move || conductor.run())?;
+        Ok(source)
+    }
+
+    fn spawn(&mut self, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let run = move || {
+            threads::enter(ThreadKind::Move);
+            run();
+        };
+        let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
+        self.threads.push(thread.map_err(|cause| Error::Host { doing: "start a thread", cause })?);
+        Ok(())
+    }
+}
+
+impl Source {
+    /// Ends the streams, so that nobody waits for the other end.
+    pub(crate) fn shut(&self) {
+        self.streams.iter().for_each(Stream::shut);
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.shared.give(Event::Failed);
+        self.shut();
+        for thread in self.threads.drain(..) {
+            // A panic has aborted the process before it could get here.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a stream's thread is to do.
+#[derive(Clone)]
+enum Job {
+    Round {
+        pages: Arc<Pages>,
+        /// See [`ram::walk`].
+        touched: Arc<Pages>,
+        first: bool,
+        /// The guest stands still: nothing is held up, and nothing has to be logged again.
+        last: bool,
+    },
+    End,
+}
+
+/// Sends memory over one stream.
+struct Worker {
+    shared: Arc<Shared>,
+    ram: Arc<Ram>,
+    log: Arc<DirtyLog>,
+    stream: Stream,
+    index: usize,
+    count: usize,
+    work: Receiver<Job>,
+    told: Sender<Result<Sum, Error>>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut carried_bytes = 0;
+        while let Ok(job) = self.work.recv() {
+            let result = self.work(&job, &mut carried_bytes);
+            if let Err(error) = &result {
+                // At once, so that nobody waits for the others of this round.
+                self.shared.fail_with(error);
+            }
+            if self.told.send(result).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn work(&mut self, job: &Job, carried_bytes: &mut u64) -> Result<Sum, Error> {
+        match job {
+            Job::Round { pages, touched, first, last } => {
+                let sum = self.round(pages, touched, *first, *last)?;
+                *carried_bytes += sum.sent_bytes;
+                Ok(sum)
+            }
+            Job::End => {
+                let end = Head { kind: Kind::End, length: 0, offset: *carried_bytes };
+                end.write(&mut self.stream).map_err(Error::at(self.index))?;
+                Ok(Sum::default())
+            }
+        }
+    }
+
+    fn round(&mut self, pages: &Pages, touched: &Pages, first: bool, last: bool) -> Result<Sum, Error> {
+        let mut all = Sum::default();
+        let shared = Arc::clone(&self.shared);
+        let pace = |bytes| {
+            if !last {
+                shared.pace(bytes)
+            }
+        };
+        let mut frames =
+            Frames { ram: &self.ram, stream: &mut self.stream, index: self.index, before: &pace };
+        for shard in ram::shards(ram::bytes(&self.ram), self.index, self.count) {
+            if pages.words_of(shard).iter().all(|word| *word == 0) {
+                continue;
+            }
+            if self.shared.is_over() {
+                return Err(Error::Over);
+            }
+            if !last {
+                // Before it is read: what is written from now on is found again.
+                self.log.clear(shard, pages)?;
+            }
+            let sum = ram::walk(&self.ram, shard, pages, touched, first, &mut frames)?;
+            self.shared.sent_bytes.fetch_add(sum.sent_bytes, Ordering::Relaxed);
+            self.shared.skipped_bytes.fetch_add(sum.skipped_bytes, Ordering::Relaxed);
+            all.sent_bytes += sum.sent_bytes;
+            all.skipped_bytes += sum.skipped_bytes;
+        }
+        Ok(all)
+    }
+}
+
+/// Decides, and speaks on the first stream whenever its worker does not.
+struct Conductor {
+    shared: Arc<Shared>,
+    ram: Arc<Ram>,
+    log: Arc<DirtyLog>,
+    console: Arc<Console>,
+    brake: Brake,
+    first: Stream,
+    jobs: Vec<Sender<Job>>,
+    results: Receiver<Result<Sum, Error>>,
+    /// Where the console goes on that was sent.
+    console_sent: Option<u64>,
+}
+
+impl Conductor {
+    fn run(mut self) {
+        if let Err(error) = self.conduct() {
+            self.shared.fail_with(&error);
+            // Whatever it was: nobody is left to bring it to an end. After the commit this means nothing.
+            self.shared.give(Event::Failed);
+        }
+        if self.shared.phase() == Phase::Returned {
+            let detail = self.shared.status().detail.unwrap_or_else(|| "it was cancelled".to_owned());
+            // Only between frames; where a worker died within one, the other end finds that out.
+            let _ = Word::Abort { detail }.write(&mut self.first);
+        }
+        self.first.shut();
+        marks::stop(&self.ram);
+    }
+
+    fn conduct(&mut self) -> Result<(), Error> {
+        self.expect_prepared()?;
+        let left = self.rounds()?;
+        self.shared.done(Phase::Pause)?;
+        // The main thread stops the machine and gives what it is beside its memory.
+        if self.shared.wait_through(Phase::Pause) != Phase::LastRound {
+            return Err(Error::Over);
+        }
+        self.last_round(left)?;
+        self.shared.done(Phase::State)?;
+        self.state()?;
+        self.shared.done(Phase::Ready)?;
+        self.hand_over()
+    }
+
+    fn expect_prepared(&mut self) -> Result<(), Error> {
+        match self.hear()? {
+            Word::Prepared => self.shared.go_to(Phase::Rounds, Event::Heard(Said::Prepared)),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// Sends all of memory and then what was written meanwhile, again and again. Answers what is left when the guest is to
+    /// be stopped.
+    fn rounds(&mut self) -> Result<Pages, Error> {
+        let all = ram::bytes(&self.ram) / marks::PAGE_BYTES;
+        let mut pages = Pages::all(all);
+        let mut touched = Pages::of(all);
+        for extent in memory::touched(&self.ram)? {
+            let first = extent.offset / marks::PAGE_BYTES;
+            touched.set_range(first, first + extent.bytes / marks::PAGE_BYTES);
+        }
+        let mut touched = Arc::new(touched);
+        let mut convergence = Convergence::default();
+        let mut throttle_percent = 0;
+        for number in 1_u32.. {
+            self.say(&Word::Round { number, last: false })?;
+            self.shared.note(|progress| progress.rounds = number);
+            let began = Instant::now();
+            let job = Job::Round { pages: Arc::new(pages), touched, first: number == 1, last: false };
+            let sum = self.dispatch(&job, throttle_percent)?;
+            (pages, touched) = (Pages::of(all), Arc::default());
+            self.collect(&mut pages)?;
+            let took = began.elapsed();
+            self.console()?;
+            let left_bytes = pages.count() * marks::PAGE_BYTES;
+            let round = Round { number, took, sent_bytes: sum.sent_bytes, left_bytes };
+            let Decision { next, bytes_per_s, dirtied_bytes_per_s, expected_downtime } =
+                convergence.after(round, self.shared.limits());
+            let expected = u64::try_from(expected_downtime.as_micros()).unwrap_or(u64::MAX);
+            self.shared.note(|progress| {
+                progress.left_bytes = left_bytes;
+                progress.bytes_per_s = bytes_per_s;
+                progress.dirtied_bytes_per_s = dirtied_bytes_per_s;
+                progress.expected_downtime_us = expected;
+            });
+            match next {
+                Next::Stop => break,
+                Next::GiveUp => return Err(Error::DoesNotConverge),
+                Next::Again { throttle_percent: now } => {
+                    throttle_percent = now;
+                    self.shared.note(|progress| progress.throttle_percent = now);
+                }
+            }
+        }
+        Ok(pages)
+    }
+
+    fn last_round(&mut self, mut left: Pages) -> Result<(), Error> {
+        self.collect(&mut left)?;
+        let mut number = 0;
+        self.shared.note(|progress| {
+            progress.rounds += 1;
+            (number, progress.left_bytes) = (progress.rounds, left.count() * marks::PAGE_BYTES);
+        });
+        self.say(&Word::Round { number, last: true })?;
+        let job = Job::Round { pages: Arc::new(left), touched: Arc::default(), first: false, last: true };
+        self.dispatch(&job, 0)?;
+        self.console()?;
+        self.dispatch(&Job::End, 0)?;
+        self.shared.note(|progress| progress.left_bytes = 0);
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<(), Error> {
+        let contents = self.shared.take().ok_or(Error::Over)?;
+        let table = Table { memory_bytes: ram::bytes(&self.ram), parts: Vec::new() };
+        let bytes = snapshot::bytes(&contents, &table)?;
+        transfer::write(&mut self.first, Kind::State, 0, &bytes).map_err(Error::at(0))
+    }
+
+    /// From here on the table alone says whose the machine is.
+    fn hand_over(&mut self) -> Result<(), Error> {
+        match self.hear()? {
+            Word::Ready => self.shared.go_to(Phase::Commit, Event::Heard(Said::Ready))?,
+            other => return Err(self.unexpected(other)),
+        }
+        self.say(&Word::Commit)?;
+        match self.hear()? {
+            Word::Released => self.shared.go_to(Phase::Moved, Event::Heard(Said::Released)),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// Has every stream do its share of a job, and holds vCPUs back meanwhile.
+    fn dispatch(&mut self, job: &Job, throttle_percent: u8) -> Result<Sum, Error> {
+        for jobs in &self.jobs {
+            jobs.send(job.clone()).map_err(|_| Error::Over)?;
+        }
+        let slot = Duration::from_millis(BRAKE_EVERY_MS);
+        let nap = slot.mul_f64(f64::from(throttle_percent.min(99)) / 100.0);
+        let mut all = Sum::default();
+        let (mut missing, mut failed) = (self.jobs.len(), None);
+        while missing > 0 {
+            let told = match throttle_percent {
+                0 => self.results.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                _ => {
+                    self.brake.hold(nap);
+                    self.results.recv_timeout(slot)
+                }
+            };
+            match told {
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::Over),
+                Ok(Ok(sum)) => {
+                    all.sent_bytes += sum.sent_bytes;
+                    all.skipped_bytes += sum.skipped_bytes;
+                }
+                Ok(Err(error)) => failed = failed.or(Some(error)),
+            }
+            missing -= 1;
+        }
+        match failed {
+            None => Ok(all),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// What was written since it was last sent, by vCPUs and by devices.
+    fn collect(&self, pages: &mut Pages) -> Result<(), Error> {
+        self.log.collect(pages)?;
+        pages.add(&marks::take(&self.ram));
+        Ok(())
+    }
+
+    /// Sends what the console holds beyond what was sent.
+    fn console(&mut self) -> Result<(), Error> {
+        loop {
+            let piece = self.console.read(self.console_sent.unwrap_or(0), CONSOLE_PIECE_BYTES_MAX as usize);
+            let piece = piece.map_err(|cause| Error::Host { doing: "read the console", cause })?;
+            // A guest that has lapped its ring leaves a gap; what lies in it is lost here, too.
+            let next = self.console_sent.unwrap_or(piece.start);
+            if piece.data.is_empty() || piece.start != next {
+                self.console_sent = Some(piece.end());
+                return Ok(());
+            }
+            transfer::write(&mut self.first, Kind::Console, piece.start, &piece.data)
+                .map_err(Error::at(0))?;
+            self.console_sent = Some(piece.end());
+        }
+    }
+
+    fn say(&mut self, word: &Word) -> Result<(), Error> {
+        word.write(&mut self.first).map_err(Error::at(0))
+    }
+
+    fn hear(&mut self) -> Result<Word, Error> {
+        let head = Head::read(&mut self.first).map_err(Error::at(0))?;
+        if head.kind != Kind::Word {
+            return Err(Error::at(0)(FrameError::Order(head.kind)));
+        }
+        let body = head.read_body(&mut self.first).map_err(Error::at(0))?;
+        Word::parse(&body).map_err(Error::at(0))
+    }
+
+    /// A refusal counts in every phase; anything else is nonsense.
+    fn unexpected(&self, word: Word) -> Error {
+        match word {
+            Word::Refused { detail } => {
+                let why = format!("the other end refused: {detail}");
+                self.shared.fail(Event::Heard(Said::Refused), why);
+                Error::Over
+            }
+            other => Error::Unexpected(other),
+        }
+    }
+}
+
+/// Opens every stream towards the target, before any thread has them.
+pub(crate) fn open(streams: &mut [Stream], memory_bytes: u64) -> Result<(), Error> {
+    let count = streams.len() as u16;
+    for (index, stream) in streams.iter_mut().enumerate() {
+        let open = Open::new(index as u16, count, memory_bytes);
+        open.write(stream).map_err(Error::at(index))?;
+    }
+    Ok(())
+}

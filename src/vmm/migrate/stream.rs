@@ -1,0 +1,130 @@
+//! A stream socket of either kind. It is read and written as a file and waited for with poll(2), for which a thread needs
+//! no system call that it would not need anyway.
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+
+use crate::limits::LINK_PATIENCE_MS;
+
+/// One end of a connected stream.
+pub(crate) struct Stream {
+    file: File,
+    control: UnixStream,
+    /// How long to wait for something to read.
+    patience: PollTimeout,
+}
+
+impl Stream {
+    /// Takes a socket over. Whoever writes to it waits no longer than is patient; whoever reads, for ever.
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Stream> {
+        let control = UnixStream::from(socket);
+        control.set_nonblocking(true)?;
+        let file = File::from(OwnedFd::from(control.try_clone()?));
+        Ok(Stream { file, control, patience: PollTimeout::NONE })
+    }
+
+    /// Another descriptor for it, and the same patience.
+    pub(crate) fn copy(&self) -> io::Result<Stream> {
+        Ok(Stream {
+            file: self.file.try_clone()?,
+            control: self.control.try_clone()?,
+            patience: self.patience,
+        })
+    }
+
+    /// From now on, whoever reads here waits no longer than is patient either. Where nothing has to come for long, as in
+    /// rounds that are for other streams, only the link itself tells that it is gone.
+    pub(crate) fn expect_soon(&mut self) {
+        self.patience = LINK_PATIENCE_MS.into();
+    }
+
+    /// Ends it for everybody who reads or writes it.
+    pub(crate) fn shut(&self) {
+        // One that is gone already is as good.
+        let _ = self.control.shutdown(Shutdown::Both);
+    }
+
+    fn wait_for(&self, what: PollFlags, patience: PollTimeout) -> io::Result<()> {
+        match poll(&mut [PollFd::new(self.file.as_fd(), what)], patience) {
+            Ok(0) => Err(ErrorKind::TimedOut.into()),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn wait_to_read(&self) -> io::Result<()> {
+        self.wait_for(PollFlags::POLLIN, self.patience)
+    }
+
+    fn wait_to_write(&self) -> io::Result<()> {
+        self.wait_for(PollFlags::POLLOUT, LINK_PATIENCE_MS.into())
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.file.read(buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait_to_read()?,
+                other => return other,
+            }
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.file.write(data) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait_to_write()?,
+                other => return other,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl ReadVolatile for Stream {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        slice: &mut VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        loop {
+            match self.file.read_volatile(slice) {
+                Err(error) if would_block(&error) => {
+                    self.wait_to_read().map_err(VolatileMemoryError::IOError)?;
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+impl WriteVolatile for Stream {
+    fn write_volatile<B: BitmapSlice>(
+        &mut self,
+        slice: &VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        loop {
+            match self.file.write_volatile(slice) {
+                Err(error) if would_block(&error) => {
+                    self.wait_to_write().map_err(VolatileMemoryError::IOError)?;
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+fn would_block(error: &VolatileMemoryError) -> bool {
+    matches!(error, VolatileMemoryError::IOError(cause) if cause.kind() == ErrorKind::WouldBlock)
+}

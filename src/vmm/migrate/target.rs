@@ -1,0 +1,246 @@
+//! The end that is to have the machine. One thread for each stream takes memory as it comes; the first stream's also hears
+//! what the source decides. Everything that is read is judged before it is believed.
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use memory::Ram;
+use vm_memory::ReadVolatile;
+use wire::migration::{Phase, SendLimits, Side};
+use wire::transfer::{FrameError, Head, Kind, Open, Order, Word};
+
+use super::phase::{Event, Said};
+use super::{Error, Shared, Stream, ram};
+use crate::bell::Bell;
+use crate::console::Console;
+use crate::snapshot::{self, Contents};
+use crate::threads::{self, ThreadKind};
+
+/// A target from its begin on. Dropped, its streams are shut and its threads waited for.
+pub(crate) struct Target {
+    pub(crate) shared: Arc<Shared>,
+    streams: Vec<Stream>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Target {
+    /// Begins to receive a machine into `ram`, which is all zeroes.
+    pub(crate) fn start(
+        ram: &Arc<Ram>,
+        console: &Arc<Console>,
+        streams: Vec<Stream>,
+        bell: &Arc<Bell>,
+    ) -> Result<Target, Error> {
+        let copying = |cause| Error::Host { doing: "copy a stream", cause };
+        let first = streams.first().ok_or(Error::Streams { stream: 0 })?;
+        let mouth = Some(first.copy().map_err(copying)?);
+        let shared = Shared::new(Side::Target, SendLimits::default(), bell, mouth);
+        let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>().map_err(copying)?;
+        let mut target = Target { shared, streams: copies, threads: Vec::new() };
+        let count = streams.len();
+        let (told, others) = channel();
+        let mut others = Some(others);
+        for (index, stream) in streams.into_iter().enumerate() {
+            let listener = Listener {
+                shared: Arc::clone(&target.shared),
+                ram: Arc::clone(ram),
+                console: Arc::clone(console),
+                stream,
+                index,
+                count,
+                told: told.clone(),
+            };
+            let others = others.take();
+            let run = move || {
+                threads::enter(ThreadKind::Move);
+                listener.run(others);
+            };
+            let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
+            target.threads.push(thread.map_err(|cause| Error::Host { doing: "start a thread", cause })?);
+        }
+        Ok(target)
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.shared.give(Event::Failed);
+        self.streams.iter().for_each(Stream::shut);
+        for thread in self.threads.drain(..) {
+            // A panic has aborted the process before it could get here.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the threads of the other streams tell the first one's.
+enum Told {
+    Opened,
+    Ended,
+}
+
+/// Takes what comes over one stream.
+struct Listener {
+    shared: Arc<Shared>,
+    ram: Arc<Ram>,
+    console: Arc<Console>,
+    stream: Stream,
+    index: usize,
+    count: usize,
+    told: Sender<Told>,
+}
+
+impl Listener {
+    fn run(mut self, others: Option<Receiver<Told>>) {
+        let result = match &others {
+            Some(others) => self.decide(others),
+            None => self.take_memory(),
+        };
+        if let Err(error) = result {
+            self.shared.fail_with(&error);
+            // Who still sends finds out.
+            self.stream.shut();
+        }
+    }
+
+    /// The first stream's thread.
+    fn decide(&mut self, others: &Receiver<Told>) -> Result<(), Error> {
+        let mut order = self.open()?;
+        self.wait_for_others(others)?;
+        self.shared.done(Phase::Rounds)?;
+        let contents = loop {
+            match self.next(&mut order)? {
+                Came::Memory => {}
+                Came::Word(Word::Round { number, .. }) => {
+                    self.shared.note(|progress| progress.rounds = number)
+                }
+                Came::Word(word) => return Err(self.unexpected(word)),
+                Came::State(contents) => break contents,
+            }
+        };
+        self.wait_for_others(others)?;
+        self.stream.expect_soon();
+        self.shared.put(*contents);
+        self.shared.give(Event::Heard(Said::State));
+        // The main thread builds the machine, and says that it is ready.
+        if self.shared.wait_through(Phase::State) != Phase::Ready {
+            return Err(Error::Over);
+        }
+        match self.next(&mut order)? {
+            Came::Word(Word::Commit) => self.shared.give(Event::Heard(Said::Commit)),
+            Came::Word(word) => return Err(self.unexpected(word)),
+            _ => return Err(Error::Streams { stream: self.index }),
+        };
+        Ok(())
+    }
+
+    /// The threads of all others.
+    fn take_memory(&mut self) -> Result<(), Error> {
+        let mut order = self.open()?;
+        // When nobody listens any more, the first stream has told why.
+        let _ = self.told.send(Told::Opened);
+        while !order.has_ended() {
+            self.next(&mut order)?;
+        }
+        let _ = self.told.send(Told::Ended);
+        Ok(())
+    }
+
+    fn wait_for_others(&self, others: &Receiver<Told>) -> Result<(), Error> {
+        let mut missing = self.count.saturating_sub(1);
+        while missing > 0 && !self.shared.is_over() {
+            // A stream that breaks ends the move, which ends the waiting.
+            if others.recv_timeout(LOOK_EVERY).is_ok() {
+                missing -= 1;
+            }
+        }
+        if missing == 0 { Ok(()) } else { Err(Error::Over) }
+    }
+
+    fn open(&mut self) -> Result<Order, Error> {
+        open(&mut self.stream, &self.ram, self.index, self.count)
+    }
+
+    fn next(&mut self, order: &mut Order) -> Result<Came, Error> {
+        if self.shared.is_over() {
+            return Err(Error::Over);
+        }
+        let (ram, console) = (&self.ram, &self.console);
+        let came = next(order, &mut self.stream, ram, self.index, |position, data| {
+            let put = console.adopt(position, data);
+            put.map_err(|cause| Error::Host { doing: "write the console", cause })
+        })?;
+        if matches!(came, Came::Memory) {
+            self.shared.sent_bytes.store(order.carried_bytes(), Ordering::Relaxed);
+            self.shared.note(|_| ());
+        }
+        Ok(came)
+    }
+
+    fn unexpected(&self, word: Word) -> Error {
+        match word {
+            Word::Abort { detail } => {
+                let why = format!("the other end keeps the machine: {detail}");
+                self.shared.fail(Event::Heard(Said::Abort), why);
+                Error::Over
+            }
+            other => Error::Unexpected(other),
+        }
+    }
+}
+
+/// How often a thread that waits for others looks whether the move has ended.
+const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(5);
+
+/// What came over a stream.
+pub(super) enum Came {
+    /// Memory or console output, which is where it belongs now, or the end of it.
+    Memory,
+    Word(Word),
+    State(Box<Contents>),
+}
+
+/// Reads the first frame of a stream, which is the one that belongs here.
+pub(super) fn open(from: &mut impl Read, ram: &Ram, index: usize, count: usize) -> Result<Order, Error> {
+    let at = Error::at(index);
+    let head = Head::read(from).map_err(&at)?;
+    if head.kind != Kind::Open {
+        return Err(at(FrameError::Order(head.kind)));
+    }
+    let open = Open::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?;
+    let wanted = Open::new(index as u16, count as u16, ram::bytes(ram));
+    if open != wanted {
+        return Err(Error::Streams { stream: index });
+    }
+    Ok(Order::new(&open))
+}
+
+/// Reads one frame and puts memory where it belongs. This is all that ever reads what a source sends.
+pub(super) fn next(
+    order: &mut Order,
+    from: &mut (impl Read + ReadVolatile),
+    ram: &Ram,
+    stream: usize,
+    mut console: impl FnMut(u64, &[u8]) -> Result<(), Error>,
+) -> Result<Came, Error> {
+    let at = Error::at(stream);
+    let head = Head::read(from).map_err(&at)?;
+    order.admit(&head).map_err(&at)?;
+    match head.kind {
+        Kind::Part | Kind::Zero => ram::take(ram, &head, from, stream)?,
+        Kind::Console => console(head.offset, &head.read_body(from).map_err(&at)?)?,
+        Kind::Word => return Ok(Came::Word(Word::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?)),
+        Kind::State => {
+            let (contents, table) = snapshot::parse(&head.read_body(from).map_err(&at)?)?;
+            // Memory came by itself.
+            if !table.parts.is_empty() || table.memory_bytes != ram::bytes(ram) {
+                return Err(Error::Streams { stream });
+            }
+            return Ok(Came::State(Box::new(contents)));
+        }
+        Kind::End | Kind::Open => {}
+    }
+    Ok(Came::Memory)
+}

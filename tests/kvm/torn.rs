@@ -1,0 +1,314 @@
+//! Moves that are torn apart at every word the two ends say: the link cut, or either end killed, before the word is heard
+//! or after. Somebody then settles what the ends cannot know, by what can be seen of both; exactly one machine runs, and
+//! what it remembers is right.
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use sys::pidfd::Signal;
+use wire::control::{Command, MachineState, Reply};
+use wire::migration::{MigrationStatus, Owner, Phase, SendLimits};
+use wire::transfer::{Head, Kind, Word};
+
+use crate::probe_guest;
+use crate::vmm_driver::{Machine, Vmm};
+
+/// Everything that is said, and the phases of both ends as it is.
+const WORDS: [&str; 11] = [
+    "open",
+    "prepared",
+    "round",
+    "part",
+    "console",
+    "last round",
+    "end",
+    "state",
+    "ready",
+    "commit",
+    "released",
+];
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    Cut,
+    KillSource,
+    KillTarget,
+}
+
+/// When, seen from the word.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum When {
+    Before,
+    After,
+}
+
+/// A link that stops at a word, tells, and breaks when it is told to.
+struct Link {
+    reached: Receiver<()>,
+    go_on: Sender<()>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Link {
+    fn new(source: UnixStream, target: UnixStream, word: &'static str, when: When) -> Link {
+        let (tell, reached) = channel();
+        let mut threads = Vec::new();
+        let mut senders = Vec::new();
+        let both = [(source.try_clone().unwrap(), target.try_clone().unwrap()), (target, source)];
+        for (from, to) in both {
+            let tell = tell.clone();
+            let (go_on, wait) = channel::<()>();
+            senders.push(go_on);
+            threads.push(std::thread::spawn(move || {
+                if let Err(error) = carry(&from, &to, word, when, &tell, &wait) {
+                    println!("the link ended: {error:?}");
+                }
+                let _ = from.shutdown(Shutdown::Both);
+                let _ = to.shutdown(Shutdown::Both);
+            }));
+        }
+        let (go_on, told) = channel::<()>();
+        threads.push(std::thread::spawn(move || {
+            // Whoever waits is let go by the end of the senders.
+            let _ = told.recv();
+            drop(senders);
+        }));
+        Link { reached, go_on, threads }
+    }
+
+    fn end(self) {
+        drop(self.go_on);
+        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+}
+
+/// Carries frames one way until the word comes, or either end is gone.
+fn carry(
+    mut from: &UnixStream,
+    mut to: &UnixStream,
+    word: &str,
+    when: When,
+    tell: &Sender<()>,
+    wait: &Receiver<()>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    loop {
+        let head = Head::read(&mut from)?;
+        let mut body = vec![0; if matches!(head.kind, Kind::Zero) { 0 } else { head.length as usize }];
+        from.read_exact(&mut body)?;
+        let said = match (head.kind, Word::parse(&body).ok()) {
+            (Kind::Open, _) => "open",
+            (Kind::Part, _) => "part",
+            (Kind::Console, _) => "console",
+            (Kind::End, _) => "end",
+            (Kind::State, _) => "state",
+            (_, Some(Word::Prepared)) => "prepared",
+            (_, Some(Word::Round { last: true, .. })) => "last round",
+            (_, Some(Word::Round { .. })) => "round",
+            (_, Some(Word::Ready)) => "ready",
+            (_, Some(Word::Commit)) => "commit",
+            (_, Some(Word::Released)) => "released",
+            _ => "another",
+        };
+        if said == word && when == When::Before {
+            let _ = tell.send(());
+            let _ = wait.recv();
+            return Ok(());
+        }
+        to.write_all(&head.bytes())?;
+        to.write_all(&body)?;
+        if said == word {
+            let _ = tell.send(());
+            let _ = wait.recv();
+            return Ok(());
+        }
+    }
+}
+
+fn machine(disk: &File) -> Machine {
+    let mut machine =
+        Machine::new(probe_guest::path(), "write=64,7,64 verify=64,7,64 dirty=12,200,30 ticks=2 loop");
+    machine.disk(disk.try_clone().unwrap(), |_| {});
+    machine
+}
+
+/// Where an end stands when nothing more comes of itself.
+fn rest(vmm: &mut Vmm) -> MigrationStatus {
+    loop {
+        let status = vmm.migration();
+        if status.phase.is_end() || status.in_doubt {
+            return status;
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn settle(vmm: &mut Vmm, owner: Owner) -> Phase {
+    vmm.command(Command::SettleMigration { owner }).unwrap();
+    loop {
+        let phase = vmm.migration().phase;
+        if phase.is_end() {
+            return phase;
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn runs(vmm: &mut Vmm) -> bool {
+    match vmm.command(Command::Hello { protocol: 1 }) {
+        Ok(Reply::Hello { state, .. }) => state == MachineState::Running,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Lives on, remembers everything, and its clock went only forward.
+fn check_life(vmm: &mut Vmm, words: &str) {
+    let console = vmm.console();
+    let rounds = console.matches("probe: dirty ok").count();
+    vmm.wait_for_times("probe: dirty ok", rounds + 2);
+    vmm.wait_for_times("probe: verify ok", rounds + 1);
+    let console = vmm.console();
+    // The last line may be half written.
+    let console = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    assert!(!console.contains("FAILED") && !console.contains("broken"), "{words}: {console}");
+    let ticks = console.split(" ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok());
+    let ticks: Vec<u64> = ticks.collect();
+    assert!(ticks.is_sorted(), "{words}: the clock stepped back: {ticks:?}");
+}
+
+/// One move that is torn. Answers who has the machine then, if it lives.
+fn tear(word: &'static str, when: When, fault: Fault) -> Option<Owner> {
+    let words = format!("{fault:?} {when:?} {word:?}");
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(4 << 20).unwrap();
+    let mut source = Vmm::boot(machine(&disk));
+    source.wait_for_console("probe: dirty ok");
+    let mut target = Vmm::start();
+    let (near, source_end) = UnixStream::pair().unwrap();
+    let (far, target_end) = UnixStream::pair().unwrap();
+    let link = Link::new(source_end, target_end, word, when);
+    target.try_receive(machine(&disk), vec![far.into()]).unwrap();
+    // Two rounds at least: the guest writes 6 MiB in this time.
+    let limits = SendLimits { downtime_ms: 40, bandwidth_bytes_per_s: None };
+    source.try_send(vec![near.into()], limits).unwrap();
+    if link.reached.recv().is_err() {
+        let (at_source, at_target) = (source.migration(), target.migration());
+        panic!("{words}: it was never said: {at_source:?} {at_target:?}");
+    }
+    match fault {
+        Fault::Cut => {}
+        Fault::KillSource => drop((source.signal(Signal::SIGKILL), source.wait_for_end())),
+        Fault::KillTarget => drop((target.signal(Signal::SIGKILL), target.wait_for_end())),
+    }
+    link.end();
+    match fault {
+        Fault::Cut => {
+            let (at_source, at_target) = (rest(&mut source), rest(&mut target));
+            let had = (at_source.phase, at_target.phase);
+            match had {
+                (Phase::Commit, Phase::Ready) => {
+                    assert_eq!(settle(&mut target, Owner::Here), Phase::Moved, "{words}");
+                    assert_eq!(settle(&mut source, Owner::There), Phase::Moved, "{words}");
+                }
+                (Phase::Commit, Phase::Moved) => {
+                    assert_eq!(settle(&mut source, Owner::There), Phase::Moved, "{words}");
+                }
+                (Phase::Returned, Phase::Ready) => {
+                    assert_eq!(settle(&mut target, Owner::There), Phase::Dropped, "{words}");
+                }
+                (Phase::Returned, Phase::Dropped) | (Phase::Moved, Phase::Moved) => {}
+                other => panic!("{words}: {other:?} {at_source:?} {at_target:?}"),
+            }
+            let (here, there) = (runs(&mut source), runs(&mut target));
+            assert!(here != there, "{words}: {had:?}, source runs: {here}, target runs: {there}");
+            let survivor = if here { &mut source } else { &mut target };
+            check_life(survivor, &words);
+            Some(if here { Owner::Here } else { Owner::There })
+        }
+        Fault::KillSource => match rest(&mut target).phase {
+            // It died before the target had all of it, as any VMM dies.
+            Phase::Dropped => {
+                assert!(!runs(&mut target), "{words}");
+                None
+            }
+            Phase::Ready => {
+                assert_eq!(settle(&mut target, Owner::Here), Phase::Moved, "{words}");
+                check_life(&mut target, &words);
+                Some(Owner::There)
+            }
+            Phase::Moved => {
+                check_life(&mut target, &words);
+                Some(Owner::There)
+            }
+            other => panic!("{words}: {other:?}"),
+        },
+        Fault::KillTarget => {
+            let told_release = target.last_words().iter().any(|status| status.phase == Phase::Release);
+            match rest(&mut source).phase {
+                Phase::Returned => {}
+                // It may have run, and written to the disk: the machine died with it.
+                Phase::Commit if told_release => {
+                    assert_eq!(settle(&mut source, Owner::There), Phase::Moved, "{words}");
+                }
+                Phase::Commit => assert_eq!(settle(&mut source, Owner::Here), Phase::Returned, "{words}"),
+                Phase::Moved => assert!(told_release, "{words}"),
+                other => panic!("{words}: {other:?}"),
+            }
+            if told_release {
+                assert!(!runs(&mut source), "{words}");
+                return None;
+            }
+            check_life(&mut source, &words);
+            Some(Owner::Here)
+        }
+    }
+}
+
+fn sweep(fault: Fault) -> Vec<(&'static str, When, Option<Owner>)> {
+    let mut found = Vec::new();
+    for word in WORDS {
+        for when in [When::Before, When::After] {
+            found.push((word, when, tear(word, when, fault)));
+        }
+    }
+    println!("{found:?}");
+    found
+}
+
+#[test]
+fn a_link_that_is_cut_at_any_word_leaves_one_machine() {
+    let found = sweep(Fault::Cut);
+    // Once the source has committed, and never before, it is the target's.
+    for (word, when, owner) in found {
+        let committed = matches!(word, "commit" | "released") || (word, when) == ("ready", When::After);
+        let expected = if committed { Owner::There } else { Owner::Here };
+        // Between hearing of `ready` and the cut, the source may have been quicker or slower.
+        if (word, when) != ("ready", When::After) {
+            assert_eq!(owner, Some(expected), "{word} {when:?}");
+        }
+    }
+}
+
+#[test]
+fn a_source_that_is_killed_at_any_word_leaves_a_target_that_has_all_or_nothing() {
+    for (word, when, owner) in sweep(Fault::KillSource) {
+        let has_all = matches!(word, "ready" | "commit" | "released");
+        if has_all {
+            assert_eq!(owner, Some(Owner::There), "{word} {when:?}");
+        } else if word != "state" {
+            assert_eq!(owner, None, "{word} {when:?}");
+        }
+    }
+}
+
+#[test]
+fn a_target_that_is_killed_at_any_word_leaves_the_source_what_it_had_not_begun() {
+    for (word, when, owner) in sweep(Fault::KillTarget) {
+        match (word, when) {
+            ("released", _) => assert_eq!(owner, None, "{word} {when:?}"),
+            ("commit", When::After) => {}
+            _ => assert_eq!(owner, Some(Owner::Here), "{word} {when:?}"),
+        }
+    }
+}
