@@ -8,6 +8,7 @@ use model::server::{
     CacheMode, CpuTemplate, CreateNic, CreateServer, Isolation, NicLimits, PatchServer, RestartPolicy,
     Server, ServerIsolation, ServerMetrics, ServerPlan,
 };
+use model::snapshot::RestoreServer;
 use model::{ConsoleReaderId, Labels, Name};
 
 use crate::bulk::Which;
@@ -62,6 +63,16 @@ pub(crate) enum Verb {
     Hibernate(Which),
     /// Move a server to another host.
     Migrate(Migrate),
+    /// Make it what a snapshot of it shows. What it has in memory and on its disks since then is lost.
+    Restore {
+        /// Name or id.
+        server: String,
+        /// Snapshot's name or id.
+        snapshot: String,
+        /// End its machine for it, if it has one, or throw its hibernated memory away.
+        #[arg(long)]
+        stop: bool,
+    },
     /// Print the console's log.
     ConsoleLog {
         /// Name or id.
@@ -306,6 +317,13 @@ impl Verb {
             Verb::Resume(which) => bulk::act(context, &which, "resume", None).await,
             Verb::Hibernate(which) => bulk::act(context, &which, "hibernate", None).await,
             Verb::Migrate(migrate) => migrate.run(context).await,
+            Verb::Restore { server, snapshot, stop } => {
+                let id = target::resolve(&context.client, "servers", &server).await?;
+                let body = serde_json::to_vec(&RestoreServer { snapshot, stop }).map_err(Error::Answer)?;
+                let path = format!("/v1/servers/{id}/actions/restore");
+                let answer = context.client.send("POST", &path, Some(body), &[]).await?;
+                wait::finish::<Server>(context, &answer, "servers", false).await
+            }
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let query = tail.map(|bytes| format!("?tail_bytes={bytes}")).unwrap_or_default();

@@ -104,6 +104,17 @@ pub struct CreateSnapshot {
     pub labels: Labels,
 }
 
+/// Body of `POST /v1/servers/{id}/actions/restore`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreServer {
+    /// Name or id of a snapshot of this server.
+    pub snapshot: String,
+    /// Whether a machine that runs or is paused may be ended for it, and a memory that was hibernated thrown away.
+    #[serde(default)]
+    pub stop: bool,
+}
+
 /// Body of `PATCH /v1/snapshots/{id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -126,7 +126,8 @@ impl Sweep {
             let Some(server) = self.server().await else { return Some(Ok(())) };
             let runs = self.stage.vmms().contains_key(SUBJECT);
             let (state, wanted) = (text(&server["state"]), text(&server["wanted"]));
-            if state == wanted && server["operation_id"].is_null() && runs == (state != "stopped") {
+            let is_off = matches!(state.as_str(), "stopped" | "hibernated");
+            if state == wanted && server["operation_id"].is_null() && runs != is_off {
                 return Some(Ok(()));
             }
             if state == "failed" {
@@ -155,6 +156,8 @@ impl Sweep {
             (Verb::Create | Verb::Delete, None) => self.forget_subject(),
             (Verb::Pause, Some("running")) | (Verb::Resume, Some("running")) => {}
             (Verb::Resume, Some("paused")) => self.act("resume", 0).await,
+            // Its VMM died on the way back: its disks are those of the snapshot, whose memory is kept for a start.
+            (Verb::Restore, Some("hibernated")) => self.act("start", 0).await,
             _ => self.tidy().await,
         }
     }
@@ -229,6 +232,11 @@ fn a_resume_ends_whoever_dies_meanwhile() {
 #[test]
 fn a_snapshot_ends_whoever_dies_meanwhile() {
     inside("held::a_snapshot_ends_whoever_dies_meanwhile", struck_everywhere(Verb::Snapshot));
+}
+
+#[test]
+fn going_back_to_a_snapshot_ends_whoever_dies_meanwhile() {
+    inside("held::going_back_to_a_snapshot_ends_whoever_dies_meanwhile", struck_everywhere(Verb::Restore));
 }
 
 #[test]

@@ -16,5 +16,6 @@ mod hostile;
 mod kills;
 mod moves;
 mod reboots;
+mod restores;
 mod snapshots;
 mod sweep;

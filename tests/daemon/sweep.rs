@@ -224,6 +224,11 @@ fn a_snapshot_converges_wherever_the_daemon_dies() {
 }
 
 #[test]
+fn going_back_to_a_snapshot_converges_wherever_the_daemon_dies() {
+    inside("sweep::going_back_to_a_snapshot_converges_wherever_the_daemon_dies", sweep(Verb::Restore));
+}
+
+#[test]
 fn the_deletion_of_an_image_converges_wherever_the_daemon_dies() {
     inside("sweep::the_deletion_of_an_image_converges_wherever_the_daemon_dies", sweep(Verb::DeleteImage));
 }

@@ -382,6 +382,11 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["snapshot", "create", "www", "--name", "kept"], 4);
     cli.fails(&["snapshot", "create", "reader", "--memory"], 4);
     cli.fails(&["snapshot", "create", "nothing"], 3);
+    // What it has in memory since is not lost by mistake.
+    cli.fails(&["server", "restore", "www", "kept"], 4);
+    cli.fails(&["server", "restore", "reader", "kept"], 2);
+    cli.fails(&["server", "restore", "www", "nothing", "--stop"], 2);
+    assert_eq!(cli.json(&["--wait", "server", "restore", "www", "kept", "--stop"])["state"], "running");
     let create =
         ["--wait", "server", "create", "again", "--snapshot", "kept", "--memory", "64M", "--no-network"];
     assert_eq!(cli.json(&create)["state"], "running");

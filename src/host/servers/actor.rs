@@ -18,7 +18,7 @@ use super::lifecycle::{Event, Life, Phase, Work};
 use super::pace::Pace;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
-use super::{advance, effects, limits, recover};
+use super::{advance, effects, limits, recover, restore};
 use crate::call;
 use crate::error::Result;
 use crate::store::records;
@@ -154,6 +154,13 @@ impl Actor {
     async fn tidy(&self, ended: Work) -> Result<()> {
         match ended {
             Work::Snapshot { id } => self.workshop.snapshots.tidy(id).await,
+            Work::CopyBack { .. } => match self.record().await? {
+                // One that is gone has been purged.
+                Some(record) if record.life.phase.returns_to().is_none() => {
+                    restore::forget_copies(&self.workshop, &record).await
+                }
+                _ => Ok(()),
+            },
             _ => Ok(()),
         }
     }

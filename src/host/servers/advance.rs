@@ -6,9 +6,9 @@ use model::server::{Restart, StateReason};
 use model::{Code, OperationId, ServerId, Time};
 
 use super::capacity::Capacity;
-use super::lifecycle::{Ask, Asked, Event, Phase, Push, Step, Trouble, Verdict, step};
+use super::lifecycle::{Ask, Asked, Event, Phase, Push, Return, Step, Trouble, Verdict, step};
 use super::record::{self, ServerRecord};
-use super::{console, view};
+use super::{console, restore, view};
 use crate::call::Actor;
 use crate::error::{Error, Result};
 use crate::events;
@@ -48,6 +48,11 @@ pub(super) fn event(
     {
         Snapshots::complete(tx, *snapshot, taken)?;
     }
+    if let Event::TakenBack(snapshot, _) = &event
+        && record.life.phase.returns_to() == Some(*snapshot)
+    {
+        restore::taken_back(tx, &mut record, *snapshot)?;
+    }
     if let Event::Made(Some(spawned)) | Event::Spawned(spawned) = &event {
         record.sandbox = spawned.sandbox;
     }
@@ -79,7 +84,7 @@ pub(super) fn ask(
     let resource = Resource::Server(record.id);
     let mut resources = vec![resource];
     resources.extend(record.disks.iter().map(|disk| Resource::Volume(disk.volume_id)));
-    if let Ask::Snapshot { id, .. } = ask {
+    if let Ask::Snapshot { id, .. } | Ask::Restore { to: Return { snapshot: id, .. } } = ask {
         resources.push(Resource::Snapshot(id));
     }
     let new = NewOperation { kind: ask.job_kind().operation_kind(), resources, actor, cancellable: false };
@@ -246,7 +251,8 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
         Phase::Pausing { .. } => ("pausing", 10),
         Phase::Resuming { .. } => ("resuming", 10),
         Phase::Hibernating { .. } => ("pausing", 5),
-        Phase::Snapshotting { .. } => ("copying", 1),
+        Phase::Snapshotting { .. } | Phase::Restoring { .. } => ("copying", 1),
+        Phase::Returning { .. } => ("taking_back", 65),
         Phase::Resetting { .. } => ("resetting", 10),
         Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
         Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),

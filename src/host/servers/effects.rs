@@ -21,7 +21,7 @@ use wire::will::Will;
 use super::lifecycle::{End, Event, Phase, Saved, Spawned, Trouble, Work};
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
-use super::{limits, machine, saved};
+use super::{limits, machine, restore, saved};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
@@ -54,6 +54,8 @@ impl Doing {
             Work::Boot { saved } => self.final_or(self.boot(saved).await, Event::StartFailed),
             Work::Save => self.save().await,
             Work::Snapshot { id } => self.snapshot(id).await,
+            Work::CopyBack { to } => self.copy_back(to).await,
+            Work::TakeBack { to } => self.take_back(to).await,
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
             Work::Resume => self.resume().await,
             Work::CountResets => Ok(match self.resets().await {
@@ -67,7 +69,7 @@ impl Doing {
             },
             Work::Press => self.press().await,
             Work::Kill => self.kill().await,
-            Work::Release { keep_saved } => self.release(keep_saved).await,
+            Work::Release { keep_saved, keep_copied } => self.release(keep_saved, keep_copied).await,
             Work::Purge => self.purge().await,
         }
     }
@@ -199,7 +201,7 @@ impl Doing {
             }
             None => self.dismiss_stranger().await,
         }
-        self.release(false).await.map(drop)
+        self.release(false, false).await.map(drop)
     }
 
     /// Binds the control socket and makes the files that a VMM is started with.
@@ -363,7 +365,7 @@ impl Doing {
         Ok(event)
     }
 
-    async fn release(&self, keep_saved: bool) -> Result<Event> {
+    async fn release(&self, keep_saved: bool, keep_copied: bool) -> Result<Event> {
         self.entry.drop_machine();
         self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
         self.workshop.core.checkpoint("server.unplugged")?;
@@ -378,6 +380,9 @@ impl Doing {
             machine::remove_file(&socket)
         })
         .await?;
+        if !keep_copied {
+            restore::forget_copies(&self.workshop, &self.record).await?;
+        }
         self.workshop.core.checkpoint("server.released")?;
         Ok(Event::Released)
     }

@@ -12,7 +12,7 @@ use model::server::{
     ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
 use model::snapshot::{CreateSnapshot, Snapshot};
-use model::{Code, ConsoleReaderId, OperationId, ServerId, SnapshotId};
+use model::{Code, ConsoleReaderId, Name, OperationId, ServerId, SnapshotId, VolumeId};
 use rusqlite::Connection;
 use wire::control::{Command, Reply};
 
@@ -42,13 +42,14 @@ mod readers;
 pub mod record;
 mod recover;
 pub mod registry;
+mod restore;
 mod saved;
 mod snapshot;
 mod view;
 
 use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
-use lifecycle::{Ask, Phase};
+use lifecycle::{Ask, Phase, SavedOf};
 pub use readers::Kicked;
 use record::ServerRecord;
 pub(crate) use record::{HELD_INDEX, TABLES, TICKET_HOLDERS};
@@ -445,6 +446,23 @@ impl Servers {
 pub(crate) fn actions_unless_off(connection: &Connection, id: ServerId) -> Result<Option<Vec<String>>> {
     let record: Option<ServerRecord> = records::find(connection, id.0)?;
     Ok(record.filter(|record| !record.life.is_off()).map(|record| view::allowed_actions(&record)))
+}
+
+/// For `snapshots`: names of the servers that go back to one, or are to go on from its memory.
+pub(crate) fn users_of_snapshot(connection: &Connection, snapshot: SnapshotId) -> Result<Vec<Name>> {
+    let all: Vec<ServerRecord> = records::all(connection)?;
+    let needs = |record: &ServerRecord| {
+        let from = record.life.saved.map(|saved| saved.of);
+        record.life.phase.returns_to() == Some(snapshot) || from == Some(SavedOf::Snapshot { id: snapshot })
+    };
+    Ok(all.into_iter().filter(needs).map(|record| record.name).collect())
+}
+
+/// For `volumes`: those beside which a copy lies that takes their place.
+pub(crate) fn returning_volumes(connection: &Connection) -> Result<BTreeSet<VolumeId>> {
+    let all: Vec<ServerRecord> = records::all(connection)?;
+    let returning = all.iter().filter(|record| record.life.phase.returns_to().is_some());
+    Ok(returning.flat_map(|record| &record.disks).map(|disk| disk.volume_id).collect())
 }
 
 fn asked(action: ServerAction) -> Result<Ask> {

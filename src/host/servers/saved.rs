@@ -15,9 +15,9 @@ use wire::saved::{
 };
 
 use super::effects::Doing;
-use super::lifecycle::{Event, Saved, Trouble};
-use super::limits;
+use super::lifecycle::{Event, Saved, SavedOf, Trouble};
 use super::machine::{self, Description};
+use super::{limits, snapshot};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
@@ -58,7 +58,7 @@ impl Doing {
         blocking(move || keep(&directory)).await?;
         self.workshop.core.checkpoint("server.saved_kept")?;
         let stored_bytes = report.state_bytes.saturating_add(report.memory_bytes);
-        Ok(Saved { root: report.root, stored_bytes })
+        Ok(Saved { root: report.root, stored_bytes, of: SavedOf::Hibernation })
     }
 
     /// Waits for the end of the copying, telling how far it is. Nobody else may want the machine meanwhile; when
@@ -108,9 +108,14 @@ impl Doing {
         else {
             return Ok(());
         };
-        let directory = self.workshop.core.dirs.server(self.record.id);
-        let (state, memory) =
-            blocking(move || Ok((kept(&directory, STATE)?, kept(&directory, MEMORY)?))).await?;
+        let (directory, names) = match saved.of {
+            SavedOf::Hibernation => (self.workshop.core.dirs.server(self.record.id), [STATE, MEMORY]),
+            SavedOf::Snapshot { id } => {
+                (self.workshop.snapshots.directory(id), [snapshot::STATE, snapshot::MEMORY])
+            }
+        };
+        let [state, memory] = names.map(|name| directory.join(name));
+        let (state, memory) = blocking(move || Ok((kept(&state)?, kept(&memory)?))).await?;
         let timeout = limits::BOOT + limits::restoring(spec.memory_bytes);
         let restore = RestoreSpec {
             machine: spec,
@@ -120,8 +125,16 @@ impl Doing {
             // Into memory of its own, every part compared with what was saved.
             how: MemoryUse::Copy,
             clock: Clock::Advance,
-            counters: Counters::Continue,
-            identity: Identity::Same,
+            counters: match saved.of {
+                SavedOf::Hibernation => Counters::Continue,
+                // What was counted then has been counted on since.
+                SavedOf::Snapshot { .. } => Counters::Fresh,
+            },
+            identity: match saved.of {
+                SavedOf::Hibernation => Identity::Same,
+                // Random numbers that the guest drew after that moment must not be drawn again.
+                SavedOf::Snapshot { .. } => Identity::New,
+            },
             then: Then::Stay,
         };
         restore
@@ -154,9 +167,8 @@ fn fresh(directory: &Path, name: &str) -> Result<File> {
     machine::fresh_file(&unfinished(directory, name))
 }
 
-fn kept(directory: &Path, name: &str) -> Result<File> {
-    let path = directory.join(name);
-    machine::open_own(&path, Access::Read).map_err(|cause| {
+fn kept(path: &Path) -> Result<File> {
+    machine::open_own(path, Access::Read).map_err(|cause| {
         Error::file(format!("the memory that was saved cannot be opened: {}", path.display()), cause)
     })
 }

@@ -5,7 +5,7 @@ use model::server::{
     DeleteServer, Isolation, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer, Wanted,
 };
 use model::{Code, EventId};
-use wire::control::{MachineState, Notice};
+use wire::control::MachineState;
 use wire::isolation::Item;
 use wire::will::Reason;
 
@@ -18,6 +18,7 @@ mod console;
 mod hibernate;
 mod hostile;
 mod limits;
+mod restore;
 mod snapshot;
 mod sweep;
 
@@ -33,7 +34,10 @@ async fn a_created_server_runs_the_machine_it_asked_for() {
     let host = stage.open_with_image().await;
     let server = created(&host, server("web1")).await;
     assert_eq!(server.state, ServerState::Running);
-    assert_eq!(server.allowed_actions, ["stop", "reboot", "pause", "hibernate", "snapshot", "delete"]);
+    assert_eq!(
+        server.allowed_actions,
+        ["stop", "reboot", "pause", "hibernate", "snapshot", "restore", "delete"]
+    );
     assert!(server.operation_id.is_none());
     assert_eq!(server.nics.len(), 1);
     let vmm = stage.launch.only();
@@ -101,7 +105,7 @@ async fn what_makes_no_sense_is_refused_with_what_does() {
     let id = created(&host, spec).await.id;
     let refused = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap_err();
     assert_eq!(refused.code, Code::WrongState);
-    assert_eq!(refused.allowed_actions.unwrap(), ["start", "snapshot", "delete"]);
+    assert_eq!(refused.allowed_actions.unwrap(), ["start", "snapshot", "restore", "delete"]);
     host.close().await;
 }
 
@@ -546,25 +550,6 @@ async fn metrics_come_from_the_machine_and_need_one() {
     let stopped = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
     succeeded(&host, stopped.body.operation.id).await;
     assert_eq!(host.servers().metrics(id).await.unwrap_err().code, Code::WrongState);
-    host.close().await;
-}
-
-#[tokio::test]
-async fn what_a_guest_causes_at_will_is_recorded_within_bounds() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let id = created(&host, server("web1")).await.id;
-    let after = host.events().last();
-    let vmm = stage.launch.only();
-    for fault in 0..500 {
-        vmm.say(Notice::DeviceFault { device: "disk0".to_owned(), detail: format!("fault {fault}") });
-    }
-    // A command and its answer pass behind the notices on the same connection.
-    host.servers().metrics(id).await.unwrap();
-    let mut log = host.events().follow(Some(after)).await.unwrap();
-    let first = tokio::time::timeout(stage::SOON, log.next()).await.unwrap().unwrap();
-    assert_eq!(first[0].kind, "server.device_fault");
-    assert!(host.events().last().0 - after.0 <= 2);
     host.close().await;
 }
 

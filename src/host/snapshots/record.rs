@@ -18,7 +18,7 @@ use crate::events;
 use crate::operations::{self, NewOperation, Outcome};
 use crate::store::Tx;
 use crate::store::records::{self, Record};
-use crate::volumes;
+use crate::{servers, volumes};
 
 pub(crate) const TABLES: &str = concat!(
     crate::table!("snapshots"),
@@ -178,6 +178,12 @@ pub(super) fn doom(
     if !filling.is_empty() {
         let names: Vec<&str> = filling.iter().map(Name::as_str).collect();
         let detail = format!("volumes are being made from snapshot {}: {}", shown.name, names.join(", "));
+        return Err(Error::new(Code::InUse, detail));
+    }
+    let users = servers::users_of_snapshot(tx, id)?;
+    if !users.is_empty() {
+        let names: Vec<&str> = users.iter().map(Name::as_str).collect();
+        let detail = format!("servers are to go on from snapshot {}: {}", shown.name, names.join(", "));
         return Err(Error::new(Code::InUse, detail));
     }
     record.shown.state = SnapshotState::Deleting;

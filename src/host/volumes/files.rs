@@ -11,6 +11,16 @@ const PIECE_BYTES: usize = 4096;
 /// Ends the name of a file that is being written. Nothing that a crash leaves under such a name is worth keeping.
 pub(crate) const UNFINISHED: &str = ".unfinished";
 
+/// Ends the name of a file that lies beside the one whose place it takes when that may go.
+pub(crate) const BESIDE: &str = ".beside";
+
+/// Where a file lies that is to take the place of this one.
+pub(crate) fn beside(place: &Path) -> PathBuf {
+    let mut name = place.as_os_str().to_owned();
+    name.push(BESIDE);
+    PathBuf::from(name)
+}
+
 /// What a file is to outlive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Durability {
@@ -83,6 +93,15 @@ impl Drop for Unfinished {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Puts the file that lies beside `place` in it, for good. Repeatable: where none lies, it has been done.
+pub(crate) fn take_beside(place: &Path) -> io::Result<()> {
+    match fs::rename(beside(place), place) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+        other => other?,
+    }
+    sync_parent(place)
 }
 
 /// Makes names in the directory of `path` last through a power failure.

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use model::event::EventData;
 use model::operation::{Accepted, Resource};
 use model::page::{ListQuery, Page};
+use model::snapshot::SnapshotVolume;
 use model::volume::{FillMethod, PatchVolume, Volume, VolumeFormat, VolumeState};
 use model::{Code, ImageId, Labels, Name, OperationId, ServerId, SnapshotId, Time, VolumeId};
 use rusqlite::Connection;
@@ -225,15 +226,20 @@ impl Volumes {
     /// For `servers`: bytes that filling it copies where blocks cannot be shared.
     pub(crate) fn source_bytes(&self, volume: &Volume) -> u64 {
         match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => used_bytes(std::fs::metadata(self.snapshot_disk(snapshot))),
+            (Some(snapshot), _) => self.snapshot_bytes(snapshot, 0),
             (None, Some(image)) => self.images.disk_stored_bytes(image),
             (None, None) => 0,
         }
     }
 
     /// What a volume made of a snapshot is filled from.
-    fn snapshot_disk(&self, id: SnapshotId) -> PathBuf {
-        self.core.dirs.snapshot(id).join(snapshots::disk_name(0))
+    fn snapshot_disk(&self, id: SnapshotId, index: usize) -> PathBuf {
+        self.core.dirs.snapshot(id).join(snapshots::disk_name(index))
+    }
+
+    /// For `servers`: bytes that a disk of a snapshot takes.
+    pub(crate) fn snapshot_bytes(&self, id: SnapshotId, index: usize) -> u64 {
+        used_bytes(std::fs::metadata(self.snapshot_disk(id, index)))
     }
 
     /// For `servers`: the record.
@@ -254,7 +260,7 @@ impl Volumes {
             return Ok(());
         }
         let source = match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => Some(disk::look_at(self.snapshot_disk(snapshot)).await?),
+            (Some(snapshot), _) => Some(disk::look_at(self.snapshot_disk(snapshot, 0)).await?),
             (None, Some(image)) => self.images.disk(image).await?,
             (None, None) => None,
         };
@@ -303,6 +309,55 @@ impl Volumes {
         disk::make(new, cancelled, progress).await
     }
 
+    /// For `servers`: copies disk `index` of a snapshot beside a volume, whose place it takes with
+    /// [`Volumes::take_back`]. As [`Volumes::copy`] otherwise, but that the copy outlives a loss of power.
+    pub(crate) async fn copy_back(
+        &self,
+        id: VolumeId,
+        (snapshot, index): (SnapshotId, usize),
+        size_bytes: u64,
+        cancelled: &(dyn Fn() -> bool + Send + Sync),
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+    ) -> Result<()> {
+        let source = disk::look_at(self.snapshot_disk(snapshot, index)).await?;
+        let place = files::beside(&self.core.dirs.volume(id));
+        let new = NewFile { place, source: Some(source), size_bytes, durability: Durability::Power };
+        disk::make(new, cancelled, progress).await.map(drop)
+    }
+
+    /// For `servers`: what was copied beside a volume takes its place. Nobody has it open. Repeatable.
+    pub(crate) async fn take_back(&self, id: VolumeId) -> Result<()> {
+        let place = self.core.dirs.volume(id);
+        disk::blocking(move || files::take_beside(&place))
+            .await
+            .map_err(|cause| Error::file(format!("volume {id} cannot be put in place"), cause))
+    }
+
+    /// For `servers`: removes what was copied beside a volume. Repeatable.
+    pub(crate) async fn forget_copy(&self, id: VolumeId) -> Result<()> {
+        let place = files::beside(&self.core.dirs.volume(id));
+        disk::blocking(move || files::remove(&place))
+            .await
+            .map_err(|cause| Error::file(format!("the copy beside volume {id} cannot be removed"), cause))
+    }
+
+    /// For `servers`: a volume holds what a snapshot of it holds.
+    pub(crate) fn is_back(
+        tx: &Tx<'_>,
+        id: VolumeId,
+        snapshot: SnapshotId,
+        shown: SnapshotVolume,
+        size_bytes: u64,
+    ) -> Result<()> {
+        let mut volume: Volume = records::one(tx, id.0)?;
+        volume.snapshot_id = Some(snapshot);
+        // Both ways lead between the same two file systems.
+        volume.filled_by = shown.filled_by.or(volume.filled_by);
+        volume.size_bytes = size_bytes;
+        records::save(tx, &mut volume)?;
+        announce(tx, &volume, "volume.restored", None)
+    }
+
     /// For `servers`: bytes that its file takes on the disk.
     pub(crate) fn stored_bytes(&self, id: VolumeId) -> u64 {
         used_bytes(std::fs::symlink_metadata(self.core.dirs.volume(id)))
@@ -320,6 +375,7 @@ impl Volumes {
 
     /// For `servers`: removes the file, then the record with its event. Repeatable; no record is no error.
     pub(crate) async fn purge(&self, id: VolumeId) -> Result<()> {
+        self.forget_copy(id).await?;
         let place = self.core.dirs.volume(id);
         disk::blocking(move || files::remove(&place))
             .await

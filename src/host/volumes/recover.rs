@@ -7,9 +7,10 @@ use model::VolumeId;
 use model::volume::{Volume, VolumeState};
 use rusqlite::Connection;
 
-use super::files::{self, UNFINISHED};
+use super::files::{self, BESIDE, UNFINISHED};
 use crate::config::Dirs;
 use crate::error::{Error, Result};
+use crate::servers;
 use crate::store::records;
 
 /// Removes files that no record names, and answers which volumes are to be purged: those that were being deleted,
@@ -18,7 +19,7 @@ pub(super) fn look(connection: &Connection, dirs: &Dirs) -> Result<Vec<VolumeId>
     let volumes: Vec<Volume> = records::all(connection)?;
     let known: BTreeSet<VolumeId> = volumes.iter().map(|volume| volume.id).collect();
     let directory = dirs.root().join("volumes");
-    remove_strangers(&directory, &known)
+    remove_strangers(&directory, &known, &servers::returning_volumes(connection)?)
         .map_err(|cause| Error::file(format!("cannot tidy {}", directory.display()), cause))?;
     let doomed =
         volumes.iter().filter(|volume| volume.server_id.is_none() && volume.state != VolumeState::Ready);
@@ -26,14 +27,21 @@ pub(super) fn look(connection: &Connection, dirs: &Dirs) -> Result<Vec<VolumeId>
 }
 
 /// Only names that Toft gives are removed; what else lies there is somebody's and is left.
-fn remove_strangers(directory: &Path, known: &BTreeSet<VolumeId>) -> std::io::Result<()> {
+fn remove_strangers(
+    directory: &Path,
+    known: &BTreeSet<VolumeId>,
+    returning: &BTreeSet<VolumeId>,
+) -> std::io::Result<()> {
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
         let unfinished = name.strip_suffix(UNFINISHED);
-        let id = unfinished.unwrap_or(name).strip_suffix(".raw").and_then(|id| id.parse().ok());
-        if id.is_some_and(|id| unfinished.is_some() || !known.contains(&id)) {
+        let finished = unfinished.unwrap_or(name);
+        let beside = finished.strip_suffix(BESIDE);
+        let id = beside.unwrap_or(finished).strip_suffix(".raw").and_then(|id| id.parse().ok());
+        let wanted = if beside.is_some() { returning } else { known };
+        if id.is_some_and(|id| unfinished.is_some() || !wanted.contains(&id)) {
             files::remove(&entry.path())?;
         }
     }

@@ -14,6 +14,7 @@ const OF_SERVER: &[&str] = &[
     "hibernate_server",
     "snapshot_server",
     "migrate_server",
+    "restore_server",
     "read_server_isolation",
     "read_server_metrics",
     "read_console_log",

@@ -40,6 +40,7 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
         include_str!("../../../api/examples/update-volume.json"),
     ),
     ("snapshot_server", "application/json", include_str!("../../../api/examples/snapshot-server.json")),
+    ("restore_server", "application/json", include_str!("../../../api/examples/restore-server.json")),
     (
         "update_snapshot",
         "application/merge-patch+json",

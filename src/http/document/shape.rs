@@ -53,6 +53,7 @@ pub(super) fn bounds() -> Vec<(&'static str, Value)> {
         ("/PatchVolume/properties/size_bytes", disk),
         ("/PatchVolume/properties/labels", label_patch.clone()),
         ("/CreateSnapshot/properties/description", json!({ "maxLength": DESCRIPTION_CHARS_MAX })),
+        ("/RestoreServer/properties/snapshot", json!({ "minLength": 1, "maxLength": 63 })),
         ("/PatchSnapshot/properties/description", json!({ "maxLength": DESCRIPTION_CHARS_MAX })),
         ("/PatchSnapshot/properties/labels", label_patch.clone()),
         ("/PatchNetwork/properties/labels", label_patch),

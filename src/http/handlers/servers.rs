@@ -10,6 +10,7 @@ use model::server::{
     CreateServer, DeleteServer, PatchServer, Server, ServerAction, ServerIsolation, ServerMetrics,
     ServerPlan, StopServer,
 };
+use model::snapshot::RestoreServer;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -200,6 +201,28 @@ pub(crate) async fn migrate(
         return answer::plain(&migrations.plan(id, spec).await?);
     }
     match migrations.migrate(id, spec).await? {}
+}
+
+/// Makes a server what a snapshot of it shows: its disks, and where the snapshot has memory its machine, which goes on
+/// where it was with the clock set right. What the server has in memory and on its disks since then is lost; take another
+/// snapshot first if it may be wanted. Of disks alone, a server that ran is started afresh and any other is off.
+#[utoipa::path(post, path = "/v1/servers/{id}/actions/restore", tag = "servers", operation_id = "restore_server",
+    params(("id" = ServerId, Path, description = "The server.")),
+    request_body = RestoreServer,
+    responses(
+        (status = 200, description = "With `Prefer: wait`: it is done.", body = Accepted<Server>),
+        (status = 202, description = "It is being done.", body = Accepted<Server>),
+    ))]
+pub(crate) async fn restore(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Json(spec), wait }: Mutation<Json<RestoreServer>>,
+) -> Result<Response, Failure> {
+    let host = api.host.clone();
+    let asked =
+        answer::undisturbed(async move { Ok(host.servers().restore(&call, id, spec).await?) }).await?;
+    answer::accepted(&api, asked, wait, StatusCode::OK, |server| fresh(&api, server)).await
 }
 
 /// Counters of a server's machine.

@@ -33,6 +33,7 @@ pub(crate) enum Verb {
     Pause,
     Resume,
     Snapshot,
+    Restore,
     Delete,
     Import,
     DeleteImage,
@@ -59,6 +60,7 @@ impl Verb {
             Verb::Pause => "server.pause",
             Verb::Resume => "server.resume",
             Verb::Snapshot => "server.snapshot",
+            Verb::Restore => "server.restore",
             Verb::Delete => "server.delete",
             Verb::Import => "image.import",
             Verb::DeleteImage => "image.delete",
@@ -109,6 +111,9 @@ impl Sweep {
         if matches!(verb, Verb::Start | Verb::Stop) {
             sweep.act("stop", 0).await;
         }
+        if verb == Verb::Restore {
+            sweep.take(SUBJECT).await;
+        }
         // What is in the background at the first look must have ended, or its end would be a difference.
         sweep.rest = sweep.settled().await;
         sweep
@@ -142,6 +147,18 @@ impl Sweep {
         self.stage.succeeded(&answer.operation()).await.unwrap();
     }
 
+    /// Takes a snapshot of the subject, with its memory, when its guest has counted once.
+    async fn take(&mut self, name: &str) {
+        let id = self.subject.clone().expect("a subject");
+        let beat = async || (self.stage.beats(&id).await.0 > 0).then_some(());
+        wait_for("a beat", beat).await.unwrap();
+        let key = self.key("take");
+        let body = json!({ "name": name, "memory": true });
+        let path = format!("/v1/servers/{id}/actions/snapshot");
+        let answer = self.stage.call(Method::POST, &path, &key, Some(body)).await;
+        self.stage.succeeded(&answer.operation()).await.unwrap();
+    }
+
     /// From rest to where the call begins.
     pub(crate) async fn prepare(&mut self) {
         let boots = self.subject().await.boots;
@@ -162,7 +179,7 @@ impl Sweep {
                 self.subject = self.image().await.map(|image| text(&image["id"]));
                 return;
             }
-            Verb::Reboot | Verb::Reset | Verb::Pause | Verb::Resume | Verb::Snapshot => 0,
+            Verb::Reboot | Verb::Reset | Verb::Pause | Verb::Resume | Verb::Snapshot | Verb::Restore => 0,
             _ => return,
         };
         // A guest that has counted once sees its button.
@@ -205,7 +222,7 @@ impl Sweep {
                 }
             }
             Verb::Delete | Verb::DeleteImage => self.subject = None,
-            Verb::Stop | Verb::Reboot | Verb::Reset | Verb::Resume => {}
+            Verb::Stop | Verb::Reboot | Verb::Reset | Verb::Resume | Verb::Restore => {}
         }
     }
 
@@ -259,6 +276,9 @@ impl Sweep {
             Verb::Pause => (Method::POST, action("pause"), None),
             Verb::Resume => (Method::POST, action("resume"), None),
             Verb::Snapshot => (Method::POST, action("snapshot"), Some(json!({ "memory": true }))),
+            Verb::Restore => {
+                (Method::POST, action("restore"), Some(json!({ "snapshot": SUBJECT, "stop": true })))
+            }
             Verb::Delete => (Method::DELETE, format!("/v1/servers/{id}"), None),
             Verb::DeleteImage => (Method::DELETE, format!("/v1/images/{id}"), None),
             Verb::Import => (Method::POST, "/v1/images".to_owned(), Some(import_body(SUBJECT))),
@@ -277,7 +297,7 @@ impl Sweep {
             Verb::Start | Verb::Reboot | Verb::Reset => (Some("running"), before.boots + 1),
             Verb::Stop => (Some("stopped"), before.boots),
             Verb::Pause => (Some("paused"), before.boots),
-            Verb::Resume | Verb::Snapshot => (Some("running"), before.boots),
+            Verb::Resume | Verb::Snapshot | Verb::Restore => (Some("running"), before.boots),
             Verb::Delete | Verb::DeleteImage => (None, 0),
             Verb::Import => (Some("ready"), 0),
         };
@@ -312,7 +332,7 @@ impl Sweep {
         }
         match (self.verb, &now.id) {
             (Verb::Pause, Some(id)) => self.stands_still(id).await,
-            (Verb::Resume | Verb::Snapshot, Some(id)) => self.goes_on(id).await,
+            (Verb::Resume | Verb::Snapshot | Verb::Restore, Some(id)) => self.goes_on(id).await,
             _ => Ok(()),
         }
     }

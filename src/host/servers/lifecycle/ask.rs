@@ -3,7 +3,7 @@
 use model::server::Wanted;
 use model::{OperationId, SnapshotId};
 
-use super::{Back, Context, Job, JobKind, Life, Phase, Push, Step, Then, Verdict};
+use super::{Back, Context, Job, JobKind, Life, Phase, Push, Return, Step, Then, Verdict};
 use crate::vmms::ProcessId;
 
 /// Something a caller asks for.
@@ -34,6 +34,11 @@ pub enum Ask {
         /// Whether memory is copied too, which takes a machine.
         memory: bool,
     },
+    /// Be what a snapshot shows. A machine ends for it, and a memory that was saved is lost.
+    Restore {
+        /// Which.
+        to: Return,
+    },
     /// Be no more.
     Delete {
         /// Whether its volumes stay.
@@ -57,7 +62,7 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 8] = [
+pub const ACTIONS: [(&str, Ask); 9] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
@@ -65,6 +70,7 @@ pub const ACTIONS: [(&str, Ask); 8] = [
     ("resume", Ask::Resume),
     ("hibernate", Ask::Hibernate),
     ("snapshot", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: false }),
+    ("restore", Ask::Restore { to: Return { snapshot: SnapshotId(uuid::Uuid::nil()), memory: false } }),
     ("delete", Ask::Delete { keep_volumes: false }),
 ];
 
@@ -79,6 +85,7 @@ impl Ask {
             Ask::Resume => JobKind::Resume,
             Ask::Hibernate => JobKind::Hibernate,
             Ask::Snapshot { .. } => JobKind::Snapshot,
+            Ask::Restore { .. } => JobKind::Restore,
             Ask::Delete { .. } => JobKind::Delete,
         }
     }
@@ -103,6 +110,7 @@ impl Life {
             Ask::Resume => asking.resume(),
             Ask::Hibernate => asking.hibernate(),
             Ask::Snapshot { id, memory } => asking.snapshot(id, memory),
+            Ask::Restore { to } => asking.restore(to),
             Ask::Delete { keep_volumes } => asking.delete(keep_volumes),
         }
     }
@@ -135,6 +143,11 @@ impl Life {
                 life.give_up_snapshotting(vmm, back);
                 return Ok(Step { life, ended: vec![(id, undone())], gone: false });
             }
+            (JobKind::Restore, Phase::Restoring { vmm, back, .. }) => {
+                life.job = None;
+                life.give_up_restoring(vmm, back);
+                return Ok(Step { life, ended: vec![(id, undone())], gone: false });
+            }
             _ => return Err(Refused),
         };
         life.wanted = match job.kind {
@@ -156,6 +169,15 @@ impl Life {
         self.phase = match (vmm, back) {
             (Some(vmm), Back::Running) => Phase::Resuming { vmm },
             (Some(vmm), _) => Phase::Pausing { vmm },
+            (None, back) => Phase::at_rest(back),
+        };
+    }
+
+    /// What it did went on.
+    pub(super) fn give_up_restoring(&mut self, vmm: Option<ProcessId>, back: Back) {
+        self.phase = match (vmm, back) {
+            (Some(vmm), Back::Running) => Phase::Running { vmm },
+            (Some(vmm), _) => Phase::Paused { vmm },
             (None, back) => Phase::at_rest(back),
         };
     }
@@ -211,7 +233,9 @@ impl Asking {
             }
             Phase::Starting { .. } if self.life.job.is_some() => self.join(),
             Phase::Starting { .. } => self.begin(Wanted::Running),
-            Phase::Running { .. } | Phase::Snapshotting { back: Back::Running, .. } => self.done(),
+            Phase::Running { .. }
+            | Phase::Snapshotting { back: Back::Running, .. }
+            | Phase::Restoring { back: Back::Running, .. } => self.done(),
             _ => Err(Refused),
         }
     }
@@ -252,6 +276,7 @@ impl Asking {
             | Phase::Resuming { vmm }
             | Phase::Hibernating { vmm, .. }
             | Phase::Snapshotting { vmm: Some(vmm), .. }
+            | Phase::Restoring { vmm: Some(vmm), .. }
             | Phase::Resetting { vmm, .. } => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Stop };
                 self.interrupt();
@@ -265,6 +290,15 @@ impl Asking {
                 self.life.phase = Phase::Releasing { then: Then::Stop };
                 self.stop_instead(then)
             }
+            // It was off, and stays so.
+            Phase::Restoring { vmm: None, .. } => {
+                self.life.phase = Phase::Stopped { why: None };
+                self.life.wanted = Wanted::Stopped;
+                self.interrupt();
+                self.done()
+            }
+            // Files take their places, which is over in a moment.
+            Phase::Returning { .. } => Err(Refused),
             // Without a memory that was saved there is no such phase.
             Phase::Hibernated { .. } | Phase::Deleting { .. } => Err(Refused),
         }
@@ -288,7 +322,7 @@ impl Asking {
     fn stop_instead(mut self, then: Then) -> Result<Asked, Refused> {
         match then {
             Then::Stop if self.life.job.is_some_and(|job| job.kind == JobKind::Stop) => self.join(),
-            Then::Stop | Then::Start | Then::Hibernate | Then::Decide(_) => {
+            Then::Stop | Then::Start | Then::Hibernate | Then::Return { .. } | Then::Decide(_) => {
                 self.interrupt();
                 self.begin(Wanted::Stopped)
             }
@@ -387,6 +421,20 @@ impl Asking {
         self.begin(wanted)
     }
 
+    fn restore(mut self, to: Return) -> Result<Asked, Refused> {
+        let wanted = self.life.wanted;
+        let (vmm, back) = match self.life.phase.clone() {
+            Phase::Running { vmm } => (Some(vmm), Back::Running),
+            Phase::Paused { vmm } => (Some(vmm), Back::Paused),
+            Phase::Stopped { why } => (None, Back::Stopped { why }),
+            Phase::Failed { why } => (None, Back::Failed { why }),
+            Phase::Hibernated { why } => (None, Back::Hibernated { why }),
+            _ => return Err(Refused),
+        };
+        self.life.phase = Phase::Restoring { vmm, to, back };
+        self.begin(wanted)
+    }
+
     fn delete(mut self, keep_volumes: bool) -> Result<Asked, Refused> {
         let verdict = Verdict::Succeeded;
         let then = Then::Delete { keep_volumes, verdict: verdict.clone() };
@@ -399,6 +447,8 @@ impl Asking {
             Phase::Stopped { .. }
             | Phase::Hibernated { .. }
             | Phase::Snapshotting { vmm: None, .. }
+            | Phase::Restoring { vmm: None, .. }
+            | Phase::Returning { .. }
             | Phase::Failed { .. }
             | Phase::Waiting { .. } => Phase::Deleting { keep_volumes, verdict },
             // A create is being undone: its own verdict stands, and this operation sees the server go.
@@ -421,6 +471,7 @@ impl Asking {
             | Phase::Resuming { vmm }
             | Phase::Hibernating { vmm, .. }
             | Phase::Snapshotting { vmm: Some(vmm), .. }
+            | Phase::Restoring { vmm: Some(vmm), .. }
             | Phase::Resetting { vmm, .. } => Phase::Stopping { vmm: Some(vmm), push: Push::Force, then },
         };
         self.life.saved = None;
@@ -432,7 +483,7 @@ impl Asking {
         match then {
             Then::Fail(trouble) => self.end_job(Verdict::Failed(trouble)),
             Then::Delete { verdict, .. } => self.end_job(verdict),
-            Then::Stop | Then::Start | Then::Hibernate | Then::Decide(_) => {}
+            Then::Stop | Then::Start | Then::Hibernate | Then::Return { .. } | Then::Decide(_) => {}
         }
     }
 

@@ -15,6 +15,7 @@
 //!                        │   │     Snapshotting ──taken, failed──▶ as before; from Stopped, Failed and Paused too
 //!                        │   │     Hibernating ──saved──▶ Stopping, Releasing ──▶ Hibernated ──start──▶ Starting,
 //!                        │   │                                   │  │             memory restored ──▶ Resuming
+//!                        │   │     Restoring ──copied──▶ (Stopping, Releasing) ──▶ Returning ──▶ Starting, Stopped
 //!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
 //!                        │                        ▲ stop, reboot, delete from any phase with a machine
 //!                        └── Waiting ◀── released: failure, policy restarts it
@@ -30,10 +31,12 @@ use crate::vmms::ProcessId;
 pub mod ask;
 pub mod end;
 pub mod step;
+pub mod work;
 
 pub use ask::{Ask, Asked, Refused};
 pub use end::{End, EndKind};
 pub use step::{Event, Found, Spawned, step};
+pub use work::Work;
 
 /// All that decides what a server does next. Saved as one piece.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,13 +59,30 @@ pub struct Life {
     pub saved: Option<Saved>,
 }
 
-/// A machine that was saved into the server's directory.
+/// A machine that was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
     /// Digest by which the files are known to be the ones.
     pub root: Digest,
     /// Bytes of the disk that they take.
     pub stored_bytes: u64,
+    /// What it was saved for.
+    #[serde(default)]
+    pub of: SavedOf,
+}
+
+/// What a machine was saved for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SavedOf {
+    /// Its server hibernated: nobody else goes on from there, and it once. The files are in the server's directory.
+    #[default]
+    Hibernation,
+    /// A snapshot, from which machines go on again and again. The files are the snapshot's, which stays until then.
+    Snapshot {
+        /// Which.
+        id: SnapshotId,
+    },
 }
 
 /// An operation that the server's phases carry out.
@@ -94,6 +114,8 @@ pub enum JobKind {
     Hibernate,
     /// A copy of what it is.
     Snapshot,
+    /// What a copy of it shows.
+    Restore,
     /// Nothing left.
     Delete,
 }
@@ -110,6 +132,7 @@ impl JobKind {
             JobKind::Resume => "server.resume",
             JobKind::Hibernate => "server.hibernate",
             JobKind::Snapshot => "server.snapshot",
+            JobKind::Restore => "server.restore",
             JobKind::Delete => "server.delete",
         }
     }
@@ -173,6 +196,22 @@ pub enum Phase {
         /// What it goes back to.
         back: Back,
     },
+    /// What it was in a snapshot is being copied beside what it is; what it does goes on.
+    Restoring {
+        /// The process, if it has a machine.
+        vmm: Option<ProcessId>,
+        /// Where it is to go back to.
+        to: Return,
+        /// What it does.
+        back: Back,
+    },
+    /// No machine; what was copied takes the place of what it has.
+    Returning {
+        /// Where it goes back to.
+        to: Return,
+        /// Whether a machine follows.
+        start: bool,
+    },
     /// No machine; its memory is on the disk.
     Hibernated {
         /// Why, where that says more than the state.
@@ -222,6 +261,15 @@ pub enum Phase {
     },
 }
 
+/// A snapshot that a server goes back to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Return {
+    /// Which.
+    pub snapshot: SnapshotId,
+    /// Whether its memory too, so that the machine of that moment goes on.
+    pub memory: bool,
+}
+
 /// What a server goes back to when a snapshot of it has been taken, or has not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -239,6 +287,11 @@ pub enum Back {
     Failed {
         /// Why.
         why: StateReason,
+    },
+    /// No machine; its memory is on the disk.
+    Hibernated {
+        /// Why, where that says more than the state.
+        why: Option<StateReason>,
     },
 }
 
@@ -267,6 +320,13 @@ pub enum Then {
     Start,
     /// The server stays off and keeps its memory.
     Hibernate,
+    /// The server goes back to a snapshot, and is then started or not.
+    Return {
+        /// Which.
+        to: Return,
+        /// Whether it is started.
+        start: bool,
+    },
     /// It ended unasked: the policy decides.
     Decide(End),
     /// It could not be started.
@@ -299,49 +359,6 @@ pub enum Verdict {
     Failed(Trouble),
     /// Something else was asked for; the sentence says what.
     Cancelled(String),
-}
-
-/// The one piece of work that leads out of a phase. Each can be repeated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Work {
-    /// Make the directory and fill the volumes.
-    Make,
-    /// Start a VMM process.
-    Spawn,
-    /// Send it the machine, parked if it was saved.
-    Boot {
-        /// What was saved of it.
-        saved: Option<Saved>,
-    },
-    /// Park its vCPUs.
-    Pause,
-    /// Let them run.
-    Resume,
-    /// Park them and save the machine.
-    Save,
-    /// Take a snapshot.
-    Snapshot {
-        /// Which.
-        id: SnapshotId,
-    },
-    /// Ask how often the machine was reset.
-    CountResets,
-    /// Build the machine again, if it was reset so often and no more.
-    Reset {
-        /// How often.
-        resets: u64,
-    },
-    /// Press the power button.
-    Press,
-    /// End the process.
-    Kill,
-    /// Give taps and sockets back, and the memory that was saved unless it is kept.
-    Release {
-        /// Whether it is.
-        keep_saved: bool,
-    },
-    /// Remove everything.
-    Purge,
 }
 
 /// What [`step`] answers.
@@ -384,9 +401,11 @@ impl Life {
             Phase::Creating { start } => *start,
             Phase::Stopped { .. }
             | Phase::Snapshotting { vmm: None, .. }
+            | Phase::Restoring { vmm: None, .. }
             | Phase::Hibernated { .. }
             | Phase::Deleting { .. }
             | Phase::Failed { .. } => false,
+            Phase::Returning { start, .. } => *start,
             _ => true,
         }
     }
@@ -408,32 +427,6 @@ impl Life {
     pub fn is_off(&self) -> bool {
         matches!(self.phase, Phase::Stopped { .. } | Phase::Failed { .. }) && self.saved.is_none()
     }
-
-    /// The work that leads out of its phase.
-    pub fn work(&self) -> Option<Work> {
-        match &self.phase {
-            Phase::Creating { .. } => Some(Work::Make),
-            Phase::Starting { vmm: None } => Some(Work::Spawn),
-            Phase::Starting { vmm: Some(_) } => Some(Work::Boot { saved: self.saved }),
-            Phase::Pausing { .. } => Some(Work::Pause),
-            Phase::Resuming { .. } => Some(Work::Resume),
-            Phase::Hibernating { .. } => Some(Work::Save),
-            Phase::Snapshotting { snapshot, .. } => Some(Work::Snapshot { id: *snapshot }),
-            Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
-            Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
-            Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
-            Phase::Stopping { push: Push::Force, .. } => Some(Work::Kill),
-            Phase::Releasing { .. } => Some(Work::Release { keep_saved: self.saved.is_some() }),
-            Phase::Deleting { .. } => Some(Work::Purge),
-            Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }
-            | Phase::Stopped { .. }
-            | Phase::Hibernated { .. }
-            | Phase::Running { .. }
-            | Phase::Paused { .. }
-            | Phase::Waiting { .. }
-            | Phase::Failed { .. } => None,
-        }
-    }
 }
 
 impl Phase {
@@ -446,12 +439,14 @@ impl Phase {
             Phase::Running { .. } | Phase::Pausing { .. } | Phase::Resetting { .. } => ServerState::Running,
             Phase::Paused { .. } | Phase::Resuming { .. } | Phase::Hibernating { .. } => ServerState::Paused,
             Phase::Hibernated { .. } => ServerState::Hibernated,
-            Phase::Snapshotting { back, .. } => match back {
+            Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
                 Back::Running => ServerState::Running,
                 Back::Paused => ServerState::Paused,
                 Back::Stopped { .. } => ServerState::Stopped,
                 Back::Failed { .. } => ServerState::Failed,
+                Back::Hibernated { .. } => ServerState::Hibernated,
             },
+            Phase::Returning { .. } => ServerState::Stopping,
             Phase::Stopping { .. } => ServerState::Stopping,
             Phase::Releasing { then } => match then {
                 Then::Delete { .. } => ServerState::Deleting,
@@ -466,10 +461,12 @@ impl Phase {
     pub fn why(&self) -> Option<&StateReason> {
         match self {
             Phase::Stopped { why } | Phase::Hibernated { why } => why.as_ref(),
-            Phase::Snapshotting { back: Back::Stopped { why }, .. } => why.as_ref(),
-            Phase::Waiting { why, .. }
-            | Phase::Failed { why }
-            | Phase::Snapshotting { back: Back::Failed { why }, .. } => Some(why),
+            Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
+                Back::Stopped { why } | Back::Hibernated { why } => why.as_ref(),
+                Back::Failed { why } => Some(why),
+                Back::Running | Back::Paused => None,
+            },
+            Phase::Waiting { why, .. } | Phase::Failed { why } => Some(why),
             _ => None,
         }
     }
@@ -490,12 +487,24 @@ impl Phase {
         }
     }
 
+    /// The snapshot that it goes back to.
+    pub fn returns_to(&self) -> Option<SnapshotId> {
+        match self {
+            Phase::Restoring { to, .. }
+            | Phase::Returning { to, .. }
+            | Phase::Stopping { then: Then::Return { to, .. }, .. }
+            | Phase::Releasing { then: Then::Return { to, .. } } => Some(to.snapshot),
+            _ => None,
+        }
+    }
+
     /// The process it has, if it is known.
     pub fn vmm(&self) -> Option<&ProcessId> {
         match self {
-            Phase::Starting { vmm } | Phase::Stopping { vmm, .. } | Phase::Snapshotting { vmm, .. } => {
-                vmm.as_ref()
-            }
+            Phase::Starting { vmm }
+            | Phase::Stopping { vmm, .. }
+            | Phase::Snapshotting { vmm, .. }
+            | Phase::Restoring { vmm, .. } => vmm.as_ref(),
             Phase::Running { vmm }
             | Phase::Pausing { vmm }
             | Phase::Paused { vmm }

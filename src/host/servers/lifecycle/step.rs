@@ -7,7 +7,7 @@ use model::{OperationId, SnapshotId, Time};
 use wire::control::{MachineState, Sandbox};
 
 use super::end::{End, EndKind};
-use super::{Back, Context, JobKind, Life, Phase, Push, Saved, Step, Then, Trouble, Verdict};
+use super::{Back, Context, JobKind, Life, Phase, Push, Return, Saved, Step, Then, Trouble, Verdict};
 use crate::servers::limits;
 use crate::snapshots::Taken;
 use crate::vmms::ProcessId;
@@ -55,6 +55,12 @@ pub enum Event {
     SnapshotTaken(SnapshotId, Taken),
     /// There is nothing of the snapshot; the machine may be parked.
     SnapshotFailed(SnapshotId, Trouble),
+    /// A snapshot lies beside what the server has.
+    CopiedBack(SnapshotId),
+    /// Nothing of it does.
+    CopyBackFailed(SnapshotId, Trouble),
+    /// The snapshot is in the place of what the server had, with its memory where it has one.
+    TakenBack(SnapshotId, Option<Saved>),
     /// The machine was reset so often before.
     ResetsCounted(u64),
     /// The machine was built again.
@@ -101,6 +107,7 @@ impl Phase {
         match back {
             Back::Stopped { why } => Phase::Stopped { why },
             Back::Failed { why } => Phase::Failed { why },
+            Back::Hibernated { why } => Phase::Hibernated { why },
             // Those have a machine.
             Back::Running | Back::Paused => Phase::Stopped { why: None },
         }
@@ -175,6 +182,23 @@ impl Stepping {
             {
                 self.end_job(Verdict::Failed(trouble));
                 self.life.give_up_snapshotting(vmm, back);
+            }
+            (Phase::Restoring { vmm, to, back }, Event::CopiedBack(id)) if id == to.snapshot => {
+                self.copied_back(vmm, to, &back);
+            }
+            (Phase::Restoring { vmm, to, back }, Event::CopyBackFailed(id, trouble)) if id == to.snapshot => {
+                self.end_job(Verdict::Failed(trouble));
+                self.life.give_up_restoring(vmm, back);
+            }
+            (Phase::Returning { to, start }, Event::TakenBack(id, saved)) if id == to.snapshot => {
+                self.life.saved = saved;
+                self.life.failures = 0;
+                if start {
+                    self.life.begin_run();
+                } else {
+                    self.life.phase = Phase::Stopped { why: None };
+                    self.end_job(Verdict::Succeeded);
+                }
             }
             (Phase::Starting { vmm }, Event::StartFailed(trouble)) => {
                 let then = Then::Fail(trouble);
@@ -264,6 +288,17 @@ impl Stepping {
         self.life.phase = Phase::Resuming { vmm };
     }
 
+    /// The machine that there is ends now, and a memory that was saved is of no use with other disks.
+    fn copied_back(&mut self, vmm: Option<ProcessId>, to: Return, back: &Back) {
+        let start = to.memory || vmm.is_some() && *back != Back::Paused;
+        self.life.saved = None;
+        self.life.wanted = if start { Wanted::Running } else { Wanted::Stopped };
+        self.life.phase = match vmm {
+            Some(_) => Phase::Stopping { vmm, push: Push::Force, then: Then::Return { to, start } },
+            None => Phase::Returning { to, start },
+        };
+    }
+
     fn machine_ended(&mut self, phase: Phase, end: End) {
         if let Phase::Hibernating { was_paused, .. } = &phase {
             self.life.wanted = if *was_paused { Wanted::Paused } else { Wanted::Running };
@@ -279,6 +314,7 @@ impl Stepping {
             | Phase::Resuming { .. }
             | Phase::Hibernating { .. }
             | Phase::Snapshotting { vmm: Some(_), .. }
+            | Phase::Restoring { vmm: Some(_), .. }
             | Phase::Resetting { .. } => {
                 let trouble = Trouble {
                     code: Code::MachineFailed,
@@ -308,6 +344,7 @@ impl Stepping {
                 });
             }
             Then::Start => self.life.begin_run(),
+            Then::Return { to, start } => self.life.phase = Phase::Returning { to, start },
             Then::Decide(end) => self.decide(end),
             Then::Fail(trouble) => self.start_failed(trouble),
             Then::Delete { keep_volumes, verdict } => self.delete(keep_volumes, verdict),
@@ -346,7 +383,8 @@ impl Stepping {
         };
         match self.life.job.map(|job| job.kind) {
             Some(JobKind::Create) => return self.delete(false, Verdict::Failed(trouble)),
-            Some(JobKind::Start) => {
+            // A server whose disks are those of a snapshot already keeps its memory too, to be started later.
+            Some(JobKind::Start | JobKind::Restore) => {
                 self.life.wanted = self.life.wanted_at_rest();
                 self.life.phase = match self.life.saved {
                     Some(_) => Phase::Hibernated { why: Some(why) },
@@ -402,7 +440,10 @@ impl Stepping {
             (Phase::Paused { vmm }, Found::Alive(MachineState::Running)) => {
                 self.life.phase = Phase::Pausing { vmm };
             }
-            (Phase::Snapshotting { vmm: Some(vmm), .. }, Found::Alive(MachineState::Shell)) => {
+            (
+                Phase::Snapshotting { vmm: Some(vmm), .. } | Phase::Restoring { vmm: Some(vmm), .. },
+                Found::Alive(MachineState::Shell),
+            ) => {
                 let detail = "the machine is gone".to_owned();
                 self.end_job(Verdict::Failed(Trouble { code: Code::MachineFailed, detail }));
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };

@@ -37,6 +37,10 @@ struct World {
     saved: Option<Saved>,
     is_stale: bool,
     turns: u8,
+    /// The snapshot whose files lie beside the disks.
+    copied: Option<SnapshotId>,
+    /// The snapshot whose files took the places of the disks last.
+    taken_back: Option<SnapshotId>,
     /// Snapshots whose files are complete.
     snapshots: BTreeSet<SnapshotId>,
 }
@@ -94,7 +98,8 @@ impl World {
             }
             Work::Save => {
                 self.turns += 1;
-                let saved = Saved { root: Digest([self.turns; 32]), stored_bytes: 1 };
+                let saved =
+                    Saved { root: Digest([self.turns; 32]), stored_bytes: 1, of: SavedOf::Hibernation };
                 (self.saved, self.is_stale) = (Some(saved), false);
                 self.turn(MachineState::Paused, Event::Saved(saved))
             }
@@ -113,10 +118,30 @@ impl World {
                 self.machine = None;
                 Event::Ended(self.end())
             }
-            Work::Release { keep_saved } => {
+            Work::CopyBack { to } => {
+                self.copied = Some(to.snapshot);
+                Event::CopiedBack(to.snapshot)
+            }
+            Work::TakeBack { to } => {
+                assert!(self.machine.is_none(), "disks were taken from under a machine");
+                let is_again = self.taken_back == Some(to.snapshot);
+                assert!(
+                    self.copied.take() == Some(to.snapshot) || is_again,
+                    "what takes their place is gone"
+                );
+                self.taken_back = Some(to.snapshot);
+                let (root, of) = (Digest([0; 32]), SavedOf::Snapshot { id: to.snapshot });
+                self.saved = to.memory.then_some(Saved { root, stored_bytes: 1, of });
+                self.is_stale = false;
+                Event::TakenBack(to.snapshot, self.saved)
+            }
+            Work::Release { keep_saved, keep_copied } => {
                 assert!(self.machine.is_none(), "released under a machine");
                 if !keep_saved {
                     self.saved = None;
+                }
+                if !keep_copied {
+                    self.copied = None;
                 }
                 Event::Released
             }
@@ -259,6 +284,11 @@ impl Test {
         self.oracle = match ask {
             // It goes back to what it was.
             Ask::Snapshot { .. } => self.oracle,
+            Ask::Restore { to } => match life.phase {
+                _ if to.memory => ServerState::Running,
+                Phase::Running { .. } => ServerState::Running,
+                _ => ServerState::Stopped,
+            },
             Ask::Start | Ask::Resume | Ask::Reboot { .. } => ServerState::Running,
             Ask::Stop { .. } => ServerState::Stopped,
             Ask::Pause => ServerState::Paused,
@@ -287,6 +317,8 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         2 => Just(Ask::Resume),
         3 => Just(Ask::Hibernate),
         3 => any::<bool>().prop_map(|memory| Ask::Snapshot { id: SnapshotId::new(), memory }),
+        3 => any::<bool>()
+            .prop_map(|memory| Ask::Restore { to: Return { snapshot: SnapshotId::new(), memory } }),
         1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
     ];
     let happening = prop_oneof![
@@ -450,21 +482,21 @@ fn a_save_that_comes_to_nothing_leaves_the_machine_as_it_was() {
 #[test]
 fn a_memory_is_thrown_away_by_force_only() {
     let context = Context { now_ms: 0, policy: RestartPolicy::Never };
-    let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1 });
+    let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1, of: SavedOf::Hibernation });
     let asleep = Life { saved, wanted: Wanted::Hibernated, ..life(Phase::Hibernated { why: None }) };
     assert_eq!(asleep.ask(Ask::Stop { grace_ms: 1000 }, OperationId::new(), context), Err(Refused));
-    assert_eq!(asleep.allowed_actions(context), ["start", "delete"]);
+    assert_eq!(asleep.allowed_actions(context), ["start", "restore", "delete"]);
     let Ok(Asked::Began(stopping)) = asleep.ask(Ask::Stop { grace_ms: 0 }, OperationId::new(), context)
     else {
         panic!()
     };
-    assert_eq!(stopping.life.work(), Some(Work::Release { keep_saved: false }));
+    assert_eq!(stopping.life.work(), Some(Work::Release { keep_saved: false, keep_copied: false }));
     // A start that fails before a vCPU ran has used nothing up.
     let Ok(Asked::Began(starting)) = asleep.ask(Ask::Start, OperationId::new(), context) else { panic!() };
     let trouble = Trouble { code: Code::MachineFailed, detail: "no".to_owned() };
     let failing = step(&starting.life, Event::StartFailed(trouble), context).life;
     let ended = step(&failing, Event::Ended(End::host_restarted(0)), context).life;
-    assert_eq!(ended.work(), Some(Work::Release { keep_saved: true }));
+    assert_eq!(ended.work(), Some(Work::Release { keep_saved: true, keep_copied: false }));
     let back = step(&ended, Event::Released, context).life;
     assert_eq!(
         (back.phase.state(), back.wanted, back.saved),

@@ -87,3 +87,22 @@ fn the_seed_disk_is_not_opened_behind_a_link() {
     std::fs::create_dir(&own).unwrap();
     open(&own).unwrap();
 }
+
+#[tokio::test]
+async fn what_a_guest_causes_at_will_is_recorded_within_bounds() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let after = host.events().last();
+    let vmm = stage.launch.only();
+    for fault in 0..500 {
+        vmm.say(Notice::DeviceFault { device: "disk0".to_owned(), detail: format!("fault {fault}") });
+    }
+    // A command and its answer pass behind the notices on the same connection.
+    host.servers().metrics(id).await.unwrap();
+    let mut log = host.events().follow(Some(after)).await.unwrap();
+    let first = tokio::time::timeout(stage::SOON, log.next()).await.unwrap().unwrap();
+    assert_eq!(first[0].kind, "server.device_fault");
+    assert!(host.events().last().0 - after.0 <= 2);
+    host.close().await;
+}

@@ -14,11 +14,11 @@ use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Checkpoint, Fate, Host};
 
-fn named(name: &str, memory: bool) -> CreateSnapshot {
+pub(super) fn named(name: &str, memory: bool) -> CreateSnapshot {
     CreateSnapshot { name: Some(name.parse().unwrap()), memory, ..CreateSnapshot::default() }
 }
 
-async fn taken(host: &Host, id: ServerId, spec: CreateSnapshot) -> Snapshot {
+pub(super) async fn taken(host: &Host, id: ServerId, spec: CreateSnapshot) -> Snapshot {
     let accepted = host.servers().snapshot(&Call::by_host(), id, spec).await.unwrap().body;
     let snapshot = accepted.resource.unwrap();
     assert_eq!((snapshot.state, snapshot.taken_at), (SnapshotState::Creating, None));
@@ -31,7 +31,7 @@ fn directory(stage: &Stage, id: SnapshotId) -> PathBuf {
     stage.state_dir().join("snapshots").join(id.to_string())
 }
 
-fn volume(stage: &Stage, server: &Server) -> PathBuf {
+pub(super) fn volume(stage: &Stage, server: &Server) -> PathBuf {
     stage.state_dir().join("volumes").join(format!("{}.raw", server.volumes[0].volume_id))
 }
 
@@ -169,7 +169,7 @@ async fn a_snapshot_stays_while_a_volume_is_made_of_it_wherever_the_daemon_dies(
 }
 
 /// Dies at this point.
-struct DieAt(&'static str);
+pub(super) struct DieAt(pub(super) &'static str);
 
 impl Checkpoint for DieAt {
     fn reached(&self, point: &'static str) -> Fate {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use model::operation::{Operation, OperationState};
 use model::server::{DeleteServer, ServerAction, ServerState, StopServer};
-use model::snapshot::{CreateSnapshot, SnapshotState};
+use model::snapshot::{CreateSnapshot, RestoreServer, SnapshotState};
 use model::{Code, ServerId, SnapshotId};
 
 use wire::control::MachineState;
@@ -44,7 +44,11 @@ const LIFE: &[(&str, Option<ServerState>)] = &[
     ("snapshot", Some(ServerState::Running)),
     ("forget", Some(ServerState::Running)),
     ("snapshot with memory", Some(ServerState::Running)),
+    ("restore with memory", Some(ServerState::Running)),
     ("forget again", Some(ServerState::Running)),
+    ("snapshot once more", Some(ServerState::Running)),
+    ("restore", Some(ServerState::Running)),
+    ("forget once more", Some(ServerState::Running)),
     ("hibernate", Some(ServerState::Hibernated)),
     ("wake", Some(ServerState::Running)),
     ("delete", None),
@@ -52,12 +56,16 @@ const LIFE: &[(&str, Option<ServerState>)] = &[
 
 async fn call(host: &Host, verb: &str, id: Option<ServerId>) -> Result<(model::OperationId, ServerId)> {
     let servers = host.servers();
-    if let ("snapshot" | "snapshot with memory", Some(id)) = (verb, id) {
+    if let ("restore" | "restore with memory", Some(id)) = (verb, id) {
+        let spec = RestoreServer { snapshot: "now".to_owned(), stop: true };
+        return Ok((servers.restore(&keyed(verb), id, spec).await?.body.operation.id, id));
+    }
+    if let ("snapshot" | "snapshot with memory" | "snapshot once more", Some(id)) = (verb, id) {
         let memory = verb == "snapshot with memory";
         let spec = CreateSnapshot { name: Some("now".parse().unwrap()), memory, ..Default::default() };
         return Ok((servers.snapshot(&keyed(verb), id, spec).await?.body.operation.id, id));
     }
-    if let ("forget" | "forget again", Some(id)) = (verb, id) {
+    if let ("forget" | "forget again" | "forget once more", Some(id)) = (verb, id) {
         // The key is looked up before the snapshot is, so one that is gone already is no trouble.
         let page = host.snapshots().list(Default::default()).await?;
         let snapshot = page.items.first().map_or_else(|| SnapshotId(uuid::Uuid::nil()), |found| found.id);
@@ -156,7 +164,7 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
             let is_off = matches!(state, ServerState::Stopped | ServerState::Hibernated);
             let wanted = if is_off { 0 } else { 1 };
             assert_eq!(machines, wanted, "checkpoint {number}, after {verb}");
-            if *verb == "wake" {
+            if matches!(*verb, "wake" | "restore with memory") {
                 assert!(stage.launch.only().is_restored(), "checkpoint {number}: its memory is lost");
             }
             if verb.starts_with("snapshot") {
@@ -167,6 +175,12 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
                     "checkpoint {number}"
                 );
                 assert_eq!(stage.launch.only().state(), MachineState::Running, "checkpoint {number}");
+            }
+            if *verb == "restore" {
+                assert!(
+                    !stage.launch.only().is_restored(),
+                    "checkpoint {number}: restored from an earlier memory"
+                );
             }
             if *verb == "reset" {
                 assert_eq!(stage.launch.only().resets(), 1, "checkpoint {number}");

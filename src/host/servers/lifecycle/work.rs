@@ -1,0 +1,91 @@
+//! The work of each phase, as data: what leads out of it. Pure; `effects` does it.
+use super::{Life, Phase, Push, Return, Saved, Then};
+use model::SnapshotId;
+
+/// The one piece of work that leads out of a phase. Each can be repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Make the directory and fill the volumes.
+    Make,
+    /// Start a VMM process.
+    Spawn,
+    /// Send it the machine, parked if it was saved.
+    Boot {
+        /// What was saved of it.
+        saved: Option<Saved>,
+    },
+    /// Park its vCPUs.
+    Pause,
+    /// Let them run.
+    Resume,
+    /// Park them and save the machine.
+    Save,
+    /// Take a snapshot.
+    Snapshot {
+        /// Which.
+        id: SnapshotId,
+    },
+    /// Copy a snapshot beside what it has.
+    CopyBack {
+        /// Which.
+        to: Return,
+    },
+    /// Put what was copied in the place of what it has.
+    TakeBack {
+        /// Of which.
+        to: Return,
+    },
+    /// Ask how often the machine was reset.
+    CountResets,
+    /// Build the machine again, if it was reset so often and no more.
+    Reset {
+        /// How often.
+        resets: u64,
+    },
+    /// Press the power button.
+    Press,
+    /// End the process.
+    Kill,
+    /// Give taps and sockets back, and what lies beside its disks unless it is kept.
+    Release {
+        /// Whether the memory that was saved is.
+        keep_saved: bool,
+        /// Whether what was copied of a snapshot is.
+        keep_copied: bool,
+    },
+    /// Remove everything.
+    Purge,
+}
+
+impl Life {
+    /// The work that leads out of its phase.
+    pub fn work(&self) -> Option<Work> {
+        match &self.phase {
+            Phase::Creating { .. } => Some(Work::Make),
+            Phase::Starting { vmm: None } => Some(Work::Spawn),
+            Phase::Starting { vmm: Some(_) } => Some(Work::Boot { saved: self.saved }),
+            Phase::Pausing { .. } => Some(Work::Pause),
+            Phase::Resuming { .. } => Some(Work::Resume),
+            Phase::Hibernating { .. } => Some(Work::Save),
+            Phase::Snapshotting { snapshot, .. } => Some(Work::Snapshot { id: *snapshot }),
+            Phase::Restoring { to, .. } => Some(Work::CopyBack { to: *to }),
+            Phase::Returning { to, .. } => Some(Work::TakeBack { to: *to }),
+            Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
+            Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
+            Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),
+            Phase::Stopping { push: Push::Force, .. } => Some(Work::Kill),
+            Phase::Releasing { then } => Some(Work::Release {
+                keep_saved: self.saved.is_some(),
+                keep_copied: matches!(then, Then::Return { .. }),
+            }),
+            Phase::Deleting { .. } => Some(Work::Purge),
+            Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }
+            | Phase::Stopped { .. }
+            | Phase::Hibernated { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Waiting { .. }
+            | Phase::Failed { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Going back to a snapshot: what is checked and recorded when it is asked for, and the work. The files are copied beside
+//! what the server has while it does what it did; only when they are whole does its machine end, and they take their
+//! places. From then on there is no way back, and a daemon that dies is followed by one that goes on.
+//!
+//! ```text
+//! Restoring: copies beside ──▶ the machine ends ──▶ Returning: copies take their places ──▶ started, as one that hibernated
+//!            (failed, cancelled: nothing has changed)                                         or off
+//! ```
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use model::operation::{Accepted, Progress};
+use model::server::Server;
+use model::snapshot::{RestoreServer, Snapshot};
+use model::{Code, ServerId, SnapshotId};
+
+use super::effects::Doing;
+use super::lifecycle::{Ask, Event, Return, Saved, SavedOf, Trouble};
+use super::record::ServerRecord;
+use super::registry::Workshop;
+use super::{Servers, advance, create, limits, saved, view};
+use crate::call::{Actor, Answer, Call};
+use crate::core::blocking;
+use crate::error::{Error, Result};
+use crate::operations;
+use crate::snapshots::{SnapshotRecord, Snapshots};
+use crate::store::{Tx, records};
+use crate::volumes::{Volumes, space};
+
+impl Servers {
+    /// Makes it what a snapshot of it shows. What it has in memory and on its disks since then is lost.
+    pub async fn restore(
+        &self,
+        call: &Call,
+        id: ServerId,
+        spec: RestoreServer,
+    ) -> Result<Answer<Accepted<Server>>> {
+        let (workshop, conditions) = (self.workshop().clone(), call.clone());
+        let answer = self
+            .workshop()
+            .core
+            .mutate(call, move |tx| {
+                let record: ServerRecord = records::one(tx, id.0)?;
+                conditions.check_match(record.generation)?;
+                accept(tx, &workshop, record, &spec, &conditions.actor)
+            })
+            .await?;
+        self.poke(&answer);
+        Ok(answer)
+    }
+}
+
+fn accept(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    record: ServerRecord,
+    spec: &RestoreServer,
+    actor: &Actor,
+) -> Result<Accepted<Server>> {
+    let found = Snapshots::ready(tx, &spec.snapshot)?;
+    check_fits(&found, &record)?;
+    let shown = &found.shown;
+    let has_memory = record.life.phase.vmm().is_some() || record.life.saved.is_some();
+    if has_memory && !spec.stop {
+        let detail = format!(
+            "server {} is {}, and what it has in memory would be lost: say `\"stop\": true` if it may be, or stop it \
+             first",
+            record.name,
+            view::state_text(&record)
+        );
+        return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(&record)));
+    }
+    let to = Return { snapshot: shown.id, memory: shown.memory };
+    if shown.memory {
+        create::before_start(workshop, &record)?;
+        workshop.capacity.admit(tx, &mut shaped(&record, shown))?;
+    }
+    let place = workshop.core.dirs.root().join("volumes");
+    let (operation, record) =
+        advance::ask(tx, workshop.capacity, record, Ask::Restore { to }, actor, |_| Ok(()))?;
+    // Of disks whose blocks are shared less is needed. Memory is not copied.
+    let disks = (0..shown.volumes.len()).map(|index| workshop.volumes.snapshot_bytes(shown.id, index));
+    space::check(&place, disks.sum(), 0)?;
+    Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
+}
+
+/// Whether it is one of this server as it is built still.
+fn check_fits(found: &SnapshotRecord, record: &ServerRecord) -> Result<()> {
+    let shown = &found.shown;
+    if shown.server_id != record.id {
+        let detail = format!(
+            "snapshot {} is one of server {}; make another server of it with `POST /v1/servers`",
+            shown.name, shown.server_name
+        );
+        return Err(Error::invalid("/snapshot", "of_another_server", detail));
+    }
+    let fits = shown.volumes.len() == record.disks.len()
+        && (!shown.memory || found.origin.nics.len() == record.nics.len());
+    if !fits {
+        let detail =
+            format!("server {} has other disks or interfaces than snapshot {}", record.name, shown.name);
+        return Err(Error::invalid("/snapshot", "does_not_fit", detail));
+    }
+    Ok(())
+}
+
+/// The server with the machine of a snapshot.
+fn shaped(record: &ServerRecord, shown: &Snapshot) -> ServerRecord {
+    let (vcpus, memory_bytes, cpu) = (shown.vcpus, shown.memory_bytes, shown.cpu);
+    ServerRecord { vcpus, memory_bytes, cpu, ..record.clone() }
+}
+
+/// Records that a server's disks are those of a snapshot, and its machine is where that has memory.
+pub(super) fn taken_back(tx: &Tx<'_>, record: &mut ServerRecord, id: SnapshotId) -> Result<()> {
+    let shown = records::one::<SnapshotRecord>(tx, id.0)?.shown;
+    if shown.memory {
+        *record = shaped(record, &shown);
+    }
+    for (disk, volume) in record.disks.iter().zip(&shown.volumes) {
+        let size_bytes = size(Volumes::find(tx, disk.volume_id)?.size_bytes, volume.size_bytes, shown.memory);
+        Volumes::is_back(tx, disk.volume_id, id, *volume, size_bytes)?;
+    }
+    let moment = shown.taken_at.map(|at| format!(" of {at}")).unwrap_or_default();
+    let reason = format!("it went back to snapshot {}{moment}; what it wrote since then is lost", shown.name);
+    advance::guest_event(tx, record, "server.restored", reason, &Actor::Host)
+}
+
+/// Size of a disk that goes back. One that was made larger since stays so, unless its guest goes on and knows better.
+fn size(has: u64, had: u64, memory: bool) -> u64 {
+    if memory { had } else { has.max(had) }
+}
+
+impl Doing {
+    /// Copies a snapshot beside what the server has, from the beginning. What fails leaves nothing.
+    pub(super) async fn copy_back(&self, to: Return) -> Result<Event> {
+        match self.try_copy_back(to).await {
+            Ok(()) => Ok(Event::CopiedBack(to.snapshot)),
+            Err(cause) if self.workshop.core.store.is_dead() => Err(cause),
+            Err(cause) => {
+                if !self.stop.load(Ordering::SeqCst) {
+                    tracing::warn!(server = %self.record.id, "it does not go back: {}", cause.chain());
+                }
+                forget_copies(&self.workshop, &self.record).await?;
+                Ok(Event::CopyBackFailed(to.snapshot, Trouble::from(&cause)))
+            }
+        }
+    }
+
+    async fn try_copy_back(&self, to: Return) -> Result<()> {
+        let shown = self.snapshot_record(to.snapshot).await?.shown;
+        let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
+        let copying = async {
+            for (index, (disk, volume)) in self.record.disks.iter().zip(&shown.volumes).enumerate() {
+                let id = disk.volume_id;
+                let found = self.workshop.core.store.read(move |all| Volumes::find(all, id)).await?;
+                let size_bytes = size(found.size_bytes, volume.size_bytes, to.memory);
+                let stopped = || self.stop.load(Ordering::SeqCst);
+                let moved = |bytes_done: u64, bytes_total: u64| {
+                    done.store(bytes_done, Ordering::Relaxed);
+                    total.store(bytes_total, Ordering::Relaxed);
+                };
+                let source = (to.snapshot, index);
+                self.workshop.volumes.copy_back(id, source, size_bytes, &stopped, &moved).await?;
+                self.workshop.core.checkpoint("server.disk_copied_back")?;
+            }
+            Ok(())
+        };
+        tokio::pin!(copying);
+        loop {
+            tokio::select! {
+                outcome = &mut copying => return outcome,
+                () = tokio::time::sleep(limits::PROGRESS_EVERY) => {
+                    let (done, total) = (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
+                    self.tell_copied(done, total).await?;
+                }
+            }
+        }
+    }
+
+    async fn tell_copied(&self, bytes_done: u64, bytes_total: u64) -> Result<()> {
+        let Some(job) = self.record.life.job else { return Ok(()) };
+        // Copying is most of the work: 1 to 60 percent of the operation.
+        let part = bytes_done.saturating_mul(59).checked_div(bytes_total).unwrap_or_default().min(59);
+        let progress = Progress {
+            phase: "copying_disks".to_owned(),
+            percent: 1 + u8::try_from(part).unwrap_or_default(),
+            bytes_done: Some(bytes_done),
+            bytes_total: Some(bytes_total),
+        };
+        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
+    }
+
+    /// Puts what was copied in its places. Whatever had them is gone, and no machine is there. Repeatable.
+    pub(super) async fn take_back(&self, to: Return) -> Result<Event> {
+        let found = self.snapshot_record(to.snapshot).await?;
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        // A memory that hibernated is not that of these disks.
+        blocking(move || saved::discard(&directory)).await?;
+        self.workshop.core.checkpoint("server.memory_discarded")?;
+        for disk in &self.record.disks {
+            self.workshop.volumes.take_back(disk.volume_id).await?;
+            self.workshop.core.checkpoint("server.disk_taken_back")?;
+        }
+        let saved = found.root.filter(|_| to.memory).map(|root| Saved {
+            root,
+            stored_bytes: found.shown.stored_bytes,
+            of: SavedOf::Snapshot { id: to.snapshot },
+        });
+        Ok(Event::TakenBack(to.snapshot, saved))
+    }
+
+    async fn snapshot_record(&self, id: SnapshotId) -> Result<SnapshotRecord> {
+        self.workshop.core.store.read(move |connection| records::one(connection, id.0)).await
+    }
+}
+
+/// Removes what was copied beside what a server has. Repeatable.
+pub(super) async fn forget_copies(workshop: &Workshop, record: &ServerRecord) -> Result<()> {
+    for disk in &record.disks {
+        workshop.volumes.forget_copy(disk.volume_id).await?;
+    }
+    Ok(())
+}

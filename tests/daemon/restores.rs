@@ -1,0 +1,116 @@
+//! Servers that go back to a snapshot, with the real daemon and VMM and a guest that keeps the same ledger in its memory and
+//! on its disk: whatever moment they are of, both are of the same.
+use std::time::Instant;
+
+use hyper::Method;
+use serde_json::{Value, json};
+
+use crate::api::text;
+use crate::daemon::{MEMORY_BYTES, Stage, wait_for};
+use crate::world::inside;
+
+const IMAGE: &str = "ledger";
+
+/// An entry of a guest's ledger: its number, and the guest's clock in nanoseconds.
+type Entry = (u64, u64);
+
+async fn ledger(stage: &Stage, id: &str) -> Vec<Entry> {
+    let answer = stage.api().read(&format!("/v1/servers/{id}/console-log")).await.expect("an answer");
+    let log = answer.body.as_str().expect("a console's log");
+    assert!(!log.contains("FAILED") && !log.contains("broken"), "{log}");
+    let entry = |line: &str| -> Option<Entry> {
+        let (number, ns) = line.trim().strip_prefix("probe: ledger ")?.split_once(" ns=")?;
+        Some((number.parse().ok()?, ns.parse().ok()?))
+    };
+    log.lines().filter_map(entry).collect()
+}
+
+/// Waits until the last entry is at least this one and there are so many in all.
+async fn reaches(stage: &Stage, id: &str, number: u64, entries: usize) -> Vec<Entry> {
+    let look = async || {
+        let all = ledger(stage, id).await;
+        (all.len() >= entries && all.last().is_some_and(|(last, _)| *last >= number)).then_some(all)
+    };
+    wait_for("the ledger's next entries", look).await.unwrap()
+}
+
+async fn act(stage: &Stage, id: &str, action: &str, key: &str, body: Value) -> Value {
+    let path = format!("/v1/servers/{id}/actions/{action}");
+    let answer = stage.call(Method::POST, &path, key, Some(body)).await;
+    stage.succeeded(&answer.operation()).await.unwrap();
+    stage.api().get(&format!("/v1/servers/{id}")).await
+}
+
+async fn back_and_back_again() {
+    let stage = Stage::new();
+    stage.open_well().await;
+    stage.import_another(IMAGE, "ledger=20").await;
+    let spec = json!({ "name": "web1", "image": IMAGE, "memory_bytes": MEMORY_BYTES });
+    let accepted = stage.call(Method::POST, "/v1/servers", "make", Some(spec)).await;
+    stage.succeeded(&accepted.operation()).await.unwrap();
+    let id = text(&accepted.body["resource"]["id"]);
+    reaches(&stage, &id, 20, 20).await;
+    act(&stage, &id, "snapshot", "take", json!({ "name": "then", "memory": true })).await;
+    let at_moment = ledger(&stage, &id).await.last().copied().expect("an entry");
+    let taken = Instant::now();
+    let before = stage.api().get(&format!("/v1/servers/{id}")).await;
+
+    for round in 0..3 {
+        // Far enough for what is on the disk to be another than the snapshot's.
+        reaches(&stage, &id, at_moment.0 + 30, 0).await;
+        let entries = ledger(&stage, &id).await.len();
+        let vmm = stage.vmms()["web1"];
+        let begun = Instant::now();
+        let now = act(
+            &stage,
+            &id,
+            "restore",
+            &format!("back-{round}"),
+            json!({ "snapshot": "then", "stop": true }),
+        )
+        .await;
+        println!("round {round}: back after {} ms", begun.elapsed().as_millis());
+        assert_ne!(stage.vmms()["web1"], vmm);
+        for member in ["state", "name", "nics", "vcpus", "memory_bytes"] {
+            assert_eq!(now[member], before[member]);
+        }
+        let all = reaches(&stage, &id, 0, entries + 12).await;
+        let (again, clock_ns) = all[entries..]
+            .windows(2)
+            .find_map(|pair| (pair[1].0 < pair[0].0).then_some(pair[1]))
+            .or_else(|| all.get(entries).copied())
+            .expect("an entry after the restore");
+        assert!(again <= at_moment.0 + 1, "it went on from {again}, and the moment was {at_moment:?}");
+        // The guest's clock has not stood still meanwhile.
+        let passed_ns = u64::try_from(taken.elapsed().as_nanos()).expect("soon");
+        let shown_ns = clock_ns.checked_sub(at_moment.1).expect("the clock does not go back");
+        assert!(
+            shown_ns <= passed_ns && shown_ns + 1_000_000_000 > begun.duration_since(taken).as_nanos() as u64
+        );
+    }
+
+    // Of its disk alone it starts afresh; off, it stays off.
+    act(&stage, &id, "snapshot", "take-disk", json!({ "name": "disk" })).await;
+    let now = act(&stage, &id, "restore", "disk", json!({ "snapshot": "disk", "stop": true })).await;
+    assert_eq!(now["state"], "running");
+    let begins = async || ledger(&stage, &id).await.last().is_some_and(|(last, _)| *last < 10).then_some(());
+    wait_for("a ledger that begins anew", begins).await.unwrap();
+    act(&stage, &id, "stop", "off", json!({ "grace_s": 0 })).await;
+    let now = act(&stage, &id, "restore", "off-disk", json!({ "snapshot": "disk" })).await;
+    assert_eq!(now["state"], "stopped");
+    // And from there to the memory of a moment long ago.
+    let entries = ledger(&stage, &id).await.len();
+    let now = act(&stage, &id, "restore", "off-memory", json!({ "snapshot": "then" })).await;
+    assert_eq!(now["state"], "running");
+    let all = reaches(&stage, &id, 0, entries + 12).await;
+    assert!(all[entries].0 <= at_moment.0 + 1);
+    stage.close().await;
+}
+
+#[test]
+fn memory_and_disk_are_of_one_moment_however_often_a_server_goes_back() {
+    inside(
+        "restores::memory_and_disk_are_of_one_moment_however_often_a_server_goes_back",
+        back_and_back_again(),
+    );
+}
