@@ -31,13 +31,22 @@ pub(crate) struct Ground {
     pub(crate) probe: PathBuf,
     /// The program made from floor.c.
     pub(crate) floor: PathBuf,
+    /// The program made from mover.c.
+    pub(crate) mover: PathBuf,
 }
 
 impl Ground {
     pub(crate) fn new(effort: Effort) -> Ground {
         let binaries = given("TOFT_BIN");
         let kvm = kvm_kind(&binaries.join("toft-vmm"));
-        Ground { effort, kvm, binaries, probe: given("TOFT_PROBE"), floor: given("TOFT_FLOOR") }
+        Ground {
+            effort,
+            kvm,
+            binaries,
+            probe: given("TOFT_PROBE"),
+            floor: given("TOFT_FLOOR"),
+            mover: given("TOFT_MOVER"),
+        }
     }
 
     /// `full` samples, or `smoke` where nothing is measured.

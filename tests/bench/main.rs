@@ -17,6 +17,7 @@ mod ground;
 mod guest;
 mod host;
 mod memory;
+mod migrate;
 mod net;
 mod process;
 mod rows;
@@ -57,6 +58,11 @@ const GROUPS: &[Group] = &[
         run: memory::run,
     },
     Group { name: "disk", what: "random reads, sequential writes with flushes, beside QEMU", run: disk::run },
+    Group {
+        name: "migrate",
+        what: "moves of 2 GiB over TCP, beside a bare program; how long the guest stands still",
+        run: migrate::run,
+    },
     Group { name: "net", what: "full-size and small frames both ways, beside QEMU", run: net::run },
 ];
 

@@ -1,0 +1,127 @@
+//! `migrate_ms` and `blackout_ms`: a machine of 2 GiB whose guest has written 1.75 GiB moves between jailed VMMs over TCP
+//! on loopback, again and again, beside a bare program that moves as many pages over as many streams.
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::time::Instant;
+
+use wire::migration::{Phase, SendLimits};
+
+use crate::ground::{Effort, Ground};
+use crate::rows::{Report, Series};
+use crate::vmm_driver::{Machine, Vmm};
+
+/// As many as the smallest machine has processors.
+const STREAMS: usize = 2;
+
+/// How long a guest that does next to nothing may stand still, in milliseconds.
+const IDLE_DOWNTIME_MS: u32 = 10;
+
+/// How long a guest that writes may stand still, in milliseconds.
+const BUSY_DOWNTIME_MS: u32 = 50;
+
+struct Size {
+    memory_mib: u64,
+    written_mib: u64,
+}
+
+struct Moved {
+    whole_ms: f64,
+    blackout_ms: f64,
+    rounds: u32,
+}
+
+pub(crate) fn run(ground: &Ground, report: &mut Report) {
+    let size = match ground.effort {
+        Effort::Full => Size { memory_mib: 2048, written_mib: 1792 },
+        Effort::Smoke => Size { memory_mib: 128, written_mib: 64 },
+    };
+    let series = |bench, case, who| Series { bench, case, who, unit: "ms" };
+    let mib = size.written_mib;
+
+    let fill = format!("dirty={mib},0,6000 ticks=1000000000");
+    let mut vmm = Vmm::boot(machine(ground, &size, &fill));
+    vmm.wait_for_console("probe: dirty ok");
+    let (mut whole_ms, mut mover_ms, mut blackout_ms) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ground.samples(11, 1) {
+        mover_ms.push(mover(ground, &size));
+        let moved = hop_on(&mut vmm, machine(ground, &size, &fill), IDLE_DOWNTIME_MS);
+        whole_ms.push(moved.whole_ms);
+        blackout_ms.push(moved.blackout_ms);
+    }
+    drop(vmm);
+    let small = Size { memory_mib: 128, written_mib: 64 };
+    let fill = "dirty=64,0,100 ticks=1000000000";
+    let mut vmm = Vmm::boot(machine(ground, &small, fill));
+    vmm.wait_for_console("probe: dirty ok");
+    let mut move_small = || hop_on(&mut vmm, machine(ground, &small, fill), IDLE_DOWNTIME_MS).blackout_ms;
+    let small_ms: Vec<f64> = (0..ground.samples(100, 2)).map(|_| move_small()).collect();
+    drop(vmm);
+    let toft = report.add(series("migrate_ms", "idle", "toft"), &whole_ms);
+    let mover = report.add(series("migrate_ms", "idle", "mover"), &mover_ms);
+    let ratio = mover / toft;
+    report.bar(&format!("migrate_ratio: {ratio:.2} of mover (wanted: at least 0.8)"), ratio >= 0.8);
+    report.add(series("blackout_ms", "idle, 128 MiB", "toft"), &small_ms);
+    let idle = report.add(series("blackout_ms", "idle", "toft"), &blackout_ms);
+    report.bar(&format!("blackout_ms idle: {idle:.1} ms (wanted: at most 10)"), idle <= 10.0);
+
+    let rate_mib_per_s = (mib as f64 / (mover / 1e3) / 2.0) as u64;
+    let busy = format!("dirty={mib},{rate_mib_per_s}");
+    let mut vmm = Vmm::boot(machine(ground, &size, &busy));
+    vmm.wait_for_times("dirty pass", 3);
+    let (mut whole_ms, mut blackout_ms, mut rounds) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..ground.samples(11, 1) {
+        let moved = hop_on(&mut vmm, machine(ground, &size, &busy), BUSY_DOWNTIME_MS);
+        whole_ms.push(moved.whole_ms);
+        blackout_ms.push(moved.blackout_ms);
+        rounds += moved.rounds;
+    }
+    let told = vmm.console();
+    assert!(!told.contains("FAILED"), "{told}");
+    let case = "half the wire's rate";
+    report.add(series("migrate_ms", case, "toft"), &whole_ms);
+    let busy = report.add(series("blackout_ms", case, "toft"), &blackout_ms);
+    report.bar(&format!("blackout_ms {case}: {busy:.1} ms (wanted: at most 50)"), busy <= 50.0);
+    let rounds = f64::from(rounds) / blackout_ms.len() as f64;
+    report.note(format!("{case}: {rate_mib_per_s} MiB/s, {rounds:.1} rounds a move"));
+}
+
+fn machine(ground: &Ground, size: &Size, words: &str) -> Machine {
+    let mut machine = Machine::new(&ground.probe, words);
+    machine.spec.memory_bytes = size.memory_mib << 20;
+    machine
+}
+
+/// Moves the machine into a new VMM, which takes the place of the old one.
+fn hop_on(vmm: &mut Vmm, machine: Machine, downtime_ms: u32) -> Moved {
+    let (near, far) = streams();
+    let mut next = Vmm::start();
+    next.try_receive(machine, far).unwrap();
+    let begun = Instant::now();
+    vmm.try_send(near, SendLimits { downtime_ms, bandwidth_bytes_per_s: None }).unwrap();
+    let status = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
+    let whole_ms = begun.elapsed().as_secs_f64() * 1e3;
+    assert_eq!(status.phase, Phase::Moved, "{status:?}");
+    *vmm = next;
+    let progress = status.progress;
+    Moved { whole_ms, blackout_ms: progress.downtime_us as f64 / 1e3, rounds: progress.rounds }
+}
+
+/// Both ends of connected streams.
+fn streams() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pair = |_| {
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let far = listener.accept().unwrap().0;
+        near.set_nodelay(true).and_then(|()| far.set_nodelay(true)).unwrap();
+        (near.into(), far.into())
+    };
+    (0..STREAMS).map(pair).unzip()
+}
+
+fn mover(ground: &Ground, size: &Size) -> f64 {
+    let arguments = [size.written_mib.to_string(), STREAMS.to_string()];
+    let output = Command::new(&ground.mover).args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.trim().parse().unwrap_or_else(|_| panic!("mover: {}", String::from_utf8_lossy(&output.stderr)))
+}
