@@ -146,13 +146,13 @@ impl Client {
         self.send("GET", path, None, &[]).await?.json()
     }
 
-    /// Sends a file as the body, streaming.
+    /// Sends a file as the body, streaming. Its length is told where it is known.
     pub(crate) async fn upload(
         &self,
         path: &str,
         kind: &str,
         file: tokio::fs::File,
-        length_bytes: u64,
+        length_bytes: Option<u64>,
         on_progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Answer, Error> {
         if self.show_http {
@@ -176,7 +176,7 @@ impl Client {
         });
         let body = http_body_util::StreamBody::new(chunks.into_stream());
         let body = BodyExt::boxed(SyncBody(std::sync::Mutex::new(Box::pin(body))));
-        let response = self.exchange("POST", path, Some(kind), Some(length_bytes), body, &[EXPECT]).await?;
+        let response = self.exchange("POST", path, Some(kind), length_bytes, body, &[EXPECT]).await?;
         self.collect(response).await
     }
 

@@ -41,6 +41,12 @@ pub(crate) enum Error {
         #[source]
         cause: io::Error,
     },
+    #[error("cannot write {}", .path.display())]
+    Write {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
     #[error("cannot read standard input")]
     Input(#[source] io::Error),
     #[error("cannot write the output")]
@@ -66,7 +72,7 @@ impl Error {
     /// The exit code, as `toft --help` lists them.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage(_) | Error::Read { .. } => 2,
+            Error::Usage(_) | Error::Read { .. } | Error::Write { .. } => 2,
             Error::NoSuchName { .. } => 3,
             Error::Connect { .. } | Error::Http { .. } => 5,
             Error::Cancelled { .. } => 4,

@@ -2,7 +2,6 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
 use model::Name;
 use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, ImportSource, PatchImage};
 
@@ -156,15 +155,10 @@ impl Upload {
         if let Some(sha256) = &self.sha256 {
             path.push_str(&format!("&sha256={}", target::percent_encode(sha256)));
         }
-        let bar = ProgressBar::new(length);
-        if let Ok(style) =
-            ProgressStyle::with_template("upload {wide_bar} {bytes} of {total_bytes} {bytes_per_sec}")
-        {
-            bar.set_style(style);
-        }
+        let bar = wait::transfer_bar("upload", Some(length));
         let shown = bar.clone();
         let on_progress = move |sent| shown.set_position(sent);
-        let answer = context.client.upload(&path, "application/x-tar", file, length, on_progress).await;
+        let answer = context.client.upload(&path, "application/x-tar", file, Some(length), on_progress).await;
         bar.finish_and_clear();
         wait::finish::<Image>(context, &answer?, "images", false).await
     }

@@ -1,7 +1,14 @@
 //! `toft snapshot …`
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
+use http_body_util::BodyExt;
+use hyper::body::Body;
 use model::snapshot::{CreateSnapshot, PatchSnapshot, Snapshot};
 use model::{Name, Time};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -24,6 +31,10 @@ pub(crate) enum Verb {
     },
     /// Change a snapshot's name, words, labels or expiry.
     Update(Update),
+    /// Write a snapshot as one file, to be kept elsewhere or imported by another host.
+    Export(Export),
+    /// Take in a snapshot that was exported, from this host or another.
+    Import(Import),
     /// Delete a snapshot.
     #[command(visible_alias = "rm")]
     Delete {
@@ -79,6 +90,25 @@ pub(crate) struct Update {
     if_generation: Option<u64>,
 }
 
+/// `toft snapshot export`.
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// Name or id.
+    snapshot: String,
+    /// Where to, a file that is not there yet; - for standard output. It holds the server's keys and user data too.
+    file: PathBuf,
+}
+
+/// `toft snapshot import`.
+#[derive(Debug, Args)]
+pub(crate) struct Import {
+    /// What was exported; - for standard input.
+    file: PathBuf,
+    /// Unique name; the one it was exported under when absent.
+    #[arg(long)]
+    name: Option<Name>,
+}
+
 impl Verb {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
@@ -93,6 +123,8 @@ impl Verb {
                 output::one(context.format, &snapshot)
             }
             Verb::Update(update) => update.run(context).await,
+            Verb::Export(export) => export.run(context).await,
+            Verb::Import(import) => import.run(context).await,
             Verb::Delete { snapshot } => {
                 let id = target::resolve(&context.client, "snapshots", &snapshot).await?;
                 let answer = context.client.send("DELETE", &format!("/v1/snapshots/{id}"), None, &[]).await?;
@@ -116,6 +148,94 @@ impl Create {
         let path = format!("/v1/servers/{id}/actions/snapshot");
         let answer = context.client.send("POST", &path, Some(body), &[]).await?;
         wait::finish::<Snapshot>(context, &answer, "snapshots", false).await
+    }
+}
+
+/// What stands for standard input and output.
+const STANDARD: &str = "-";
+
+impl Export {
+    async fn run(self, context: &Context) -> Result<(), Error> {
+        let to_standard = self.file.as_os_str() == STANDARD;
+        if to_standard && std::io::stdout().is_terminal() {
+            return Err(Error::Usage("a snapshot is not for terminals; name a file".to_owned()));
+        }
+        let id = target::resolve(&context.client, "snapshots", &self.snapshot).await?;
+        let path = format!("/v1/snapshots/{id}/export");
+        if to_standard {
+            return receive(context, &path, &mut tokio::io::stdout(), Error::Output).await;
+        }
+        let unwritable = |cause| Error::Write { path: self.file.clone(), cause };
+        if self.file.exists() {
+            return Err(unwritable(io::ErrorKind::AlreadyExists.into()));
+        }
+        // Under its own name it is whole.
+        let mut part = self.file.clone().into_os_string();
+        part.push(".part");
+        let mut file = tokio::fs::File::create(&part).await.map_err(unwritable)?;
+        let received = receive(context, &path, &mut file, unwritable).await;
+        let kept = match received {
+            Ok(()) => {
+                file.sync_all().await.and_then(|()| std::fs::rename(&part, &self.file)).map_err(unwritable)
+            }
+            Err(cause) => Err(cause),
+        };
+        if kept.is_err() {
+            // What remains is told by its name.
+            let _ = std::fs::remove_file(&part);
+        }
+        kept
+    }
+}
+
+/// Writes the body of an answer to its end.
+async fn receive(
+    context: &Context,
+    path: &str,
+    to: &mut (impl AsyncWrite + Unpin),
+    unwritable: impl Fn(io::Error) -> Error,
+) -> Result<(), Error> {
+    let mut body = context.client.stream(path, &[]).await?;
+    let bar = wait::transfer_bar("export", body.size_hint().exact());
+    while let Some(frame) = body.frame().await {
+        let broke = |cause| Error::Http { endpoint: path.to_owned(), cause: Box::new(cause) };
+        let Ok(piece) = frame.map_err(broke)?.into_data() else { continue };
+        to.write_all(&piece).await.map_err(&unwritable)?;
+        bar.inc(piece.len() as u64);
+    }
+    bar.finish_and_clear();
+    to.flush().await.map_err(unwritable)
+}
+
+impl Import {
+    async fn run(self, context: &Context) -> Result<(), Error> {
+        let unreadable = |cause| Error::Read { path: self.file.clone(), cause };
+        let (file, length) = if self.file.as_os_str() == STANDARD {
+            (
+                std::io::stdin()
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map(std::fs::File::from)
+                    .map_err(Error::Input)?,
+                None,
+            )
+        } else {
+            let file = std::fs::File::open(&self.file).map_err(unreadable)?;
+            let length = file.metadata().map_err(unreadable)?.len();
+            (file, Some(length))
+        };
+        let mut path = "/v1/snapshots".to_owned();
+        if let Some(name) = &self.name {
+            path.push_str(&format!("?name={name}"));
+        }
+        let bar = wait::transfer_bar("import", length);
+        let shown = bar.clone();
+        let on_progress = move |sent| shown.set_position(sent);
+        let file = tokio::fs::File::from_std(file);
+        let kind = "application/vnd.toft.snapshot";
+        let answer = context.client.upload(&path, kind, file, length, on_progress).await;
+        bar.finish_and_clear();
+        wait::finish::<Snapshot>(context, &answer?, "snapshots", false).await
     }
 }
 

@@ -98,6 +98,18 @@ fn progress_bar(kind: &str) -> ProgressBar {
     bar
 }
 
+/// A bar for bytes that go by; hidden where nobody looks. A length that is not known is counted only.
+pub(crate) fn transfer_bar(what: &str, length_bytes: Option<u64>) -> ProgressBar {
+    let (bar, template) = match length_bytes {
+        Some(length) => (ProgressBar::new(length), "{wide_bar} {bytes} of {total_bytes} {bytes_per_sec}"),
+        None => (ProgressBar::no_length(), "{bytes} {bytes_per_sec}"),
+    };
+    if let Ok(style) = ProgressStyle::with_template(&format!("{what} {template}")) {
+        bar.set_style(style);
+    }
+    bar
+}
+
 fn show(bar: &ProgressBar, operation: &Operation) {
     let progress = &operation.progress;
     bar.set_position(u64::from(progress.percent));

@@ -1,4 +1,4 @@
-//! What fuzzers call: text that comes from callers, and images. No part of the daemon. `tests/fuzz` calls it with new
+//! What fuzzers call: text that comes from callers, images and snapshots. No part of the daemon. `tests/fuzz` calls it with new
 //! bytes, and the tests here with the seeds kept there.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -9,6 +9,7 @@ use model::{Labels, Name};
 pub use crate::images::fuzz::image;
 use crate::network::cidr::{Cidr, free_range};
 use crate::network::mac::Mac;
+pub use crate::snapshots::fuzz::snapshot;
 use crate::store::records::{cursor, open_cursor};
 use crate::store::selector::{self, Term};
 
@@ -145,6 +146,15 @@ mod tests {
         for path in seeds("image") {
             println!("{}", path.display());
             super::image(&std::fs::read(path).unwrap(), images.path());
+        }
+    }
+
+    #[test]
+    fn seeds_of_snapshots_hold() {
+        let place = tempfile::tempdir().unwrap();
+        for path in seeds("snapshot") {
+            println!("{}", path.display());
+            super::snapshot(&std::fs::read(path).unwrap(), place.path());
         }
     }
 }

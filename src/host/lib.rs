@@ -21,6 +21,7 @@ pub mod events;
 pub mod idempotency;
 pub mod operations;
 pub mod tokens;
+mod upload;
 
 pub mod images;
 pub mod network;

@@ -78,7 +78,8 @@ impl Host {
             launcher: launcher.clone(),
             capacity,
         });
-        let cancels = Cancels { images: images.clone(), servers: servers.clone() };
+        let cancels =
+            Cancels { images: images.clone(), servers: servers.clone(), snapshots: snapshots.clone() };
         let operations = Operations::new(core.clone(), Arc::new(cancels));
         let tokens = Tokens::new(&core);
         let migrations = Migrations::new(core.clone(), capacity, launcher.clone()).await?;
@@ -202,6 +203,7 @@ impl Host {
 struct Cancels {
     images: Images,
     servers: Servers,
+    snapshots: Snapshots,
 }
 
 impl Cancel for Cancels {
@@ -209,6 +211,8 @@ impl Cancel for Cancels {
         match operation.resources.first() {
             Some(Resource::Image(id)) => Images::cancel(tx, *id, operation),
             Some(Resource::Server(id)) => Servers::cancel(tx, *id, operation.id),
+            // The mark in the operation is all there is: the import reads it in its last transaction.
+            Some(Resource::Snapshot(_)) => Ok(()),
             _ => Err(Error::new(model::Code::WrongState, "this operation cannot be cancelled")),
         }
     }
@@ -217,6 +221,7 @@ impl Cancel for Cancels {
         match operation.resources.first() {
             Some(Resource::Image(id)) => self.images.wake(*id),
             Some(Resource::Server(id)) => self.servers.wake(*id),
+            Some(Resource::Snapshot(id)) => self.snapshots.wake(*id),
             _ => {}
         }
     }

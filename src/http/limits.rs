@@ -24,7 +24,10 @@ pub const WAITS_MAX: usize = 512;
 /// Uploads at once: each writes to the host's disk at full speed.
 pub const UPLOADS_MAX: usize = 4;
 
-/// Largest uploaded bundle in bytes. The host's free space bounds it earlier; this bounds a host that has much.
+/// Exports at once: each reads from the host's disk at full speed and fills a core with hashing.
+pub const EXPORTS_MAX: usize = 4;
+
+/// Largest body of an upload in bytes. The host's free space bounds it earlier; this bounds a host that has much.
 pub const UPLOAD_BYTES_MAX: u64 = 256 << 30;
 
 /// Header lines of one request: browsers send about 20.

@@ -19,7 +19,7 @@ use crate::handlers::{
 };
 use crate::handlers::{servers, snapshots, volumes};
 use crate::kept::Kept;
-use crate::limits::{CONSOLES_MAX, EVENT_STREAMS_MAX, UPLOADS_MAX, WAITS_MAX};
+use crate::limits::{CONSOLES_MAX, EVENT_STREAMS_MAX, EXPORTS_MAX, UPLOADS_MAX, WAITS_MAX};
 use crate::{auth, document, edge};
 
 /// What handlers share.
@@ -34,6 +34,7 @@ pub(crate) struct Api {
     consoles: Arc<Semaphore>,
     waits: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
+    exports: Arc<Semaphore>,
 }
 
 /// Something of which there is a bounded number at once.
@@ -42,6 +43,7 @@ pub(crate) enum Slot {
     EventStream,
     Console,
     Upload,
+    Export,
 }
 
 impl Api {
@@ -54,6 +56,7 @@ impl Api {
             consoles: Arc::new(Semaphore::new(CONSOLES_MAX)),
             waits: Arc::new(Semaphore::new(WAITS_MAX)),
             uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+            exports: Arc::new(Semaphore::new(EXPORTS_MAX)),
         }
     }
 
@@ -63,6 +66,7 @@ impl Api {
             Slot::EventStream => (&self.event_streams, EVENT_STREAMS_MAX, "event streams are open"),
             Slot::Console => (&self.consoles, CONSOLES_MAX, "consoles are open"),
             Slot::Upload => (&self.uploads, UPLOADS_MAX, "uploads are under way"),
+            Slot::Export => (&self.exports, EXPORTS_MAX, "exports are under way"),
         };
         Arc::clone(places).try_acquire_owned().map_err(|_| full(most, what))
     }
@@ -129,8 +133,9 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(images::one, images::patch, images::delete))
         .routes(routes!(volumes::list))
         .routes(routes!(volumes::one, volumes::patch, volumes::delete))
-        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::list, snapshots::import))
         .routes(routes!(snapshots::one, snapshots::patch, snapshots::delete))
+        .routes(routes!(snapshots::export))
         .routes(routes!(networks::list, networks::create))
         .routes(routes!(networks::one, networks::patch, networks::delete))
         .routes(routes!(operations::list))

@@ -1,16 +1,31 @@
 //! A streamed request body as a reader, bounded in bytes and in pauses. What it holds is one piece of the
-//! network's; what comes of the bytes is the host's matter. Used by `handlers::images`.
+//! network's; what comes of the bytes is the host's matter. Used by `handlers::images` and `handlers::snapshots`.
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use axum::body::{Body, HttpBody};
+use axum::http::{HeaderMap, header};
 use bytes::{Buf, Bytes};
+use model::Code;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
+use crate::error::Failure;
 use crate::limits::{UPLOAD_BYTES_MAX, UPLOAD_PAUSE_MAX};
+
+/// The declared length of the body; absent with chunked encoding. Fails when it is more than is allowed.
+pub(crate) fn check_length(headers: &HeaderMap) -> Result<Option<u64>, Failure> {
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    match length {
+        Some(length) if length > UPLOAD_BYTES_MAX => {
+            let detail = format!("the body has {length} bytes, {UPLOAD_BYTES_MAX} are allowed");
+            Err(Failure::new(Code::BodyTooLarge, detail))
+        }
+        length => Ok(length),
+    }
+}
 
 /// The body, read as it comes.
 pub(crate) struct Upload {
@@ -46,7 +61,7 @@ impl Upload {
                 }
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(piece) if !piece.is_empty() => return Poll::Ready(Some(Ok(piece))),
-                    // Trailers say nothing about the bundle.
+                    // Trailers say nothing about what was sent.
                     Ok(_) | Err(_) => {}
                 },
             }

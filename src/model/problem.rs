@@ -72,6 +72,8 @@ codes! {
     IdempotencyMismatch = 422 "The idempotency key belongs to another request";
     /// An image is damaged or not what it says; nothing of it was kept.
     ImageCorrupt = 422 "The image is damaged";
+    /// A snapshot that was sent is damaged or not what it says; nothing of it was kept.
+    SnapshotCorrupt = 422 "The snapshot is damaged";
     /// Too many requests, streams or readers at once. Wait as `Retry-After` says.
     TooMany = 429 "Too many at once";
     /// A bug of ours. The daemon's log has the `request_id`.

@@ -115,6 +115,13 @@ pub struct RestoreServer {
     pub stop: bool,
 }
 
+/// What a sent snapshot says of itself in query parameters; the body is the exported stream.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImportSnapshot {
+    /// Unique name; the one it was exported under when absent.
+    pub name: Option<Name>,
+}
+
 /// Body of `PATCH /v1/snapshots/{id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -270,7 +270,11 @@ fn servers(cli: &Cli<'_>) {
     wait_for("the guest after a reset", || {
         (cli.stage.console("web", "hello").matches("probe: hello").count() == 2).then_some(())
     });
-    cli.stage.console("web", "probe: beat 1");
+    // Only a guest that beats again hears the button.
+    wait_for("a beat after the reset", || {
+        let log = cli.stage.console("web", "hello");
+        log.rsplit("probe: hello").next().is_some_and(|boot| boot.contains("probe: beat 1")).then_some(())
+    });
     assert_eq!(cli.json(&["--wait", "server", "reboot", "web"])["state"], "running");
     let log = cli.stage.console("web", "hello");
     assert!(log.contains("probe: beat ok"), "the button was not pressed: {log}");
@@ -393,6 +397,19 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["server", "create", "more", "--snapshot", "kept", "--image", "counter"], 2);
     cli.fails(&["server", "create", "more"], 2);
     cli.ok(&["--wait", "server", "delete", "again"]);
+    let place = cli.stage.path("kept.toftsnap");
+    let file = place.to_str().unwrap();
+    cli.ok(&["snapshot", "export", "kept", file]);
+    cli.fails(&["snapshot", "export", "kept", file], 2);
+    cli.fails(&["snapshot", "export", "nothing", "-"], 3);
+    let twin = cli.json(&["--wait", "snapshot", "import", file, "--name", "twin"]);
+    assert_eq!((twin["state"].as_str(), &twin["taken_at"]), (Some("ready"), &taken["taken_at"]), "{twin}");
+    cli.fails(&["snapshot", "import", file], 4);
+    std::fs::write(file, &std::fs::read(file).unwrap()[..10]).unwrap();
+    cli.fails(&["snapshot", "import", file, "--name", "cut"], 2);
+    cli.fails(&["snapshot", "import", "/nowhere", "--name", "cut"], 2);
+    std::fs::remove_file(file).unwrap();
+    cli.ok(&["--wait", "snapshot", "delete", "twin"]);
     cli.ok(&["--wait", "snapshot", "delete", "kept"]);
     cli.fails(&["snapshot", "show", "kept"], 3);
 }

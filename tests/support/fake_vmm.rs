@@ -19,6 +19,7 @@ use futures_util::future::BoxFuture;
 use host::vmms::{Finding, Launch, Process, ProcessId, Start};
 use host::{Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sha2::{Digest as _, Sha256};
 use sys::seqpacket::Listener;
 use tokio::sync::watch;
 use wire::channel::Channel;
@@ -30,6 +31,8 @@ use wire::control::{
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{FdIndex, MachineSpec, RateLimits};
+use wire::saved::form::{self, Section};
+use wire::saved::table::Table;
 use wire::saved::{Digest, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::{Reason, Will};
 
@@ -649,7 +652,7 @@ impl Running {
         }
     }
 
-    /// What is saved is that it was saved. While the machine runs, it waits for the next pause.
+    /// What is saved is how often that was done, as the one section of a state file that has a table of no memory. While the machine runs, it waits for the next pause.
     fn save(&mut self, spec: &SaveSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
         let fault = |code, detail: &str| Fault { code, detail: detail.to_owned() };
         if spec.live.is_none() && self.vmm.state() != MachineState::Paused {
@@ -672,10 +675,14 @@ impl Running {
 
     fn write_save(&self, files: [File; 2]) {
         let saves = self.kernel.saves.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
-        let root = Digest([saves as u8; 32]);
-        let written = files.into_iter().try_for_each(|mut file| file.write_all(root.to_string().as_bytes()));
-        let report =
-            SaveReport { root, state_bytes: 64, memory_bytes: 64, stall_us: 0, waits: 0, total_us: 1 };
+        let memory_bytes = self.vmm.spec().map_or(0, |spec| spec.memory_bytes);
+        let saved = Section { name: "saves", version: 1, bytes: saves.to_le_bytes().to_vec() };
+        let state = form::join(&[saved, Table { memory_bytes, parts: Vec::new() }.section()]);
+        let root = Digest(Sha256::digest(&state).into());
+        let [mut state_file, memory_file] = files;
+        let written = state_file.write_all(&state).and_then(|()| memory_file.set_len(memory_bytes));
+        let state_bytes = state.len() as u64;
+        let report = SaveReport { root, state_bytes, memory_bytes: 0, stall_us: 0, waits: 0, total_us: 1 };
         let status = match written {
             Ok(()) if self.guest != Guest::CannotSave => SaveStatus::Saved(report),
             _ => SaveStatus::Failed { detail: "no space left on device".to_owned() },
@@ -686,12 +693,15 @@ impl Running {
     fn restore(&mut self, spec: RestoreSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
         let invalid = |detail: String| Fault { code: FaultCode::Invalid, detail };
         spec.check(descriptors.len()).map_err(|cause| invalid(cause.to_string()))?;
-        for at in [spec.state, spec.memory] {
-            let file = descriptors[usize::from(at.0)].try_clone().map(File::from);
-            let text = file.and_then(std::io::read_to_string).map_err(|cause| invalid(cause.to_string()))?;
-            if text != spec.root.to_string() {
-                return Err(invalid("the file is not the one that was saved".to_owned()));
-            }
+        let file = descriptors[usize::from(spec.state.0)].try_clone().map(File::from);
+        let mut state = Vec::new();
+        file.and_then(|mut file| file.read_to_end(&mut state)).map_err(|cause| invalid(cause.to_string()))?;
+        let memory = descriptors[usize::from(spec.memory.0)].try_clone().map(File::from);
+        let memory_bytes = memory.and_then(|file| file.metadata()).map_or(0, |found| found.len());
+        let is_it =
+            Digest(Sha256::digest(&state).into()) == spec.root && memory_bytes == spec.machine.memory_bytes;
+        if !is_it {
+            return Err(invalid("the file is not the one that was saved".to_owned()));
         }
         let (result, _) = self.boot(spec.machine, descriptors);
         result?;

@@ -1,6 +1,6 @@
 //! One import at work: feeds the incoming directory from its source, tells progress, and ends the operation
 //! whatever happens. It knows neither manifests nor tar. `images` starts one for each accepted import.
-use std::io::{self, Read};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,18 +8,19 @@ use std::sync::atomic::Ordering;
 use model::image::{Image, ImageState};
 use model::operation::Progress;
 use model::{Code, ImageId, OperationId};
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::io::AsyncRead;
+use tokio::sync::Notify;
 
 use super::bundle::{self, Conditions};
 use super::incoming::{Arrived, Incoming, Refusal};
-use super::limits::{PROGRESS_EVERY, UPLOAD_PIECE_BYTES, UPLOAD_PIECES_MAX, UPLOAD_SILENCE_MAX};
+use super::limits::PROGRESS_EVERY;
 use super::recipe::{self, BuildError, Stage};
 use super::{directory, records};
 use crate::core::Shared;
 use crate::error::{Error, Result};
 use crate::operations::{self, Outcome};
 use crate::store::records::find;
+use crate::upload;
 use crate::volumes::files;
 use crate::volumes::fill::Watch;
 
@@ -84,13 +85,12 @@ impl Import {
         let arrived = match from {
             From::Stream(stream, length) => {
                 watch.total.store(length.unwrap_or(0), Ordering::Relaxed);
-                let (sender, pieces) = mpsc::channel(UPLOAD_PIECES_MAX);
-                let pieces = Pieces { pieces, piece: Vec::new(), at: 0, ended: false };
+                let (pump, pieces) = upload::pieces(stream);
                 let work = blocking(move || bundle::receive(pieces, incoming, &conditions, &watch));
                 tokio::pin!(work);
                 tokio::select! {
                     arrived = &mut work => arrived,
-                    () = pump(stream, sender) => work.await,
+                    () = pump => work.await,
                     // One that sends nothing is not waited for: the reader finds the stream broken off.
                     () = self.handle.cancelled.notified() => {
                         let _ = work.await;
@@ -167,50 +167,6 @@ impl Import {
     }
 }
 
-/// Hands a caller's stream on, piece by piece, until it ends or nobody takes it. The end is an empty piece, so that
-/// it is told from a daemon that goes down.
-async fn pump(mut stream: Box<dyn AsyncRead + Send + Unpin>, pieces: mpsc::Sender<io::Result<Vec<u8>>>) {
-    loop {
-        let mut piece = vec![0; UPLOAD_PIECE_BYTES];
-        let read = match tokio::time::timeout(UPLOAD_SILENCE_MAX, stream.read(&mut piece)).await {
-            // Whatever the transport calls it, to the reader of a bundle the sender is gone.
-            Ok(read) => read.map_err(|cause| io::Error::new(io::ErrorKind::ConnectionAborted, cause)),
-            Err(_) => Err(io::ErrorKind::TimedOut.into()),
-        };
-        let last = !matches!(read, Ok(1..));
-        let piece = read.map(|length| {
-            piece.truncate(length);
-            piece
-        });
-        if pieces.send(piece).await.is_err() || last {
-            return;
-        }
-    }
-}
-
-/// Reads what is pumped, from a thread that may wait.
-struct Pieces {
-    pieces: mpsc::Receiver<io::Result<Vec<u8>>>,
-    piece: Vec<u8>,
-    at: usize,
-    ended: bool,
-}
-
-impl Read for Pieces {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.at == self.piece.len() && !self.ended {
-            self.at = 0;
-            self.piece =
-                self.pieces.blocking_recv().unwrap_or(Err(io::ErrorKind::ConnectionAborted.into()))?;
-            self.ended = self.piece.is_empty();
-        }
-        let mut left = self.piece.get(self.at..).unwrap_or_default();
-        let read = Read::read(&mut left, buffer)?;
-        self.at += read;
-        Ok(read)
-    }
-}
-
 async fn blocking<T, F>(work: F) -> std::result::Result<T, Refusal>
 where
     T: Send + 'static,
@@ -225,7 +181,7 @@ fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::Corrupt(detail) => Error::new(Code::ImageCorrupt, detail),
         Refusal::Source(cause) if cause.kind() == io::ErrorKind::TimedOut => {
-            let detail = format!("nothing came for {} s; send the bundle again", UPLOAD_SILENCE_MAX.as_secs());
+            let detail = format!("nothing came for {} s; send the bundle again", upload::SILENCE_MAX.as_secs());
             Error::new(Code::Timeout, detail).caused_by(cause)
         }
         Refusal::Source(cause) if cause.kind() == io::ErrorKind::ConnectionAborted => {

@@ -40,15 +40,6 @@ pub const HOLE_BYTES: usize = 4096;
 /// Imports at work at once: each fills a core with hashing and the disk with writing.
 pub const IMPORTS_MAX: usize = 4;
 
-/// Longest silence of a caller in the middle of an upload.
-pub const UPLOAD_SILENCE_MAX: Duration = Duration::from_secs(60);
-
-/// Bytes of an upload that are read in one go.
-pub const UPLOAD_PIECE_BYTES: usize = 64 << 10;
-
-/// Pieces of an upload that wait for the disk. When they are not taken, the sender is not read any further.
-pub const UPLOAD_PIECES_MAX: usize = 4;
-
 /// How often an import's progress is recorded.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 

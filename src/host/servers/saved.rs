@@ -16,11 +16,12 @@ use wire::saved::{
 
 use super::effects::Doing;
 use super::lifecycle::{Event, Saved, SavedOf, Trouble};
+use super::limits;
 use super::machine::{self, Description};
-use super::{limits, snapshot};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
+use crate::snapshots;
 use crate::vmms::Link;
 
 const STATE: &str = "saved.state";
@@ -111,7 +112,7 @@ impl Doing {
         let (directory, names) = match saved.of {
             SavedOf::Hibernation => (self.workshop.core.dirs.server(self.record.id), [STATE, MEMORY]),
             SavedOf::Snapshot { id } => {
-                (self.workshop.snapshots.directory(id), [snapshot::STATE, snapshot::MEMORY])
+                (self.workshop.snapshots.directory(id), [snapshots::STATE, snapshots::MEMORY])
             }
         };
         let [state, memory] = names.map(|name| directory.join(name));

@@ -7,7 +7,7 @@
 //! ```
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -28,15 +28,14 @@ use crate::call::Actor;
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
-use crate::snapshots::{self, Origin, OriginDisk, SnapshotRecord, Snapshots, Taken, disk_name};
+use crate::snapshots::{
+    self, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, disk_name, flush,
+    make_directory,
+};
 use crate::store::Tx;
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
-use crate::volumes::{Volumes, files, space};
-
-/// Files of a machine's memory in a snapshot's directory.
-pub(super) const STATE: &str = "machine.state";
-pub(super) const MEMORY: &str = "machine.memory";
+use crate::volumes::{Volumes, space};
 
 /// Where the kernel hands out descriptors that tell of writes to memory.
 const USERFAULTFD: &str = "/dev/userfaultfd";
@@ -427,27 +426,4 @@ impl Doing {
 
 fn unexpected(status: &SaveStatus) -> Error {
     Error::new(Code::MachineFailed, format!("the VMM says of a save it was asked for: {status:?}"))
-}
-
-fn make_directory(directory: &Path) -> Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .mode(0o700)
-        .create(directory)
-        .map_err(|cause| Error::file(format!("cannot make {}", directory.display()), cause))
-}
-
-/// Puts every file on its medium; answers what they take of it.
-fn flush(directory: &Path) -> Result<u64> {
-    let failed = |cause| Error::file(format!("cannot flush {}", directory.display()), cause);
-    let mut stored_bytes = 0u64;
-    for entry in std::fs::read_dir(directory).map_err(failed)? {
-        let path: PathBuf = entry.map_err(failed)?.path();
-        let file = File::open(&path).map_err(failed)?;
-        file.sync_all().map_err(failed)?;
-        stored_bytes = stored_bytes.saturating_add(crate::volumes::used_bytes(file.metadata()));
-    }
-    files::sync_parent(&directory.join(STATE)).map_err(failed)?;
-    files::sync_parent(directory).map_err(failed)?;
-    Ok(stored_bytes)
 }

@@ -3,3 +3,24 @@ use std::time::Duration;
 
 /// Longest sleep for an expiry before the clock is read again: so late one may be behind a clock that was set.
 pub const CLOCK: Duration = Duration::from_secs(30);
+
+/// Longest head of an exported snapshot in bytes: 64 keys of 8 KiB and 64 KiB of user data, some of it escaped.
+pub const HEAD_BYTES_MAX: usize = 1 << 20;
+
+/// Longest text of an exported snapshot in characters where nothing else bounds it.
+pub const TEXT_CHARS_MAX: usize = 256;
+
+/// Imports at work at once: each fills a core with hashing and the disk with writing.
+pub const IMPORTS_MAX: usize = 4;
+
+/// How often an import's progress is recorded.
+pub const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+
+/// Bytes of an export that are handed over in one go.
+pub const EXPORT_PIECE_BYTES: usize = 256 << 10;
+
+/// How many such pieces wait for their reader.
+pub const EXPORT_PIECES_MAX: usize = 4;
+
+/// Longest silence of whoever reads an export.
+pub const EXPORT_SILENCE_MAX: Duration = Duration::from_secs(60);

@@ -3,6 +3,7 @@
 //! The record is committed before the first file is made, and one in state `creating` is worth nothing: a server takes
 //! it from the beginning, or it is removed. The files of a `ready` one never change.
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,8 +24,15 @@ use crate::store::Tx;
 use crate::store::records;
 use crate::volumes::files;
 
+mod bundle;
+mod export;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+mod import;
 pub mod limits;
 pub(crate) mod record;
+
+pub use export::Export;
 
 pub(crate) use record::{Origin, OriginDisk, SnapshotRecord, TABLES, Taken};
 
@@ -33,6 +41,7 @@ pub(crate) use record::{Origin, OriginDisk, SnapshotRecord, TABLES, Taken};
 pub struct Snapshots {
     core: Shared,
     expiry: Arc<Expiry>,
+    imports: Arc<import::AtWork>,
 }
 
 /// The task that deletes what has expired.
@@ -45,7 +54,7 @@ struct Expiry {
 
 impl Snapshots {
     pub(crate) fn new(core: Shared) -> Snapshots {
-        Snapshots { core, expiry: Arc::default() }
+        Snapshots { core, expiry: Arc::default(), imports: Arc::default() }
     }
 
     /// Takes up what an earlier daemon left unfinished: `taken` are those that servers are taking, and go on to take.
@@ -255,6 +264,34 @@ pub(crate) fn users_of_image(connection: &Connection, image: model::ImageId) -> 
     Ok(of_image.map(|shown| shown.name.to_string()).collect())
 }
 
+/// Makes a snapshot's directory, for its owner alone.
+pub(crate) fn make_directory(directory: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(directory)
+        .map_err(|cause| Error::file(format!("cannot make {}", directory.display()), cause))
+}
+
+/// Puts every file of it on its medium; answers what they take of it, in bytes.
+pub(crate) fn flush(directory: &Path) -> Result<u64> {
+    let failed = |cause| Error::file(format!("cannot flush {}", directory.display()), cause);
+    let mut stored_bytes = 0u64;
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let path: PathBuf = entry.map_err(failed)?.path();
+        let file = File::open(&path).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        stored_bytes = stored_bytes.saturating_add(crate::volumes::used_bytes(file.metadata()));
+    }
+    files::sync_parent(&directory.join(STATE)).map_err(failed)?;
+    files::sync_parent(directory).map_err(failed)?;
+    Ok(stored_bytes)
+}
+
+/// Files of a machine's memory in a snapshot's directory.
+pub(crate) const STATE: &str = "machine.state";
+pub(crate) const MEMORY: &str = "machine.memory";
+
 /// File of a disk in a snapshot's directory.
 pub(crate) fn disk_name(index: usize) -> String {
     format!("disk{index}.raw")
@@ -307,3 +344,6 @@ fn remove_strangers(directory: &Path, known: &BTreeSet<SnapshotId>) -> Result<()
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

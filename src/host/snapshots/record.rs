@@ -26,6 +26,9 @@ pub(crate) const TABLES: &str = concat!(
      CREATE INDEX snapshots_by_expiry ON snapshots (expires_ms);"
 );
 
+/// Kind of the operation that takes in what another host has exported.
+pub(super) const IMPORT: &str = "snapshot.import";
+
 /// A snapshot as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SnapshotRecord {
@@ -166,8 +169,8 @@ pub(super) fn doom(
     match shown.state {
         SnapshotState::Ready => {}
         SnapshotState::Creating => {
-            let detail = format!("snapshot {} is being taken; cancel its operation instead", shown.name);
-            return Err(Error { operation_id: taking(tx, id)?, ..Error::new(Code::WrongState, detail) });
+            let detail = format!("snapshot {} is being made; cancel its operation instead", shown.name);
+            return Err(Error { operation_id: making(tx, id)?, ..Error::new(Code::WrongState, detail) });
         }
         SnapshotState::Deleting => {
             let detail = format!("snapshot {} is being deleted already", shown.name);
@@ -195,22 +198,33 @@ pub(super) fn doom(
     Ok(Accepted { operation, resource: Some(record.shown) })
 }
 
-/// The operation that takes a snapshot.
-fn taking(tx: &Tx<'_>, id: SnapshotId) -> Result<Option<OperationId>> {
-    let takes = |operation: &Operation| {
-        operation.kind == "server.snapshot" && operation.resources.contains(&Resource::Snapshot(id))
+/// The operation that makes a snapshot.
+fn making(tx: &Tx<'_>, id: SnapshotId) -> Result<Option<OperationId>> {
+    let makes = |operation: &Operation| {
+        matches!(operation.kind.as_str(), "server.snapshot" | IMPORT)
+            && operation.resources.contains(&Resource::Snapshot(id))
     };
-    Ok(operations::unfinished(tx)?.into_iter().find(takes).map(|operation| operation.id))
+    Ok(operations::unfinished(tx)?.into_iter().find(makes).map(|operation| operation.id))
 }
 
-/// The files of a doomed snapshot are gone.
+/// The files of a doomed snapshot are gone, or of one that did not come in before the daemon ended.
 pub(super) fn forget(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
     let Some(record) = records::find::<SnapshotRecord>(tx, id.0)? else { return Ok(()) };
     records::remove::<SnapshotRecord>(tx, id.0)?;
     for operation in operations::unfinished(tx)? {
-        if operation.kind == "snapshot.delete" && operation.resources.contains(&Resource::Snapshot(id)) {
-            operations::finish(tx, operation.id, Outcome::Succeeded)?;
+        if !operation.resources.contains(&Resource::Snapshot(id)) {
+            continue;
         }
+        let outcome = match operation.kind.as_str() {
+            "snapshot.delete" => Outcome::Succeeded,
+            IMPORT => {
+                let detail =
+                    "the daemon ended during the import, and nothing of the snapshot was kept; send it again";
+                Outcome::Failed(Error::new(Code::Draining, detail))
+            }
+            _ => continue,
+        };
+        operations::finish(tx, operation.id, outcome)?;
     }
     announce(tx, &record.shown, "snapshot.deleted", None, None)
 }

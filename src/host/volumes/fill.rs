@@ -80,7 +80,7 @@ fn copy(source: &File, target: &File, watch: &Watch) -> io::Result<()> {
 }
 
 /// Where `source` has data, by lseek(2). A file system that does not tell answers one piece.
-fn extents(source: &File, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+pub(crate) fn extents(source: &File, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
     let mut extents = Vec::new();
     let mut at = 0;
     while at < length {

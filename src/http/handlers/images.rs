@@ -1,11 +1,11 @@
 //! `/v1/images`.
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use model::image::{CatalogueEntry, Image, ImagePlan, ImportImage, PatchImage, UploadImage};
 use model::operation::Accepted;
 use model::page::Page;
-use model::{Code, ImageId, Name};
+use model::{ImageId, Name};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -13,12 +13,11 @@ use crate::answer;
 use crate::body;
 use crate::call::{Head, Json, Mutation, Patch, Removable};
 use crate::error::Failure;
-use crate::limits::UPLOAD_BYTES_MAX;
 use crate::page::Fields;
 use crate::path::Id;
 use crate::query::{ListParameters, NameParameters, NoParameters, OneParameters, Query};
 use crate::routes::{Api, Slot};
-use crate::upload::Upload;
+use crate::upload::{self, Upload};
 
 /// Lists images.
 #[utoipa::path(get, path = "/v1/images", tag = "images", operation_id = "list_images", params(ListParameters),
@@ -103,7 +102,7 @@ async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Res
     }
     let (mut parts, body) = request.into_parts();
     let Head { call, wait } = Head::from_request_parts(&mut parts, &()).await?;
-    let length_bytes = length(&parts.headers)?;
+    let length_bytes = upload::check_length(&parts.headers)?;
     let place = api.take(Slot::Upload)?;
     let spec = UploadImage { name, sha256: parameters.sha256, length_bytes };
     let host = api.host.clone();
@@ -114,18 +113,6 @@ async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Res
     })
     .await?;
     answer::accepted(&api, begun, wait, StatusCode::CREATED, |image| fresh(&api, image)).await
-}
-
-/// The declared length of the body; absent with chunked encoding.
-fn length(headers: &HeaderMap) -> Result<Option<u64>, Failure> {
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    match length {
-        Some(length) if length > UPLOAD_BYTES_MAX => {
-            let detail = format!("the bundle has {length} bytes, {UPLOAD_BYTES_MAX} are allowed");
-            Err(Failure::new(Code::BodyTooLarge, detail))
-        }
-        length => Ok(length),
-    }
 }
 
 /// Lists recipes that images can be imported from.

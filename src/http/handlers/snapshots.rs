@@ -1,19 +1,32 @@
 //! `/v1/snapshots`, and the action on a server that takes one.
-use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, Uri};
-use axum::response::Response;
+use axum::body::Body;
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::stream::unfold;
+use host::snapshots::Export;
 use model::operation::Accepted;
 use model::page::Page;
-use model::snapshot::{CreateSnapshot, PatchSnapshot, Snapshot};
-use model::{ServerId, SnapshotId};
+use model::snapshot::{CreateSnapshot, ImportSnapshot, PatchSnapshot, Snapshot};
+use model::{Name, ServerId, SnapshotId};
+use serde::Deserialize;
+use tokio::sync::OwnedSemaphorePermit;
+use utoipa::IntoParams;
 
 use crate::answer;
-use crate::call::{Mutation, Optional, Patch, Removable};
+use crate::body;
+use crate::call::{Head, Mutation, Optional, Patch, Removable};
+use crate::closing::Closing;
 use crate::error::Failure;
 use crate::page::Fields;
 use crate::path::Id;
 use crate::query::{ListParameters, NoParameters, OneParameters, Query};
-use crate::routes::Api;
+use crate::routes::{Api, Slot};
+use crate::upload::{self, Upload};
+
+/// What an exported snapshot is called on the wire.
+const STREAM: &str = "application/vnd.toft.snapshot";
 
 /// Takes a snapshot of a server: of its disks, and with `memory` of its memory at the same moment. A server that runs
 /// stands still while its disks are copied, for no more than some milliseconds where the file system can share blocks;
@@ -104,6 +117,94 @@ pub(crate) async fn delete(
     let host = api.host.clone();
     let deleted = answer::undisturbed(async move { Ok(host.snapshots().delete(&call, id).await?) }).await?;
     answer::accepted(&api, deleted, wait, StatusCode::OK, answer::gone).await
+}
+
+/// Reads a snapshot as one stream, with all that is needed to take it in elsewhere but its image: its disks, its memory,
+/// and what its server was given, keys and user data too. A stream that breaks off before its `Content-Length` is worthless.
+#[utoipa::path(get, path = "/v1/snapshots/{id}/export", tag = "snapshots", operation_id = "export_snapshot",
+    params(("id" = SnapshotId, Path, description = "The snapshot.")),
+    responses((status = 200, description = "The stream.", body = Vec<u8>,
+        content_type = "application/vnd.toft.snapshot")))]
+pub(crate) async fn export(
+    State(api): State<Api>,
+    Id(id): Id<SnapshotId>,
+    _: Query<NoParameters>,
+) -> Result<Response, Failure> {
+    let place = api.take(Slot::Export)?;
+    let export = api.host.snapshots().export(id).await?;
+    let disposition = format!("attachment; filename=\"{}.toftsnap\"", export.name);
+    let length = export.bytes;
+    let state = Some(Sending { export, closing: api.closing.clone(), _place: place });
+    let body = Body::from_stream(unfold(state, |state| async move { state?.next().await }));
+    let mut response = body.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(STREAM));
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    if let Ok(disposition) = HeaderValue::from_str(&disposition) {
+        headers.insert(header::CONTENT_DISPOSITION, disposition);
+    }
+    Ok(response)
+}
+
+/// An export on its way to a caller.
+struct Sending {
+    export: Export,
+    closing: Closing,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Sending {
+    async fn next(mut self) -> Option<(std::io::Result<Bytes>, Option<Sending>)> {
+        tokio::select! {
+            biased;
+            () = self.closing.ordered() => {
+                Some((Err(std::io::Error::other("the daemon is shutting down")), None))
+            }
+            piece = self.export.next() => match piece? {
+                Ok(piece) => Some((Ok(Bytes::from(piece)), Some(self))),
+                Err(cause) => Some((Err(cause), None)),
+            },
+        }
+    }
+}
+
+/// What a snapshot that is sent is to be called.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ImportParameters {
+    /// Unique name; the one that it was exported under when absent.
+    #[param(inline)]
+    name: Option<Name>,
+}
+
+/// Takes in a snapshot: the stream that an export gave, of this host or another. The image its server boots from must be
+/// here, and with memory a network of the same name for each of its interfaces.
+#[utoipa::path(post, path = "/v1/snapshots", tag = "snapshots", operation_id = "import_snapshot",
+    params(ImportParameters), request_body(content((Vec<u8> = "application/vnd.toft.snapshot"))),
+    responses(
+        (status = 201, description = "With `Prefer: wait`: it is ready.", body = Accepted<Snapshot>),
+        (status = 202, description = "It has come in.", body = Accepted<Snapshot>),
+    ))]
+pub(crate) async fn import(
+    State(api): State<Api>,
+    Query(parameters): Query<ImportParameters>,
+    request: Request,
+) -> Result<Response, Failure> {
+    body::expect_type(request.headers(), &[STREAM])?;
+    let (mut parts, body) = request.into_parts();
+    let Head { call, wait } = Head::from_request_parts(&mut parts, &()).await?;
+    upload::check_length(&parts.headers)?;
+    let place = api.take(Slot::Upload)?;
+    let spec = ImportSnapshot { name: parameters.name };
+    let host = api.host.clone();
+    let begun = answer::undisturbed(async move {
+        let begun = host.snapshots().import(&call, spec, Upload::new(body)).await?;
+        drop(place);
+        Ok(begun)
+    })
+    .await?;
+    answer::accepted(&api, begun, wait, StatusCode::CREATED, |snapshot| fresh(&api, snapshot)).await
 }
 
 /// The snapshot as it is at the end of the work.

@@ -64,3 +64,42 @@ async fn a_snapshot_is_taken_read_changed_and_deleted() {
     served.call("DELETE", &nobody, Sent::nothing()).await.problem(Code::NotFound);
     served.stop().await;
 }
+
+/// What an exported snapshot is called on the wire.
+const STREAM: &str = "application/vnd.toft.snapshot";
+
+#[tokio::test]
+async fn an_exported_snapshot_is_taken_in_again() {
+    let served = Served::start().await;
+    let body = json!({ "name": "web1", "image": "tiny", "memory_bytes": 128 << 20 });
+    let answer = served.call("POST", "/v1/servers", waiting(body)).await;
+    let server = answer.json::<Accepted<Server>>(201).resource.unwrap();
+    let action = format!("/v1/servers/{}/actions/snapshot", server.id);
+    let answer = served.call("POST", &action, waiting(json!({ "name": "kept", "memory": true }))).await;
+    let kept = answer.json::<Accepted<Snapshot>>(201).resource.unwrap();
+    let exported = served.call("GET", &format!("/v1/snapshots/{}/export", kept.id), Sent::nothing()).await;
+    assert_eq!((exported.status.as_u16(), exported.header("content-type")), (200, STREAM));
+    assert_eq!(exported.header("content-length"), exported.body.len().to_string());
+    assert_eq!(exported.header("content-disposition"), "attachment; filename=\"kept.toftsnap\"");
+
+    let send = |stream: &[u8]| Sent::text(STREAM, stream.to_vec()).with("prefer", "wait=20");
+    let answer = served.call("POST", "/v1/snapshots?name=twin", send(&exported.body)).await;
+    let twin = answer.json::<Accepted<Snapshot>>(201).resource.unwrap();
+    assert_eq!(answer.header("location"), format!("/v1/snapshots/{}", twin.id));
+    assert_eq!((twin.state, twin.memory, twin.taken_at), (SnapshotState::Ready, true, kept.taken_at));
+    // The name that it was exported under is taken.
+    served.call("POST", "/v1/snapshots", send(&exported.body)).await.problem(Code::AlreadyExists);
+    let cut = &exported.body[..exported.body.len() - 1];
+    let problem =
+        served.call("POST", "/v1/snapshots?name=cut", send(cut)).await.problem(Code::SnapshotCorrupt);
+    assert!(problem.operation_id.is_some(), "{problem:?}");
+    served.call("POST", "/v1/snapshots?name=none", send(b"")).await.problem(Code::SnapshotCorrupt);
+    let tar = Sent::text("application/x-tar", exported.body.to_vec());
+    served.call("POST", "/v1/snapshots?name=tar", tar).await.problem(Code::UnsupportedMediaType);
+    served.call("POST", "/v1/snapshots?name=No", send(&exported.body)).await.problem(Code::InvalidRequest);
+    let page: Page<Snapshot> = served.call("GET", "/v1/snapshots", Sent::nothing()).await.json(200);
+    assert_eq!(page.items.len(), 2);
+    let nobody = format!("/v1/snapshots/{}/export", SnapshotId::new());
+    served.call("GET", &nobody, Sent::nothing()).await.problem(Code::NotFound);
+    served.stop().await;
+}
