@@ -21,6 +21,8 @@ pub struct Config {
     pub guest_images_dir: Option<PathBuf>,
     /// Memory that servers may have in all, in bytes; measured, less a reserve for the host, when absent.
     pub memory_bytes: Option<u64>,
+    /// VMMs that are kept ready for servers that are started; 0 for none.
+    pub warm_shells: usize,
     /// Told of every step that a crash could follow. Only tests set it.
     pub checkpoint: Arc<dyn Checkpoint>,
     /// Puts every commit after the effects that were to follow it: the mistake that tests of crashes must find.
@@ -36,6 +38,7 @@ impl Config {
             import_dir: None,
             guest_images_dir: None,
             memory_bytes: None,
+            warm_shells: 0,
             checkpoint: Arc::new(AlwaysLive),
             #[cfg(debug_assertions)]
             late_commits: false,
@@ -93,6 +96,11 @@ impl Dirs {
     /// The directory of a server: `control.sock`, `console.ring`, `will.json`, `vmm.log`, `seed.img`.
     pub fn server(&self, id: ServerId) -> PathBuf {
         self.root.join("servers").join(id.to_string())
+    }
+
+    /// The directories of VMMs that are kept ready, until they are a server's.
+    pub fn shells(&self) -> PathBuf {
+        self.root.join("shells")
     }
 
     /// The directory of an image: `image.json`, `root.raw`, `kernel`, `initrd`.

@@ -64,8 +64,21 @@ pub const UNASKED_EVERY: Duration = Duration::from_secs(1);
 /// How long the launcher may take to start a VMM.
 pub const SPAWN: Duration = Duration::from_secs(10);
 
+/// Most VMMs that are kept ready: a few more than are started within the time that one takes.
+pub const WARM_SHELLS_MAX: usize = 16;
+
+/// Room for a server's name in the command line of a VMM that is started before there is a server: as long as the
+/// launcher admits.
+pub const LABEL_BYTES: usize = 64;
+
+/// How long a VMM without a machine may take to end, when it is told to and when it is killed.
+pub const SHELL_QUIT: Duration = Duration::from_secs(2);
+
 /// Most open descriptors of a VMM: at every device limit a machine uses about 300, most of them eventfds.
 pub const VMM_NOFILE: u64 = 1_024;
+
+/// A VMM may write files of so many bytes whatever its disks: its console ring and its log.
+pub const FILE_BYTES_MIN: u64 = 16 << 20;
 
 /// Most tasks of a VMM, whose user id is its own: 32 vCPU threads, some 30 for devices, and io_uring's workers.
 pub const VMM_NPROC: u64 = 512;

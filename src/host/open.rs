@@ -21,7 +21,7 @@ use crate::servers::registry::Workshop;
 use crate::snapshots::Snapshots;
 use crate::store::{Store, Tx, Version};
 use crate::tokens::Tokens;
-use crate::vmms::Launch;
+use crate::vmms::{Launch, Shells};
 use crate::volumes::Volumes;
 use model::host::{About, HostReport, KvmProbe};
 use model::operation::{Operation, Resource};
@@ -76,6 +76,7 @@ impl Host {
             snapshots: snapshots.clone(),
             networks: networks.clone(),
             launcher: launcher.clone(),
+            shells: Shells::new(launcher.clone(), core.dirs.shells(), core.config.warm_shells),
             capacity,
         });
         let cancels =

@@ -60,6 +60,16 @@ impl Socket {
         Ok(())
     }
 
+    /// Length of the packet that [`Socket::receive`] takes next, 0 when the peer has closed. Takes nothing.
+    pub fn next_length(&self) -> io::Result<usize> {
+        // SAFETY: a msghdr is numbers and pointers, for all of which zero is a value: no room for data or descriptors.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        let flags = libc::MSG_PEEK | libc::MSG_TRUNC;
+        // SAFETY: `header` leads nowhere, so nothing is written but its own fields.
+        let length = unsafe { libc::recvmsg(self.0.as_raw_fd(), &raw mut header, flags) };
+        usize::try_from(length).map_err(|_| io::Error::last_os_error())
+    }
+
     /// Receives one packet into `data`; returns its length and descriptors, which are closed on exec. Length 0
     /// means that the peer has closed. A packet longer than `data` or with more than `descriptors_max`
     /// descriptors is dropped whole, its descriptors closed, and reported as `InvalidData`.

@@ -21,7 +21,7 @@ use wire::will::Reason;
 use crate::bell::{Bell, Ending, News};
 use crate::limits::{CONNECTIONS_MAX, EVENTS_PER_WAIT, FAREWELL_MS_MAX, FORSAKEN_MS};
 use crate::log;
-use crate::machine::Machine;
+use crate::machine::{Chassis, Machine};
 use crate::sandbox;
 use crate::threads::{self, ThreadKind};
 use crate::will::LastWill;
@@ -69,12 +69,16 @@ struct Shell {
     machine: Option<Machine>,
     /// Of a move.
     phase_told: Option<Phase>,
+    /// Built ahead for the machine to come.
+    ready: Option<Chassis>,
     listener: Listener,
     epoll: Epoll,
     connections: BTreeMap<u64, Connection>,
     next_token: u64,
     /// Set once: the loop ends after it.
     reason: Option<Reason>,
+    /// Whether a machine was built since memory was last given back.
+    has_built: bool,
 }
 
 /// Serves until the machine ends. Returns when the will is written and the peers were told.
@@ -92,11 +96,13 @@ pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
         bell,
         machine: None,
         phase_told: None,
+        ready: None,
         listener: Listener::from(control),
         epoll: Epoll::new().map_err(Error::Serve)?,
         connections: BTreeMap::new(),
         next_token: CONNECTION_FIRST,
         reason: None,
+        has_built: false,
     };
     shell.listener.set_nonblocking().map_err(Error::Serve)?;
     shell.watch(shell.listener.as_fd().as_raw_fd(), LISTENER).map_err(Error::Serve)?;
@@ -127,6 +133,12 @@ impl Shell {
                 if let Some(reason) = self.reason.take() {
                     return Ok(reason);
                 }
+            }
+            // Only now, when the guest runs and everybody was answered.
+            if std::mem::take(&mut self.has_built) {
+                // A VM that nobody entered takes long to close.
+                self.ready = None;
+                sys::resident::give_back();
             }
         }
     }

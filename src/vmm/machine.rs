@@ -24,6 +24,7 @@ use crate::snapshot;
 use crate::vcpu::NotParked;
 
 mod build;
+mod chassis;
 mod moving;
 mod parts;
 mod plan;
@@ -34,6 +35,7 @@ mod translate;
 mod wiring;
 
 use build::Origin;
+pub(crate) use chassis::Chassis;
 use moving::Moving;
 use parts::Parts;
 use plan::Plan;
@@ -132,16 +134,18 @@ impl Error {
 }
 
 impl Machine {
-    /// Builds a machine and lets it run. `spec` has been checked against the number of descriptors.
+    /// Builds a machine, on what is `ready` for it if anything is, and lets it run. `spec` has been checked against the
+    /// number of descriptors.
     pub(crate) fn build(
         host: &Host,
         spec: MachineSpec,
         descriptors: Vec<OwnedFd>,
         bell: &Arc<Bell>,
+        ready: Option<Chassis>,
     ) -> Result<Machine, Error> {
         let descriptors = descriptors.into_iter().map(Some).collect();
         let mut machine = Machine::prepare(host, spec, descriptors, bell)?;
-        machine.begin(host, Origin::Kernel)?;
+        machine.begin(host, Origin::Kernel { ready })?;
         machine.run();
         Ok(machine)
     }
@@ -206,7 +210,7 @@ impl Machine {
             self.bell.moving();
         }
         self.lasting.resets += 1;
-        self.begin(host, Origin::Kernel)?;
+        self.begin(host, Origin::Kernel { ready: None })?;
         self.run();
         Ok(self.lasting.resets)
     }

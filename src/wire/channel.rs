@@ -62,7 +62,9 @@ impl Channel {
 
     /// Receives one document with its descriptors; `None` when the peer has closed.
     pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, Error> {
-        let mut text = vec![0; PACKET_BYTES_MAX];
+        // Most documents are short, and whoever waits for them seldom has memory to spare for the longest.
+        let length = self.socket.next_length().map_err(Error::Socket)?;
+        let mut text = vec![0; length.min(PACKET_BYTES_MAX)];
         let (length, descriptors) = self.socket.receive(&mut text, DESCRIPTORS_MAX).map_err(Error::Socket)?;
         if length == 0 {
             return Ok(None);

@@ -2,7 +2,7 @@
 //! notices come at any time, on every open connection.
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{MachineSpec, RateLimits};
+use crate::machine::{Chassis, MachineSpec, RateLimits};
 use crate::migration::{MigrationStatus, Owner, ReceiveSpec, SendLimits, SendSpec};
 use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
 use crate::will::Reason;
@@ -29,6 +29,15 @@ pub enum Command {
         /// The sender's [`PROTOCOL`].
         protocol: u32,
     },
+    /// Show this in place of the label that the process was started with, cut to that one's length. For `ps`; nothing is
+    /// derived from it. Only while there is no machine.
+    Label {
+        /// Printable characters.
+        label: String,
+    },
+    /// Build what of a machine can be built before it is known, for a [`Command::Boot`] that will likely follow. A machine
+    /// that turns out to be another is built from nothing. Only while there is no machine; the last one counts.
+    Prepare(Chassis),
     /// Build the machine and let its vCPUs run. Descriptors travel in the same packet. Once per process.
     Boot(Box<MachineSpec>),
     /// Build the machine as another one was when it was saved, instead of [`Command::Boot`]. Once per process.

@@ -38,6 +38,18 @@ pub struct MachineSpec {
     pub on_reset: OnReset,
 }
 
+/// What of a machine does not depend on its disks, interfaces and kernel, so that it can be built before they are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Chassis {
+    /// See [`MachineSpec::memory_bytes`].
+    pub memory_bytes: u64,
+    /// See [`MachineSpec::vcpus`].
+    pub vcpus: u8,
+    /// See [`MachineSpec::cpu`].
+    pub cpu: CpuTemplate,
+}
+
 /// A named set of CPU features. `host` passes the host's, filtered to what a guest may keep; `v2` and `v3`
 /// are the x86-64 psABI micro-architecture levels, for servers that must move between different hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -192,10 +204,9 @@ fn refuse(field: impl Into<String>, detail: impl Into<String>) -> Result<(), Spe
     Err(SpecError { field: field.into(), detail: detail.into() })
 }
 
-impl MachineSpec {
-    /// Checks every number against its limit and every [`FdIndex`] against the `descriptors` that came in
-    /// the packet. A descriptor may be named only once, so that no two devices write to one file.
-    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+impl Chassis {
+    /// Fails with the first field that no machine can have.
+    pub fn check(&self) -> Result<(), SpecError> {
         if !(limits::MEMORY_BYTES_MIN..=limits::MEMORY_BYTES_MAX).contains(&self.memory_bytes)
             || !self.memory_bytes.is_multiple_of(2 << 20)
         {
@@ -212,6 +223,20 @@ impl MachineSpec {
         if !(1..=limits::VCPUS_MAX).contains(&self.vcpus) {
             return refuse("/vcpus", format!("{} is not between 1 and {}", self.vcpus, limits::VCPUS_MAX));
         }
+        Ok(())
+    }
+}
+
+impl MachineSpec {
+    /// What of it can be built ahead.
+    pub fn chassis(&self) -> Chassis {
+        Chassis { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: self.cpu }
+    }
+
+    /// Checks every number against its limit and every [`FdIndex`] against the `descriptors` that came in
+    /// the packet. A descriptor may be named only once, so that no two devices write to one file.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        self.chassis().check()?;
         if self.disks.len() > limits::DISKS_MAX {
             return refuse("/disks", format!("more than {} disks", limits::DISKS_MAX));
         }

@@ -39,17 +39,23 @@ pub(crate) struct Host {
     base: tempfile::TempDir,
     bin: PathBuf,
     daemon: Option<Child>,
+    warm_shells: usize,
 }
 
 impl Host {
-    /// A daemon that has the image.
+    /// A daemon that has the image, and keeps no VMM ready.
     pub(crate) fn start(ground: &Ground) -> Host {
+        Host::start_with(ground, 0)
+    }
+
+    /// A daemon that has the image, and keeps so many VMMs ready.
+    pub(crate) fn start_with(ground: &Ground, warm_shells: usize) -> Host {
         // Every user must be able to reach dnsmasq's files.
         let everyone = std::fs::Permissions::from_mode(0o755);
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp");
         let base = base.expect("a directory below /tmp");
         write_image(&base.path().join("import/idle"), &ground.probe);
-        let mut host = Host { base, bin: ground.binaries.clone(), daemon: None };
+        let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells };
         host.open();
         let body = json!({ "name": "idle", "source": { "import_directory": "idle" } });
         host.local().call("POST", "/v1/images", Some("wait=30"), Some(&body));
@@ -65,6 +71,7 @@ impl Host {
         command.arg("--vmm").arg(self.bin.join("toft-vmm")).arg("--import-dir").arg(path("import"));
         // Other daemons of this host have their groups elsewhere, and this one's parent goes with its last server.
         command.arg("--cgroup").arg(self.base.path().file_name().expect("a name"));
+        command.args(["--warm-shells", &self.warm_shells.to_string()]);
         command.args(["--memory-bytes", &MEMORY_BYTES_ALL.to_string()]);
         command.args(["--listen", &self.address().to_string()]);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);

@@ -197,6 +197,11 @@ async fn reader(storm: Arc<Storm>) -> Vec<Value> {
     }
 }
 
+/// With VMMs that wait for a server, so that those are killed and left behind, too.
+fn orders() -> Orders {
+    Orders { warm_shells: 2, ..Orders::default() }
+}
+
 /// Kills, until the time is up.
 async fn killer(storm: Arc<Storm>, mut dice: Dice) {
     while Instant::now() < storm.until {
@@ -208,17 +213,17 @@ async fn killer(storm: Arc<Storm>, mut dice: Dice) {
                 // Now and then the next one dies while it starts.
                 while dice.roll(4) == 0 {
                     storm.count("daemons killed while starting");
-                    storm.stage.start(Orders::default());
+                    storm.stage.start(orders());
                     tokio::time::sleep(dice.ms(1, 120)).await;
                     storm.stage.kill().await;
                 }
-                storm.stage.open_well().await;
+                storm.stage.open_well_with(orders()).await;
             }
             10..=12 => {
                 storm.count("daemons upgraded");
                 storm.stage.end(Signal::SIGTERM).await;
                 storm.stage.upgrade();
-                storm.stage.open_well().await;
+                storm.stage.open_well_with(orders()).await;
             }
             13..=15 => strike(&storm, &mut dice, "launchers killed", |line| line == "toft-vmm launcher"),
             16..=17 => strike(&storm, &mut dice, "DHCP servers killed", |line| line.contains("dnsmasq")),
@@ -254,7 +259,7 @@ async fn storm() {
     let seed = std::env::var("TOFT_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(now);
     println!("seed {seed}; TOFT_SEED={seed} repeats the order of it");
     let stage = Stage::new();
-    stage.open_well().await;
+    stage.open_well_with(orders()).await;
     stage.import().await;
     let storm = Arc::new(Storm {
         stage,
@@ -310,6 +315,7 @@ async fn stands_still(storm: &Storm) -> Vec<Value> {
         let mut machines: Vec<String> = processes()
             .into_iter()
             .filter_map(|(_, line)| Some(line.split_once(" machine --label ")?.1.to_owned()))
+            .filter(|label| !label.starts_with("shell-"))
             .collect();
         machines.sort();
         if still && machines == running {

@@ -17,5 +17,6 @@ mod kills;
 mod moves;
 mod reboots;
 mod restores;
+mod shells;
 mod snapshots;
 mod sweep;

@@ -81,6 +81,8 @@ impl Stage {
             .arg(self.path("run"))
             .arg("--import-dir")
             .arg(self.path("import"))
+            // What is injected is to meet the server that a test is about.
+            .args(["--warm-shells", "0"])
             .arg("--vmm")
             .arg(self.bin.join("toft-vmm"))
             .args(&self.flags)

@@ -41,6 +41,8 @@ pub(crate) struct Orders {
     pub(crate) hold_at: Option<String>,
     /// Whether its commits come after what was to follow them.
     pub(crate) late_commits: bool,
+    /// VMMs that it keeps ready.
+    pub(crate) warm_shells: usize,
     /// Further flags.
     pub(crate) flags: Vec<String>,
 }
@@ -131,6 +133,7 @@ impl Stage {
             .arg(self.bin.join("toft-vmm"))
             .arg("--import-dir")
             .arg(base.join("import"))
+            .args(["--warm-shells", &orders.warm_shells.to_string()])
             .args(orders.flags)
             .env("TOFT_CHECKPOINTS", self.checkpoints_path())
             // The log is shown by its end, which is to be what the daemon said.
@@ -168,7 +171,12 @@ impl Stage {
 
     /// As [`Stage::open`] for a daemon that has no reason to die.
     pub(crate) async fn open_well(&self) {
-        if let Err(status) = self.open(Orders::default()).await {
+        self.open_well_with(Orders::default()).await;
+    }
+
+    /// The same for one with orders of its own.
+    pub(crate) async fn open_well_with(&self, orders: Orders) {
+        if let Err(status) = self.open(orders).await {
             panic!("the daemon ended with {status}:\n{}", self.log());
         }
     }

@@ -1,7 +1,7 @@
 //! VMMs without KVM: each is a thread that speaks the real control protocol over the real listener it is given,
 //! with a guest that does what the test says. They live on when the daemon that started them has gone.
 //! Included by `#[path]` in tests of rooms above `vmms`; it needs no privilege.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -93,6 +93,8 @@ pub struct FakeVmm {
     pub pid: i32,
     /// What `ps` would show.
     pub label: String,
+    /// The key of its cell.
+    pub cage: String,
     boot: u32,
     wake: UnixStream,
     ended: watch::Sender<Option<Option<ExitStatus>>>,
@@ -142,10 +144,10 @@ impl FakeLaunch {
         lock(&self.kernel.state).lacks.insert(item, why.to_owned());
     }
 
-    /// The kernel ends the VMM of the server with this id, because its memory ran out.
-    pub fn run_out_of_memory(&self, key: &str) {
-        lock(&self.kernel.state).oom_kills.insert(key.to_owned(), 1);
-        self.only().kill();
+    /// The kernel ends this VMM, because its memory ran out.
+    pub fn run_out_of_memory(&self, vmm: &FakeVmm) {
+        lock(&self.kernel.state).oom_kills.insert(vmm.cage.clone(), 1);
+        vmm.kill();
     }
 
     /// Every VMM that lives.
@@ -154,9 +156,14 @@ impl FakeLaunch {
         state.vmms.values().filter(|vmm| vmm.ended.borrow().is_none()).cloned().collect()
     }
 
-    /// The only VMM that lives.
+    /// Those that live and are kept ready for a server.
+    pub fn shells(&self) -> Vec<Arc<FakeVmm>> {
+        self.alive().into_iter().filter(|vmm| vmm.is_shell()).collect()
+    }
+
+    /// The only VMM of a server that lives.
     pub fn only(&self) -> Arc<FakeVmm> {
-        let alive = self.alive();
+        let alive: Vec<_> = self.alive().into_iter().filter(|vmm| !vmm.is_shell()).collect();
         assert_eq!(alive.len(), 1, "one VMM should live");
         alive[0].clone()
     }
@@ -192,6 +199,7 @@ impl FakeLaunch {
         let vmm = Arc::new(FakeVmm {
             pid,
             label: start.label,
+            cage: start.cell.key,
             boot: state.boot,
             wake,
             ended: watch::Sender::new(None),
@@ -222,6 +230,19 @@ impl Launch for FakeLaunch {
 
     fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Arc<dyn Process>>> {
         async move { Ok(self.start(start)? as Arc<dyn Process>) }.boxed()
+    }
+
+    fn sweep(&self, prefix: &str, kept: &HashSet<String>) -> Result<()> {
+        for vmm in self.alive() {
+            if vmm.cage.starts_with(prefix) && !kept.contains(&vmm.cage) {
+                vmm.kill();
+                // As the real one, which cannot remove a group before.
+                while vmm.ended.borrow().is_none() {
+                    std::thread::yield_now();
+                }
+            }
+        }
+        Ok(())
     }
 
     fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>> {
@@ -298,6 +319,11 @@ impl FakeVmm {
     /// Ends it as SIGKILL does: no will, no word.
     pub fn kill(&self) {
         self.order(Order::Kill);
+    }
+
+    /// Whether it has no machine and was started for no server.
+    fn is_shell(&self) -> bool {
+        self.cage.starts_with("shell-") && self.state() == MachineState::Shell
     }
 
     /// Ends its machine for this reason, as the guest or a bug would.
@@ -502,6 +528,7 @@ impl Running {
                 console_written: self.ring.as_ref().map_or(0, Ring::written),
                 sandbox: lock(&self.vmm.inside).sandbox,
             }),
+            Command::Label { .. } | Command::Prepare(_) => Ok(Reply::Done),
             Command::Boot(spec) => {
                 let (result, ended) = self.boot(*spec, descriptors);
                 follows = ended;

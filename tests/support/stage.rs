@@ -29,6 +29,8 @@ pub struct Stage {
     pub plumbing: Arc<FakePlumbing>,
     /// Memory that servers may have in all, in bytes.
     pub memory_bytes: u64,
+    /// VMMs that daemons keep ready.
+    pub warm_shells: usize,
 }
 
 impl Default for Stage {
@@ -47,6 +49,7 @@ impl Stage {
             launch: FakeLaunch::default(),
             plumbing: Arc::new(FakePlumbing::new()),
             memory_bytes: 4 << 30,
+            warm_shells: 0,
         }
     }
 
@@ -60,6 +63,7 @@ impl Stage {
         let mut config = Config::new(self.state_dir());
         config.import_dir = Some(self.directory.path().join("images-to-import"));
         config.memory_bytes = Some(self.memory_bytes);
+        config.warm_shells = self.warm_shells;
         config
     }
 

@@ -53,6 +53,9 @@ pub(crate) struct Flags {
     /// Memory that servers may have in all, in bytes; the host's own less a reserve when absent.
     #[arg(long, value_name = "BYTES")]
     pub(crate) memory_bytes: Option<u64>,
+    /// VMMs that are kept ready, so that servers start sooner; each takes 2 MB. 0 for none.
+    #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = shells)]
+    pub(crate) warm_shells: usize,
     /// What is logged, such as `info` or `info,host=debug`.
     #[arg(long, env = "TOFT_LOG", default_value = "info", global = true)]
     pub(crate) log: String,
@@ -86,6 +89,13 @@ pub(crate) enum Token {
     },
 }
 
+fn shells(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count) if count <= host::limits::WARM_SHELLS_MAX => Ok(count),
+        _ => Err(format!("must be a number from 0 to {}", host::limits::WARM_SHELLS_MAX)),
+    }
+}
+
 fn cgroup(text: &str) -> Result<String, String> {
     match text {
         "" | "." | ".." => Err("must be the name of a directory".to_owned()),
@@ -101,6 +111,7 @@ impl Flags {
         config.import_dir.clone_from(&self.import_dir);
         config.guest_images_dir.clone_from(&self.guest_images);
         config.memory_bytes = self.memory_bytes;
+        config.warm_shells = self.warm_shells;
         #[cfg(debug_assertions)]
         {
             config.checkpoint = crate::checkpoint::ordered()?.unwrap_or(config.checkpoint);

@@ -136,7 +136,10 @@ impl Actor {
                 }
                 Woken::Ended(status) => {
                     let told = async {
-                        let end = effects::end_of(&self.workshop, self.entry.id, status).await;
+                        let id = self.entry.id;
+                        let cage =
+                            self.entry.machine().map_or_else(|| id.to_string(), |machine| machine.cage);
+                        let end = effects::end_of(&self.workshop, id, cage, status).await;
                         self.save(life.run, Event::Ended(end)).await
                     };
                     beside(&mut busy, told).await?;
@@ -215,10 +218,14 @@ impl Actor {
     }
 
     async fn save(&self, run: u64, event: Event) -> Result<()> {
-        let (id, capacity) = (self.entry.id, self.workshop.capacity);
+        let (id, capacity, dirs) = (self.entry.id, self.workshop.capacity, self.workshop.core.dirs.clone());
         tracing::debug!(server = %id, run, "{event:?}");
-        let saved =
-            self.workshop.core.store.write(move |tx| advance::event(tx, capacity, id, run, event)).await?;
+        let saved = self
+            .workshop
+            .core
+            .store
+            .write(move |tx| advance::event(tx, capacity, id, run, event, &dirs))
+            .await?;
         if saved.is_none() {
             self.workshop.networks.wake();
         }

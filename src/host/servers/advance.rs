@@ -10,6 +10,7 @@ use super::lifecycle::{Ask, Asked, Event, Phase, Push, Return, Step, Trouble, Ve
 use super::record::{self, ServerRecord};
 use super::{console, restore, view};
 use crate::call::Actor;
+use crate::config::Dirs;
 use crate::error::{Error, Result};
 use crate::events;
 use crate::network::Networks;
@@ -38,7 +39,11 @@ pub(super) fn event(
     id: ServerId,
     run: u64,
     event: Event,
+    dirs: &Dirs,
 ) -> Result<Option<ServerRecord>> {
+    if let Event::Made { volumes, .. } = &event {
+        volumes.iter().try_for_each(|filled| Volumes::complete(tx, filled, dirs))?;
+    }
     let Some(mut record) = records::find::<ServerRecord>(tx, id.0)? else { return Ok(None) };
     if record.life.run != run {
         return Ok(Some(record));
@@ -53,8 +58,9 @@ pub(super) fn event(
     {
         restore::taken_back(tx, &mut record, *snapshot)?;
     }
-    if let Event::Made(Some(spawned)) | Event::Spawned(spawned) = &event {
+    if let Event::Made { vmm: Some(spawned), .. } | Event::Spawned(spawned) = &event {
         record.sandbox = spawned.sandbox;
+        record.cage = spawned.cage.clone();
     }
     let mut next = step(&record.life, event, record.context());
     if begins_run(&record, &next) {

@@ -94,6 +94,7 @@ pub(super) fn server(
         restart_policy: spec.restart_policy,
         isolation: spec.isolation,
         sandbox: None,
+        cage: None,
         generation: 1,
         created_at: now,
         updated_at: now,

@@ -12,7 +12,7 @@ use model::server::Isolation;
 use model::{Code, ServerId, Time};
 use sys::beneath::Access;
 use sys::seqpacket::Listener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use wire::console::Ring;
 use wire::control::{Command, Reply};
 use wire::launch::ExitStatus;
@@ -26,8 +26,8 @@ use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::vmms::link::AskError;
-use crate::vmms::{Cell, Link, Start, Walls};
-use crate::volumes::Volumes;
+use crate::vmms::{Cell, Link, Shell, Size, Start, Walls};
+use crate::volumes::{Content, Filled, Volumes};
 
 /// One piece of work on one server.
 pub(super) struct Doing {
@@ -38,8 +38,16 @@ pub(super) struct Doing {
     pub(super) stop: Arc<AtomicBool>,
 }
 
-/// What of a VMM is the daemon's: it outlives the process.
-struct Ends {
+/// What the VMM of a start is made of.
+enum Ends {
+    /// One that is there, and whose files lie in the server's directory.
+    Shell(Shell),
+    /// What of a new one is the daemon's: it outlives the process.
+    New(Files),
+}
+
+/// Files that a VMM is started with.
+struct Files {
     listener: Listener,
     will: File,
     log: File,
@@ -92,18 +100,30 @@ impl Doing {
 
     async fn make(&self) -> Result<Event> {
         let is_quick = self.is_quickly_started().await?;
-        let directory = self.workshop.core.dirs.server(self.record.id);
         let made = async {
-            blocking(move || machine::make_directory(&directory)).await?;
-            self.workshop.core.checkpoint("server.directory_made")?;
             if !is_quick {
+                self.make_directory().await?;
                 // A daemon may have died here before the start was called off.
                 self.undo_vmm().await?;
-                return self.fill().await.map(|()| None);
+                return self.fill().await.map(|volumes| Event::Made { volumes, vmm: None });
             }
-            self.vmm(self.fill()).await.map(Some)
+            // Only the machine needs both, and filling waits for the disk most of the time.
+            let (done, filled) = oneshot::channel();
+            let filling = async {
+                // Whoever failed meanwhile does not listen.
+                self.fill().await.inspect(|_| {
+                    let _ = done.send(Content::Filled);
+                })
+            };
+            let starting = async {
+                self.make_directory().await?;
+                let unfilled = |_| Error::new(Code::Draining, "the volumes were not filled");
+                self.vmm(async { filled.await.map_err(unfilled) }).await
+            };
+            let (volumes, vmm) = tokio::join!(filling, starting);
+            Ok(Event::Made { volumes: volumes?, vmm: Some(vmm?) })
         };
-        let outcome = made.await.map(Event::Made);
+        let outcome = made.await;
         if outcome.is_err() && !self.workshop.core.store.is_dead() {
             self.undo_vmm().await?;
         }
@@ -113,6 +133,12 @@ impl Doing {
             return Ok(Event::MakeFailed(Trouble { code: Code::Draining, detail }));
         }
         self.final_or(outcome, Event::MakeFailed)
+    }
+
+    async fn make_directory(&self) -> Result<()> {
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        blocking(move || machine::make_directory(&directory)).await?;
+        self.workshop.core.checkpoint("server.directory_made")
     }
 
     /// Whether a VMM that is started at once has not long to wait for its disk: it ends by itself when nobody comes.
@@ -131,20 +157,21 @@ impl Doing {
         Ok(copied_bytes <= limits::QUICK_FILL_BYTES_MAX)
     }
 
-    async fn fill(&self) -> Result<()> {
+    async fn fill(&self) -> Result<Vec<Filled>> {
         let done = AtomicU64::new(0);
         let total = AtomicU64::new(0);
         let filling = async {
+            let mut volumes = Vec::new();
             for disk in &self.record.disks {
                 let stopped = || self.stop.load(Ordering::SeqCst);
                 let moved = |bytes_done: u64, bytes_total: u64| {
                     done.store(bytes_done, Ordering::Relaxed);
                     total.store(bytes_total, Ordering::Relaxed);
                 };
-                self.workshop.volumes.fill(disk.volume_id, &stopped, &moved).await?;
+                volumes.extend(self.workshop.volumes.fill(disk.volume_id, &stopped, &moved).await?);
                 self.workshop.core.checkpoint("server.volume_filled")?;
             }
-            Ok(())
+            Ok(volumes)
         };
         tokio::pin!(filling);
         loop {
@@ -171,18 +198,25 @@ impl Doing {
     }
 
     async fn spawn(&self) -> Result<Event> {
-        self.vmm(std::future::ready(Ok(()))).await.map(Event::Spawned)
+        self.vmm(std::future::ready(Ok(Content::Recorded))).await.map(Event::Spawned)
     }
 
     /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
     /// both take a while. Repeatable.
-    async fn vmm(&self, filled: impl Future<Output = Result<()>>) -> Result<Spawned> {
+    async fn vmm(&self, filled: impl Future<Output = Result<Content>>) -> Result<Spawned> {
         self.dismiss_stranger().await;
+        if let Some(machine) = self.entry.machine() {
+            self.uncage(machine.cage).await?;
+        }
         self.entry.drop_machine();
-        let ends = self.bind().await?;
+        let cell = self.cell().await?;
+        let ends = match self.take_shell(&cell).await {
+            Some(shell) => Ends::Shell(shell),
+            None => Ends::New(self.bind().await?),
+        };
         let prepared = machine::prepare(&self.workshop, &self.record, filled);
         // Both to their end, whatever becomes of the other: what is half done would be undone too early.
-        let (started, prepared) = tokio::join!(self.start_vmm(ends), prepared);
+        let (started, prepared) = tokio::join!(self.start_vmm(ends, cell), prepared);
         let spawned = started?;
         self.entry.keep_prepared(prepared?);
         Ok(spawned)
@@ -205,34 +239,79 @@ impl Doing {
     }
 
     /// Binds the control socket and makes the files that a VMM is started with.
-    async fn bind(&self) -> Result<Ends> {
+    async fn bind(&self) -> Result<Files> {
         let (socket, will, log) = (self.file("control.sock"), self.file("will.json"), self.file("vmm.log"));
         let ends = blocking(move || {
             machine::remove_file(&socket)?;
             let listener = Listener::bind(&socket)
                 .map_err(|cause| Error::file(format!("cannot bind {}", socket.display()), cause))?;
-            Ok(Ends { listener, will: machine::fresh_file(&will)?, log: machine::open_log(&log)? })
+            Ok(Files { listener, will: machine::fresh_file(&will)?, log: machine::open_log(&log)? })
         })
         .await?;
         self.workshop.core.checkpoint("server.socket_bound")?;
         Ok(ends)
     }
 
-    async fn start_vmm(&self, ends: Ends) -> Result<Spawned> {
-        let walls = match self.record.isolation {
-            Isolation::Strict => Walls::All,
-            Isolation::Standard => Walls::AsFound,
+    /// A VMM that is there already, with its files in the server's directory. None when there is none, or none that can be
+    /// used: then one is started.
+    async fn take_shell(&self, cell: &Cell) -> Option<Shell> {
+        let log = self.file("vmm.log");
+        // A shell brings its own; what earlier VMMs of the server said stays.
+        if std::fs::metadata(log).is_ok_and(|found| found.len() > 0) {
+            return None;
+        }
+        let shell = self.workshop.shells.take(self.size(cell)).await?;
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        let (shell, moved) = blocking(move || {
+            let moved = shell.move_into(&directory);
+            Ok((shell, moved))
+        })
+        .await
+        .ok()?;
+        match moved {
+            Ok(()) => Some(shell),
+            Err(cause) => {
+                tracing::warn!(server = %self.record.id, "a VMM that was ready is not used: {cause}");
+                self.workshop.shells.end(shell).await;
+                None
+            }
+        }
+    }
+
+    fn size(&self, cell: &Cell) -> Size {
+        Size { chassis: machine::chassis(&self.record), file_bytes_max: cell.file_bytes_max }
+    }
+
+    async fn start_vmm(&self, ends: Ends, cell: Cell) -> Result<Spawned> {
+        let (process, shell) = match ends {
+            Ends::Shell(shell) => {
+                self.entry.hold(shell.process.clone(), shell.key.clone());
+                (shell.process.clone(), Some(shell))
+            }
+            Ends::New(Files { listener, will, log }) => {
+                let walls = match self.record.isolation {
+                    Isolation::Strict => Walls::All,
+                    Isolation::Standard => Walls::AsFound,
+                };
+                let label = self.record.name.to_string();
+                let start = Start { label, listener: listener.into(), will, log, cell, walls };
+                (self.workshop.launcher.spawn(start).await?, None)
+            }
         };
-        let (label, cell) = (self.record.name.to_string(), self.cell().await?);
-        let Ends { listener, will, log } = ends;
-        let start = Start { label, listener: listener.into(), will, log, cell, walls };
-        let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
-        let vmm = process.id();
-        self.entry.hold(process);
+        let (vmm, cage) = (process.id(), shell.as_ref().map(|shell| shell.key.clone()));
+        if shell.is_none() {
+            self.entry.hold(process, self.record.id.to_string());
+        }
         // Asked now, because later a guest may have taken it over. Whether it answers is seen when it is to boot.
-        let hello = self.entry.greet(limits::BOOT).await.ok().and_then(|(_, hello)| hello);
-        Ok(Spawned { vmm, sandbox: hello.map(|hello| hello.sandbox) })
+        let greeted = self.entry.greet(limits::BOOT).await.ok();
+        if let (Some((link, _)), Some(_)) = (&greeted, &shell) {
+            // For people who look at processes; it is no trouble when it is not shown.
+            let _ = link.order(Command::Label { label: self.record.name.to_string() }, limits::COMMAND).await;
+        }
+        let hello = greeted.and_then(|(_, hello)| hello);
+        let sandbox = shell.map_or(hello, |shell| Some(shell.hello)).map(|hello| hello.sandbox);
+        Ok(Spawned { vmm, sandbox, cage })
     }
 
     async fn cell(&self) -> Result<Cell> {
@@ -270,6 +349,10 @@ impl Doing {
             None => (machine::boot(&self.workshop, &self.entry, &self.record).await, Event::Booted),
         };
         self.workshop.core.checkpoint("server.booted")?;
+        // Not before: until the machine runs, its caller waits for every CPU there is.
+        if let Ok(cell) = self.cell().await {
+            self.workshop.shells.replenish(self.size(&cell));
+        }
         match booted {
             Ok(()) => Ok(event),
             Err(cause) => match self.ended_meanwhile().await {
@@ -286,7 +369,7 @@ impl Doing {
         }
         let process = self.entry.machine()?.process;
         let status = tokio::time::timeout(limits::ENDED, process.ended()).await.ok()?;
-        Some(end_of(&self.workshop, self.record.id, status).await)
+        Some(end_of(&self.workshop, self.record.id, self.cage(), status).await)
     }
 
     async fn order(&self, command: Command, done: Event, failed: fn(Trouble) -> Event) -> Result<Event> {
@@ -329,7 +412,7 @@ impl Doing {
     async fn kill(&self) -> Result<Event> {
         let Some(machine) = self.entry.machine() else {
             self.dismiss_stranger().await;
-            return Ok(Event::Ended(end_of(&self.workshop, self.record.id, None).await));
+            return Ok(Event::Ended(end_of(&self.workshop, self.record.id, self.cage(), None).await));
         };
         let asked = async {
             let link = self.entry.link(limits::QUIT).await?;
@@ -351,7 +434,7 @@ impl Doing {
             }
         };
         self.workshop.core.checkpoint("server.killed")?;
-        Ok(Event::Ended(end_of(&self.workshop, self.record.id, status).await))
+        Ok(Event::Ended(end_of(&self.workshop, self.record.id, machine.cage, status).await))
     }
 
     /// A memory that the machine was restored from is of no use once it runs.
@@ -365,12 +448,22 @@ impl Doing {
         Ok(event)
     }
 
+    /// Name of the control groups of the VMM at hand, or of the latest.
+    fn cage(&self) -> String {
+        self.entry.machine().map_or_else(|| self.record.cage(), |machine| machine.cage)
+    }
+
+    async fn uncage(&self, cage: String) -> Result<()> {
+        let launcher = self.workshop.launcher.clone();
+        blocking(move || launcher.release(&cage)).await
+    }
+
     async fn release(&self, keep_saved: bool, keep_copied: bool) -> Result<Event> {
+        let cage = self.cage();
         self.entry.drop_machine();
         self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
         self.workshop.core.checkpoint("server.unplugged")?;
-        let (launcher, key) = (self.workshop.launcher.clone(), self.record.id.to_string());
-        blocking(move || launcher.release(&key)).await?;
+        self.uncage(cage).await?;
         self.workshop.core.checkpoint("server.uncaged")?;
         let (socket, directory) = (self.file("control.sock"), self.workshop.core.dirs.server(self.record.id));
         blocking(move || {
@@ -405,7 +498,12 @@ impl Doing {
 }
 
 /// How the machine of a server ended, as far as can be known.
-pub(super) async fn end_of(workshop: &Workshop, id: ServerId, status: Option<ExitStatus>) -> End {
+pub(super) async fn end_of(
+    workshop: &Workshop,
+    id: ServerId,
+    cage: String,
+    status: Option<ExitStatus>,
+) -> End {
     let path = workshop.core.dirs.server(id).join("will.json");
     let will = blocking(move || {
         let file = machine::open_own(&path, Access::Read)
@@ -418,7 +516,7 @@ pub(super) async fn end_of(workshop: &Workshop, id: ServerId, status: Option<Exi
     });
     let launcher = workshop.launcher.clone();
     // What cannot be read was not counted.
-    let oom_kills = blocking(move || Ok(launcher.oom_kills(&id.to_string()))).await.unwrap_or_default();
+    let oom_kills = blocking(move || Ok(launcher.oom_kills(&cage))).await.unwrap_or_default();
     End::of(will, status, oom_kills, Time::now().unix_ms())
 }
 

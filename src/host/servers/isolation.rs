@@ -19,8 +19,9 @@ pub(super) async fn examine(
 ) -> Result<Vec<Finding>> {
     let sandbox = record.sandbox;
     let gone = || Error::new(model::Code::MachineFailed, "the VMM has ended");
-    let id = entry.machine().ok_or_else(gone)?.process.id();
-    let (launcher, key, files) = (workshop.launcher.clone(), record.id.to_string(), files(workshop, record));
+    let machine = entry.machine().ok_or_else(gone)?;
+    let (id, key) = (machine.process.id(), machine.cage);
+    let (launcher, files) = (workshop.launcher.clone(), files(workshop, record));
     blocking(move || launcher.examine(&id, &key, sandbox, &files)).await
 }
 

@@ -28,7 +28,7 @@ pub const QUIT: Duration = Duration::from_secs(2);
 /// How long the kernel may take to end a killed process: it frees the guest's memory meanwhile.
 pub const KILL: Duration = Duration::from_secs(30);
 
-pub use crate::limits::{RETRY, RETRY_MAX};
+pub use crate::limits::{FILE_BYTES_MIN, RETRY, RETRY_MAX};
 
 /// Longest sleep for a deadline before the clock is read again: so long it may be behind a clock that was set.
 pub const CLOCK: Duration = Duration::from_secs(30);
@@ -64,9 +64,6 @@ pub const GUEST_EVENT_EVERY_MAX: Duration = Duration::from_secs(3600);
 
 /// What a VMM needs besides its guest's memory, in bytes: measured at 5 MiB, with room for queues.
 pub const VMM_OVERHEAD_BYTES: u64 = 16 << 20;
-
-/// A VMM may write files of so many bytes whatever its disks: its console ring and its log.
-pub const FILE_BYTES_MIN: u64 = 16 << 20;
 
 /// Memory kept for the host itself, in bytes, besides one part in [`HOST_RESERVE_PART`] of the total.
 pub const HOST_RESERVE_BYTES: u64 = 256 << 20;

@@ -11,8 +11,8 @@ use model::server::{self, NicLimits, ServerNic};
 use sys::beneath;
 use wire::control::{Command, MachineState, Reply};
 use wire::machine::{
-    Access, Balloon, Boot, CacheMode, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset,
-    RateLimits, TokenBucket,
+    Access, Balloon, Boot, CacheMode, Chassis, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic,
+    OnReset, RateLimits, TokenBucket,
 };
 
 use super::effects::open_ring;
@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::network::{Lease, Networks};
 use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
+use crate::volumes::Content;
 
 /// Boots the machine of `record` in the VMM at hand. Repeatable: a machine that runs is left alone.
 pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
@@ -64,7 +65,7 @@ pub(super) async fn ready(
     }
     let prepared = match entry.take_prepared().filter(|kept| kept.is_of(record)) {
         Some(prepared) => prepared,
-        None => prepare(workshop, record, std::future::ready(Ok(()))).await?,
+        None => prepare(workshop, record, std::future::ready(Ok(Content::Recorded))).await?,
     };
     Ok(Some((link, prepared.description)))
 }
@@ -79,8 +80,11 @@ pub struct Prepared {
 impl Prepared {
     /// Whether it is what the record asks for still: limits and names may have changed since.
     fn is_of(&self, record: &ServerRecord) -> bool {
-        let ServerRecord { life, held, generation, updated_at, started_at, .. } = record.clone();
-        ServerRecord { life, held, generation, updated_at, started_at, ..self.of.clone() } == *record
+        let ServerRecord { life, held, sandbox, cage, generation, updated_at, started_at, .. } =
+            record.clone();
+        let of = self.of.clone();
+        // Of these a machine knows nothing; the record of its VMM changes them.
+        ServerRecord { life, held, sandbox, cage, generation, updated_at, started_at, ..of } == *record
     }
 }
 
@@ -88,7 +92,7 @@ impl Prepared {
 pub(super) async fn prepare(
     workshop: &Workshop,
     record: &ServerRecord,
-    filled: impl Future<Output = Result<()>>,
+    filled: impl Future<Output = Result<Content>>,
 ) -> Result<Prepared> {
     let description = describe(workshop, record, filled).await?;
     workshop.core.checkpoint("server.plugged")?;
@@ -110,7 +114,7 @@ impl Packet {
 async fn describe(
     workshop: &Workshop,
     record: &ServerRecord,
-    filled: impl Future<Output = Result<()>>,
+    filled: impl Future<Output = Result<Content>>,
 ) -> Result<Description> {
     let ring = workshop.core.dirs.server(record.id).join("console.ring");
     // None of them needs another, and each waits for something else. All are ended before an error is told: what goes on
@@ -153,14 +157,11 @@ async fn describe(
         let (rx_limits, tx_limits) = nic_limits(&nic.limits);
         nics.push(Nic { tap: packet.add(tap), mac: mac(&nic.mac)?, mtu, rx_limits, tx_limits });
     }
+    let Chassis { memory_bytes, vcpus, cpu } = chassis(record);
     let spec = MachineSpec {
-        memory_bytes: record.memory_bytes,
-        vcpus: record.vcpus,
-        cpu: match record.cpu {
-            server::CpuTemplate::Host => CpuTemplate::Host,
-            server::CpuTemplate::X86_64V2 => CpuTemplate::X86_64V2,
-            server::CpuTemplate::X86_64V3 => CpuTemplate::X86_64V3,
-        },
+        memory_bytes,
+        vcpus,
+        cpu,
         boot,
         disks,
         nics,
@@ -171,16 +172,26 @@ async fn describe(
     Ok(Description { spec, descriptors: packet })
 }
 
+/// What of its machine does not depend on files.
+pub(super) fn chassis(record: &ServerRecord) -> Chassis {
+    let cpu = match record.cpu {
+        server::CpuTemplate::Host => CpuTemplate::Host,
+        server::CpuTemplate::X86_64V2 => CpuTemplate::X86_64V2,
+        server::CpuTemplate::X86_64V3 => CpuTemplate::X86_64V3,
+    };
+    Chassis { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu }
+}
+
 /// Opens the record's volumes, in their order.
 async fn open_volumes(
     workshop: &Workshop,
     record: &ServerRecord,
-    filled: impl Future<Output = Result<()>>,
+    filled: impl Future<Output = Result<Content>>,
 ) -> Result<Vec<File>> {
-    filled.await?;
+    let content = filled.await?;
     let mut files = Vec::new();
     for disk in &record.disks {
-        files.push(workshop.volumes.open(disk.volume_id).await?);
+        files.push(workshop.volumes.open(disk.volume_id, content).await?);
     }
     Ok(files)
 }

@@ -82,6 +82,8 @@ impl Servers {
     /// Starts an actor for every server; each finds its machine again or takes up its work.
     pub(crate) async fn recover(&self) -> Result<()> {
         let all: Vec<ServerRecord> = self.workshop().core.store.read(records::all).await?;
+        let cages = all.iter().filter_map(|record| record.cage.clone()).collect();
+        self.workshop().shells.recover(cages).await?;
         for record in all {
             self.registry.poke(record.id);
         }
@@ -117,9 +119,13 @@ impl Servers {
         Ok(answer)
     }
 
-    /// Ends every actor; machines run on.
+    /// Ends every actor, and VMMs that wait for a server; machines run on.
     pub(crate) async fn close(&self) {
         self.registry.close().await;
+        // The next daemon ends those of one that died.
+        if !self.workshop().core.store.is_dead() {
+            self.workshop().shells.close().await;
+        }
     }
 
     /// Accepts a new server. With `start`, the operation succeeds when its vCPUs run; when it fails, nothing of

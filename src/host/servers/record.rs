@@ -73,6 +73,9 @@ pub struct ServerRecord {
     /// What its VMM said of its own walls before it had a machine; absent when it was not asked then.
     #[serde(default)]
     pub sandbox: Option<Sandbox>,
+    /// Name of the control groups of its latest VMM; its id when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cage: Option<String>,
     /// Version.
     pub generation: u64,
     /// When it was made.
@@ -84,6 +87,11 @@ pub struct ServerRecord {
 }
 
 impl ServerRecord {
+    /// Name of the control groups of its latest VMM.
+    pub fn cage(&self) -> String {
+        self.cage.clone().unwrap_or_else(|| self.id.to_string())
+    }
+
     /// Whether the next machine is to be another than the one at hand, so that the memory of this one fits no more.
     pub fn is_changed(&self) -> bool {
         let Held { memory_bytes, vcpus, cpu } = self.held;

@@ -15,12 +15,12 @@ pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerReco
         let now_ms = record.context().now_ms;
         let end = match workshop.launcher.boot_id() {
             Ok(boot_id) if boot_id != vmm.boot_id => End::host_restarted(now_ms),
-            _ => effects::end_of(workshop, record.id, None).await,
+            _ => effects::end_of(workshop, record.id, record.cage(), None).await,
         };
         tracing::info!(server = %record.id, "its machine has ended meanwhile: {}", end.detail);
         return Ok(Some(Event::Found(Found::Gone(end))));
     };
-    entry.hold(process);
+    entry.hold(process, record.cage());
     let found = match entry.greet(limits::COMMAND).await {
         Ok((_, Some(hello))) => {
             entry.console.send_replace(hello.console_written);

@@ -21,7 +21,7 @@ use crate::images::Images;
 use crate::network::Networks;
 use crate::snapshots::Snapshots;
 use crate::vmms::link::{AskError, Hello};
-use crate::vmms::{Launch, Link, Process};
+use crate::vmms::{Launch, Link, Process, Shells};
 use crate::volumes::Volumes;
 
 /// What actors work with.
@@ -38,6 +38,8 @@ pub struct Workshop {
     pub networks: Networks,
     /// Starts VMMs.
     pub launcher: Arc<dyn Launch>,
+    /// Those that are started already.
+    pub shells: Shells,
     /// How much memory there is.
     pub capacity: Capacity,
 }
@@ -80,6 +82,8 @@ pub struct Entry {
 pub struct Machine {
     /// The process.
     pub process: Arc<dyn Process>,
+    /// Name of its control groups.
+    pub cage: String,
     link: Option<Link>,
 }
 
@@ -90,8 +94,8 @@ impl Entry {
     }
 
     /// Takes a process up; its connection follows when it is needed.
-    pub fn hold(&self, process: Arc<dyn Process>) {
-        *self.held() = Some(Machine { process, link: None });
+    pub fn hold(&self, process: Arc<dyn Process>, cage: String) {
+        *self.held() = Some(Machine { process, cage, link: None });
     }
 
     /// Lets the process and its connection go.

@@ -35,7 +35,7 @@ use crate::snapshots::{
 use crate::store::Tx;
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
-use crate::volumes::{Volumes, space};
+use crate::volumes::{Content, Volumes, space};
 
 /// Where the kernel hands out descriptors that tell of writes to memory.
 const USERFAULTFD: &str = "/dev/userfaultfd";
@@ -194,7 +194,7 @@ impl Doing {
     async fn copy_at_rest(&self, directory: &Path) -> Result<Stillness> {
         let mut files = Vec::new();
         for disk in &self.record.disks {
-            files.push(self.workshop.volumes.open(disk.volume_id).await?);
+            files.push(self.workshop.volumes.open(disk.volume_id, Content::Recorded).await?);
         }
         let at_ms = Time::now().unix_ms();
         let disks = self.copy_disks(directory, files).await?;

@@ -19,6 +19,7 @@ mod hibernate;
 mod hostile;
 mod limits;
 mod restore;
+mod shells;
 mod snapshot;
 mod sweep;
 
@@ -259,7 +260,7 @@ async fn a_server_whose_memory_ran_out_says_so_and_only_once() {
     let mut spec = server("web1");
     spec.restart_policy = RestartPolicy::Never;
     let id = created(&host, spec).await.id;
-    stage.launch.run_out_of_memory(&id.to_string());
+    stage.launch.run_out_of_memory(&stage.launch.only());
     let server = until(&host, id, |server| server.state == ServerState::Failed).await;
     assert_eq!(server.state_reason.unwrap().code, "out_of_memory");
     let started = host.servers().act(&Call::by_host(), id, START).await.unwrap();

@@ -2,10 +2,13 @@
 //! the host has it, version 1 where it has that, each controller by itself where it has both. The launcher's child
 //! joins; what is made here is named by the server, made again at will, and gone when its VMM has been released.
 //! Sources: the kernel's admin-guide/cgroup-v2 and admin-guide/cgroup-v1.
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
+use sys::pidfd::PidFd;
 use wire::isolation::{Item, Missing};
 
 use super::Cell;
@@ -219,6 +222,25 @@ impl Cgroups {
         Ok(())
     }
 
+    /// Ends whatever is in groups whose names begin with `prefix`, but for those in `kept`, and removes the groups.
+    pub(super) fn sweep(&self, prefix: &str, kept: &HashSet<String>) -> io::Result<()> {
+        let mut strays = BTreeSet::new();
+        for hierarchy in &self.hierarchies {
+            let entries = match fs::read_dir(&hierarchy.parent) {
+                Err(cause) if cause.kind() == ErrorKind::NotFound => continue,
+                entries => entries?,
+            };
+            let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+            strays.extend(names.filter(|name| name.starts_with(prefix) && !kept.contains(name)));
+        }
+        for stray in strays {
+            tracing::info!("the VMM in the group {stray} is nobody's and is ended");
+            self.hierarchies.iter().try_for_each(|hierarchy| hierarchy.empty(&stray))?;
+            self.remove(&stray)?;
+        }
+        Ok(())
+    }
+
     /// How often the kernel ended a process in the group named `key` because its memory ran out.
     pub(super) fn oom_kills(&self, key: &str) -> u64 {
         let Some(hierarchy) = self.with(Controller::Memory) else { return 0 };
@@ -268,6 +290,24 @@ impl Cgroups {
 impl Hierarchy {
     fn directory(&self, key: &str) -> PathBuf {
         self.parent.join(key)
+    }
+
+    /// Kills every process of the group named `key`. Removing the group waits for their end.
+    fn empty(&self, key: &str) -> io::Result<()> {
+        let file = self.directory(key).join("cgroup.procs");
+        let members = match fs::read_to_string(&file) {
+            Err(cause) if cause.kind() == ErrorKind::NotFound => return Ok(()),
+            members => members?,
+        };
+        for pid in members.lines().filter_map(|line| line.parse().ok()) {
+            let Ok(process) = PidFd::open(pid) else { continue };
+            // Looked at again after the pidfd is open: from here on the number cannot change hands.
+            if fs::read_to_string(&file)?.lines().any(|line| line.parse() == Ok(pid)) {
+                // One that has ended meanwhile is what was wanted.
+                let _ = process.signal(Signal::SIGKILL);
+            }
+        }
+        Ok(())
     }
 
     /// The file to join by, and limits that cannot be set.

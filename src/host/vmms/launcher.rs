@@ -1,6 +1,6 @@
 //! The real launcher: a mode of `toft-vmm`, started once in a session of its own, that starts VMMs and tells of
 //! their ends. It is started again when it has gone; VMMs live on without it.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -207,6 +207,12 @@ impl Launch for Launcher {
             }
         }
         .boxed()
+    }
+
+    fn sweep(&self, prefix: &str, kept: &HashSet<String>) -> Result<()> {
+        self.cgroups()?
+            .sweep(prefix, kept)
+            .map_err(|cause| Error::internal("control groups that nobody knows cannot be removed", cause))
     }
 
     fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>> {

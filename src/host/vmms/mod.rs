@@ -1,5 +1,6 @@
 //! VMM processes: started by the launcher, spoken to over their control sockets, adopted after a restart.
 //! It knows no server, volume or network: it gets descriptors and a `MachineSpec`.
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -18,11 +19,13 @@ mod isolation;
 pub mod launcher;
 pub mod link;
 pub(crate) mod process;
+pub mod shells;
 mod watched;
 
 pub use isolation::Finding;
 pub use launcher::Launcher;
 pub use link::Link;
+pub use shells::{Shell, Shells, Size};
 
 /// Starts VMM processes and finds them again. The real one is [`launcher::Launcher`]; tests have a fake.
 pub trait Launch: Send + Sync + 'static {
@@ -31,6 +34,10 @@ pub trait Launch: Send + Sync + 'static {
 
     /// Starts a VMM that has no machine yet.
     fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Arc<dyn Process>>>;
+
+    /// Ends every process whose cell has a key that begins with `prefix` and is not among `kept`, and removes its
+    /// control groups. Repeatable.
+    fn sweep(&self, prefix: &str, kept: &HashSet<String>) -> Result<()>;
 
     /// Finds a process again that an earlier daemon started; `None` when it has ended.
     fn adopt(&self, id: &ProcessId) -> Result<Option<Arc<dyn Process>>>;

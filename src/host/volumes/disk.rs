@@ -74,7 +74,7 @@ fn make_now(new: &NewFile, watch: &Watch) -> io::Result<FillMethod> {
     };
     watch.check()?;
     match new.durability {
-        Durability::Power => unfinished.finish()?,
+        Durability::Power => unfinished.finish_in_place()?,
         Durability::Process => unfinished.take_place()?,
     }
     Ok(method)

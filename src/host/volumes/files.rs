@@ -78,6 +78,17 @@ impl Unfinished {
         sync_parent(&place)
     }
 
+    /// Gives it its place, then flushes both: for whoever looks at the file only when that is recorded. The file system
+    /// writes name and content down in one go, where [`Unfinished::finish`] waits for two.
+    pub(crate) fn finish_in_place(self) -> io::Result<()> {
+        let (file, place) = (self.file.try_clone()?, self.place.clone());
+        self.take_place()?;
+        file.sync_all().and_then(|()| sync_parent(&place)).inspect_err(|_| {
+            // Whoever begins again replaces what cannot be removed now.
+            let _ = fs::remove_file(&place);
+        })
+    }
+
     /// Gives it its place, flushed or not.
     pub(crate) fn take_place(mut self) -> io::Result<()> {
         fs::rename(&self.path, &self.place)?;

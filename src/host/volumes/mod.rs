@@ -84,6 +84,24 @@ impl Record for Volume {
     }
 }
 
+/// A volume whose file is whole and outlives a loss of power, which is not recorded yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Filled {
+    /// Which.
+    pub id: VolumeId,
+    /// How it was filled.
+    pub method: FillMethod,
+}
+
+/// How it is known that a volume is what it is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Its record says so.
+    Recorded,
+    /// The caller has just filled it, and records that before a guest writes to it.
+    Filled,
+}
+
 impl Volumes {
     pub(crate) fn new(core: Shared, images: Images) -> Volumes {
         Volumes { core, images }
@@ -254,10 +272,10 @@ impl Volumes {
         id: VolumeId,
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
-    ) -> Result<()> {
+    ) -> Result<Option<Filled>> {
         let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Creating {
-            return Ok(());
+            return Ok(None);
         }
         let source = match (volume.snapshot_id, volume.image_id) {
             (Some(snapshot), _) => Some(disk::look_at(self.snapshot_disk(snapshot, 0)).await?),
@@ -268,15 +286,27 @@ impl Volumes {
         let new = NewFile { place, source, size_bytes: volume.size_bytes, durability: Durability::Power };
         let method = disk::make(new, cancelled, progress).await?;
         self.core.checkpoint("volume.filled")?;
-        let dirs = self.core.dirs.clone();
-        self.core.store.write(move |tx| become_ready(tx, id, method, &dirs)).await
+        Ok(Some(Filled { id, method }))
+    }
+
+    /// For `servers`, in the transaction that ends its filling: from here on it is what it is to be. Repeatable.
+    pub(crate) fn complete(tx: &Tx<'_>, filled: &Filled, dirs: &Dirs) -> Result<()> {
+        let Some(mut volume) = records::find::<Volume>(tx, filled.id.0)? else { return Ok(()) };
+        if volume.state != VolumeState::Creating {
+            return Ok(());
+        }
+        volume.state = VolumeState::Ready;
+        volume.filled_by = Some(filled.method);
+        measure(&mut volume, dirs);
+        records::save(tx, &mut volume)?;
+        announce(tx, &volume, "volume.ready", None)
     }
 
     /// For `servers`: opens it for reading and writing. Fails with `in_use` while another opening of it lasts, in
     /// whatever process that is.
-    pub(crate) async fn open(&self, id: VolumeId) -> Result<File> {
+    pub(crate) async fn open(&self, id: VolumeId, content: Content) -> Result<File> {
         let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
-        if volume.state != VolumeState::Ready {
+        if volume.state != VolumeState::Ready && content == Content::Recorded {
             return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
         }
         let Some(file) = disk::hold_next(&self.core, id).await? else {
@@ -415,18 +445,6 @@ fn check_growth(tx: &Tx<'_>, volume: &Volume, size_bytes: u64, dirs: &Dirs) -> R
         return Err(Error::new(Code::WrongState, detail).with_actions(actions));
     }
     space::check(&dirs.root().join("volumes"), 0, size_bytes)
-}
-
-fn become_ready(tx: &Tx<'_>, id: VolumeId, method: FillMethod, dirs: &Dirs) -> Result<()> {
-    let mut volume: Volume = records::one(tx, id.0)?;
-    if volume.state != VolumeState::Creating {
-        return Ok(());
-    }
-    volume.state = VolumeState::Ready;
-    volume.filled_by = Some(method);
-    measure(&mut volume, dirs);
-    records::save(tx, &mut volume)?;
-    announce(tx, &volume, "volume.ready", None)
 }
 
 /// Removes the record of a volume whose file is gone, and ends the operation that deleted it.

@@ -45,9 +45,21 @@ async fn created(volumes: &Volumes, new: NewVolume) -> Result<Volume> {
     volumes.core.store.write(move |tx| maker.create(tx, new)).await
 }
 
+/// Fills it as a server does, record and all.
+async fn fill(
+    volumes: &Volumes,
+    id: VolumeId,
+    cancelled: &(dyn Fn() -> bool + Send + Sync),
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+) -> Result<()> {
+    let Some(filled) = volumes.fill(id, cancelled, progress).await? else { return Ok(()) };
+    let dirs = volumes.core.dirs.clone();
+    volumes.core.store.write(move |tx| Volumes::complete(tx, &filled, &dirs)).await
+}
+
 async fn filled(volumes: &Volumes, new: NewVolume) -> VolumeId {
     let id = created(volumes, new).await.unwrap().id;
-    volumes.fill(id, &|| false, &|_, _| {}).await.unwrap();
+    fill(volumes, id, &|| false, &|_, _| {}).await.unwrap();
     id
 }
 
@@ -62,13 +74,13 @@ async fn a_volume_holds_its_images_bytes_and_is_as_large_as_asked() {
     let image = sample_image(&volumes).await;
     let told = AtomicU64::new(0);
     let id = created(&volumes, new("web1", 8 * MIB, Some(image))).await.unwrap().id;
-    volumes.fill(id, &|| false, &|_, total| told.store(total, Ordering::Relaxed)).await.unwrap();
-    volumes.fill(id, &|| true, &|_, _| panic!("it was filled twice")).await.unwrap();
+    fill(&volumes, id, &|| false, &|_, total| told.store(total, Ordering::Relaxed)).await.unwrap();
+    fill(&volumes, id, &|| true, &|_, _| panic!("it was filled twice")).await.unwrap();
     let volume = volumes.one(id).await.unwrap();
     assert_eq!((volume.state, volume.size_bytes), (VolumeState::Ready, 8 * MIB));
     assert!(matches!(volume.filled_by, Some(FillMethod::Reflink | FillMethod::SparseCopy)));
     assert!(volume.used_bytes > 0 && volume.used_bytes < MIB, "{}", volume.used_bytes);
-    let file = volumes.open(id).await.unwrap();
+    let file = volumes.open(id, Content::Recorded).await.unwrap();
     assert_eq!(file.metadata().unwrap().len(), 8 * MIB);
     let mut bytes = vec![0; DISK_BYTES];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -80,14 +92,14 @@ async fn a_volume_is_never_open_twice_and_the_lock_goes_with_the_last_copy() {
     let place = Place::new();
     let volumes = opened(&place).await;
     let id = filled(&volumes, new("web1", MIB, None)).await;
-    let file = volumes.open(id).await.unwrap();
-    assert_eq!(volumes.open(id).await.unwrap_err().code, Code::InUse);
+    let file = volumes.open(id, Content::Recorded).await.unwrap();
+    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap_err().code, Code::InUse);
     // What a VMM holds is a copy of the descriptor; the daemon's own is closed after it was sent.
     let copy = file.try_clone().unwrap();
     drop(file);
-    assert_eq!(volumes.open(id).await.unwrap_err().code, Code::InUse);
+    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap_err().code, Code::InUse);
     drop(copy);
-    volumes.open(id).await.unwrap();
+    volumes.open(id, Content::Recorded).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -110,12 +122,13 @@ async fn what_was_put_in_the_place_of_a_volumes_file_is_not_opened() {
     ];
     for (what, swap) in swaps {
         swap(&secret, &file).unwrap();
-        let refused = volumes.open(id).await.err().unwrap_or_else(|| panic!("{what} was opened"));
+        let refused =
+            volumes.open(id, Content::Recorded).await.err().unwrap_or_else(|| panic!("{what} was opened"));
         assert!(refused.detail.contains("cannot open the file of volume"), "{what}: {refused:?}");
         std::fs::remove_file(&file).unwrap();
     }
     std::fs::rename(&ours, &file).unwrap();
-    volumes.open(id).await.unwrap();
+    volumes.open(id, Content::Recorded).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,12 +145,12 @@ async fn a_volume_only_grows_and_only_while_nothing_has_it() {
             "{bad}"
         );
     }
-    let held = volumes.open(id).await.unwrap();
+    let held = volumes.open(id, Content::Recorded).await.unwrap();
     assert_eq!(volumes.patch(&call, id, grown(2 * MIB)).await.unwrap_err().code, Code::InUse);
     drop(held);
     let answer = volumes.patch(&call, id, grown(2 * MIB)).await.unwrap();
     assert_eq!(answer.body.size_bytes, 2 * MIB);
-    assert_eq!(volumes.open(id).await.unwrap().metadata().unwrap().len(), 2 * MIB);
+    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap().metadata().unwrap().len(), 2 * MIB);
     let huge = volumes.patch(&call, id, grown(model::limits::VOLUME_BYTES_MAX)).await.unwrap_err();
     assert_eq!(huge.code, Code::DiskFull);
 }
@@ -153,7 +166,7 @@ async fn a_growth_that_a_crash_cut_off_is_made_good_at_the_next_opening() {
         records::save(tx, &mut volume)
     };
     volumes.core.store.write(enlarge).await.unwrap();
-    assert_eq!(volumes.open(id).await.unwrap().metadata().unwrap().len(), 3 * MIB);
+    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap().metadata().unwrap().len(), 3 * MIB);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -163,14 +176,14 @@ async fn a_cancelled_filling_leaves_no_file_and_can_be_begun_again() {
     let image = sample_image(&volumes).await;
     let id = created(&volumes, new("web1", MIB, Some(image))).await.unwrap().id;
     // The copy of a small image may be done before anybody looks; both ends are right, nothing in between is.
-    match volumes.fill(id, &|| true, &|_, _| {}).await {
+    match fill(&volumes, id, &|| true, &|_, _| {}).await {
         Ok(()) => assert_eq!(place.names("volumes"), [format!("{id}.raw")]),
         Err(refused) => {
             assert_eq!(refused.code, Code::Draining);
             assert_eq!(place.names("volumes"), Vec::<String>::new());
         }
     }
-    volumes.fill(id, &|| false, &|_, _| {}).await.unwrap();
+    fill(&volumes, id, &|| false, &|_, _| {}).await.unwrap();
     assert_eq!(volumes.one(id).await.unwrap().state, VolumeState::Ready);
 }
 
@@ -228,7 +241,7 @@ async fn a_crash_at_any_point_can_be_gone_on_from() {
         let id = made.as_ref().ok().map(|volume| volume.id);
         let mut whole = false;
         if let Some(id) = id
-            && volumes.fill(id, &|| false, &|_, _| {}).await.is_ok()
+            && fill(&volumes, id, &|| false, &|_, _| {}).await.is_ok()
             && volumes.core.store.write(move |tx| Volumes::detach(tx, id)).await.is_ok()
         {
             whole = volumes.purge(id).await.is_ok();
@@ -236,14 +249,14 @@ async fn a_crash_at_any_point_can_be_gone_on_from() {
         drop(volumes);
         let volumes = opened(&place).await;
         for volume in volumes.list(ListQuery::default()).await.unwrap().items {
-            volumes.fill(volume.id, &|| false, &|_, _| {}).await.unwrap();
+            fill(&volumes, volume.id, &|| false, &|_, _| {}).await.unwrap();
             if place.names("volumes").is_empty() {
                 // Its purge had removed the file; the record follows when it is asked for again.
                 volumes.purge(volume.id).await.unwrap();
                 continue;
             }
             assert_eq!(
-                volumes.open(volume.id).await.unwrap().metadata().unwrap().len(),
+                volumes.open(volume.id, Content::Recorded).await.unwrap().metadata().unwrap().len(),
                 MIB,
                 "point {point}"
             );

@@ -12,7 +12,7 @@ use wire::will::Reason;
 
 use super::Shell;
 use crate::log;
-use crate::machine::{self, Machine};
+use crate::machine::{self, Chassis, Machine};
 
 type Result<T> = std::result::Result<T, Fault>;
 
@@ -41,6 +41,15 @@ impl Shell {
                 console_written: self.machine.as_ref().map_or(0, |machine| machine.console().written()),
                 sandbox: self.sandbox,
             }),
+            Command::Label { label } => {
+                self.check_shell()?;
+                if label.chars().any(char::is_control) {
+                    return Err(fault(FaultCode::Invalid, "a label has printable characters only"));
+                }
+                sys::title::set_last_word(&label);
+                Ok(Reply::Done)
+            }
+            Command::Prepare(size) => self.prepare(size),
             Command::Boot(spec) => self.boot(*spec, descriptors),
             Command::Restore(spec) => self.restore(*spec, descriptors),
             Command::Save(spec) => {
@@ -123,6 +132,20 @@ impl Shell {
             .ok_or_else(|| fault(FaultCode::WrongState, "there is no machine yet; send Boot first"))
     }
 
+    fn check_shell(&self) -> Result<()> {
+        match &self.machine {
+            None => Ok(()),
+            Some(_) => Err(fault(FaultCode::WrongState, "there is a machine already; send this before Boot")),
+        }
+    }
+
+    fn prepare(&mut self, size: wire::machine::Chassis) -> Result<Reply> {
+        self.check_shell()?;
+        size.check().map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+        self.ready = Some(Chassis::new(&self.host, size)?);
+        Ok(Reply::Done)
+    }
+
     fn boot(&mut self, spec: MachineSpec, descriptors: Vec<OwnedFd>) -> Result<Reply> {
         if self.machine.is_some() {
             return Err(fault(
@@ -131,7 +154,9 @@ impl Shell {
             ));
         }
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
-        self.machine = Some(Machine::build(&self.host, spec, descriptors, &self.bell)?);
+        let ready = self.ready.take_if(|ready| ready.fits(spec.chassis()));
+        self.machine = Some(Machine::build(&self.host, spec, descriptors, &self.bell, ready)?);
+        self.has_built = true;
         self.tell_all(&Notice::Booted { resets: 0 });
         Ok(Reply::Done)
     }
@@ -145,6 +170,7 @@ impl Shell {
         }
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
         self.machine = Some(Machine::restore(&self.host, spec, descriptors, &self.bell)?);
+        self.has_built = true;
         self.tell_all(&Notice::Restored);
         Ok(Reply::Done)
     }
@@ -158,6 +184,7 @@ impl Shell {
         }
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
         self.machine = Some(Machine::receive(&self.host, spec, descriptors, &self.bell)?);
+        self.has_built = true;
         Ok(Reply::Done)
     }
 
@@ -180,6 +207,7 @@ impl Shell {
         match rebuilt {
             None => Ok(Reply::Done),
             Some(Ok(resets)) => {
+                self.has_built = true;
                 self.tell_all(&Notice::Booted { resets });
                 // The old machine's news went with it, but its console is the new one's.
                 self.tell_console();

@@ -13,9 +13,10 @@ use devices::virtio::net::{Link, Net, NetControl, NetOptions};
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::pci::VirtioPci;
 use devices::{Bus, Doorbells, Interrupt, Notices, Region, pci};
-use kvm::{Host, Irqchip, Vcpu, Vm, cpuid};
+use kvm::{Host, Vcpu, Vm, cpuid};
 use memory::{Ram, layout};
 
+use super::chassis::Chassis;
 use super::parts::Parts;
 use super::plan::Plan;
 use super::stats::Lasting;
@@ -37,7 +38,10 @@ const PCI_CONFIG_PORTS: u64 = 8;
 /// What a machine begins with.
 pub(super) enum Origin<'a> {
     /// The kernel of its plan, in memory that is all zeroes.
-    Kernel,
+    Kernel {
+        /// What was built ahead and fits.
+        ready: Option<Chassis>,
+    },
     /// What another was.
     Saved {
         /// Complete.
@@ -58,13 +62,15 @@ pub(super) fn build(
     origin: Origin<'_>,
 ) -> Result<Parts, Error> {
     let spec = &plan.spec;
-    let ram = match &origin {
-        Origin::Kernel => memory::new(spec.memory_bytes)?,
-        Origin::Saved { ram, .. } => Arc::clone(ram),
+    let (chassis, saved) = match origin {
+        Origin::Kernel { ready: Some(chassis) } => (chassis.begin()?, None),
+        Origin::Kernel { ready: None } => (Chassis::new(host, spec.chassis())?, None),
+        Origin::Saved { ram, state, clock_ns } => {
+            let admit = |offered: Vec<_>| Ok(cpuid::admit(&state.cpuid, &offered)?);
+            (Chassis::around(host, spec.chassis(), ram, admit)?, Some((state, clock_ns)))
+        }
     };
-    let vm = Vm::new(host, Arc::clone(&ram), Irqchip::Kernel)?;
-    let shown = shown_cpuid(host, plan, &origin)?;
-    let vcpus = make_vcpus(plan, &vm, &shown)?;
+    let Chassis { vcpus, vm, ram, shown, .. } = chassis;
 
     let mut slots = Slots::new(&vm, &ram, bell);
     slots.attach(Box::new(Rng::new(Arc::clone(&lasting.rng))))?;
@@ -82,9 +88,9 @@ pub(super) fn build(
         bell: Arc::clone(bell),
     });
 
-    match origin {
-        Origin::Kernel => load(plan, &ram, &vcpus)?,
-        Origin::Saved { state, clock_ns, .. } => {
+    match saved {
+        None => load(plan, &ram, &vcpus)?,
+        Some((state, clock_ns)) => {
             vm.set_clock_ns(clock_ns)?;
             take_over(state, &vm, &vcpus, &root, &functions)?;
             serial.restore(&state.serial)?;
@@ -138,33 +144,6 @@ fn take_over(
         function.restore(saved)?;
     }
     Ok(())
-}
-
-/// What CPU the guest sees.
-fn shown_cpuid(host: &Host, plan: &Plan, origin: &Origin<'_>) -> Result<Vec<cpuid::Entry>, Error> {
-    let spec = &plan.spec;
-    if usize::from(spec.vcpus) > host.vcpus_max() {
-        let detail =
-            format!("{} vCPUs; KVM on this host gives a machine at most {}", spec.vcpus, host.vcpus_max());
-        return Err(Error::Invalid { field: "/vcpus".to_owned(), detail });
-    }
-    let processors = cpuid::Processors { count: spec.vcpus, tsc_deadline: host.has("TSC_DEADLINE_TIMER") };
-    let shaped = cpuid::shape(&host.supported_cpuid()?, translate::template(spec.cpu), processors);
-    let shaped = shaped.map_err(Error::Cpu)?;
-    match origin {
-        Origin::Kernel => Ok(shaped),
-        Origin::Saved { state, .. } => Ok(cpuid::admit(&state.cpuid, &shaped)?),
-    }
-}
-
-fn make_vcpus(plan: &Plan, vm: &Arc<Vm>, shown: &[cpuid::Entry]) -> Result<Vec<Vcpu>, Error> {
-    let mut vcpus = Vec::new();
-    for index in 0..plan.spec.vcpus {
-        let vcpu = Vcpu::new(vm, index)?;
-        vcpu.prepare(&cpuid::for_processor(shown, index))?;
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
 }
 
 /// The bus being filled.

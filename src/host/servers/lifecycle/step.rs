@@ -11,6 +11,7 @@ use super::{Back, Context, JobKind, Life, Phase, Push, Return, Saved, Step, Then
 use crate::servers::limits;
 use crate::snapshots::Taken;
 use crate::vmms::ProcessId;
+use crate::volumes::Filled;
 
 /// The longest grace that can be asked for, in milliseconds.
 const GRACE_MS_MAX: i64 = GRACE_S_MAX as i64 * 1000;
@@ -22,13 +23,20 @@ pub struct Spawned {
     pub vmm: ProcessId,
     /// What it closed behind itself, in its own words, when it answered. There is no guest yet.
     pub sandbox: Option<Sandbox>,
+    /// Name of its control groups where that is not the server's id.
+    pub cage: Option<String>,
 }
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// Directory and volumes are there, and the VMM of the first machine, where one was started meanwhile.
-    Made(Option<Spawned>),
+    /// Directory and volumes are there.
+    Made {
+        /// Volumes that were filled.
+        volumes: Vec<Filled>,
+        /// The VMM of the first machine, where one was started meanwhile.
+        vmm: Option<Spawned>,
+    },
     /// They could not be made.
     MakeFailed(Trouble),
     /// A VMM process was started.
@@ -134,16 +142,16 @@ impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
         match (phase, event) {
-            (Phase::Creating { start: true }, Event::Made(spawned)) => {
+            (Phase::Creating { start: true }, Event::Made { vmm: spawned, .. }) => {
                 self.life.begin_run();
                 self.life.phase = Phase::Starting { vmm: spawned.map(|spawned| spawned.vmm) };
             }
             // It was stopped before it had begun.
-            (Phase::Creating { start: false }, Event::Made(Some(Spawned { vmm, .. }))) => {
+            (Phase::Creating { start: false }, Event::Made { vmm: Some(Spawned { vmm, .. }), .. }) => {
                 let (vmm, push, then) = (Some(vmm), Push::Force, Then::Stop);
                 self.life.phase = Phase::Stopping { vmm, push, then };
             }
-            (Phase::Creating { start: false }, Event::Made(None)) => {
+            (Phase::Creating { start: false }, Event::Made { vmm: None, .. }) => {
                 self.life.phase = Phase::Stopped { why: None };
                 self.end_job(Verdict::Succeeded);
             }

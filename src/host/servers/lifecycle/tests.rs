@@ -60,11 +60,12 @@ impl World {
             // The VMM of one server in two is started while its disk is made.
             Work::Make if life.phase == (Phase::Creating { start: true }) => {
                 self.made += 1;
-                Event::Made(self.made.is_multiple_of(2).then(|| self.spawn()))
+                let vmm = self.made.is_multiple_of(2).then(|| self.spawn());
+                Event::Made { volumes: Vec::new(), vmm }
             }
             Work::Make => {
                 self.dismiss_shell();
-                Event::Made(None)
+                Event::Made { volumes: Vec::new(), vmm: None }
             }
             Work::Spawn => Event::Spawned(self.spawn()),
             Work::Snapshot { id } => {
@@ -165,7 +166,7 @@ impl World {
         // A process that was never recorded is dismissed first.
         assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
         self.machine = Some((id.clone(), MachineState::Shell));
-        Spawned { vmm: id, sandbox: None }
+        Spawned { vmm: id, sandbox: None, cage: None }
     }
 
     fn turn(&mut self, state: MachineState, event: Event) -> Event {

@@ -125,8 +125,9 @@ async fn rests(host: &Host, id: ServerId, state: ServerState) -> bool {
 }
 
 /// Lives the whole life with a daemon that dies at checkpoint `number`. Answers whether it died.
-async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
-    let stage = Stage::new();
+async fn live(number: u32, warm_shells: usize, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
+    let mut stage = Stage::new();
+    stage.warm_shells = warm_shells;
     let host = stage.open_with_image().await;
     host.close().await;
     drop(host);
@@ -160,7 +161,7 @@ async fn live(number: u32, points: Arc<Mutex<BTreeSet<&'static str>>>) -> bool {
         if let (Some(state), Some(id)) = (state, id)
             && rests(&host, id, *state).await
         {
-            let machines = stage.launch.alive().len();
+            let machines = stage.launch.alive().len() - stage.launch.shells().len();
             let is_off = matches!(state, ServerState::Stopped | ServerState::Hibernated);
             let wanted = if is_off { 0 } else { 1 };
             assert_eq!(machines, wanted, "checkpoint {number}, after {verb}");
@@ -266,10 +267,16 @@ where
 async fn a_daemon_that_dies_anywhere_converges() {
     let points = Arc::new(Mutex::new(BTreeSet::new()));
     let seen = points.clone();
-    let count = sweep(move |number| live(number, seen.clone())).await;
+    let count = sweep(move |number| live(number, 0, seen.clone())).await;
     let points = points.lock().unwrap();
     assert!(count > 40, "only {count} checkpoints: the instrumentation is gone");
     assert!(points.len() > 10, "only these kinds of checkpoints: {points:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_daemon_that_dies_with_vmms_kept_ready_converges() {
+    let count = sweep(|number| live(number, 2, Arc::default())).await;
+    assert!(count > 40, "only {count} checkpoints: the instrumentation is gone");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
