@@ -67,10 +67,13 @@ pub fn state(data: &[u8]) {
     }
 }
 
-/// Takes `data` as what comes over one stream of a move: a byte that says over which of how many, and the frames. Memory
-/// comes to lie only in this stream's shards and inside, and no more of it than came.
+/// Takes `data` as what comes over one stream of a move: a byte that says over which of how many, or that it is a disk's,
+/// and the frames. Memory comes to lie only in this stream's shards and inside, and no more of it than came; so does a disk.
 pub fn moved(data: &[u8]) {
     let Some((which, mut frames)) = data.split_first() else { return };
+    if which & 16 != 0 {
+        return moved_disk(frames);
+    }
     let (index, count) = (usize::from(which & 3), usize::from(which >> 2 & 3) + 1);
     let ram = memory::new(MOVED_BYTES).expect("memory for a small machine");
     let (mut console, mut came) = (Vec::new(), frames.len() as u64);
@@ -94,6 +97,25 @@ pub fn moved(data: &[u8]) {
         came = came.checked_sub(extent.bytes.saturating_sub(4096)).expect("no more of memory than came");
     }
 }
+
+fn moved_disk(mut frames: &[u8]) {
+    // With an end that cannot be moved, so that whoever writes beyond it fails.
+    let file = sys::memfd::create("disk", MOVED_DISK_BYTES).expect("memory for a small disk");
+    let (came, pages) = (frames.len() as u64, (frames.len() / 16) as u64);
+    if let Err(refused) = migrate::take_disk(&mut frames, &file, MOVED_DISK_BYTES) {
+        assert!(!refused.is_empty() && refused.len() < 2048, "told in {} bytes", refused.len());
+        assert!(!refused.contains("write a disk"), "what lies inside can be written: {refused}");
+    }
+    let (mut at, mut found) = (0, 0);
+    while let Some((start, end)) = sys::memfd::next_data(&file, at).expect("a memory file") {
+        (at, found) = (end, found + end - start);
+    }
+    // Each frame touches two pages more than it fills at most.
+    assert!(found <= came + 2 * 4096 * pages, "{found} bytes of which {came} came");
+}
+
+/// Not whole pages.
+const MOVED_DISK_BYTES: u64 = (1 << 20) + 512;
 
 /// Four shards, the last one cut short.
 const MOVED_BYTES: u64 = (8 << 20) - 4096;

@@ -14,6 +14,7 @@ use wire::transfer::FrameError;
 use crate::snapshot;
 
 mod converge;
+mod disk;
 mod phase;
 mod ram;
 mod shared;
@@ -68,6 +69,17 @@ impl Error {
     fn is_link(&self) -> bool {
         matches!(self, Error::Frame { cause: FrameError::Link(_), .. })
     }
+}
+
+/// Takes everything that comes over the stream of a disk, as its thread does.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn take_disk(from: &mut &[u8], file: &std::fs::File, bytes: u64) -> Result<(), String> {
+    let told = |error: Error| crate::log::chain(&error);
+    let mut order = target::open_as(from, &wire::transfer::Open::of_disk(0, bytes), 0).map_err(told)?;
+    while !from.is_empty() {
+        target::next_of_disk(&mut order, from, file, 0).map_err(told)?;
+    }
+    Ok(())
 }
 
 /// Takes everything that comes over one stream, as its thread does. Answers the words that were said.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::limits::{BANDWIDTH_BYTES_MIN, DOWNTIME_MS_MAX, STREAMS_MAX};
 use crate::machine::{FdIndex, MachineSpec, SpecError};
 
-/// Where to send a machine. Its disks are not sent: both ends have the same files open, on one host or on a file system
+/// Where to send a machine. Of disks that are not named, both ends have the same files open, on one host or on a file system
 /// that all hosts see alike.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -20,6 +20,9 @@ pub struct SendSpec {
     /// Connected stream sockets, whose other ends the target has in the same order. Who is there was made sure of by
     /// who opened them. TCP is without delay (TCP_NODELAY).
     pub streams: Vec<FdIndex>,
+    /// The disks whose contents go along.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskStream>,
     /// How far to go for it.
     #[serde(default)]
     pub limits: SendLimits,
@@ -52,6 +55,20 @@ pub struct ReceiveSpec {
     pub machine: MachineSpec,
     /// See [`SendSpec::streams`].
     pub streams: Vec<FdIndex>,
+    /// The disks whose contents come along, into files of the same length and any content. What is in them means nothing
+    /// until the machine has come.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskStream>,
+}
+
+/// A disk that is moved, and the stream that is its own. At the target its file is open for writing, whatever the guest may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskStream {
+    /// Its position among the machine's disks.
+    pub disk: u16,
+    /// As [`SendSpec::streams`].
+    pub stream: FdIndex,
 }
 
 /// Which end of a move.
@@ -146,11 +163,11 @@ pub struct MigrationStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Progress {
-    /// Bytes of memory that went over the streams, again ones counted again.
+    /// Bytes of memory and disks that went over the streams, again ones counted again.
     pub sent_bytes: u64,
-    /// Bytes of memory that still have to, as of the last look at the log.
+    /// Bytes that still have to, as of the last look at what was written.
     pub left_bytes: u64,
-    /// Bytes of memory that were only told to be zero, or not told at all.
+    /// Bytes that were only told to be zero, or not told at all.
     pub skipped_bytes: u64,
     /// Rounds begun, the last one with it.
     pub rounds: u32,
@@ -171,12 +188,13 @@ pub struct Progress {
 impl SendSpec {
     /// Every descriptor the specification names, with the field that names it.
     pub fn descriptors(&self) -> Vec<(String, FdIndex)> {
-        streams(&self.streams)
+        streams(&self.streams, &self.disks)
     }
 
     /// Checks that `descriptors` came in the packet and each is named at most once, and every number.
     pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
         check_count(&self.streams)?;
+        check_disks(&self.disks, None)?;
         self.limits.check()?;
         crate::machine::check_descriptors(self.descriptors(), descriptors)
     }
@@ -204,14 +222,30 @@ impl ReceiveSpec {
     pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
         self.machine.check(descriptors)?;
         check_count(&self.streams)?;
+        check_disks(&self.disks, Some(self.machine.disks.len()))?;
         let mut named = self.machine.descriptors();
-        named.extend(streams(&self.streams));
+        named.extend(streams(&self.streams, &self.disks));
         crate::machine::check_descriptors(named, descriptors)
     }
 }
 
-fn streams(streams: &[FdIndex]) -> Vec<(String, FdIndex)> {
-    streams.iter().enumerate().map(|(at, stream)| (format!("/streams/{at}"), *stream)).collect()
+fn streams(streams: &[FdIndex], disks: &[DiskStream]) -> Vec<(String, FdIndex)> {
+    let streams = streams.iter().enumerate().map(|(at, stream)| (format!("/streams/{at}"), *stream));
+    let disks = disks.iter().enumerate().map(|(at, disk)| (format!("/disks/{at}/stream"), disk.stream));
+    streams.chain(disks).collect()
+}
+
+/// Each disk once; that the machine has it, where that is known.
+fn check_disks(disks: &[DiskStream], has: Option<usize>) -> Result<(), SpecError> {
+    for (at, named) in disks.iter().enumerate() {
+        let is_twice = disks.iter().take(at).any(|other| other.disk == named.disk);
+        let is_absent = has.is_some_and(|has| usize::from(named.disk) >= has);
+        if is_twice || is_absent {
+            let detail = if is_twice { "is named twice" } else { "is no disk of the machine" };
+            return Err(SpecError { field: format!("/disks/{at}/disk"), detail: detail.to_owned() });
+        }
+    }
+    Ok(())
 }
 
 fn check_count(streams: &[FdIndex]) -> Result<(), SpecError> {

@@ -6,6 +6,7 @@
 //! kind 4 │ length 4 │ offset 8 ║ that many bytes          little-endian
 //! stream 0:  Open  (Part │ Zero │ Console │ Word)*  State  Word*          source to target; Word* the other way
 //! stream n:  Open  (Part │ Zero)*  End
+//! a disk's:  Open  (Block │ Hole │ Sync)*  End                            source to target; a Word for each Sync back
 //! ```
 //! Memory is sharded: each piece of [`SHARD_BYTES`] has one stream, so that a page that is sent again never overtakes
 //! itself.
@@ -26,6 +27,8 @@ pub const SHARD_BYTES: u64 = 2 << 20;
 
 const PAGE_BYTES: u64 = 4096;
 
+const SECTOR_BYTES: u64 = 512;
+
 const MAGIC: &str = "toft-move";
 
 /// The end of a frame's head: what follows it.
@@ -43,11 +46,17 @@ pub enum Kind {
     Word,
     /// The machine beside its memory, as a state file without a table of memory.
     State,
-    /// No more of memory on this stream. Nothing follows; `offset` is how many bytes of memory it carried.
+    /// No more of memory, or of the disk, on this stream. Nothing follows; `offset` is how many bytes of it it carried.
     End,
+    /// A disk from `offset` on.
+    Block,
+    /// `length` bytes of a disk from `offset` on are zero. Nothing follows.
+    Hole,
+    /// What came of a disk is to be made durable, and [`Word::Synced`] to be said then. Nothing follows.
+    Sync,
 }
 
-const KINDS: [(u32, Kind); 7] = [
+const KINDS: [(u32, Kind); 10] = [
     (1, Kind::Open),
     (2, Kind::Part),
     (3, Kind::Zero),
@@ -55,6 +64,9 @@ const KINDS: [(u32, Kind); 7] = [
     (5, Kind::Word),
     (6, Kind::State),
     (7, Kind::End),
+    (8, Kind::Block),
+    (9, Kind::Hole),
+    (10, Kind::Sync),
 ];
 
 /// What a frame says of itself.
@@ -78,8 +90,11 @@ pub struct Open {
     pub stream: u16,
     /// How many there are.
     pub streams: u16,
-    /// Bytes of the machine's memory.
+    /// Bytes of the machine's memory, or of the disk.
     pub memory_bytes: u64,
+    /// Whose stream it is, when it is a disk's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<u16>,
 }
 
 /// What the ends say about the move itself.
@@ -101,6 +116,8 @@ pub enum Word {
     Commit,
     /// Target: I have it, and it runs.
     Released,
+    /// Target, on a disk's stream: what came is durable.
+    Synced,
     /// Source: it stays mine.
     Abort {
         /// Why, for people.
@@ -163,10 +180,18 @@ impl Kind {
             Kind::Part | Kind::Zero => SHARD_BYTES as u32,
             Kind::Console => CONSOLE_PIECE_BYTES_MAX,
             Kind::State => STATE_BYTES_MAX as u32,
-            Kind::End => 0,
+            Kind::Block => BLOCK_BYTES_MAX,
+            Kind::Hole => HOLE_BYTES_MAX,
+            Kind::End | Kind::Sync => 0,
         }
     }
 }
+
+/// Longest piece of a disk in one frame, in bytes.
+pub const BLOCK_BYTES_MAX: u32 = 64 << 10;
+
+/// Longest hole of a disk in one frame, in bytes.
+pub const HOLE_BYTES_MAX: u32 = 1 << 30;
 
 /// Longest piece of console output in one frame, in bytes.
 pub const CONSOLE_PIECE_BYTES_MAX: u32 = 64 << 10;
@@ -199,7 +224,12 @@ impl Head {
                 whole && length > 0 && end <= SHARD_BYTES
             }
             Kind::Console => length > 0 && offset.checked_add(u64::from(length)).is_some(),
+            Kind::Block | Kind::Hole => {
+                let whole = offset.is_multiple_of(SECTOR_BYTES);
+                whole && u64::from(length).is_multiple_of(SECTOR_BYTES) && length > 0
+            }
             Kind::Open | Kind::Word | Kind::State => offset == 0 && length > 0,
+            Kind::Sync => offset == 0,
             Kind::End => true,
         };
         if holds { Ok(Head { kind, length, offset }) } else { Err(refused) }
@@ -219,7 +249,7 @@ impl Head {
 
     /// Reads what follows the head into memory of its own: documents, console output and state, never memory.
     pub fn read_body(&self, from: &mut impl Read) -> Result<Vec<u8>, FrameError> {
-        if matches!(self.kind, Kind::Part | Kind::Zero | Kind::End) {
+        if matches!(self.kind, Kind::Part | Kind::Zero | Kind::Hole | Kind::Sync | Kind::End) {
             return Err(FrameError::Order(self.kind));
         }
         let (mut body, wanted) = (Vec::new(), u64::from(self.length));
@@ -246,7 +276,12 @@ pub fn write(to: &mut impl Write, kind: Kind, offset: u64, body: &[u8]) -> Resul
 impl Open {
     /// For stream `stream` of `streams`.
     pub fn new(stream: u16, streams: u16, memory_bytes: u64) -> Open {
-        Open { magic: MAGIC.to_owned(), version: VERSION, stream, streams, memory_bytes }
+        Open { magic: MAGIC.to_owned(), version: VERSION, stream, streams, memory_bytes, disk: None }
+    }
+
+    /// For the stream of a disk.
+    pub fn of_disk(disk: u16, bytes: u64) -> Open {
+        Open { disk: Some(disk), ..Open::new(0, 1, bytes) }
     }
 
     /// Reads what follows the head of the first frame.
@@ -299,6 +334,7 @@ fn document<T: for<'de> Deserialize<'de>>(kind: Kind, body: &[u8]) -> Result<T, 
 /// What may come next on a stream from the source, once it was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Order {
+    is_disk: bool,
     stream: u64,
     streams: u64,
     memory_bytes: u64,
@@ -321,6 +357,7 @@ impl Order {
     /// For a stream that was opened as the receiver expected.
     pub fn new(open: &Open) -> Order {
         Order {
+            is_disk: open.disk.is_some(),
             stream: open.stream.into(),
             streams: u64::from(open.streams).max(1),
             memory_bytes: open.memory_bytes,
@@ -344,6 +381,9 @@ impl Order {
     pub fn admit(&mut self, head: &Head) -> Result<(), FrameError> {
         let Head { kind, length, offset } = *head;
         let refused = FrameError::Bounds { kind, length, offset };
+        if self.is_disk {
+            return self.admit_of_disk(head);
+        }
         let is_first = self.stream == 0;
         match (kind, self.stage) {
             (Kind::Part | Kind::Zero, Stage::Memory) => {
@@ -367,6 +407,27 @@ impl Order {
             (Kind::End, Stage::Memory) => return Err(refused),
             (Kind::State, Stage::Ended) if is_first => self.stage = Stage::Told,
             (Kind::Word, _) if is_first => (),
+            _ => return Err(FrameError::Order(kind)),
+        }
+        Ok(())
+    }
+
+    fn admit_of_disk(&mut self, head: &Head) -> Result<(), FrameError> {
+        let Head { kind, length, offset } = *head;
+        let refused = FrameError::Bounds { kind, length, offset };
+        match (kind, self.stage) {
+            (Kind::Block | Kind::Hole, Stage::Memory) => {
+                let end = offset.checked_add(u64::from(length));
+                if end.is_none_or(|end| end > self.memory_bytes) {
+                    return Err(refused);
+                }
+                if kind == Kind::Block {
+                    self.carried_bytes = self.carried_bytes.saturating_add(u64::from(length));
+                }
+            }
+            (Kind::Sync, Stage::Memory) => (),
+            (Kind::End, Stage::Memory) if offset == self.carried_bytes => self.stage = Stage::Ended,
+            (Kind::End, Stage::Memory) => return Err(refused),
             _ => return Err(FrameError::Order(kind)),
         }
         Ok(())

@@ -2,6 +2,7 @@
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
 use wire::control::{Command, FaultCode, MachineState, Reply};
@@ -136,6 +137,73 @@ fn a_disk_in_use_is_moved_along_with_nothing_lost_or_done_twice() {
     vmm.wait_for_times("probe: verify ok", rounds + 2);
     let console = vmm.console();
     assert!(!console.contains("FAILED") && !console.contains("broken"), "{console}");
+}
+
+/// The guest writes a pattern over and over and expects it; each time it moves onto a disk of which nothing is true.
+#[test]
+fn a_disk_goes_along_onto_files_that_held_something_else() {
+    const BYTES: u64 = (32 << 20) + 512;
+    let fresh = |byte: u8| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(BYTES).unwrap();
+        file.write_all_at(&vec![byte; 8 << 20], 4 << 20).unwrap();
+        file
+    };
+    let machine = |file: &File| {
+        let mut machine = probe("blk write=4096,7,16384 verify=4096,7,16384 loop", 64);
+        machine.disk(file.try_clone().unwrap(), |_| {});
+        machine
+    };
+    let mut file = fresh(0);
+    let mut vmm = Vmm::boot(machine(&file));
+    vmm.wait_for_console("probe: verify ok");
+    for hop in 1..=4 {
+        while vmm.stats().disks[0].writes < 200 * hop {}
+        let onto = fresh(hop as u8);
+        let (near, far) = pairs(2);
+        let (disk_near, disk_far) = pairs(1);
+        let mut next = Vmm::start();
+        next.try_receive_with_disks(machine(&onto), far, disk_far).unwrap();
+        let limits = SendLimits { downtime_ms: 300, bandwidth_bytes_per_s: None };
+        vmm.try_send_with_disks(near, disk_near, limits).unwrap();
+        let status = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
+        assert_eq!(status.phase, Phase::Moved, "{status:?}\n{}\n{}", vmm.told(), next.told());
+        assert!(status.progress.sent_bytes > 8 << 20, "{status:?}");
+        // The source's file is as it was when the guest stopped; the target's has every part that the guest left alone.
+        let (mut left, mut came) = (vec![0; 1 << 20], vec![1; 1 << 20]);
+        file.read_exact_at(&mut left, BYTES - (1 << 20)).unwrap();
+        onto.read_exact_at(&mut came, BYTES - (1 << 20)).unwrap();
+        assert!(left == came, "hop {hop}");
+        let verified = next.console().matches("probe: verify ok").count();
+        next.wait_for_times("probe: verify ok", verified + 2);
+        (vmm, file) = (next, onto);
+    }
+    let console = vmm.console();
+    assert!(!console.contains("FAILED") && !console.contains("broken"), "{console}");
+}
+
+#[test]
+fn a_disk_of_another_length_is_refused() {
+    let file = |bytes| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        file
+    };
+    let machine = |bytes| {
+        let mut machine = probe("ticks=100000", 64);
+        machine.disk(file(bytes), |_| {});
+        machine
+    };
+    let mut vmm = Vmm::boot(machine(1 << 20));
+    let mut next = Vmm::start();
+    let ((near, far), (disk_near, disk_far)) = (pairs(1), pairs(1));
+    next.try_receive_with_disks(machine(2 << 20), far, disk_far).unwrap();
+    vmm.try_send_with_disks(near, disk_near, SendLimits::default()).unwrap();
+    let ended = vmm.wait_for_move("the end", |status| status.phase.is_end());
+    assert_eq!(ended.phase, Phase::Returned);
+    let ended = next.wait_for_move("the end there", |status| status.phase.is_end());
+    assert!(ended.detail.as_deref().is_some_and(|detail| detail.contains("stream 1")), "{ended:?}");
+    vmm.wait_for_times("tick ", 3);
 }
 
 #[test]

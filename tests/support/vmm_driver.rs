@@ -20,7 +20,7 @@ use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Reques
 use wire::launch::fd;
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
-use wire::migration::{MigrationStatus, ReceiveSpec, SendLimits, SendSpec};
+use wire::migration::{DiskStream, MigrationStatus, ReceiveSpec, SendLimits, SendSpec};
 use wire::saved::{Live, MemoryUse, Moment, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::Will;
 
@@ -286,10 +286,25 @@ impl Vmm {
     }
 
     /// Builds everything for a machine that comes over these streams; gives the refusal back.
-    pub(crate) fn try_receive(&mut self, mut machine: Machine, streams: Vec<OwnedFd>) -> Result<(), Fault> {
+    pub(crate) fn try_receive(&mut self, machine: Machine, streams: Vec<OwnedFd>) -> Result<(), Fault> {
+        self.try_receive_with_disks(machine, streams, Vec::new())
+    }
+
+    /// The same, and the contents of its first disks over streams of their own.
+    pub(crate) fn try_receive_with_disks(
+        &mut self,
+        mut machine: Machine,
+        streams: Vec<OwnedFd>,
+        disks: Vec<OwnedFd>,
+    ) -> Result<(), Fault> {
         machine.spec.console = Console { ring: machine.add(self.make_console(machine.console_bytes)) };
         let streams = streams.into_iter().map(|stream| machine.add(File::from(stream))).collect();
-        let spec = ReceiveSpec { machine: machine.spec, streams };
+        let disks = (0..).zip(disks).map(|(disk, stream)| {
+            let stream = machine.add(File::from(stream));
+            DiskStream { disk, stream }
+        });
+        let disks = disks.collect();
+        let spec = ReceiveSpec { machine: machine.spec, streams, disks };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -297,9 +312,23 @@ impl Vmm {
 
     /// Begins to send the machine over these streams.
     pub(crate) fn try_send(&mut self, streams: Vec<OwnedFd>, limits: SendLimits) -> Result<(), Fault> {
-        let named = (0..streams.len() as u16).map(FdIndex).collect();
-        let descriptors: Vec<_> = streams.iter().map(OwnedFd::as_fd).collect();
-        let id = self.send(Command::Send(SendSpec { streams: named, limits }), &descriptors);
+        self.try_send_with_disks(streams, Vec::new(), limits)
+    }
+
+    /// The same, and the contents of its first disks over streams of their own.
+    pub(crate) fn try_send_with_disks(
+        &mut self,
+        streams: Vec<OwnedFd>,
+        disks: Vec<OwnedFd>,
+        limits: SendLimits,
+    ) -> Result<(), Fault> {
+        let count = streams.len() as u16;
+        let named = (0..count).map(FdIndex).collect();
+        let of_disk = |disk| DiskStream { disk, stream: FdIndex(count + disk) };
+        let of_disks = (0..disks.len() as u16).map(of_disk).collect();
+        let descriptors: Vec<_> = streams.iter().chain(&disks).map(OwnedFd::as_fd).collect();
+        let spec = SendSpec { streams: named, disks: of_disks, limits };
+        let id = self.send(Command::Send(spec), &descriptors);
         let begun = self.reply(id).map(drop);
         if begun.is_ok() {
             // Of the move before.

@@ -3,10 +3,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use devices::virtio::block::Disk;
 use kvm::{DirtyLog, Host};
 use memory::{Ram, marks};
 use wire::machine::FdIndex;
-use wire::migration::{MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
 
 use super::build::Origin;
 use super::save::{Files, shape};
@@ -45,18 +46,23 @@ impl Machine {
         if self.is_paused() {
             return Err(Error::State("the machine is paused; resume it first, or save it"));
         }
-        let mut streams = streams(&mut Files::new(descriptors), &spec.streams)?;
+        let disks = self.moved_disks(&spec.disks)?;
+        let mut files = Files::new(descriptors);
+        let mut streams = streams(&mut files, &spec.streams)?;
         streams.iter_mut().for_each(Stream::expect_soon);
+        streams.extend(disk_streams(&mut files, &spec.disks)?);
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
-        open_streams(&mut streams, self.plan.spec.memory_bytes)?;
+        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks)?;
         // The one before is let go of first: two must not log the same memory.
         self.moving = None;
         marks::start(&parts.ram);
+        disks.iter().for_each(|(_, disk)| disk.track_changes());
         let sources = Sources {
             ram: Arc::clone(&parts.ram),
             log: DirtyLog::start(&parts.vm)?,
             console: Arc::clone(&self.console),
             brake: parts.crew.brake(),
+            disks,
         };
         self.moving = Some(Moving::Source(Source::start(sources, streams, spec.limits, &self.bell)?));
         Ok(())
@@ -71,12 +77,27 @@ impl Machine {
         bell: &Arc<Bell>,
     ) -> Result<Machine, Error> {
         let mut files = Files::new(descriptors);
-        let streams = streams(&mut files, &spec.streams)?;
+        let mut streams = streams(&mut files, &spec.streams)?;
+        streams.extend(disk_streams(&mut files, &spec.disks)?);
         let ram = memory::new(spec.machine.memory_bytes)?;
         let mut machine = Machine::prepare(host, spec.machine, files.0, bell)?;
-        let target = Target::start(&ram, &machine.console, streams, bell)?;
+        let disks = machine.moved_disks(&spec.disks)?;
+        let target = Target::start(&ram, &machine.console, disks, streams, bell)?;
         machine.moving = Some(Moving::Target { target, ram: Some(ram) });
         Ok(machine)
+    }
+
+    /// The disks that go along, by their positions.
+    fn moved_disks(&self, named: &[DiskStream]) -> Result<Vec<(u16, Disk)>, Error> {
+        let find = |(at, named): (usize, &DiskStream)| match self.lasting.drives.get(usize::from(named.disk))
+        {
+            Some(disk) => Ok((named.disk, disk.clone())),
+            None => {
+                let detail = format!("there is no disk {}", named.disk);
+                Err(Error::Invalid { field: format!("/disks/{at}/disk"), detail })
+            }
+        };
+        named.iter().enumerate().map(find).collect()
     }
 
     /// What the phase table has left to be done next, and how the move stands with it.
@@ -220,10 +241,16 @@ impl Machine {
 }
 
 fn streams(files: &mut Files, named: &[FdIndex]) -> Result<Vec<Stream>, Error> {
-    let take = |(at, fd): (usize, &FdIndex)| {
-        let field = format!("/streams/{at}");
-        let socket = files.take(&field, *fd)?;
-        Stream::new(socket.into()).map_err(|cause| Error::File { field, cause })
-    };
+    let take = |(at, fd): (usize, &FdIndex)| stream(files, format!("/streams/{at}"), *fd);
     named.iter().enumerate().map(take).collect()
+}
+
+fn disk_streams(files: &mut Files, named: &[DiskStream]) -> Result<Vec<Stream>, Error> {
+    let take = |(at, disk): (usize, &DiskStream)| stream(files, format!("/disks/{at}/stream"), disk.stream);
+    named.iter().enumerate().map(take).collect()
+}
+
+fn stream(files: &mut Files, field: String, fd: FdIndex) -> Result<Stream, Error> {
+    let socket = files.take(&field, fd)?;
+    Stream::new(socket.into()).map_err(|cause| Error::File { field, cause })
 }

@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use devices::virtio::block::Disk;
 use kvm::DirtyLog;
 use memory::{Pages, Ram, marks};
 use wire::migration::{Phase, SendLimits, Side};
@@ -13,6 +14,7 @@ use wire::saved::table::Table;
 use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Head, Kind, Open, Word};
 
 use super::converge::{Convergence, Decision, Next, Round};
+use super::disk::Blocks;
 use super::phase::{Event, Said};
 use super::ram::{self, Frames, Sum};
 use super::{Error, Shared, Stream};
@@ -29,6 +31,8 @@ pub(crate) struct Sources {
     pub(crate) log: DirtyLog,
     pub(crate) console: Arc<Console>,
     pub(crate) brake: Brake,
+    /// Those that go along, by their positions.
+    pub(crate) disks: Vec<(u16, Disk)>,
 }
 
 /// A source from its begin on. Dropped, its streams are shut and its threads waited for.
@@ -39,7 +43,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Begins to move the machine over `streams`.
+    /// Begins to move the machine over `streams`, of which the last ones are the disks', in their order.
     pub(crate) fn start(
         sources: Sources,
         streams: Vec<Stream>,
@@ -52,11 +56,11 @@ impl Source {
             copies.map_err(|cause| Error::Host { doing: "copy a stream", cause })
         };
         let mut source = Source { shared, streams: copies(&streams)?, threads: Vec::new() };
-        let Sources { ram, log, console, brake } = sources;
+        let Sources { ram, log, console, brake, disks } = sources;
         let log = Arc::new(log);
         let (told, results) = channel();
         let mut jobs = Vec::new();
-        let count = streams.len();
+        let count = streams.len().saturating_sub(disks.len());
         let first = streams.first().map(Stream::copy).transpose();
         let first = first.map_err(|cause| Error::Host { doing: "copy a stream", cause })?;
         for (index, stream) in streams.into_iter().enumerate() {
@@ -68,7 +72,10 @@ impl Source {
                 log: Arc::clone(&log),
                 stream,
                 index,
-                count,
+                share: match index.checked_sub(count).and_then(|at| disks.get(at)) {
+                    Some((_, disk)) => Share::Disk(disk.clone()),
+                    None => Share::Memory { count },
+                },
                 work,
                 told: told.clone(),
             };
@@ -76,8 +83,9 @@ impl Source {
         }
         let Some(first) = first else { return Err(Error::Streams { stream: 0 }) };
         let shared = Arc::clone(&source.shared);
+        let disks = disks.into_iter().map(|(_, disk)| disk).collect();
         let conductor =
-            Conductor { shared, ram, log, console, brake, first, jobs, results, console_sent: None };
+            Conductor { shared, ram, log, console, brake, disks, first, jobs, results, console_sent: None };
         source.spawn(move || conductor.run())?;
         Ok(source)
     }
@@ -125,14 +133,23 @@ enum Job {
     End,
 }
 
-/// Sends memory over one stream.
+/// What goes over one stream.
+enum Share {
+    /// Each so manieth piece of memory.
+    Memory {
+        count: usize,
+    },
+    Disk(Disk),
+}
+
+/// Sends memory, or a disk, over one stream.
 struct Worker {
     shared: Arc<Shared>,
     ram: Arc<Ram>,
     log: Arc<DirtyLog>,
     stream: Stream,
     index: usize,
-    count: usize,
+    share: Share,
     work: Receiver<Job>,
     told: Sender<Result<Sum, Error>>,
 }
@@ -155,7 +172,10 @@ impl Worker {
     fn work(&mut self, job: &Job, carried_bytes: &mut u64) -> Result<Sum, Error> {
         match job {
             Job::Round { pages, touched, first, last } => {
-                let sum = self.round(pages, touched, *first, *last)?;
+                let sum = match &self.share {
+                    Share::Memory { count } => self.round(*count, pages, touched, *first, *last)?,
+                    Share::Disk(disk) => self.disk_round(&disk.clone(), *first, *last)?,
+                };
                 *carried_bytes += sum.sent_bytes;
                 Ok(sum)
             }
@@ -167,7 +187,38 @@ impl Worker {
         }
     }
 
-    fn round(&mut self, pages: &Pages, touched: &Pages, first: bool, last: bool) -> Result<Sum, Error> {
+    fn disk_round(&mut self, disk: &Disk, first: bool, last: bool) -> Result<Sum, Error> {
+        let shared = Arc::clone(&self.shared);
+        let before = |bytes| {
+            if !last {
+                shared.pace(bytes);
+            }
+            shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+            if shared.is_over() { Err(Error::Over) } else { Ok(()) }
+        };
+        let mut blocks = Blocks { disk, stream: &mut self.stream, index: self.index, before: &before };
+        let sum = if first { blocks.send_all()? } else { blocks.send_changes()? };
+        self.shared.skipped_bytes.fetch_add(sum.skipped_bytes, Ordering::Relaxed);
+        // The last changes are made durable at the end, and little is left to do then.
+        if !last && sum.sent_bytes + sum.skipped_bytes > 0 {
+            let sync = Head { kind: Kind::Sync, length: 0, offset: 0 };
+            sync.write(&mut self.stream).map_err(Error::at(self.index))?;
+            match hear(&mut self.stream, self.index)? {
+                Word::Synced => (),
+                other => return Err(Error::Unexpected(other)),
+            }
+        }
+        Ok(sum)
+    }
+
+    fn round(
+        &mut self,
+        count: usize,
+        pages: &Pages,
+        touched: &Pages,
+        first: bool,
+        last: bool,
+    ) -> Result<Sum, Error> {
         let mut all = Sum::default();
         let shared = Arc::clone(&self.shared);
         let pace = |bytes| {
@@ -177,7 +228,7 @@ impl Worker {
         };
         let mut frames =
             Frames { ram: &self.ram, stream: &mut self.stream, index: self.index, before: &pace };
-        for shard in ram::shards(ram::bytes(&self.ram), self.index, self.count) {
+        for shard in ram::shards(ram::bytes(&self.ram), self.index, count) {
             if pages.words_of(shard).iter().all(|word| *word == 0) {
                 continue;
             }
@@ -205,6 +256,7 @@ struct Conductor {
     log: Arc<DirtyLog>,
     console: Arc<Console>,
     brake: Brake,
+    disks: Vec<Disk>,
     first: Stream,
     jobs: Vec<Sender<Job>>,
     results: Receiver<Result<Sum, Error>>,
@@ -225,6 +277,7 @@ impl Conductor {
             let _ = Word::Abort { detail }.write(&mut self.first);
         }
         self.first.shut();
+        self.disks.iter().for_each(Disk::forget_changes);
         marks::stop(&self.ram);
     }
 
@@ -273,7 +326,7 @@ impl Conductor {
             self.collect(&mut pages)?;
             let took = began.elapsed();
             self.console()?;
-            let left_bytes = pages.count() * marks::PAGE_BYTES;
+            let left_bytes = self.left_bytes(&pages);
             let round = Round { number, took, sent_bytes: sum.sent_bytes, left_bytes };
             let Decision { next, bytes_per_s, dirtied_bytes_per_s, expected_downtime } =
                 convergence.after(round, self.shared.limits());
@@ -301,7 +354,7 @@ impl Conductor {
         let mut number = 0;
         self.shared.note(|progress| {
             progress.rounds += 1;
-            (number, progress.left_bytes) = (progress.rounds, left.count() * marks::PAGE_BYTES);
+            (number, progress.left_bytes) = (progress.rounds, self.left_bytes(&left));
         });
         self.say(&Word::Round { number, last: true })?;
         let job = Job::Round { pages: Arc::new(left), touched: Arc::default(), first: false, last: true };
@@ -366,6 +419,12 @@ impl Conductor {
         }
     }
 
+    /// What was written since it was last sent, to memory and to disks.
+    fn left_bytes(&self, pages: &Pages) -> u64 {
+        let disks: u64 = self.disks.iter().map(Disk::changed_bytes).sum();
+        pages.count() * marks::PAGE_BYTES + disks
+    }
+
     /// What was written since it was last sent, by vCPUs and by devices.
     fn collect(&self, pages: &mut Pages) -> Result<(), Error> {
         self.log.collect(pages)?;
@@ -395,12 +454,7 @@ impl Conductor {
     }
 
     fn hear(&mut self) -> Result<Word, Error> {
-        let head = Head::read(&mut self.first).map_err(Error::at(0))?;
-        if head.kind != Kind::Word {
-            return Err(Error::at(0)(FrameError::Order(head.kind)));
-        }
-        let body = head.read_body(&mut self.first).map_err(Error::at(0))?;
-        Word::parse(&body).map_err(Error::at(0))
+        hear(&mut self.first, 0)
     }
 
     /// A refusal counts in every phase; anything else is nonsense.
@@ -416,11 +470,24 @@ impl Conductor {
     }
 }
 
-/// Opens every stream towards the target, before any thread has them.
-pub(crate) fn open(streams: &mut [Stream], memory_bytes: u64) -> Result<(), Error> {
-    let count = streams.len() as u16;
+/// What the other end says on a stream.
+fn hear(stream: &mut Stream, index: usize) -> Result<Word, Error> {
+    let at = Error::at(index);
+    let head = Head::read(stream).map_err(&at)?;
+    if head.kind != Kind::Word {
+        return Err(at(FrameError::Order(head.kind)));
+    }
+    Word::parse(&head.read_body(stream).map_err(&at)?).map_err(&at)
+}
+
+/// Opens every stream towards the target, before any thread has them; the last ones are the disks'.
+pub(crate) fn open(streams: &mut [Stream], memory_bytes: u64, disks: &[(u16, Disk)]) -> Result<(), Error> {
+    let count = streams.len().saturating_sub(disks.len());
     for (index, stream) in streams.iter_mut().enumerate() {
-        let open = Open::new(index as u16, count, memory_bytes);
+        let open = match index.checked_sub(count).and_then(|at| disks.get(at)) {
+            Some((number, disk)) => Open::of_disk(*number, disk.bytes()),
+            None => Open::new(index as u16, count as u16, memory_bytes),
+        };
         open.write(stream).map_err(Error::at(index))?;
     }
     Ok(())

@@ -1,18 +1,20 @@
 //! The end that is to have the machine. One thread for each stream takes memory as it comes; the first stream's also hears
 //! what the source decides. Everything that is read is judged before it is believed.
+use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use devices::virtio::block::Disk;
 use memory::Ram;
 use vm_memory::ReadVolatile;
 use wire::migration::{Phase, SendLimits, Side};
 use wire::transfer::{FrameError, Head, Kind, Open, Order, Word};
 
 use super::phase::{Event, Said};
-use super::{Error, Shared, Stream, ram};
+use super::{Error, Shared, Stream, disk, ram};
 use crate::bell::Bell;
 use crate::console::Console;
 use crate::snapshot::{self, Contents};
@@ -26,10 +28,12 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Begins to receive a machine into `ram`, which is all zeroes.
+    /// Begins to receive a machine into `ram`, which is all zeroes, and these disks. The last of `streams` are the disks',
+    /// in their order.
     pub(crate) fn start(
         ram: &Arc<Ram>,
         console: &Arc<Console>,
+        disks: Vec<(u16, Disk)>,
         streams: Vec<Stream>,
         bell: &Arc<Bell>,
     ) -> Result<Target, Error> {
@@ -39,7 +43,9 @@ impl Target {
         let shared = Shared::new(Side::Target, SendLimits::default(), bell, mouth);
         let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>().map_err(copying)?;
         let mut target = Target { shared, streams: copies, threads: Vec::new() };
-        let count = streams.len();
+        let others_count = streams.len().saturating_sub(1);
+        let count = streams.len().saturating_sub(disks.len());
+        let mut disks = disks.into_iter();
         let (told, others) = channel();
         let mut others = Some(others);
         for (index, stream) in streams.into_iter().enumerate() {
@@ -50,12 +56,14 @@ impl Target {
                 stream,
                 index,
                 count,
+                others_count,
                 told: told.clone(),
             };
+            let disk = if index < count { None } else { disks.next() };
             let others = others.take();
             let run = move || {
                 threads::enter(ThreadKind::Move);
-                listener.run(others);
+                listener.run(others, disk);
             };
             let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
             target.threads.push(thread.map_err(|cause| Error::Host { doing: "start a thread", cause })?);
@@ -89,14 +97,17 @@ struct Listener {
     stream: Stream,
     index: usize,
     count: usize,
+    /// Streams beside the first.
+    others_count: usize,
     told: Sender<Told>,
 }
 
 impl Listener {
-    fn run(mut self, others: Option<Receiver<Told>>) {
-        let result = match &others {
-            Some(others) => self.decide(others),
-            None => self.take_memory(),
+    fn run(mut self, others: Option<Receiver<Told>>, disk: Option<(u16, Disk)>) {
+        let result = match (&others, disk) {
+            (Some(others), _) => self.decide(others),
+            (None, Some((number, disk))) => self.take_disk(number, &disk),
+            (None, None) => self.take_memory(),
         };
         if let Err(error) = result {
             self.shared.fail_with(&error);
@@ -148,8 +159,25 @@ impl Listener {
         Ok(())
     }
 
+    /// The thread of a disk.
+    fn take_disk(&mut self, number: u16, disk: &Disk) -> Result<(), Error> {
+        let wanted = Open::of_disk(number, disk.bytes());
+        let mut order = open_as(&mut self.stream, &wanted, self.index)?;
+        let _ = self.told.send(Told::Opened);
+        while !order.has_ended() {
+            if self.shared.is_over() {
+                return Err(Error::Over);
+            }
+            if next_of_disk(&mut order, &mut self.stream, disk.file(), self.index)? == Kind::Sync {
+                Word::Synced.write(&mut self.stream).map_err(Error::at(self.index))?;
+            }
+        }
+        let _ = self.told.send(Told::Ended);
+        Ok(())
+    }
+
     fn wait_for_others(&self, others: &Receiver<Told>) -> Result<(), Error> {
-        let mut missing = self.count.saturating_sub(1);
+        let mut missing = self.others_count;
         while missing > 0 && !self.shared.is_over() {
             // A stream that breaks ends the move, which ends the waiting.
             if others.recv_timeout(LOOK_EVERY).is_ok() {
@@ -204,14 +232,18 @@ pub(super) enum Came {
 
 /// Reads the first frame of a stream, which is the one that belongs here.
 pub(super) fn open(from: &mut impl Read, ram: &Ram, index: usize, count: usize) -> Result<Order, Error> {
+    open_as(from, &Open::new(index as u16, count as u16, ram::bytes(ram)), index)
+}
+
+/// The same of any stream.
+pub(super) fn open_as(from: &mut impl Read, wanted: &Open, index: usize) -> Result<Order, Error> {
     let at = Error::at(index);
     let head = Head::read(from).map_err(&at)?;
     if head.kind != Kind::Open {
         return Err(at(FrameError::Order(head.kind)));
     }
     let open = Open::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?;
-    let wanted = Open::new(index as u16, count as u16, ram::bytes(ram));
-    if open != wanted {
+    if open != *wanted {
         return Err(Error::Streams { stream: index });
     }
     Ok(Order::new(&open))
@@ -240,7 +272,22 @@ pub(super) fn next(
             }
             return Ok(Came::State(Box::new(contents)));
         }
-        Kind::End | Kind::Open => {}
+        // Of the others the order admits only the end.
+        _ => {}
     }
     Ok(Came::Memory)
+}
+
+/// Reads one frame of a disk and puts it where it belongs. Answers what it was.
+pub(super) fn next_of_disk(
+    order: &mut Order,
+    from: &mut impl Read,
+    file: &File,
+    stream: usize,
+) -> Result<Kind, Error> {
+    let at = Error::at(stream);
+    let head = Head::read(from).map_err(&at)?;
+    order.admit(&head).map_err(&at)?;
+    disk::take(file, &head, from, stream)?;
+    Ok(head.kind)
 }

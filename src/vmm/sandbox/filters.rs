@@ -222,9 +222,16 @@ const BALLOON: &[libc::c_long] = &[libc::SYS_fallocate];
 /// Writing a file that has no length yet, finding what of memory is in use, waiting for writers.
 const SAVE: &[libc::c_long] = &[libc::SYS_ftruncate, libc::SYS_fdatasync, libc::SYS_lseek, libc::SYS_poll];
 
-/// Beside reading and writing: waiting, which memory is in use, giving pages back, what the console holds, ending a stream.
-const MOVE: &[libc::c_long] =
-    &[libc::SYS_poll, libc::SYS_lseek, libc::SYS_fallocate, libc::SYS_pread64, libc::SYS_shutdown];
+/// Beside reading and writing: waiting, what of memory and disks is in use, giving it back, reading at a place, making
+/// durable, ending a stream.
+const MOVE: &[libc::c_long] = &[
+    libc::SYS_poll,
+    libc::SYS_lseek,
+    libc::SYS_fallocate,
+    libc::SYS_pread64,
+    libc::SYS_fdatasync,
+    libc::SYS_shutdown,
+];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

@@ -1,7 +1,22 @@
 use super::*;
 
 fn spec(streams: &[u16]) -> SendSpec {
-    SendSpec { streams: streams.iter().copied().map(FdIndex).collect(), limits: SendLimits::default() }
+    let streams = streams.iter().copied().map(FdIndex).collect();
+    SendSpec { streams, disks: Vec::new(), limits: SendLimits::default() }
+}
+
+#[test]
+fn each_disk_is_named_once_and_has_a_stream_of_its_own() {
+    let with = |disks: &[(u16, u16)]| {
+        let of = |(disk, stream): &(u16, u16)| DiskStream { disk: *disk, stream: FdIndex(*stream) };
+        SendSpec { disks: disks.iter().map(of).collect(), ..spec(&[0]) }
+    };
+    assert!(with(&[(0, 1), (3, 2)]).check(3).is_ok());
+    for (disks, field) in [(&[(0, 0)], "/disks/0/stream"), (&[(0, 3)], "/disks/0/stream")] {
+        assert_eq!(with(disks).check(3).unwrap_err().field, field);
+    }
+    assert_eq!(with(&[(1, 1), (1, 2)]).check(3).unwrap_err().field, "/disks/1/disk");
+    assert_eq!(check_disks(&with(&[(2, 1)]).disks, Some(2)).unwrap_err().field, "/disks/0/disk");
 }
 
 #[test]

@@ -42,6 +42,12 @@ fn heads_that_no_honest_end_writes_are_refused() {
         (Kind::Console, CONSOLE_PIECE_BYTES_MAX + 1, 0),
         (Kind::State, STATE_BYTES_MAX as u32 + 1, 0),
         (Kind::End, 1, 0),
+        (Kind::Sync, 0, 1),
+        (Kind::Block, 0, 0),
+        (Kind::Block, 511, 0),
+        (Kind::Block, 512, 1),
+        (Kind::Block, BLOCK_BYTES_MAX + 512, 0),
+        (Kind::Hole, HOLE_BYTES_MAX + 512, 0),
     ] {
         let bytes = head(kind, length, offset).bytes();
         assert!(matches!(Head::parse(bytes), Err(FrameError::Bounds { .. })), "{kind:?} {length} {offset}");
@@ -95,4 +101,28 @@ fn another_version_is_told_apart_from_nonsense() {
     let out = br#"{"magic":"toft-move","version":1,"stream":1,"streams":1,"memory_bytes":1}"#;
     assert!(matches!(Open::parse(out), Err(FrameError::Document(_))));
     assert!(matches!(Open::parse(b"{}"), Err(FrameError::Document(_))));
+}
+
+#[test]
+fn a_disk_has_a_stream_of_its_own_and_nothing_beyond_its_end() {
+    let bytes = (1 << 20) + 512;
+    let mut order = Order::new(&Open::of_disk(2, bytes));
+    assert!(order.admit(&head(Kind::Block, 512, 1 << 20)).is_ok());
+    assert!(order.admit(&head(Kind::Hole, 1 << 20, 0)).is_ok());
+    assert!(order.admit(&head(Kind::Sync, 0, 0)).is_ok());
+    for (kind, length, offset) in
+        [(Kind::Block, 1024, 1 << 20), (Kind::Hole, 512, bytes), (Kind::Block, 512, u64::MAX - 511)]
+    {
+        assert!(matches!(order.admit(&head(kind, length, offset)), Err(FrameError::Bounds { .. })));
+    }
+    for kind in [Kind::Part, Kind::Zero, Kind::State, Kind::Console, Kind::Word, Kind::Open] {
+        assert!(matches!(order.admit(&head(kind, 4096, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
+    assert!(order.admit(&head(Kind::End, 0, 511)).is_err(), "it carried 512 bytes");
+    assert!(order.admit(&head(Kind::End, 0, 512)).is_ok() && order.has_ended());
+    assert!(order.admit(&head(Kind::Block, 512, 0)).is_err());
+    let mut memory = open(0, 1);
+    for kind in [Kind::Block, Kind::Hole, Kind::Sync] {
+        assert!(matches!(memory.admit(&head(kind, 512, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
 }

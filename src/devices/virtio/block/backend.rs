@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use memory::ring::{Engine, Ring};
 
 use super::Access;
-use super::request::{SECTOR_BYTES, Span};
+use super::changes::{Changes, Part};
+use super::request::{Request, SECTOR_BYTES, Span};
 use crate::limits::BLOCK_QUEUE_SIZE;
 
 /// Why a file cannot be a disk.
@@ -46,6 +47,7 @@ struct Inner {
     ring: Mutex<Option<Ring>>,
     cannot_punch: AtomicBool,
     cannot_zero: AtomicBool,
+    changes: Changes,
 }
 
 impl Disk {
@@ -80,6 +82,7 @@ impl Disk {
             ring: Mutex::new(Some(ring)),
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
+            changes: Changes::new(bytes),
         })))
     }
 
@@ -91,6 +94,42 @@ impl Disk {
     /// Whether the guest may write.
     pub fn access(&self) -> Access {
         self.0.access
+    }
+
+    /// Capacity in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.0.sectors.saturating_mul(SECTOR_BYTES.into())
+    }
+
+    /// The file, for whoever copies it.
+    pub fn file(&self) -> &Arc<File> {
+        &self.0.file
+    }
+
+    /// Begins to mark what the guest changes, from no mark at all.
+    pub fn track_changes(&self) {
+        self.0.changes.start();
+    }
+
+    /// Ends that.
+    pub fn forget_changes(&self) {
+        self.0.changes.stop();
+    }
+
+    /// What was changed since it was last asked, ascending. Whoever reads it after asking reads it as it is now, or is told
+    /// of it again.
+    pub fn take_changes(&self) -> Vec<Part> {
+        self.0.changes.take()
+    }
+
+    /// How much that would be, in bytes.
+    pub fn changed_bytes(&self) -> u64 {
+        self.0.changes.bytes()
+    }
+
+    /// Marks what a request may have changed that the kernel has answered.
+    pub(super) fn mark_changes(&self, request: &Request) {
+        self.0.changes.mark(request);
     }
 
     /// What moves the data.

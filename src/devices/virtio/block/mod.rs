@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicU64;
 use crate::limiter::{LimitsSlot, RateLimits};
 
 mod backend;
+mod changes;
 mod config;
 mod device;
 mod pending;
@@ -17,6 +18,7 @@ mod service;
 mod state;
 
 pub use backend::{Disk, DiskError};
+pub use changes::{CHANGE_BYTES, Part};
 pub use device::{Block, BlockOptions};
 
 /// Whether a guest may change a disk.

@@ -148,7 +148,10 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.caching.writeback.store(self.caching.initial, Ordering::Relaxed);
         if let Some(lease) = self.lease.take() {
+            let disk = lease.disk.clone();
             lease.end();
+            // What the kernel still worked on may have reached the file, though nobody will be told.
+            self.pending.iter().flatten().for_each(|pending| disk.mark_changes(&pending.request));
         }
     }
 }
@@ -285,6 +288,9 @@ impl Service {
 
     /// Goes on with a request after a step, or completes it.
     fn settle(&mut self, mut pending: Pending, result: io::Result<()>) -> Result<(), Fault> {
+        if let Some(lease) = &self.lease {
+            lease.disk.mark_changes(&pending.request);
+        }
         let next = match (&self.lease, &result) {
             (Some(lease), Ok(())) => pending.goes_on(&lease.disk),
             (Some(lease), Err(cause)) => pending.goes_another_way(&lease.disk, cause),
