@@ -1,13 +1,14 @@
-//! `toft server migrate`: what a move to another host would bring, and what is in its way.
+//! `toft server migrate` and what settles a move whose other end is gone.
 use std::net::SocketAddr;
 
-use clap::Args;
-use model::migration::{MigrateServer, MigrationPlan};
+use clap::{Args, ValueEnum};
+use model::migration::{MigrateServer, MigrationMode, MigrationOwner, MigrationPlan, SettleMigration};
+use model::server::Server;
 
-use crate::Context;
 use crate::error::Error;
 use crate::output::{self, Format};
 use crate::target;
+use crate::{Context, wait};
 
 /// `toft server migrate`.
 #[derive(Debug, Args)]
@@ -20,6 +21,9 @@ pub(crate) struct Migrate {
     /// The target's ticket, which `toft host ticket` made there. Other users of this machine see a flag.
     #[arg(long, env = "TOFT_MIGRATION_TICKET", hide_env_values = true)]
     ticket: String,
+    /// Most bytes a second that go over the network, such as 100M.
+    #[arg(long, value_parser = target::size)]
+    bandwidth: Option<u64>,
     /// Say what would be moved and what is in the way, and move nothing.
     #[arg(long)]
     dry_run: bool,
@@ -29,10 +33,19 @@ impl Migrate {
     /// Asks the source, which asks the target.
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         let id = target::resolve(&context.client, "servers", &self.server).await?;
-        let spec = MigrateServer { target: self.target, ticket: self.ticket };
+        let spec = MigrateServer {
+            target: self.target,
+            ticket: self.ticket,
+            mode: MigrationMode::Cold,
+            bandwidth_bytes_per_s: self.bandwidth,
+        };
         let body = serde_json::to_vec(&spec).map_err(Error::Answer)?;
-        let query = if self.dry_run { "?dry_run=true" } else { "" };
-        let path = format!("/v1/servers/{id}/actions/migrate{query}");
+        let path = format!("/v1/servers/{id}/actions/migrate");
+        if !self.dry_run {
+            let answer = context.client.send("POST", &path, Some(body), &[]).await?;
+            return wait::finish::<Server>(context, &answer, "servers", true).await;
+        }
+        let path = format!("{path}?dry_run=true");
         let plan: MigrationPlan = context.client.send("POST", &path, Some(body), &[]).await?.json()?;
         match context.format {
             Format::Json => output::json(&plan),
@@ -54,4 +67,38 @@ fn plan_text(plan: &MigrationPlan) -> String {
         text.push_str(&format!("blocked  {}: {}\n", output::word(&obstacle.code), obstacle.detail));
     }
     text
+}
+
+/// `toft server settle-migration`.
+#[derive(Debug, Args)]
+pub(crate) struct Settle {
+    /// Name or id.
+    server: String,
+    /// Which host has it: this one, or the other.
+    #[arg(long, value_enum)]
+    owner: Owner,
+    /// How that is known: what the other host has and does. It is kept in the event log.
+    #[arg(long)]
+    proof: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Owner {
+    Here,
+    There,
+}
+
+impl Settle {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let id = target::resolve(&context.client, "servers", &self.server).await?;
+        let owner = match self.owner {
+            Owner::Here => MigrationOwner::Here,
+            Owner::There => MigrationOwner::There,
+        };
+        let body =
+            serde_json::to_vec(&SettleMigration { owner, proof: self.proof }).map_err(Error::Answer)?;
+        let path = format!("/v1/servers/{id}/actions/settle-migration");
+        let server: Server = context.client.send("POST", &path, Some(body), &[]).await?.json()?;
+        output::one(context.format, &server)
+    }
 }

@@ -13,7 +13,7 @@ use model::{ConsoleReaderId, Labels, Name};
 
 use crate::bulk::Which;
 use crate::error::Error;
-use crate::migrate::Migrate;
+use crate::migrate::{Migrate, Settle};
 use crate::output::{self, Format, Row};
 use crate::rates::{Limits, NewLimits};
 use crate::target::{self, ListOptions};
@@ -61,7 +61,7 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
-    /// Move a server to another host.
+    /// Move a server that is off to another host.
     Migrate(Migrate),
     /// Make it what a snapshot of it shows. What it has in memory and on its disks since then is lost.
     Restore {
@@ -73,6 +73,8 @@ pub(crate) enum Verb {
         #[arg(long)]
         stop: bool,
     },
+    /// Settle which host has a server that is in doubt. Look at the other host first.
+    SettleMigration(Settle),
     /// Print the console's log.
     ConsoleLog {
         /// Name or id.
@@ -324,6 +326,7 @@ impl Verb {
                 let answer = context.client.send("POST", &path, Some(body), &[]).await?;
                 wait::finish::<Server>(context, &answer, "servers", false).await
             }
+            Verb::SettleMigration(settle) => settle.run(context).await,
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
                 let query = tail.map(|bytes| format!("?tail_bytes={bytes}")).unwrap_or_default();

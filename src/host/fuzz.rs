@@ -1,4 +1,4 @@
-//! What fuzzers call: text that comes from callers, images and snapshots. No part of the daemon. `tests/fuzz` calls it with new
+//! What fuzzers call: text that comes from callers and other hosts, images and snapshots. No part of the daemon. `tests/fuzz` calls it with new
 //! bytes, and the tests here with the seeds kept there.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -9,6 +9,7 @@ use model::{Labels, Name};
 pub use crate::images::fuzz::image;
 use crate::network::cidr::{Cidr, free_range};
 use crate::network::mac::Mac;
+use crate::servers::moving::parcel::Packed;
 pub use crate::snapshots::fuzz::snapshot;
 use crate::store::records::{cursor, open_cursor};
 use crate::store::selector::{self, Term};
@@ -37,7 +38,8 @@ pub fn text(data: &[u8]) {
         3 => range(text),
         4 => hardware(text),
         5 => labels(text),
-        _ => ranges(text),
+        6 => ranges(text),
+        _ => packed(text),
     }
 }
 
@@ -111,6 +113,21 @@ fn ranges(text: &str) {
     }
     let gateway = |range: &Cidr| Ipv4Addr::from(u32::from(range.base()).saturating_add(1));
     assert!(taken.iter().all(|range| range.gateway() == gateway(range)));
+}
+
+/// A server's record from another host, as its check lets it through.
+fn packed(text: &str) {
+    let Ok(packed) = serde_json::from_str::<Packed>(text) else { return };
+    if packed.check().is_err() {
+        return;
+    }
+    assert!(
+        (1..=model::limits::VCPUS_MAX).contains(&packed.vcpus)
+            && packed.nics.len() <= model::limits::NICS_MAX
+    );
+    assert!(packed.disks.iter().all(|disk| disk.volume.size_bytes <= model::limits::VOLUME_BYTES_MAX));
+    let again = serde_json::to_string(&packed).expect("what was read can be written");
+    assert_eq!(serde_json::from_str::<Packed>(&again).expect("it was just written"), packed);
 }
 
 fn hardware(text: &str) {

@@ -83,12 +83,15 @@ impl Host {
             Cancels { images: images.clone(), servers: servers.clone(), snapshots: snapshots.clone() };
         let operations = Operations::new(core.clone(), Arc::new(cancels));
         let tokens = Tokens::new(&core);
-        let migrations = Migrations::new(core.clone(), capacity, launcher.clone()).await?;
+        let migrations =
+            Migrations::new(core.clone(), servers.clone(), volumes.clone(), capacity, launcher.clone())
+                .await?;
         let report = Report::new(core.clone(), servers.clone(), networks.clone(), launcher);
         images.recover().await?;
         volumes.recover().await?;
         networks.recover().await?;
         snapshots.recover(servers.snapshots_under_way().await?).await?;
+        migrations.recover().await?;
         servers.recover().await?;
         Ok(Host {
             inner: Arc::new(Inner {

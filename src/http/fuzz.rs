@@ -9,7 +9,7 @@ use axum::http::{HeaderName, HeaderValue, header};
 use host::Actor;
 use model::console::CreateConsoleToken;
 use model::image::{Image, ImportImage, PatchImage};
-use model::migration::{CreateMigrationTicket, MigrateServer};
+use model::migration::{CreateMigrationTicket, MigrateServer, SettleMigration};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateServer, PatchServer, Server, StopServer};
 use model::volume::PatchVolume;
@@ -49,7 +49,10 @@ fn body(kind: u8, text: &[u8]) {
             patch::<PatchImage>(text);
         }
         9 => json::<MigrateServer>(text),
-        10 => json::<CreateMigrationTicket>(text),
+        10 => {
+            json::<CreateMigrationTicket>(text);
+            json::<SettleMigration>(text);
+        }
         _ => drop(taken(crate::body::parse::<servers::Nothing>(text))),
     }
 }

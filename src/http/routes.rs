@@ -123,6 +123,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(bulk::hibernate))
         .routes(routes!(snapshots::take))
         .routes(routes!(servers::migrate))
+        .routes(routes!(servers::settle))
         .routes(routes!(servers::metrics))
         .routes(routes!(servers::isolation))
         .routes(routes!(console::log))

@@ -39,6 +39,43 @@ pub struct MigrateServer {
     pub target: SocketAddr,
     /// The target's ticket.
     pub ticket: String,
+    /// How it moves.
+    #[serde(default)]
+    pub mode: MigrationMode,
+    /// Most bytes a second that go over the network; no bound when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1048576)]
+    pub bandwidth_bytes_per_s: Option<u64>,
+}
+
+/// How a server moves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrationMode {
+    /// Off, with its disks.
+    #[default]
+    Cold,
+}
+
+/// Body of `POST /v1/servers/{id}/actions/settle-migration`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SettleMigration {
+    /// Which host has the server from now on.
+    pub owner: MigrationOwner,
+    /// How that is known: that the other host took it, or gave it away, or is off for good. It is kept in the event log,
+    /// 10 to 1000 characters. Two hosts that both have a server write to its network as one, and each to its own disk.
+    pub proof: String,
+}
+
+/// Which host has a server, seen from the one that is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrationOwner {
+    /// This one.
+    Here,
+    /// The other.
+    There,
 }
 
 /// What a migration would move, and what is in its way.
@@ -83,6 +120,6 @@ pub enum ObstacleCode {
     Name,
     /// The target cannot run servers.
     Kvm,
-    /// This version's machines cannot be handed to another host.
-    Vmm,
+    /// The server is not off.
+    State,
 }

@@ -85,6 +85,12 @@ pub enum ServerState {
     Paused,
     /// Off, with its memory on the disk: a start goes on where it was.
     Hibernated,
+    /// It goes to another host, and is off.
+    Moving,
+    /// It comes from another host, whose it is until it is all here.
+    Arriving,
+    /// It was on its way to another host or from one, and nobody here can know which has it; see `state_reason`.
+    InDoubt,
     /// The power button was pressed, or it is being forced off.
     Stopping,
     /// It is being deleted.

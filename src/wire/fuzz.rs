@@ -51,12 +51,18 @@ fn again<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(text: &[
 /// A frame from another daemon: what is read is framed and read again as the same.
 fn frame(data: &[u8]) {
     let Some((start, rest)) = data.split_first_chunk() else { return };
-    let Ok(length) = peer::head(*start) else { return };
+    let Ok((kind, length)) = peer::head(*start) else { return };
     assert!(length <= limits::FRAME_BYTES_MAX);
-    let Ok(message) = peer::Message::read(&rest[..length.min(rest.len())]) else { return };
+    let body = &rest[..length.min(rest.len())];
+    if kind == peer::Kind::Piece {
+        let Ok(piece) = peer::Piece::read(body) else { return };
+        let framed = [piece.head().expect("what was read is short enough"), piece.bytes.to_vec()].concat();
+        return assert_eq!(framed.get(peer::HEAD_BYTES..), Some(body));
+    }
+    let Ok(message) = peer::Message::read(body) else { return };
     let framed = message.frame().expect("what fits in a frame fits when written without spaces");
     let (start, rest) = framed.split_first_chunk().expect("a head");
-    assert_eq!(peer::head(*start), Ok(rest.len()));
+    assert_eq!(peer::head(*start), Ok((peer::Kind::Document, rest.len())));
     assert_eq!(peer::Message::read(rest), Ok(message));
 }
 

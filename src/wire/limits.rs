@@ -42,9 +42,11 @@ pub const CONSOLE_RING_BYTES_MIN: u64 = 4096;
 /// Most capacity of a console ring in bytes, so that a damaged header cannot ask for more.
 pub const CONSOLE_RING_BYTES_MAX: u64 = 64 << 20;
 
-/// Longest document in one frame between two daemons, in bytes. An offer with every device and every CPU feature
-/// needs 12 KiB.
-pub const FRAME_BYTES_MAX: usize = 64 * 1024;
+/// Longest body of one frame between two daemons, in bytes: a piece, or a server with all its user data, each byte escaped.
+pub const FRAME_BYTES_MAX: usize = (1 << 20) + 64;
+
+/// Longest piece of a file in one frame, in bytes.
+pub const PIECE_BYTES_MAX: usize = 1 << 20;
 
 /// Longest last will in bytes; longer files are not ours.
 pub const WILL_BYTES_MAX: usize = 16 * 1024;

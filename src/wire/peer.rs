@@ -7,12 +7,25 @@
 //!    ◀──────────────────────────── Welcome
 //!    Ask(Offer) ──────────────────────────▶   looks at what it has
 //!    ◀──────────────────── Verdict, or at any time Refuse
+//!
+//!    Take(Parcel) ────────────────────────▶   the ticket is used up, and what comes has a record
+//!    ◀────────── Say(Copying), or a Verdict
+//!    piece, piece … ──────────────────────▶
+//!    Copied ──────────────────────────────▶   all of it is on the medium
+//!    ◀──────────────────────── Say(Ready)
+//!    Say(Commit) ─────────────────────────▶
+//!    ◀──────────────────────── Say(Taken)
+//!
+//!    Again { transfer } ──────────────────▶   after a connection was lost, by the host that began
+//!    ◀─────────────────────── Say(how far)
 //! ```
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, VCPUS_MAX};
+use crate::limits::{
+    CONSOLE_RING_BYTES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, VCPUS_MAX,
+};
 use crate::machine::CpuTemplate;
 use crate::saved::Digest;
 
@@ -26,6 +39,21 @@ const MAGIC: [u8; 4] = *b"TOFT";
 
 /// Kind of the frames that hold one JSON document.
 const DOCUMENT: u16 = 1;
+
+/// Kind of the frames that hold a piece of a file.
+const PIECE: u16 = 2;
+
+/// What a piece has before its bytes: which file, and where in it, little endian.
+pub const PIECE_HEAD_BYTES: usize = 10;
+
+/// What follows a frame's head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A [`Message`].
+    Document,
+    /// A [`Piece`].
+    Piece,
+}
 
 /// Why bytes are no frame. The connection is of no use after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -49,8 +77,8 @@ pub enum FrameError {
     Message,
 }
 
-/// Reads a frame's head and answers how many bytes follow it, at most [`FRAME_BYTES_MAX`].
-pub fn head(bytes: [u8; HEAD_BYTES]) -> Result<usize, FrameError> {
+/// Reads a frame's head and answers what follows it and how many bytes that has, at most [`FRAME_BYTES_MAX`].
+pub fn head(bytes: [u8; HEAD_BYTES]) -> Result<(Kind, usize), FrameError> {
     let [m0, m1, m2, m3, v0, v1, k0, k1, l0, l1, l2, l3] = bytes;
     if [m0, m1, m2, m3] != MAGIC {
         return Err(FrameError::Magic);
@@ -59,21 +87,55 @@ pub fn head(bytes: [u8; HEAD_BYTES]) -> Result<usize, FrameError> {
     if version != VERSION {
         return Err(FrameError::Version(version));
     }
-    let kind = u16::from_le_bytes([k0, k1]);
-    if kind != DOCUMENT {
-        return Err(FrameError::Kind(kind));
-    }
+    let kind = match u16::from_le_bytes([k0, k1]) {
+        DOCUMENT => Kind::Document,
+        PIECE => Kind::Piece,
+        other => return Err(FrameError::Kind(other)),
+    };
     let length = u32::from_le_bytes([l0, l1, l2, l3]);
     let length = usize::try_from(length).unwrap_or(usize::MAX);
-    if length > FRAME_BYTES_MAX { Err(FrameError::TooLong(length)) } else { Ok(length) }
+    if length > FRAME_BYTES_MAX { Err(FrameError::TooLong(length)) } else { Ok((kind, length)) }
+}
+
+/// Bytes of a file that is moved, as they travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece<'b> {
+    /// Which of the parcel's files.
+    pub file: u16,
+    /// Where in it.
+    pub offset: u64,
+    /// What belongs there.
+    pub bytes: &'b [u8],
+}
+
+impl<'b> Piece<'b> {
+    /// Reads what followed a head. Whether there is such a place in such a file is not looked at.
+    pub fn read(body: &'b [u8]) -> Result<Piece<'b>, FrameError> {
+        let Some(([f0, f1, offset @ ..], bytes)) = body.split_first_chunk::<PIECE_HEAD_BYTES>() else {
+            return Err(FrameError::Message);
+        };
+        Ok(Piece { file: u16::from_le_bytes([*f0, *f1]), offset: u64::from_le_bytes(*offset), bytes })
+    }
+
+    /// What goes before the bytes.
+    pub fn head(&self) -> Result<Vec<u8>, FrameError> {
+        let too_long = FrameError::TooLong(self.bytes.len());
+        let length = self.bytes.len().checked_add(PIECE_HEAD_BYTES).ok_or(too_long)?;
+        let mut head = frame_head(PIECE, length)?;
+        head.extend(self.file.to_le_bytes());
+        head.extend(self.offset.to_le_bytes());
+        Ok(head)
+    }
 }
 
 /// Anything one daemon says to the other.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Message {
     /// The source's first word.
     Greet {
+        /// Name of the source's host, for people.
+        host: String,
         /// Version of the daemon, for people.
         program: String,
         /// The secret of the target's ticket.
@@ -93,6 +155,17 @@ pub enum Message {
         /// Everything that is in the way, at most [`OBSTACLES_MAX`].
         blocked_by: Vec<Obstacle>,
     },
+    /// Take this server; the ticket is for this and nothing else.
+    Take(Box<Parcel>),
+    /// Every piece was sent.
+    Copied,
+    /// The first word on a connection that follows one that was lost.
+    Again {
+        /// Which move, as in its [`Parcel`].
+        transfer: String,
+    },
+    /// How far a move is.
+    Say(Saying),
     /// No, and the connection ends.
     Refuse {
         /// Why, for people.
@@ -103,6 +176,40 @@ pub enum Message {
 /// Most obstacles of one verdict: one a disk and a nic, and some for the whole.
 pub const OBSTACLES_MAX: usize = DISKS_MAX + 3 * NICS_MAX + 16;
 
+/// How far a move is at the end that says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Saying {
+    /// The target: it is not all here.
+    Copying,
+    /// The target: all is here; what did you decide?
+    Ready,
+    /// The source: it is yours.
+    Commit,
+    /// The target: I have it.
+    Taken,
+    /// The source: it stays mine.
+    Abort,
+    /// The target: I do not take it, and never will.
+    Dropped,
+    /// The target: I have no record of it, which proves nothing.
+    Unknown,
+}
+
+/// A server that moves, but for the bytes of its files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parcel {
+    /// Names the move, and no other.
+    pub transfer: String,
+    /// What was asked before.
+    pub offer: Offer,
+    /// The server's record, as `host` writes it.
+    pub record: serde_json::Value,
+    /// Length of the console's ring file in bytes, which follows the disks; 0 when there is none.
+    pub console_bytes: u64,
+}
+
 /// A server that is to move, as far as the target must know before anything moves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -111,6 +218,11 @@ pub struct Offer {
     pub server: String,
     /// Its name, which it keeps.
     pub name: String,
+    /// The caller's own reference, which it keeps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external_ref: Option<String>,
+    /// Whether it has no machine and no memory that is kept, so that it begins anew wherever it starts next.
+    pub is_off: bool,
     /// Its machine's virtual CPUs.
     pub vcpus: u8,
     /// Its machine's memory in bytes.
@@ -143,6 +255,8 @@ pub struct OfferedCpu {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OfferedDisk {
+    /// The volume's name, which it keeps.
+    pub volume: String,
     /// Its size in bytes.
     pub size_bytes: u64,
     /// Bytes of it that were ever written.
@@ -191,8 +305,8 @@ pub enum ObstacleKind {
     Name,
     /// The target cannot run servers.
     Kvm,
-    /// A machine cannot be handed over by the VMM that runs it.
-    Vmm,
+    /// The server is not off.
+    State,
 }
 
 /// Why an offer is none.
@@ -202,6 +316,12 @@ pub struct OfferError(pub &'static str);
 
 /// Longest text of an offer in bytes; names have at most 63.
 const TEXT_BYTES_MAX: usize = 128;
+
+/// Most that a ring file has before its ring, in bytes.
+const CONSOLE_HEAD_BYTES_MAX: u64 = 1 << 20;
+
+/// Longest reference in bytes: 255 characters.
+const REFERENCE_BYTES_MAX: usize = 1024;
 
 /// Most CPU features of an offer: Linux names about 250 of x86.
 const FEATURES_MAX: usize = 1024;
@@ -227,8 +347,11 @@ impl Offer {
         {
             return fail("CPU");
         }
-        if self.disks.len() > DISKS_MAX {
-            return fail("number of disks");
+        if self.disks.len() > DISKS_MAX || !self.disks.iter().all(|disk| short(&disk.volume)) {
+            return fail("disks");
+        }
+        if self.external_ref.as_ref().is_some_and(|reference| reference.len() > REFERENCE_BYTES_MAX) {
+            return fail("reference");
         }
         let nics = &self.nics;
         if nics.len() > NICS_MAX
@@ -240,20 +363,45 @@ impl Offer {
     }
 }
 
+impl Parcel {
+    /// Checks every number and every length but those of the record.
+    pub fn check(&self) -> Result<(), OfferError> {
+        self.offer.check()?;
+        if self.transfer.len() > TEXT_BYTES_MAX {
+            return Err(OfferError("move"));
+        }
+        let console_bytes_max = CONSOLE_RING_BYTES_MAX.saturating_add(CONSOLE_HEAD_BYTES_MAX);
+        if self.console_bytes > console_bytes_max {
+            return Err(OfferError("console"));
+        }
+        Ok(())
+    }
+}
+
+/// A frame's head, with room for a document after it.
+fn frame_head(kind: u16, length: usize) -> Result<Vec<u8>, FrameError> {
+    let too_long = FrameError::TooLong(length);
+    let short = u32::try_from(length).map_err(|_| too_long)?;
+    if length > FRAME_BYTES_MAX {
+        return Err(too_long);
+    }
+    let mut head = Vec::with_capacity(HEAD_BYTES.saturating_add(if kind == DOCUMENT {
+        length
+    } else {
+        PIECE_HEAD_BYTES
+    }));
+    head.extend(MAGIC);
+    head.extend(VERSION.to_le_bytes());
+    head.extend(kind.to_le_bytes());
+    head.extend(short.to_le_bytes());
+    Ok(head)
+}
+
 impl Message {
     /// The frame that holds it. Fails when it would be longer than any reader takes.
     pub fn frame(&self) -> Result<Vec<u8>, FrameError> {
         let document = serde_json::to_vec(self).map_err(|_| FrameError::Message)?;
-        let too_long = FrameError::TooLong(document.len());
-        let length = u32::try_from(document.len()).map_err(|_| too_long)?;
-        if document.len() > FRAME_BYTES_MAX {
-            return Err(too_long);
-        }
-        let mut frame = Vec::with_capacity(HEAD_BYTES.saturating_add(document.len()));
-        frame.extend(MAGIC);
-        frame.extend(VERSION.to_le_bytes());
-        frame.extend(DOCUMENT.to_le_bytes());
-        frame.extend(length.to_le_bytes());
+        let mut frame = frame_head(DOCUMENT, document.len())?;
         frame.extend(document);
         Ok(frame)
     }
@@ -263,6 +411,7 @@ impl Message {
         let message = serde_json::from_slice(document).map_err(|_| FrameError::Message)?;
         match &message {
             Message::Ask(offer) if offer.check().is_err() => Err(FrameError::Message),
+            Message::Take(parcel) if parcel.check().is_err() => Err(FrameError::Message),
             Message::Verdict { blocked_by } if blocked_by.len() > OBSTACLES_MAX => Err(FrameError::Message),
             _ => Ok(message),
         }

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::api::{Answer, text};
-use crate::daemon::{Orders, Stage};
+use crate::daemon::{Orders, Stage, wait_for};
 use crate::world::{inside, run};
 
 const NEAR: &str = "192.0.2.1";
@@ -50,17 +50,50 @@ impl Hosts {
     }
 
     async fn open(&self, stage: &Stage, address: &str) {
+        self.open_to_die(stage, address, None).await;
+    }
+
+    /// Starts a daemon that kills itself at a point.
+    async fn open_to_die(&self, stage: &Stage, address: &str, die_at: Option<String>) {
         let flags = vec!["--migration-listen".to_owned(), format!("{address}:{PORT}")];
-        if let Err(status) = stage.open(Orders { flags, ..Orders::default() }).await {
+        if let Err(status) = stage.open(Orders { flags, die_at, ..Orders::default() }).await {
             panic!("the daemon ended with {status}:\n{}", stage.log());
         }
     }
 
+    fn sides(&self) -> [(&Stage, &'static str); 2] {
+        [(&self.source, NEAR), (&self.target, FAR)]
+    }
+
+    /// The state of a server on each host that has it. A daemon that is dead says nothing.
+    async fn states(&self, server: &str) -> [Option<String>; 2] {
+        let mut states = [None, None];
+        for (state, (stage, _)) in states.iter_mut().zip(self.sides()) {
+            let answer = stage.api().read(&format!("/v1/servers/{server}")).await;
+            *state = answer.ok().filter(Answer::is_ok).map(|answer| text(&answer.body["state"]));
+        }
+        states
+    }
+
+    /// How many hosts would start it.
+    async fn owners(&self, server: &str) -> usize {
+        let states = self.states(server).await;
+        states
+            .iter()
+            .flatten()
+            .filter(|state| ["stopped", "running", "starting"].contains(&state.as_str()))
+            .count()
+    }
+
     /// What asks the source to move a server to the target.
     async fn body(&self) -> Value {
-        let made = self.target.api().call(Method::POST, "/v1/migration-tickets", None, None).await;
+        self.body_to(&self.target, FAR).await
+    }
+
+    async fn body_to(&self, target: &Stage, address: &str) -> Value {
+        let made = target.api().call(Method::POST, "/v1/migration-tickets", None, None).await;
         let made = made.expect("an answer").body;
-        assert_eq!(made["target"], format!("{FAR}:{PORT}"));
+        assert_eq!(made["target"], format!("{address}:{PORT}"));
         json!({ "target": made["target"], "ticket": made["ticket"] })
     }
 
@@ -90,7 +123,7 @@ async fn one_host_asks_another() {
     let body = hosts.body().await;
     let plan = asked(&hosts.source, &server, "?dry_run=true", &body).await;
     assert_eq!(plan.status, 200, "{}", plan.body);
-    assert_eq!(codes(&plan.body["blocked_by"]), ["vmm"], "{}", plan.body);
+    assert_eq!(codes(&plan.body["blocked_by"]), ["state"], "{}", plan.body);
     let refused = asked(&hosts.source, &server, "", &body).await;
     assert_eq!((refused.status, refused.code()), (409, "migration_blocked"), "{}", refused.body);
     // Whoever has stolen the ticket comes too late with it.
@@ -109,8 +142,221 @@ async fn one_host_asks_another() {
     hosts.open(&hosts.target, FAR).await;
     let again = asked(&hosts.source, &server, "?dry_run=true", &body).await;
     // By now the thief's own server has the address.
-    assert_eq!(codes(&again.body["blocked_by"]), ["network", "vmm"], "{}", again.body);
+    assert_eq!(codes(&again.body["blocked_by"]), ["network", "state"], "{}", again.body);
     hosts.close().await;
+}
+
+async fn act(stage: &Stage, server: &str, action: &str, body: Option<Value>) -> Value {
+    let path = format!("/v1/servers/{server}/actions/{action}");
+    let answer = stage.api().call(Method::POST, &path, None, body).await.expect("an answer");
+    assert!(answer.is_ok(), "{action}: {}", answer.body);
+    answer.body
+}
+
+/// Makes a server that has counted a little and is off.
+async fn stopped(stage: &Stage, name: &str) -> String {
+    let server = stage.create(name).await;
+    let beats = async || Some(stage.beats(&server).await.0).filter(|beats| *beats > 2);
+    wait_for("beats", beats).await.unwrap();
+    let asked = act(stage, &server, "stop", Some(json!({ "grace_s": 0 }))).await;
+    stage.succeeded(&text(&asked["operation"]["id"])).await.unwrap();
+    server
+}
+
+async fn disk(stage: &Stage, server: &Value) -> Vec<u8> {
+    let volume = text(&server["volumes"][0]["volume_id"]);
+    std::fs::read(stage.scratch("state/volumes").join(format!("{volume}.raw"))).expect("its disk")
+}
+
+async fn there_and_back() {
+    let hosts = Hosts::new().await;
+    let server = stopped(&hosts.source, "web1").await;
+    let path = format!("/v1/servers/{server}");
+    let first = hosts.source.api().get(&path).await;
+    let console = hosts.source.api().read(&format!("{path}/console-log")).await.unwrap().body;
+    let bytes = disk(&hosts.source, &first).await;
+    let mut ends = hosts.sides();
+    for hop in 0..2 {
+        let [(source, _), (target, address)] = ends;
+        target.knows(&server);
+        let body = hosts.body_to(target, address).await;
+        let began = std::time::Instant::now();
+        let moved = asked(source, &server, "", &body).await;
+        assert_eq!(
+            (moved.status, &moved.body["resource"]["state"]),
+            (202, &json!("moving")),
+            "{}",
+            moved.body
+        );
+        source.succeeded(&moved.operation()).await.unwrap();
+        println!("hop {hop}: moved in {:?}", began.elapsed());
+        assert_eq!(source.api().read(&path).await.unwrap().status, 404);
+        let here = target.api().get(&path).await;
+        for same in ["id", "name", "memory_bytes", "created_at", "state", "volumes"] {
+            assert_eq!(here[same], first[same], "{same}");
+        }
+        assert_eq!(
+            (&here["nics"][0]["ipv4"], &here["nics"][0]["mac"]),
+            (&first["nics"][0]["ipv4"], &first["nics"][0]["mac"])
+        );
+        assert!(disk(target, &here).await == bytes, "its disk is another");
+        assert_eq!(target.api().read(&format!("{path}/console-log")).await.unwrap().body, console);
+        ends.reverse();
+    }
+    // Once more, and it boots there, with its console going on.
+    let body = hosts.body().await;
+    let moved = asked(&hosts.source, &server, "", &body).await;
+    hosts.source.succeeded(&moved.operation()).await.unwrap();
+    let started = act(&hosts.target, &server, "start", None).await;
+    hosts.target.succeeded(&text(&started["operation"]["id"])).await.unwrap();
+    let booted = async || {
+        let (beats, boots) = hosts.target.beats(&server).await;
+        (beats > 2 && boots == 2).then_some(())
+    };
+    wait_for("a second boot", booted).await.unwrap();
+    hosts.close().await;
+}
+
+#[test]
+fn a_server_that_is_off_moves_there_and_back_and_boots_where_it_is() {
+    inside("moves::a_server_that_is_off_moves_there_and_back_and_boots_where_it_is", there_and_back());
+}
+
+/// Points at which the source, and the target, dies.
+const DEATHS: [&[&str]; 2] = [
+    &[
+        "move.accepted:1",
+        "move.copied:1",
+        "move.heard:1",
+        "move.decided:1",
+        "move.said:1",
+        "move.heard:2",
+        "move.decided:2",
+    ],
+    &[
+        "move.recorded:1",
+        "move.filled:1",
+        "move.flushed:1",
+        "move.decided:1",
+        "move.said:1",
+        "move.heard:1",
+        "move.decided:2",
+        "move.said:2",
+    ],
+];
+
+async fn dead_at_every_phase() {
+    let hosts = Hosts::new().await;
+    let mut outcomes = std::collections::BTreeMap::<String, u32>::new();
+    for (victim, points) in DEATHS.into_iter().enumerate() {
+        for (number, point) in points.iter().enumerate() {
+            let server = stopped(&hosts.source, &format!("web-{victim}-{number}")).await;
+            hosts.target.knows(&server);
+            let first = hosts.source.api().get(&format!("/v1/servers/{server}")).await;
+            let bytes = disk(&hosts.source, &first).await;
+            let (stage, address) = hosts.sides()[victim];
+            stage.kill().await;
+            hosts.open_to_die(stage, address, Some((*point).to_owned())).await;
+            let body = hosts.body().await;
+            let moved = asked(&hosts.source, &server, "", &body).await;
+            let died = async || {
+                assert!(hosts.owners(&server).await <= 1, "{point}: both have it");
+                stage.ended()
+            };
+            wait_for(&format!("death at {point} of {victim}"), died).await.unwrap();
+            assert!(hosts.owners(&server).await <= 1, "{point}: both have it");
+            hosts.open(stage, address).await;
+            let one = async || {
+                assert!(hosts.owners(&server).await <= 1, "{point}: both have it");
+                match hosts.states(&server).await {
+                    [Some(state), None] if state == "stopped" => Some(0),
+                    [None, Some(state)] if state == "stopped" => Some(1),
+                    _ => None,
+                }
+            };
+            let at = match wait_for("one host that has it", one).await {
+                Ok(at) => at,
+                Err(late) => panic!("{late}: {victim} {point}: {:?}", hosts.states(&server).await),
+            };
+            let operation = hosts.source.finished(&moved.operation()).await.unwrap();
+            assert_eq!(operation["state"] == "succeeded", at == 1, "{victim} {point}: {operation}");
+            *outcomes.entry(format!("{victim} {point}: host {at}")).or_default() += 1;
+            let (stage, _) = hosts.sides()[at];
+            let here = stage.api().get(&format!("/v1/servers/{server}")).await;
+            assert!(disk(stage, &here).await == bytes, "{victim} {point}: its disk is another");
+            let started = act(stage, &server, "start", None).await;
+            stage.succeeded(&text(&started["operation"]["id"])).await.unwrap();
+            let gone = stage
+                .call(Method::DELETE, &format!("/v1/servers/{server}"), &format!("end-{server}"), None)
+                .await;
+            stage.succeeded(&gone.operation()).await.unwrap();
+        }
+    }
+    println!("{outcomes:#?}");
+    hosts.close().await;
+}
+
+#[test]
+fn whichever_daemon_is_killed_at_whatever_phase_one_host_has_the_server() {
+    inside(
+        "moves::whichever_daemon_is_killed_at_whatever_phase_one_host_has_the_server",
+        dead_at_every_phase(),
+    );
+}
+
+/// A server that the source has let go of, on its way to a target that stands still and has not heard of it.
+async fn half_moved(hosts: &Hosts) -> String {
+    for number in 0..20 {
+        let server = stopped(&hosts.source, &format!("web-{number}")).await;
+        hosts.target.knows(&server);
+        hosts.target.kill().await;
+        let hold_at = Some("move.said:1".to_owned());
+        let flags = vec!["--migration-listen".to_owned(), format!("{FAR}:{PORT}")];
+        hosts.target.open(Orders { flags, hold_at, ..Orders::default() }).await.unwrap();
+        let body = hosts.body().await;
+        let moved = asked(&hosts.source, &server, "", &body).await;
+        let path = format!("/v1/operations/{}", moved.operation());
+        let given = async || {
+            let operation = hosts.source.api().get(&path).await;
+            let is_given = operation["progress"]["phase"] == "handing_over" && hosts.target.is_held();
+            // A thread may get a little further before the signal to stop reaches it.
+            (is_given || operation["state"] == "succeeded").then_some(is_given)
+        };
+        if wait_for("the commit", given).await.unwrap() {
+            return server;
+        }
+    }
+    panic!("the target was never stopped in time");
+}
+
+async fn a_cable_that_is_pulled() {
+    let hosts = Hosts::new().await;
+    let server = half_moved(&hosts).await;
+    run("ip", &["link", "set", "near", "down"]);
+    for (stage, address) in hosts.sides() {
+        stage.kill().await;
+        hosts.open(stage, address).await;
+    }
+    let doubt = Some("in_doubt".to_owned());
+    assert_eq!(hosts.states(&server).await, [doubt.clone(), doubt]);
+    let path = format!("/v1/servers/{server}");
+    // Neither starts it, however it is asked.
+    for (stage, _) in hosts.sides() {
+        let refused =
+            stage.api().call(Method::POST, &format!("{path}/actions/start"), None, None).await.unwrap();
+        assert_eq!((refused.status, refused.code()), (409, "wrong_state"), "{}", refused.body);
+    }
+    let shown = hosts.source.api().get(&path).await;
+    assert_eq!(shown["allowed_actions"], json!(["settle-migration"]), "{shown}");
+    run("ip", &["link", "set", "near", "up"]);
+    let arrived = async || (hosts.states(&server).await == [None, Some("stopped".to_owned())]).then_some(());
+    wait_for("its arrival", arrived).await.unwrap();
+    hosts.close().await;
+}
+
+#[test]
+fn a_server_in_doubt_arrives_when_the_cable_is_back() {
+    inside("moves::a_server_in_doubt_arrives_when_the_cable_is_back", a_cable_that_is_pulled());
 }
 
 #[test]

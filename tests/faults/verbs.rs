@@ -187,6 +187,10 @@ fn moves(cli: &Cli<'_>) {
     let said = cli.fails(&[&["server", "migrate", "www"], &target[..]].concat(), 4);
     assert!(said.err.contains("this host has a server"), "{said:?}");
     cli.fails(&["server", "migrate", "www", "--target", "127.0.0.1:7701", "--ticket", "x"], 2);
+    let settle = ["server", "settle-migration", "www", "--owner", "here", "--proof", "I have looked at both"];
+    cli.note(&settle);
+    assert!(cli.fails(&settle, 4).err.contains("not in doubt"));
+    cli.fails(&["server", "settle-migration", "www", "--owner", "nobody", "--proof", "x"], 2);
     cli.fails(&["server", "migrate", "www", "--target", "127.0.0.1:1", "--ticket", ticket.trim()], 5);
 }
 

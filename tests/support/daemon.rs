@@ -226,7 +226,9 @@ impl Stage {
         // The innermost first.
         groups.sort_by_key(|group| std::cmp::Reverse(group.components().count()));
         for group in groups {
-            std::fs::remove_dir(&group).unwrap_or_else(|cause| panic!("{}: {cause}", group.display()));
+            // A process is among its group's for a moment after it has no command line any more.
+            let removed = async || std::fs::remove_dir(&group).is_ok().then_some(());
+            wait_for(&format!("the end of {}", group.display()), removed).await.unwrap();
         }
         // The run directory is on a tmpfs where Toft is installed.
         std::fs::remove_dir_all(self.base.path().join("run")).expect("the run directory");

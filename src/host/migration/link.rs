@@ -1,15 +1,25 @@
-//! A connection between two daemons: whole messages over TLS, in both directions. It knows no servers.
+//! A connection between two daemons: whole messages and pieces of files over TLS, in both directions. It knows no servers.
 use std::io;
+use std::time::Duration;
 
 use model::Code;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use wire::peer::{self, HEAD_BYTES, Message};
+use tokio::time::timeout;
+use wire::peer::{self, HEAD_BYTES, Kind, Message, Piece, Saying};
 
 use crate::error::{Error, Result};
 
 /// One end.
 pub(super) struct Link<S> {
     stream: S,
+}
+
+/// What came.
+pub(super) enum Received {
+    /// A message.
+    Message(Message),
+    /// A piece of a file, for [`Piece::read`].
+    Piece(Vec<u8>),
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
@@ -24,21 +34,51 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         self.stream.flush().await.map_err(broken)
     }
 
-    /// The next message. Fails with `host_unreachable` when the connection ends or what comes is none; memory is taken
+    /// Says how far a move is.
+    pub(super) async fn say(&mut self, saying: Saying) -> Result<()> {
+        self.send(&Message::Say(saying)).await
+    }
+
+    /// Sends a piece of a file. What follows it makes sure that it is not held back.
+    pub(super) async fn send_piece(&mut self, piece: Piece<'_>) -> Result<()> {
+        let head = piece.head().map_err(|cause| Error::internal("a piece is too long", cause))?;
+        self.stream.write_all(&head).await.map_err(broken)?;
+        self.stream.write_all(piece.bytes).await.map_err(broken)
+    }
+
+    /// What comes next. Fails with `host_unreachable` when the connection ends or what comes is none of it; memory is taken
     /// only for what a frame may hold.
-    pub(super) async fn receive(&mut self) -> Result<Message> {
+    pub(super) async fn receive(&mut self) -> Result<Received> {
         let mut head = [0; HEAD_BYTES];
         self.stream.read_exact(&mut head).await.map_err(broken)?;
-        let length = peer::head(head).map_err(strange)?;
-        let mut document = vec![0; length];
-        self.stream.read_exact(&mut document).await.map_err(broken)?;
-        Message::read(&document).map_err(strange)
+        let (kind, length) = peer::head(head).map_err(strange)?;
+        let mut body = vec![0; length];
+        self.stream.read_exact(&mut body).await.map_err(broken)?;
+        match kind {
+            Kind::Document => Ok(Received::Message(Message::read(&body).map_err(strange)?)),
+            Kind::Piece => Ok(Received::Piece(body)),
+        }
+    }
+
+    /// The next message, within this time.
+    pub(super) async fn message(&mut self, patience: Duration) -> Result<Message> {
+        match timeout(patience, self.receive()).await {
+            Ok(Ok(Received::Message(message))) => Ok(message),
+            Ok(Ok(Received::Piece(_))) => Err(out_of_turn()),
+            Ok(Err(cause)) => Err(cause),
+            Err(_) => Err(Error::new(Code::HostUnreachable, "the other host does not answer in time")),
+        }
     }
 
     /// Says that nothing more comes.
     pub(super) async fn end(&mut self) -> Result<()> {
         self.stream.shutdown().await.map_err(broken)
     }
+}
+
+/// The other side says something that has no place there.
+pub(super) fn out_of_turn() -> Error {
+    Error::new(Code::HostUnreachable, "the other host spoke out of turn; upgrade the older of the two")
 }
 
 fn broken(cause: io::Error) -> Error {

@@ -1,32 +1,49 @@
-//! Moving servers between hosts: who this host is, who may ask it, and what is in the way of a move. It knows no HTTP;
-//! what the daemons say to each other is `wire::peer`. Called by the facade.
+//! Moving servers between hosts: who this host is, who may ask it, what is in the way of a move, and the move. It knows no
+//! HTTP; what the daemons say to each other is `wire::peer`, whose the server is meanwhile `servers::moving`. Called by
+//! the facade.
 //!
 //! ```text
 //!  source: plan ─▶ offer ─▶ ask ══ TLS, both sides show a certificate ══▶ target: ticket ─▶ judge ─▶ verdict
+//!          carry ═══════════ record, files, and who has it ══════════════▶         take
 //! ```
 //! The target knows the source by the ticket it presents, the source the target by the fingerprint in that ticket.
-use std::convert::Infallible;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use model::migration::{CreateMigrationTicket, MigrateServer, MigrationPlan, MigrationTicket};
+use model::migration::{
+    CreateMigrationTicket, MigrateServer, MigrationOwner, MigrationPlan, MigrationTicket, SettleMigration,
+};
+use model::operation::Accepted;
+use model::server::Server;
 use model::{Code, FieldError, ServerId, Time};
 use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
+use uuid::Uuid;
+use wire::peer::Obstacle;
 
 use crate::call::{Answer, Call};
 use crate::core::Shared;
 use crate::error::{Error, Result};
+use crate::idempotency;
+use crate::servers::Servers;
 use crate::servers::capacity::Capacity;
+use crate::servers::moving::plan::{Event, Owner, Phase, Side};
+use crate::servers::moving::{self, Move};
+use crate::servers::record::ServerRecord;
+use crate::store::{Tx, records};
 use crate::vmms::Launch;
+use crate::volumes::Volumes;
 
+mod carry;
 mod cpu;
 mod identity;
 pub mod limits;
 mod link;
 mod source;
+mod take;
 mod target;
 mod ticket;
 
@@ -40,10 +57,16 @@ pub(crate) const TABLES: &str = ticket::TABLES;
 #[derive(Clone)]
 pub struct Migrations {
     core: Shared,
+    servers: Servers,
+    volumes: Volumes,
     capacity: Capacity,
     launcher: Arc<dyn Launch>,
     identity: Identity,
     listening: Arc<Mutex<Option<Listening>>>,
+    /// Servers that something comes for: a second try waits until the first one has let go of its files.
+    taking: Arc<Mutex<BTreeSet<ServerId>>>,
+    /// What is carried away from here; ends with the daemon.
+    carried: Arc<Mutex<JoinSet<()>>>,
 }
 
 struct Listening {
@@ -54,11 +77,35 @@ struct Listening {
 impl Migrations {
     pub(crate) async fn new(
         core: Shared,
+        servers: Servers,
+        volumes: Volumes,
         capacity: Capacity,
         launcher: Arc<dyn Launch>,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        Ok(Migrations { core, capacity, launcher, identity, listening: Arc::default() })
+        let (listening, taking, carried) = (Arc::default(), Arc::default(), Arc::default());
+        Ok(Migrations { core, servers, volumes, capacity, launcher, identity, listening, taking, carried })
+    }
+
+    /// Takes up what an earlier daemon left unfinished: what was not given away returns, what was not all here is dropped,
+    /// and whoever cannot know is asked or waited for.
+    pub(crate) async fn recover(&self) -> Result<()> {
+        let restart = |tx: &Tx<'_>| {
+            let all = moving::all(tx)?;
+            for held in &all {
+                let detail = "the daemon ended in the middle of the move; ask for it again".to_owned();
+                let trouble = crate::servers::lifecycle::Trouble { code: Code::Draining, detail };
+                moving::give(tx, held.id, Event::Restarted, Some(trouble))?;
+            }
+            Ok(all)
+        };
+        for held in self.core.store.write(restart).await? {
+            let is_open = matches!(held.phase, Phase::Copy | Phase::Commit | Phase::Returned);
+            if held.side == Side::Source && is_open {
+                self.carried().spawn(self.clone().see_to(held.id));
+            }
+        }
+        Ok(())
     }
 
     /// Waits for other hosts at `address` until the host closes, and answers where: with port 0 the kernel chooses one.
@@ -86,6 +133,8 @@ impl Migrations {
             task.abort();
             let _ = task.await;
         }
+        let mut carried = std::mem::take(&mut *self.carried());
+        carried.shutdown().await;
     }
 
     /// Makes a ticket for another host. It is never kept in readable form, so a repeated call makes another.
@@ -125,25 +174,119 @@ impl Migrations {
         source::ask(&self.identity, spec.target, ticket, offer).await
     }
 
-    /// Moves a server. Fails with `migration_blocked`, which names everything that is in the way.
-    pub async fn migrate(&self, id: ServerId, spec: MigrateServer) -> Result<Infallible> {
-        let plan = self.plan(id, spec).await?;
-        let errors = plan.blocked_by.iter().map(|obstacle| FieldError {
-            pointer: String::new(),
-            code: wire_word(&obstacle.code),
-            detail: obstacle.detail.clone(),
-        });
-        let errors: Vec<FieldError> = errors.collect();
-        let detail = match errors.as_slice() {
-            [one] => one.detail.clone(),
-            more => format!("{} things are in the way; see `errors`", more.len()),
+    /// Moves a server that is off, with its disks. Fails with `migration_blocked`, which names everything that is in the way.
+    /// The operation succeeds when the target has the server and nothing of it is left here.
+    pub async fn migrate(
+        &self,
+        call: &Call,
+        id: ServerId,
+        spec: MigrateServer,
+    ) -> Result<Answer<Accepted<Server>>> {
+        if spec.bandwidth_bytes_per_s.is_some_and(|bandwidth| bandwidth < limits::BANDWIDTH_BYTES_MIN) {
+            let detail = format!("must be at least {}", limits::BANDWIDTH_BYTES_MIN);
+            return Err(Error::invalid("/bandwidth_bytes_per_s", "out_of_range", detail));
+        }
+        let ticket: Ticket = spec.ticket.parse()?;
+        let asked = call.clone();
+        // The ticket was used up by the first call with this key.
+        let earlier = self.core.store.read(move |connection| idempotency::replay(connection, &asked)).await?;
+        if let Some(body) = earlier {
+            return Ok(Answer { body, replayed: true });
+        }
+        let cpu = Cpu::of_host()?;
+        let dirs = self.core.dirs.clone();
+        let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
+        let plan = source::ask(&self.identity, spec.target, ticket.clone(), offer.clone()).await?;
+        if !plan.blocked_by.is_empty() {
+            return Err(blocked(&plan));
+        }
+        let begun = Move {
+            id: Uuid::now_v7(),
+            server: id,
+            side: Side::Source,
+            phase: Phase::Copy,
+            peer: ticket.host,
+            peer_name: plan.target,
+            address: Some(spec.target),
         };
-        Err(Error { errors, ..Error::new(Code::MigrationBlocked, detail) })
+        let (conditions, capacity, kept) = (call.clone(), self.capacity, begun.clone());
+        let depart = move |tx: &Tx<'_>| {
+            let record: ServerRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.generation)?;
+            let (operation, record) = moving::depart(tx, capacity, record, &kept, &conditions.actor)?;
+            Ok(Accepted { operation, resource: Some(Servers::shown(tx, &record)?) })
+        };
+        let answer = self.core.mutate(call, depart).await?;
+        if !answer.replayed {
+            self.servers.wake(id);
+            let mut carried = self.carried();
+            while carried.try_join_next().is_some() {}
+            carried.spawn(self.clone().carry(begun, ticket, spec, offer));
+        }
+        Ok(answer)
+    }
+
+    /// Takes the operator's word for which host has a server that is in doubt, and how that is known. Fails with
+    /// `wrong_state` when it is not in doubt.
+    pub async fn settle(&self, call: &Call, id: ServerId, spec: SettleMigration) -> Result<Answer<Server>> {
+        let SettleMigration { owner, proof } = spec;
+        if !limits::PROOF_CHARS.contains(&proof.chars().count()) {
+            let detail = format!(
+                "must say in {} to {} characters how it is known what the other host has and does",
+                limits::PROOF_CHARS.start(),
+                limits::PROOF_CHARS.end()
+            );
+            return Err(Error::invalid("/proof", "length", detail));
+        }
+        let owner = match owner {
+            MigrationOwner::Here => Owner::Here,
+            MigrationOwner::There => Owner::There,
+        };
+        let conditions = call.clone();
+        let settle = move |tx: &Tx<'_>| {
+            let record: ServerRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.generation)?;
+            moving::settle(tx, &record, owner, &proof, &conditions.actor)?;
+            let record: ServerRecord = records::one(tx, id.0)?;
+            Servers::shown(tx, &record)
+        };
+        let answer = self.core.mutate(call, settle).await?;
+        self.servers.wake(id);
+        Ok(answer)
+    }
+
+    fn carried(&self) -> std::sync::MutexGuard<'_, JoinSet<()>> {
+        self.carried.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn listening(&self) -> std::sync::MutexGuard<'_, Option<Listening>> {
         self.listening.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn blocked(plan: &MigrationPlan) -> Error {
+    let errors = plan.blocked_by.iter().map(|obstacle| FieldError {
+        pointer: String::new(),
+        code: wire_word(&obstacle.code),
+        detail: obstacle.detail.clone(),
+    });
+    let errors: Vec<FieldError> = errors.collect();
+    let detail = match errors.as_slice() {
+        [one] => one.detail.clone(),
+        more => format!("{} things are in the way; see `errors`", more.len()),
+    };
+    Error { errors, ..Error::new(Code::MigrationBlocked, detail) }
+}
+
+/// Everything that is in the way, in one text.
+fn obstacles_text(obstacles: &[Obstacle]) -> String {
+    let all: Vec<&str> = obstacles.iter().map(|obstacle| obstacle.detail.as_str()).collect();
+    all.join("; ")
+}
+
+/// What other hosts call this one, for people.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().chars().take(limits::HOST_CHARS_MAX).collect()
 }
 
 /// A word of an enumeration as it stands in JSON.

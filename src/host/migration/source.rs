@@ -1,27 +1,28 @@
-//! The end a server comes from: what it would bring, and the question whether it could come.
+//! The end a server comes from, before it moves: what it would bring, and the question whether it could come.
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use model::image::Image;
 use model::migration::{self, MigrationPlan, ObstacleCode};
-use model::network::Network;
 use model::server::CpuTemplate;
-use model::volume::Volume;
 use model::{Code, ServerId};
 use rusqlite::Connection;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedCpu, OfferedDisk, OfferedNic};
+use wire::saved::Digest;
 
 use super::cpu::Cpu;
 use super::identity::Identity;
 use super::limits;
-use super::link::Link;
+use super::link::{Link, out_of_turn};
 use super::ticket::Ticket;
 use crate::config::Dirs;
 use crate::error::{Error, Result};
+use crate::servers::moving::parcel::Packed;
 use crate::servers::record::ServerRecord;
 use crate::store::records;
 use crate::volumes::used_bytes;
@@ -31,35 +32,37 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, cpu: Cpu
     let record: ServerRecord = records::one(connection, id.0)?;
     let image: Image = records::one(connection, record.image_id.0)?;
     let unreadable = |cause| Error::internal("a record of the host cannot be read", cause);
-    let disks = record.disks.iter().map(|disk| {
-        let volume: Volume = records::one(connection, disk.volume_id.0)?;
-        let file = std::fs::symlink_metadata(dirs.volume(volume.id));
-        Ok(OfferedDisk { size_bytes: volume.size_bytes, written_bytes: used_bytes(file) })
+    let is_off = record.life.is_off();
+    let held = record.held;
+    let packed = Packed::of(connection, record)?;
+    let disks = packed.disks.iter().map(|disk| OfferedDisk {
+        volume: disk.volume.name.to_string(),
+        size_bytes: disk.volume.size_bytes,
+        written_bytes: used_bytes(std::fs::symlink_metadata(dirs.volume(disk.volume.id))),
     });
-    let nics = record.nics.iter().map(|nic| {
-        let network: Network = records::one(connection, nic.network_id.0)?;
-        Ok(OfferedNic {
-            network: network.name.to_string(),
-            ipv4_cidr: network.ipv4_cidr,
-            ipv4: nic.ipv4,
-            mac: nic.mac.clone(),
-        })
+    let nics = packed.nics.iter().map(|nic| OfferedNic {
+        network: nic.network.clone(),
+        ipv4_cidr: nic.ipv4_cidr.clone(),
+        ipv4: nic.ipv4,
+        mac: nic.mac.clone(),
     });
     Ok(Offer {
-        server: record.id.to_string(),
-        name: record.name.to_string(),
+        server: packed.id.to_string(),
+        name: packed.name.to_string(),
+        external_ref: packed.external_ref.clone(),
+        is_off,
         // The machine that runs is the one that moves; what was changed since waits for its next start.
-        vcpus: if record.life.is_off() { record.vcpus } else { record.held.vcpus.max(1) },
-        memory_bytes: if record.life.is_off() { record.memory_bytes } else { record.held.memory_bytes },
+        vcpus: if is_off { packed.vcpus } else { held.vcpus.max(1) },
+        memory_bytes: if is_off { packed.memory_bytes } else { held.memory_bytes.max(1) },
         cpu: OfferedCpu {
-            template: template(record.cpu),
+            template: template(packed.cpu),
             vendor: cpu.vendor,
             features: cpu.features.into_iter().collect(),
         },
         image: image.sha256.parse().map_err(unreadable)?,
         image_name: image.name.to_string(),
-        disks: disks.collect::<Result<_>>()?,
-        nics: nics.collect::<Result<_>>()?,
+        disks: disks.collect(),
+        nics: nics.collect(),
     })
 }
 
@@ -71,15 +74,14 @@ fn template(cpu: CpuTemplate) -> wire::machine::CpuTemplate {
     }
 }
 
-/// Asks the target what is in the way there. Fails with `host_unreachable`, or `invalid` when the ticket is not good.
-pub(super) async fn ask(
+/// Connects to the host of this fingerprint and no other. Fails with `host_unreachable`, or `invalid` when something else
+/// is there.
+pub(super) async fn connect(
     identity: &Identity,
     target: SocketAddr,
-    ticket: Ticket,
-    offer: Offer,
-) -> Result<MigrationPlan> {
-    let connecting = timeout(limits::CONNECT, TcpStream::connect(target)).await;
-    let stream = match connecting {
+    host: Digest,
+) -> Result<Link<TlsStream<TcpStream>>> {
+    let stream = match timeout(limits::CONNECT, TcpStream::connect(target)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(cause)) => {
             let detail =
@@ -88,52 +90,67 @@ pub(super) async fn ask(
         }
         Err(_) => return Err(too_slow(target)),
     };
-    timeout(limits::CONVERSATION, converse(identity, target, stream, ticket, offer))
-        .await
-        .unwrap_or_else(|_| Err(too_slow(target)))
-}
-
-async fn converse(
-    identity: &Identity,
-    target: SocketAddr,
-    stream: TcpStream,
-    ticket: Ticket,
-    offer: Offer,
-) -> Result<MigrationPlan> {
-    let config = identity.to(ticket.host)?;
-    let stream = TlsConnector::from(Arc::new(config))
-        .connect(ServerName::IpAddress(target.ip().into()), stream)
-        .await
-        .map_err(|cause| {
+    // Words wait for answers, and pieces are large: nothing is to be gathered.
+    stream.set_nodelay(true).map_err(|cause| Error::internal("a connection cannot be set up", cause))?;
+    let connector = TlsConnector::from(Arc::new(identity.to(host)?));
+    let shaken =
+        timeout(limits::CONVERSATION, connector.connect(ServerName::IpAddress(target.ip().into()), stream));
+    match shaken.await {
+        Ok(Ok(stream)) => Ok(Link::new(stream)),
+        Ok(Err(cause)) => {
             let detail = format!(
                 "what answers at {target} is not the host that made the ticket, or no host at all; check the address"
             );
-            Error::invalid("/ticket", "other_host", detail).caused_by(cause)
-        })?;
-    let mut link = Link::new(stream);
-    link.send(&Message::Greet { program: env!("CARGO_PKG_VERSION").to_owned(), ticket: ticket.secret })
-        .await?;
-    let (host, program) = match link.receive().await? {
-        Message::Welcome { host, program } => (host, program),
-        Message::Refuse { detail } => return Err(Error::invalid("/ticket", "refused", detail)),
-        _ => return Err(out_of_turn()),
-    };
+            Err(Error::invalid("/ticket", "other_host", detail).caused_by(cause))
+        }
+        Err(_) => Err(too_slow(target)),
+    }
+}
+
+/// What the target says of itself.
+pub(super) struct Welcome {
+    /// Its host name.
+    pub(super) host: String,
+    /// Version of its daemon.
+    pub(super) program: String,
+}
+
+/// Shows the ticket. Fails with `invalid` when it is not good.
+pub(super) async fn greet(link: &mut Link<TlsStream<TcpStream>>, secret: String) -> Result<Welcome> {
+    let (host, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
+    link.send(&Message::Greet { host, program, ticket: secret }).await?;
+    match link.message(limits::CONVERSATION).await? {
+        Message::Welcome { host, program } => Ok(Welcome { host, program }),
+        Message::Refuse { detail } => Err(Error::invalid("/ticket", "refused", detail)),
+        _ => Err(out_of_turn()),
+    }
+}
+
+/// Asks the target what is in the way there. Fails with `host_unreachable`, or `invalid` when the ticket is not good.
+pub(super) async fn ask(
+    identity: &Identity,
+    target: SocketAddr,
+    ticket: Ticket,
+    offer: Offer,
+) -> Result<MigrationPlan> {
+    let mut link = connect(identity, target, ticket.host).await?;
+    let Welcome { host, program } = greet(&mut link, ticket.secret).await?;
     let (memory_bytes, disk_bytes) =
         (offer.memory_bytes, offer.disks.iter().map(|disk| disk.written_bytes).sum());
+    let ours = (!offer.is_off).then(|| Obstacle {
+        kind: ObstacleKind::State,
+        detail: format!(
+            "server {} is not off, and this version moves servers that are; stop it first",
+            offer.name
+        ),
+    });
     link.send(&Message::Ask(Box::new(offer))).await?;
-    let found = match link.receive().await? {
+    let found = match link.message(limits::CONVERSATION).await? {
         Message::Verdict { blocked_by } => blocked_by,
         Message::Refuse { detail } => return Err(Error::new(Code::HostUnreachable, detail)),
         _ => return Err(out_of_turn()),
     };
-    let ours = Obstacle {
-        kind: ObstacleKind::Vmm,
-        detail: format!(
-            "version {} of toft can say what is in the way of a move, but cannot move a server yet",
-            env!("CARGO_PKG_VERSION")
-        ),
-    };
-    let blocked_by = found.into_iter().chain([ours]).map(shown).collect();
+    let blocked_by = found.into_iter().chain(ours).map(shown).collect();
     Ok(MigrationPlan { target: host, target_version: program, memory_bytes, disk_bytes, blocked_by })
 }
 
@@ -146,15 +163,11 @@ fn shown(obstacle: Obstacle) -> migration::Obstacle {
         ObstacleKind::Network => ObstacleCode::Network,
         ObstacleKind::Name => ObstacleCode::Name,
         ObstacleKind::Kvm => ObstacleCode::Kvm,
-        ObstacleKind::Vmm => ObstacleCode::Vmm,
+        ObstacleKind::State => ObstacleCode::State,
     };
     migration::Obstacle { code, detail: obstacle.detail }
 }
 
 fn too_slow(target: SocketAddr) -> Error {
     Error::new(Code::HostUnreachable, format!("the host at {target} does not answer in time; try again"))
-}
-
-fn out_of_turn() -> Error {
-    Error::new(Code::HostUnreachable, "the other host answered out of turn; upgrade the older of the two")
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use model::image::{Image, ImageState};
 use model::network::Network;
+use model::volume::Volume;
 use model::{Code, ServerId};
 use rusqlite::Connection;
 use tokio::net::{TcpListener, TcpStream};
@@ -11,7 +12,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
+use wire::machine::CpuTemplate;
 use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedNic};
+
+use wire::saved::Digest;
 
 use super::cpu::Cpu;
 use super::link::Link;
@@ -42,24 +46,25 @@ pub(super) async fn listen(migrations: Migrations, listener: TcpListener, accept
         let (migrations, acceptor) = (migrations.clone(), acceptor.clone());
         conversations.spawn(async move {
             let _place = place;
-            match timeout(limits::CONVERSATION, converse(&migrations, acceptor, stream)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(cause)) => tracing::info!(%peer, "another host was not served: {}", cause.chain()),
-                Err(_) => tracing::info!(%peer, "another host was too slow"),
+            if let Err(cause) = converse(&migrations, acceptor, stream).await {
+                tracing::info!(%peer, "another host was not served: {}", cause.chain());
             }
         });
     }
 }
 
 async fn converse(migrations: &Migrations, acceptor: TlsAcceptor, stream: TcpStream) -> Result<()> {
-    let stream = acceptor
-        .accept(stream)
-        .await
+    stream.set_nodelay(true).map_err(|cause| Error::internal("a connection cannot be set up", cause))?;
+    let shaken = timeout(limits::CONVERSATION, acceptor.accept(stream)).await;
+    let stream = shaken
+        .map_err(|_| Error::new(Code::Unauthenticated, "the handshake took too long"))?
         .map_err(|cause| Error::new(Code::Unauthenticated, "the handshake failed").caused_by(cause))?;
     let source = identity::shown(stream.get_ref().1.peer_certificates())?;
     let mut link = Link::new(stream);
     let said = answer(migrations, &mut link, source).await;
-    if let Err(refused) = &said {
+    if let Err(refused) = &said
+        && refused.code != Code::HostUnreachable
+    {
         // What the log says of it is ours; the other side learns what its operator can mend.
         let detail = refused.detail.clone();
         link.send(&Message::Refuse { detail }).await?;
@@ -68,17 +73,30 @@ async fn converse(migrations: &Migrations, acceptor: TlsAcceptor, stream: TcpStr
     said
 }
 
-async fn answer<S>(migrations: &Migrations, link: &mut Link<S>, source: wire::saved::Digest) -> Result<()>
+async fn answer<S>(migrations: &Migrations, link: &mut Link<S>, source: Digest) -> Result<()>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
-    let Message::Greet { ticket, .. } = link.receive().await? else { return Err(out_of_turn()) };
-    migrations.core.store.write(move |tx| ticket::present(tx, &ticket, source)).await?;
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    link.send(&Message::Welcome { host, program: env!("CARGO_PKG_VERSION").to_owned() }).await?;
-    let Message::Ask(offer) = link.receive().await? else { return Err(out_of_turn()) };
-    let blocked_by = judge(migrations, *offer).await?;
-    link.send(&Message::Verdict { blocked_by }).await
+    let (host, secret) = match link.message(limits::CONVERSATION).await? {
+        Message::Greet { host, ticket, .. } => (host, ticket),
+        Message::Again { transfer } => return migrations.take_up(link, source, &transfer).await,
+        _ => return Err(out_of_turn()),
+    };
+    let shown = secret.clone();
+    migrations.core.store.write(move |tx| ticket::present(tx, &shown, source)).await?;
+    link.send(&Message::Welcome { host: super::host_name(), program: env!("CARGO_PKG_VERSION").to_owned() })
+        .await?;
+    match link.message(limits::CONVERSATION).await? {
+        Message::Ask(offer) => {
+            let blocked_by = judge(migrations, *offer).await?;
+            link.send(&Message::Verdict { blocked_by }).await
+        }
+        Message::Take(parcel) => {
+            let host = host.chars().take(limits::HOST_CHARS_MAX).collect();
+            migrations.take(link, source, host, secret, *parcel).await
+        }
+        _ => Err(out_of_turn()),
+    }
 }
 
 fn out_of_turn() -> Error {
@@ -86,13 +104,15 @@ fn out_of_turn() -> Error {
 }
 
 /// Everything that is in the way here.
-async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<Obstacle>> {
+pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<Obstacle>> {
     let mut found = Vec::new();
     let mut add = |kind, detail: String| found.push(Obstacle { kind, detail });
     if let Err(cause) = migrations.launcher.check() {
         add(ObstacleKind::Kvm, cause.detail);
     }
-    if let Some(detail) = Cpu::of_host()?.misses(&offer.cpu) {
+    // One that is off begins anew, with whatever its next processor has, unless it asks for a level.
+    let begins_anew = offer.is_off && offer.cpu.template == CpuTemplate::Host;
+    if !begins_anew && let Some(detail) = Cpu::of_host()?.misses(&offer.cpu) {
         add(ObstacleKind::CpuFeatures, detail);
     }
     let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));
@@ -107,7 +127,11 @@ async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<Obstacle>> {
     Ok(found)
 }
 
-fn against_records(connection: &Connection, capacity: Capacity, offer: &Offer) -> Result<Vec<Obstacle>> {
+pub(super) fn against_records(
+    connection: &Connection,
+    capacity: Capacity,
+    offer: &Offer,
+) -> Result<Vec<Obstacle>> {
     let mut found = Vec::new();
     let mut add = |kind, detail: String| found.push(Obstacle { kind, detail });
     let id: ServerId = offer.server.parse().map_err(|cause: uuid::Error| {
@@ -124,7 +148,28 @@ fn against_records(connection: &Connection, capacity: Capacity, offer: &Offer) -
             format!("this host has a server named {}; rename one of the two", offer.name),
         );
     }
-    if let Err(cause) = capacity.fits(connection, &offer.name, offer.memory_bytes) {
+    if let Some(reference) = &offer.external_ref {
+        let taken: bool = connection
+            .prepare_cached("SELECT 1 FROM servers WHERE external_ref = ?1 AND id != ?2")?
+            .exists(rusqlite::params![reference, id.to_string()])?;
+        if taken {
+            let detail =
+                format!("this host has a server with external_ref {reference:?}; change one of the two");
+            add(ObstacleKind::Name, detail);
+        }
+    }
+    for disk in &offer.disks {
+        if records::resolve::<Volume>(connection, &disk.volume)?.is_some() {
+            let detail =
+                format!("this host has a volume named {}; rename or delete one of the two", disk.volume);
+            add(ObstacleKind::Name, detail);
+        }
+    }
+    let fits = match offer.is_off {
+        true => capacity.could_hold(&offer.name, offer.memory_bytes),
+        false => capacity.fits(connection, &offer.name, offer.memory_bytes),
+    };
+    if let Err(cause) = fits {
         add(ObstacleKind::Memory, cause.detail);
     }
     let images: Vec<Image> = records::all(connection)?;

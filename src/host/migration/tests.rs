@@ -1,5 +1,7 @@
 //! Two hosts in one process, each with a state directory of its own, over loopback.
-use model::migration::{CreateMigrationTicket, MigrateServer, MigrationPlan, MigrationTicket, ObstacleCode};
+use model::migration::{
+    CreateMigrationTicket, MigrateServer, MigrationMode, MigrationPlan, MigrationTicket, ObstacleCode,
+};
 use model::network::{CreateNetwork, NetworkKind};
 use model::{Code, Labels, ServerId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -8,6 +10,9 @@ use tokio::net::TcpStream;
 use super::*;
 use crate::Host;
 use crate::stage::{self, SOON, Stage};
+
+mod cuts;
+mod moves;
 
 /// A source with the server `web1`, and a target that waits.
 struct Pair {
@@ -33,7 +38,7 @@ impl Pair {
     }
 
     async fn plan(&self, ticket: &str) -> Result<MigrationPlan> {
-        let spec = MigrateServer { target: self.address, ticket: ticket.to_owned() };
+        let spec = spec(self.address, ticket.to_owned());
         self.source.migrations().plan(self.server, spec).await
     }
 
@@ -48,13 +53,17 @@ impl Pair {
     }
 }
 
+fn spec(target: SocketAddr, ticket: String) -> MigrateServer {
+    MigrateServer { target, ticket, mode: MigrationMode::Cold, bandwidth_bytes_per_s: None }
+}
+
 async fn ticket(host: &Host, lifetime_s: Option<u64>) -> Result<MigrationTicket> {
     let made = host.migrations().ticket(&Call::by_host(), CreateMigrationTicket { lifetime_s }).await?;
     Ok(made.body)
 }
 
 #[tokio::test]
-async fn a_target_that_lacks_nothing_leaves_only_what_the_vmm_cannot_do() {
+async fn a_target_that_lacks_nothing_leaves_only_that_the_server_runs() {
     let pair = Pair::new(Stage::new()).await;
     stage::import(&pair.target).await;
     let ticket = pair.ticket().await;
@@ -64,12 +73,12 @@ async fn a_target_that_lacks_nothing_leaves_only_what_the_vmm_cannot_do() {
     assert_eq!(plan.memory_bytes, 128 << 20);
     assert_eq!(plan.target_version, env!("CARGO_PKG_VERSION"));
     let codes: Vec<ObstacleCode> = plan.blocked_by.iter().map(|obstacle| obstacle.code).collect();
-    assert_eq!(codes, [ObstacleCode::Vmm], "{plan:?}");
-    let spec = MigrateServer { target: pair.address, ticket: ticket.ticket };
-    let refused = pair.source.migrations().migrate(pair.server, spec).await.unwrap_err();
+    assert_eq!(codes, [ObstacleCode::State], "{plan:?}");
+    let spec = spec(pair.address, ticket.ticket);
+    let refused = pair.source.migrations().migrate(&Call::by_host(), pair.server, spec).await.unwrap_err();
     assert_eq!(refused.code, Code::MigrationBlocked);
     let named: Vec<&str> = refused.errors.iter().map(|error| error.code.as_str()).collect();
-    assert_eq!(named, ["vmm"]);
+    assert_eq!(named, ["state"]);
     pair.close().await;
 }
 
@@ -81,7 +90,7 @@ async fn everything_that_is_in_the_way_is_told_at_once() {
     let pair = Pair::new(small).await;
     assert_eq!(
         pair.obstacles().await,
-        [ObstacleCode::Kvm, ObstacleCode::Memory, ObstacleCode::Image, ObstacleCode::Vmm]
+        [ObstacleCode::Kvm, ObstacleCode::Memory, ObstacleCode::Image, ObstacleCode::State]
     );
     pair.close().await;
 }
@@ -92,7 +101,7 @@ async fn a_name_an_address_or_a_network_that_is_taken_is_in_the_way() {
     stage::import(&pair.target).await;
     let twin = stage::created(&pair.target, stage::server("web1")).await;
     assert_eq!(twin.nics[0].ipv4, pair.source.servers().one(pair.server).await.unwrap().nics[0].ipv4);
-    assert_eq!(pair.obstacles().await, [ObstacleCode::Name, ObstacleCode::Network, ObstacleCode::Vmm]);
+    assert_eq!(pair.obstacles().await, [ObstacleCode::Name, ObstacleCode::Network, ObstacleCode::State]);
     pair.close().await;
 }
 
@@ -113,7 +122,7 @@ async fn a_network_that_is_missing_or_of_another_range_is_in_the_way() {
     spec.nics = Some(vec![serde_json::from_value(serde_json::json!({ "network": "lan" })).unwrap()]);
     let server = stage::created(&pair.source, spec).await.id;
     let details = async || {
-        let spec = MigrateServer { target: pair.address, ticket: pair.ticket().await.ticket };
+        let spec = self::spec(pair.address, pair.ticket().await.ticket);
         let plan = pair.source.migrations().plan(server, spec).await.unwrap();
         let found = plan.blocked_by.into_iter().filter(|found| found.code == ObstacleCode::Network);
         found.map(|found| found.detail).collect::<Vec<_>>()
@@ -134,7 +143,7 @@ async fn a_ticket_belongs_to_the_first_host_that_presents_it() {
     let stage = Stage::new();
     let thief = stage.open_with_image().await;
     let server = stage::created(&thief, stage::server("web9")).await.id;
-    let spec = MigrateServer { target: pair.address, ticket };
+    let spec = spec(pair.address, ticket);
     let refused = thief.migrations().plan(server, spec).await.unwrap_err();
     assert_eq!((refused.code, refused.errors[0].code.as_str()), (Code::Invalid, "refused"));
     assert!(refused.detail.contains("presented by another host"), "{refused}");
@@ -229,7 +238,7 @@ async fn a_caller_without_a_certificate_or_with_nonsense_is_cut_off_and_others_a
 
     let mut stranger = greeted(&pair).await;
     stranger.send(&wire::peer::Message::Refuse { detail: "hello".to_owned() }).await.unwrap();
-    assert!(matches!(stranger.receive().await, Ok(wire::peer::Message::Refuse { .. })));
+    assert!(matches!(stranger.message(SOON).await, Ok(wire::peer::Message::Refuse { .. })));
     assert!(pair.plan(&pair.ticket().await.ticket).await.is_ok());
     pair.close().await;
 }

@@ -63,6 +63,18 @@ pub(super) fn issue(tx: &Tx<'_>, host: Digest, expires_at: Time) -> Result<Ticke
     Ok(ticket)
 }
 
+/// Uses up a ticket that its host has presented: it is for one move.
+pub(super) fn redeem(tx: &Tx<'_>, secret: &str, source: Digest) -> Result<()> {
+    let changed = tx.execute(
+        "DELETE FROM migration_tickets WHERE hash = ?1 AND source = ?2",
+        params![tokens::hash(secret), source.to_string()],
+    )?;
+    match changed {
+        0 => Err(Error::new(Code::Unauthenticated, "the ticket was used for another move; make a new one")),
+        _ => Ok(()),
+    }
+}
+
 /// Takes a ticket from the host of this fingerprint, whose it is from now on. Repeatable by that host.
 pub(super) fn present(tx: &Tx<'_>, secret: &str, source: Digest) -> Result<()> {
     let changed = tx.execute(

@@ -8,7 +8,7 @@ use model::{Code, OperationId, ServerId, Time};
 use super::capacity::Capacity;
 use super::lifecycle::{Ask, Asked, Event, Phase, Push, Return, Step, Trouble, Verdict, step};
 use super::record::{self, ServerRecord};
-use super::{console, restore, view};
+use super::{console, moving, restore, view};
 use crate::call::Actor;
 use crate::config::Dirs;
 use crate::error::{Error, Result};
@@ -125,6 +125,9 @@ pub(super) fn cancel(tx: &Tx<'_>, id: ServerId, operation: OperationId) -> Resul
         Error::new(Code::WrongState, "the operation can no longer be cancelled safely")
             .with_operation(operation)
     })?;
+    if record.life.phase.is_moving() {
+        moving::cancel(tx, id)?;
+    }
     save(tx, record, next, &Actor::Host).map(drop)
 }
 
@@ -259,13 +262,16 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
         Phase::Hibernating { .. } => ("pausing", 5),
         Phase::Snapshotting { .. } | Phase::Restoring { .. } => ("copying", 1),
         Phase::Returning { .. } => ("taking_back", 65),
+        Phase::Moving { given: false, .. } => ("preparing", 1),
+        Phase::Moving { given: true, .. } => ("handing_over", 90),
         Phase::Resetting { .. } => ("resetting", 10),
         Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
         Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),
         Phase::Releasing { .. } => ("releasing", 60),
-        Phase::Deleting { .. } => ("removing", 80),
+        Phase::Deleting { .. } => ("removing", 92),
         Phase::Waiting { .. } => ("waiting", 60),
         Phase::Stopped { .. }
+        | Phase::Arriving { .. }
         | Phase::Hibernated { .. }
         | Phase::Running { .. }
         | Phase::Paused { .. }

@@ -40,6 +40,11 @@ impl Capacity {
         Ok(())
     }
 
+    /// Whether a machine of this much memory would fit if there were no other. Fails with `no_capacity`.
+    pub(crate) fn could_hold(&self, name: &str, memory_bytes: u64) -> Result<()> {
+        check(name, memory_bytes, self.memory_bytes)
+    }
+
     /// Whether a machine of this much memory that is not here yet would fit. Fails with `no_capacity`.
     pub(crate) fn fits(&self, connection: &Connection, name: &str, memory_bytes: u64) -> Result<()> {
         let (held, _) = record::held(connection, None)?;

@@ -25,7 +25,7 @@ const MEMORY_BYTES_DEFAULT: u64 = 512 << 20;
 const MEMORY_STEP: u64 = 2 << 20;
 
 /// What volumes are counted in, in bytes: the size of a page.
-const VOLUME_STEP: u64 = 4096;
+pub(super) const VOLUME_STEP: u64 = 4096;
 
 /// Records a new server and the operation that makes it.
 pub(super) fn server(
@@ -272,7 +272,7 @@ impl Faults {
         });
     }
 
-    fn keys(&mut self, keys: &[String]) {
+    pub(super) fn keys(&mut self, keys: &[String]) {
         self.unless(keys.len() <= bounds::SSH_KEYS_MAX, "/ssh_keys", "too_many", || {
             format!("has {} keys; {} are possible", keys.len(), bounds::SSH_KEYS_MAX)
         });

@@ -88,6 +88,10 @@ pub const fn restoring(memory_bytes: u64) -> Duration {
     Duration::from_secs(memory_bytes / RESTORE_BYTES_PER_S)
 }
 
+/// How long the record of a move that has ended is kept, in milliseconds, for a host that asks how it came out: as long as
+/// anybody leaves a host off that is to come back.
+pub const MOVES_KEPT_MS: i64 = 180 * 24 * 3600 * 1000;
+
 /// How often progress of a copy is written down.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 

@@ -276,7 +276,7 @@ fn mac(text: &str) -> Result<[u8; 6]> {
 }
 
 /// Makes a server's directory with its console ring. Repeatable.
-pub(super) fn make_directory(path: &Path) -> Result<()> {
+pub(crate) fn make_directory(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)

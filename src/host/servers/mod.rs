@@ -37,6 +37,7 @@ pub mod lifecycle;
 pub mod limits;
 mod machine;
 mod metrics;
+pub(crate) mod moving;
 mod pace;
 mod readers;
 pub mod record;
@@ -50,6 +51,7 @@ mod view;
 use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
 use lifecycle::{Ask, Phase, SavedOf};
+pub(crate) use machine::make_directory;
 pub use readers::Kicked;
 use record::ServerRecord;
 pub(crate) use record::{HELD_INDEX, TABLES, TICKET_HOLDERS};
@@ -432,6 +434,17 @@ impl Servers {
         self.registry.poke(id);
     }
 
+    /// After the transaction in which a server came from another host.
+    pub(crate) fn arrived(&self, id: ServerId) {
+        self.workshop().networks.wake();
+        self.registry.poke(id);
+    }
+
+    /// After a transaction about a server, for a caller who is answered with it.
+    pub(crate) fn shown(connection: &Connection, record: &ServerRecord) -> Result<Server> {
+        view::server(connection, record)
+    }
+
     fn poke(&self, answer: &Answer<Accepted<Server>>) {
         if let (false, Some(server)) = (answer.replayed, &answer.body.resource) {
             self.registry.poke(server.id);
@@ -444,6 +457,18 @@ impl Servers {
 
     fn ring(&self, id: ServerId) -> PathBuf {
         self.workshop().core.dirs.server(id).join("console.ring")
+    }
+}
+
+/// For `volumes`: fails while the server moves to another host, or comes from one.
+pub(crate) fn check_not_moving(connection: &Connection, id: ServerId) -> Result<()> {
+    match records::find::<ServerRecord>(connection, id.0)? {
+        Some(record) if record.life.phase.is_moving() => {
+            let detail =
+                format!("server {} is moving to another host; wait until it has arrived", record.name);
+            Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(&record)))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -515,6 +540,11 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
     }
     faults.external_ref(patch.external_ref.as_ref().and_then(Option::as_deref));
     faults.end()?;
+    if record.life.phase.is_moving() {
+        let detail =
+            format!("server {} is moving to another host; change it when it has arrived", record.name);
+        return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));
+    }
     let is_saved = record.life.saved.is_some() || matches!(record.life.phase, Phase::Hibernating { .. });
     if is_saved && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
         let detail = "the server is hibernated, and its memory belongs to the machine it was: start it before its \

@@ -106,7 +106,7 @@ async fn what_makes_no_sense_is_refused_with_what_does() {
     let id = created(&host, spec).await.id;
     let refused = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap_err();
     assert_eq!(refused.code, Code::WrongState);
-    assert_eq!(refused.allowed_actions.unwrap(), ["start", "snapshot", "restore", "delete"]);
+    assert_eq!(refused.allowed_actions.unwrap(), ["start", "snapshot", "restore", "migrate", "delete"]);
     host.close().await;
 }
 

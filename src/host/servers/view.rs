@@ -65,7 +65,8 @@ pub(super) fn restart(life: &Life) -> Option<Restart> {
 
 /// Actions that would change something now.
 pub(super) fn allowed_actions(record: &ServerRecord) -> Vec<String> {
-    record.life.allowed_actions(record.context()).into_iter().map(str::to_owned).collect()
+    let settle = record.life.phase.is_in_doubt().then_some("settle-migration");
+    record.life.allowed_actions(record.context()).into_iter().chain(settle).map(str::to_owned).collect()
 }
 
 /// A state as it stands in JSON.

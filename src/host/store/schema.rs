@@ -23,6 +23,7 @@ const MIGRATIONS: &[&[&str]] = &[
     &[network::LATEST, servers::HELD_INDEX],
     &[snapshots::TABLES],
     &[migration::TABLES],
+    &[servers::moving::TABLES],
 ];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {

@@ -152,6 +152,7 @@ impl Volumes {
         let change = move |tx: &Tx<'_>| {
             let mut volume: Volume = records::one(tx, id.0)?;
             conditions.check_match(volume.generation)?;
+            volume.server_id.map_or(Ok(()), |server| crate::servers::check_not_moving(tx, server))?;
             if let Some(size_bytes) = patch.size_bytes {
                 check_growth(tx, &volume, size_bytes, &dirs)?;
                 if !is_held {
@@ -239,6 +240,23 @@ impl Volumes {
         records::insert(tx, &volume)?;
         announce(tx, &volume, "volume.created", None)?;
         Ok(volume)
+    }
+
+    /// For `servers`: writes the record of a volume that comes from another host, in state `creating`.
+    pub(crate) fn adopt(tx: &Tx<'_>, volume: &Volume) -> Result<()> {
+        records::insert(tx, volume)?;
+        announce(tx, volume, "volume.created", None)
+    }
+
+    /// For `servers`: all of it has come.
+    pub(crate) fn arrived(tx: &Tx<'_>, id: VolumeId) -> Result<()> {
+        let mut volume: Volume = records::one(tx, id.0)?;
+        if volume.state == VolumeState::Creating {
+            volume.state = VolumeState::Ready;
+            records::save(tx, &mut volume)?;
+            announce(tx, &volume, "volume.ready", None)?;
+        }
+        Ok(())
     }
 
     /// For `servers`: bytes that filling it copies where blocks cannot be shared.

@@ -15,6 +15,7 @@ const OF_SERVER: &[&str] = &[
     "snapshot_server",
     "migrate_server",
     "restore_server",
+    "settle_server_migration",
     "read_server_isolation",
     "read_server_metrics",
     "read_console_log",

@@ -26,6 +26,11 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
         "application/json",
         include_str!("../../../api/examples/create-console-token.json"),
     ),
+    (
+        "settle_server_migration",
+        "application/json",
+        include_str!("../../../api/examples/settle-migration.json"),
+    ),
     ("migrate_server", "application/json", include_str!("../../../api/examples/migrate-server.json")),
     (
         "create_migration_ticket",

@@ -69,6 +69,7 @@ pub(super) fn bounds() -> Vec<(&'static str, Value)> {
             json!({ "pattern": "^([0-9.]{7,15}|\\[[0-9A-Fa-f:.]{2,45}\\]):[0-9]{1,5}$" }),
         ),
         ("/MigrateServer/properties/ticket", json!({ "pattern": "^[0-9a-f]{64}\\.[0-9a-f]{64}$" })),
+        ("/SettleMigration/properties/proof", json!({ "minLength": 10, "maxLength": 1000 })),
         ("/ImportImage/properties/sha256", json!({ "pattern": "^[0-9a-f]{64}$" })),
     ]
 }

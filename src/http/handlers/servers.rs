@@ -3,7 +3,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::Response;
 use model::ServerId;
-use model::migration::{MigrateServer, MigrationPlan};
+use model::migration::{MigrateServer, MigrationPlan, SettleMigration};
 use model::operation::Accepted;
 use model::page::Page;
 use model::server::{
@@ -11,7 +11,7 @@ use model::server::{
     ServerPlan, StopServer,
 };
 use model::snapshot::RestoreServer;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
 use crate::answer;
@@ -185,22 +185,54 @@ pub(crate) struct MigrateParameters {
     dry_run: Option<bool>,
 }
 
-/// Moves a server to another host. What is in the way on either host is told all at once.
+/// What `migrate` answers at once.
+#[derive(Serialize, utoipa::ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "its schema is what is wanted; each part is written by itself")]
+pub(crate) enum Migrated {
+    /// What would be moved.
+    Plan(MigrationPlan),
+    /// What has moved.
+    Done(Box<Accepted<Server>>),
+}
+
+/// Moves a server that is off to another host, with its disks. What is in the way on either host is told all at once.
 #[utoipa::path(post, path = "/v1/servers/{id}/actions/migrate", tag = "servers", operation_id = "migrate_server",
     params(("id" = ServerId, Path, description = "The server."), MigrateParameters), request_body = MigrateServer,
-    responses((status = 200, description = "With `dry_run`: what would be moved and what is in the way.",
-        body = MigrationPlan)))]
+    responses(
+        (status = 200, description = "With `dry_run`: what would be moved and what is in the way. With `Prefer: wait`: it             has moved.", body = Migrated),
+        (status = 202, description = "It is moving; the operation ends when nothing is left here.",
+            body = Accepted<Server>),
+    ))]
 pub(crate) async fn migrate(
     State(api): State<Api>,
     Id(id): Id<ServerId>,
     Query(parameters): Query<MigrateParameters>,
-    Mutation { body: Json(spec), .. }: Mutation<Json<MigrateServer>>,
+    Mutation { call, wait, body: Json(spec) }: Mutation<Json<MigrateServer>>,
 ) -> Result<Response, Failure> {
-    let migrations = api.host.migrations();
     if parameters.dry_run == Some(true) {
-        return answer::plain(&migrations.plan(id, spec).await?);
+        return answer::plain(&api.host.migrations().plan(id, spec).await?);
     }
-    match migrations.migrate(id, spec).await? {}
+    let host = api.host.clone();
+    let moved =
+        answer::undisturbed(async move { Ok(host.migrations().migrate(&call, id, spec).await?) }).await?;
+    answer::accepted(&api, moved, wait, StatusCode::OK, answer::gone).await
+}
+
+/// Settles which host has a server that is `in_doubt`, on the operator's word. Look at the other host first.
+#[utoipa::path(post, path = "/v1/servers/{id}/actions/settle-migration", tag = "servers",
+    operation_id = "settle_server_migration", params(("id" = ServerId, Path, description = "The server.")),
+    request_body = SettleMigration,
+    responses((status = 200, description = "The server as it is here from now on.", body = Server)))]
+pub(crate) async fn settle(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Json(spec), .. }: Mutation<Json<SettleMigration>>,
+) -> Result<Response, Failure> {
+    let settled =
+        answer::undisturbed(async move { Ok(api.host.migrations().settle(&call, id, spec).await?) }).await?;
+    answer::done(&settled)
 }
 
 /// Makes a server what a snapshot of it shows: its disks, and where the snapshot has memory its machine, which goes on

@@ -24,10 +24,17 @@ async fn what_is_in_the_way_is_answered_or_refused_with() {
     let plan: MigrationPlan =
         served.call("POST", &format!("{verb}?dry_run=true"), body.clone()).await.json(200);
     let codes: Vec<ObstacleCode> = plan.blocked_by.iter().map(|obstacle| obstacle.code).collect();
-    assert_eq!(codes, [ObstacleCode::Name, ObstacleCode::Network, ObstacleCode::Vmm]);
+    use ObstacleCode::{Name, Network, State};
+    assert_eq!(codes, [Name, Name, Network, State]);
     let problem = served.call("POST", &verb, body.clone()).await.problem(Code::MigrationBlocked);
     let named: Vec<&str> = problem.errors.iter().map(|error| error.code.as_str()).collect();
-    assert_eq!(named, ["name", "network", "vmm"]);
+    assert_eq!(named, ["name", "name", "network", "state"]);
+    let settle = format!("/v1/servers/{server}/actions/settle-migration");
+    let said = json!({ "owner": "here", "proof": "I have looked at both" });
+    served.call("POST", &settle, said).await.problem(Code::WrongState);
+    let problem =
+        served.call("POST", &settle, json!({ "owner": "here", "proof": "" })).await.problem(Code::Invalid);
+    assert_eq!(problem.errors[0].pointer, "/proof");
     let nobody = format!("/v1/servers/{}/actions/migrate", ServerId::new());
     served.call("POST", &nobody, body).await.problem(Code::NotFound);
     served.stop().await;

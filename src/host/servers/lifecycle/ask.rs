@@ -39,6 +39,8 @@ pub enum Ask {
         /// Which.
         to: Return,
     },
+    /// Be another host's.
+    Migrate,
     /// Be no more.
     Delete {
         /// Whether its volumes stay.
@@ -62,7 +64,7 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 9] = [
+pub const ACTIONS: [(&str, Ask); 10] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
@@ -71,6 +73,7 @@ pub const ACTIONS: [(&str, Ask); 9] = [
     ("hibernate", Ask::Hibernate),
     ("snapshot", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: false }),
     ("restore", Ask::Restore { to: Return { snapshot: SnapshotId(uuid::Uuid::nil()), memory: false } }),
+    ("migrate", Ask::Migrate),
     ("delete", Ask::Delete { keep_volumes: false }),
 ];
 
@@ -86,6 +89,7 @@ impl Ask {
             Ask::Hibernate => JobKind::Hibernate,
             Ask::Snapshot { .. } => JobKind::Snapshot,
             Ask::Restore { .. } => JobKind::Restore,
+            Ask::Migrate => JobKind::Migrate,
             Ask::Delete { .. } => JobKind::Delete,
         }
     }
@@ -111,6 +115,7 @@ impl Life {
             Ask::Hibernate => asking.hibernate(),
             Ask::Snapshot { id, memory } => asking.snapshot(id, memory),
             Ask::Restore { to } => asking.restore(to),
+            Ask::Migrate => asking.migrate(),
             Ask::Delete { keep_volumes } => asking.delete(keep_volumes),
         }
     }
@@ -147,6 +152,9 @@ impl Life {
                 life.job = None;
                 life.give_up_restoring(vmm, back);
                 return Ok(Step { life, ended: vec![(id, undone())], gone: false });
+            }
+            (JobKind::Migrate, Phase::Moving { given: false, .. }) => {
+                return life.kept(undone()).ok_or(Refused);
             }
             _ => return Err(Refused),
         };
@@ -301,6 +309,7 @@ impl Asking {
             Phase::Returning { .. } => Err(Refused),
             // Without a memory that was saved there is no such phase.
             Phase::Hibernated { .. } | Phase::Deleting { .. } => Err(Refused),
+            Phase::Moving { .. } | Phase::Arriving { .. } => Err(Refused),
         }
     }
 
@@ -435,6 +444,18 @@ impl Asking {
         self.begin(wanted)
     }
 
+    fn migrate(mut self) -> Result<Asked, Refused> {
+        let wanted = self.life.wanted;
+        let back = match self.life.phase.clone() {
+            _ if self.life.saved.is_some() => return Err(Refused),
+            Phase::Stopped { why } => Back::Stopped { why },
+            Phase::Failed { why } => Back::Failed { why },
+            _ => return Err(Refused),
+        };
+        self.life.phase = Phase::Moving { given: false, doubt: None, back };
+        self.begin(wanted)
+    }
+
     fn delete(mut self, keep_volumes: bool) -> Result<Asked, Refused> {
         let verdict = Verdict::Succeeded;
         let then = Then::Delete { keep_volumes, verdict: verdict.clone() };
@@ -442,6 +463,8 @@ impl Asking {
         let phase = self.life.phase.clone();
         self.life.phase = match phase {
             _ if deleting => return self.join(),
+            // What is removed here may be all there is of it, or may be half of what goes on elsewhere.
+            Phase::Moving { .. } | Phase::Arriving { .. } => return Err(Refused),
             // A volume that is not filled is no volume to keep.
             Phase::Creating { .. } => Phase::Deleting { keep_volumes: false, verdict },
             Phase::Stopped { .. }

@@ -5,6 +5,9 @@
 //! anywhere takes up again by doing the work of the phase it finds.
 //!
 //! ```text
+//!  Stopped, Failed ──migrate──▶ Moving ──returned──▶ as before, or ──moved──▶ Deleting
+//!  Arriving ──arrived──▶ Stopped, Failed, or ──dropped──▶ Deleting
+//!
 //!  Creating ──made──▶ Stopped ◀───────────────────────────────┐
 //!     │ (start)          │ start                              │ released: stop
 //!     └─────made─────▶ Starting ──booted──▶ Running ──ended──▶ Releasing ──▶ Failed
@@ -30,6 +33,7 @@ use crate::vmms::ProcessId;
 
 pub mod ask;
 pub mod end;
+mod moving;
 pub mod step;
 pub mod work;
 
@@ -116,6 +120,8 @@ pub enum JobKind {
     Snapshot,
     /// What a copy of it shows.
     Restore,
+    /// To be another host's.
+    Migrate,
     /// Nothing left.
     Delete,
 }
@@ -133,6 +139,7 @@ impl JobKind {
             JobKind::Hibernate => "server.hibernate",
             JobKind::Snapshot => "server.snapshot",
             JobKind::Restore => "server.restore",
+            JobKind::Migrate => "server.migrate",
             JobKind::Delete => "server.delete",
         }
     }
@@ -212,6 +219,22 @@ pub enum Phase {
         /// Whether a machine follows.
         start: bool,
     },
+    /// It goes to another host. No machine.
+    Moving {
+        /// Whether that host may have it already.
+        given: bool,
+        /// Why nobody here can know which host has it, when that is so.
+        doubt: Option<StateReason>,
+        /// What it goes back to if the other host does not take it.
+        back: Back,
+    },
+    /// It comes from another host, whose it still is. No machine.
+    Arriving {
+        /// Why nobody here can know which host has it, when that is so.
+        doubt: Option<StateReason>,
+        /// What it is once it is here.
+        back: Back,
+    },
     /// No machine; its memory is on the disk.
     Hibernated {
         /// Why, where that says more than the state.
@@ -270,7 +293,7 @@ pub struct Return {
     pub memory: bool,
 }
 
-/// What a server goes back to when a snapshot of it has been taken, or has not.
+/// What a server goes back to when a snapshot of it has been taken, or has not, or when it has not moved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Back {
@@ -402,6 +425,8 @@ impl Life {
             Phase::Stopped { .. }
             | Phase::Snapshotting { vmm: None, .. }
             | Phase::Restoring { vmm: None, .. }
+            | Phase::Moving { .. }
+            | Phase::Arriving { .. }
             | Phase::Hibernated { .. }
             | Phase::Deleting { .. }
             | Phase::Failed { .. } => false,
@@ -439,6 +464,9 @@ impl Phase {
             Phase::Running { .. } | Phase::Pausing { .. } | Phase::Resetting { .. } => ServerState::Running,
             Phase::Paused { .. } | Phase::Resuming { .. } | Phase::Hibernating { .. } => ServerState::Paused,
             Phase::Hibernated { .. } => ServerState::Hibernated,
+            phase if phase.is_in_doubt() => ServerState::InDoubt,
+            Phase::Moving { .. } => ServerState::Moving,
+            Phase::Arriving { .. } => ServerState::Arriving,
             Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
                 Back::Running => ServerState::Running,
                 Back::Paused => ServerState::Paused,
@@ -461,6 +489,7 @@ impl Phase {
     pub fn why(&self) -> Option<&StateReason> {
         match self {
             Phase::Stopped { why } | Phase::Hibernated { why } => why.as_ref(),
+            Phase::Moving { doubt, .. } | Phase::Arriving { doubt, .. } => doubt.as_ref(),
             Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
                 Back::Stopped { why } | Back::Hibernated { why } => why.as_ref(),
                 Back::Failed { why } => Some(why),

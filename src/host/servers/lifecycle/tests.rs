@@ -23,6 +23,10 @@ enum Happening {
     Die,
     /// Time passes beyond every deadline.
     Wait,
+    /// The other host has taken it, or will never.
+    MoveEnds {
+        taken: bool,
+    },
 }
 
 /// What there is besides the records.
@@ -253,6 +257,19 @@ impl Test {
                 self.world.now_ms += 10_000_000;
                 self.event(Event::DeadlinePassed);
             }
+            Happening::MoveEnds { taken: true } => {
+                let Some(given) = life.given_away() else { return };
+                assert!(life.job.is_none_or(|job| given.life.cancel(job.id).is_err()), "taken back");
+                self.oracle = ServerState::Deleting;
+                self.save(given.life.left().expect("a server that moves"));
+            }
+            Happening::MoveEnds { taken: false } => {
+                let detail = "it was refused".to_owned();
+                let verdict = Verdict::Failed(Trouble { code: Code::MigrationBlocked, detail });
+                if let Some(kept) = life.kept(verdict) {
+                    self.save(kept);
+                }
+            }
         }
     }
 
@@ -284,7 +301,7 @@ impl Test {
         // The oracle: the last ask that was accepted says where it ends.
         self.oracle = match ask {
             // It goes back to what it was.
-            Ask::Snapshot { .. } => self.oracle,
+            Ask::Snapshot { .. } | Ask::Migrate => self.oracle,
             Ask::Restore { to } => match life.phase {
                 _ if to.memory => ServerState::Running,
                 Phase::Running { .. } => ServerState::Running,
@@ -301,6 +318,7 @@ impl Test {
     fn settle(&mut self) {
         for _ in 0..50 {
             self.happen(Happening::Work);
+            self.happen(Happening::MoveEnds { taken: false });
             if self.life.as_ref().is_some_and(|life| life.work().is_none()) {
                 self.happen(Happening::Wait);
             }
@@ -320,6 +338,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         3 => any::<bool>().prop_map(|memory| Ask::Snapshot { id: SnapshotId::new(), memory }),
         3 => any::<bool>()
             .prop_map(|memory| Ask::Restore { to: Return { snapshot: SnapshotId::new(), memory } }),
+        3 => Just(Ask::Migrate),
         1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
     ];
     let happening = prop_oneof![
@@ -328,6 +347,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         1 => Just(Happening::WorkAndDie),
         1 => Just(Happening::Die),
         1 => Just(Happening::Wait),
+        1 => any::<bool>().prop_map(|taken| Happening::MoveEnds { taken }),
     ];
     prop::collection::vec(happening, 0..40)
 }

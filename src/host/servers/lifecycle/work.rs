@@ -81,6 +81,8 @@ impl Life {
             Phase::Deleting { .. } => Some(Work::Purge),
             Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }
             | Phase::Stopped { .. }
+            | Phase::Moving { .. }
+            | Phase::Arriving { .. }
             | Phase::Hibernated { .. }
             | Phase::Running { .. }
             | Phase::Paused { .. }

@@ -1,0 +1,319 @@
+//! The end a server comes from, once it moves: sends what it has, lets go of it when the target has all of it, and asks
+//! again until it knows how that came out. `servers::moving` decides and keeps the records.
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::migration::MigrateServer;
+use model::operation::Progress;
+use model::{Code, OperationId};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use sys::beneath::{self, Access};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::sleep;
+use tokio_rustls::client::TlsStream;
+use uuid::Uuid;
+use wire::limits::PIECE_BYTES_MAX;
+use wire::peer::{Message, Parcel, Piece, Saying};
+
+use super::link::{Link, out_of_turn};
+use super::source::{connect, greet};
+use super::ticket::Ticket;
+use super::{Migrations, limits, obstacles_text};
+use crate::core::blocking;
+use crate::error::{Error, Result};
+use crate::operations;
+use crate::servers::lifecycle::Trouble;
+use crate::servers::moving::parcel::Packed;
+use crate::servers::moving::plan::{Effect, Event, Phase, Side, Word};
+use crate::servers::moving::{self, Move};
+use crate::servers::record::ServerRecord;
+use crate::store::records;
+use crate::volumes::Content;
+
+/// A file that moves.
+struct Load {
+    file: File,
+    length: u64,
+}
+
+impl Migrations {
+    /// Carries a move that has just begun to its end.
+    pub(super) async fn carry(
+        self,
+        begun: Move,
+        ticket: Ticket,
+        spec: MigrateServer,
+        offer: wire::peer::Offer,
+    ) {
+        let carried = self.deliver(&begun, ticket, &spec, offer).await;
+        if let Err(cause) = &carried {
+            if cause.code == Code::Draining || self.core.store.is_dead() {
+                return;
+            }
+            tracing::warn!(server = %begun.server, "its move does not go on: {}", cause.chain());
+            let event = if cause.code == Code::HostUnreachable { Event::Lost } else { Event::Failed };
+            self.tell(begun.id, event, Some(cause)).await;
+        }
+        self.see_to(begun.id).await;
+    }
+
+    /// Asks the target of a move until nothing is left to be said about it.
+    pub(super) async fn see_to(self, id: Uuid) {
+        let mut pause = limits::ASK_AGAIN;
+        loop {
+            let found = self.core.store.read(move |connection| moving::find(connection, id)).await;
+            let held = match found {
+                Ok(Some(held)) if held.side == Side::Source => held,
+                Ok(_) => return,
+                Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return,
+                Err(cause) => {
+                    tracing::warn!("the records of moves cannot be read: {}", cause.chain());
+                    sleep(pause).await;
+                    continue;
+                }
+            };
+            match self.ask_again(&held).await {
+                Ok(()) => return,
+                Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return,
+                Err(cause) => {
+                    // Said once, and then as often as nobody minds.
+                    if pause == limits::ASK_AGAIN || pause == limits::ASK_AGAIN_MAX {
+                        let (server, host) = (held.server, &held.peer_name);
+                        tracing::info!(%server, "host {host} is asked again what became of it: {}", cause.chain());
+                    }
+                    self.tell(id, Event::Lost, None).await;
+                }
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(limits::ASK_AGAIN_MAX);
+        }
+    }
+
+    async fn ask_again(&self, held: &Move) -> Result<()> {
+        let address = held.address.ok_or_else(out_of_turn)?;
+        let mut link = connect(&self.identity, address, held.peer).await?;
+        link.send(&Message::Again { transfer: held.id.to_string() }).await?;
+        self.listen_to(&mut link, held.id, limits::SILENCE).await
+    }
+
+    /// Hears what the target says and answers it, until the move needs no more of it.
+    async fn listen_to<S>(&self, link: &mut Link<S>, id: Uuid, mut patience: Duration) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        loop {
+            let word = match link.message(patience).await? {
+                Message::Say(saying) => heard(saying)?,
+                Message::Refuse { detail } => return Err(Error::new(Code::HostUnreachable, detail)),
+                _ => return Err(out_of_turn()),
+            };
+            patience = limits::SILENCE;
+            self.core.checkpoint("move.heard")?;
+            let given =
+                self.core.store.write(move |tx| moving::give(tx, id, Event::Heard(word), None)).await?;
+            let Some(given) = given else { return Err(out_of_turn()) };
+            self.core.checkpoint("move.decided")?;
+            self.servers.wake(given.now.server);
+            let mut has_said = false;
+            for effect in given.effects {
+                if let Effect::Say(word) = effect {
+                    link.say(said(*word)?).await?;
+                    self.core.checkpoint("move.said")?;
+                    has_said = true;
+                }
+            }
+            if given.effects.contains(&Effect::Forget) {
+                return Ok(());
+            }
+            if !has_said {
+                return Err(Error::new(Code::HostUnreachable, "the other host does not know more yet"));
+            }
+        }
+    }
+
+    /// Saves what an event is to a move. What cannot be saved now is found when the daemon starts again.
+    pub(super) async fn tell(&self, id: Uuid, event: Event, cause: Option<&Error>) {
+        let trouble = cause.map(Trouble::from);
+        let told = self.core.insist("the record of a move", || {
+            let trouble = trouble.clone();
+            async {
+                let given = self.core.store.write(move |tx| moving::give(tx, id, event, trouble)).await?;
+                if let Some(given) = given {
+                    self.servers.wake(given.now.server);
+                }
+                Ok(())
+            }
+        });
+        if let Err(cause) = told.await {
+            tracing::debug!("a move is taken up at the next start: {}", cause.chain());
+        }
+    }
+
+    /// The first conversation of a move, from the ticket to the end.
+    async fn deliver(
+        &self,
+        begun: &Move,
+        ticket: Ticket,
+        spec: &MigrateServer,
+        offer: wire::peer::Offer,
+    ) -> Result<()> {
+        let id = begun.server;
+        let look = move |connection: &rusqlite::Connection| {
+            let record: ServerRecord = records::one(connection, id.0)?;
+            let job = record.life.job.map(|job| job.id);
+            Ok((job, Packed::of(connection, record)?))
+        };
+        let (job, packed) = self.core.store.read(look).await?;
+        let loads = self.loads(&packed).await?;
+        let console_bytes = loads.get(packed.disks.len()).map_or(0, |load| load.length);
+        let mut link = connect(&self.identity, spec.target, ticket.host).await?;
+        greet(&mut link, ticket.secret).await?;
+        let record = serde_json::to_value(&packed)?;
+        let parcel = Parcel { transfer: begun.id.to_string(), offer, record, console_bytes };
+        link.send(&Message::Take(Box::new(parcel))).await?;
+        match link.message(limits::SILENCE).await? {
+            Message::Say(Saying::Copying) => {}
+            Message::Verdict { blocked_by } => {
+                return Err(Error::new(Code::MigrationBlocked, obstacles_text(&blocked_by)));
+            }
+            Message::Refuse { detail } => return Err(Error::new(Code::MigrationBlocked, detail)),
+            _ => return Err(out_of_turn()),
+        }
+        self.core.checkpoint("move.accepted")?;
+        self.send_all(&mut link, loads, begun, job, spec.bandwidth_bytes_per_s).await?;
+        link.send(&Message::Copied).await?;
+        self.core.checkpoint("move.copied")?;
+        self.listen_to(&mut link, begun.id, limits::FLUSH).await
+    }
+
+    /// Opens everything that is sent: disks with their locks, so that no machine gets them, and the console.
+    async fn loads(&self, packed: &Packed) -> Result<Vec<Load>> {
+        let mut loads = Vec::new();
+        for disk in &packed.disks {
+            let file = self.volumes.open(disk.volume.id, Content::Recorded).await?;
+            loads.push(Load { file, length: disk.volume.size_bytes });
+        }
+        let directory = self.core.dirs.server(packed.id);
+        let console = blocking(move || {
+            match beneath::open(&directory, std::path::Path::new("console.ring"), Access::Read) {
+                Ok(file) => Ok(Some(Load { length: file.metadata().map_err(unreadable)?.len(), file })),
+                Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(cause) => Err(unreadable(cause)),
+            }
+        });
+        loads.extend(console.await?);
+        Ok(loads)
+    }
+
+    async fn send_all(
+        &self,
+        link: &mut Link<TlsStream<TcpStream>>,
+        loads: Vec<Load>,
+        begun: &Move,
+        job: Option<OperationId>,
+        bandwidth: Option<u64>,
+    ) -> Result<()> {
+        let began = Instant::now();
+        let (mut sent, mut told) = (0_u64, began);
+        let total: u64 = loads.iter().map(|load| data_bytes(&load.file, load.length)).sum();
+        for (index, load) in (0_u16..).zip(loads) {
+            let load = Arc::new(load);
+            let mut next = read(load.clone(), 0).await?;
+            while let Some((offset, bytes)) = next {
+                let after = offset.saturating_add(bytes.len() as u64);
+                let piece = Piece { file: index, offset, bytes: &bytes };
+                // The next piece is read while this one travels.
+                let (travelled, read) = tokio::join!(link.send_piece(piece), read(load.clone(), after));
+                travelled?;
+                next = read?;
+                sent = sent.saturating_add(bytes.len() as u64);
+                if told.elapsed() >= crate::servers::limits::PROGRESS_EVERY {
+                    told = Instant::now();
+                    self.report(begun, job, sent, total).await?;
+                }
+                if let Some(bandwidth) = bandwidth {
+                    let due = Duration::from_secs_f64(sent as f64 / bandwidth.max(1) as f64);
+                    sleep(due.saturating_sub(began.elapsed())).await;
+                }
+            }
+        }
+        self.report(begun, job, sent, total).await
+    }
+
+    /// Writes down how far the copy is. Fails when it is not wanted any more.
+    async fn report(&self, begun: &Move, job: Option<OperationId>, sent: u64, total: u64) -> Result<()> {
+        let id = begun.id;
+        let part = sent.saturating_mul(88).checked_div(total).unwrap_or(88).min(88);
+        let progress = Progress {
+            phase: "copying".to_owned(),
+            percent: 1 + u8::try_from(part).unwrap_or_default(),
+            bytes_done: Some(sent),
+            bytes_total: Some(total),
+        };
+        self.core
+            .store
+            .write(move |tx| {
+                if moving::find(tx, id)?.is_none_or(|held| held.phase != Phase::Copy) {
+                    return Err(Error::new(Code::WrongState, "the move is not wanted any more"));
+                }
+                job.map_or(Ok(()), |job| operations::progress(tx, job, progress))
+            })
+            .await
+    }
+}
+
+/// The next piece of a file's data from `at` on, with where it lies; holes are skipped (lseek(2)).
+async fn read(load: Arc<Load>, at: u64) -> Result<Option<(u64, Vec<u8>)>> {
+    blocking(move || {
+        let Load { file, length } = &*load;
+        let length = *length;
+        if at >= length {
+            return Ok(None);
+        }
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) if start < length => start,
+            Ok(_) | Err(Errno::NXIO) => return Ok(None),
+            Err(cause) => return Err(unreadable(cause.into())),
+        };
+        let end = seek(file, SeekFrom::Hole(start)).map_err(|cause| unreadable(cause.into()))?.min(length);
+        let most = u64::try_from(PIECE_BYTES_MAX).unwrap_or(u64::MAX);
+        let count = usize::try_from(end.saturating_sub(start).min(most)).unwrap_or(PIECE_BYTES_MAX);
+        let mut bytes = vec![0; count];
+        file.read_exact_at(&mut bytes, start).map_err(unreadable)?;
+        Ok(Some((start, bytes)))
+    })
+    .await
+}
+
+/// Bytes of a file that are no hole, as it stands.
+fn data_bytes(file: &File, length: u64) -> u64 {
+    crate::volumes::used_bytes(file.metadata()).min(length)
+}
+
+fn unreadable(cause: std::io::Error) -> Error {
+    Error::file("a file of the server cannot be read", cause)
+}
+
+fn heard(saying: Saying) -> Result<Word> {
+    match saying {
+        Saying::Copying => Ok(Word::Copying),
+        Saying::Ready => Ok(Word::Ready),
+        Saying::Taken => Ok(Word::Taken),
+        Saying::Dropped => Ok(Word::Dropped),
+        Saying::Unknown => Ok(Word::Unknown),
+        // Those are the source's own.
+        Saying::Commit | Saying::Abort => Err(out_of_turn()),
+    }
+}
+
+fn said(word: Word) -> Result<Saying> {
+    match word {
+        Word::Commit => Ok(Saying::Commit),
+        Word::Abort => Ok(Saying::Abort),
+        _ => Err(out_of_turn()),
+    }
+}

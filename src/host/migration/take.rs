@@ -1,0 +1,324 @@
+//! The end a server comes to, once it comes: gives it a record before anything else, fills its files, and has it when the
+//! source has let go. Whoever sends has shown a ticket, or is the host that this very move began with.
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use std::sync::PoisonError;
+
+use model::image::{Image, ImageState};
+use model::{Code, ServerId};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use uuid::Uuid;
+use wire::limits::DISKS_MAX;
+use wire::peer::{Message, Offer, Parcel, Piece, Saying};
+use wire::saved::Digest;
+
+use super::link::{Link, Received, out_of_turn};
+use super::target::{against_records, judge};
+use super::{Migrations, limits, ticket};
+use crate::core::blocking;
+use crate::error::{Error, Result};
+use crate::servers::make_directory;
+use crate::servers::moving::parcel::Packed;
+use crate::servers::moving::plan::{Effect, Event, Phase, Side, Word};
+use crate::servers::moving::{self, Move};
+use crate::store::{Tx, records};
+use crate::volumes::files::{self, Unfinished};
+
+/// A file that is being filled.
+struct Filling {
+    file: Arc<File>,
+    unfinished: Unfinished,
+    length: u64,
+    /// How many bytes may still come: no more than it has.
+    left: u64,
+}
+
+/// Keeps others from coming for the same server.
+struct Taking {
+    migrations: Migrations,
+    server: ServerId,
+}
+
+impl Taking {
+    fn begin(migrations: &Migrations, server: ServerId) -> Result<Taking> {
+        if migrations.taking.lock().unwrap_or_else(PoisonError::into_inner).insert(server) {
+            return Ok(Taking { migrations: migrations.clone(), server });
+        }
+        let detail = "an earlier try to bring this server here has not ended yet; try again in a minute";
+        Err(Error::new(Code::MigrationBlocked, detail))
+    }
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        self.migrations.taking.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.server);
+    }
+}
+
+impl Migrations {
+    /// Takes a server that this host has room for.
+    pub(super) async fn take<S>(
+        &self,
+        link: &mut Link<S>,
+        source: Digest,
+        host: String,
+        secret: String,
+        parcel: Parcel,
+    ) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let blocked_by = judge(self, parcel.offer.clone()).await?;
+        if !blocked_by.is_empty() {
+            return link.send(&Message::Verdict { blocked_by }).await;
+        }
+        let _taking = Taking::begin(self, parcel.offer.server.parse().unwrap_or(ServerId(Uuid::nil())))?;
+        let (begun, console_bytes, packed) = self.accept(source, host, secret, parcel).await?;
+        let id = begun.id;
+        let filled = async {
+            self.core.checkpoint("move.recorded")?;
+            let filling = self.begin_files(&packed, console_bytes).await?;
+            link.say(Saying::Copying).await?;
+            let filling = self.fill(link, filling).await?;
+            self.core.checkpoint("move.filled")?;
+            self.finish_files(filling).await?;
+            self.core.checkpoint("move.flushed")?;
+            self.give(link, id, Event::Done).await
+        };
+        let outcome = self.hear_out(filled.await, link, id).await;
+        self.clear(id, &packed).await?;
+        outcome
+    }
+
+    /// Removes what may have been finished after the move was dropped, which is when its server was removed.
+    async fn clear(&self, id: Uuid, packed: &Packed) -> Result<()> {
+        let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
+        if held.is_none_or(|held| held.phase != Phase::Dropped) {
+            return Ok(());
+        }
+        let directory = self.core.dirs.server(packed.id);
+        let disks: Vec<_> = packed.disks.iter().map(|disk| self.core.dirs.volume(disk.volume.id)).collect();
+        blocking(move || {
+            disks.iter().try_for_each(|disk| files::remove(disk)).map_err(unwritable)?;
+            files::remove_tree(&directory).map_err(unwritable)
+        })
+        .await
+    }
+
+    /// Takes up a move whose connection was lost.
+    pub(super) async fn take_up<S>(&self, link: &mut Link<S>, source: Digest, transfer: &str) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let id = transfer.parse().unwrap_or(Uuid::nil());
+        let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
+        match held {
+            Some(held) if held.side == Side::Target && held.peer == source => {
+                let asked = self.give(link, id, Event::Heard(Word::Ask)).await;
+                self.hear_out(asked, link, id).await
+            }
+            // Whoever asks for another's move learns no more than for one that never was.
+            _ => link.say(Saying::Unknown).await,
+        }
+    }
+
+    /// Hears what the source decides, until the move has ended here.
+    async fn hear_out<S>(&self, before: Result<Phase>, link: &mut Link<S>, id: Uuid) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let heard = async {
+            let mut phase = before?;
+            while matches!(phase, Phase::Copy | Phase::Ready) {
+                let word = match link.message(limits::SILENCE).await? {
+                    Message::Say(Saying::Commit) => Word::Commit,
+                    Message::Say(Saying::Abort) => Word::Abort,
+                    _ => return Err(out_of_turn()),
+                };
+                self.core.checkpoint("move.heard")?;
+                phase = self.give(link, id, Event::Heard(word)).await?;
+            }
+            Ok(())
+        };
+        let outcome = heard.await;
+        if let Err(cause) = &outcome
+            && cause.code != Code::Draining
+            && !self.core.store.is_dead()
+        {
+            let event = if cause.code == Code::HostUnreachable { Event::Lost } else { Event::Failed };
+            self.tell(id, event, Some(cause)).await;
+        }
+        outcome
+    }
+
+    /// Saves what an event is to a move, and says what is to be said. Answers the phase from then on.
+    async fn give<S>(&self, link: &mut Link<S>, id: Uuid, event: Event) -> Result<Phase>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let given = self.core.store.write(move |tx| moving::give(tx, id, event, None)).await?;
+        let Some(given) = given else { return Err(out_of_turn()) };
+        self.core.checkpoint("move.decided")?;
+        self.servers.wake(given.now.server);
+        for effect in given.effects {
+            if let Effect::Say(word) = effect {
+                link.say(said(*word)?).await?;
+                self.core.checkpoint("move.said")?;
+            }
+        }
+        Ok(given.now.phase)
+    }
+
+    /// Uses the ticket up and gives the server its records, in one transaction.
+    async fn accept(
+        &self,
+        source: Digest,
+        host: String,
+        secret: String,
+        parcel: Parcel,
+    ) -> Result<(Move, u64, Packed)> {
+        let Parcel { transfer, offer, record, console_bytes } = parcel;
+        let invalid =
+            |what: &str| Error::new(Code::InvalidRequest, format!("the server's {what} is not valid"));
+        let packed: Packed =
+            serde_json::from_value(record).map_err(|cause| invalid("record").caused_by(cause))?;
+        packed.check()?;
+        if !is_what_was_offered(&packed, &offer) {
+            return Err(invalid("record is not what was offered, which"));
+        }
+        let id: Uuid = transfer.parse().map_err(|_| invalid("move"))?;
+        let begun = Move {
+            id,
+            server: packed.id,
+            side: Side::Target,
+            phase: Phase::Copy,
+            peer: source,
+            peer_name: host,
+            address: None,
+        };
+        let (kept, sent, capacity) = (begun.clone(), packed.clone(), self.capacity);
+        let accept = move |tx: &Tx<'_>| {
+            ticket::redeem(tx, &secret, source)?;
+            if let Some(obstacle) = against_records(tx, capacity, &offer)?.into_iter().next() {
+                return Err(Error::new(Code::MigrationBlocked, obstacle.detail));
+            }
+            let digest = offer.image.to_string();
+            let image = records::all::<Image>(tx)?
+                .into_iter()
+                .find(|image| image.state == ImageState::Ready && image.sha256 == digest);
+            let image = image.ok_or_else(|| invalid("image"))?;
+            let (record, volumes) = sent.unpacked(tx, &image)?;
+            moving::arrive(tx, &kept, &record, &volumes)
+        };
+        self.core.store.write(accept).await?;
+        self.servers.arrived(begun.server);
+        Ok((begun, console_bytes, packed))
+    }
+
+    async fn begin_files(&self, packed: &Packed, console_bytes: u64) -> Result<Vec<Filling>> {
+        let directory = self.core.dirs.server(packed.id);
+        let mut places: Vec<_> = packed
+            .disks
+            .iter()
+            .map(|disk| (self.core.dirs.volume(disk.volume.id), disk.volume.size_bytes))
+            .collect();
+        if console_bytes > 0 {
+            places.push((directory.join("console.ring"), console_bytes));
+        }
+        blocking(move || {
+            make_directory(&directory)?;
+            let begin = |(place, length): (std::path::PathBuf, u64)| {
+                let mut unfinished = Unfinished::create(&place).map_err(unwritable)?;
+                unfinished.file().set_len(length).map_err(unwritable)?;
+                let file = Arc::new(unfinished.file().try_clone().map_err(unwritable)?);
+                Ok(Filling { file, unfinished, length, left: length })
+            };
+            places.into_iter().map(begin).collect()
+        })
+        .await
+    }
+
+    /// Writes what comes where it belongs, until all has been sent.
+    async fn fill<S>(&self, link: &mut Link<S>, mut filling: Vec<Filling>) -> Result<Vec<Filling>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        // One piece is written while the next one comes.
+        let mut writing: Option<JoinHandle<Result<()>>> = None;
+        loop {
+            let received = timeout(limits::SILENCE, link.receive()).await;
+            let received = received.map_err(|_| {
+                Error::new(Code::HostUnreachable, "the other host has sent nothing for too long")
+            })?;
+            if let Some(written) = writing.take() {
+                written.await.map_err(|cause| Error::internal("a piece was not written", cause))??;
+            }
+            let body = match received? {
+                Received::Piece(body) => body,
+                Received::Message(Message::Copied) => return Ok(filling),
+                Received::Message(_) => return Err(out_of_turn()),
+            };
+            let piece = Piece::read(&body).map_err(|_| out_of_turn())?;
+            let outside = || Error::new(Code::InvalidRequest, "a piece lies outside of its file");
+            let into = filling.get_mut(usize::from(piece.file)).ok_or_else(outside)?;
+            let (offset, count) = (piece.offset, piece.bytes.len() as u64);
+            let end = offset.checked_add(count).ok_or_else(outside)?;
+            // More than a file has is sent by nobody who means well.
+            into.left = into.left.checked_sub(count).filter(|_| end <= into.length).ok_or_else(outside)?;
+            let file = into.file.clone();
+            writing = Some(tokio::task::spawn_blocking(move || {
+                let bytes = body.get(wire::peer::PIECE_HEAD_BYTES..).unwrap_or_default();
+                file.write_all_at(bytes, offset).map_err(unwritable)
+            }));
+        }
+    }
+
+    async fn finish_files(&self, filling: Vec<Filling>) -> Result<()> {
+        blocking(move || {
+            for Filling { unfinished, .. } in filling {
+                unfinished.finish().map_err(unwritable)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// The question and the record are judged apart, so they must be about the same.
+fn is_what_was_offered(packed: &Packed, offer: &Offer) -> bool {
+    let disks = packed.disks.len() == offer.disks.len()
+        && packed.disks.len() <= DISKS_MAX
+        && packed.disks.iter().zip(&offer.disks).all(|(disk, offered)| {
+            disk.volume.name.as_str() == offered.volume && disk.volume.size_bytes == offered.size_bytes
+        });
+    let nics = packed.nics.len() == offer.nics.len()
+        && packed.nics.iter().zip(&offer.nics).all(|(nic, offered)| {
+            nic.network == offered.network && nic.ipv4 == offered.ipv4 && nic.mac == offered.mac
+        });
+    packed.id.to_string() == offer.server
+        && packed.name.as_str() == offer.name
+        && packed.external_ref == offer.external_ref
+        && (packed.vcpus, packed.memory_bytes) == (offer.vcpus, offer.memory_bytes)
+        && offer.is_off
+        && disks
+        && nics
+}
+
+fn unwritable(cause: std::io::Error) -> Error {
+    Error::file("a file of the server cannot be written", cause)
+}
+
+fn said(word: Word) -> Result<Saying> {
+    match word {
+        Word::Copying => Ok(Saying::Copying),
+        Word::Ready => Ok(Saying::Ready),
+        Word::Taken => Ok(Saying::Taken),
+        Word::Dropped => Ok(Saying::Dropped),
+        Word::Unknown => Ok(Saying::Unknown),
+        Word::Ask | Word::Commit | Word::Abort => Err(out_of_turn()),
+    }
+}

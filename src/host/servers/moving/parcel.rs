@@ -1,0 +1,232 @@
+//! A server's record as it travels: everything that is to be the same on the other host, and nothing that a host gives
+//! anew. What comes is judged as a caller's words are: another host may have been taken over.
+use model::image::Image;
+use model::server::{CacheMode, CpuTemplate, DiskLimits, Isolation, NicLimits, RestartPolicy, ServerNic};
+use model::volume::{Volume, VolumeFormat, VolumeState};
+use model::{Labels, Name, ServerId, Time};
+use rusqlite::Connection;
+use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
+
+use crate::error::{Error, Result};
+use crate::network::Networks;
+use crate::servers::create::{Faults, VOLUME_STEP};
+use crate::servers::lifecycle::{Back, Life, Phase};
+use crate::servers::record::{Disk, Held, ServerRecord};
+use crate::store::records;
+
+/// A server on its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Packed {
+    pub(crate) id: ServerId,
+    pub(crate) name: Name,
+    description: String,
+    labels: Labels,
+    pub(crate) external_ref: Option<String>,
+    pub(crate) vcpus: u8,
+    pub(crate) memory_bytes: u64,
+    pub(crate) cpu: CpuTemplate,
+    pub(crate) disks: Vec<PackedDisk>,
+    pub(crate) nics: Vec<PackedNic>,
+    ssh_keys: Vec<String>,
+    user_data: Option<String>,
+    restart_policy: RestartPolicy,
+    isolation: Isolation,
+    /// How it was off.
+    back: Back,
+    /// Number of its latest machine.
+    run: u64,
+    generation: u64,
+    created_at: Time,
+    started_at: Option<Time>,
+}
+
+/// A disk without its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PackedDisk {
+    pub(crate) volume: Volume,
+    cache: CacheMode,
+    limits: DiskLimits,
+}
+
+/// An interface, with the name that its network has on each host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PackedNic {
+    pub(crate) network: String,
+    pub(crate) ipv4_cidr: String,
+    pub(crate) mac: String,
+    pub(crate) ipv4: Ipv4Addr,
+    limits: NicLimits,
+}
+
+impl Packed {
+    /// What of a server travels. It is off, or what travels is what it would be then.
+    pub(crate) fn of(connection: &Connection, record: ServerRecord) -> Result<Packed> {
+        // Every member is named, so that one that is new is thought about here.
+        let ServerRecord {
+            id,
+            name,
+            description,
+            labels,
+            external_ref,
+            life,
+            vcpus,
+            memory_bytes,
+            cpu,
+            held: _,
+            image_id: _,
+            // The target's image says it, which is the same.
+            default_user: _,
+            disks,
+            nics,
+            ssh_keys,
+            user_data,
+            restart_policy,
+            isolation,
+            // Those are said of a VMM that is gone.
+            sandbox: _,
+            cage: _,
+            generation,
+            created_at,
+            updated_at: _,
+            started_at,
+        } = record;
+        let disks = disks.into_iter().map(|Disk { volume_id, cache, limits }| {
+            Ok(PackedDisk { volume: records::one(connection, volume_id.0)?, cache, limits })
+        });
+        let nics = nics.into_iter().map(|ServerNic { network_id, index: _, mac, ipv4, limits }| {
+            let network: model::network::Network = records::one(connection, network_id.0)?;
+            Ok(PackedNic {
+                network: network.name.to_string(),
+                ipv4_cidr: network.ipv4_cidr,
+                mac,
+                ipv4,
+                limits,
+            })
+        });
+        let back = match life.phase {
+            Phase::Moving { back, .. } => back,
+            Phase::Failed { why } => Back::Failed { why },
+            Phase::Stopped { why } => Back::Stopped { why },
+            _ => Back::Stopped { why: None },
+        };
+        Ok(Packed {
+            id,
+            name,
+            description,
+            labels,
+            external_ref,
+            vcpus,
+            memory_bytes,
+            cpu,
+            disks: disks.collect::<Result<_>>()?,
+            nics: nics.collect::<Result<_>>()?,
+            ssh_keys,
+            user_data,
+            restart_policy,
+            isolation,
+            back,
+            run: life.run,
+            generation,
+            created_at,
+            started_at,
+        })
+    }
+
+    /// Checks everything that a caller's words are checked for. Fails with `invalid`.
+    pub(crate) fn check(&self) -> Result<()> {
+        use model::limits as bounds;
+        let mut faults = Faults::default();
+        faults.machine(Some(self.vcpus), Some(self.memory_bytes));
+        faults.description(&self.description);
+        faults.external_ref(self.external_ref.as_deref());
+        faults.keys(&self.ssh_keys);
+        let data_bytes = self.user_data.as_ref().map_or(0, String::len);
+        faults.unless(data_bytes <= bounds::USER_DATA_BYTES_MAX, "/user_data", "too_long", || {
+            format!("has {data_bytes} bytes; {} are possible", bounds::USER_DATA_BYTES_MAX)
+        });
+        faults.unless(self.nics.len() <= bounds::NICS_MAX, "/nics", "too_many", || {
+            format!("has {} interfaces; {} are possible", self.nics.len(), bounds::NICS_MAX)
+        });
+        for nic in self.nics.iter().take(bounds::NICS_MAX) {
+            faults.nic_limits("/nics", &nic.limits);
+        }
+        for disk in &self.disks {
+            let size_bytes = disk.volume.size_bytes;
+            let sound = (bounds::VOLUME_BYTES_MIN..=bounds::VOLUME_BYTES_MAX).contains(&size_bytes)
+                && size_bytes.is_multiple_of(VOLUME_STEP)
+                && disk.volume.format == VolumeFormat::Raw;
+            faults.unless(sound, "/disks", "out_of_range", || {
+                format!("a volume of {size_bytes} bytes is none that this host can have")
+            });
+            faults.disk_limits("/disks", &disk.limits);
+        }
+        faults.unless(
+            matches!(self.back, Back::Stopped { .. } | Back::Failed { .. }),
+            "/back",
+            "not_off",
+            || "the server is not off".to_owned(),
+        );
+        faults.end()
+    }
+
+    /// The records it becomes on this host, which has `image`. Its volumes are empty yet.
+    pub(crate) fn unpacked(
+        self,
+        connection: &Connection,
+        image: &Image,
+    ) -> Result<(ServerRecord, Vec<Volume>)> {
+        let (id, now) = (self.id, Time::now());
+        let (mut disks, mut volumes) = (Vec::new(), Vec::new());
+        for PackedDisk { volume, cache, limits } in self.disks {
+            disks.push(Disk { volume_id: volume.id, cache, limits });
+            volumes.push(Volume {
+                state: VolumeState::Creating,
+                used_bytes: 0,
+                image_id: volume.image_id.map(|_| image.id),
+                server_id: Some(id),
+                updated_at: now,
+                ..volume
+            });
+        }
+        let nics = (0u8..).zip(self.nics).map(|(index, nic)| {
+            let network = Networks::resolve(connection, Some(&nic.network))?;
+            if Networks::is_group(&nic.mac) {
+                let detail = format!("{} is no hardware address of an interface", nic.mac);
+                return Err(Error::invalid(format!("/nics/{index}/mac"), "not_valid", detail));
+            }
+            Ok(ServerNic { network_id: network.id, index, mac: nic.mac, ipv4: nic.ipv4, limits: nic.limits })
+        });
+        let record = ServerRecord {
+            id,
+            name: self.name,
+            description: self.description,
+            labels: self.labels,
+            external_ref: self.external_ref,
+            life: Life::arriving(self.back, self.run),
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes,
+            cpu: self.cpu,
+            held: Held::default(),
+            image_id: image.id,
+            default_user: image.default_user.clone(),
+            disks,
+            nics: nics.collect::<Result<_>>()?,
+            ssh_keys: self.ssh_keys,
+            user_data: self.user_data,
+            restart_policy: self.restart_policy,
+            isolation: self.isolation,
+            sandbox: None,
+            cage: None,
+            // Whoever has read it on the other host sees that it has changed.
+            generation: self.generation.saturating_add(1),
+            created_at: self.created_at,
+            updated_at: now,
+            started_at: self.started_at,
+        };
+        Ok((record, volumes))
+    }
+}
