@@ -46,6 +46,8 @@ enum Fault {
 enum When {
     Before,
     After,
+    /// Another word is carried in its place.
+    Instead,
 }
 
 /// The link of a machine and its disk. It stops at a word, tells, and breaks when it is told to.
@@ -132,7 +134,10 @@ fn carry(
             (_, Some(Word::Released)) => "released",
             _ => "another",
         };
-        if said == word && when == When::Before {
+        if said == word && when != When::After {
+            if when == When::Instead {
+                Word::Ready.write(&mut to)?;
+            }
             let _ = tell.send(());
             let _ = wait.recv();
             return Ok(());
@@ -318,6 +323,11 @@ fn a_link_that_is_cut_at_any_word_leaves_one_machine() {
             assert_eq!(owner, Some(expected), "{word} {when:?}");
         }
     }
+}
+
+#[test]
+fn nonsense_in_place_of_the_last_word_leaves_a_source_that_can_be_settled() {
+    assert_eq!(tear("released", When::Instead, Fault::Cut), Some(Owner::There));
 }
 
 #[test]

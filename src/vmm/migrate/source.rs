@@ -268,8 +268,10 @@ impl Conductor {
     fn run(mut self) {
         if let Err(error) = self.conduct() {
             self.shared.fail_with(&error);
-            // Whatever it was: nobody is left to bring it to an end. After the commit this means nothing.
+            // Whatever it was: nobody is left to bring it to an end, and after the commit nobody to hear of one. Then it is
+            // in doubt, be the link whole or not.
             self.shared.give(Event::Failed);
+            self.shared.give(Event::Lost);
         }
         if self.shared.phase() == Phase::Returned {
             let detail = self.shared.status().detail.unwrap_or_else(|| "it was cancelled".to_owned());
