@@ -172,7 +172,10 @@ impl Export {
         // Under its own name it is whole.
         let mut part = self.file.clone().into_os_string();
         part.push(".part");
-        let mut file = tokio::fs::File::create(&part).await.map_err(unwritable)?;
+        // It holds secrets.
+        let mut options = tokio::fs::File::options();
+        let file = options.write(true).create_new(true).mode(0o600).open(&part).await;
+        let mut file = file.map_err(|cause| Error::Write { path: PathBuf::from(&part), cause })?;
         let received = receive(context, &path, &mut file, unwritable).await;
         let kept = match received {
             Ok(()) => {

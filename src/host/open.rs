@@ -67,7 +67,7 @@ impl Host {
         let core = Arc::new(Core::new(config, dirs, store)?);
         let images = Images::new(core.clone());
         let volumes = Volumes::new(core.clone(), images.clone());
-        let snapshots = Snapshots::new(core.clone());
+        let snapshots = Snapshots::new(core.clone(), capacity.memory_bytes);
         let networks = Networks::new(core.clone(), plumbing);
         let servers = Servers::new(Workshop {
             core: core.clone(),

@@ -28,8 +28,11 @@ async fn pump(mut stream: Box<dyn AsyncRead + Send + Unpin>, pieces: mpsc::Sende
     loop {
         let mut piece = vec![0; PIECE_BYTES];
         let read = match tokio::time::timeout(SILENCE_MAX, stream.read(&mut piece)).await {
-            // Whatever the transport calls it, to the reader of a bundle the sender is gone.
-            Ok(read) => read.map_err(|cause| io::Error::new(io::ErrorKind::ConnectionAborted, cause)),
+            Ok(read) => read.map_err(|cause| match cause.kind() {
+                io::ErrorKind::TimedOut | io::ErrorKind::FileTooLarge => cause,
+                // Whatever the transport calls it, to the reader the sender is gone.
+                _ => io::Error::new(io::ErrorKind::ConnectionAborted, cause),
+            }),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         };
         let last = !matches!(read, Ok(1..));

@@ -54,6 +54,9 @@ pub const MEMORY_BYTES_MIN: u64 = 64 << 20;
 /// Most memory of one server in bytes.
 pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
 
+/// What the memory of a server is counted in, in bytes: the size of a huge page.
+pub const MEMORY_STEP_BYTES: u64 = 2 << 20;
+
 /// Least size of a volume in bytes.
 pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
 

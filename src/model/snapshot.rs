@@ -27,6 +27,9 @@ pub struct Snapshot {
     pub server_id: ServerId,
     /// That server's name when it was taken.
     pub server_name: Name,
+    /// Whether it came in as a stream: then all that it says of itself, whose it is too, is what the stream said.
+    #[serde(default)]
+    pub imported: bool,
     /// Whether it holds the memory of a machine that ran, as it was at the same moment as the disks.
     pub memory: bool,
     /// Virtual CPUs of the server.

@@ -180,6 +180,9 @@ where
 fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::Corrupt(detail) => Error::new(Code::ImageCorrupt, detail),
+        Refusal::Source(cause) if cause.kind() == io::ErrorKind::FileTooLarge => {
+            Error::new(Code::BodyTooLarge, "more was sent than an upload may have").caused_by(cause)
+        }
         Refusal::Source(cause) if cause.kind() == io::ErrorKind::TimedOut => {
             let detail = format!("nothing came for {} s; send the bundle again", upload::SILENCE_MAX.as_secs());
             Error::new(Code::Timeout, detail).caused_by(cause)

@@ -21,9 +21,6 @@ use crate::volumes::NewVolume;
 /// Memory of a server whose creator names none and whose image needs less, in bytes.
 const MEMORY_BYTES_DEFAULT: u64 = 512 << 20;
 
-/// What guest memory is counted in, in bytes: the size of a huge page.
-const MEMORY_STEP: u64 = 2 << 20;
-
 /// What volumes are counted in, in bytes: the size of a page.
 pub(super) const VOLUME_STEP: u64 = 4096;
 
@@ -140,8 +137,9 @@ fn reserve(tx: &Tx<'_>, record: &ServerRecord, wanted: Vec<CreateNic>) -> Result
 }
 
 fn memory(spec: &CreateServer, least: u64) -> Result<u64> {
-    let memory_bytes =
-        spec.memory_bytes.unwrap_or_else(|| least.max(MEMORY_BYTES_DEFAULT).next_multiple_of(MEMORY_STEP));
+    let memory_bytes = spec
+        .memory_bytes
+        .unwrap_or_else(|| least.max(MEMORY_BYTES_DEFAULT).next_multiple_of(bounds::MEMORY_STEP_BYTES));
     if memory_bytes < least {
         let detail = format!("the image needs at least {least} bytes");
         return Err(Error::invalid("/memory_bytes", "too_small", detail));
@@ -223,11 +221,12 @@ impl Faults {
         });
         let sound = memory_bytes.is_none_or(|bytes| {
             (bounds::MEMORY_BYTES_MIN..=bounds::MEMORY_BYTES_MAX).contains(&bytes)
-                && bytes.is_multiple_of(MEMORY_STEP)
+                && bytes.is_multiple_of(bounds::MEMORY_STEP_BYTES)
         });
         self.unless(sound, "/memory_bytes", "out_of_range", || {
             format!(
-                "must be a multiple of {MEMORY_STEP} between {} and {}",
+                "must be a multiple of {} between {} and {}",
+                bounds::MEMORY_STEP_BYTES,
                 bounds::MEMORY_BYTES_MIN,
                 bounds::MEMORY_BYTES_MAX
             )

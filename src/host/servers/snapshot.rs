@@ -93,6 +93,7 @@ fn describe(
         state: SnapshotState::Creating,
         server_id: server.id,
         server_name: server.name.clone(),
+        imported: false,
         memory: spec.memory,
         vcpus: held.map_or(server.vcpus, |held| held.vcpus),
         memory_bytes: held.map_or(server.memory_bytes, |held| held.memory_bytes),

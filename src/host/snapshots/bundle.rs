@@ -6,7 +6,7 @@
 //! ```
 //! The head is a JSON document. Frames come file by file and in the order of their offsets; what no frame holds is zero.
 //! Files are the machine's state and its memory, where there are any, and then the disks. A frame of memory is a part of the
-//! table in the state file. The last frame tells how many bytes all others held, and the digest of everything before it.
+//! table in the state file, one of a disk whole pages. The last frame tells how many bytes all others held, and the digest of everything before it.
 //! Numbers are little-endian.
 use std::io;
 use std::net::Ipv4Addr;
@@ -146,7 +146,8 @@ impl Head {
             ("its number of vCPUs", (1..=bounds::VCPUS_MAX).contains(&self.vcpus)),
             (
                 "its memory's size",
-                memory_range.contains(&self.memory_bytes) && self.memory_bytes.is_multiple_of(PAGE_BYTES),
+                memory_range.contains(&self.memory_bytes)
+                    && self.memory_bytes.is_multiple_of(bounds::MEMORY_STEP_BYTES),
             ),
             ("its state file's length", self.memory.as_ref().is_none_or(state)),
             ("its number of disks", self.disks.len() <= bounds::VOLUMES_MAX),

@@ -64,6 +64,9 @@ impl Snapshots {
 }
 
 fn unreadable(name: &Name, cause: io::Error) -> Error {
+    if cause.kind() == io::ErrorKind::NotFound {
+        return Error::new(Code::WrongState, format!("snapshot {name} has just been deleted"));
+    }
     Error::file(format!("the files of snapshot {name} cannot be read"), cause)
 }
 

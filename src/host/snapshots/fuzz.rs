@@ -105,6 +105,7 @@ fn built(rest: &[u8]) -> arbitrary::Result<Vec<u8>> {
         (3, Some((file, ..))) => *file = input.arbitrary()?,
         (4, _) => frames.reverse(),
         (5, _) => frames.truncate(frames.len() / 2),
+        (7, Some((.., bytes))) => bytes.truncate(bytes.len() / 3),
         _ => {}
     }
     let memory_bytes = 64 << 20;

@@ -17,7 +17,7 @@ use tokio::io::AsyncRead;
 use tokio::sync::Notify;
 
 use super::bundle::{Head, HeadNic, Refusal, read_files, read_head};
-use super::limits::{IMPORTS_MAX, PROGRESS_EVERY};
+use super::limits::PROGRESS_EVERY;
 use super::record::{self, IMPORT};
 use super::{Origin, OriginDisk, SnapshotRecord, Snapshots, Taken, flush, make_directory};
 use crate::call::{Actor, Answer, Call};
@@ -52,15 +52,15 @@ impl Snapshots {
     ) -> Result<Answer<Accepted<Snapshot>>> {
         let (head, digest) = read_head(&mut body).await.map_err(refused)?;
         space::check(&self.core.dirs.root().join("snapshots"), head.data_bytes, 0)?;
-        let (caller, described, imports) = (call.actor.clone(), head.clone(), self.imports.clone());
-        let accept = move |tx: &Tx<'_>| {
-            if lock(&imports).len() >= IMPORTS_MAX {
-                let detail = format!("{IMPORTS_MAX} imports are at work; wait for one to end");
-                return Err(Error::new(Code::TooMany, detail));
-            }
-            accept(tx, spec, described, &caller)
-        };
-        let mut answer = self.core.mutate(call, accept).await?;
+        if head.memory.is_some() && head.memory_bytes > self.memory_bytes {
+            let detail = format!(
+                "its machine has {} bytes of memory, and servers of this host {} in all",
+                head.memory_bytes, self.memory_bytes
+            );
+            return Err(Error::new(Code::NoCapacity, detail));
+        }
+        let (caller, described) = (call.actor.clone(), head.clone());
+        let mut answer = self.core.mutate(call, move |tx| accept(tx, spec, described, &caller)).await?;
         let Some(id) = answer.body.resource.as_ref().filter(|_| !answer.replayed).map(|shown| shown.id)
         else {
             return Ok(answer);
@@ -68,6 +68,11 @@ impl Snapshots {
         let operation = answer.body.operation.id;
         let handle = Arc::new(Handle::default());
         lock(&self.imports).insert(id, handle.clone());
+        // Whoever was quicker than that could wake nobody.
+        let asked = self.core.store.read(move |all| operations::is_cancel_asked(all, operation)).await;
+        if asked.unwrap_or(false) {
+            self.wake(id);
+        }
         let import = Import { snapshots: self.clone(), id, operation, handle };
         // In a task of its own, because the caller may hang up, and then it must still be undone.
         let work = tokio::spawn(async move {
@@ -109,6 +114,7 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         state: SnapshotState::Creating,
         server_id: head.server_id,
         server_name: head.server_name,
+        imported: true,
         memory: head.memory.is_some(),
         vcpus: head.vcpus,
         memory_bytes: head.memory_bytes,
@@ -304,6 +310,9 @@ impl Import {
 fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::Corrupt(detail) => Error::new(Code::SnapshotCorrupt, detail),
+        Refusal::Source(cause) if cause.kind() == io::ErrorKind::FileTooLarge => {
+            Error::new(Code::BodyTooLarge, "more was sent than an upload may have").caused_by(cause)
+        }
         Refusal::Source(cause) if cause.kind() == io::ErrorKind::TimedOut => {
             let detail =
                 format!("nothing came for {} s; send the snapshot again", upload::SILENCE_MAX.as_secs());

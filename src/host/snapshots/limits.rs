@@ -10,9 +10,6 @@ pub const HEAD_BYTES_MAX: usize = 1 << 20;
 /// Longest text of an exported snapshot in characters where nothing else bounds it.
 pub const TEXT_CHARS_MAX: usize = 256;
 
-/// Imports at work at once: each fills a core with hashing and the disk with writing.
-pub const IMPORTS_MAX: usize = 4;
-
 /// How often an import's progress is recorded.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 

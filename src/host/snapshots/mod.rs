@@ -42,6 +42,8 @@ pub struct Snapshots {
     core: Shared,
     expiry: Arc<Expiry>,
     imports: Arc<import::AtWork>,
+    /// Memory that servers may have in all.
+    memory_bytes: u64,
 }
 
 /// The task that deletes what has expired.
@@ -53,8 +55,8 @@ struct Expiry {
 }
 
 impl Snapshots {
-    pub(crate) fn new(core: Shared) -> Snapshots {
-        Snapshots { core, expiry: Arc::default(), imports: Arc::default() }
+    pub(crate) fn new(core: Shared, memory_bytes: u64) -> Snapshots {
+        Snapshots { core, expiry: Arc::default(), imports: Arc::default(), memory_bytes }
     }
 
     /// Takes up what an earlier daemon left unfinished: `taken` are those that servers are taking, and go on to take.
@@ -179,17 +181,23 @@ impl Snapshots {
         if due {
             let doom = move |tx: &Tx<'_>| {
                 let expired = record::expired(tx, now_ms)?;
-                let doomed = expired.into_iter().map(|record| {
+                let mut doomed = Vec::new();
+                for record in expired {
                     let id = record.shown.id;
-                    record::doom(tx, record, &Actor::Host, Some("it has expired")).map(|_| id)
-                });
-                doomed.collect::<Result<Vec<SnapshotId>>>()
+                    match record::doom(tx, record, &Actor::Host, Some("it has expired")) {
+                        Ok(_) => doomed.push(id),
+                        // It is looked at again when the clock is, and holds up no other.
+                        Err(cause) if cause.code == Code::InUse => {}
+                        Err(cause) => return Err(cause),
+                    }
+                }
+                Ok(doomed)
             };
             for id in self.core.store.write(doom).await? {
                 self.core.insist("the deletion of a snapshot that has expired", || self.purge(id)).await?;
             }
         }
-        self.core.store.read(record::next_expiry_ms).await
+        self.core.store.read(move |connection| record::next_expiry_ms(connection, now_ms)).await
     }
 
     /// For `servers`: the snapshot of this id or name, which can be used. Fails with `invalid` on `/snapshot`.

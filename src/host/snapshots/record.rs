@@ -229,10 +229,10 @@ pub(super) fn forget(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
     announce(tx, &record.shown, "snapshot.deleted", None, None)
 }
 
-/// When the next one expires, in milliseconds since the Unix epoch.
-pub(super) fn next_expiry_ms(connection: &Connection) -> Result<Option<i64>> {
-    let sql = "SELECT min(expires_ms) FROM snapshots";
-    Ok(connection.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?.flatten())
+/// When the next one expires after this time; both in milliseconds since the Unix epoch.
+pub(super) fn next_expiry_ms(connection: &Connection, now_ms: i64) -> Result<Option<i64>> {
+    let sql = "SELECT min(expires_ms) FROM snapshots WHERE expires_ms > ?1";
+    Ok(connection.prepare_cached(sql)?.query_row([now_ms], |row| row.get(0)).optional()?.flatten())
 }
 
 /// Those whose time has come, oldest first.

@@ -61,6 +61,7 @@ async fn what_one_host_exports_another_takes_in_and_makes_servers_of() {
     );
     let arrived = accepted.resource.unwrap();
     assert_eq!(arrived.state, SnapshotState::Ready);
+    assert!(arrived.imported && !snapshot.imported);
     assert_ne!((arrived.id, arrived.image_id), (snapshot.id, snapshot.image_id));
     let same = |shown: &Snapshot| Snapshot {
         id: snapshot.id,
@@ -68,6 +69,7 @@ async fn what_one_host_exports_another_takes_in_and_makes_servers_of() {
         created_at: snapshot.created_at,
         updated_at: snapshot.updated_at,
         generation: snapshot.generation,
+        imported: false,
         stored_bytes: 0,
         volumes: Vec::new(),
         ..shown.clone()

@@ -60,10 +60,13 @@ pub(crate) fn share(source: &File, target: &File) -> io::Result<bool> {
 
 fn copy(source: &File, target: &File, watch: &Watch) -> io::Result<()> {
     let length = source.metadata()?.len();
-    let extents = extents(source, length)?;
-    watch.total.store(extents.iter().map(|extent| extent.end - extent.start).sum(), Ordering::Relaxed);
+    for extent in Extents::of(source, length) {
+        let extent = extent?;
+        watch.total.fetch_add(extent.end - extent.start, Ordering::Relaxed);
+    }
     let mut buffer = Vec::new();
-    for extent in extents {
+    for extent in Extents::of(source, length) {
+        let extent = extent?;
         let mut at = extent.start;
         while at < extent.end {
             watch.check()?;
@@ -79,24 +82,42 @@ fn copy(source: &File, target: &File, watch: &Watch) -> io::Result<()> {
     Ok(())
 }
 
-/// Where `source` has data, by lseek(2). A file system that does not tell answers one piece.
-pub(crate) fn extents(source: &File, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
-    let mut extents = Vec::new();
-    let mut at = 0;
-    while at < length {
-        let start = match seek(source, SeekFrom::Data(at)) {
+/// Where a file has data, by lseek(2), in order. A file system that does not tell answers one piece. None of it is kept: a
+/// disk that was written here and there has millions.
+pub(crate) struct Extents<'a> {
+    source: &'a File,
+    length: u64,
+    at: u64,
+}
+
+impl Extents<'_> {
+    /// Of a file's first `length` bytes.
+    pub(crate) fn of(source: &File, length: u64) -> Extents<'_> {
+        Extents { source, length, at: 0 }
+    }
+
+    fn find(&mut self) -> io::Result<Option<std::ops::Range<u64>>> {
+        if self.at >= self.length {
+            return Ok(None);
+        }
+        let start = match seek(self.source, SeekFrom::Data(self.at)) {
             Ok(start) => start,
-            Err(Errno::NXIO) => break,
+            Err(Errno::NXIO) => return Ok(None),
             Err(cause) => return Err(cause.into()),
         };
-        let end = seek(source, SeekFrom::Hole(start))?.min(length);
-        if end <= start {
-            break;
-        }
-        extents.push(start..end);
-        at = end;
+        let end = seek(self.source, SeekFrom::Hole(start))?.min(self.length);
+        Ok((end > start).then_some(start..end))
     }
-    Ok(extents)
+}
+
+impl Iterator for Extents<'_> {
+    type Item = io::Result<std::ops::Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let found = self.find().transpose()?;
+        self.at = found.as_ref().map_or(self.length, |extent| extent.end);
+        Some(found)
+    }
 }
 
 fn copy_piece(source: &File, target: &File, at: u64, most: usize, buffer: &mut Vec<u8>) -> io::Result<usize> {

@@ -119,8 +119,8 @@ pub(crate) async fn delete(
     answer::accepted(&api, deleted, wait, StatusCode::OK, answer::gone).await
 }
 
-/// Reads a snapshot as one stream, with all that is needed to take it in elsewhere but its image: its disks, its memory,
-/// and what its server was given, keys and user data too. A stream that breaks off before its `Content-Length` is worthless.
+/// Reads a snapshot as one stream: its disks, its memory, and what its server was given, keys and user data too. To take it
+/// in elsewhere its image is needed there, and with memory a network of the same name for each of its interfaces. A stream that breaks off before its `Content-Length` is worthless.
 #[utoipa::path(get, path = "/v1/snapshots/{id}/export", tag = "snapshots", operation_id = "export_snapshot",
     params(("id" = SnapshotId, Path, description = "The snapshot.")),
     responses((status = 200, description = "The stream.", body = Vec<u8>,

@@ -357,3 +357,44 @@ async fn a_repeated_call_takes_one_snapshot() {
     assert_eq!(host.snapshots().list(Default::default()).await.unwrap().items.len(), 1);
     host.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn one_that_is_in_use_holds_up_the_expiry_of_no_other() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let used = taken(&host, id, named("used", false)).await.id;
+    let free = taken(&host, id, named("free", false)).await.id;
+    host.close().await;
+    drop(host);
+    let ((reached, has_reached), (go_on, may_go_on)) = (channel(), channel());
+    let point = "server.directory_made";
+    let hold = HoldAt { point, reached: Mutex::new(reached), go_on: Mutex::new(may_go_on) };
+    let host = stage.open_watched(Arc::new(hold)).await.unwrap();
+    let begun = host.servers().create(&Call::by_host(), from_snapshot("web2", "used")).await.unwrap().body;
+    tokio::task::spawn_blocking(move || has_reached.recv_timeout(SOON).unwrap()).await.unwrap();
+    let expire = async |id| {
+        let soon = Some(Some(Time::from_unix_ms(Time::now().unix_ms() + 100)));
+        let patch = PatchSnapshot { expires_at: soon, ..PatchSnapshot::default() };
+        host.snapshots().patch(&Call::by_host(), id, patch).await.unwrap();
+    };
+    let gone = async |id| {
+        let looking = async {
+            while host.snapshots().one(id).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(SOON, looking).await.expect("it expires");
+    };
+    expire(used).await;
+    expire(free).await;
+    gone(free).await;
+    let is_filled =
+        host.servers().one(begun.resource.unwrap().id).await.unwrap().state == ServerState::Running;
+    assert!(is_filled || host.snapshots().one(used).await.is_ok());
+    go_on.send(()).unwrap();
+    succeeded(&host, begun.operation.id).await;
+    expire(used).await;
+    gone(used).await;
+    host.close().await;
+}

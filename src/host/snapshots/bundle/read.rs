@@ -13,7 +13,7 @@ use wire::saved::table::{PART_BYTES_MAX, Part, Table};
 use wire::saved::{Digest, form};
 
 use super::{
-    DIGEST_BYTES, DISKS, END, FRAME_HEAD_BYTES, Head, MAGIC, MEMORY, Refusal, STATE, VERSION,
+    DIGEST_BYTES, DISKS, END, FRAME_HEAD_BYTES, Head, MAGIC, MEMORY, PAGE_BYTES, Refusal, STATE, VERSION,
     check_head_bytes, file_name,
 };
 use crate::upload;
@@ -127,8 +127,8 @@ enum Expected {
     All,
     /// These and no others.
     Parts(std::vec::IntoIter<Part>),
-    /// Whatever there is.
-    Any,
+    /// Whole pages, wherever there are any.
+    Pages,
 }
 
 impl Expected {
@@ -136,13 +136,22 @@ impl Expected {
         match (file, table) {
             (STATE, _) => Expected::All,
             (MEMORY, table) => Expected::Parts(table.unwrap_or_default().into_iter()),
-            _ => Expected::Any,
+            _ => Expected::Pages,
         }
     }
 
     /// Compares a frame, which lies behind the one before it.
     fn take(&mut self, frame: &Frame, bytes: &[u8]) -> Result<(), Refusal> {
-        let Expected::Parts(parts) = self else { return Ok(()) };
+        let parts = match self {
+            Expected::All => return Ok(()),
+            // Crumbs would take far more of the disk than the head says.
+            Expected::Pages => {
+                let is_whole = frame.offset.is_multiple_of(PAGE_BYTES)
+                    && (bytes.len() as u64).is_multiple_of(PAGE_BYTES);
+                return if is_whole { Ok(()) } else { Err(frame.wrong("is not whole pages")) };
+            }
+            Expected::Parts(parts) => parts,
+        };
         let next =
             parts.next().filter(|part| part.offset == frame.offset && part.bytes as usize == bytes.len());
         let part = next.ok_or_else(|| frame.wrong("is no part of the machine's memory"))?;
@@ -156,7 +165,7 @@ impl Expected {
         match self {
             Expected::All => end == length,
             Expected::Parts(parts) => parts.next().is_none(),
-            Expected::Any => true,
+            Expected::Pages => true,
         }
     }
 }

@@ -120,7 +120,7 @@ fn streams_that_cannot_be_are_refused_by_what_is_wrong() {
     // State, two parts of memory, three pieces of the disk and its end.
     assert_eq!(at.len(), 1 + 2 + 3 + 1 + 1);
     type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
-    let changes: [(&str, Change<'_>); 16] = [
+    let changes: [(&str, Change<'_>); 17] = [
         ("begin like", &|stream| stream[0] = b'T'),
         ("has version 2", &|stream| stream[8] = 2),
         ("1048577 bytes", &|stream| stream[12..16].copy_from_slice(&1_048_577_u32.to_le_bytes())),
@@ -135,6 +135,7 @@ fn streams_that_cannot_be_are_refused_by_what_is_wrong() {
         ("is outside", &|stream| stream[at[6] + 8 + 2] = 0xFF),
         ("is outside", &|stream| stream[at[4] + 8 + 2] = 0),
         ("cannot be one frame", &|stream| stream[at[3] + 4..at[3] + 8].fill(0)),
+        ("is not whole pages", &|stream| stream[at[4] + 8] = 1),
         ("a file that is not to be", &|stream| stream[at[5]] = 9),
         ("before all of its data", &|stream| drop(stream.drain(at[6]..at[7]))),
     ];
@@ -165,7 +166,7 @@ fn heads_that_cannot_be_are_refused() {
         ("description", |head| head.description = "x".repeat(2000)),
         ("vCPUs", |head| head.vcpus = 0),
         ("memory's size", |head| head.memory_bytes = 4096),
-        ("memory's size", |head| head.memory_bytes += 1),
+        ("memory's size", |head| head.memory_bytes += 1 << 20),
         ("state file", |head| head.memory.as_mut().unwrap().state_bytes = u64::MAX),
         ("number of disks", |head| head.disks = vec![head.disks[0].clone(); 15]),
         ("a disk", |head| head.disks[0].size_bytes += 1),

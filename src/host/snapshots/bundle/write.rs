@@ -9,20 +9,22 @@ use sha2::{Digest as _, Sha256};
 use wire::saved::form;
 use wire::saved::table::{PART_BYTES_MAX, Table};
 
-use super::{DIGEST_BYTES, END, FRAME_HEAD_BYTES, Head, MEMORY, STATE, file_name, frame_head, preamble};
+use super::{
+    DIGEST_BYTES, END, FRAME_HEAD_BYTES, Head, MEMORY, PAGE_BYTES, STATE, file_name, frame_head, preamble,
+};
 use crate::volumes::fill;
 
 /// A stream that can be written.
 pub(in crate::snapshots) struct Plan {
     head: Head,
-    files: Vec<(u32, File, Vec<Range<u64>>)>,
+    files: Vec<(u32, File)>,
+    frames: u64,
 }
 
 impl Plan {
-    /// Opens the files in `directory`, which never change, and looks where their data is. `data_bytes` of `head` is
-    /// filled in.
-    pub(in crate::snapshots) fn of(directory: &Path, mut head: Head) -> io::Result<Plan> {
-        let mut files: Vec<(u32, File, Vec<Range<u64>>)> = Vec::new();
+    /// Opens the files in `directory`, which never change, and counts their data. `data_bytes` of `head` is filled in.
+    pub(in crate::snapshots) fn of(directory: &Path, head: Head) -> io::Result<Plan> {
+        let mut files = Vec::new();
         for number in head.files() {
             let file = File::open(directory.join(file_name(number)))?;
             let length = head.file_bytes(number).unwrap_or_default();
@@ -30,25 +32,23 @@ impl Plan {
                 let detail = format!("{} does not have the {length} bytes it had", file_name(number));
                 return Err(io::Error::new(io::ErrorKind::InvalidData, detail));
             }
-            let extents = match (number, files.last()) {
-                (MEMORY, Some((STATE, state, _))) => {
-                    parts(state, head.file_bytes(STATE).unwrap_or_default())?
-                }
-                (STATE, _) => pieces(std::iter::once(0..length)),
-                _ => pieces(fill::extents(&file, length)?),
-            };
-            files.push((number, file, extents));
+            files.push((number, file));
         }
-        head.data_bytes =
-            files.iter().flat_map(|(.., extents)| extents).map(|extent| extent.end - extent.start).sum();
-        Ok(Plan { head, files })
+        let mut plan = Plan { head, files, frames: 0 };
+        let (mut frames, mut data_bytes) = (0, 0);
+        plan.pieces(|_, _, piece| {
+            frames += 1;
+            data_bytes += piece.end - piece.start;
+            Ok(())
+        })?;
+        (plan.frames, plan.head.data_bytes) = (frames, data_bytes);
+        Ok(plan)
     }
 
     /// Length of the stream in bytes.
     pub(in crate::snapshots) fn bytes(&self) -> io::Result<u64> {
-        let frames: usize = self.files.iter().map(|(.., extents)| extents.len()).sum();
-        let around = preamble(&self.head)?.len() + (frames + 1) * FRAME_HEAD_BYTES + DIGEST_BYTES;
-        Ok(self.head.data_bytes + around as u64)
+        let around = preamble(&self.head)?.len() + DIGEST_BYTES;
+        Ok(self.head.data_bytes + around as u64 + (self.frames + 1) * FRAME_HEAD_BYTES as u64)
     }
 
     /// Writes the stream.
@@ -56,40 +56,59 @@ impl Plan {
         let mut to = Hashing { to, digest: Sha256::new() };
         to.write_all(&preamble(&self.head)?)?;
         let mut buffer = Vec::new();
-        for (number, file, extents) in &self.files {
-            for extent in extents {
-                let bytes = u32::try_from(extent.end - extent.start).map_err(io::Error::other)?;
-                buffer.resize(bytes as usize, 0);
-                file.read_exact_at(&mut buffer, extent.start)?;
-                to.write_all(&frame_head(*number, bytes, extent.start))?;
-                to.write_all(&buffer)?;
-            }
-        }
+        self.pieces(|number, file, piece| {
+            let bytes = u32::try_from(piece.end - piece.start).map_err(io::Error::other)?;
+            buffer.resize(bytes as usize, 0);
+            file.read_exact_at(&mut buffer, piece.start)?;
+            to.write_all(&frame_head(number, bytes, piece.start))?;
+            to.write_all(&buffer)
+        })?;
         to.write_all(&frame_head(END, DIGEST_BYTES as u32, self.head.data_bytes))?;
         let digest = to.digest.finalize();
         to.to.write_all(&digest)
     }
+
+    /// Gives each piece of data that is to be a frame, in order.
+    fn pieces(&self, mut give: impl FnMut(u32, &File, Range<u64>) -> io::Result<()>) -> io::Result<()> {
+        for (number, file) in &self.files {
+            let length = self.head.file_bytes(*number).unwrap_or_default();
+            match (*number, self.files.first()) {
+                (STATE, _) => cut(0..length).try_for_each(|piece| give(STATE, file, piece))?,
+                (MEMORY, Some((STATE, state))) => {
+                    for part in table(state, self.head.file_bytes(STATE).unwrap_or_default())?.parts {
+                        give(MEMORY, file, part.offset..part.offset + u64::from(part.bytes))?;
+                    }
+                }
+                (disk, _) => {
+                    // Data in blocks smaller than a page: no page is given twice.
+                    let mut given = 0;
+                    for extent in fill::Extents::of(file, length) {
+                        let extent = extent?;
+                        let start = (extent.start - extent.start % PAGE_BYTES).max(given);
+                        let end = extent.end.next_multiple_of(PAGE_BYTES).min(length);
+                        cut(start..end).try_for_each(|piece| give(disk, file, piece))?;
+                        given = given.max(end);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
-/// The parts of memory, as the state file tells them.
-fn parts(state: &File, state_bytes: u64) -> io::Result<Vec<Range<u64>>> {
+/// The table of memory's parts in a state file.
+fn table(state: &File, state_bytes: u64) -> io::Result<Table> {
     let mut bytes = vec![0; usize::try_from(state_bytes).map_err(io::Error::other)?];
     state.read_exact_at(&mut bytes, 0)?;
     let invalid = |cause| io::Error::new(io::ErrorKind::InvalidData, cause);
-    let table = Table::parse(&mut form::split(&bytes).map_err(invalid)?).map_err(invalid)?;
-    let ranges = table.parts.iter().map(|part| part.offset..part.offset + u64::from(part.bytes));
-    Ok(ranges.collect())
+    Table::parse(&mut form::split(&bytes).map_err(invalid)?).map_err(invalid)
 }
 
 /// The same bytes, in pieces that fit into a frame.
-fn pieces(extents: impl IntoIterator<Item = Range<u64>>) -> Vec<Range<u64>> {
-    let step = u64::from(PART_BYTES_MAX);
-    let cut = |extent: Range<u64>| {
-        (extent.start..extent.end)
-            .step_by(PART_BYTES_MAX as usize)
-            .map(move |at| at..extent.end.min(at + step))
-    };
-    extents.into_iter().flat_map(cut).collect()
+fn cut(extent: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let end = extent.end;
+    let cut = move |at: u64| at..end.min(at + u64::from(PART_BYTES_MAX));
+    extent.step_by(PART_BYTES_MAX as usize).map(cut)
 }
 
 /// Hashes what is written through it.
