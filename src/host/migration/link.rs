@@ -7,6 +7,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 use wire::peer::{self, HEAD_BYTES, Kind, Message, Piece, Saying};
 
+use super::limits;
 use crate::error::{Error, Result};
 
 /// One end.
@@ -30,8 +31,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     /// Sends a message.
     pub(super) async fn send(&mut self, message: &Message) -> Result<()> {
         let frame = message.frame().map_err(|cause| Error::internal("a message is too long", cause))?;
-        self.stream.write_all(&frame).await.map_err(broken)?;
-        self.stream.flush().await.map_err(broken)
+        let sent = async {
+            self.stream.write_all(&frame).await?;
+            self.stream.flush().await
+        };
+        patiently(sent).await
     }
 
     /// Says how far a move is.
@@ -42,8 +46,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     /// Sends a piece of a file. What follows it makes sure that it is not held back.
     pub(super) async fn send_piece(&mut self, piece: Piece<'_>) -> Result<()> {
         let head = piece.head().map_err(|cause| Error::internal("a piece is too long", cause))?;
-        self.stream.write_all(&head).await.map_err(broken)?;
-        self.stream.write_all(piece.bytes).await.map_err(broken)
+        let sent = async {
+            self.stream.write_all(&head).await?;
+            self.stream.write_all(piece.bytes).await
+        };
+        patiently(sent).await
     }
 
     /// What comes next. Fails with `host_unreachable` when the connection ends or what comes is none of it; memory is taken
@@ -74,6 +81,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     pub(super) async fn end(&mut self) -> Result<()> {
         self.stream.shutdown().await.map_err(broken)
     }
+}
+
+/// What is sent is taken within the time that a host may be silent, or it counts as gone.
+async fn patiently(sent: impl Future<Output = io::Result<()>>) -> Result<()> {
+    let late = |_| Error::new(Code::HostUnreachable, "the other host takes nothing any more");
+    timeout(limits::SILENCE, sent).await.map_err(late)?.map_err(broken)
 }
 
 /// The other side says something that has no place there.

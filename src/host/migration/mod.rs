@@ -100,8 +100,7 @@ impl Migrations {
             Ok(all)
         };
         for held in self.core.store.write(restart).await? {
-            let is_open = matches!(held.phase, Phase::Copy | Phase::Commit | Phase::Returned);
-            if held.side == Side::Source && is_open {
+            if held.side == Side::Source {
                 self.carried().spawn(self.clone().see_to(held.id));
             }
         }
@@ -206,7 +205,7 @@ impl Migrations {
             side: Side::Source,
             phase: Phase::Copy,
             peer: ticket.host,
-            peer_name: plan.target,
+            peer_name: plan.target.chars().take(limits::HOST_CHARS_MAX).collect(),
             address: Some(spec.target),
         };
         let (conditions, capacity, kept) = (call.clone(), self.capacity, begun.clone());

@@ -267,8 +267,9 @@ impl Migrations {
             let into = filling.get_mut(usize::from(piece.file)).ok_or_else(outside)?;
             let (offset, count) = (piece.offset, piece.bytes.len() as u64);
             let end = offset.checked_add(count).ok_or_else(outside)?;
-            // More than a file has is sent by nobody who means well.
-            into.left = into.left.checked_sub(count).filter(|_| end <= into.length).ok_or_else(outside)?;
+            // More than a file has is sent by nobody who means well, and nothing only to keep a place.
+            let fits = count > 0 && end <= into.length;
+            into.left = into.left.checked_sub(count).filter(|_| fits).ok_or_else(outside)?;
             let file = into.file.clone();
             writing = Some(tokio::task::spawn_blocking(move || {
                 let bytes = body.get(wire::peer::PIECE_HEAD_BYTES..).unwrap_or_default();

@@ -163,6 +163,7 @@ pub(crate) fn give(tx: &Tx<'_>, id: Uuid, event: Event, trouble: Option<Trouble>
                     false => record.life.doubted(why),
                 })?;
             }
+            Effect::Clash => clash(tx, &held)?,
             Effect::Forget => {
                 tx.execute("DELETE FROM moves WHERE id = ?1", [id.to_string()])?;
             }
@@ -236,6 +237,21 @@ fn remove(tx: &Tx<'_>, held: &Move) -> Result<()> {
             announce(tx, &record, "server.moved", reason, &Actor::Host)
         }
         _ => Ok(()),
+    }
+}
+
+fn clash(tx: &Tx<'_>, held: &Move) -> Result<()> {
+    let detail = format!(
+        "host {} has it too, and may run it: it was settled against what was so. Delete it on one of the two hosts before it \
+         is started on both",
+        held.peer_name
+    );
+    tracing::error!(server = %held.server, "{detail}");
+    let why = StateReason { code: "two_owners".to_owned(), detail: detail.clone(), at: Time::now() };
+    with_server(tx, held, |record| record.life.clashed(why))?;
+    match records::find::<ServerRecord>(tx, held.server.0)? {
+        Some(record) => announce(tx, &record, "server.two_owners", detail, &Actor::Host),
+        None => Ok(()),
     }
 }
 

@@ -36,6 +36,14 @@ impl Life {
         Some(self.at(phase))
     }
 
+    /// Another host has it too: shown where it is off, for that is where it can still be ended in peace.
+    pub(crate) fn clashed(&self, why: StateReason) -> Option<Step> {
+        match self.phase {
+            Phase::Stopped { .. } | Phase::Failed { .. } => Some(self.at(Phase::Failed { why })),
+            _ => None,
+        }
+    }
+
     /// It is this host's, and off as it was.
     pub(crate) fn kept(&self, verdict: Verdict) -> Option<Step> {
         let (Phase::Moving { back, .. } | Phase::Arriving { back, .. }) = &self.phase else { return None };

@@ -62,6 +62,12 @@ pub(crate) struct PackedNic {
     limits: NicLimits,
 }
 
+/// What a count that only grows by one is below: it is a JSON number that every reader can hold.
+const COUNT_MAX: u64 = 1 << 53;
+
+/// Longest reason why a server is off, in bytes.
+const WHY_BYTES_MAX: usize = 4096;
+
 impl Packed {
     /// What of a server travels. It is off, or what travels is what it would be then.
     pub(crate) fn of(connection: &Connection, record: ServerRecord) -> Result<Packed> {
@@ -164,6 +170,20 @@ impl Packed {
             });
             faults.disk_limits("/disks", &disk.limits);
         }
+        let counts = self.disks.iter().map(|disk| disk.volume.generation).chain([self.generation, self.run]);
+        faults.unless(
+            counts.into_iter().all(|count| count < COUNT_MAX),
+            "/generation",
+            "out_of_range",
+            || format!("a count is above {COUNT_MAX}"),
+        );
+        let why = match &self.back {
+            Back::Stopped { why } => why.as_ref(),
+            Back::Failed { why } => Some(why),
+            _ => None,
+        };
+        let is_short = why.is_none_or(|why| why.code.len() + why.detail.len() <= WHY_BYTES_MAX);
+        faults.unless(is_short, "/back", "too_long", || format!("has more than {WHY_BYTES_MAX} bytes"));
         faults.unless(
             matches!(self.back, Back::Stopped { .. } | Back::Failed { .. }),
             "/back",

@@ -103,6 +103,8 @@ pub(crate) enum Effect {
     Remove,
     /// Show the server as in doubt, with what the operator can do.
     Doubt,
+    /// Both hosts have it: told to whoever can end one of them.
+    Clash,
     /// Connect to the other end, again until it answers. Only the source can.
     Reconnect,
     /// Nothing is to be said about it any more: the record of the move goes.
@@ -119,7 +121,7 @@ pub(crate) fn step(side: Side, phase: Phase, event: Event) -> Option<(Phase, &'s
 }
 
 fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
-    use Effect::{Doubt, Forget, Keep, Reconnect, Remove, Say};
+    use Effect::{Clash, Doubt, Forget, Keep, Reconnect, Remove, Say};
     use Event::{Cancel, Failed, Heard, Lost, Restarted, Settled};
     Some(match (phase, event) {
         (Phase::Copy, Heard(Word::Ready)) => (Phase::Commit, &[Say(Word::Commit)]),
@@ -130,8 +132,8 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
 
         (Phase::Commit, Heard(Word::Taken)) => (Phase::Moved, &[Remove, Forget]),
         (Phase::Commit, Heard(Word::Dropped)) => (Phase::Returned, &[Keep, Forget]),
-        (Phase::Commit, Settled(Owner::There)) => (Phase::Moved, &[Remove, Forget]),
         // The other host may come back one day, and is told then.
+        (Phase::Commit, Settled(Owner::There)) => (Phase::Moved, &[Remove, Reconnect]),
         (Phase::Commit, Settled(Owner::Here)) => (Phase::Returned, &[Keep, Reconnect]),
         (Phase::Commit, Heard(Word::Ready)) => (Phase::Commit, &[Say(Word::Commit)]),
         (Phase::Commit, Lost | Failed | Restarted | Heard(Word::Unknown | Word::Copying)) => {
@@ -140,7 +142,14 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
 
         (Phase::Returned, Heard(Word::Ready | Word::Copying)) => (Phase::Returned, &[Say(Word::Abort)]),
         (Phase::Returned, Heard(Word::Dropped | Word::Unknown)) => (Phase::Returned, &[Forget]),
+        // Somebody vouched for what was not so.
+        (Phase::Returned, Heard(Word::Taken)) => (Phase::Returned, &[Clash, Forget]),
         (Phase::Returned, Lost | Failed | Restarted) => (Phase::Returned, &[Reconnect]),
+
+        // Only after an operator's word: else nothing is left to be said.
+        (Phase::Moved, Heard(Word::Ready)) => (Phase::Moved, &[Say(Word::Commit)]),
+        (Phase::Moved, Heard(Word::Taken | Word::Dropped | Word::Unknown)) => (Phase::Moved, &[Forget]),
+        (Phase::Moved, Lost | Failed | Restarted) => (Phase::Moved, &[Reconnect]),
         _ => return None,
     })
 }
@@ -162,7 +171,7 @@ fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
             (Phase::Dropped, &[Remove, Say(Word::Dropped)])
         }
         (Phase::Ready, Heard(Word::Ask)) => (Phase::Ready, &[Say(Word::Ready)]),
-        (Phase::Ready, Lost | Restarted) => (Phase::Ready, &[Doubt]),
+        (Phase::Ready, Lost | Failed | Restarted) => (Phase::Ready, &[Doubt]),
 
         (Phase::Moved, Heard(_)) => (Phase::Moved, &[Say(Word::Taken)]),
         (Phase::Dropped, Heard(_)) => (Phase::Dropped, &[Say(Word::Dropped)]),

@@ -50,6 +50,8 @@ struct World {
     crashes: u8,
     cuts: u8,
     failures: u8,
+    /// How often an operator may still vouch, who has looked at the other end.
+    vouches: u8,
 }
 
 const SIDES: [Side; 2] = [Side::Source, Side::Target];
@@ -79,6 +81,7 @@ impl World {
             crashes: faults,
             cuts: faults,
             failures: 1,
+            vouches: faults.min(1),
         }
     }
 
@@ -220,8 +223,30 @@ impl World {
                 world.cut();
             });
         }
+        // Nobody vouches for a host that may still go on to something else.
+        let owner = match (source.saved, target.saved) {
+            (Phase::Commit, Phase::Ready | Phase::Moved) => Some((0, Owner::There)),
+            (Phase::Commit, Phase::Dropped) => Some((0, Owner::Here)),
+            _ => None,
+        };
+        let target_owner = match (source.saved, target.saved) {
+            (Phase::Commit | Phase::Moved, Phase::Ready) => Some((1, Owner::Here)),
+            (Phase::Returned, Phase::Ready) => Some((1, Owner::There)),
+            _ => None,
+        };
+        if faults && self.vouches > 0 && !self.connected {
+            for (at, owner) in owner.into_iter().chain(target_owner) {
+                if self.ends[at].alive && self.ends[at].to_do.is_empty() {
+                    add(&|world| {
+                        world.vouches -= 1;
+                        world.give(table, save, at, Event::Settled(owner));
+                    });
+                }
+            }
+        }
         // The source connects anew, and asks, for as long as it has a record.
-        let wants = !source.forgotten && matches!(source.phase, Phase::Commit | Phase::Returned);
+        let asks = matches!(source.phase, Phase::Commit | Phase::Returned | Phase::Moved);
+        let wants = !source.forgotten && asks;
         if !self.connected
             && wants
             && source.to_do.is_empty()
@@ -265,7 +290,7 @@ fn walk(table: Table, save: Save, faults: u8) -> Result<usize, Box<World>> {
 /// Whether without further faults every order ends, with exactly one end that has the server and may run it.
 fn settles(world: &World, table: Table, save: Save, rests: &mut HashMap<World, bool>) -> bool {
     let mut calm = world.clone();
-    (calm.crashes, calm.cuts, calm.failures) = (0, 0, 0);
+    (calm.crashes, calm.cuts, calm.failures, calm.vouches) = (0, 0, 0, 0);
     if let Some(known) = rests.get(&calm) {
         return *known;
     }
@@ -333,6 +358,26 @@ fn a_target_that_drops_what_it_promised_is_found() {
         }
     }
     assert!(walk(broken, Save::Before, 1).is_err());
+}
+
+#[test]
+fn an_operators_word_that_the_other_end_never_hears_is_found() {
+    fn broken(side: Side, phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+        match (side, phase, event) {
+            (Side::Source, Phase::Commit, Event::Settled(Owner::There)) => {
+                Some((Phase::Moved, &[Effect::Remove, Effect::Forget]))
+            }
+            _ => step(side, phase, event),
+        }
+    }
+    let world = walk(broken, Save::Before, 1).unwrap_err();
+    assert_eq!((world.ends[0].saved, world.ends[1].saved), (Phase::Moved, Phase::Ready), "{world:#?}");
+}
+
+#[test]
+fn two_that_have_it_are_told() {
+    let (next, effects) = step(Side::Source, Phase::Returned, Event::Heard(Word::Taken)).unwrap();
+    assert_eq!((next, effects), (Phase::Returned, &[Effect::Clash, Effect::Forget][..]));
 }
 
 #[test]
