@@ -71,6 +71,17 @@ pub const BLOCK_IN_FLIGHT_BYTES_MAX: u64 = 64 << 20;
 /// to a hundred bytes; so many are 8 MiB in flight for a guest whose pages are all scattered.
 pub const BLOCK_IN_FLIGHT_SEGMENTS_MAX: usize = 2_048;
 
+/// How long a disk's thread looks for the next request itself when the one before came soon: longer than a guest takes
+/// from an answer to its next request, and far less than a kick and a wake-up cost where exits are slow.
+pub const BLOCK_LOOKOUT_US: u64 = 50;
+
+/// A request that came within this time after the thread went to sleep would have been found by looking: the time of
+/// looking, and as much again for the kick and the wake-up that are in it.
+pub const BLOCK_LOOKOUT_WORTH_US: u64 = 2 * BLOCK_LOOKOUT_US;
+
+/// Rounds of serving and looking in one turn of a disk, so that commands to its thread wait milliseconds at most.
+pub const BLOCK_ROUNDS_PER_TURN: usize = 64;
+
 /// Ranges in one discard request. Linux merges up to 256 on fast disks; each is a system call here.
 pub const DISCARD_RANGES_MAX: u32 = 16;
 

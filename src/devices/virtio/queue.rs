@@ -171,6 +171,12 @@ impl Queue {
         Chain::parse(descriptors, storage).map(Some)
     }
 
+    /// Whether the driver has made a buffer available that was not taken yet. One look at memory.
+    pub fn has_next(&self) -> Result<bool, Fault> {
+        let available = self.ring.avail_idx(&*self.memory, Ordering::Acquire).map_err(Fault::Ring)?;
+        Ok(available.0 != self.ring.next_avail())
+    }
+
     /// Undoes the last [`Queue::pop`], for a chain that cannot be served yet. Several are undone in the reverse
     /// of the order they were taken in, with no completion between.
     pub fn give_back(&mut self, chain: Chain) {

@@ -12,6 +12,7 @@ mod backend;
 mod changes;
 mod config;
 mod device;
+mod lookout;
 mod pending;
 mod request;
 mod service;

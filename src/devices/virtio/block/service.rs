@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use memory::Ram;
 use memory::ring::{Completed, Durability, Refused};
@@ -11,11 +12,12 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::BlockStats;
 use super::backend::{Lease, is_unsupported};
+use super::lookout::Lookout;
 use super::pending::Pending;
 use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
 use crate::EventFd;
 use crate::limiter::Throttle;
-use crate::limits::{BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX};
+use crate::limits::{BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX, BLOCK_ROUNDS_PER_TURN};
 use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources, Stand};
 
 /// The descriptors besides the kick.
@@ -77,6 +79,26 @@ impl InFlight {
     }
 }
 
+/// What the thread does after it has looked for answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// It looks again before it sleeps.
+    MoreAtOnce,
+    /// It sleeps until the ring calls.
+    Sleep,
+}
+
+/// How much of the queue was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// All of it.
+    All,
+    /// What limits allow; the rest waits for them.
+    AllThatMay,
+    /// As much as one batch holds.
+    ManyOfMore,
+}
+
 /// The thread's side of one queue.
 pub(super) struct Service {
     index: u16,
@@ -97,6 +119,7 @@ pub(super) struct Service {
     pub(super) in_flight: InFlight,
     /// As much is in flight as may be; the next answer makes room.
     is_full: bool,
+    lookout: Lookout,
     /// Paused or broken: nothing is taken from the queue.
     is_quiet: bool,
 }
@@ -116,7 +139,7 @@ impl Handler for Service {
 
     fn event(&mut self, token: u32, _sources: &Sources) -> Result<(), Fault> {
         match token {
-            token::RING => self.answer()?,
+            token::RING => self.answer(Next::Sleep)?,
             _ => self.throttle.woken(),
         }
         let is_wanted = token != token::RING || self.has_room_again();
@@ -177,56 +200,76 @@ impl Service {
             done: Vec::new(),
             in_flight: InFlight::default(),
             is_full: false,
+            lookout: Lookout::default(),
             is_quiet: false,
         }
     }
 
-    /// Takes what there is, hands it over in one system call and passes on what is already answered.
+    /// Takes what there is, hands it over in one system call and passes on what is already answered; again while more
+    /// comes at once.
     pub(super) fn serve(&mut self) -> Result<Progress, Fault> {
-        self.is_full = false;
-        let taken = self.take_requests();
-        if let Some(lease) = &mut self.lease {
-            lease.ring.submit();
+        self.lookout.woken(Instant::now());
+        for _ in 0..BLOCK_ROUNDS_PER_TURN {
+            self.is_full = false;
+            let taken = self.take_requests();
+            if let Some(lease) = &mut self.lease {
+                lease.ring.submit();
+            }
+            self.answer(Next::MoreAtOnce)?;
+            match taken? {
+                Taken::All if self.has_next_soon()? || self.queue.ask_for_kicks()? => {}
+                Taken::All => {
+                    self.answer(Next::Sleep)?;
+                    self.lookout.sleeps(Instant::now());
+                    return Ok(Progress::Idle);
+                }
+                Taken::AllThatMay if !self.has_room_again() => {
+                    self.answer(Next::Sleep)?;
+                    return Ok(if self.has_room_again() { Progress::More } else { Progress::Idle });
+                }
+                Taken::AllThatMay | Taken::ManyOfMore => return Ok(Progress::More),
+            }
         }
-        self.answer()?;
-        let progress = taken?;
-        Ok(if self.has_room_again() { Progress::More } else { progress })
+        Ok(Progress::More)
+    }
+
+    /// Looks for the next request, while there is no answer of the kernel's to wait for.
+    fn has_next_soon(&mut self) -> Result<bool, Fault> {
+        if self.in_flight() > 0 {
+            return Ok(false);
+        }
+        self.lookout.find(|| self.queue.has_next())
     }
 
     fn has_room_again(&self) -> bool {
         self.is_full && !self.in_flight.is_full()
     }
 
-    /// At most a queue full, so that commands are heard.
-    pub(super) fn take_requests(&mut self) -> Result<Progress, Fault> {
+    /// At most a queue full, so that commands are heard. The driver need not kick meanwhile.
+    pub(super) fn take_requests(&mut self) -> Result<Taken, Fault> {
         if self.throttle.is_waiting() {
-            return Ok(Progress::Idle);
+            return Ok(Taken::AllThatMay);
         }
         self.queue.silence_kicks()?;
         for _ in 0..self.queue.size() {
             if self.in_flight.is_full() {
                 self.is_full = true;
-                return Ok(Progress::Idle);
+                return Ok(Taken::AllThatMay);
             }
-            let Some(chain) = self.queue.pop()? else {
-                if self.queue.ask_for_kicks()? {
-                    continue;
-                }
-                return Ok(Progress::Idle);
-            };
+            let Some(chain) = self.queue.pop()? else { return Ok(Taken::All) };
             let request = Request::parse(&chain, &self.memory, &self.terms);
             let bytes = request.as_ref().map_or(0, Request::bytes);
             if !self.throttle.allows(bytes) {
                 self.queue.give_back(chain);
                 count(&self.stats.throttled);
-                return Ok(Progress::Idle);
+                return Ok(Taken::AllThatMay);
             }
             match request {
                 Ok(request) => self.accept(chain, request)?,
                 Err(refusal) => self.refuse(chain, refusal)?,
             }
         }
-        Ok(Progress::More)
+        Ok(Taken::ManyOfMore)
     }
 
     fn accept(&mut self, chain: Chain, request: Request) -> Result<(), Fault> {
@@ -263,10 +306,12 @@ impl Service {
     }
 
     /// Passes on what the kernel has answered.
-    fn answer(&mut self) -> Result<(), Fault> {
+    fn answer(&mut self, next: Next) -> Result<(), Fault> {
         let mut done = std::mem::take(&mut self.done);
-        if let Some(lease) = &mut self.lease {
-            lease.ring.reap(&mut done);
+        match (&mut self.lease, next) {
+            (Some(lease), Next::Sleep) => lease.ring.reap(&mut done),
+            (Some(lease), Next::MoreAtOnce) => lease.ring.reap_awake(&mut done),
+            (None, _) => {}
         }
         let mut first_fault = Ok(());
         for Completed { token, result } in done.drain(..) {
