@@ -235,7 +235,7 @@ impl Import {
         let shown = bar.clone();
         let on_progress = move |sent| shown.set_position(sent);
         let file = tokio::fs::File::from_std(file);
-        let kind = "application/vnd.toft.snapshot";
+        let kind = "application/octet-stream";
         let answer = context.client.upload(&path, kind, file, length, on_progress).await;
         bar.finish_and_clear();
         wait::finish::<Snapshot>(context, &answer?, "snapshots", false).await

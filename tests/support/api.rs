@@ -85,9 +85,10 @@ impl Api {
             let kind = response.headers().get("content-type").map(|kind| kind.as_bytes().to_vec());
             let is_text = kind.is_some_and(|kind| kind.starts_with(b"text/"));
             let bytes = response.into_body().collect().await.map_err(gone)?.to_bytes();
-            let body = match (bytes.is_empty(), is_text) {
-                (true, _) => Value::Null,
-                (_, true) => Value::String(String::from_utf8_lossy(&bytes).into_owned()),
+            let body = match (is_text, bytes.is_empty()) {
+                // A console on which nothing was written yet is a text too.
+                (true, _) => Value::String(String::from_utf8_lossy(&bytes).into_owned()),
+                (_, true) => Value::Null,
                 _ => serde_json::from_slice(&bytes).map_err(gone)?,
             };
             Ok(Answer { status, replayed, body })

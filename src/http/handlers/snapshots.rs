@@ -26,7 +26,7 @@ use crate::routes::{Api, Slot};
 use crate::upload::{self, Upload};
 
 /// What an exported snapshot is called on the wire.
-const STREAM: &str = "application/vnd.toft.snapshot";
+const STREAM: &str = "application/octet-stream";
 
 /// Takes a snapshot of a server: of its disks, and with `memory` of its memory at the same moment. A server that runs
 /// stands still while its disks are copied, for no more than some milliseconds where the file system can share blocks;
@@ -124,7 +124,7 @@ pub(crate) async fn delete(
 #[utoipa::path(get, path = "/v1/snapshots/{id}/export", tag = "snapshots", operation_id = "export_snapshot",
     params(("id" = SnapshotId, Path, description = "The snapshot.")),
     responses((status = 200, description = "The stream.", body = Vec<u8>,
-        content_type = "application/vnd.toft.snapshot")))]
+        content_type = "application/octet-stream")))]
 pub(crate) async fn export(
     State(api): State<Api>,
     Id(id): Id<SnapshotId>,
@@ -181,7 +181,7 @@ pub(crate) struct ImportParameters {
 /// Takes in a snapshot: the stream that an export gave, of this host or another. The image its server boots from must be
 /// here, and with memory a network of the same name for each of its interfaces.
 #[utoipa::path(post, path = "/v1/snapshots", tag = "snapshots", operation_id = "import_snapshot",
-    params(ImportParameters), request_body(content((Vec<u8> = "application/vnd.toft.snapshot"))),
+    params(ImportParameters), request_body(content((Vec<u8> = "application/octet-stream"))),
     responses(
         (status = 201, description = "With `Prefer: wait`: it is ready.", body = Accepted<Snapshot>),
         (status = 202, description = "It has come in.", body = Accepted<Snapshot>),

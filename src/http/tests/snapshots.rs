@@ -66,7 +66,7 @@ async fn a_snapshot_is_taken_read_changed_and_deleted() {
 }
 
 /// What an exported snapshot is called on the wire.
-const STREAM: &str = "application/vnd.toft.snapshot";
+const STREAM: &str = "application/octet-stream";
 
 #[tokio::test]
 async fn an_exported_snapshot_is_taken_in_again() {
