@@ -84,8 +84,9 @@ fn what_a_guest_forges_does_not_leave_its_port() {
         // The hole that shows that the victim would have told: without the rules of the bridge, all of it arrives.
         let opened = Command::new("nft").args(["delete", "table", "bridge", "toft"]).status().unwrap();
         assert!(opened.success());
-        let log = heard("forged frames where no rule stands", &|log| forged(log).len() == KINDS.len()).await;
-        assert_eq!(forged(&log), BTreeSet::from(KINDS));
+        let all = BTreeSet::from(KINDS);
+        // The last line may be half written.
+        heard("forged frames where no rule stands", &|log| all.is_subset(&forged(log))).await;
         stage.close().await;
     });
 }

@@ -124,10 +124,12 @@ fn a_server_on_a_shell_has_every_wall_and_limit_of_its_own() {
         stage.succeeded(&answer.operation()).await.unwrap();
         assert!(before.contains(&stage.vmms()["second"]));
         // Whatever dies among them, servers start.
-        for pid in shells(&stage) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        let doomed = ready(&stage, SHELLS).await;
+        for pid in &doomed {
+            kill(Pid::from_raw(*pid), Signal::SIGKILL).unwrap();
         }
-        ready(&stage, 0).await;
+        let dead = async || shells(&stage).iter().all(|pid| !doomed.contains(pid)).then_some(());
+        wait_for("their end", dead).await.unwrap();
         stage.create("after").await;
         ready(&stage, SHELLS).await;
         kill(Pid::from_raw(stage.launcher().expect("a launcher")), Signal::SIGKILL).unwrap();

@@ -453,9 +453,15 @@ impl Doing {
         self.entry.machine().map_or_else(|| self.record.cage(), |machine| machine.cage)
     }
 
+    /// Removes the control groups of a VMM that has ended. A daemon that died before it recorded a VMM has left groups under
+    /// the server's own name, which no later one has when it is on a shell.
     async fn uncage(&self, cage: String) -> Result<()> {
-        let launcher = self.workshop.launcher.clone();
-        blocking(move || launcher.release(&cage)).await
+        let (launcher, own) = (self.workshop.launcher.clone(), self.record.id.to_string());
+        blocking(move || {
+            launcher.release(&cage)?;
+            if cage == own { Ok(()) } else { launcher.release(&own) }
+        })
+        .await
     }
 
     async fn release(&self, keep_saved: bool, keep_copied: bool) -> Result<Event> {
