@@ -79,8 +79,13 @@ pub const BLOCK_LOOKOUT_US: u64 = 50;
 /// looking, and as much again for the kick and the wake-up that are in it.
 pub const BLOCK_LOOKOUT_WORTH_US: u64 = 2 * BLOCK_LOOKOUT_US;
 
-/// Rounds of serving and looking in one turn of a disk, so that commands to its thread wait milliseconds at most.
-pub const BLOCK_ROUNDS_PER_TURN: usize = 64;
+/// Requests in a row that must have come soon before there is another look after many in vain: each of those cost a look's
+/// time for nothing.
+pub const BLOCK_LOOKOUTS_FORGONE_MAX: u32 = 64;
+
+/// How long a disk's thread begins new rounds of serving and looking before it hears commands again: they wait for that and
+/// one round.
+pub const BLOCK_TURN_US: u64 = 1_000;
 
 /// Ranges in one discard request. Linux merges up to 256 on fast disks; each is a system call here.
 pub const DISCARD_RANGES_MAX: u32 = 16;

@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 /// Longest silence of a caller in the middle of an upload.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -15,11 +15,25 @@ const PIECE_BYTES: usize = 64 << 10;
 /// Pieces that wait for the disk. When they are not taken, the sender is not read any further.
 const PIECES_MAX: usize = 4;
 
-/// What hands the stream on, to be polled while the reader works elsewhere. A stream that is silent for too long is
-/// `TimedOut` to the reader, one that broke off `ConnectionAborted`.
-pub(crate) fn pieces(stream: Box<dyn AsyncRead + Send + Unpin>) -> (impl Future<Output = ()> + Send, Pieces) {
+/// Has `work` read a stream. None when it was cancelled, whatever the work came to: one that sends nothing is not waited for,
+/// and its reader finds the stream broken off. A stream that is silent for too long is `TimedOut` to the reader, one that broke
+/// off `ConnectionAborted`.
+pub(crate) async fn feed<T>(
+    stream: Box<dyn AsyncRead + Send + Unpin>,
+    cancelled: &Notify,
+    work: impl AsyncFnOnce(Pieces) -> T,
+) -> Option<T> {
     let (sender, pieces) = mpsc::channel(PIECES_MAX);
-    (pump(stream, sender), Pieces { pieces, piece: Vec::new(), at: 0, ended: false })
+    let work = work(Pieces { pieces, piece: Vec::new(), at: 0, ended: false });
+    tokio::pin!(work);
+    tokio::select! {
+        done = &mut work => Some(done),
+        () = pump(stream, sender) => Some(work.await),
+        () = cancelled.notified() => {
+            let _ = work.await;
+            None
+        }
+    }
 }
 
 /// Hands a caller's stream on, piece by piece, until it ends or nobody takes it. The end is an empty piece, so that

@@ -29,9 +29,13 @@ pub fn is_sealed(file: &File) -> bool {
 /// The first range at or after `from` that may hold something else than zeroes, as start and end in bytes; nothing
 /// when there is only a hole up to the end. A file system that knows no holes tells one range.
 pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
-    let Some(start) = first_data(file, from)? else { return Ok(None) };
-    let end = seek(file, start, Whence::SeekHole)?;
-    Ok(end.filter(|end| *end > start).map(|end| (start, end)))
+    while let Some(start) = first_data(file, from)? {
+        // Whoever punches a hole there in between moves the data on, and it is looked for again.
+        if let Some(end) = seek(file, start, Whence::SeekHole)?.filter(|end| *end > start) {
+            return Ok(Some((start, end)));
+        }
+    }
+    Ok(None)
 }
 
 /// The beginning of that range. Its end costs a look at every page of it.

@@ -92,7 +92,11 @@ pub fn moved(data: &[u8]) {
     for extent in memory::touched(&ram).expect("a memory file") {
         let pages = (extent.offset..extent.offset + extent.bytes).step_by(4096);
         for offset in pages {
-            assert_eq!(wire::transfer::stream_of(offset, count), index, "memory at {offset:#x}");
+            assert_eq!(
+                wire::transfer::stream_of(offset, count as u64),
+                index as u64,
+                "memory at {offset:#x}"
+            );
         }
         came = came.checked_sub(extent.bytes.saturating_sub(4096)).expect("no more of memory than came");
     }

@@ -1,6 +1,6 @@
 //! Moving the machine to another VMM while its guest runs: the threads and streams of both ends, the phase table that
-//! both act by, and the decision when to stop the guest. It knows no device and builds nothing: what is to be done to the
-//! machine are chores for the main thread, in `machine`.
+//! both act by, and the decision when to stop the guest. It knows of devices only what a disk's guest has
+//! changed, and builds nothing: what is to be done to the machine are chores for the main thread, in `machine`.
 //!
 //! ```text
 //! phase, converge (pure) ◀── shared: phase, chores, progress ──▶ main thread
@@ -41,7 +41,9 @@ pub(crate) enum Error {
     Streams { stream: usize },
     #[error("the other end said {0:?} when it had nothing to say")]
     Unexpected(wire::transfer::Word),
-    #[error("the guest writes to its memory faster than the streams take it, even when it is held back")]
+    #[error(
+        "the guest writes to its memory or its disks faster than the streams take it, even when it is held back"
+    )]
     DoesNotConverge,
     #[error(transparent)]
     Kvm(#[from] kvm::Error),

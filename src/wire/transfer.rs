@@ -309,7 +309,12 @@ const DETAIL_BYTES_MAX: usize = 2048;
 impl Word {
     /// Reads what follows the head of a word.
     pub fn parse(body: &[u8]) -> Result<Word, FrameError> {
-        document(Kind::Word, body)
+        match document(Kind::Word, body)? {
+            Word::Abort { detail } | Word::Refused { detail } if detail.len() > DETAIL_BYTES_MAX => {
+                Err(FrameError::Document(Kind::Word))
+            }
+            word => Ok(word),
+        }
     }
 
     /// Writes it. A long reason is cut.
@@ -372,7 +377,7 @@ impl Order {
         self.stage != Stage::Memory
     }
 
-    /// Bytes of memory that came.
+    /// Bytes of memory, or of the disk, that came.
     pub fn carried_bytes(&self) -> u64 {
         self.carried_bytes
     }
@@ -388,8 +393,7 @@ impl Order {
         match (kind, self.stage) {
             (Kind::Part | Kind::Zero, Stage::Memory) => {
                 let end = offset.checked_add(u64::from(length));
-                let shard = offset.checked_div(SHARD_BYTES).unwrap_or(0);
-                let is_ours = shard.checked_rem(self.streams) == Some(self.stream);
+                let is_ours = stream_of(offset, self.streams) == self.stream;
                 if !is_ours || end.is_none_or(|end| end > self.memory_bytes) {
                     return Err(refused);
                 }
@@ -435,9 +439,9 @@ impl Order {
 }
 
 /// Which stream a piece of memory has.
-pub fn stream_of(offset: u64, streams: usize) -> usize {
+pub fn stream_of(offset: u64, streams: u64) -> u64 {
     let shard = offset.checked_div(SHARD_BYTES).unwrap_or(0);
-    shard.checked_rem(streams as u64).unwrap_or(0) as usize
+    shard.checked_rem(streams).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -85,18 +85,11 @@ impl Import {
         let arrived = match from {
             From::Stream(stream, length) => {
                 watch.total.store(length.unwrap_or(0), Ordering::Relaxed);
-                let (pump, pieces) = upload::pieces(stream);
-                let work = blocking(move || bundle::receive(pieces, incoming, &conditions, &watch));
-                tokio::pin!(work);
-                tokio::select! {
-                    arrived = &mut work => arrived,
-                    () = pump => work.await,
-                    // One that sends nothing is not waited for: the reader finds the stream broken off.
-                    () = self.handle.cancelled.notified() => {
-                        let _ = work.await;
-                        Err(Refusal::Cancelled)
-                    }
-                }
+                let receive = async move |pieces| {
+                    blocking(move || bundle::receive(pieces, incoming, &conditions, &watch)).await
+                };
+                let fed = upload::feed(stream, &self.handle.cancelled, receive).await;
+                fed.unwrap_or(Err(Refusal::Cancelled))
             }
             From::Entry(import, name) => {
                 blocking(move || directory::receive(&import, &name, incoming, &conditions, &watch)).await

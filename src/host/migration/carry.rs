@@ -1,6 +1,7 @@
 //! The end a server comes from, once it moves: sends what it has, lets go of it when the target has all of it, and asks
 //! again until it knows how that came out. `servers::moving` decides and keeps the records.
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,8 +9,6 @@ use std::time::{Duration, Instant};
 use model::migration::MigrateServer;
 use model::operation::Progress;
 use model::{Code, OperationId};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use sys::beneath::{self, Access};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -28,11 +27,12 @@ use crate::error::{Error, Result};
 use crate::operations;
 use crate::servers::lifecycle::Trouble;
 use crate::servers::moving::parcel::Packed;
-use crate::servers::moving::plan::{Effect, Event, Phase, Side, Word};
+use crate::servers::moving::plan::{Effect, Event, Phase, Side};
 use crate::servers::moving::{self, Move};
 use crate::servers::record::ServerRecord;
 use crate::store::records;
 use crate::volumes::Content;
+use crate::volumes::fill::Extents;
 
 /// A file that moves.
 struct Load {
@@ -107,7 +107,7 @@ impl Migrations {
     {
         loop {
             let word = match link.message(patience).await? {
-                Message::Say(saying) => heard(saying)?,
+                Message::Say(word) => word,
                 Message::Refuse { detail } => return Err(Error::new(Code::HostUnreachable, detail)),
                 _ => return Err(out_of_turn()),
             };
@@ -121,7 +121,7 @@ impl Migrations {
             let mut has_said = false;
             for effect in given.effects {
                 if let Effect::Say(word) = effect {
-                    link.say(said(*word)?).await?;
+                    link.say(*word).await?;
                     self.core.checkpoint("move.said")?;
                     has_said = true;
                 }
@@ -270,18 +270,9 @@ impl Migrations {
 async fn read(load: Arc<Load>, at: u64) -> Result<Option<(u64, Vec<u8>)>> {
     blocking(move || {
         let Load { file, length } = &*load;
-        let length = *length;
-        if at >= length {
-            return Ok(None);
-        }
-        let start = match seek(file, SeekFrom::Data(at)) {
-            Ok(start) if start < length => start,
-            Ok(_) | Err(Errno::NXIO) => return Ok(None),
-            Err(cause) => return Err(unreadable(cause.into())),
-        };
-        let end = seek(file, SeekFrom::Hole(start)).map_err(|cause| unreadable(cause.into()))?.min(length);
-        let most = u64::try_from(PIECE_BYTES_MAX).unwrap_or(u64::MAX);
-        let count = usize::try_from(end.saturating_sub(start).min(most)).unwrap_or(PIECE_BYTES_MAX);
+        let Some(found) = Extents::from(file, *length, at).next() else { return Ok(None) };
+        let Range { start, end } = found.map_err(unreadable)?;
+        let count = usize::try_from(end - start).map_or(PIECE_BYTES_MAX, |count| count.min(PIECE_BYTES_MAX));
         let mut bytes = vec![0; count];
         file.read_exact_at(&mut bytes, start).map_err(unreadable)?;
         Ok(Some((start, bytes)))
@@ -296,24 +287,4 @@ fn data_bytes(file: &File, length: u64) -> u64 {
 
 fn unreadable(cause: std::io::Error) -> Error {
     Error::file("a file of the server cannot be read", cause)
-}
-
-fn heard(saying: Saying) -> Result<Word> {
-    match saying {
-        Saying::Copying => Ok(Word::Copying),
-        Saying::Ready => Ok(Word::Ready),
-        Saying::Taken => Ok(Word::Taken),
-        Saying::Dropped => Ok(Word::Dropped),
-        Saying::Unknown => Ok(Word::Unknown),
-        // Those are the source's own.
-        Saying::Commit | Saying::Abort => Err(out_of_turn()),
-    }
-}
-
-fn said(word: Word) -> Result<Saying> {
-    match word {
-        Word::Commit => Ok(Saying::Commit),
-        Word::Abort => Ok(Saying::Abort),
-        _ => Err(out_of_turn()),
-    }
 }

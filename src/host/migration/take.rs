@@ -23,7 +23,7 @@ use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::servers::make_directory;
 use crate::servers::moving::parcel::Packed;
-use crate::servers::moving::plan::{Effect, Event, Phase, Side, Word};
+use crate::servers::moving::plan::{Effect, Event, Phase, Side};
 use crate::servers::moving::{self, Move};
 use crate::store::{Tx, records};
 use crate::volumes::files::{self, Unfinished};
@@ -118,7 +118,7 @@ impl Migrations {
         let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
         match held {
             Some(held) if held.side == Side::Target && held.peer == source => {
-                let asked = self.give(link, id, Event::Heard(Word::Ask)).await;
+                let asked = self.give(link, id, Event::Asked).await;
                 self.hear_out(asked, link, id).await
             }
             // Whoever asks for another's move learns no more than for one that never was.
@@ -135,8 +135,7 @@ impl Migrations {
             let mut phase = before?;
             while matches!(phase, Phase::Copy | Phase::Ready) {
                 let word = match link.message(limits::SILENCE).await? {
-                    Message::Say(Saying::Commit) => Word::Commit,
-                    Message::Say(Saying::Abort) => Word::Abort,
+                    Message::Say(word @ (Saying::Commit | Saying::Abort)) => word,
                     _ => return Err(out_of_turn()),
                 };
                 self.core.checkpoint("move.heard")?;
@@ -166,7 +165,7 @@ impl Migrations {
         self.servers.wake(given.now.server);
         for effect in given.effects {
             if let Effect::Say(word) = effect {
-                link.say(said(*word)?).await?;
+                link.say(*word).await?;
                 self.core.checkpoint("move.said")?;
             }
         }
@@ -311,15 +310,4 @@ fn is_what_was_offered(packed: &Packed, offer: &Offer) -> bool {
 
 fn unwritable(cause: std::io::Error) -> Error {
     Error::file("a file of the server cannot be written", cause)
-}
-
-fn said(word: Word) -> Result<Saying> {
-    match word {
-        Word::Copying => Ok(Saying::Copying),
-        Word::Ready => Ok(Saying::Ready),
-        Word::Taken => Ok(Saying::Taken),
-        Word::Dropped => Ok(Saying::Dropped),
-        Word::Unknown => Ok(Saying::Unknown),
-        Word::Ask | Word::Commit | Word::Abort => Err(out_of_turn()),
-    }
 }

@@ -5,9 +5,8 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use model::operation::Progress;
 use model::server::Isolation;
 use model::{Code, ServerId, Time};
 use sys::beneath::Access;
@@ -21,10 +20,10 @@ use wire::will::Will;
 use super::lifecycle::{End, Event, Phase, Saved, Spawned, Trouble, Work};
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
+use super::telling::Moved;
 use super::{limits, machine, restore, saved};
 use crate::core::blocking;
 use crate::error::{Error, Result};
-use crate::operations;
 use crate::vmms::link::AskError;
 use crate::vmms::{Cell, Link, Shell, Size, Start, Walls};
 use crate::volumes::{Content, Filled, Volumes};
@@ -158,43 +157,18 @@ impl Doing {
     }
 
     async fn fill(&self) -> Result<Vec<Filled>> {
-        let done = AtomicU64::new(0);
-        let total = AtomicU64::new(0);
+        let moved = Moved::default();
         let filling = async {
             let mut volumes = Vec::new();
             for disk in &self.record.disks {
                 let stopped = || self.stop.load(Ordering::SeqCst);
-                let moved = |bytes_done: u64, bytes_total: u64| {
-                    done.store(bytes_done, Ordering::Relaxed);
-                    total.store(bytes_total, Ordering::Relaxed);
-                };
-                volumes.extend(self.workshop.volumes.fill(disk.volume_id, &stopped, &moved).await?);
+                let note = |done: u64, total: u64| moved.note(done, total);
+                volumes.extend(self.workshop.volumes.fill(disk.volume_id, &stopped, &note).await?);
                 self.workshop.core.checkpoint("server.volume_filled")?;
             }
             Ok(volumes)
         };
-        tokio::pin!(filling);
-        loop {
-            tokio::select! {
-                outcome = &mut filling => return outcome,
-                () = tokio::time::sleep(limits::PROGRESS_EVERY) => {
-                    self.report(done.load(Ordering::Relaxed), total.load(Ordering::Relaxed)).await?;
-                }
-            }
-        }
-    }
-
-    async fn report(&self, bytes_done: u64, bytes_total: u64) -> Result<()> {
-        let Some(job) = self.record.life.job else { return Ok(()) };
-        // Filling is most of the work: 1 to 60 percent of the operation.
-        let part = bytes_done.saturating_mul(59).checked_div(bytes_total).unwrap_or_default().min(59);
-        let progress = Progress {
-            phase: "filling_volumes".to_owned(),
-            percent: 1 + u8::try_from(part).unwrap_or_default(),
-            bytes_done: Some(bytes_done),
-            bytes_total: Some(bytes_total),
-        };
-        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
+        self.telling(("filling_volumes", 1, 59), &moved, filling).await
     }
 
     async fn spawn(&self) -> Result<Event> {
@@ -466,10 +440,11 @@ impl Doing {
 
     async fn release(&self, keep_saved: bool, keep_copied: bool) -> Result<Event> {
         let cage = self.cage();
-        self.entry.drop_machine();
         self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
         self.workshop.core.checkpoint("server.unplugged")?;
         self.uncage(cage).await?;
+        // Not before: where its groups are is told by the machine at hand.
+        self.entry.drop_machine();
         self.workshop.core.checkpoint("server.uncaged")?;
         let (socket, directory) = (self.file("control.sock"), self.workshop.core.dirs.server(self.record.id));
         blocking(move || {

@@ -16,7 +16,7 @@ use model::{Code, ConsoleReaderId, Name, OperationId, ServerId, SnapshotId, Volu
 use rusqlite::Connection;
 use wire::control::{Command, Reply};
 
-use crate::call::{Answer, Call, Idempotency};
+use crate::call::{Actor, Answer, Call, Idempotency};
 use crate::error::{Error, Result};
 use crate::idempotency;
 use crate::labels;
@@ -46,6 +46,7 @@ pub mod registry;
 mod restore;
 mod saved;
 mod snapshot;
+mod telling;
 mod view;
 
 use console::Issued;
@@ -105,20 +106,10 @@ impl Servers {
         id: ServerId,
         spec: CreateSnapshot,
     ) -> Result<Answer<Accepted<Snapshot>>> {
-        let (workshop, conditions) = (self.workshop().clone(), call.clone());
-        let answer = self
-            .workshop()
-            .core
-            .mutate(call, move |tx| {
-                let record: ServerRecord = records::one(tx, id.0)?;
-                conditions.check_match(record.generation)?;
-                snapshot::accept(tx, &workshop, record, spec, &conditions.actor)
-            })
-            .await?;
-        if !answer.replayed {
-            self.registry.poke(id);
-        }
-        Ok(answer)
+        let accept = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
+            snapshot::accept(tx, workshop, record, spec, actor)
+        };
+        self.change(call, id, accept).await
     }
 
     /// Ends every actor, and VMMs that wait for a server; machines run on.
@@ -247,20 +238,30 @@ impl Servers {
     }
 
     async fn ask(&self, call: &Call, id: ServerId, ask: Ask) -> Result<Answer<Accepted<Server>>> {
+        let accept = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
+            let before_start = |record: &ServerRecord| create::before_start(workshop, record);
+            let (operation, record) = advance::ask(tx, workshop.capacity, record, ask, actor, before_start)?;
+            Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
+        };
+        self.change(call, id, accept).await
+    }
+
+    /// Accepts work on a server whose version is the caller's, and has its actor look at what is to be done.
+    async fn change<T, F>(&self, call: &Call, id: ServerId, accept: F) -> Result<Answer<Accepted<T>>>
+    where
+        Accepted<T>: serde::Serialize + serde::de::DeserializeOwned + Send + 'static,
+        F: FnOnce(&Tx<'_>, &Workshop, ServerRecord, &Actor) -> Result<Accepted<T>> + Send + 'static,
+    {
         let (workshop, conditions) = (self.workshop().clone(), call.clone());
-        let answer = self
-            .workshop()
-            .core
-            .mutate(call, move |tx| {
-                let record: ServerRecord = records::one(tx, id.0)?;
-                conditions.check_match(record.generation)?;
-                let before_start = |record: &ServerRecord| create::before_start(&workshop, record);
-                let (operation, record) =
-                    advance::ask(tx, workshop.capacity, record, ask, &conditions.actor, before_start)?;
-                Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
-            })
-            .await?;
-        self.poke(&answer);
+        let change = move |tx: &Tx<'_>| {
+            let record: ServerRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.generation)?;
+            accept(tx, &workshop, record, &conditions.actor)
+        };
+        let answer = self.workshop().core.mutate(call, change).await?;
+        if !answer.replayed {
+            self.registry.poke(id);
+        }
         Ok(answer)
     }
 

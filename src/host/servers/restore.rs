@@ -6,9 +6,9 @@
 //! Restoring: copies beside ──▶ the machine ends ──▶ Returning: copies take their places ──▶ started, as one that hibernated
 //!            (failed, cancelled: nothing has changed)                                         or off
 //! ```
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use model::operation::{Accepted, Progress};
+use model::operation::Accepted;
 use model::server::Server;
 use model::snapshot::{RestoreServer, Snapshot};
 use model::{Code, ServerId, SnapshotId};
@@ -17,11 +17,11 @@ use super::effects::Doing;
 use super::lifecycle::{Ask, Event, Return, Saved, SavedOf, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
-use super::{Servers, advance, create, limits, saved, view};
+use super::telling::Moved;
+use super::{Servers, advance, create, saved, view};
 use crate::call::{Actor, Answer, Call};
 use crate::core::blocking;
 use crate::error::{Error, Result};
-use crate::operations;
 use crate::snapshots::{SnapshotRecord, Snapshots};
 use crate::store::{Tx, records};
 use crate::volumes::{Volumes, space};
@@ -34,18 +34,10 @@ impl Servers {
         id: ServerId,
         spec: RestoreServer,
     ) -> Result<Answer<Accepted<Server>>> {
-        let (workshop, conditions) = (self.workshop().clone(), call.clone());
-        let answer = self
-            .workshop()
-            .core
-            .mutate(call, move |tx| {
-                let record: ServerRecord = records::one(tx, id.0)?;
-                conditions.check_match(record.generation)?;
-                accept(tx, &workshop, record, &spec, &conditions.actor)
-            })
-            .await?;
-        self.poke(&answer);
-        Ok(answer)
+        let accept = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
+            accept(tx, workshop, record, &spec, actor)
+        };
+        self.change(call, id, accept).await
     }
 }
 
@@ -147,46 +139,21 @@ impl Doing {
 
     async fn try_copy_back(&self, to: Return) -> Result<()> {
         let shown = self.snapshot_record(to.snapshot).await?.shown;
-        let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
+        let moved = Moved::default();
         let copying = async {
             for (index, (disk, volume)) in self.record.disks.iter().zip(&shown.volumes).enumerate() {
                 let id = disk.volume_id;
                 let found = self.workshop.core.store.read(move |all| Volumes::find(all, id)).await?;
                 let size_bytes = size(found.size_bytes, volume.size_bytes, to.memory);
                 let stopped = || self.stop.load(Ordering::SeqCst);
-                let moved = |bytes_done: u64, bytes_total: u64| {
-                    done.store(bytes_done, Ordering::Relaxed);
-                    total.store(bytes_total, Ordering::Relaxed);
-                };
+                let note = |done: u64, total: u64| moved.note(done, total);
                 let source = (to.snapshot, index);
-                self.workshop.volumes.copy_back(id, source, size_bytes, &stopped, &moved).await?;
+                self.workshop.volumes.copy_back(id, source, size_bytes, &stopped, &note).await?;
                 self.workshop.core.checkpoint("server.disk_copied_back")?;
             }
             Ok(())
         };
-        tokio::pin!(copying);
-        loop {
-            tokio::select! {
-                outcome = &mut copying => return outcome,
-                () = tokio::time::sleep(limits::PROGRESS_EVERY) => {
-                    let (done, total) = (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
-                    self.tell_copied(done, total).await?;
-                }
-            }
-        }
-    }
-
-    async fn tell_copied(&self, bytes_done: u64, bytes_total: u64) -> Result<()> {
-        let Some(job) = self.record.life.job else { return Ok(()) };
-        // Copying is most of the work: 1 to 60 percent of the operation.
-        let part = bytes_done.saturating_mul(59).checked_div(bytes_total).unwrap_or_default().min(59);
-        let progress = Progress {
-            phase: "copying_disks".to_owned(),
-            percent: 1 + u8::try_from(part).unwrap_or_default(),
-            bytes_done: Some(bytes_done),
-            bytes_total: Some(bytes_total),
-        };
-        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
+        self.telling(("copying_disks", 1, 59), &moved, copying).await
     }
 
     /// Puts what was copied in its places. Whatever had them is gone, and no machine is there. Repeatable.

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use model::Code;
-use model::operation::Progress;
 use sys::beneath::Access;
 use wire::control::{Command, Reply};
 use wire::saved::{
@@ -20,7 +19,6 @@ use super::limits;
 use super::machine::{self, Description};
 use crate::core::blocking;
 use crate::error::{Error, Result};
-use crate::operations;
 use crate::snapshots;
 use crate::vmms::Link;
 
@@ -79,7 +77,7 @@ impl Doing {
                     return Err(Error::new(Code::MachineFailed, detail));
                 }
                 Reply::Save(SaveStatus::Copying { done_bytes, total_bytes }) => {
-                    self.report_saving(done_bytes, total_bytes).await?;
+                    self.tell(("saving_memory", 10, 70), done_bytes, total_bytes).await?;
                 }
                 other => {
                     let detail = format!("the VMM says of a save it was asked for: {other:?}");
@@ -87,19 +85,6 @@ impl Doing {
                 }
             }
         }
-    }
-
-    async fn report_saving(&self, bytes_done: u64, bytes_total: u64) -> Result<()> {
-        let Some(job) = self.record.life.job else { return Ok(()) };
-        // Copying is most of the work: 10 to 80 percent of the operation.
-        let part = bytes_done.saturating_mul(70).checked_div(bytes_total).unwrap_or_default().min(70);
-        let progress = Progress {
-            phase: "saving_memory".to_owned(),
-            percent: 10 + u8::try_from(part).unwrap_or_default(),
-            bytes_done: Some(bytes_done),
-            bytes_total: Some(bytes_total),
-        };
-        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
     }
 
     /// Builds the machine as it was saved, and leaves it parked: the memory is used up only when that is recorded.

@@ -8,10 +8,10 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use model::operation::{Accepted, Progress};
+use model::operation::Accepted;
 use model::snapshot::{CreateSnapshot, Snapshot, SnapshotState, SnapshotVolume};
 use model::volume::FillMethod;
 use model::{Code, Name, SnapshotId, Time};
@@ -23,6 +23,7 @@ use super::effects::Doing;
 use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
+use super::telling::Moved;
 use super::{advance, limits, machine, view};
 use crate::call::Actor;
 use crate::core::blocking;
@@ -288,7 +289,7 @@ impl Doing {
 
     /// Copies or shares every disk. Stops when nobody wants it any more.
     async fn copy_disks(&self, directory: &Path, files: Vec<File>) -> Result<Vec<FillMethod>> {
-        let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
+        let moved = Moved::default();
         let copying = async {
             let mut methods = Vec::new();
             for (index, (file, disk)) in files.into_iter().zip(&self.record.disks).enumerate() {
@@ -301,25 +302,13 @@ impl Doing {
                     .await?;
                 let place = directory.join(disk_name(index));
                 let stopped = || self.is_stopped();
-                let moved = |bytes_done: u64, bytes_total: u64| {
-                    done.store(bytes_done, Ordering::Relaxed);
-                    total.store(bytes_total, Ordering::Relaxed);
-                };
-                methods.push(Volumes::copy(file, place, size_bytes, &stopped, &moved).await?);
+                let note = |done: u64, total: u64| moved.note(done, total);
+                methods.push(Volumes::copy(file, place, size_bytes, &stopped, &note).await?);
                 self.workshop.core.checkpoint("server.snapshot_disk_copied")?;
             }
             Ok(methods)
         };
-        tokio::pin!(copying);
-        loop {
-            tokio::select! {
-                outcome = &mut copying => return outcome,
-                () = tokio::time::sleep(limits::PROGRESS_EVERY) => {
-                    let (done, total) = (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
-                    self.tell("copying_disks", (10, 40), done, total).await?;
-                }
-            }
-        }
+        self.telling(("copying_disks", 10, 40), &moved, copying).await
     }
 
     /// Begins to save memory while the machine runs, and waits until the moment can come. False where this host or this
@@ -376,7 +365,7 @@ impl Doing {
             match self.save_status(link).await? {
                 SaveStatus::Saved(report) => return Ok(report),
                 SaveStatus::Copying { done_bytes, total_bytes } => {
-                    self.tell("saving_memory", (50, 40), done_bytes, total_bytes).await?;
+                    self.tell(("saving_memory", 50, 40), done_bytes, total_bytes).await?;
                 }
                 SaveStatus::Failed { detail } => {
                     let detail =
@@ -409,19 +398,6 @@ impl Doing {
             true => Err(Error::new(Code::WrongState, "the snapshot was given up")),
             false => Ok(()),
         }
-    }
-
-    /// Tells how far a part of the work is, which takes so many percent of the operation from so many on.
-    async fn tell(&self, phase: &str, (from, span): (u8, u8), done: u64, total: u64) -> Result<()> {
-        let Some(job) = self.record.life.job else { return Ok(()) };
-        let part = done.saturating_mul(u64::from(span)).checked_div(total).unwrap_or_default();
-        let progress = Progress {
-            phase: phase.to_owned(),
-            percent: from + u8::try_from(part).unwrap_or(span).min(span),
-            bytes_done: Some(done),
-            bytes_total: Some(total),
-        };
-        self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
     }
 }
 

@@ -229,19 +229,13 @@ impl Import {
             root: head.memory.as_ref().map(|memory| memory.root),
             stored_bytes: 0,
         };
-        let (pump, mut pieces) = upload::pieces(body);
         let (watch, place) = (self.handle.watch.clone(), directory.clone());
-        let work = blocking(move || read_files(&mut pieces, digest, &head, &place, &watch).map_err(refused));
-        tokio::pin!(work);
-        tokio::select! {
-            read = &mut work => read,
-            () = pump => work.await,
-            // One that sends nothing is not waited for: the reader finds the stream broken off.
-            () = self.handle.cancelled.notified() => {
-                let _ = work.await;
-                Err(refused(Refusal::Cancelled))
-            }
-        }?;
+        let receive = async move |mut pieces: upload::Pieces| {
+            let read = move || read_files(&mut pieces, digest, &head, &place, &watch).map_err(refused);
+            blocking(read).await
+        };
+        let fed = upload::feed(body, &self.handle.cancelled, receive).await;
+        fed.unwrap_or_else(|| Err(refused(Refusal::Cancelled)))?;
         let stored_bytes = blocking(move || flush(&directory)).await?;
         Ok(Taken { stored_bytes, ..taken })
     }

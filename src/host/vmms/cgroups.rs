@@ -1,6 +1,6 @@
-//! A control group for each server: its CPU time, memory and tasks are limited and counted in one. Version 2 where
+//! A control group for each VMM: its CPU time, memory and tasks are limited and counted in one. Version 2 where
 //! the host has it, version 1 where it has that, each controller by itself where it has both. The launcher's child
-//! joins; what is made here is named by the server, made again at will, and gone when its VMM has been released.
+//! joins; what is made here is named by the server or the shell that has it, made again at will, and gone when its VMM has been released.
 //! Sources: the kernel's admin-guide/cgroup-v2 and admin-guide/cgroup-v1.
 use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
@@ -233,10 +233,15 @@ impl Cgroups {
             let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
             strays.extend(names.filter(|name| name.starts_with(prefix) && !kept.contains(name)));
         }
-        for stray in strays {
+        for stray in &strays {
             tracing::info!("the VMM in the group {stray} is nobody's and is ended");
-            self.hierarchies.iter().try_for_each(|hierarchy| hierarchy.empty(&stray))?;
-            self.remove(&stray)?;
+            self.hierarchies.iter().try_for_each(|hierarchy| hierarchy.empty(stray))?;
+        }
+        for stray in strays {
+            // What a daemon cannot do without is not that another's leftovers are gone in time.
+            if let Err(cause) = self.remove(&stray) {
+                tracing::warn!("the group {stray} is removed at the next start: {cause}");
+            }
         }
         Ok(())
     }

@@ -6,11 +6,13 @@
 //! a server's. What a daemon that died has left is found by these names and removed by the next one.
 use std::collections::{HashSet, VecDeque};
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use sha2::{Digest, Sha256};
 use sys::seqpacket::Listener;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -22,8 +24,9 @@ use super::{Cell, Launch, Link, Process, Start, Walls};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::volumes::files;
 
-/// How the name of every shell's control groups begins, and no other's.
+/// How the name of every shell's control groups begins.
 pub(super) const PREFIX: &str = "shell-";
 
 const SOCKET: &str = "control.sock";
@@ -88,13 +91,8 @@ impl Shells {
     pub async fn recover(&self, kept: HashSet<String>) -> Result<()> {
         let (launcher, directory) = (self.pool.launcher.clone(), self.pool.directory.clone());
         blocking(move || {
-            launcher.sweep(PREFIX, &kept)?;
-            match fs::remove_dir_all(&directory) {
-                Err(cause) if cause.kind() != ErrorKind::NotFound => {
-                    Err(Error::file(format!("cannot remove {}", directory.display()), cause))
-                }
-                _ => Ok(()),
-            }
+            launcher.sweep(&prefix(&directory), &kept)?;
+            remove_tree(&directory)
         })
         .await
     }
@@ -223,7 +221,7 @@ impl Pool {
     async fn make(&self, size: Size) -> Result<Shell> {
         let digits = uuid::Uuid::now_v7().simple().to_string();
         // The last digits are the random ones; more would make the socket's path longer than a server's.
-        let key = format!("{PREFIX}{}", &digits[digits.len() - 16..]);
+        let key = format!("{}{}", prefix(&self.directory), &digits[digits.len() - 16..]);
         let directory = self.directory.join(&key);
         let made = self.start(&key, &directory, size).await;
         if made.is_err() {
@@ -293,16 +291,25 @@ impl Pool {
         let launcher = self.launcher.clone();
         let removed = blocking(move || {
             launcher.release(&key)?;
-            match fs::remove_dir_all(&directory) {
-                Err(cause) if cause.kind() != ErrorKind::NotFound => {
-                    Err(Error::file(format!("cannot remove {}", directory.display()), cause))
-                }
-                _ => Ok(()),
-            }
+            remove_tree(&directory)
         });
         if let Err(cause) = removed.await {
             // The next daemon tries again.
             tracing::warn!("what is left of a VMM without a server stays: {}", cause.chain());
         }
     }
+}
+
+/// How the names of a daemon's own shells begin: those of another daemon on this host, which are in another directory, are
+/// none of its affair, least of all when servers of that one run in them.
+fn prefix(directory: &Path) -> String {
+    let place = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    let digest = Sha256::digest(place.as_os_str().as_bytes());
+    let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    format!("{PREFIX}{digits}-")
+}
+
+fn remove_tree(directory: &Path) -> Result<()> {
+    let failed = |cause| Error::file(format!("cannot remove {}", directory.display()), cause);
+    files::remove_tree(directory).map_err(failed)
 }

@@ -1,4 +1,5 @@
-//! Files that appear whole or not at all: written beside their place under another name, flushed, then renamed.
+//! Files that appear whole or not at all: written beside their place under another name, flushed, then renamed; or renamed and
+//! then flushed with their name, for those that a record vouches for only after that.
 //! It knows no volumes. Every module of this room that writes files uses it.
 use std::fs::{self, File, OpenOptions};
 use std::io;

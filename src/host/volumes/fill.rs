@@ -93,7 +93,12 @@ pub(crate) struct Extents<'a> {
 impl Extents<'_> {
     /// Of a file's first `length` bytes.
     pub(crate) fn of(source: &File, length: u64) -> Extents<'_> {
-        Extents { source, length, at: 0 }
+        Extents::from(source, length, 0)
+    }
+
+    /// Of what follows the first `at` of them.
+    pub(crate) fn from(source: &File, length: u64, at: u64) -> Extents<'_> {
+        Extents { source, length, at }
     }
 
     fn find(&mut self) -> io::Result<Option<std::ops::Range<u64>>> {

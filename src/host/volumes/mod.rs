@@ -250,13 +250,14 @@ impl Volumes {
 
     /// For `servers`: all of it has come.
     pub(crate) fn arrived(tx: &Tx<'_>, id: VolumeId) -> Result<()> {
-        let mut volume: Volume = records::one(tx, id.0)?;
-        if volume.state == VolumeState::Creating {
-            volume.state = VolumeState::Ready;
-            records::save(tx, &mut volume)?;
-            announce(tx, &volume, "volume.ready", None)?;
-        }
-        Ok(())
+        let volume: Volume = records::one(tx, id.0)?;
+        if volume.state == VolumeState::Creating { Volumes::become_ready(tx, volume) } else { Ok(()) }
+    }
+
+    fn become_ready(tx: &Tx<'_>, mut volume: Volume) -> Result<()> {
+        volume.state = VolumeState::Ready;
+        records::save(tx, &mut volume)?;
+        announce(tx, &volume, "volume.ready", None)
     }
 
     /// For `servers`: bytes that filling it copies where blocks cannot be shared.
@@ -283,7 +284,7 @@ impl Volumes {
         records::one(connection, id.0)
     }
 
-    /// For `servers`: makes the file and sets the record `ready`. Repeatable; does nothing when it is ready. Looks
+    /// For `servers`: makes the file, for [`Volumes::complete`]. Repeatable; does nothing when it is ready. Looks
     /// at `cancelled` between pieces and then fails with `draining`; `progress` takes bytes done and in all.
     pub(crate) async fn fill(
         &self,
@@ -313,11 +314,9 @@ impl Volumes {
         if volume.state != VolumeState::Creating {
             return Ok(());
         }
-        volume.state = VolumeState::Ready;
         volume.filled_by = Some(filled.method);
         measure(&mut volume, dirs);
-        records::save(tx, &mut volume)?;
-        announce(tx, &volume, "volume.ready", None)
+        Volumes::become_ready(tx, volume)
     }
 
     /// For `servers`: opens it for reading and writing. Fails with `in_use` while another opening of it lasts, in

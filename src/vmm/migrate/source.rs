@@ -397,14 +397,14 @@ impl Conductor {
         let mut all = Sum::default();
         let (mut missing, mut failed) = (self.jobs.len(), None);
         while missing > 0 {
-            let told = match throttle_percent {
-                0 => self.results.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                _ => {
-                    self.brake.hold(nap);
-                    self.results.recv_timeout(slot)
-                }
-            };
-            match told {
+            // Nobody waits for a stream that goes nowhere, or holds a guest back, when the move is over.
+            if self.shared.is_over() {
+                return Err(Error::Over);
+            }
+            if throttle_percent > 0 {
+                self.brake.hold(nap);
+            }
+            match self.results.recv_timeout(slot) {
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Over),
                 Ok(Ok(sum)) => {

@@ -83,12 +83,6 @@ impl Drop for Target {
     }
 }
 
-/// What the threads of the other streams tell the first one's.
-enum Told {
-    Opened,
-    Ended,
-}
-
 /// Takes what comes over one stream.
 struct Listener {
     shared: Arc<Shared>,
@@ -99,11 +93,11 @@ struct Listener {
     count: usize,
     /// Streams beside the first.
     others_count: usize,
-    told: Sender<Told>,
+    told: Sender<()>,
 }
 
 impl Listener {
-    fn run(mut self, others: Option<Receiver<Told>>, disk: Option<(u16, Disk)>) {
+    fn run(mut self, others: Option<Receiver<()>>, disk: Option<(u16, Disk)>) {
         let result = match (&others, disk) {
             (Some(others), _) => self.decide(others),
             (None, Some((number, disk))) => self.take_disk(number, &disk),
@@ -117,7 +111,7 @@ impl Listener {
     }
 
     /// The first stream's thread.
-    fn decide(&mut self, others: &Receiver<Told>) -> Result<(), Error> {
+    fn decide(&mut self, others: &Receiver<()>) -> Result<(), Error> {
         let mut order = self.open()?;
         self.wait_for_others(others)?;
         self.shared.done(Phase::Rounds)?;
@@ -151,11 +145,11 @@ impl Listener {
     fn take_memory(&mut self) -> Result<(), Error> {
         let mut order = self.open()?;
         // When nobody listens any more, the first stream has told why.
-        let _ = self.told.send(Told::Opened);
+        let _ = self.told.send(());
         while !order.has_ended() {
             self.next(&mut order)?;
         }
-        let _ = self.told.send(Told::Ended);
+        let _ = self.told.send(());
         Ok(())
     }
 
@@ -163,20 +157,22 @@ impl Listener {
     fn take_disk(&mut self, number: u16, disk: &Disk) -> Result<(), Error> {
         let wanted = Open::of_disk(number, disk.bytes());
         let mut order = open_as(&mut self.stream, &wanted, self.index)?;
-        let _ = self.told.send(Told::Opened);
+        let _ = self.told.send(());
         while !order.has_ended() {
             if self.shared.is_over() {
                 return Err(Error::Over);
             }
+            let before = order.carried_bytes();
             if next_of_disk(&mut order, &mut self.stream, disk.file(), self.index)? == Kind::Sync {
                 Word::Synced.write(&mut self.stream).map_err(Error::at(self.index))?;
             }
+            self.came(order.carried_bytes() - before);
         }
-        let _ = self.told.send(Told::Ended);
+        let _ = self.told.send(());
         Ok(())
     }
 
-    fn wait_for_others(&self, others: &Receiver<Told>) -> Result<(), Error> {
+    fn wait_for_others(&self, others: &Receiver<()>) -> Result<(), Error> {
         let mut missing = self.others_count;
         while missing > 0 && !self.shared.is_over() {
             // A stream that breaks ends the move, which ends the waiting.
@@ -195,16 +191,21 @@ impl Listener {
         if self.shared.is_over() {
             return Err(Error::Over);
         }
-        let (ram, console) = (&self.ram, &self.console);
+        let (ram, console, before) = (&self.ram, &self.console, order.carried_bytes());
         let came = next(order, &mut self.stream, ram, self.index, |position, data| {
             let put = console.adopt(position, data);
             put.map_err(|cause| Error::Host { doing: "write the console", cause })
         })?;
         if matches!(came, Came::Memory) {
-            self.shared.sent_bytes.store(order.carried_bytes(), Ordering::Relaxed);
-            self.shared.note(|_| ());
+            self.came(order.carried_bytes() - before);
         }
         Ok(came)
+    }
+
+    /// Counts what came, over all streams.
+    fn came(&self, bytes: u64) {
+        self.shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.shared.note(|_| ());
     }
 
     fn unexpected(&self, word: Word) -> Error {

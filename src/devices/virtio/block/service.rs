@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memory::Ram;
 use memory::ring::{Completed, Durability, Refused};
@@ -17,7 +17,7 @@ use super::pending::Pending;
 use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
 use crate::EventFd;
 use crate::limiter::Throttle;
-use crate::limits::{BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX, BLOCK_ROUNDS_PER_TURN};
+use crate::limits::{BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX, BLOCK_TURN_US};
 use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources, Stand};
 
 /// The descriptors besides the kick.
@@ -208,8 +208,9 @@ impl Service {
     /// Takes what there is, hands it over in one system call and passes on what is already answered; again while more
     /// comes at once.
     pub(super) fn serve(&mut self) -> Result<Progress, Fault> {
-        self.lookout.woken(Instant::now());
-        for _ in 0..BLOCK_ROUNDS_PER_TURN {
+        let begun = Instant::now();
+        self.lookout.woken(begun);
+        while begun.elapsed() < Duration::from_micros(BLOCK_TURN_US) {
             self.is_full = false;
             let taken = self.take_requests();
             if let Some(lease) = &mut self.lease {

@@ -14,6 +14,7 @@
 //!
 //! Inside `copy` a machine that moves alive has phases of its own, which its two VMMs decide; they end before `commit`.
 use serde::{Deserialize, Serialize};
+use wire::peer::Saying as Word;
 
 /// Which end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,6 +62,8 @@ pub(crate) enum Event {
     Failed,
     /// Nobody wants the move any more.
     Cancel,
+    /// The source: how far are you?
+    Asked,
     /// The other end says something.
     Heard(Word),
     /// The connection is gone.
@@ -69,27 +72,6 @@ pub(crate) enum Event {
     Restarted,
     /// The operator vouches for who has the server.
     Settled(Owner),
-}
-
-/// What the ends say to each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Word {
-    /// The source: how far are you?
-    Ask,
-    /// The target: it is not all here.
-    Copying,
-    /// The target: all is here; what did you decide?
-    Ready,
-    /// The source: it is yours.
-    Commit,
-    /// The target: I have it.
-    Taken,
-    /// The source: it stays mine.
-    Abort,
-    /// The target: I do not take it, and never will.
-    Dropped,
-    /// The target: I have no record of it, which proves nothing.
-    Unknown,
 }
 
 /// What an end does. Each can be repeated.
@@ -156,10 +138,10 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
 
 fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
     use Effect::{Doubt, Keep, Remove, Say};
-    use Event::{Cancel, Done, Failed, Heard, Lost, Restarted, Settled};
+    use Event::{Asked, Cancel, Done, Failed, Heard, Lost, Restarted, Settled};
     Some(match (phase, event) {
         (Phase::Copy, Done) => (Phase::Ready, &[Say(Word::Ready)]),
-        (Phase::Copy, Heard(Word::Ask)) => (Phase::Copy, &[Say(Word::Copying)]),
+        (Phase::Copy, Asked) => (Phase::Copy, &[Say(Word::Copying)]),
         (Phase::Copy, Failed | Cancel | Lost | Restarted | Heard(Word::Abort) | Settled(Owner::There)) => {
             (Phase::Dropped, &[Remove, Say(Word::Dropped)])
         }
@@ -170,11 +152,11 @@ fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
         (Phase::Ready, Heard(Word::Abort) | Settled(Owner::There)) => {
             (Phase::Dropped, &[Remove, Say(Word::Dropped)])
         }
-        (Phase::Ready, Heard(Word::Ask)) => (Phase::Ready, &[Say(Word::Ready)]),
+        (Phase::Ready, Asked) => (Phase::Ready, &[Say(Word::Ready)]),
         (Phase::Ready, Lost | Failed | Restarted) => (Phase::Ready, &[Doubt]),
 
-        (Phase::Moved, Heard(_)) => (Phase::Moved, &[Say(Word::Taken)]),
-        (Phase::Dropped, Heard(_)) => (Phase::Dropped, &[Say(Word::Dropped)]),
+        (Phase::Moved, Asked | Heard(_)) => (Phase::Moved, &[Say(Word::Taken)]),
+        (Phase::Dropped, Asked | Heard(_)) => (Phase::Dropped, &[Say(Word::Dropped)]),
         _ => return None,
     })
 }

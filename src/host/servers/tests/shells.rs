@@ -5,7 +5,7 @@ use model::server::{DeleteServer, Isolation, ServerAction, ServerState};
 use super::{START, nothing_left, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, server, succeeded, until};
-use crate::{Call, Error, Host};
+use crate::{Call, Host};
 
 async fn warm(warm_shells: usize) -> (Stage, Host) {
     let mut stage = Stage::new();
@@ -128,19 +128,4 @@ async fn one_that_has_died_or_does_not_fit_costs_no_server() {
     assert_eq!(stage.launch.alive().len(), 4);
     host.close().await;
     assert!(shells_directory_is_empty(&stage));
-}
-
-#[tokio::test]
-async fn a_host_that_can_start_none_keeps_none_and_tries_again_with_the_next_start() {
-    let (stage, host) = warm(1).await;
-    let id = created(&host, server("web1")).await.id;
-    ready(&stage, 1).await;
-    let trouble = Error::new(model::Code::HostUnprepared, "there is nothing to start it with");
-    stage.launch.set_trouble(Some(trouble));
-    act(&host, id, stop(0)).await;
-    // The one that was ready still serves; none follows it.
-    stage.launch.set_trouble(None);
-    act(&host, id, START).await;
-    ready(&stage, 1).await;
-    host.close().await;
 }

@@ -78,7 +78,8 @@ fn every_shard_has_one_stream() {
         }
         assert_eq!(at, BYTES);
         for stream in 0..streams {
-            let ours = |shard: Extent| wire::transfer::stream_of(shard.offset, streams) == stream;
+            let ours =
+                |shard: Extent| wire::transfer::stream_of(shard.offset, streams as u64) == stream as u64;
             assert!(shards(BYTES, stream, streams).all(ours));
         }
     }

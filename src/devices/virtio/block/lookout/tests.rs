@@ -32,10 +32,31 @@ fn nothing_is_looked_for_before_it_would_have_paid() {
 fn a_look_in_vain_is_the_last_until_a_request_comes_soon_again() {
     let mut lookout = woken_after(1);
     assert_eq!(lookout.find(|| Ok::<_, Infallible>(false)), Ok(false));
-    assert!(!looks(&mut lookout));
-    lookout.sleeps(Instant::now());
-    lookout.woken(Instant::now());
-    assert!(looks(&mut lookout));
+    for looked in [false, true] {
+        lookout.sleeps(Instant::now());
+        lookout.woken(Instant::now());
+        assert_eq!(looks(&mut lookout), looked);
+    }
+}
+
+#[test]
+fn a_guest_that_is_always_a_little_late_is_looked_for_ever_more_seldom() {
+    let mut lookout = Lookout::default();
+    let (mut now, mut looks) = (Instant::now(), 0);
+    for _ in 0..1000 {
+        lookout.sleeps(now);
+        now += Duration::from_micros(BLOCK_LOOKOUT_WORTH_US);
+        lookout.woken(now);
+        let mut looked = false;
+        let found: Result<bool, Infallible> = lookout.find(|| {
+            looked = true;
+            Ok(false)
+        });
+        assert_eq!(found, Ok(false));
+        looks += u32::from(looked);
+    }
+    let most = 1000 / BLOCK_LOOKOUTS_FORGONE_MAX + BLOCK_LOOKOUTS_FORGONE_MAX.ilog2() + 1;
+    assert!((1..=most).contains(&looks), "{looks} looks");
 }
 
 #[test]

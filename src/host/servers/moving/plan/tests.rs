@@ -45,7 +45,7 @@ struct World {
     /// Whether all was sent, on this connection.
     sent: bool,
     /// To the source, to the target.
-    in_flight: [VecDeque<Word>; 2],
+    in_flight: [VecDeque<Event>; 2],
     /// How much may still go wrong, so that the walk ends.
     crashes: u8,
     cuts: u8,
@@ -94,8 +94,9 @@ impl World {
     fn give(&mut self, table: Table, save: Save, at: usize, event: Event) {
         if self.ends[at].forgotten {
             // There is no record: it cannot say more than that.
-            if matches!((SIDES[at], event), (Side::Target, Event::Heard(_))) && self.connected {
-                self.in_flight[1 - at].push_back(Word::Unknown);
+            if matches!((SIDES[at], event), (Side::Target, Event::Asked | Event::Heard(_))) && self.connected
+            {
+                self.in_flight[1 - at].push_back(Event::Heard(Word::Unknown));
             }
             return;
         }
@@ -115,7 +116,7 @@ impl World {
 
     fn act(&mut self, at: usize, effect: Effect) {
         match effect {
-            Effect::Say(word) if self.connected => self.in_flight[1 - at].push_back(word),
+            Effect::Say(word) if self.connected => self.in_flight[1 - at].push_back(Event::Heard(word)),
             Effect::Remove => self.ends[at].has = Has::Nothing,
             Effect::Keep => {
                 let end = &mut self.ends[at];
@@ -197,10 +198,10 @@ impl World {
                     world.ends[at].lost = false;
                     world.give(table, save, at, Event::Lost);
                 });
-            } else if let Some(word) = self.in_flight[at].front().copied() {
+            } else if let Some(event) = self.in_flight[at].front().copied() {
                 add(&|world| {
                     world.in_flight[at].pop_front();
-                    world.give(table, save, at, Event::Heard(word));
+                    world.give(table, save, at, event);
                 });
             }
         }
@@ -254,7 +255,7 @@ impl World {
         {
             add(&|world| {
                 world.connected = true;
-                world.in_flight = [VecDeque::new(), VecDeque::from([Word::Ask])];
+                world.in_flight = [VecDeque::new(), VecDeque::from([Event::Asked])];
             });
         }
         all
