@@ -1,25 +1,19 @@
 //! Which pages devices have written, for whoever copies memory while the machine runs: KVM's own log sees only what
 //! vCPUs write. Off, a write costs one load of a flag and memory holds no map. `vm-memory` marks, savers take.
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vm_memory::GuestMemoryBackend;
-use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
 use crate::Ram;
 
 /// Bytes that one mark stands for, the same as in KVM's log.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// The marks of one region, or of its part from an offset on.
-#[derive(Debug, Clone, Default)]
-pub struct Marks {
-    shared: Arc<Shared>,
-    start: usize,
-}
-
+/// The marks of one region.
 #[derive(Debug, Default)]
-struct Shared {
+pub struct Marks {
     on: AtomicBool,
     pages: usize,
     /// Nothing is given back to the host: somebody still has to read it.
@@ -33,13 +27,13 @@ pub fn start(ram: &Ram) {
     for marks in ram.iter().map(marks_of) {
         let words = marks.words();
         words.iter().for_each(|word| word.store(0, Ordering::SeqCst));
-        marks.shared.on.store(true, Ordering::SeqCst);
+        marks.on.store(true, Ordering::SeqCst);
     }
 }
 
 /// Stops to mark.
 pub fn stop(ram: &Ram) {
-    ram.iter().map(marks_of).for_each(|marks| marks.shared.on.store(false, Ordering::SeqCst));
+    ram.iter().map(marks_of).for_each(|marks| marks.on.store(false, Ordering::SeqCst));
 }
 
 /// Takes the marks of every region, in the order of the regions: words of 64 pages, the first page lowest. None is
@@ -56,7 +50,7 @@ pub(crate) fn mark(region: &vm_memory::GuestRegionMmap<Marks>, inside: u64, byte
 
 /// Whether pages may go back to the host, until the answer is dropped.
 pub(crate) fn held(region: &vm_memory::GuestRegionMmap<Marks>) -> MutexGuard<'_, bool> {
-    marks_of(region).shared.held.lock().unwrap_or_else(PoisonError::into_inner)
+    marks_of(region).held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn marks_of(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {
@@ -67,28 +61,26 @@ fn marks_of(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {
 
 impl Marks {
     fn words(&self) -> &[AtomicU64] {
-        let words = self.shared.pages.div_ceil(64);
-        self.shared.words.get_or_init(|| (0..words).map(|_| AtomicU64::new(0)).collect())
+        let words = self.pages.div_ceil(64);
+        self.words.get_or_init(|| (0..words).map(|_| AtomicU64::new(0)).collect())
     }
 }
 
 impl NewBitmap for Marks {
     fn with_len(len: usize) -> Marks {
-        let pages = len.div_ceil(PAGE_BYTES as usize);
-        Marks { shared: Arc::new(Shared { pages, ..Shared::default() }), start: 0 }
+        Marks { pages: len.div_ceil(PAGE_BYTES as usize), ..Marks::default() }
     }
 }
 
 impl Bitmap for Marks {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        if len == 0 || !self.shared.on.load(Ordering::Relaxed) {
+        if len == 0 || !self.on.load(Ordering::Relaxed) {
             return;
         }
-        let first = self.start.saturating_add(offset);
-        let last = first.saturating_add(len - 1);
+        let last = offset.saturating_add(len - 1);
         let page = PAGE_BYTES as usize;
         let words = self.words();
-        for page in first / page..=(last / page).min(self.shared.pages.saturating_sub(1)) {
+        for page in offset / page..=(last / page).min(self.pages.saturating_sub(1)) {
             if let Some(word) = words.get(page / 64) {
                 word.fetch_or(1 << (page % 64), Ordering::SeqCst);
             }
@@ -96,22 +88,21 @@ impl Bitmap for Marks {
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        let page = self.start.saturating_add(offset) / PAGE_BYTES as usize;
-        let words = self.shared.words.get();
-        let word = words.and_then(|words| words.get(page / 64));
+        let page = offset / PAGE_BYTES as usize;
+        let word = self.words.get().and_then(|words| words.get(page / 64));
         word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % 64) & 1 == 1)
     }
 
-    fn slice_at(&self, offset: usize) -> Marks {
-        Marks { shared: Arc::clone(&self.shared), start: self.start.saturating_add(offset) }
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Marks> {
+        RefSlice::new(self, offset)
     }
 }
 
-impl WithBitmapSlice<'_> for Marks {
-    type S = Marks;
+// Every access to memory takes several slices, so one is a borrow: counting references would be two locked operations for
+// each of them.
+impl<'a> WithBitmapSlice<'a> for Marks {
+    type S = RefSlice<'a, Marks>;
 }
-
-impl BitmapSlice for Marks {}
 
 #[cfg(test)]
 mod tests;

@@ -34,6 +34,8 @@ impl Uring {
         // it: other operations, other files, other registrations.
         let fixed_file = squeue::Flags::FIXED_FILE.bits();
         let mut restrictions = [
+            Restriction::sqe_op(opcode::Read::CODE),
+            Restriction::sqe_op(opcode::Write::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
@@ -126,11 +128,24 @@ fn build(depth: u32) -> io::Result<IoUring> {
 fn entry(slot: &Slot, index: usize) -> squeue::Entry {
     let vectors = slot.vectors.rest();
     let (list, count) = (vectors.as_ptr(), vectors.len() as u32);
+    // Most transfers are in one piece, for which the kernel then has no list to copy and check.
+    let whole = match vectors {
+        [only] => u32::try_from(only.iov_len).ok().map(|length| (only.iov_base.cast::<u8>(), length)),
+        _ => None,
+    };
     let entry = match slot.kind {
-        Kind::Read => opcode::Readv::new(FILE, list, count).offset(slot.offset).build(),
+        Kind::Read => match whole {
+            Some((start, length)) => opcode::Read::new(FILE, start, length).offset(slot.offset).build(),
+            None => opcode::Readv::new(FILE, list, count).offset(slot.offset).build(),
+        },
         Kind::Write(durability) => {
             let flags = if durability == Durability::Durable { libc::RWF_DSYNC } else { 0 };
-            opcode::Writev::new(FILE, list, count).offset(slot.offset).rw_flags(flags).build()
+            match whole {
+                Some((start, length)) => {
+                    opcode::Write::new(FILE, start, length).offset(slot.offset).rw_flags(flags).build()
+                }
+                None => opcode::Writev::new(FILE, list, count).offset(slot.offset).rw_flags(flags).build(),
+            }
         }
         Kind::Sync => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
         Kind::Punch => {
