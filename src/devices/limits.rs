@@ -1,4 +1,5 @@
 //! Every bound of this room with the reason for its size.
+use std::time::Duration;
 
 /// How long a pause waits for requests in flight. A healthy disk answers within milliseconds; a machine that
 /// cannot be drained in this time is reported, not stopped for longer than a guest's own patience.
@@ -108,3 +109,7 @@ pub const NET_FRAME_BYTES_MAX: u32 = (64 << 10) + 18;
 
 /// Packets handled in one direction before the other has its turn.
 pub const NET_BATCH: usize = 128;
+
+/// How long a thread that has run out of receive buffers leaves a guest alone that was just giving some: a busy guest gives tens
+/// of them in that time, and a queue of the kernel's holds what comes meanwhile.
+pub const NET_BUFFERS_WAIT: Duration = Duration::from_micros(50);

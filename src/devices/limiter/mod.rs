@@ -261,6 +261,12 @@ impl Throttle {
         !self.waiting
     }
 
+    /// Wakes the thread after `delay` all the same, for work that does not wait for limits; false when it will not be woken.
+    pub fn wake_after(&self, delay: Duration) -> bool {
+        let expiration = Expiration::OneShot(TimeSpec::from_duration(delay));
+        self.timer.set(expiration, TimerSetTimeFlags::empty()).is_ok()
+    }
+
     /// Takes the wake-up, so that the descriptors are quiet again.
     pub fn woken(&mut self) {
         // Disarming also clears an expiry that nobody has read.

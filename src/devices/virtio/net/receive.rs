@@ -14,7 +14,7 @@ use super::config::bit;
 use super::header::{FRAME_BYTES_MIN, is_segmented, to_guest};
 use super::service::{Shared, count};
 use crate::limiter::Throttle;
-use crate::limits::{NET_BATCH, NET_FRAME_BYTES_MAX};
+use crate::limits::{NET_BATCH, NET_BUFFERS_WAIT, NET_FRAME_BYTES_MAX};
 use crate::virtio::{Chain, Fault, Queue, QueueWiring};
 
 /// One byte more than the longest packet, by which longer ones are known.
@@ -68,6 +68,10 @@ pub(super) struct Receiver {
     pending: Option<Pending>,
     /// Chains for the next packet, the last that were taken from the queue.
     held: Vec<Chain>,
+    /// What a packet was put into, empty between packets.
+    filled: Vec<(Chain, u32)>,
+    /// Whether the guest has given a buffer since the queue was last found empty.
+    has_found: bool,
 }
 
 impl Receiver {
@@ -82,6 +86,8 @@ impl Receiver {
             packet: vec![0; PACKET_BYTES_MAX].into_boxed_slice(),
             pending: None,
             held: Vec::new(),
+            filled: Vec::new(),
+            has_found: false,
         }
     }
 
@@ -185,9 +191,11 @@ impl Receiver {
             }
             match self.queue.pop()? {
                 Some(chain) if chain.readable_bytes() == 0 && chain.writable_bytes() > 0 => {
+                    self.has_found = true;
                     self.held.push(chain)
                 }
                 Some(_) => return Err(Fault::Protocol("a receive buffer cannot be written")),
+                None if self.looks_again_soon() => return Ok(Fate::NoBuffers),
                 None if self.queue.ask_for_kicks()? => {}
                 None => return Ok(Fate::NoBuffers),
             }
@@ -204,11 +212,10 @@ impl Receiver {
         }
         let mut rest = &*packet;
         let mut is_stored = true;
-        let mut filled = Vec::with_capacity(self.held.len());
         for chain in self.held.drain(..) {
             let (piece, more) = rest.split_at(rest.len().min(chain.writable_bytes() as usize));
             is_stored &= chain.write(&self.shared.memory, 0, piece).is_ok();
-            filled.push((chain, u32::try_from(piece.len()).unwrap_or(u32::MAX)));
+            self.filled.push((chain, u32::try_from(piece.len()).unwrap_or(u32::MAX)));
             rest = more;
         }
         let stats = &self.shared.stats;
@@ -220,10 +227,17 @@ impl Receiver {
             // A buffer outside memory: no length is true of what the guest then has.
             count(&stats.malformed);
             count(&stats.rx_dropped);
-            filled.iter_mut().for_each(|(_, written)| *written = 0);
+            self.filled.iter_mut().for_each(|(_, written)| *written = 0);
         }
-        self.queue.complete_all(filled)?;
+        self.queue.complete_all(self.filled.drain(..))?;
         Ok(Fate::Done)
+    }
+
+    /// Whether the thread is woken to look for buffers in a moment. A kick comes with the first buffer, and a guest that has
+    /// used up all of them gives them back one by one: each would cost it an exit, and the thread a wake-up for one packet,
+    /// most of all where both share a processor. So kicks are asked for only after a moment in which there was none.
+    fn looks_again_soon(&mut self) -> bool {
+        std::mem::take(&mut self.has_found) && self.throttle.wake_after(NET_BUFFERS_WAIT)
     }
 }
 

@@ -15,6 +15,7 @@ use crate::limits::NET_FRAME_BYTES_MAX;
 use crate::virtio::bench::{Bench, EVENT_IDX, Heard, PATIENCE, Part, Pauses, Ring};
 use crate::virtio::{Active, VirtioDevice};
 
+mod buffers;
 mod header;
 mod hostile;
 mod tap;
