@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,9 +91,13 @@ def find_or_build(recipe, locked):
 
 
 def resolve(recipe, archive):
-    if recipe["kind"] == "initramfs":
-        return archive.resolve_alone(recipe["packages"])
-    return archive.resolve(recipe["packages"])
+    if recipe["kind"] == "root":
+        return archive.resolve(recipe["packages"])
+    lock = archive.resolve_alone(recipe["packages"])
+    if "disk_packages" in recipe:
+        disk = archive.resolve(recipe["disk_packages"])
+        lock = debian.Lock(lock.epoch, tuple(sorted({*lock.packages, *disk.packages})))
+    return lock
 
 
 def build(recipe, lock, archive, workplace):
@@ -115,10 +120,12 @@ def build(recipe, lock, archive, workplace):
 
 
 def build_initramfs(recipe, lock, archive, workplace, result):
-    """The kernel as Debian ships it, and busybox with the recipe's modules and files."""
+    """The kernel as Debian ships it, and busybox with the recipe's modules and files; a disk with `disk_packages`."""
     tree = workplace / "tree"
     for package in lock.packages:
-        subprocess.run(["dpkg-deb", "-x", archive.path(lock, package.name), tree], check=True)
+        # The kernel's own package has a version in its name.
+        if package.name in recipe["packages"] or re.match(r"linux-image-\d", package.name):
+            subprocess.run(["dpkg-deb", "-x", archive.path(lock, re.escape(package.name)), tree], check=True)
     progress("install", 60)
     kernel, = tree.glob("boot/vmlinuz-*")
     shutil.copyfile(kernel, result / "vmlinuz")
@@ -132,20 +139,29 @@ def build_initramfs(recipe, lock, archive, workplace, result):
         if path.is_file():
             image.file(str(path.relative_to(files)), path.read_bytes(), 0o755 if os.access(path, os.X_OK) else 0o644)
     image.write(result / "initrd")
+    if "disk_packages" in recipe:
+        disk = {**recipe, "packages": recipe["disk_packages"], "directory": recipe["directory"] / "disk", "variant": "essential"}
+        install(disk, lock, archive, workplace, result)
 
 
 def build_root(recipe, lock, archive, workplace, result):
     """A disk with the packages installed; kernel and initrd are copied out of it for direct boot."""
-    tar = workplace / "root.tar"
-    root_disk.make_tree(tar, lock, archive, recipe, workplace, lambda percent: progress("install", 30 + percent * 0.5))
-    progress("disk", 80)
+    tar = install(recipe, lock, archive, workplace, result)
     with tarfile.open(tar) as tree:
         for member in tree:
             for prefix, name in (("./boot/vmlinuz-", "vmlinuz"), ("./boot/initrd.img-", "initrd")):
                 if member.name.startswith(prefix):
                     with tree.extractfile(member) as source, open(result / name, "wb") as target:
                         shutil.copyfileobj(source, target)
+
+
+def install(recipe, lock, archive, workplace, result):
+    """Leaves the disk with the recipe's packages in the result; the tar it was made from."""
+    tar = workplace / "root.tar"
+    root_disk.make_tree(tar, lock, archive, recipe, workplace, lambda percent: progress("install", 30 + percent * 0.5))
+    progress("disk", 80)
     root_disk.make_disk(result / "root.raw", tar, recipe["min_disk_bytes"], lock.epoch, recipe["name"])
+    return tar
 
 
 def write_manifest(recipe, lock, result):

@@ -23,15 +23,21 @@ struct Recipe {
     title: String,
     #[serde(default)]
     description: String,
+    /// For the project's own use.
+    #[serde(default)]
+    internal: bool,
 }
 
-/// The recipes of `guest_images`, in the order of their names.
+/// The recipes of `guest_images` that callers may use, in the order of their names.
 pub(super) fn catalogue(guest_images: &Path) -> io::Result<Vec<CatalogueEntry>> {
     let mut text = String::new();
     File::open(guest_images.join("catalogue.toml"))?.take(CATALOGUE_BYTES_MAX).read_to_string(&mut text)?;
     let recipes: BTreeMap<String, Recipe> = toml::from_str(&text).map_err(io::Error::other)?;
-    let entry = |(name, Recipe { title, description })| CatalogueEntry { name, title, description };
-    Ok(recipes.into_iter().map(entry).collect())
+    let entry = |(name, recipe): (String, Recipe)| {
+        let Recipe { title, description, internal } = recipe;
+        (!internal).then_some(CatalogueEntry { name, title, description })
+    };
+    Ok(recipes.into_iter().filter_map(entry).collect())
 }
 
 /// Why a recipe was not built.

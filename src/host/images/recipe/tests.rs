@@ -111,4 +111,7 @@ fn the_projects_own_catalogue_is_read() {
     let guest_images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest-images");
     let entries = catalogue(&guest_images).unwrap();
     assert!(entries.iter().any(|entry| entry.name == "tiny" && !entry.title.is_empty()), "{entries:?}");
+    // That one is for benchmarks.
+    assert!(guest_images.join("recipes/bench").exists());
+    assert!(entries.iter().all(|entry| entry.name != "bench"), "{entries:?}");
 }
