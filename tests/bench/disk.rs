@@ -79,7 +79,7 @@ fn write_disk(path: &Path) {
 }
 
 fn toft(ground: &Ground, path: &Path, words: &[&str]) -> Guest {
-    let mut machine = Machine::new(&ground.probe, &on_command("", words));
+    let mut machine = Machine::new(&ground.probe(), &on_command("", words));
     machine.spec.memory_bytes = 128 << 20;
     machine.disk(File::options().read(true).write(true).open(path).unwrap(), |_| ());
     Guest::toft(machine)
@@ -107,7 +107,7 @@ pub(crate) fn q35(ground: &Ground, cmdline: &str, more: &[String]) -> Vec<String
     let fixed =
         "-M q35 -accel kvm -m 128 -nodefaults -display none -no-reboot -serial stdio -nic none -kernel";
     let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
-    arguments.push(ground.probe.to_str().expect("scripts/bench gives a plain path").to_owned());
+    arguments.push(ground.probe().to_str().expect("scripts/bench gives a plain path").to_owned());
     arguments.extend(["-append".to_owned(), cmdline.to_owned()]);
     arguments.extend_from_slice(more);
     arguments

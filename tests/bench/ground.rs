@@ -13,12 +13,12 @@ pub(crate) enum Effort {
 }
 
 /// What KVM here can run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum KvmKind {
     /// Linux guests.
     Linux,
-    /// Bare guests only.
-    Probe,
+    /// Bare guests only; the sentence says what Linux lacks.
+    Probe(String),
 }
 
 /// The programs and the machine.
@@ -27,26 +27,33 @@ pub(crate) struct Ground {
     pub(crate) kvm: KvmKind,
     /// The directory of `toft`, `toftd` and `toft-vmm`.
     pub(crate) binaries: PathBuf,
-    /// The probe guest's ELF file.
-    pub(crate) probe: PathBuf,
-    /// The program made from floor.c.
-    pub(crate) floor: PathBuf,
-    /// The program made from mover.c.
-    pub(crate) mover: PathBuf,
 }
 
 impl Ground {
     pub(crate) fn new(effort: Effort) -> Ground {
         let binaries = given("TOFT_BIN");
         let kvm = kvm_kind(&binaries.join("toft-vmm"));
-        Ground {
-            effort,
-            kvm,
-            binaries,
-            probe: given("TOFT_PROBE"),
-            floor: given("TOFT_FLOOR"),
-            mover: given("TOFT_MOVER"),
-        }
+        Ground { effort, kvm, binaries }
+    }
+
+    /// The probe guest's ELF file.
+    pub(crate) fn probe(&self) -> PathBuf {
+        given("TOFT_PROBE")
+    }
+
+    /// The program made from floor.c.
+    pub(crate) fn floor(&self) -> PathBuf {
+        given("TOFT_FLOOR")
+    }
+
+    /// The program made from mover.c.
+    pub(crate) fn mover(&self) -> PathBuf {
+        given("TOFT_MOVER")
+    }
+
+    /// The directory of the image with Linux.
+    pub(crate) fn linux(&self) -> PathBuf {
+        given("TOFT_BENCH_IMAGE")
     }
 
     /// `full` samples, or `smoke` where nothing is measured.
@@ -77,7 +84,7 @@ impl Ground {
         let kib = meminfo.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0);
         let kind = match self.kvm {
             KvmKind::Linux => "runs Linux guests",
-            KvmKind::Probe => "runs bare guests natively, but not Linux",
+            KvmKind::Probe(_) => "runs bare guests natively, but not Linux",
         };
         let effort = match self.effort {
             Effort::Full => "",
@@ -107,6 +114,6 @@ fn kvm_kind(vmm: &Path) -> KvmKind {
     );
     match serde_json::from_slice::<wire::launch::KvmReport>(&output.stdout).expect("a report").linux {
         wire::launch::LinuxSupport::Yes => KvmKind::Linux,
-        wire::launch::LinuxSupport::No(_) => KvmKind::Probe,
+        wire::launch::LinuxSupport::No(why) => KvmKind::Probe(why),
     }
 }

@@ -1,6 +1,6 @@
 //! One probe guest that measures on command: its command line holds each word after a `serial`, so it waits for a
 //! newline before every measurement. While it is not measuring it is stopped (SIGSTOP), because its waiting is a busy
-//! loop. Toft and QEMU are told apart here and nowhere else.
+//! loop. Once a guest runs, Toft and other VMMs are told apart here and nowhere else.
 use std::ffi::OsStr;
 use std::io::Read;
 use std::path::Path;
@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::process::Process;
-use crate::vmm_driver::{Machine, Vmm};
+use crate::vmm_driver::{Machine, PATIENCE, Vmm};
 
 const WAITING: &str = "probe: serial waiting";
 
@@ -21,9 +21,43 @@ pub(crate) struct Guest {
     host: Host,
 }
 
-enum Host {
+/// A VMM with a guest whose console can be read and typed on.
+pub(crate) enum Host {
     Toft(Box<Vmm>),
-    Qemu(Box<Process>),
+    /// Its console is its standard input and output.
+    Other(Box<Process>),
+}
+
+impl Host {
+    pub(crate) fn pid(&self) -> i32 {
+        match self {
+            Host::Toft(vmm) => vmm.pid(),
+            Host::Other(process) => process.pid,
+        }
+    }
+
+    /// What the guest has said so far.
+    pub(crate) fn told(&mut self) -> String {
+        match self {
+            Host::Toft(vmm) => vmm.console(),
+            Host::Other(process) => process.told(),
+        }
+    }
+
+    pub(crate) fn type_line(&mut self, line: &str) {
+        match self {
+            Host::Toft(vmm) => vmm.type_line(line),
+            Host::Other(process) => process.type_line(line),
+        }
+    }
+
+    /// Waits until the guest has said `text` so many times; panics when it does not within `patience`.
+    pub(crate) fn wait_for(&mut self, text: &str, times: usize, patience: Duration) {
+        match self {
+            Host::Toft(vmm) => drop(vmm.wait_for_times_within(text, times, patience)),
+            Host::Other(process) => process.wait_for(text, times, patience),
+        }
+    }
 }
 
 /// Numbers of one word's report, `key=value`.
@@ -52,11 +86,11 @@ impl Guest {
     pub(crate) fn qemu(path: &Path, arguments: &[String]) -> Guest {
         let arguments: Vec<&OsStr> = arguments.iter().map(OsStr::new).collect();
         let process = Process::start(path, &arguments);
-        Guest::wait(Guest { who: "qemu", host: Host::Qemu(Box::new(process)) })
+        Guest::wait(Guest { who: "qemu", host: Host::Other(Box::new(process)) })
     }
 
     fn wait(mut guest: Guest) -> Guest {
-        guest.wait_for(WAITING, 0);
+        guest.host.wait_for(WAITING, 1, PATIENCE);
         guest.signal(Signal::SIGSTOP);
         guest
     }
@@ -69,17 +103,15 @@ impl Guest {
     /// As [`Guest::measure`], but does something as soon as the guest has said `ready` once more.
     pub(crate) fn measure_while(&mut self, word: &str, ready: &str, act: impl FnOnce()) -> Figures {
         self.signal(Signal::SIGCONT);
-        let before = (self.told().matches(ready).count(), self.told().matches(WAITING).count());
-        match &mut self.host {
-            Host::Toft(vmm) => vmm.type_line(""),
-            Host::Qemu(process) => process.type_line(),
-        }
-        self.wait_for(ready, before.0);
+        let told = self.host.told();
+        let before = (told.matches(ready).count(), told.matches(WAITING).count());
+        self.host.type_line("");
+        self.host.wait_for(ready, before.0 + 1, PATIENCE);
         act();
-        self.wait_for(WAITING, before.1);
+        self.host.wait_for(WAITING, before.1 + 1, PATIENCE);
         self.signal(Signal::SIGSTOP);
         let name = word.split('=').next().unwrap_or(word);
-        let told = self.told();
+        let told = self.host.told();
         let line = told.lines().rev().find(|line| line.starts_with(&format!("probe: {name} ok")));
         Figures(line.unwrap_or_else(|| panic!("{} did not do {word}: {told}", self.who)).to_owned())
     }
@@ -87,35 +119,13 @@ impl Guest {
     /// As [`Guest::measure_while`], with exits and system calls counted from begin to end. What is around the word
     /// itself, some polls of the serial port, is counted with it.
     pub(crate) fn count_while(&mut self, word: &str, ready: &str, act: impl FnOnce()) -> (Figures, Counts) {
-        let counter = Counter::attach(self.pid());
+        let counter = Counter::attach(self.host.pid());
         let figures = self.measure_while(word, ready, act);
         (figures, counter.read())
     }
 
-    fn pid(&self) -> i32 {
-        match &self.host {
-            Host::Toft(vmm) => vmm.pid(),
-            Host::Qemu(process) => process.pid,
-        }
-    }
-
-    fn told(&mut self) -> String {
-        match &mut self.host {
-            Host::Toft(vmm) => vmm.console(),
-            Host::Qemu(process) => process.told(),
-        }
-    }
-
-    /// Waits until the guest has said `text` more than `times` times.
-    fn wait_for(&mut self, text: &str, times: usize) {
-        match &mut self.host {
-            Host::Toft(vmm) => drop(vmm.wait_for_times(text, times + 1)),
-            Host::Qemu(process) => process.wait_for(text, times + 1),
-        }
-    }
-
     fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.pid()), signal).expect("the process lives until it is dropped");
+        kill(Pid::from_raw(self.host.pid()), signal).expect("the process lives until it is dropped");
     }
 }
 

@@ -54,7 +54,7 @@ impl Host {
         let everyone = std::fs::Permissions::from_mode(0o755);
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp");
         let base = base.expect("a directory below /tmp");
-        write_image(&base.path().join("import/idle"), &ground.probe);
+        write_image(&base.path().join("import/idle"), &ground.probe());
         let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells };
         host.open();
         let body = json!({ "name": "idle", "source": { "import_directory": "idle" } });

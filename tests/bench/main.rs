@@ -1,7 +1,9 @@
 //! What things cost, measured: groups of benchmarks by name, one table, rows as JSON. Not a test: nothing here judges
 //! a figure. Run by `scripts/bench`, which builds what is measured; README.md says how to read each figure.
+use std::fs::File;
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[allow(dead_code, reason = "shared with the tests of the VMM, which use all of it")]
@@ -16,6 +18,7 @@ mod disk;
 mod ground;
 mod guest;
 mod host;
+mod linux;
 mod memory;
 mod migrate;
 mod net;
@@ -64,6 +67,11 @@ const GROUPS: &[Group] = &[
         run: migrate::run,
     },
     Group { name: "net", what: "full-size and small frames both ways, beside QEMU", run: net::run },
+    Group {
+        name: "linux",
+        what: "a stock kernel: start to init, fio, iperf3, beside QEMU; where KVM runs Linux",
+        run: linux::run,
+    },
 ];
 
 fn main() -> ExitCode {
@@ -78,6 +86,14 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    // Opened first, so that nobody finds out after half an hour that it cannot be written.
+    let json = match wanted.json.as_deref().map(open_json).transpose() {
+        Ok(json) => json,
+        Err(why) => {
+            eprintln!("bench: {why}");
+            return ExitCode::from(2);
+        }
+    };
     let ground = Ground::new(wanted.effort);
     eprintln!("bench: measuring the programs in {}", ground.binaries.display());
     let mut report = Report::default();
@@ -89,13 +105,26 @@ fn main() -> ExitCode {
         }
     }
     print!("{}", report.table(&ground.words()));
-    if let Some(path) = &wanted.json
-        && let Err(error) = std::fs::write(path, report.json())
+    if let Some(mut file) = json
+        && let Err(error) = file.set_len(0).and_then(|()| file.write_all(report.json().as_bytes()))
     {
-        eprintln!("bench: cannot write {}: {error}", path.display());
+        eprintln!("bench: the rows cannot be written: {error}");
         return ExitCode::FAILURE;
     }
-    if report.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    // Who asks for everything wants what there is; who names a group wants that one.
+    let is_refused = report.has_skipped() && !wanted.groups.is_empty();
+    if is_refused {
+        eprintln!(
+            "bench: a group that was asked for cannot be measured here; the table's last lines say why"
+        );
+    }
+    if report.is_whole() && !is_refused { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What it holds is kept until there are new rows.
+fn open_json(path: &Path) -> Result<File, String> {
+    let opened = File::options().write(true).create(true).truncate(false).open(path);
+    opened.map_err(|error| format!("--json: {} cannot be written: {error}", path.display()))
 }
 
 /// What the command line asks for.
@@ -138,4 +167,38 @@ fn help() -> String {
          --smoke      few samples: shows that everything runs, measures nothing\n\n\
          tests/bench/README.md says how to read each figure and what it does not say.\n"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Option<Wanted>, String> {
+        Wanted::parse(words.iter().map(|word| (*word).to_owned()))
+    }
+
+    #[test]
+    fn a_command_line_that_asks_for_nothing_there_is_is_refused() {
+        let refused = |words: &[&str]| parse(words).err().unwrap();
+        assert_eq!(refused(&["disk", "nonsense"]), "there is no group or option nonsense");
+        assert_eq!(refused(&["--long"]), "there is no group or option --long");
+        assert_eq!(refused(&["--json"]), "--json wants a file");
+        assert!(parse(&["--help", "nonsense"]).unwrap().is_none());
+        let all = parse(&["--json", "disk", "--smoke"]).unwrap().unwrap();
+        assert!(all.json == Some("disk".into()) && all.effort == Effort::Smoke);
+        assert!(GROUPS.iter().all(|group| all.includes(group.name)));
+        let some = parse(&["disk", "net"]).unwrap().unwrap();
+        assert!(some.includes("net") && !some.includes("linux") && some.json.is_none());
+    }
+
+    #[test]
+    fn a_file_for_rows_is_tried_before_anything_is_measured_and_keeps_what_it_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rows.json");
+        std::fs::write(&path, "older rows").unwrap();
+        open_json(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"older rows");
+        let refused = open_json(&directory.path().join("none/rows.json")).unwrap_err();
+        assert!(refused.contains("none/rows.json cannot be written"), "{refused}");
+    }
 }

@@ -9,7 +9,7 @@ use crate::disk::q35;
 use crate::ground::Ground;
 use crate::process::Process;
 use crate::rows::{Report, Series};
-use crate::vmm_driver::{Machine, Vmm, program};
+use crate::vmm_driver::{Machine, PATIENCE, Vmm, program};
 
 /// Also QEMU's, in `q35`.
 const MEMORY_KB: u64 = 128 << 10;
@@ -30,7 +30,7 @@ enum Server {
 
 impl Server {
     fn toft(ground: &Ground, disk: &Path, number: usize) -> Server {
-        let mut machine = Machine::new(&ground.probe, WORDS);
+        let mut machine = Machine::new(&ground.probe(), WORDS);
         machine.spec.memory_bytes = MEMORY_KB << 10;
         machine.disk(File::options().read(true).write(true).open(disk).unwrap(), |_| ());
         let tap = Tap::create(&format!("bench-t{number}")).unwrap();
@@ -54,7 +54,7 @@ impl Server {
         let arguments = q35(ground, WORDS, &more);
         let arguments: Vec<_> = arguments.iter().map(std::ffi::OsStr::new).collect();
         let mut process = Process::start(&ground.qemu(), &arguments);
-        process.wait_for(GREETING, 1);
+        process.wait_for(GREETING, 1, PATIENCE);
         Server::Qemu(Box::new(process))
     }
 

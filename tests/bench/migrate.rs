@@ -87,7 +87,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
 }
 
 fn machine(ground: &Ground, size: &Size, words: &str) -> Machine {
-    let mut machine = Machine::new(&ground.probe, words);
+    let mut machine = Machine::new(&ground.probe(), words);
     machine.spec.memory_bytes = size.memory_mib << 20;
     machine
 }
@@ -121,7 +121,7 @@ fn streams() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
 
 fn mover(ground: &Ground, size: &Size) -> f64 {
     let arguments = [size.written_mib.to_string(), STREAMS.to_string()];
-    let output = Command::new(&ground.mover).args(arguments).output().unwrap();
+    let output = Command::new(ground.mover()).args(arguments).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     text.trim().parse().unwrap_or_else(|_| panic!("mover: {}", String::from_utf8_lossy(&output.stderr)))
 }

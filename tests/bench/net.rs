@@ -106,7 +106,7 @@ impl End {
     fn toft(ground: &Ground, words: &[&str]) -> End {
         let tap = Tap::create("bench-toft").unwrap();
         let (host, address) = configure("bench-toft", 1, "02:00:00:00:00:00");
-        let mut machine = Machine::new(&ground.probe, &command_line(&host, &address, words));
+        let mut machine = Machine::new(&ground.probe(), &command_line(&host, &address, words));
         machine.spec.memory_bytes = 128 << 20;
         machine.nic(std::os::fd::OwnedFd::from(tap).into());
         End::new(Guest::toft(machine), &host, address)

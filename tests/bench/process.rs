@@ -71,13 +71,13 @@ impl Process {
 
     /// Waits for the first output; answers when it came.
     pub(crate) fn first_output(&mut self) -> Instant {
-        self.read_some("its first output");
+        self.read_some("its first output", Instant::now() + PATIENCE);
         Instant::now()
     }
 
-    /// Types an empty line.
-    pub(crate) fn type_line(&mut self) {
-        self.input.write_all(b"\n").unwrap();
+    /// Types a line.
+    pub(crate) fn type_line(&mut self, line: &str) {
+        self.input.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
     /// All output so far.
@@ -85,16 +85,17 @@ impl Process {
         String::from_utf8_lossy(&self.told).into_owned()
     }
 
-    /// Waits until the output holds `text` so many times.
-    pub(crate) fn wait_for(&mut self, text: &str, times: usize) {
+    /// Waits until the output holds `text` so many times; panics when it does not within `patience`.
+    pub(crate) fn wait_for(&mut self, text: &str, times: usize, patience: Duration) {
+        let deadline = Instant::now() + patience;
         while self.told().matches(text).count() < times {
-            self.read_some(text);
+            self.read_some(text, deadline);
         }
     }
 
-    fn read_some(&mut self, what: &str) {
+    fn read_some(&mut self, what: &str, deadline: Instant) {
         let mut buffer = [0; 4096];
-        let came = readable(self.output.as_fd(), Instant::now() + PATIENCE);
+        let came = readable(self.output.as_fd(), deadline);
         let bytes = if came { self.output.read(&mut buffer).unwrap() } else { 0 };
         assert!(bytes > 0, "{what} did not come; so far: {}", String::from_utf8_lossy(&self.told));
         self.told.extend_from_slice(&buffer[..bytes]);

@@ -9,6 +9,7 @@ use crate::guest::Counts;
 pub(crate) struct Report {
     rows: Vec<Row>,
     notes: Vec<String>,
+    skipped: Vec<String>,
     failed: Vec<String>,
 }
 
@@ -77,6 +78,15 @@ impl Report {
         self.notes.push(format!("{} {what}", if is_met { "met:   " } else { "missed:" }));
     }
 
+    /// A group that this machine cannot measure. The sentence says why, and what to do.
+    pub(crate) fn skipped(&mut self, group: &str, why: &str) {
+        self.skipped.push(format!("skipped: {group}: {why}"));
+    }
+
+    pub(crate) fn has_skipped(&self) -> bool {
+        !self.skipped.is_empty()
+    }
+
     /// Something that should have been measured was not.
     pub(crate) fn failed(&mut self, what: &str) {
         self.failed.push(what.to_owned());
@@ -90,20 +100,25 @@ impl Report {
         let mut text = format!("\n{machine}\n\n");
         let _ = writeln!(
             text,
-            "{:<13} {:<30} {:<9} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
+            "{:<14} {:<30} {:<16} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
             "bench", "case", "who", "unit", "median", "p99", "min", "max", "n"
         );
         for row in &self.rows {
             let [median, p99, min, max] = [row.median, row.p99, row.min, row.max].map(figure);
             let _ = writeln!(
                 text,
-                "{:<13} {:<30} {:<9} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
+                "{:<14} {:<30} {:<16} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
                 row.bench, row.case, row.who, row.unit, row.n
             );
         }
         text.push('\n');
         let failed = self.failed.iter().map(|what| format!("not measured: {what}"));
-        self.notes.iter().cloned().chain(failed).for_each(|line| text.extend([line.as_str(), "\n"]));
+        self.notes
+            .iter()
+            .chain(&self.skipped)
+            .cloned()
+            .chain(failed)
+            .for_each(|line| text.extend([line.as_str(), "\n"]));
         text
     }
 
@@ -134,5 +149,41 @@ fn figure(value: f64) -> String {
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn series<'a>(who: &'a str) -> Series<'a> {
+        Series { bench: "start_ms", case: "vmm", who, unit: "ms" }
+    }
+
+    #[test]
+    fn a_row_has_the_nearest_ranks_of_its_samples() {
+        let mut report = Report::default();
+        let samples: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!(report.add(series("toft"), &samples), 100.0);
+        assert_eq!(report.add(series("qemu"), &[7.5]), 7.5);
+        let rows: serde_json::Value = serde_json::from_str(&report.json()).unwrap();
+        let expected = serde_json::json!([
+            { "bench": "start_ms", "case": "vmm", "who": "toft", "unit": "ms",
+              "median": 100.0, "p99": 198.0, "min": 1.0, "max": 200.0, "n": 200 },
+            { "bench": "start_ms", "case": "vmm", "who": "qemu", "unit": "ms",
+              "median": 7.5, "p99": 7.5, "min": 7.5, "max": 7.5, "n": 1 },
+        ]);
+        assert_eq!(rows, expected);
+    }
+
+    #[test]
+    fn what_was_not_measured_is_told_and_only_a_failure_makes_a_run_less_than_whole() {
+        let mut report = Report::default();
+        report.skipped("linux", "no such KVM");
+        assert!(report.is_whole() && report.has_skipped());
+        report.failed("disk");
+        assert!(!report.is_whole());
+        let table = report.table("a machine");
+        assert!(table.ends_with("skipped: linux: no such KVM\nnot measured: disk\n"), "{table}");
     }
 }

@@ -17,12 +17,13 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     let launcher = Launcher::start();
     let qemu =
         ground.on_path("qemu-system-x86_64").expect("qemu-system-x86_64 is installed by scripts/bench");
-    let probe = ground.probe.as_os_str();
+    let (probe, floor) = (ground.probe(), ground.floor());
+    let probe = probe.as_os_str();
     let floor_arguments = [probe, MEMORY_MIB.as_ref(), WORDS.as_ref()];
     let qemu_arguments = microvm(probe);
     let [mut floor_ms, mut toft_ms, mut launched_ms, mut qemu_ms] = [const { Vec::new() }; 4];
     for round in 0..rounds {
-        floor_ms.push(first_output_ms(Process::start(&ground.floor, &floor_arguments)));
+        floor_ms.push(first_output_ms(Process::start(&floor, &floor_arguments)));
         toft_ms.push(start_vmm(machine(ground)).1);
         launched_ms.push(launcher.start_vmm(machine(ground)).1);
         // It takes twenty times as long, and a quarter of the samples tell its median well enough.
@@ -44,7 +45,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
 }
 
 fn machine(ground: &Ground) -> Machine {
-    let mut machine = Machine::new(&ground.probe, WORDS);
+    let mut machine = Machine::new(&ground.probe(), WORDS);
     machine.spec.memory_bytes = 128 << 20;
     machine
 }
@@ -80,8 +81,9 @@ fn microvm(probe: &OsStr) -> [&OsStr; 16] {
 fn peers(ground: &Ground, report: &mut Report, rounds: usize) {
     let directory = tempfile::Builder::new().prefix("toft-bench").tempdir().unwrap();
     let config = directory.path().join("firecracker.json");
+    let probe = ground.probe();
     let document = serde_json::json!({
-        "boot-source": { "kernel_image_path": ground.probe, "boot_args": WORDS },
+        "boot-source": { "kernel_image_path": probe, "boot_args": WORDS },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
         "drives": [],
     });
@@ -89,7 +91,7 @@ fn peers(ground: &Ground, report: &mut Report, rounds: usize) {
     let firecracker: [&OsStr; 3] = ["--no-api".as_ref(), "--config-file".as_ref(), config.as_os_str()];
     let cloud_hypervisor: [&OsStr; 12] = [
         "--kernel".as_ref(),
-        ground.probe.as_os_str(),
+        probe.as_os_str(),
         "--cmdline".as_ref(),
         WORDS.as_ref(),
         "--cpus".as_ref(),

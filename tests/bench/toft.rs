@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sys::jail::{Jail, Program, Refused, User};
 use sys::pidfd::{PidFd, Signal};
@@ -47,25 +47,44 @@ impl Files {
         machine.spec.console = Console { ring: machine.add(file) };
     }
 
-    /// Boots the machine and waits for its first output; answers when that was.
-    fn boot(&self, machine: &Machine) -> Instant {
+    /// Boots the machine and waits until its console holds `text`, which any output does when it is empty; answers when
+    /// that was.
+    fn boot(&self, machine: &Machine, text: &str, patience: Duration) -> Instant {
         let channel = Channel::new(Socket::connect(&self.directory.path().join("control.sock")).unwrap());
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let boot = control::Command::Boot(Box::new(machine.spec.clone()));
         channel.send(&control::Request { id: 1, command: boot }, &descriptors).unwrap();
         // Asked for at once, so that the VMM finds it as soon as the machine runs.
-        let watch = control::Command::WatchConsole { seen: 0 };
-        channel.send(&control::Request { id: 2, command: watch }, &[]).unwrap();
-        let deadline = Instant::now() + PATIENCE;
+        let watch = |id, seen| {
+            let command = control::Command::WatchConsole { seen };
+            channel.send(&control::Request { id, command }, &[]).unwrap();
+        };
+        watch(2, 0);
+        let mut watches = 2;
+        let deadline = Instant::now() + patience;
         loop {
-            assert!(readable(channel.as_fd(), deadline), "no output; log: {}", self.log());
+            assert!(readable(channel.as_fd(), deadline), "{text:?} did not come; log: {}", self.log());
             match channel.receive().ok().flatten().map(|(message, _)| message) {
-                Some(control::Message::Notice(control::Notice::Console { .. })) => return Instant::now(),
+                Some(control::Message::Notice(control::Notice::Console { written })) => {
+                    let now = Instant::now();
+                    if text.is_empty() || self.told().contains(text) {
+                        return now;
+                    }
+                    watches += 1;
+                    watch(watches, written);
+                }
                 Some(control::Message::Reply { result: Err(fault), .. }) => panic!("{fault}"),
                 Some(_) => (),
                 None => panic!("the VMM has gone; log: {}", self.log()),
             }
         }
+    }
+
+    /// What is on the console.
+    fn told(&self) -> String {
+        let mut ring = Ring::open(File::open(self.directory.path().join("console.ring")).unwrap()).unwrap();
+        let piece = ring.read(0, CONSOLE_RING_BYTES as usize).unwrap();
+        String::from_utf8_lossy(&piece.data).into_owned()
     }
 
     fn log(&self) -> String {
@@ -76,7 +95,7 @@ impl Files {
 /// A VMM that is killed when dropped.
 pub(crate) struct Running {
     pidfd: PidFd,
-    _files: Files,
+    files: Files,
 }
 
 impl Drop for Running {
@@ -89,7 +108,12 @@ impl Drop for Running {
 }
 
 /// Spawns a VMM in its jail and boots `machine`. Answers it, and milliseconds from its exec to the first output.
-pub(crate) fn start_vmm(mut machine: Machine) -> (Running, f64) {
+pub(crate) fn start_vmm(machine: Machine) -> (Running, f64) {
+    start_vmm_until(machine, "", PATIENCE)
+}
+
+/// As [`start_vmm`], but until the console holds `text`; panics when it does not within `patience`.
+pub(crate) fn start_vmm_until(mut machine: Machine, text: &str, patience: Duration) -> (Running, f64) {
     let files = Files::new();
     files.console(&mut machine);
     let null = File::open("/dev/null").unwrap();
@@ -111,8 +135,8 @@ pub(crate) fn start_vmm(mut machine: Machine) -> (Running, f64) {
     let jail = Jail { user, cgroups: &[], rlimits: RLIMITS, refused: Refused::Fails, left_out: &[] };
     let started =
         sys::jail::spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
-    let running = Running { pidfd: started.pidfd, _files: files };
-    let first = running._files.boot(&machine);
+    let running = Running { pidfd: started.pidfd, files };
+    let first = running.files.boot(&machine, text, patience);
     (running, first.duration_since(started.executed_at).as_secs_f64() * 1e3)
 }
 
@@ -163,8 +187,8 @@ impl Launcher {
                 (other, _) => panic!("{other:?}"),
             }
         };
-        let running = Running { pidfd, _files: files };
-        let first = running._files.boot(&machine);
+        let running = Running { pidfd, files };
+        let first = running.files.boot(&machine, "", PATIENCE);
         (running, first.duration_since(begun).as_secs_f64() * 1e3)
     }
 }

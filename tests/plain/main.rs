@@ -1,4 +1,5 @@
 //! Tests that need neither root nor KVM nor a network: what plain `cargo test` runs.
+mod bench;
 mod claims;
 mod conformance;
 mod map;

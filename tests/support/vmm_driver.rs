@@ -408,7 +408,13 @@ impl Vmm {
 
     /// Waits until the console holds `text` so many times; answers all of it.
     pub(crate) fn wait_for_times(&mut self, text: &str, times: usize) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_for_times_within(text, times, PATIENCE)
+    }
+
+    /// The same with a patience of its own: Linux on an emulated host needs more.
+    #[allow(dead_code, reason = "only benchmarks boot Linux without a daemon")]
+    pub(crate) fn wait_for_times_within(&mut self, text: &str, times: usize, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
         loop {
             let seen = self.console.as_mut().unwrap().read(u64::MAX, 0).unwrap().start;
             let all = self.console();
