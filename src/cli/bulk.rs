@@ -41,7 +41,7 @@ pub(crate) async fn act(
 }
 
 /// Prints what became of each server; fails with the first that went wrong.
-async fn finish(context: &Context, mut answer: BulkActions) -> Result<(), Error> {
+pub(crate) async fn finish(context: &Context, mut answer: BulkActions) -> Result<(), Error> {
     let deadline = Instant::now() + context.wait_timeout;
     let mut wrong = None;
     for item in &mut answer.items {

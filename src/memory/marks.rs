@@ -1,7 +1,7 @@
 //! Which pages devices have written, for whoever copies memory while the machine runs: KVM's own log sees only what
 //! vCPUs write. Off, a write costs one load of a flag and memory holds no map. `vm-memory` marks, savers take.
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
@@ -16,6 +16,8 @@ pub const PAGE_BYTES: u64 = 4096;
 pub struct Marks {
     on: AtomicBool,
     pages: usize,
+    /// Whose mapping the region lies in, when it is not its own: that one stays for as long as this is used.
+    _within: Option<Arc<Ram>>,
     /// Nothing is given back to the host: somebody still has to read it.
     held: Mutex<bool>,
     /// One bit a page, made when first turned on.
@@ -60,6 +62,11 @@ fn marks_of(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {
 }
 
 impl Marks {
+    /// Of a region of so many bytes that lies in a mapping of `within`.
+    pub(crate) fn within(len: usize, within: Arc<Ram>) -> Marks {
+        Marks { _within: Some(within), ..Marks::with_len(len) }
+    }
+
     fn words(&self) -> &[AtomicU64] {
         let words = self.pages.div_ceil(64);
         self.words.get_or_init(|| (0..words).map(|_| AtomicU64::new(0)).collect())

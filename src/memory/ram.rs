@@ -3,6 +3,7 @@
 //! `vmm` builds it once per machine; everyone else holds it in an `Arc`.
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -128,6 +129,50 @@ pub fn build(memory_bytes: u64, backing: Backing) -> Result<Arc<Ram>, Error> {
         offset += bytes;
     }
     Ok(Arc::new(Ram::from_regions(regions).map_err(Error::Join)?))
+}
+
+/// Makes RAM with what is in a file, as [`Backing::Private`] says, at the addresses of memory that nobody has used: a VM
+/// that knows these needs not be told others. Nobody is to use `unused` from here on. After a failure neither can be used.
+pub fn replace(unused: Arc<Ram>, file: File) -> Result<Arc<Ram>, Error> {
+    check_length(&file, unused.iter().map(|region| region.len()).sum())?;
+    // Where a part could not be mapped anew there is nothing any more, and whatever the process maps next may come to lie
+    // there: the mappings are never undone then.
+    let unused = std::mem::ManuallyDrop::new(unused);
+    let file = Arc::new(file);
+    let (mut offset, mut regions) = (0, Vec::new());
+    for old in unused.iter() {
+        let (start, size) = (old.as_ptr(), old.size());
+        map_over(old, &file, offset)
+            .map_err(|cause| Error::Map { bytes: old.len(), cause: MmapRegionError::Mmap(cause) })?;
+        let marks = Marks::within(size, Arc::clone(&unused));
+        let builder = MmapRegionBuilder::new_with_bitmap(size, marks)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+        // SAFETY: the range was just mapped whole with these flags, and stays so until `unused` is dropped, which the
+        // region's marks hold.
+        let mapping = unsafe { builder.with_raw_mmap_pointer(start) }.build();
+        let mapping = mapping.map_err(|cause| Error::Map { bytes: old.len(), cause })?;
+        advise(&mapping);
+        regions.push(GuestRegionMmap::new(mapping, old.start_addr()).ok_or(Error::Size(old.len()))?);
+        offset += old.len();
+    }
+    let ram = Arc::new(Ram::from_regions(regions).map_err(Error::Join)?);
+    drop(std::mem::ManuallyDrop::into_inner(unused));
+    Ok(ram)
+}
+
+/// Maps a part of a file, for itself alone, over a whole region.
+fn map_over(region: &GuestRegionMmap<Marks>, file: &File, offset: u64) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: the range is the one mapping that `region` owns; it stays readable and writable, and whoever points into it
+    // reads other bytes, which guest memory does at any time.
+    let mapped = unsafe {
+        libc::mmap(region.as_ptr().cast(), region.size(), protection, flags, file.as_raw_fd(), offset)
+    };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn check_length(file: &File, wanted: u64) -> Result<(), Error> {

@@ -33,6 +33,9 @@ pub const IDEMPOTENCY_KEY_CHARS_MAX: usize = 128;
 /// Most items of one page.
 pub const PAGE_ITEMS_MAX: u32 = 200;
 
+/// Most servers of one clone of a snapshot: what one transaction makes in a moment.
+pub const CLONES_MAX: u16 = 100;
+
 /// Most servers of one action on all that a selector matches: what one transaction carries out in a moment.
 pub const BULK_SERVERS_MAX: u32 = PAGE_ITEMS_MAX;
 

@@ -8,6 +8,7 @@ use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
 use crate::name::{Labels, Name};
 use crate::operation::Operation;
 use crate::problem::Problem;
+use crate::snapshot::GuestIdentity;
 use crate::time::Time;
 
 /// A server.
@@ -58,6 +59,9 @@ pub struct Server {
     /// What its machine must be kept apart by.
     #[serde(default)]
     pub isolation: Isolation,
+    /// Of a clone that goes on from another server's memory: whether its guest knows that. Absent of any other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<GuestIdentity>,
     /// Version of this resource; also its `ETag`.
     pub generation: u64,
     /// When it was created.

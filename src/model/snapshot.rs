@@ -125,6 +125,36 @@ pub struct ImportSnapshot {
     pub name: Option<Name>,
 }
 
+/// Body of `POST /v1/snapshots/{id}/actions/clone`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CloneSnapshot {
+    /// Name of the new server. Of several, each has its number behind it: `web-1`, `web-2`.
+    pub name: Name,
+    /// How many servers, 1 to 100.
+    #[serde(default = "count_default")]
+    #[schema(minimum = 1, maximum = 100)]
+    pub count: u16,
+    /// The caller's own pairs, of each server.
+    #[serde(default)]
+    pub labels: Labels,
+}
+
+fn count_default() -> u16 {
+    1
+}
+
+/// Whether a guest that goes on from another's memory has become another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestIdentity {
+    /// Its image has a hook that gives it the server's name and addresses, and ids and keys of its own.
+    New,
+    /// Nothing in it does that: it has the name, addresses, machine id and host keys of the server it was cloned from
+    /// until somebody changes them. Its hardware addresses and vmgenid are new.
+    Unchanged,
+}
+
 /// Body of `PATCH /v1/snapshots/{id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

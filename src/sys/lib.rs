@@ -4,6 +4,7 @@
 pub mod beneath;
 pub mod inherited;
 pub mod jail;
+pub mod lease;
 pub mod memfd;
 pub mod pidfd;
 pub mod random;

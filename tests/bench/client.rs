@@ -90,6 +90,14 @@ impl<S: Read + Write> Client<S> {
         assert!((200..300).contains(&status), "{method} {path} was answered {status}: {text}");
         serde_json::from_slice(&body).unwrap_or_else(|cause| panic!("{method} {path}: {cause}: {text}"))
     }
+
+    /// A document that is text.
+    pub(crate) fn text(&mut self, path: &str) -> String {
+        self.send(&request("GET", path, None, None, None));
+        let (status, body) = self.receive();
+        assert_eq!(status, 200, "{path}");
+        String::from_utf8_lossy(&body).into_owned()
+    }
 }
 
 /// A request's bytes.

@@ -54,12 +54,17 @@ impl Host {
         let everyone = std::fs::Permissions::from_mode(0o755);
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp");
         let base = base.expect("a directory below /tmp");
-        write_image(&base.path().join("import/idle"), &ground.probe());
         let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells };
         host.open();
-        let body = json!({ "name": "idle", "source": { "import_directory": "idle" } });
-        host.local().call("POST", "/v1/images", Some("wait=30"), Some(&body));
+        host.import(ground, "idle", "halt");
         host
+    }
+
+    /// Imports an image whose guest does what the words say.
+    pub(crate) fn import(&self, ground: &Ground, name: &str, words: &str) {
+        write_image(&self.base.path().join("import").join(name), &ground.probe(), words);
+        let body = json!({ "name": name, "source": { "import_directory": name } });
+        self.local().call("POST", "/v1/images", Some("wait=30"), Some(&body));
     }
 
     /// Starts the daemon and waits until it answers.
@@ -168,6 +173,22 @@ impl Host {
         self.base.path().join("state/run/toftd.sock")
     }
 
+    /// What the guest of a server has written to its console.
+    pub(crate) fn console_log(&self, id: &str) -> String {
+        self.local().text(&format!("/v1/servers/{id}/console-log"))
+    }
+
+    /// What the memory control group of a server that was started on no shell is charged, in KiB.
+    pub(crate) fn charged_kb(&self, id: &str) -> Option<f64> {
+        let parent = self.base.path().file_name().expect("a name");
+        let files =
+            [("/sys/fs/cgroup/memory", "memory.usage_in_bytes"), ("/sys/fs/cgroup", "memory.current")];
+        let text = files.iter().find_map(|(root, file)| {
+            std::fs::read_to_string(Path::new(root).join(parent).join(id).join(file)).ok()
+        });
+        Some(text?.trim().parse::<f64>().ok()? / 1024.0)
+    }
+
     /// Waits until the guest of a server has written to its console.
     pub(crate) fn first_word(&self, id: &str) {
         let path = self.base.path().join("state/servers").join(id).join("console.ring");
@@ -220,7 +241,7 @@ pub(crate) fn id(answer: &Value) -> String {
     answer["resource"]["id"].as_str().unwrap_or_else(|| panic!("no resource in {answer}")).to_owned()
 }
 
-fn write_image(directory: &Path, probe: &Path) {
+fn write_image(directory: &Path, probe: &Path, words: &str) {
     std::fs::create_dir_all(directory).expect("the import directory");
     let part = |name: &str, bytes: &[u8]| {
         std::fs::write(directory.join(name), bytes).expect("an image's file");
@@ -236,7 +257,7 @@ fn write_image(directory: &Path, probe: &Path) {
         "architecture": "x86_64",
         "disk": { "file": "root.raw", "format": "raw", "size_bytes": DISK_BYTES, "sha256": part("root.raw", &disk) },
         "kernel": { "file": "kernel", "sha256": part("kernel", &kernel) },
-        "cmdline": "halt",
+        "cmdline": words,
         "min_memory_bytes": MEMORY_BYTES,
         "min_disk_bytes": DISK_BYTES,
         "default_user": "root",

@@ -12,6 +12,7 @@ mod vmm_driver;
 
 mod api;
 mod client;
+mod clone;
 mod create;
 mod density;
 mod disk;
@@ -24,6 +25,7 @@ mod migrate;
 mod net;
 mod process;
 mod rows;
+mod snapshot;
 mod start;
 mod toft;
 
@@ -48,6 +50,16 @@ const GROUPS: &[Group] = &[
         name: "create",
         what: "from the request for a server to its guest's first output; deletion; servers a second",
         run: create::run,
+    },
+    Group {
+        name: "clone",
+        what: "from exec to the first progress of a machine that was saved; 100 clones of a snapshot",
+        run: clone::run,
+    },
+    Group {
+        name: "snapshot",
+        what: "how long a guest makes no progress while its memory is saved",
+        run: snapshot::run,
     },
     Group { name: "api", what: "reads and lists over TCP with a token; the daemon's memory", run: api::run },
     Group {

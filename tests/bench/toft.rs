@@ -15,8 +15,9 @@ use wire::control;
 use wire::launch::{self, JailUser, Rlimits, fd};
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::Console;
+use wire::saved::{Clock, Counters, Identity, MemoryUse, RestoreSpec, Then};
 
-use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, program, readable};
+use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Saved, program, readable};
 
 /// Ids that no process on this host has.
 const ID: u32 = 0x7000_0000;
@@ -47,13 +48,17 @@ impl Files {
         machine.spec.console = Console { ring: machine.add(file) };
     }
 
-    /// Boots the machine and waits until its console holds `text`, which any output does when it is empty; answers when
-    /// that was.
+    /// Boots the machine and waits as [`Files::until`] does.
     fn boot(&self, machine: &Machine, text: &str, patience: Duration) -> Instant {
+        self.until(control::Command::Boot(Box::new(machine.spec.clone())), machine, text, patience)
+    }
+
+    /// Gives the command that makes the machine and waits until its console holds `text`, which any output does when it is
+    /// empty; answers when that was.
+    fn until(&self, command: control::Command, machine: &Machine, text: &str, patience: Duration) -> Instant {
         let channel = Channel::new(Socket::connect(&self.directory.path().join("control.sock")).unwrap());
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
-        let boot = control::Command::Boot(Box::new(machine.spec.clone()));
-        channel.send(&control::Request { id: 1, command: boot }, &descriptors).unwrap();
+        channel.send(&control::Request { id: 1, command }, &descriptors).unwrap();
         // Asked for at once, so that the VMM finds it as soon as the machine runs.
         let watch = |id, seen| {
             let command = control::Command::WatchConsole { seen };
@@ -116,6 +121,35 @@ pub(crate) fn start_vmm(machine: Machine) -> (Running, f64) {
 pub(crate) fn start_vmm_until(mut machine: Machine, text: &str, patience: Duration) -> (Running, f64) {
     let files = Files::new();
     files.console(&mut machine);
+    let command = control::Command::Boot(Box::new(machine.spec.clone()));
+    in_jail(files, command, &machine, text, patience)
+}
+
+/// As [`start_vmm`], but for a machine that goes on from where it was saved, as one that is another from then on.
+pub(crate) fn restore_vmm(mut machine: Machine, saved: &Saved) -> (Running, f64) {
+    let files = Files::new();
+    files.console(&mut machine);
+    let spec = RestoreSpec {
+        state: machine.add(saved.state.try_clone().unwrap()),
+        root: saved.report.root,
+        memory: machine.add(saved.memory.try_clone().unwrap()),
+        machine: machine.spec.clone(),
+        how: MemoryUse::Private,
+        clock: Clock::Advance,
+        counters: Counters::Fresh,
+        identity: Identity::New,
+        then: Then::Run,
+    };
+    in_jail(files, control::Command::Restore(Box::new(spec)), &machine, "", PATIENCE)
+}
+
+fn in_jail(
+    files: Files,
+    command: control::Command,
+    machine: &Machine,
+    text: &str,
+    patience: Duration,
+) -> (Running, f64) {
     let null = File::open("/dev/null").unwrap();
     let executable = File::open(program()).unwrap();
     let program = Program {
@@ -136,7 +170,7 @@ pub(crate) fn start_vmm_until(mut machine: Machine, text: &str, patience: Durati
     let started =
         sys::jail::spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
     let running = Running { pidfd: started.pidfd, files };
-    let first = running.files.boot(&machine, text, patience);
+    let first = running.files.until(command, machine, text, patience);
     (running, first.duration_since(started.executed_at).as_secs_f64() * 1e3)
 }
 

@@ -153,7 +153,7 @@ impl Sweep {
     async fn back_to_rest(&mut self) {
         let state = self.server().await.map(|server| text(&server["state"]));
         match (self.verb, state.as_deref()) {
-            (Verb::Create | Verb::Delete, None) => self.forget_subject(),
+            (Verb::Create | Verb::Clone | Verb::Delete, None) => self.forget_subject(),
             (Verb::Pause, Some("running")) | (Verb::Resume, Some("running")) => {}
             (Verb::Resume, Some("paused")) => self.act("resume", 0).await,
             // Its VMM died on the way back: its disks are those of the snapshot, whose memory is kept for a start.
@@ -168,7 +168,9 @@ fn points_with(victim: Victim, verb: Verb, points: &[String]) -> &[String] {
     // A daemon starts its launcher with its first VMM.
     let spawned = points.iter().position(|point| point == "server.spawned:1");
     match (victim, verb) {
-        (Victim::Launcher, _) | (_, Verb::Create | Verb::Start) => &points[spawned.unwrap_or(points.len())..],
+        (Victim::Launcher, _) | (_, Verb::Create | Verb::Clone | Verb::Start) => {
+            &points[spawned.unwrap_or(points.len())..]
+        }
         _ => points,
     }
 }
@@ -232,6 +234,11 @@ fn a_resume_ends_whoever_dies_meanwhile() {
 #[test]
 fn a_snapshot_ends_whoever_dies_meanwhile() {
     inside("held::a_snapshot_ends_whoever_dies_meanwhile", struck_everywhere(Verb::Snapshot));
+}
+
+#[test]
+fn a_clone_ends_whoever_dies_meanwhile() {
+    inside("held::a_clone_ends_whoever_dies_meanwhile", struck_everywhere(Verb::Clone));
 }
 
 #[test]

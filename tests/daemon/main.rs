@@ -10,6 +10,7 @@ mod daemon;
 #[path = "../support/world.rs"]
 mod world;
 
+mod clones;
 mod deaths;
 mod held;
 mod hostile;

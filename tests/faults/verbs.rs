@@ -390,6 +390,13 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["snapshot", "create", "www", "--name", "kept"], 4);
     cli.fails(&["snapshot", "create", "reader", "--memory"], 4);
     cli.fails(&["snapshot", "create", "nothing"], 3);
+    let cloned = cli.json(&["--wait", "snapshot", "clone", "kept", "--name", "twin", "--count", "2"]);
+    assert_eq!(cloned[1]["operation"]["state"], "succeeded", "{cloned}");
+    for name in ["twin-1", "twin-2"] {
+        assert_eq!(cli.json(&["server", "show", name])["identity"], "unchanged");
+        cli.ok(&["--wait", "server", "delete", name]);
+    }
+    cli.fails(&["snapshot", "clone", "kept", "--name", "twin", "--count", "101"], 2);
     // What it has in memory since is not lost by mistake.
     cli.fails(&["server", "restore", "www", "kept"], 4);
     cli.fails(&["server", "restore", "reader", "kept"], 2);
@@ -408,6 +415,10 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["snapshot", "export", "nothing", "-"], 3);
     let twin = cli.json(&["--wait", "snapshot", "import", file, "--name", "twin"]);
     assert_eq!((twin["state"].as_str(), &twin["taken_at"]), (Some("ready"), &taken["taken_at"]), "{twin}");
+    // Memory that came in was compared as it came, and is shared as any other.
+    cli.ok(&["--wait", "snapshot", "clone", "twin", "--name", "afar"]);
+    assert_eq!(cli.json(&["server", "show", "afar"])["state"], "running");
+    cli.ok(&["--wait", "server", "delete", "afar"]);
     cli.fails(&["snapshot", "import", file], 4);
     std::fs::write(file, &std::fs::read(file).unwrap()[..10]).unwrap();
     cli.fails(&["snapshot", "import", file, "--name", "cut"], 2);

@@ -35,8 +35,13 @@ fn a_saved_machine_goes_on_in_another_process_and_its_clock_with_it() {
     let before = ticks(&vmm.console());
     let stats = vmm.stats();
     assert!(saved.report.memory_bytes >= 16 << 20 && saved.report.memory_bytes < 40 << 20);
-    for how in [MemoryUse::Private, MemoryUse::Copy] {
-        let mut next = Vmm::restore(probe(words), &saved, |spec| spec.how = how);
+    let ways = [MemoryUse::Private, MemoryUse::Copy];
+    for (how, is_ready) in ways.into_iter().flat_map(|how| [(how, false), (how, true)]) {
+        let mut next = Vmm::start();
+        if is_ready {
+            next.command(Command::Prepare(probe(words).spec.chassis())).unwrap();
+        }
+        next.try_restore(probe(words), &saved, |spec| spec.how = how).unwrap();
         next.wait_for_console(" ns=");
         next.wait_for_console("stopped=0");
         let after = ticks(&next.console());
@@ -67,11 +72,17 @@ fn four_vcpus_and_patterns_on_both_sides_of_the_hole_survive() {
     vmm.command(Command::Pause).unwrap();
     let saved = vmm.save();
     drop(vmm);
-    let mut next = Vmm::restore(machine(), &saved, |spec| spec.how = MemoryUse::Copy);
-    let stats = next.stats();
-    next.wait_for_console("dirty pass");
-    assert!(!next.console().contains("FAILED"), "{}", next.console());
-    assert_eq!(stats.vcpus.len(), 4);
+    for (how, is_ready) in [(MemoryUse::Copy, false), (MemoryUse::Private, true)] {
+        let mut next = Vmm::start();
+        if is_ready {
+            next.command(Command::Prepare(machine().spec.chassis())).unwrap();
+        }
+        next.try_restore(machine(), &saved, |spec| spec.how = how).unwrap();
+        let stats = next.stats();
+        next.wait_for_console("dirty pass");
+        assert!(!next.console().contains("FAILED"), "{}", next.console());
+        assert_eq!(stats.vcpus.len(), 4);
+    }
 }
 
 #[test]

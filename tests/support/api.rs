@@ -47,7 +47,9 @@ impl Answer {
 
     /// The operation that was accepted; panics with the whole answer when none was.
     pub(crate) fn operation(&self) -> String {
-        match self.body["operation"]["id"].as_str() {
+        // Of several, all of which one call makes or none, the first stands for the rest.
+        let one = self.body.pointer("/operation/id").or_else(|| self.body.pointer("/items/0/operation/id"));
+        match one.and_then(Value::as_str) {
             Some(id) => id.to_owned(),
             None => panic!("no operation was accepted: {} {}", self.status, self.body),
         }

@@ -56,6 +56,8 @@ pub enum Guest {
     CannotPause,
     /// Its memory cannot be saved.
     CannotSave,
+    /// The VMM keeps what it has saved open.
+    KeepsSaved,
     /// Its serial port takes no input.
     Deaf,
 }
@@ -113,6 +115,7 @@ struct Inside {
     resets: u64,
     presses: u32,
     save: Option<SaveStatus>,
+    kept: Vec<File>,
     restored: bool,
     sandbox: Sandbox,
 }
@@ -701,6 +704,10 @@ impl Running {
     }
 
     fn write_save(&self, files: [File; 2]) {
+        if self.guest == Guest::KeepsSaved {
+            let twins = files.iter().map(|file| file.try_clone().expect("a descriptor"));
+            lock(&self.vmm.inside).kept.extend(twins);
+        }
         let saves = self.kernel.saves.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let memory_bytes = self.vmm.spec().map_or(0, |spec| spec.memory_bytes);
         let saved = Section { name: "saves", version: 1, bytes: saves.to_le_bytes().to_vec() };

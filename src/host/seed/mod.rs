@@ -21,6 +21,12 @@ use crate::volumes::files::{self, Durability};
 /// than two thirds of it.
 pub const SEED_BYTES: usize = 1 << 20;
 
+/// Sizes that seeds of one descent go through, one after the other: only neighbours have to differ.
+const SIZES: u32 = 8;
+
+/// What each is larger than the one before, in bytes.
+const SIZE_STEP: usize = 4096;
+
 /// Label that cloud-init looks for, padded as FAT stores it.
 const LABEL: [u8; 11] = *b"CIDATA     ";
 
@@ -39,6 +45,9 @@ pub struct Seed<'a> {
     pub user_data: Option<&'a str>,
     /// Interfaces, in order.
     pub nics: Vec<SeedNic>,
+    /// How many clones with memory lead to the server. The disk has another size than that of the one it was cloned from,
+    /// by which a guest's kernel is told that there is something new to read.
+    pub descent: u32,
 }
 
 /// One interface.
@@ -71,7 +80,7 @@ pub fn write(path: &Path, seed: &Seed<'_>) -> Result<()> {
 impl Seed<'_> {
     /// The disk's bytes. Fails only when the data does not fit, which the model's limits rule out.
     pub fn disk(&self) -> io::Result<Vec<u8>> {
-        let mut disk = vec![0; SEED_BYTES];
+        let mut disk = vec![0; SEED_BYTES + (self.descent % SIZES) as usize * SIZE_STEP];
         let options = FormatVolumeOptions::new()
             .fat_type(FatType::Fat12)
             .bytes_per_cluster(4096)

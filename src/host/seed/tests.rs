@@ -36,6 +36,7 @@ impl Owned {
             ssh_keys: &self.keys,
             user_data: self.user_data.as_deref(),
             nics: self.nics.clone(),
+            descent: 0,
         }
     }
 
@@ -123,4 +124,13 @@ fn the_file_is_replaced_as_a_whole_and_private() {
     assert_eq!(std::fs::read(&path).unwrap(), owned.disk());
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_clone_has_a_seed_of_another_size_than_the_server_it_goes_on_from() {
+    let sample = Owned::new();
+    let sizes: Vec<usize> =
+        (0..20).map(|descent| Seed { descent, ..sample.seed() }.disk().unwrap().len()).collect();
+    assert!(sizes.windows(2).all(|pair| pair[0] != pair[1]), "{sizes:?}");
+    assert!(sizes.iter().all(|size| size.is_multiple_of(512) && *size < SEED_BYTES * 2));
 }

@@ -92,6 +92,8 @@ pub(super) fn server(
         isolation: spec.isolation,
         sandbox: None,
         cage: None,
+        identity: None,
+        descent: 0,
         generation: 1,
         created_at: now,
         updated_at: now,
@@ -120,7 +122,7 @@ pub(super) fn before_start(workshop: &Workshop, record: &ServerRecord) -> Result
     record.nics.iter().try_for_each(|nic| workshop.networks.check_ready(nic.network_id))
 }
 
-fn reserve(tx: &Tx<'_>, record: &ServerRecord, wanted: Vec<CreateNic>) -> Result<Vec<ServerNic>> {
+pub(super) fn reserve(tx: &Tx<'_>, record: &ServerRecord, wanted: Vec<CreateNic>) -> Result<Vec<ServerNic>> {
     let mut nics = Vec::new();
     for (index, nic) in (0u8..).zip(wanted) {
         let network = Networks::resolve(tx, nic.network.as_deref()).map_err(|cause| match cause.code {
@@ -163,7 +165,7 @@ fn disk_size(spec: &CreateServer, image_bytes: u64) -> Result<Option<u64>> {
 }
 
 /// Unique whatever earlier servers of that name have left behind.
-fn volume_name(server: &Name, id: ServerId) -> Result<Name> {
+pub(super) fn volume_name(server: &Name, id: ServerId) -> Result<Name> {
     let digits = id.0.simple().to_string();
     let tail = format!("-root-{}", &digits[digits.len() - 8..]);
     let mut head = server.as_str();

@@ -234,6 +234,7 @@ async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> 
             ssh_keys: &record.ssh_keys,
             user_data: record.user_data.as_deref(),
             nics,
+            descent: record.descent,
         };
         fresh_seed(&path, &seed)
     })

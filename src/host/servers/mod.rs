@@ -12,7 +12,7 @@ use model::server::{
     ServerIsolation, ServerMetrics, ServerPlan, StopServer,
 };
 use model::snapshot::{CreateSnapshot, Snapshot};
-use model::{Code, ConsoleReaderId, Name, OperationId, ServerId, SnapshotId, VolumeId};
+use model::{Code, ConsoleReaderId, OperationId, ServerId, SnapshotId, VolumeId};
 use rusqlite::Connection;
 use wire::control::{Command, Reply};
 
@@ -29,6 +29,7 @@ mod actor;
 mod advance;
 mod bulk;
 pub mod capacity;
+mod clone;
 mod console;
 mod create;
 mod effects;
@@ -49,9 +50,10 @@ mod snapshot;
 mod telling;
 mod view;
 
+pub(crate) use clone::users_of_snapshot;
 use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
-use lifecycle::{Ask, Phase, SavedOf};
+use lifecycle::{Ask, Phase};
 pub(crate) use machine::make_directory;
 pub use readers::Kicked;
 use record::ServerRecord;
@@ -478,16 +480,6 @@ pub(crate) fn check_not_moving(connection: &Connection, id: ServerId) -> Result<
 pub(crate) fn actions_unless_off(connection: &Connection, id: ServerId) -> Result<Option<Vec<String>>> {
     let record: Option<ServerRecord> = records::find(connection, id.0)?;
     Ok(record.filter(|record| !record.life.is_off()).map(|record| view::allowed_actions(&record)))
-}
-
-/// For `snapshots`: names of the servers that go back to one, or are to go on from its memory.
-pub(crate) fn users_of_snapshot(connection: &Connection, snapshot: SnapshotId) -> Result<Vec<Name>> {
-    let all: Vec<ServerRecord> = records::all(connection)?;
-    let needs = |record: &ServerRecord| {
-        let from = record.life.saved.map(|saved| saved.of);
-        record.life.phase.returns_to() == Some(snapshot) || from == Some(SavedOf::Snapshot { id: snapshot })
-    };
-    Ok(all.into_iter().filter(needs).map(|record| record.name).collect())
 }
 
 /// For `volumes`: those beside which a copy lies that takes their place.

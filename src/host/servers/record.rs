@@ -1,6 +1,7 @@
 //! A server as it is kept: what was asked for, what it has, and its life. Never shown; see `view`.
 //! It knows SQL only through the shared shape of records.
 use model::server::{CacheMode, CpuTemplate, DiskLimits, Isolation, RestartPolicy, ServerNic};
+use model::snapshot::GuestIdentity;
 use model::{Code, ImageId, Labels, Name, ServerId, Time, VolumeId};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
@@ -76,6 +77,13 @@ pub struct ServerRecord {
     /// Name of the control groups of its latest VMM; its id when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cage: Option<String>,
+    /// Of a clone with memory: whether its guest has become another one.
+    #[serde(default)]
+    pub identity: Option<GuestIdentity>,
+    /// How many clones with memory lead to it. Each has a seed disk of another size than the one before, by which its
+    /// guest is told to read it again.
+    #[serde(default)]
+    pub descent: u32,
     /// Version.
     pub generation: u64,
     /// When it was made.

@@ -96,7 +96,7 @@ impl Doing {
         };
         let (directory, names) = match saved.of {
             SavedOf::Hibernation => (self.workshop.core.dirs.server(self.record.id), [STATE, MEMORY]),
-            SavedOf::Snapshot { id } => {
+            SavedOf::Snapshot { id } | SavedOf::Clone { snapshot: id } => {
                 (self.workshop.snapshots.directory(id), [snapshots::STATE, snapshots::MEMORY])
             }
         };
@@ -108,18 +108,22 @@ impl Doing {
             state: descriptors.add(state),
             root: saved.root,
             memory: descriptors.add(memory),
-            // Into memory of its own, every part compared with what was saved.
-            how: MemoryUse::Copy,
+            how: match saved.of {
+                // Into memory of its own, every part compared with what was saved.
+                SavedOf::Hibernation | SavedOf::Snapshot { .. } => MemoryUse::Copy,
+                // The files of a snapshot never change, and it is read as it is used.
+                SavedOf::Clone { .. } => MemoryUse::Private,
+            },
             clock: Clock::Advance,
             counters: match saved.of {
                 SavedOf::Hibernation => Counters::Continue,
                 // What was counted then has been counted on since.
-                SavedOf::Snapshot { .. } => Counters::Fresh,
+                SavedOf::Snapshot { .. } | SavedOf::Clone { .. } => Counters::Fresh,
             },
             identity: match saved.of {
                 SavedOf::Hibernation => Identity::Same,
                 // Random numbers that the guest drew after that moment must not be drawn again.
-                SavedOf::Snapshot { .. } => Identity::New,
+                SavedOf::Snapshot { .. } | SavedOf::Clone { .. } => Identity::New,
             },
             then: Then::Stay,
         };

@@ -121,6 +121,7 @@ fn describe(
             .iter()
             .map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits })
             .collect(),
+        descent: server.descent,
     };
     Ok(SnapshotRecord { shown, root: None, origin })
 }

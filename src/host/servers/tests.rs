@@ -14,6 +14,7 @@ use crate::stage::{self, Stage, created, ended, keyed, server, succeeded, until}
 use crate::{Call, Error};
 
 mod bulk;
+mod clone;
 mod console;
 mod hibernate;
 mod hostile;

@@ -47,6 +47,7 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         restart_policy: record.restart_policy,
         restart: restart(life),
         isolation: record.isolation,
+        identity: record.identity,
         generation: record.generation,
         created_at: record.created_at,
         updated_at: record.updated_at,

@@ -80,8 +80,16 @@ pub(super) struct Head {
     pub(super) user_data: Option<String>,
     pub(super) restart_policy: RestartPolicy,
     pub(super) isolation: Isolation,
+    /// How many clones with memory led to the server: by it a clone's seed disk has another size than the one its guest knows.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(super) descent: u32,
     /// Bytes that all frames hold.
     pub(super) data_bytes: u64,
+}
+
+/// Hosts that know nothing of clones take in what is none.
+fn is_zero(descent: &u32) -> bool {
+    *descent == 0
 }
 
 /// What the server boots from: an image is known by what is in it.

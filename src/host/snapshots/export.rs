@@ -103,6 +103,7 @@ fn head(connection: &Connection, record: SnapshotRecord, state_bytes: u64) -> Re
         user_data: origin.user_data,
         restart_policy: origin.restart_policy,
         isolation: origin.isolation,
+        descent: origin.descent,
         data_bytes: 0,
     })
 }

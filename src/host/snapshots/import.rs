@@ -139,6 +139,7 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         isolation: head.isolation,
         nics,
         disks: head.disks.iter().map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits }).collect(),
+        descent: head.descent,
     };
     record::insert(tx, &SnapshotRecord { shown: shown.clone(), root: None, origin }, actor)?;
     let resources = vec![Resource::Snapshot(id)];

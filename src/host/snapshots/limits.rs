@@ -4,6 +4,12 @@ use std::time::Duration;
 /// Longest sleep for an expiry before the clock is read again: so late one may be behind a clock that was set.
 pub const CLOCK: Duration = Duration::from_secs(30);
 
+/// How long a VMM may keep a file open that it has written to its end.
+pub const LET_GO: Duration = Duration::from_secs(5);
+
+/// Pause between two looks at whether it has.
+pub const LET_GO_AGAIN: Duration = Duration::from_millis(2);
+
 /// Longest head of an exported snapshot in bytes: 64 keys of 8 KiB and 64 KiB of user data, some of it escaped.
 pub const HEAD_BYTES_MAX: usize = 1 << 20;
 

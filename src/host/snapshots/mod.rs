@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
@@ -281,7 +281,8 @@ pub(crate) fn make_directory(directory: &Path) -> Result<()> {
         .map_err(|cause| Error::file(format!("cannot make {}", directory.display()), cause))
 }
 
-/// Puts every file of it on its medium; answers what they take of it, in bytes.
+/// Puts every file of it on its medium; answers what they take of it, in bytes. A VMM wrote some of them and is to have let
+/// go: from here on they never change, whoever takes it over.
 pub(crate) fn flush(directory: &Path) -> Result<u64> {
     let failed = |cause| Error::file(format!("cannot flush {}", directory.display()), cause);
     let mut stored_bytes = 0u64;
@@ -289,11 +290,32 @@ pub(crate) fn flush(directory: &Path) -> Result<u64> {
         let path: PathBuf = entry.map_err(failed)?.path();
         let file = File::open(&path).map_err(failed)?;
         file.sync_all().map_err(failed)?;
+        await_last_writer(&file, &path)?;
         stored_bytes = stored_bytes.saturating_add(crate::volumes::used_bytes(file.metadata()));
     }
     files::sync_parent(&directory.join(STATE)).map_err(failed)?;
     files::sync_parent(directory).map_err(failed)?;
     Ok(stored_bytes)
+}
+
+/// Waits until nobody can write to a file any more. A VMM closes its files just behind its word that they are complete.
+fn await_last_writer(file: &File, path: &Path) -> Result<()> {
+    let end = Instant::now() + limits::LET_GO;
+    loop {
+        match sys::lease::is_final(file) {
+            Ok(true) => return Ok(()),
+            Ok(false) if Instant::now() < end => std::thread::sleep(limits::LET_GO_AGAIN),
+            Ok(false) => {
+                let detail = format!("the VMM does not let go of {}, which it was to write", path.display());
+                return Err(Error::new(Code::MachineFailed, detail));
+            }
+            Err(cause) => {
+                // Only on a file system that has no leases.
+                tracing::warn!("whether {} is final cannot be told: {cause}", path.display());
+                return Ok(());
+            }
+        }
+    }
 }
 
 /// Files of a machine's memory in a snapshot's directory.

@@ -57,6 +57,9 @@ pub(crate) struct Origin {
     pub nics: Vec<ServerNic>,
     /// How each disk is used, the root disk first.
     pub disks: Vec<OriginDisk>,
+    /// How many clones with memory led to the server.
+    #[serde(default)]
+    pub descent: u32,
 }
 
 /// How a disk is used.

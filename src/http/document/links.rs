@@ -25,7 +25,7 @@ const OF_SERVER: &[&str] = &[
 ];
 const OF_IMAGE: &[&str] = &["read_image", "update_image", "delete_image"];
 const OF_VOLUME: &[&str] = &["read_volume", "update_volume", "delete_volume"];
-const OF_SNAPSHOT: &[&str] = &["read_snapshot", "update_snapshot", "delete_snapshot"];
+const OF_SNAPSHOT: &[&str] = &["read_snapshot", "update_snapshot", "delete_snapshot", "clone_snapshot"];
 const OF_NETWORK: &[&str] = &["read_network", "update_network", "delete_network"];
 const OF_OPERATION: &[&str] = &["read_operation", "cancel_operation"];
 

@@ -70,7 +70,7 @@ actions! {
 
 /// With `wait`, answers 200 with every operation's end if all come in time; the work goes on by itself, so one wait
 /// after the other takes as long as the longest.
-async fn answered(
+pub(crate) async fn answered(
     api: &Api,
     mut answer: Answer<BulkActions>,
     wait: Option<Duration>,

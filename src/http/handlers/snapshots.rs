@@ -8,15 +8,17 @@ use futures_util::stream::unfold;
 use host::snapshots::Export;
 use model::operation::Accepted;
 use model::page::Page;
-use model::snapshot::{CreateSnapshot, ImportSnapshot, PatchSnapshot, Snapshot};
+use model::server::BulkActions;
+use model::snapshot::{CloneSnapshot, CreateSnapshot, ImportSnapshot, PatchSnapshot, Snapshot};
 use model::{Name, ServerId, SnapshotId};
 use serde::Deserialize;
 use tokio::sync::OwnedSemaphorePermit;
 use utoipa::IntoParams;
 
+use super::bulk;
 use crate::answer;
 use crate::body;
-use crate::call::{Head, Mutation, Optional, Patch, Removable};
+use crate::call::{Head, Json, Mutation, Optional, Patch, Removable};
 use crate::closing::Closing;
 use crate::error::Failure;
 use crate::page::Fields;
@@ -49,6 +51,29 @@ pub(crate) async fn take(
     let taken =
         answer::undisturbed(async move { Ok(host.servers().snapshot(&call, id, spec).await?) }).await?;
     answer::accepted(&api, taken, wait, StatusCode::CREATED, |snapshot| fresh(&api, snapshot)).await
+}
+
+/// Makes servers that go on from where a snapshot with memory was taken: each has a disk, hardware addresses, addresses
+/// and a name of its own, and shares the snapshot's memory until it writes. All are recorded in one transaction: when one
+/// cannot be made, none is. `identity` of each says whether its guest knows that it is another.
+#[utoipa::path(post, path = "/v1/snapshots/{id}/actions/clone", tag = "snapshots",
+    operation_id = "clone_snapshot",
+    params(("id" = SnapshotId, Path, description = "The snapshot.")),
+    request_body = CloneSnapshot,
+    responses(
+        (status = 200, description = "With `Prefer: wait`: every operation has ended.", body = BulkActions),
+        (status = 202, description = "The operation that makes each server.", body = BulkActions),
+    ))]
+pub(crate) async fn clone(
+    State(api): State<Api>,
+    Id(id): Id<SnapshotId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Json(spec), wait }: Mutation<Json<CloneSnapshot>>,
+) -> Result<Response, Failure> {
+    let host = api.host.clone();
+    let made =
+        answer::undisturbed(async move { Ok(host.servers().clone_snapshot(&call, id, spec).await?) }).await?;
+    bulk::answered(&api, made, wait).await
 }
 
 /// Lists snapshots.

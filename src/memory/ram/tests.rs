@@ -1,4 +1,6 @@
-use vm_memory::Bytes;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 
@@ -47,4 +49,43 @@ fn a_range_that_is_not_all_ram_is_not_discarded() {
             "{start:#x}+{bytes:#x}"
         );
     }
+}
+
+#[test]
+fn memory_that_a_file_replaces_lies_where_it_lay_and_leaves_the_file_alone() {
+    let bytes = 3 * GIB + 4 * MIB;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(bytes).unwrap();
+    for (offset, value) in [(4096, 1u8), (3 * GIB - 4096, 2), (3 * GIB, 3), (3 * GIB + 2 * MIB, 4)] {
+        file.write_all_at(&[value; 4096], offset).unwrap();
+    }
+    let places = |ram: &Ram| ram.iter().map(|region| region.as_ptr() as usize).collect::<Vec<_>>();
+    let unused = new(bytes).unwrap();
+    let before = places(&unused);
+    let mapping = Arc::downgrade(&unused);
+    let ram = replace(unused, file.try_clone().unwrap()).unwrap();
+    assert_eq!(places(&ram), before);
+    let cases = [(4096, 1), (3 * GIB - 4096, 2), (4 * GIB, 3), (4 * GIB + 2 * MIB, 4), (8192, 0)];
+    for (address, value) in cases {
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(address)).unwrap(), value, "{address:#x}");
+        ram.write_obj(9u8, GuestAddress(address)).unwrap();
+    }
+    discard(&ram, GuestAddress(4 * GIB + 2 * MIB), 2 * MIB).unwrap();
+    assert_eq!(ram.read_obj::<u8>(GuestAddress(4 * GIB + 2 * MIB)).unwrap(), 0);
+    let mut byte = [0];
+    for (offset, value) in [(4096, 1), (3 * GIB, 3), (3 * GIB + 2 * MIB, 4)] {
+        file.read_exact_at(&mut byte, offset).unwrap();
+        assert_eq!(byte, [value]);
+    }
+    // The mapping stays as long as any of it is used.
+    assert!(mapping.upgrade().is_some());
+    drop(ram);
+    assert!(mapping.upgrade().is_none());
+}
+
+#[test]
+fn a_file_of_another_length_replaces_nothing() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(MIB).unwrap();
+    assert!(matches!(replace(new(2 * MIB).unwrap(), file), Err(Error::Length { .. })));
 }

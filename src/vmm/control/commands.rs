@@ -169,7 +169,8 @@ impl Shell {
             ));
         }
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
-        self.machine = Some(Machine::restore(&self.host, spec, descriptors, &self.bell)?);
+        let ready = self.ready.take_if(|ready| ready.fits(spec.machine.chassis()));
+        self.machine = Some(Machine::restore(&self.host, spec, descriptors, &self.bell, ready)?);
         self.has_built = true;
         self.tell_all(&Notice::Restored);
         Ok(Reply::Done)

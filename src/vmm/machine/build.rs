@@ -44,8 +44,8 @@ pub(super) enum Origin<'a> {
     },
     /// What another was.
     Saved {
-        /// Complete.
-        ram: Arc<Ram>,
+        /// With its memory, which is complete.
+        chassis: Chassis,
         state: &'a MachineState,
         /// The guest's clock, before anything else is restored: some registers make KVM write what it shows.
         clock_ns: u64,
@@ -65,9 +65,9 @@ pub(super) fn build(
     let (chassis, saved) = match origin {
         Origin::Kernel { ready: Some(chassis) } => (chassis.begin()?, None),
         Origin::Kernel { ready: None } => (Chassis::new(host, spec.chassis())?, None),
-        Origin::Saved { ram, state, clock_ns } => {
-            let admit = |offered: Vec<_>| Ok(cpuid::admit(&state.cpuid, &offered)?);
-            (Chassis::around(host, spec.chassis(), ram, admit)?, Some((state, clock_ns)))
+        Origin::Saved { chassis, state, clock_ns } => {
+            let admit = |offered: &[_]| Ok(cpuid::admit(&state.cpuid, offered)?);
+            (chassis.admitted(admit)?, Some((state, clock_ns)))
         }
     };
     let Chassis { vcpus, vm, ram, shown, .. } = chassis;

@@ -1,5 +1,6 @@
 //! Memory, VM and processors: what all machines of one size have in common, so that it can be there before anybody asks
 //! for one. Nothing of a guest is in it, and no thread belongs to it.
+use std::fs::File;
 use std::sync::Arc;
 
 use kvm::{Host, Irqchip, Vcpu, Vm, cpuid};
@@ -21,18 +22,13 @@ pub(crate) struct Chassis {
 impl Chassis {
     /// Builds one whose memory is all zeros. `size` has been checked.
     pub(crate) fn new(host: &Host, size: machine::Chassis) -> Result<Chassis, Error> {
-        Chassis::around(host, size, memory::new(size.memory_bytes)?, Ok)
+        Chassis::around(host, size, memory::new(size.memory_bytes)?)
     }
 
-    /// Builds one around memory that is there, and shows its guest what `admit` makes of the CPU that it could see here.
-    pub(super) fn around(
-        host: &Host,
-        size: machine::Chassis,
-        ram: Arc<Ram>,
-        admit: impl FnOnce(Vec<cpuid::Entry>) -> Result<Vec<cpuid::Entry>, Error>,
-    ) -> Result<Chassis, Error> {
+    /// Builds one around memory that is there.
+    pub(super) fn around(host: &Host, size: machine::Chassis, ram: Arc<Ram>) -> Result<Chassis, Error> {
         let vm = Vm::new(host, Arc::clone(&ram), Irqchip::Kernel)?;
-        let shown = admit(offered(host, size)?)?;
+        let shown = offered(host, size)?;
         let mut vcpus = Vec::new();
         for index in 0..size.vcpus {
             let vcpu = Vcpu::new(&vm, index)?;
@@ -40,6 +36,27 @@ impl Chassis {
             vcpus.push(vcpu);
         }
         Ok(Chassis { vcpus, vm, ram, shown, size })
+    }
+
+    /// Puts memory that is in a file in the place of its own, at the same addresses, and keeps what is written to it to itself.
+    pub(super) fn over(self, file: File) -> Result<Chassis, Error> {
+        let Chassis { vcpus, vm, ram, shown, size } = self;
+        Ok(Chassis { vcpus, vm, ram: memory::replace(ram, file)?, shown, size })
+    }
+
+    /// Shows its guest what `admit` makes of the CPU that it could see here.
+    pub(super) fn admitted(
+        mut self,
+        admit: impl FnOnce(&[cpuid::Entry]) -> Result<Vec<cpuid::Entry>, Error>,
+    ) -> Result<Chassis, Error> {
+        let admitted = admit(&self.shown)?;
+        if admitted != self.shown {
+            for (index, vcpu) in (0u8..).zip(&self.vcpus) {
+                vcpu.show(&cpuid::for_processor(&admitted, index))?;
+            }
+            self.shown = admitted;
+        }
+        Ok(self)
     }
 
     /// Whether a machine of this size can be built on it.

@@ -10,6 +10,7 @@ use wire::machine::FdIndex;
 use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
 
 use super::build::Origin;
+use super::chassis::Chassis;
 use super::save::{Files, shape};
 use super::{Error, Machine, Run, Save};
 use crate::bell::Bell;
@@ -150,9 +151,10 @@ impl Machine {
         contents.shape.check(&shape(&self.plan.spec)).map_err(snapshot::Error::from)?;
         let Some(Moving::Target { ram, .. }) = &mut self.moving else { return Err(Error::Absent) };
         let ram = ram.take().ok_or(Error::Absent)?;
+        let chassis = Chassis::around(host, self.plan.spec.chassis(), ram)?;
         let clock_ns = contents.machine.clock_ns;
         self.lasting.before = contents.counted.stats;
-        self.begin(host, Origin::Saved { ram, state: &contents.machine, clock_ns })?;
+        self.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
         self.run = Run::Paused { clock_ns };
         Ok(())
     }

@@ -10,6 +10,7 @@ use wire::saved::table::Table;
 use wire::saved::{Clock, Counters, Identity, MemoryUse, RestoreSpec, Then};
 
 use super::build::Origin;
+use super::chassis::Chassis;
 use super::save::{Files, shape, wall_ns};
 use super::{Error, Machine, Run};
 use crate::bell::Bell;
@@ -17,25 +18,27 @@ use crate::boot;
 use crate::snapshot;
 
 impl Machine {
-    /// Builds the machine that was saved. `spec` has been checked against the number of descriptors.
+    /// Builds the machine that was saved, on what is `ready` for it if anything is. `spec` has been checked against the
+    /// number of descriptors.
     pub(crate) fn restore(
         host: &Host,
         spec: RestoreSpec,
         descriptors: Vec<OwnedFd>,
         bell: &Arc<Bell>,
+        ready: Option<Chassis>,
     ) -> Result<Machine, Error> {
         let RestoreSpec { machine, state, root, memory, how, clock, counters, identity, then } = spec;
         let mut files = Files::new(descriptors);
         let (state, memory) = (files.take("/state", state)?, files.take("/memory", memory)?);
         let (contents, table) = snapshot::read(&state, root, machine.memory_bytes)?;
         contents.shape.check(&shape(&machine)).map_err(snapshot::Error::from)?;
-        let ram = fill(how, memory, &table, machine.memory_bytes)?;
-        if identity == Identity::New {
-            if how == MemoryUse::Adopt {
-                let detail = "memory that is adopted belongs to the same machine".to_owned();
-                return Err(Error::Invalid { field: "/identity".to_owned(), detail });
-            }
-            boot::renew_generation(&ram)?;
+        if table.memory_bytes != machine.memory_bytes {
+            let detail = format!("/state: its table is one of {} bytes of memory", table.memory_bytes);
+            return Err(Error::Invalid { field: "/machine/memory_bytes".to_owned(), detail });
+        }
+        if (how, identity) == (MemoryUse::Adopt, Identity::New) {
+            let detail = "memory that is adopted belongs to the same machine".to_owned();
+            return Err(Error::Invalid { field: "/identity".to_owned(), detail });
         }
         let clock_ns = match clock {
             Clock::Continue => contents.machine.clock_ns,
@@ -44,11 +47,23 @@ impl Machine {
                 contents.machine.clock_ns.saturating_add(passed_ns)
             }
         };
+        let size = machine.chassis();
         let mut built = Machine::prepare(host, machine, files.0, bell)?;
+        let chassis = match (how, ready) {
+            (MemoryUse::Private, Some(ready)) => ready.over(memory)?,
+            (MemoryUse::Copy, Some(ready)) => {
+                snapshot::copy_in(&ready.ram, &table, &memory)?;
+                ready
+            }
+            _ => Chassis::around(host, size, fill(how, memory, &table)?)?,
+        };
+        if identity == Identity::New {
+            boot::renew_generation(&chassis.ram)?;
+        }
         if counters == Counters::Continue {
             built.lasting.before = contents.counted.stats;
         }
-        built.begin(host, Origin::Saved { ram, state: &contents.machine, clock_ns })?;
+        built.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
         if let (Identity::New, Some(parts)) = (identity, &built.parts) {
             parts.power.tell_generation();
             parts.functions.iter().for_each(|function| function.tell_new_owner());
@@ -61,11 +76,8 @@ impl Machine {
     }
 }
 
-fn fill(how: MemoryUse, file: File, table: &Table, memory_bytes: u64) -> Result<Arc<Ram>, Error> {
-    if table.memory_bytes != memory_bytes {
-        let detail = format!("/state: its table is one of {} bytes of memory", table.memory_bytes);
-        return Err(Error::Invalid { field: "/machine/memory_bytes".to_owned(), detail });
-    }
+fn fill(how: MemoryUse, file: File, table: &Table) -> Result<Arc<Ram>, Error> {
+    let memory_bytes = table.memory_bytes;
     match how {
         MemoryUse::Private => Ok(memory::build(memory_bytes, Backing::Private(file))?),
         MemoryUse::Adopt => Ok(memory::build(memory_bytes, Backing::Adopted(file))?),

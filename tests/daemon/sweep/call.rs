@@ -26,6 +26,7 @@ const SUCCESSORS_LONG: u64 = 12;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verb {
     Create,
+    Clone,
     Start,
     Stop,
     Reboot,
@@ -47,13 +48,13 @@ impl Verb {
 
     /// Whether there is a server between two calls.
     fn keeps_its_server(self) -> bool {
-        !self.is_about_an_image() && !matches!(self, Verb::Create | Verb::Delete)
+        !self.is_about_an_image() && !matches!(self, Verb::Create | Verb::Clone | Verb::Delete)
     }
 
     /// Kind of its operation.
     fn kind(self) -> &'static str {
         match self {
-            Verb::Create => "server.create",
+            Verb::Create | Verb::Clone => "server.create",
             Verb::Start => "server.start",
             Verb::Stop => "server.stop",
             Verb::Reboot | Verb::Reset => "server.reboot",
@@ -91,6 +92,8 @@ pub(crate) struct Sweep {
     subject: Option<String>,
     /// What there is between two calls.
     pub(crate) rest: World,
+    /// Id of the snapshot that calls are about.
+    snapshot: String,
     /// Makes keys that were never used.
     calls: u32,
     /// How many daemons die after the first, each a point later in what it takes up, before one may live.
@@ -107,12 +110,24 @@ impl Sweep {
         let subject = if verb.keeps_its_server() { Some(stage.create(SUBJECT).await) } else { None };
         let rest = stage.look();
         let successors = if std::env::var_os("TOFT_LONG").is_some() { SUCCESSORS_LONG } else { 0 };
-        let mut sweep = Sweep { stage, verb, bystander, bystander_vmm, subject, rest, calls: 0, successors };
+        let mut sweep = Sweep {
+            stage,
+            verb,
+            bystander,
+            bystander_vmm,
+            subject,
+            rest,
+            snapshot: String::new(),
+            calls: 0,
+            successors,
+        };
         if matches!(verb, Verb::Start | Verb::Stop) {
             sweep.act("stop", 0).await;
         }
-        if verb == Verb::Restore {
-            sweep.take(SUBJECT).await;
+        match verb {
+            Verb::Restore => sweep.take(&sweep.subject.clone().expect("a subject")).await,
+            Verb::Clone => sweep.take(&sweep.bystander.clone()).await,
+            _ => {}
         }
         // What is in the background at the first look must have ended, or its end would be a difference.
         sweep.rest = sweep.settled().await;
@@ -147,16 +162,16 @@ impl Sweep {
         self.stage.succeeded(&answer.operation()).await.unwrap();
     }
 
-    /// Takes a snapshot of the subject, with its memory, when its guest has counted once.
-    async fn take(&mut self, name: &str) {
-        let id = self.subject.clone().expect("a subject");
-        let beat = async || (self.stage.beats(&id).await.0 > 0).then_some(());
+    /// Takes a snapshot of a server, with its memory, when its guest has counted once.
+    async fn take(&mut self, id: &str) {
+        let beat = async || (self.stage.beats(id).await.0 > 0).then_some(());
         wait_for("a beat", beat).await.unwrap();
         let key = self.key("take");
-        let body = json!({ "name": name, "memory": true });
+        let body = json!({ "name": SUBJECT, "memory": true });
         let path = format!("/v1/servers/{id}/actions/snapshot");
         let answer = self.stage.call(Method::POST, &path, &key, Some(body)).await;
         self.stage.succeeded(&answer.operation()).await.unwrap();
+        self.snapshot = text(&answer.body["resource"]["id"]);
     }
 
     /// From rest to where the call begins.
@@ -197,7 +212,7 @@ impl Sweep {
     /// From where the call ended back to rest.
     pub(crate) async fn tidy(&mut self) {
         match self.verb {
-            Verb::Create => {
+            Verb::Create | Verb::Clone => {
                 let server = self.server().await.expect("a server");
                 let key = self.key("delete");
                 let path = format!("/v1/servers/{}", text(&server["id"]));
@@ -276,6 +291,10 @@ impl Sweep {
             Verb::Pause => (Method::POST, action("pause"), None),
             Verb::Resume => (Method::POST, action("resume"), None),
             Verb::Snapshot => (Method::POST, action("snapshot"), Some(json!({ "memory": true }))),
+            Verb::Clone => {
+                let path = format!("/v1/snapshots/{}/actions/clone", self.snapshot);
+                (Method::POST, path, Some(json!({ "name": SUBJECT })))
+            }
             Verb::Restore => {
                 (Method::POST, action("restore"), Some(json!({ "snapshot": SUBJECT, "stop": true })))
             }
@@ -294,6 +313,8 @@ impl Sweep {
     pub(crate) async fn reached(&self, before: &Subject) -> Result<(), String> {
         let (state, boots) = match self.verb {
             Verb::Create => (Some("running"), 1),
+            // It goes on from where it was, on a console that has seen no boot.
+            Verb::Clone => (Some("running"), 0),
             Verb::Start | Verb::Reboot | Verb::Reset => (Some("running"), before.boots + 1),
             Verb::Stop => (Some("stopped"), before.boots),
             Verb::Pause => (Some("paused"), before.boots),
@@ -332,7 +353,7 @@ impl Sweep {
         }
         match (self.verb, &now.id) {
             (Verb::Pause, Some(id)) => self.stands_still(id).await,
-            (Verb::Resume | Verb::Snapshot | Verb::Restore, Some(id)) => self.goes_on(id).await,
+            (Verb::Resume | Verb::Snapshot | Verb::Restore | Verb::Clone, Some(id)) => self.goes_on(id).await,
             _ => Ok(()),
         }
     }

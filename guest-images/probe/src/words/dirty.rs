@@ -19,11 +19,13 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
     let mut look = Deadline::in_ms(CONSOLE_MS);
     let mut tell = Deadline::in_ms(REPORT_MS);
     let start = cpu::tsc();
+    let mut gaps = Gaps { seen: start, longest: 0 };
     let (mut written, mut index, mut pass) = (0u64, 0u64, 0u64);
     loop {
         for _ in 0..BATCH {
             let Some(page) = machine.free.page(index) else { crate::fail!("page {index} does not exist") };
             visit(page, pass)?;
+            gaps.look();
             written += 1;
             index += 1;
             if index == pages {
@@ -33,13 +35,15 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
         if mib_per_s != 0 {
             let due_cycles =
                 u128::from(written) * u128::from(clock::tsc_khz()) * 1000 / u128::from(mib_per_s << 8);
-            while u128::from(cpu::tsc() - start) < due_cycles {
+            while u128::from(gaps.look() - start) < due_cycles {
                 core::hint::spin_loop();
             }
         }
         if tell.passed() {
             tell = Deadline::in_ms(REPORT_MS);
-            say!("probe: dirty pass {pass} written_mib={} tsc={}", written >> 8, cpu::tsc());
+            let gap_us = clock::cycles_to_us(gaps.longest);
+            say!("probe: dirty pass {pass} written_mib={} tsc={} gap_us={gap_us}", written >> 8, cpu::tsc());
+            gaps = Gaps { seen: cpu::tsc(), longest: 0 };
         }
         if end.is_some_and(Deadline::passed) {
             break;
@@ -49,6 +53,7 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
             if matches!(console::read(), Some(b'\n' | b'\r')) {
                 break;
             }
+            gaps.seen = cpu::tsc();
         }
     }
     let elapsed_us = clock::cycles_to_us(cpu::tsc() - start).max(1);
@@ -58,6 +63,22 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
         format_args!("mib={} passes={pass} written_mib={} mib_per_s={rate}", pages >> 8, written >> 8),
     );
     Ok(())
+}
+
+/// The longest time without progress, in cycles; what the word itself prints or reads is none.
+struct Gaps {
+    seen: u64,
+    longest: u64,
+}
+
+impl Gaps {
+    /// Looks at the clock; answers what it shows.
+    fn look(&mut self) -> u64 {
+        let now = cpu::tsc();
+        self.longest = self.longest.max(now.saturating_sub(self.seen));
+        self.seen = now;
+        now
+    }
 }
 
 /// Checks what the previous pass left at both ends of the page, then leaves this pass's mark.

@@ -250,7 +250,8 @@ impl Asking {
 
     fn stop(mut self, push: Push) -> Result<Asked, Refused> {
         let phase = self.life.phase.clone();
-        if self.life.saved.take().is_some() {
+        // A clone that is not made yet is made without its memory.
+        if self.life.saved.take().is_some() && !matches!(phase, Phase::Creating { .. }) {
             return self.discard(phase, push);
         }
         match phase {

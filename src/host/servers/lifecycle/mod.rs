@@ -82,6 +82,11 @@ pub enum SavedOf {
     /// Its server hibernated: nobody else goes on from there, and it once. The files are in the server's directory.
     #[default]
     Hibernation,
+    /// A snapshot of another server, whose memory whoever is cloned from it shares until it writes.
+    Clone {
+        /// Which.
+        snapshot: SnapshotId,
+    },
     /// A snapshot, from which machines go on again and again. The files are the snapshot's, which stays until then.
     Snapshot {
         /// Which.
@@ -402,6 +407,16 @@ pub struct Context {
     pub now_ms: i64,
     /// What to do after an unasked end.
     pub policy: RestartPolicy,
+}
+
+impl SavedOf {
+    /// The snapshot that the files are of.
+    pub fn snapshot(self) -> Option<SnapshotId> {
+        match self {
+            SavedOf::Hibernation => None,
+            SavedOf::Snapshot { id } | SavedOf::Clone { snapshot: id } => Some(id),
+        }
+    }
 }
 
 impl Life {

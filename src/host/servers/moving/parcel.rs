@@ -2,6 +2,7 @@
 //! anew. What comes is judged as a caller's words are: another host may have been taken over.
 use model::image::Image;
 use model::server::{CacheMode, CpuTemplate, DiskLimits, Isolation, NicLimits, RestartPolicy, ServerNic};
+use model::snapshot::GuestIdentity;
 use model::volume::{Volume, VolumeFormat, VolumeState};
 use model::{Labels, Name, ServerId, Time};
 use rusqlite::Connection;
@@ -33,6 +34,9 @@ pub(crate) struct Packed {
     user_data: Option<String>,
     restart_policy: RestartPolicy,
     isolation: Isolation,
+    /// Of a clone: whether its guest has become another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    identity: Option<GuestIdentity>,
     /// How it was off.
     back: Back,
     /// Number of its latest machine.
@@ -95,6 +99,9 @@ impl Packed {
             // Those are said of a VMM that is gone.
             sandbox: _,
             cage: _,
+            identity,
+            // It boots there, and its guest reads its seed as any new machine's does.
+            descent: _,
             generation,
             created_at,
             updated_at: _,
@@ -134,6 +141,7 @@ impl Packed {
             user_data,
             restart_policy,
             isolation,
+            identity,
             back,
             run: life.run,
             generation,
@@ -241,6 +249,8 @@ impl Packed {
             isolation: self.isolation,
             sandbox: None,
             cage: None,
+            identity: self.identity,
+            descent: 0,
             // Whoever has read it on the other host sees that it has changed.
             generation: self.generation.saturating_add(1),
             created_at: self.created_at,

@@ -79,6 +79,7 @@ fn the_seed_disk_is_not_opened_behind_a_link() {
         ssh_keys: &[],
         user_data: None,
         nics: Vec::new(),
+        descent: 0,
     };
     let open = |directory: &Path| machine::fresh_seed(&directory.join("seed.img"), &seed);
     std::os::unix::fs::symlink(&elsewhere, &own).unwrap();

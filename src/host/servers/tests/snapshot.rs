@@ -178,6 +178,19 @@ impl Checkpoint for DieAt {
 }
 
 #[tokio::test]
+async fn a_snapshot_that_its_vmm_could_still_write_to_is_none() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    stage.launch.set_guest(Guest::KeepsSaved);
+    let id = created(&host, server("web1")).await.id;
+    let accepted = host.servers().snapshot(&Call::by_host(), id, named("one", true)).await.unwrap().body;
+    let operation = ended(&host, accepted.operation.id).await;
+    assert!(operation.error.unwrap().detail.contains("does not let go"));
+    no_files(&stage);
+    host.close().await;
+}
+
+#[tokio::test]
 async fn a_snapshot_that_fails_leaves_nothing_and_a_server_that_runs() {
     let stage = Stage::new();
     let host = stage.open_with_image().await;

@@ -57,6 +57,7 @@ fn files(directory: &Path) -> Head {
         user_data: None,
         restart_policy: RestartPolicy::default(),
         isolation: Isolation::default(),
+        descent: 3,
         data_bytes: 0,
     }
 }

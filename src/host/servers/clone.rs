@@ -1,0 +1,173 @@
+//! New servers that go on from a snapshot's memory, each with a disk, hardware addresses, addresses and a name of its own.
+//! All of one call are recorded in one transaction, so a daemon that dies has made all of them or none; their actors make
+//! them as they make any server, and restore what others boot. Memory is the snapshot's file, mapped by each machine, which
+//! keeps what it writes to itself. Called by the facade.
+use model::limits as bounds;
+use model::operation::{Operation, Resource};
+use model::server::{BulkAction, BulkActions, CreateNic, ServerNic};
+use model::snapshot::{CloneSnapshot, GuestIdentity, SnapshotState};
+use model::{Code, Labels, Name, OperationId, ServerId, SnapshotId, Time};
+use rusqlite::Connection;
+
+use super::lifecycle::{Life, Saved, SavedOf};
+use super::record::{self, Disk, Held, ServerRecord};
+use super::registry::Workshop;
+use super::{Servers, advance, create};
+use crate::call::{Actor, Answer, Call};
+use crate::error::{Error, Result};
+use crate::operations::{self, NewOperation};
+use crate::snapshots::SnapshotRecord;
+use crate::store::{Tx, records};
+use crate::volumes::{NewVolume, space};
+
+impl Servers {
+    /// Makes servers that go on from where a snapshot was taken, memory and disk. Fails as a create does; then none is
+    /// made.
+    pub async fn clone_snapshot(
+        &self,
+        call: &Call,
+        id: SnapshotId,
+        spec: CloneSnapshot,
+    ) -> Result<Answer<BulkActions>> {
+        let (workshop, conditions) = (self.workshop().clone(), call.clone());
+        let make = move |tx: &Tx<'_>| {
+            let found: SnapshotRecord = records::one(tx, id.0)?;
+            conditions.check_match(found.shown.generation)?;
+            all(tx, &workshop, &found, &spec, &conditions.actor)
+        };
+        let answer = self.workshop().core.mutate(call, make).await?;
+        self.workshop().networks.wake();
+        if !answer.replayed {
+            answer.body.items.iter().for_each(|item| self.registry.poke(item.server_id));
+        }
+        Ok(answer)
+    }
+}
+
+/// For `snapshots`: names of the servers that go back to one, or are to go on from its memory.
+pub(crate) fn users_of_snapshot(connection: &Connection, snapshot: SnapshotId) -> Result<Vec<Name>> {
+    let all: Vec<ServerRecord> = records::all(connection)?;
+    let needs = |record: &ServerRecord| {
+        let from = record.life.saved.and_then(|saved| saved.of.snapshot());
+        record.life.phase.returns_to() == Some(snapshot) || from == Some(snapshot)
+    };
+    Ok(all.into_iter().filter(needs).map(|record| record.name).collect())
+}
+
+fn all(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    found: &SnapshotRecord,
+    spec: &CloneSnapshot,
+    actor: &Actor,
+) -> Result<BulkActions> {
+    let shown = &found.shown;
+    if !(1..=bounds::CLONES_MAX).contains(&spec.count) {
+        let detail = format!("must be between 1 and {}", bounds::CLONES_MAX);
+        return Err(Error::invalid("/count", "out_of_range", detail));
+    }
+    if shown.state != SnapshotState::Ready {
+        let detail = format!("snapshot {} is not ready", shown.name);
+        return Err(Error::new(Code::WrongState, detail));
+    }
+    let Some(root) = found.root else {
+        let detail = format!(
+            "snapshot {} has no memory to go on from; `POST /v1/servers` with `snapshot` makes a server of its disk",
+            shown.name
+        );
+        return Err(Error::new(Code::WrongState, detail));
+    };
+    let disk_bytes = workshop.volumes.snapshot_bytes(shown.id, 0);
+    space::check(&workshop.core.dirs.root().join("volumes"), disk_bytes * u64::from(spec.count), 0)?;
+    let of = SavedOf::Clone { snapshot: shown.id };
+    let saved = Saved { root, stored_bytes: shown.stored_bytes, of };
+    let mut items = Vec::new();
+    for number in 1..=spec.count {
+        let name = numbered(spec, number)?;
+        let (operation, record) = one(tx, workshop, found, saved, (name, spec.labels.clone()), actor)?;
+        let (server_id, name) = (record.id, record.name);
+        items.push(BulkAction { server_id, name, operation: Some(operation), problem: None });
+    }
+    Ok(BulkActions { items })
+}
+
+fn numbered(spec: &CloneSnapshot, number: u16) -> Result<Name> {
+    if spec.count == 1 {
+        return Ok(spec.name.clone());
+    }
+    let text = format!("{}-{number}", spec.name);
+    let too_long = || format!("{text} would be too long a name; choose a shorter one");
+    text.parse().map_err(|_| Error::invalid("/name", "too_long", too_long()))
+}
+
+fn one(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    found: &SnapshotRecord,
+    saved: Saved,
+    (name, labels): (Name, Labels),
+    actor: &Actor,
+) -> Result<(Operation, ServerRecord)> {
+    let (shown, origin) = (&found.shown, &found.origin);
+    let (id, operation_id, now) = (ServerId::new(), OperationId::new(), Time::now());
+    let mut disks = Vec::new();
+    // Servers have one disk or none.
+    for (volume, used) in shown.volumes.iter().zip(&origin.disks) {
+        let new = NewVolume {
+            name: create::volume_name(&name, id)?,
+            labels: Labels::default(),
+            size_bytes: volume.size_bytes,
+            image_id: Some(shown.image_id),
+            snapshot_id: Some(shown.id),
+            server_id: Some(id),
+        };
+        let volume = workshop.volumes.create(tx, new)?;
+        disks.push(Disk { volume_id: volume.id, cache: used.cache, limits: used.limits });
+    }
+    let mut life = Life::new(operation_id, true);
+    life.saved = Some(saved);
+    let mut record = ServerRecord {
+        id,
+        name,
+        description: String::new(),
+        labels,
+        external_ref: None,
+        life,
+        vcpus: shown.vcpus,
+        memory_bytes: shown.memory_bytes,
+        cpu: shown.cpu,
+        held: Held::default(),
+        image_id: shown.image_id,
+        default_user: origin.default_user.clone(),
+        disks,
+        nics: Vec::new(),
+        ssh_keys: origin.ssh_keys.clone(),
+        user_data: origin.user_data.clone(),
+        restart_policy: origin.restart_policy,
+        isolation: origin.isolation,
+        sandbox: None,
+        cage: None,
+        identity: Some(GuestIdentity::Unchanged),
+        descent: origin.descent.wrapping_add(1),
+        generation: 1,
+        created_at: now,
+        updated_at: now,
+        started_at: None,
+    };
+    // On the same networks, with addresses of its own.
+    let again = |nic: &ServerNic| CreateNic {
+        network: Some(nic.network_id.to_string()),
+        ipv4: None,
+        limits: nic.limits,
+    };
+    record.nics = create::reserve(tx, &record, origin.nics.iter().map(again).collect())?;
+    create::before_start(workshop, &record)?;
+    workshop.capacity.admit(tx, &mut record)?;
+    record::insert(tx, &record)?;
+    let mut resources = vec![Resource::Server(id), Resource::Snapshot(shown.id)];
+    resources.extend(record.disks.iter().map(|disk| Resource::Volume(disk.volume_id)));
+    let new = NewOperation { kind: "server.create", resources, actor, cancellable: true };
+    let operation = operations::accept_as(tx, operation_id, new)?;
+    advance::announce(tx, &record, "server.created", Some(actor))?;
+    Ok((operation, record))
+}

@@ -1,0 +1,158 @@
+//! `clone`: how long a machine that was saved takes to go on, by the size of its memory; how long a hundred servers take that
+//! go on from one snapshot, and what each holds of its own.
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use wire::control::Command;
+
+use crate::client::Local;
+use crate::ground::Ground;
+use crate::host::{Host, id};
+use crate::rows::{Report, Series};
+use crate::toft::restore_vmm;
+use crate::vmm_driver::{Machine, Vmm};
+
+/// MiB that the guest has written before it is saved, all with the same pattern.
+const WRITTEN_MIB: u64 = 64;
+
+/// A line each millisecond, so that progress is seen when it is made.
+const TICKS: &str = "ticks=10000000,1";
+
+/// What guests do that are cloned: a line each 20 ms and asleep in between, because a hundred that never sleep would be
+/// measured with each other's noise.
+const BEATS: &str = "beat=20";
+
+/// Memory of the servers that are cloned, in bytes.
+const MEMORY_BYTES: u64 = 512 << 20;
+
+/// Bytes that a clone may have written when it has only just begun to run.
+const DIRTY_KB_MAX: f64 = 1024.0;
+
+/// VMMs that the daemon keeps ready where one clone is asked for after the other.
+const WARM_SHELLS: usize = 2;
+
+/// Time between two of them.
+const IDLE: Duration = Duration::from_millis(100);
+
+const WAIT: Option<&str> = Some("wait=60");
+
+pub(crate) fn run(ground: &Ground, report: &mut Report) {
+    for (case, memory_mib) in [("128 MiB", 128), ("1 GiB", 1024)] {
+        let took = report.add(
+            Series { bench: "restore_ms", case, who: "toft", unit: "ms" },
+            &restores(ground, memory_mib, ground.samples(51, 3)),
+        );
+        report.bar(&format!("restore_ms {case} {took:.2}, at most 4"), took <= 4.0);
+    }
+    let took = report.add(
+        Series { bench: "restore_ms", case: "API, warm shell", who: "toft", unit: "ms" },
+        &through_the_api(ground),
+    );
+    report.bar(&format!("restore_ms through the API {took:.2}, at most 5"), took <= 5.0);
+    hundred(ground, report);
+}
+
+/// Milliseconds from the exec of a VMM to the first line of its guest.
+fn restores(ground: &Ground, memory_mib: u64, samples: usize) -> Vec<f64> {
+    let machine = || {
+        let mut machine = Machine::new(&ground.probe(), &format!("dirty={WRITTEN_MIB},0,50 {TICKS}"));
+        machine.spec.memory_bytes = memory_mib << 20;
+        machine
+    };
+    let mut vmm = Vmm::boot(machine());
+    vmm.wait_for_console("tick 3 ");
+    vmm.command(Command::Pause).expect("it runs");
+    let saved = vmm.save();
+    drop(vmm);
+    (0..samples).map(|_| restore_vmm(machine(), &saved).1).collect()
+}
+
+/// Milliseconds from the request for one clone to the first line of its guest, when a VMM waits for it.
+fn through_the_api(ground: &Ground) -> Vec<f64> {
+    let host = Host::start_with(ground, WARM_SHELLS);
+    let mut client = host.local();
+    let snapshot = snapshot(&host, ground, TICKS, 128 << 20);
+    let mut one = |at: usize| {
+        // What the one before is followed by: its end, and another VMM that waits.
+        std::thread::sleep(IDLE);
+        let begun = Instant::now();
+        let server = clones(&mut client, &snapshot, &format!("one-{at}"), 1).remove(0);
+        host.first_word(&server);
+        let took = begun.elapsed().as_secs_f64() * 1e3;
+        client.call("DELETE", &format!("/v1/servers/{server}"), WAIT, None);
+        took
+    };
+    one(0);
+    (1..=ground.samples(41, 3)).map(one).collect()
+}
+
+/// Takes a snapshot with memory of a server whose guest goes on with these words, and pauses that server.
+fn snapshot(host: &Host, ground: &Ground, words: &str, memory_bytes: u64) -> String {
+    host.import(ground, "counting", &format!("dirty={WRITTEN_MIB},0,50 {words}"));
+    let mut client = host.local();
+    let body = json!({ "name": "first", "image": "counting", "memory_bytes": memory_bytes });
+    let first = id(&client.call("POST", "/v1/servers", WAIT, Some(&body)));
+    while !host.console_log(&first).contains("dirty ok") {}
+    let path = format!("/v1/servers/{first}/actions/snapshot");
+    let body = json!({ "name": "then", "memory": true });
+    let snapshot = id(&client.call("POST", &path, WAIT, Some(&body)));
+    let path = format!("/v1/servers/{first}/actions/pause");
+    client.call("POST", &path, WAIT, None);
+    snapshot
+}
+
+fn hundred(ground: &Ground, report: &mut Report) {
+    let count = ground.samples(100, 3);
+    let host = Host::start(ground);
+    let snapshot = snapshot(&host, ground, BEATS, MEMORY_BYTES);
+    let mut client = host.local();
+    let rounds = ground.samples(5, 1);
+    let (mut took_s, mut dirty_kb, mut charged_kb) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let begun = Instant::now();
+        let servers = clones(&mut client, &snapshot, &format!("clone-{round}"), count);
+        servers.iter().for_each(|server| host.first_word(server));
+        took_s.push(begun.elapsed().as_secs_f64());
+        dirty_kb.extend(private_dirty_kb(&format!("clone-{round}-")));
+        charged_kb.extend(servers.iter().filter_map(|server| host.charged_kb(server)));
+        for server in servers {
+            client.call("DELETE", &format!("/v1/servers/{server}"), WAIT, None);
+        }
+    }
+    let took = report.add(series("clone100_s", "s"), &took_s);
+    report.bar(&format!("clone100_s {took:.2}, at most 1"), took <= 1.0);
+    report.add(series("cgroup_kb", "kB"), &charged_kb);
+    let kb = report.add(series("private_dirty_kb", "kB"), &dirty_kb);
+    report.bar(&format!("private dirty of a clone {kb:.0} kB, at most {DIRTY_KB_MAX}"), kb <= DIRTY_KB_MAX);
+}
+
+fn series<'a>(bench: &'a str, unit: &'a str) -> Series<'a> {
+    Series { bench, case: "512 MiB", who: "toft", unit }
+}
+
+fn clones(client: &mut Local, snapshot: &str, name: &str, count: usize) -> Vec<String> {
+    let body = json!({ "name": name, "count": count });
+    let path = format!("/v1/snapshots/{snapshot}/actions/clone");
+    let answer = client.call("POST", &path, None, Some(&body));
+    let items = answer["items"].as_array().unwrap_or_else(|| panic!("no clones in {answer}"));
+    let server = |item: &Value| item["server_id"].as_str().expect("an id").to_owned();
+    items.iter().map(server).collect()
+}
+
+/// Of the VMMs of servers whose names begin so: all that is theirs alone and written, guest memory included.
+fn private_dirty_kb(label: &str) -> Vec<f64> {
+    let is_one = |pid: &str| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).replace('\0', " ").contains(&format!("machine --label {label}"))
+    };
+    let figure = |pid: String| -> Option<f64> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:"))?;
+        line.trim().trim_end_matches(" kB").parse().ok()
+    };
+    let processes = std::fs::read_dir("/proc").expect("/proc");
+    let pids = processes.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    pids.filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit()) && is_one(pid))
+        .filter_map(figure)
+        .collect()
+}

@@ -1,0 +1,113 @@
+//! Servers that go on from the memory of another, with the real daemon and VMM: each has what that one had at one moment,
+//! in memory and on its disk, nobody sees what another writes, and what nobody has written is there once.
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use hyper::Method;
+use serde_json::{Value, json};
+
+use crate::api::text;
+use crate::daemon::{MEMORY_BYTES, Orders, Stage, wait_for};
+use crate::restores::{IMAGE, act, ledger, reaches};
+use crate::world::inside;
+
+const CLONES: usize = 6;
+
+const WARM: usize = 2;
+
+/// Kilobytes that belong to a process alone and that it has written.
+fn private_dirty_kb(pid: i32) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("a process's memory");
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("a figure");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+async fn many_from_one() {
+    let stage = Stage::new();
+    // The first of them are made of VMMs that wait, the others as they come.
+    stage.open_well_with(Orders { warm_shells: WARM, ..Orders::default() }).await;
+    stage.import_another(IMAGE, "ledger=20").await;
+    let spec = json!({ "name": "web1", "image": IMAGE, "memory_bytes": MEMORY_BYTES });
+    let accepted = stage.call(Method::POST, "/v1/servers", "make", Some(spec)).await;
+    stage.succeeded(&accepted.operation()).await.unwrap();
+    let first = text(&accepted.body["resource"]["id"]);
+    reaches(&stage, &first, 20, 20).await;
+    let taken = json!({ "name": "then", "memory": true });
+    let path = format!("/v1/servers/{first}/actions/snapshot");
+    let snapshot = stage.call(Method::POST, &path, "take", Some(taken)).await;
+    stage.succeeded(&snapshot.operation()).await.unwrap();
+    let snapshot = text(&snapshot.body["resource"]["id"]);
+    let (moment, _) = ledger(&stage, &first).await.last().copied().expect("an entry");
+    reaches(&stage, &first, moment + 20, 0).await;
+
+    let shells = || -> Vec<i32> {
+        let vmms = stage.vmms().into_iter();
+        vmms.filter(|(label, _)| label.starts_with("shell-")).map(|(_, pid)| pid).collect()
+    };
+    let waiting = async || Some(shells()).filter(|found| found.len() == WARM);
+    let waiting = wait_for("VMMs that wait", waiting).await.unwrap();
+    let path = format!("/v1/snapshots/{snapshot}/actions/clone");
+    let begun = Instant::now();
+    let body = json!({ "name": "twin", "count": CLONES, "labels": { "of": "web1" } });
+    let answer = stage.call(Method::POST, &path, "clone", Some(body.clone())).await;
+    let items = answer.body["items"].as_array().expect("items").clone();
+    assert_eq!(items.len(), CLONES);
+    for item in &items {
+        stage.knows(&text(&item["server_id"]));
+        stage.succeeded(&text(&item["operation"]["id"])).await.unwrap();
+    }
+    println!("{CLONES} clones after {} ms", begun.elapsed().as_millis());
+    let again = stage.call(Method::POST, &path, "clone", Some(body)).await;
+    assert!(again.replayed && again.body["items"].as_array().is_some_and(|items| items.len() == CLONES));
+
+    let mut apart: BTreeSet<(String, String)> = BTreeSet::new();
+    let parent = stage.api().get(&format!("/v1/servers/{first}")).await;
+    let addresses = |server: &Value| (text(&server["nics"][0]["mac"]), text(&server["nics"][0]["ipv4"]));
+    apart.insert(addresses(&parent));
+    for item in &items {
+        let id = text(&item["server_id"]);
+        let all = reaches(&stage, &id, 0, 20).await;
+        assert!(all[0].0 <= moment + 1, "it went on from {all:?}, and the moment was {moment}");
+        let server = stage.api().get(&format!("/v1/servers/{id}")).await;
+        assert_eq!((&server["state"], &server["identity"]), (&json!("running"), &json!("unchanged")));
+        assert_eq!(server["labels"]["of"], "web1");
+        assert!(apart.insert(addresses(&server)), "{server}");
+    }
+    let vmms = stage.vmms();
+    let taken = vmms.iter().filter(|(name, pid)| name.starts_with("twin") && waiting.contains(pid));
+    assert_eq!(taken.count(), WARM, "{vmms:?}");
+    for (name, pid) in vmms.iter().filter(|(name, _)| name.starts_with("twin")) {
+        println!("{name}: {} kB private and dirty", private_dirty_kb(*pid));
+    }
+    // Once all run, nothing holds the snapshot: its file goes with the last of them.
+    let gone = stage.call(Method::DELETE, &format!("/v1/snapshots/{snapshot}"), "drop", None).await;
+    stage.succeeded(&gone.operation()).await.unwrap();
+    let last = text(&items[CLONES - 1]["server_id"]);
+    let entries = ledger(&stage, &last).await.len();
+    reaches(&stage, &last, 0, entries + 10).await;
+
+    // A clone is a server as any other: it hibernates, a snapshot is taken of it, and it goes back to that.
+    act(&stage, &last, "hibernate", "sleep", json!({})).await;
+    act(&stage, &last, "start", "wake", json!({})).await;
+    let entries = ledger(&stage, &last).await.len();
+    reaches(&stage, &last, 0, entries + 5).await;
+    let taken = json!({ "name": "later", "memory": true });
+    let path = format!("/v1/servers/{last}/actions/snapshot");
+    let later = stage.call(Method::POST, &path, "take-later", Some(taken)).await;
+    stage.succeeded(&later.operation()).await.unwrap();
+    let path = format!("/v1/snapshots/{}/actions/clone", text(&later.body["resource"]["id"]));
+    let answer = stage.call(Method::POST, &path, "clone-later", Some(json!({ "name": "grandchild" }))).await;
+    stage.succeeded(&answer.operation()).await.unwrap();
+    let id = text(&answer.body["items"][0]["server_id"]);
+    stage.knows(&id);
+    reaches(&stage, &id, 0, 10).await;
+    // And the first one never noticed.
+    let all = ledger(&stage, &first).await;
+    assert!(all.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1));
+    stage.close().await;
+}
+
+#[test]
+fn clones_share_a_moment_and_nothing_after_it() {
+    inside("clones::clones_share_a_moment_and_nothing_after_it", many_from_one());
+}
