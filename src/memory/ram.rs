@@ -175,6 +175,19 @@ fn map_over(region: &GuestRegionMmap<Marks>, file: &File, offset: u64) -> io::Re
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// A descriptor of the memory itself, for another process that is to go on with it. Nothing when some of it is private to this
+/// one.
+pub fn handle(ram: &Ram) -> Result<Option<File>, Error> {
+    let mut found = None;
+    for region in ram.iter() {
+        let shared = region.flags() & libc::MAP_SHARED != 0;
+        let Some(offset) = region.file_offset().filter(|_| shared) else { return Ok(None) };
+        found = Some(offset);
+    }
+    let copied = found.map(|offset| offset.file().try_clone()).transpose();
+    copied.map_err(|cause| Error::File { bytes: ram.iter().map(|region| region.len()).sum(), cause })
+}
+
 fn check_length(file: &File, wanted: u64) -> Result<(), Error> {
     let found = file.metadata().map_err(|cause| Error::File { bytes: wanted, cause })?.len();
     if found == wanted { Ok(()) } else { Err(Error::Length { found, wanted }) }

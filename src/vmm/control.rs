@@ -177,9 +177,10 @@ impl Shell {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let (requests, mut gone) = connection.receive();
         for (request, descriptors) in requests {
-            let (id, result) = (request.id, self.obey(token, request.command, descriptors));
+            let (id, mut handles) = (request.id, Vec::new());
+            let result = self.obey(token, request.command, descriptors, &mut handles);
             let Some(connection) = self.connections.get_mut(&token) else { return };
-            gone = gone.or(connection.push(Message::Reply { id, result }).err());
+            gone = gone.or(connection.push(Message::Reply { id, result }, handles).err());
             if self.reason.is_some() {
                 break;
             }
@@ -200,7 +201,7 @@ impl Shell {
 
     fn tell(&mut self, token: u64, notice: Notice) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
-        match connection.push(Message::Notice(notice)).and_then(|()| connection.flush()) {
+        match connection.push(Message::Notice(notice), Vec::new()).and_then(|()| connection.flush()) {
             Ok(()) => self.rewatch(token),
             Err(why) => self.drop_connection(token, &why),
         }

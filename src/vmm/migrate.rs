@@ -94,7 +94,8 @@ pub(crate) fn take_stream(
     mut console: impl FnMut(u64, &[u8]),
 ) -> Result<usize, String> {
     let told = |error: Error| crate::log::chain(&error);
-    let mut order = target::open(from, ram, index, count).map_err(told)?;
+    let wanted = wire::transfer::Open::new(index as u16, count as u16, ram::bytes(ram));
+    let mut order = target::open_as(from, &wanted, index).map_err(told)?;
     let mut words = 0;
     while !from.is_empty() {
         let put = |position, piece: &[u8]| {

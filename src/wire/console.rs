@@ -144,7 +144,8 @@ impl Ring {
         written.saturating_sub(self.capacity.saturating_sub(STEP))
     }
 
-    fn refresh(&mut self) -> io::Result<u64> {
+    /// Bytes written in all, by whichever handle. This one goes on from there.
+    pub fn refresh(&mut self) -> io::Result<u64> {
         let mut bytes = [0; 8];
         self.file.read_exact_at(&mut bytes, 16)?;
         self.written = u64::from_le_bytes(bytes);

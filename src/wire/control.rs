@@ -49,6 +49,9 @@ pub enum Command {
     CancelSave,
     /// How the save that is under way, or the last one, stands. Answered with [`Reply::Save`].
     SaveStatus,
+    /// What a VMM on this host cannot open for itself to take the machine over: its memory and its taps. Answered with
+    /// [`Reply::Handles`]. Refused for memory that is not all the machine's own, such as what was mapped from a snapshot.
+    Handles,
     /// Move the machine, which runs, to another VMM over streams that travel in the same packet. Answered when it has
     /// begun; how it goes is told by [`Notice::Migration`] and [`Command::MigrationStatus`]. Until it has ended, nothing
     /// else pauses, resumes, resets or saves the machine.
@@ -161,6 +164,11 @@ pub enum Reply {
     Save(SaveStatus),
     /// Answer to [`Command::MigrationStatus`]; nothing when there never was a move.
     Migration(Option<Box<MigrationStatus>>),
+    /// Answer to [`Command::Handles`]: in the same packet come memory and then the tap of each interface.
+    Handles {
+        /// How many interfaces there are.
+        nics: u16,
+    },
     /// Answer to [`Command::Stats`].
     Stats(Box<MachineStats>),
 }

@@ -23,6 +23,10 @@ pub struct SendSpec {
     /// The disks whose contents go along.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskStream>,
+    /// The target has the memory itself, from [`crate::control::Command::Handles`], and the console's ring. Over the one
+    /// stream goes the rest, and no disk goes along.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub handed: bool,
     /// How far to go for it.
     #[serde(default)]
     pub limits: SendLimits,
@@ -51,8 +55,13 @@ impl Default for SendLimits {
 #[serde(deny_unknown_fields)]
 pub struct ReceiveSpec {
     /// The machine, with as much memory and as many vCPUs, disks and interfaces as the one that comes. A later reset
-    /// boots what it says. Its console's ring is empty: what the source's ring holds comes along.
+    /// boots what it says. Its console's ring is empty: what the source's ring holds comes along. Where `memory` is handed
+    /// over, it is the source's own ring.
     pub machine: MachineSpec,
+    /// The memory of a machine of this host, which a source that was told so ([`SendSpec::handed`]) goes on with until it
+    /// gives it up. Without it all of memory comes over the streams.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<FdIndex>,
     /// See [`SendSpec::streams`].
     pub streams: Vec<FdIndex>,
     /// The disks whose contents come along, into files of the same length and any content. What is in them means nothing
@@ -195,6 +204,7 @@ impl SendSpec {
     pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
         check_count(&self.streams)?;
         check_disks(&self.disks, None)?;
+        check_handed(self.handed, &self.streams, &self.disks)?;
         self.limits.check()?;
         crate::machine::check_descriptors(self.descriptors(), descriptors)
     }
@@ -223,7 +233,9 @@ impl ReceiveSpec {
         self.machine.check(descriptors)?;
         check_count(&self.streams)?;
         check_disks(&self.disks, Some(self.machine.disks.len()))?;
+        check_handed(self.memory.is_some(), &self.streams, &self.disks)?;
         let mut named = self.machine.descriptors();
+        named.extend(self.memory.map(|memory| ("/memory".to_owned(), memory)));
         named.extend(streams(&self.streams, &self.disks));
         crate::machine::check_descriptors(named, descriptors)
     }
@@ -244,6 +256,18 @@ fn check_disks(disks: &[DiskStream], has: Option<usize>) -> Result<(), SpecError
             let detail = if is_twice { "is named twice" } else { "is no disk of the machine" };
             return Err(SpecError { field: format!("/disks/{at}/disk"), detail: detail.to_owned() });
         }
+    }
+    Ok(())
+}
+
+fn check_handed(is_handed: bool, streams: &[FdIndex], disks: &[DiskStream]) -> Result<(), SpecError> {
+    if is_handed && streams.len() > 1 {
+        let detail = "must be one where memory is handed over".to_owned();
+        return Err(SpecError { field: "/streams".to_owned(), detail });
+    }
+    if is_handed && !disks.is_empty() {
+        let detail = "must be empty where memory is handed over: both ends have the same files".to_owned();
+        return Err(SpecError { field: "/disks".to_owned(), detail });
     }
     Ok(())
 }

@@ -95,6 +95,9 @@ pub struct Open {
     /// Whose stream it is, when it is a disk's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<u16>,
+    /// Whether the target has the memory itself, so that none of it comes, nor what the console holds.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub handed: bool,
 }
 
 /// What the ends say about the move itself.
@@ -276,12 +279,25 @@ pub fn write(to: &mut impl Write, kind: Kind, offset: u64, body: &[u8]) -> Resul
 impl Open {
     /// For stream `stream` of `streams`.
     pub fn new(stream: u16, streams: u16, memory_bytes: u64) -> Open {
-        Open { magic: MAGIC.to_owned(), version: VERSION, stream, streams, memory_bytes, disk: None }
+        Open {
+            magic: MAGIC.to_owned(),
+            version: VERSION,
+            stream,
+            streams,
+            memory_bytes,
+            disk: None,
+            handed: false,
+        }
     }
 
     /// For the stream of a disk.
     pub fn of_disk(disk: u16, bytes: u64) -> Open {
         Open { disk: Some(disk), ..Open::new(0, 1, bytes) }
+    }
+
+    /// For the only stream of a machine whose memory the target has.
+    pub fn of_handed(memory_bytes: u64) -> Open {
+        Open { handed: true, ..Open::new(0, 1, memory_bytes) }
     }
 
     /// Reads what follows the head of the first frame.
@@ -340,6 +356,7 @@ fn document<T: for<'de> Deserialize<'de>>(kind: Kind, body: &[u8]) -> Result<T, 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Order {
     is_disk: bool,
+    is_handed: bool,
     stream: u64,
     streams: u64,
     memory_bytes: u64,
@@ -363,6 +380,7 @@ impl Order {
     pub fn new(open: &Open) -> Order {
         Order {
             is_disk: open.disk.is_some(),
+            is_handed: open.handed,
             stream: open.stream.into(),
             streams: u64::from(open.streams).max(1),
             memory_bytes: open.memory_bytes,
@@ -391,6 +409,9 @@ impl Order {
         }
         let is_first = self.stream == 0;
         match (kind, self.stage) {
+            (Kind::Part | Kind::Zero | Kind::Console, _) if self.is_handed => {
+                return Err(FrameError::Order(kind));
+            }
             (Kind::Part | Kind::Zero, Stage::Memory) => {
                 let end = offset.checked_add(u64::from(length));
                 let is_ours = stream_of(offset, self.streams) == self.stream;

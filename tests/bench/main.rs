@@ -28,6 +28,7 @@ mod rows;
 mod snapshot;
 mod start;
 mod toft;
+mod upgrade;
 
 use ground::{Effort, Ground};
 use rows::Report;
@@ -77,6 +78,11 @@ const GROUPS: &[Group] = &[
         name: "migrate",
         what: "moves of 2 GiB over TCP, beside a bare program; how long the guest stands still",
         run: migrate::run,
+    },
+    Group {
+        name: "upgrade",
+        what: "a new VMM takes a running machine over; how long the guest stands still",
+        run: upgrade::run,
     },
     Group { name: "net", what: "full-size and small frames both ways, beside QEMU", run: net::run },
     Group {

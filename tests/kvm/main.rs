@@ -6,6 +6,7 @@ mod vmm_driver;
 
 mod devices;
 mod dirty;
+mod handover;
 mod hostile;
 mod jail;
 mod launcher;

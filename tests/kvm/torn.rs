@@ -1,5 +1,5 @@
-//! Moves that are torn apart at every word the two ends say: the link cut, or either end killed, before the word is heard
-//! or after. Somebody then settles what the ends cannot know, by what can be seen of both; exactly one machine runs, and
+//! Moves, and handovers on one host, that are torn apart at every word the two ends say: the link cut, or either end killed,
+//! before the word is heard or after. Somebody then settles what the ends cannot know, by what can be seen of both; exactly one machine runs, and
 //! what it remembers is right.
 use std::fs::File;
 use std::io::{Read, Write};
@@ -34,6 +34,25 @@ const WORDS: [&str; 15] = [
     "disk's end",
 ];
 
+/// What is said where memory and disks stay where they are.
+const WORDS_OF_HANDOVER: [&str; 7] = ["open", "prepared", "end", "state", "ready", "commit", "released"];
+
+/// How the machine's memory and disk get to the target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Way {
+    Copied,
+    Handed,
+}
+
+impl Way {
+    fn words(self) -> &'static [&'static str] {
+        match self {
+            Way::Copied => &WORDS,
+            Way::Handed => &WORDS_OF_HANDOVER,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     Cut,
@@ -55,11 +74,11 @@ struct Link {
     reached: Receiver<()>,
     go_on: Sender<()>,
     threads: Vec<std::thread::JoinHandle<()>>,
-    streams: [(UnixStream, UnixStream); 2],
+    streams: Vec<(UnixStream, UnixStream)>,
 }
 
 impl Link {
-    fn new(streams: [(UnixStream, UnixStream); 2], word: &'static str, when: When) -> Link {
+    fn new(streams: Vec<(UnixStream, UnixStream)>, word: &'static str, when: When) -> Link {
         let (tell, reached) = channel();
         let mut threads = Vec::new();
         let mut senders = Vec::new();
@@ -203,25 +222,55 @@ fn check_life(vmm: &mut Vmm, words: &str) {
     assert!(ticks.is_sorted(), "{words}: the clock stepped back: {ticks:?}");
 }
 
-/// One move that is torn. Answers who has the machine then, if it lives.
-fn tear(word: &'static str, when: When, fault: Fault) -> Option<Owner> {
-    let words = format!("{fault:?} {when:?} {word:?}");
-    let disk = tempfile::tempfile().unwrap();
-    disk.set_len(4 << 20).unwrap();
-    let mut source = Vmm::boot(machine(&disk));
-    source.wait_for_console("probe: dirty ok");
-    let mut target = Vmm::start();
+/// Begins to move a machine and its disk over a link of these streams, two rounds at least.
+fn copy(
+    source: &mut Vmm,
+    target: &mut Vmm,
+    link: impl FnOnce(Vec<(UnixStream, UnixStream)>) -> Link,
+) -> Link {
     let onto = tempfile::tempfile().unwrap();
     onto.set_len(4 << 20).unwrap();
     let (near, source_end) = UnixStream::pair().unwrap();
     let (far, target_end) = UnixStream::pair().unwrap();
     let (disk_near, disk_source_end) = UnixStream::pair().unwrap();
     let (disk_far, disk_target_end) = UnixStream::pair().unwrap();
-    let link = Link::new([(source_end, target_end), (disk_source_end, disk_target_end)], word, when);
+    let link = link(vec![(source_end, target_end), (disk_source_end, disk_target_end)]);
     target.try_receive_with_disks(machine(&onto), vec![far.into()], vec![disk_far.into()]).unwrap();
-    // Two rounds at least: the guest writes 6 MiB in this time.
+    // The guest writes 6 MiB in this time.
     let limits = SendLimits { downtime_ms: 40, bandwidth_bytes_per_s: None };
     source.try_send_with_disks(vec![near.into()], vec![disk_near.into()], limits).unwrap();
+    link
+}
+
+/// Begins to hand a machine over, whose disk this is.
+fn hand_over(
+    source: &mut Vmm,
+    target: &mut Vmm,
+    disk: &File,
+    link: impl FnOnce(Vec<(UnixStream, UnixStream)>) -> Link,
+) -> Link {
+    let handles = source.handles().unwrap();
+    let (near, source_end) = UnixStream::pair().unwrap();
+    let (far, target_end) = UnixStream::pair().unwrap();
+    let link = link(vec![(source_end, target_end)]);
+    target.try_take_over(machine(disk), source, &handles, far.into()).unwrap();
+    source.try_hand_over(&near.into()).unwrap();
+    link
+}
+
+/// One move that is torn. Answers who has the machine then, if it lives.
+fn tear(way: Way, word: &'static str, when: When, fault: Fault) -> Option<Owner> {
+    let words = format!("{way:?} {fault:?} {when:?} {word:?}");
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(4 << 20).unwrap();
+    let mut source = Vmm::boot(machine(&disk));
+    source.wait_for_console("probe: dirty ok");
+    let mut target = Vmm::start();
+    let link = |streams| Link::new(streams, word, when);
+    let link = match way {
+        Way::Copied => copy(&mut source, &mut target, link),
+        Way::Handed => hand_over(&mut source, &mut target, &disk, link),
+    };
     if link.reached.recv().is_err() {
         let (at_source, at_target) = (source.migration(), target.migration());
         panic!("{words}: it was never said: {at_source:?} {at_target:?}");
@@ -302,9 +351,11 @@ fn holds_up_nothing(word: &str, when: When) -> bool {
 
 fn sweep(fault: Fault) -> Vec<(&'static str, When, Option<Owner>)> {
     let mut found = Vec::new();
-    for word in WORDS {
-        for when in [When::Before, When::After] {
-            found.push((word, when, tear(word, when, fault)));
+    for way in [Way::Copied, Way::Handed] {
+        for word in way.words() {
+            for when in [When::Before, When::After] {
+                found.push((*word, when, tear(way, word, when, fault)));
+            }
         }
     }
     println!("{found:?}");
@@ -327,7 +378,7 @@ fn a_link_that_is_cut_at_any_word_leaves_one_machine() {
 
 #[test]
 fn nonsense_in_place_of_the_last_word_leaves_a_source_that_can_be_settled() {
-    assert_eq!(tear("released", When::Instead, Fault::Cut), Some(Owner::There));
+    assert_eq!(tear(Way::Copied, "released", When::Instead, Fault::Cut), Some(Owner::There));
 }
 
 #[test]

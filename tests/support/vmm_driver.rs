@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -52,6 +52,7 @@ pub(crate) struct Vmm {
     channel: Channel,
     directory: tempfile::TempDir,
     console: Option<Ring>,
+    ring: Option<File>,
     next_id: u64,
     notices: VecDeque<Notice>,
 }
@@ -170,6 +171,7 @@ impl Vmm {
             channel,
             directory,
             console: None,
+            ring: None,
             next_id: 0,
             notices: VecDeque::new(),
         }
@@ -282,6 +284,7 @@ impl Vmm {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
         Ring::create(file.try_clone().unwrap(), bytes).unwrap();
         self.console = Some(Ring::open(file.try_clone().unwrap()).unwrap());
+        self.ring = Some(file.try_clone().unwrap());
         file
     }
 
@@ -304,7 +307,7 @@ impl Vmm {
             DiskStream { disk, stream }
         });
         let disks = disks.collect();
-        let spec = ReceiveSpec { machine: machine.spec, streams, disks };
+        let spec = ReceiveSpec { machine: machine.spec, memory: None, streams, disks };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -327,14 +330,62 @@ impl Vmm {
         let of_disk = |disk| DiskStream { disk, stream: FdIndex(count + disk) };
         let of_disks = (0..disks.len() as u16).map(of_disk).collect();
         let descriptors: Vec<_> = streams.iter().chain(&disks).map(OwnedFd::as_fd).collect();
-        let spec = SendSpec { streams: named, disks: of_disks, limits };
-        let id = self.send(Command::Send(spec), &descriptors);
+        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits };
+        self.begin_send(spec, &descriptors)
+    }
+
+    fn begin_send(&mut self, spec: SendSpec, descriptors: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+        let id = self.send(Command::Send(spec), descriptors);
         let begun = self.reply(id).map(drop);
         if begun.is_ok() {
             // Of the move before.
             self.notices.retain(|notice| !matches!(notice, Notice::Migration(_)));
         }
         begun
+    }
+
+    /// Memory and taps of the machine.
+    pub(crate) fn handles(&mut self) -> Result<Vec<File>, Fault> {
+        let id = self.send(Command::Handles, &[]);
+        let (reply, descriptors) = self.reply_with(id);
+        let Reply::Handles { nics } = reply? else { panic!("handles were answered with something else") };
+        assert_eq!(descriptors.len(), usize::from(nics) + 1);
+        Ok(descriptors.into_iter().map(File::from).collect())
+    }
+
+    /// Makes this VMM the one that takes a machine of this host over, whose handles these are, from one that has the other
+    /// end of `stream`. The interfaces of `machine` are without taps yet.
+    pub(crate) fn try_take_over(
+        &mut self,
+        mut machine: Machine,
+        source: &Vmm,
+        handles: &[File],
+        stream: OwnedFd,
+    ) -> Result<(), Fault> {
+        let copy = |file: &File| file.try_clone().unwrap();
+        let ring = source.ring();
+        self.console = Some(Ring::open(copy(&ring)).unwrap());
+        self.ring = Some(copy(&ring));
+        machine.spec.console = Console { ring: machine.add(ring) };
+        let (memory, taps) = handles.split_first().expect("memory comes first");
+        taps.iter().for_each(|tap| machine.nic(copy(tap)));
+        let memory = Some(machine.add(copy(memory)));
+        let streams = vec![machine.add(File::from(stream))];
+        let spec = ReceiveSpec { machine: machine.spec, memory, streams, disks: Vec::new() };
+        let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
+        let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
+        self.reply(id).map(drop)
+    }
+
+    /// Begins to give the machine to another VMM of this host, which has its memory.
+    pub(crate) fn try_hand_over(&mut self, stream: &OwnedFd) -> Result<(), Fault> {
+        let spec = SendSpec {
+            streams: vec![FdIndex(0)],
+            disks: Vec::new(),
+            handed: true,
+            limits: SendLimits::default(),
+        };
+        self.begin_send(spec, &[stream.as_fd()])
     }
 
     /// How the move stands.
@@ -368,6 +419,11 @@ impl Vmm {
             _ => None,
         });
         told.collect()
+    }
+
+    /// The console's file.
+    pub(crate) fn ring(&self) -> File {
+        self.ring.as_ref().expect("the machine was booted").try_clone().unwrap()
     }
 
     /// Its process id.
@@ -476,7 +532,7 @@ impl Vmm {
         format!("log:\n{log}\nconsole:\n{console}")
     }
 
-    fn send(&mut self, command: Command, descriptors: &[std::os::fd::BorrowedFd<'_>]) -> u64 {
+    fn send(&mut self, command: Command, descriptors: &[BorrowedFd<'_>]) -> u64 {
         self.next_id += 1;
         let request = Request { id: self.next_id, command };
         self.channel.send(&request, descriptors).unwrap_or_else(|error| panic!("{error:?}\n{}", self.told()));
@@ -484,12 +540,17 @@ impl Vmm {
     }
 
     fn reply(&mut self, wanted: u64) -> Result<Reply, Fault> {
+        self.reply_with(wanted).0
+    }
+
+    /// A reply with its descriptors.
+    fn reply_with(&mut self, wanted: u64) -> (Result<Reply, Fault>, Vec<OwnedFd>) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.receive(deadline, "a reply") {
-                Message::Reply { id, result } if id == wanted => return result,
-                Message::Reply { id, .. } => panic!("reply to {id}, not to {wanted}"),
-                Message::Notice(notice) => self.notices.push_back(notice),
+                (Message::Reply { id, result }, descriptors) if id == wanted => return (result, descriptors),
+                (Message::Reply { id, .. }, _) => panic!("reply to {id}, not to {wanted}"),
+                (Message::Notice(notice), _) => self.notices.push_back(notice),
             }
         }
     }
@@ -499,20 +560,20 @@ impl Vmm {
             if let Some(at) = self.notices.iter().position(&fits) {
                 return self.notices.remove(at).expect("the position was just found");
             }
-            match self.receive(deadline, what) {
+            match self.receive(deadline, what).0 {
                 Message::Notice(notice) => self.notices.push_back(notice),
                 Message::Reply { id, .. } => panic!("unexpected reply to {id}"),
             }
         }
     }
 
-    fn receive(&mut self, deadline: Instant, what: &str) -> Message {
+    fn receive(&mut self, deadline: Instant, what: &str) -> (Message, Vec<OwnedFd>) {
         if !readable(self.channel.as_fd(), deadline) {
             panic!("{what} did not come\n{}", self.told());
         }
         loop {
             match self.channel.receive() {
-                Ok(Some((message, _))) => return message,
+                Ok(Some(message)) => return message,
                 // A peer that ends with something of ours unread is told first; what it sent comes after.
                 Err(Error::Socket(cause)) if cause.kind() == io::ErrorKind::ConnectionReset => continue,
                 other => panic!(

@@ -27,8 +27,14 @@ impl From<machine::Error> for Fault {
 }
 
 impl Shell {
-    /// Does what a peer commands.
-    pub(super) fn obey(&mut self, token: u64, command: Command, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+    /// Does what a peer commands. Descriptors that go with the reply are put into `handles`.
+    pub(super) fn obey(
+        &mut self,
+        token: u64,
+        command: Command,
+        descriptors: Vec<OwnedFd>,
+        handles: &mut Vec<OwnedFd>,
+    ) -> Result<Reply> {
         // Whoever commands may have heard from the other end what this one has yet to do.
         if self.machine.as_ref().is_some_and(Machine::has_chore) {
             self.move_on(false);
@@ -62,6 +68,12 @@ impl Shell {
                 Ok(Reply::Done)
             }
             Command::SaveStatus => Ok(Reply::Save(self.machine()?.save_status())),
+            Command::Handles => {
+                *handles = self.machine()?.handles()?;
+                // Beside memory.
+                let nics = handles.len().saturating_sub(1);
+                Ok(Reply::Handles { nics: u16::try_from(nics).unwrap_or(u16::MAX) })
+            }
             Command::Send(spec) => {
                 let checked = spec.check(descriptors.len());
                 checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;

@@ -2,7 +2,7 @@
 //! peer that does not read is given up when its queue is full.
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use sys::seqpacket::Socket;
 use wire::channel::{self, Channel};
@@ -14,7 +14,8 @@ use crate::log;
 /// One connection.
 pub(super) struct Connection {
     channel: Channel,
-    queue: VecDeque<Message>,
+    /// With the descriptors that go with each.
+    queue: VecDeque<(Message, Vec<OwnedFd>)>,
     /// Total of console bytes beyond which the peer wants to be told, once.
     pub(super) console_seen: Option<u64>,
     waits_for_room: bool,
@@ -76,21 +77,22 @@ impl Connection {
     }
 
     /// Queues a message.
-    pub(super) fn push(&mut self, message: Message) -> Result<(), Gone> {
+    pub(super) fn push(&mut self, message: Message, handles: Vec<OwnedFd>) -> Result<(), Gone> {
         if self.queue.len() >= QUEUED_MESSAGES_MAX {
             self.flush()?;
         }
         if self.queue.len() >= QUEUED_MESSAGES_MAX {
             return Err(Gone::Slow);
         }
-        self.queue.push_back(message);
+        self.queue.push_back((message, handles));
         Ok(())
     }
 
     /// Sends what the socket takes.
     pub(super) fn flush(&mut self) -> Result<(), Gone> {
-        while let Some(message) = self.queue.front() {
-            match self.channel.send(message, &[]) {
+        while let Some((message, handles)) = self.queue.front() {
+            let handles: Vec<BorrowedFd<'_>> = handles.iter().map(AsFd::as_fd).collect();
+            match self.channel.send(message, &handles) {
                 Ok(()) => drop(self.queue.pop_front()),
                 Err(error) if error.is_would_block() => break,
                 Err(error) => return Err(Gone::Channel(error)),

@@ -1,16 +1,18 @@
 //! What a move does to the machine, by the main thread: its begin at both ends, and the chores that the phase table leaves.
 //! Threads, streams and the table are `migrate`'s.
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use devices::virtio::block::Disk;
 use kvm::{DirtyLog, Host};
-use memory::{Ram, marks};
+use memory::{Backing, marks};
 use wire::machine::FdIndex;
 use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
 
 use super::build::Origin;
 use super::chassis::Chassis;
+use super::parts::Parts;
 use super::save::{Files, shape};
 use super::{Error, Machine, Run, Save};
 use crate::bell::Bell;
@@ -23,8 +25,10 @@ pub(super) enum Moving {
     Source(Source),
     Target {
         target: Target,
-        /// Until the machine is built in it.
-        ram: Option<Arc<Ram>>,
+        /// Until the machine is built on it.
+        chassis: Option<Chassis>,
+        /// Whether memory was handed over, and the console's ring with it.
+        handed: bool,
     },
 }
 
@@ -53,14 +57,22 @@ impl Machine {
         streams.iter_mut().for_each(Stream::expect_soon);
         streams.extend(disk_streams(&mut files, &spec.disks)?);
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
-        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks)?;
+        if spec.handed {
+            handle(parts)?;
+        }
+        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks, spec.handed)?;
         // The one before is let go of first: two must not log the same memory.
         self.moving = None;
-        marks::start(&parts.ram);
+        let log = if spec.handed {
+            None
+        } else {
+            marks::start(&parts.ram);
+            Some(DirtyLog::start(&parts.vm)?)
+        };
         disks.iter().for_each(|(_, disk)| disk.track_changes());
         let sources = Sources {
             ram: Arc::clone(&parts.ram),
-            log: DirtyLog::start(&parts.vm)?,
+            log,
             console: Arc::clone(&self.console),
             brake: parts.crew.brake(),
             disks,
@@ -80,12 +92,30 @@ impl Machine {
         let mut files = Files::new(descriptors);
         let mut streams = streams(&mut files, &spec.streams)?;
         streams.extend(disk_streams(&mut files, &spec.disks)?);
-        let ram = memory::new(spec.machine.memory_bytes)?;
+        let handed = spec.memory.is_some();
+        let backing = match spec.memory {
+            Some(memory) => Backing::Adopted(files.take("/memory", memory)?),
+            None => Backing::Fresh,
+        };
+        let ram = memory::build(spec.machine.memory_bytes, backing)?;
         let mut machine = Machine::prepare(host, spec.machine, files.0, bell)?;
         let disks = machine.moved_disks(&spec.disks)?;
-        let target = Target::start(&ram, &machine.console, disks, streams, bell)?;
-        machine.moving = Some(Moving::Target { target, ram: Some(ram) });
+        // Now, while the guest runs on at the source: making its interrupt controllers waits for the whole kernel.
+        let chassis = Some(Chassis::around(host, machine.plan.spec.chassis(), Arc::clone(&ram))?);
+        let target = Target::start(&ram, &machine.console, disks, streams, handed, bell)?;
+        machine.moving = Some(Moving::Target { target, chassis, handed });
         Ok(machine)
+    }
+
+    /// Memory and taps, for a VMM on this host.
+    pub(crate) fn handles(&self) -> Result<Vec<OwnedFd>, Error> {
+        let mut handles = vec![handle(self.parts.as_ref().ok_or(Error::Absent)?)?.into()];
+        for (at, nic) in self.plan.spec.nics.iter().enumerate() {
+            let tap = self.plan.copy(nic.tap);
+            let field = || format!("/nics/{at}/tap");
+            handles.push(tap.map_err(|cause| Error::File { field: field(), cause })?.into());
+        }
+        Ok(handles)
     }
 
     /// The disks that go along, by their positions.
@@ -149,9 +179,14 @@ impl Machine {
     fn build_moved(&mut self, host: &Host, shared: &Shared) -> Result<(), Error> {
         let contents = shared.take().ok_or(Error::Absent)?;
         contents.shape.check(&shape(&self.plan.spec)).map_err(snapshot::Error::from)?;
-        let Some(Moving::Target { ram, .. }) = &mut self.moving else { return Err(Error::Absent) };
-        let ram = ram.take().ok_or(Error::Absent)?;
-        let chassis = Chassis::around(host, self.plan.spec.chassis(), ram)?;
+        let Some(Moving::Target { chassis, handed, .. }) = &mut self.moving else {
+            return Err(Error::Absent);
+        };
+        let chassis = chassis.take().ok_or(Error::Absent)?;
+        if *handed {
+            let caught_up = self.console.catch_up();
+            caught_up.map_err(|cause| Error::File { field: "/machine/console/ring".to_owned(), cause })?;
+        }
         let clock_ns = contents.machine.clock_ns;
         self.lasting.before = contents.counted.stats;
         self.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
@@ -240,6 +275,12 @@ impl Machine {
             source.shut();
         }
     }
+}
+
+/// A descriptor of all of a machine's memory.
+fn handle(parts: &Parts) -> Result<File, Error> {
+    memory::handle(&parts.ram)?
+        .ok_or(Error::State("some of the machine's memory is private to its process; move it over streams"))
 }
 
 fn streams(files: &mut Files, named: &[FdIndex]) -> Result<Vec<Stream>, Error> {

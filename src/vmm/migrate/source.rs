@@ -28,7 +28,8 @@ use crate::vcpu::Brake;
 /// What of a machine a source needs.
 pub(crate) struct Sources {
     pub(crate) ram: Arc<Ram>,
-    pub(crate) log: DirtyLog,
+    /// Who has written what; nothing where the target has the memory itself.
+    pub(crate) log: Option<DirtyLog>,
     pub(crate) console: Arc<Console>,
     pub(crate) brake: Brake,
     /// Those that go along, by their positions.
@@ -57,7 +58,7 @@ impl Source {
         };
         let mut source = Source { shared, streams: copies(&streams)?, threads: Vec::new() };
         let Sources { ram, log, console, brake, disks } = sources;
-        let log = Arc::new(log);
+        let log = log.map(Arc::new);
         let (told, results) = channel();
         let mut jobs = Vec::new();
         let count = streams.len().saturating_sub(disks.len());
@@ -69,7 +70,7 @@ impl Source {
             let worker = Worker {
                 shared: Arc::clone(&source.shared),
                 ram: Arc::clone(&ram),
-                log: Arc::clone(&log),
+                log: log.clone(),
                 stream,
                 index,
                 share: match index.checked_sub(count).and_then(|at| disks.get(at)) {
@@ -146,7 +147,7 @@ enum Share {
 struct Worker {
     shared: Arc<Shared>,
     ram: Arc<Ram>,
-    log: Arc<DirtyLog>,
+    log: Option<Arc<DirtyLog>>,
     stream: Stream,
     index: usize,
     share: Share,
@@ -235,9 +236,9 @@ impl Worker {
             if self.shared.is_over() {
                 return Err(Error::Over);
             }
-            if !last {
+            if let (false, Some(log)) = (last, &self.log) {
                 // Before it is read: what is written from now on is found again.
-                self.log.clear(shard, pages)?;
+                log.clear(shard, pages)?;
             }
             let sum = ram::walk(&self.ram, shard, pages, touched, first, &mut frames)?;
             self.shared.sent_bytes.fetch_add(sum.sent_bytes, Ordering::Relaxed);
@@ -253,7 +254,7 @@ impl Worker {
 struct Conductor {
     shared: Arc<Shared>,
     ram: Arc<Ram>,
-    log: Arc<DirtyLog>,
+    log: Option<Arc<DirtyLog>>,
     console: Arc<Console>,
     brake: Brake,
     disks: Vec<Disk>,
@@ -285,13 +286,16 @@ impl Conductor {
 
     fn conduct(&mut self) -> Result<(), Error> {
         self.expect_prepared()?;
-        let left = self.rounds()?;
+        let left = if self.log.is_some() { Some(self.rounds()?) } else { None };
         self.shared.done(Phase::Pause)?;
         // The main thread stops the machine and gives what it is beside its memory.
         if self.shared.wait_through(Phase::Pause) != Phase::LastRound {
             return Err(Error::Over);
         }
-        self.last_round(left)?;
+        match left {
+            Some(left) => self.last_round(left)?,
+            None => drop(self.dispatch(&Job::End, 0)?),
+        }
         self.shared.done(Phase::State)?;
         self.state()?;
         self.shared.done(Phase::Ready)?;
@@ -429,7 +433,9 @@ impl Conductor {
 
     /// What was written since it was last sent, by vCPUs and by devices.
     fn collect(&self, pages: &mut Pages) -> Result<(), Error> {
-        self.log.collect(pages)?;
+        if let Some(log) = &self.log {
+            log.collect(pages)?;
+        }
         pages.add(&marks::take(&self.ram));
         Ok(())
     }
@@ -483,11 +489,17 @@ fn hear(stream: &mut Stream, index: usize) -> Result<Word, Error> {
 }
 
 /// Opens every stream towards the target, before any thread has them; the last ones are the disks'.
-pub(crate) fn open(streams: &mut [Stream], memory_bytes: u64, disks: &[(u16, Disk)]) -> Result<(), Error> {
+pub(crate) fn open(
+    streams: &mut [Stream],
+    memory_bytes: u64,
+    disks: &[(u16, Disk)],
+    handed: bool,
+) -> Result<(), Error> {
     let count = streams.len().saturating_sub(disks.len());
     for (index, stream) in streams.iter_mut().enumerate() {
         let open = match index.checked_sub(count).and_then(|at| disks.get(at)) {
             Some((number, disk)) => Open::of_disk(*number, disk.bytes()),
+            None if handed => Open::of_handed(memory_bytes),
             None => Open::new(index as u16, count as u16, memory_bytes),
         };
         open.write(stream).map_err(Error::at(index))?;

@@ -28,13 +28,14 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Begins to receive a machine into `ram`, which is all zeroes, and these disks. The last of `streams` are the disks',
-    /// in their order.
+    /// Begins to receive a machine into `ram`, which is all zeroes or was `handed` over, and these disks. The last of
+    /// `streams` are the disks', in their order.
     pub(crate) fn start(
         ram: &Arc<Ram>,
         console: &Arc<Console>,
         disks: Vec<(u16, Disk)>,
         streams: Vec<Stream>,
+        handed: bool,
         bell: &Arc<Bell>,
     ) -> Result<Target, Error> {
         let copying = |cause| Error::Host { doing: "copy a stream", cause };
@@ -56,6 +57,7 @@ impl Target {
                 stream,
                 index,
                 count,
+                handed,
                 others_count,
                 told: told.clone(),
             };
@@ -91,6 +93,8 @@ struct Listener {
     stream: Stream,
     index: usize,
     count: usize,
+    /// Whether memory is here already.
+    handed: bool,
     /// Streams beside the first.
     others_count: usize,
     told: Sender<()>,
@@ -184,7 +188,12 @@ impl Listener {
     }
 
     fn open(&mut self) -> Result<Order, Error> {
-        open(&mut self.stream, &self.ram, self.index, self.count)
+        let memory_bytes = ram::bytes(&self.ram);
+        let wanted = match self.handed {
+            true => Open::of_handed(memory_bytes),
+            false => Open::new(self.index as u16, self.count as u16, memory_bytes),
+        };
+        open_as(&mut self.stream, &wanted, self.index)
     }
 
     fn next(&mut self, order: &mut Order) -> Result<Came, Error> {
@@ -232,11 +241,6 @@ pub(super) enum Came {
 }
 
 /// Reads the first frame of a stream, which is the one that belongs here.
-pub(super) fn open(from: &mut impl Read, ram: &Ram, index: usize, count: usize) -> Result<Order, Error> {
-    open_as(from, &Open::new(index as u16, count as u16, ram::bytes(ram)), index)
-}
-
-/// The same of any stream.
 pub(super) fn open_as(from: &mut impl Read, wanted: &Open, index: usize) -> Result<Order, Error> {
     let at = Error::at(index);
     let head = Head::read(from).map_err(&at)?;

@@ -2,7 +2,7 @@ use super::*;
 
 fn spec(streams: &[u16]) -> SendSpec {
     let streams = streams.iter().copied().map(FdIndex).collect();
-    SendSpec { streams, disks: Vec::new(), limits: SendLimits::default() }
+    SendSpec { streams, disks: Vec::new(), handed: false, limits: SendLimits::default() }
 }
 
 #[test]
@@ -43,4 +43,13 @@ fn limits_that_no_move_can_keep_to_are_refused() {
         assert_eq!(limits.check().unwrap_err().field, field);
     }
     assert!(SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(BANDWIDTH_BYTES_MIN) }.check().is_ok());
+}
+
+#[test]
+fn what_is_handed_over_needs_one_stream_and_no_disks() {
+    let handed = |streams: &[u16]| SendSpec { handed: true, ..spec(streams) };
+    assert!(handed(&[0]).check(1).is_ok());
+    assert_eq!(handed(&[0, 1]).check(2).unwrap_err().field, "/streams");
+    let disks = vec![DiskStream { disk: 0, stream: FdIndex(1) }];
+    assert_eq!(SendSpec { disks, ..handed(&[0]) }.check(2).unwrap_err().field, "/disks");
 }

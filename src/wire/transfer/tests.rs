@@ -126,3 +126,15 @@ fn a_disk_has_a_stream_of_its_own_and_nothing_beyond_its_end() {
         assert!(matches!(memory.admit(&head(kind, 512, 0)), Err(FrameError::Order(_))), "{kind:?}");
     }
 }
+
+/// It is the guest's, which runs on at the source: whatever wrote to it here would write under the guest's hands.
+#[test]
+fn no_memory_comes_where_it_was_handed_over() {
+    let mut order = Order::new(&Open::of_handed(64 << 20));
+    for kind in [Kind::Part, Kind::Zero, Kind::Console] {
+        assert!(matches!(order.admit(&head(kind, 4096, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
+    order.admit(&head(Kind::Word, 10, 0)).unwrap();
+    order.admit(&head(Kind::End, 0, 0)).unwrap();
+    order.admit(&head(Kind::State, 10, 0)).unwrap();
+}
