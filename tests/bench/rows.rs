@@ -100,14 +100,14 @@ impl Report {
         let mut text = format!("\n{machine}\n\n");
         let _ = writeln!(
             text,
-            "{:<14} {:<30} {:<16} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
+            "{:<20} {:<30} {:<16} {:<6} {:>11} {:>11} {:>11} {:>11} {:>5}",
             "bench", "case", "who", "unit", "median", "p99", "min", "max", "n"
         );
         for row in &self.rows {
             let [median, p99, min, max] = [row.median, row.p99, row.min, row.max].map(figure);
             let _ = writeln!(
                 text,
-                "{:<14} {:<30} {:<16} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
+                "{:<20} {:<30} {:<16} {:<6} {median:>11} {p99:>11} {min:>11} {max:>11} {:>5}",
                 row.bench, row.case, row.who, row.unit, row.n
             );
         }
