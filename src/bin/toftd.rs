@@ -24,6 +24,9 @@ async fn main() -> anyhow::Result<()> {
     }
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Whoever opens a file on which there is a lease has the kernel tell its holder by this one, which ends a process that
+    // does not listen.
+    let _lease_broken = signal(SignalKind::io())?;
     let launcher = Arc::new(Launcher::new(flags.vmm()?, &flags.kvm, &flags.cgroup));
     let config = flags.host()?;
     let plumbing = HostPlumbing::new(&flags.run_dir).watched(config.checkpoint.clone());

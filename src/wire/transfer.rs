@@ -10,7 +10,10 @@
 //! ```
 //! Memory is sharded: each piece of [`SHARD_BYTES`] has one stream, so that a page that is sent again never overtakes
 //! itself.
+use std::fs::File;
 use std::io::{self, Read, Write};
+
+use std::os::unix::fs::MetadataExt;
 
 use serde::{Deserialize, Serialize};
 
@@ -95,9 +98,25 @@ pub struct Open {
     /// Whose stream it is, when it is a disk's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<u16>,
-    /// Whether the target has the memory itself, so that none of it comes, nor what the console holds.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub handed: bool,
+    /// The memory itself, when the target has it, so that none of it comes, nor what the console holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handed: Option<Handed>,
+}
+
+/// Which memory was handed over, as both ends see it on one host. A machine that was reset has another than it had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Handed {
+    device: u64,
+    inode: u64,
+}
+
+impl Handed {
+    /// What tells the file of a memory from all others there are.
+    pub fn of(memory: &File) -> io::Result<Handed> {
+        let found = memory.metadata()?;
+        Ok(Handed { device: found.dev(), inode: found.ino() })
+    }
 }
 
 /// What the ends say about the move itself.
@@ -286,7 +305,7 @@ impl Open {
             streams,
             memory_bytes,
             disk: None,
-            handed: false,
+            handed: None,
         }
     }
 
@@ -296,8 +315,8 @@ impl Open {
     }
 
     /// For the only stream of a machine whose memory the target has.
-    pub fn of_handed(memory_bytes: u64) -> Open {
-        Open { handed: true, ..Open::new(0, 1, memory_bytes) }
+    pub fn of_handed(memory_bytes: u64, memory: Handed) -> Open {
+        Open { handed: Some(memory), ..Open::new(0, 1, memory_bytes) }
     }
 
     /// Reads what follows the head of the first frame.
@@ -380,7 +399,7 @@ impl Order {
     pub fn new(open: &Open) -> Order {
         Order {
             is_disk: open.disk.is_some(),
-            is_handed: open.handed,
+            is_handed: open.handed.is_some(),
             stream: open.stream.into(),
             streams: u64::from(open.streams).max(1),
             memory_bytes: open.memory_bytes,

@@ -186,6 +186,17 @@ fn a_vmm_that_fails_leaves_the_machine_where_it_was() {
     assert_eq!(told.phase, Phase::Returned, "{told:?}");
     runs_on(&mut vmm);
 
+    // The guest starts afresh, in memory of its own, after the handles were given out.
+    vmm.command(Command::Reset).unwrap();
+    vmm.wait_for_times("probe: hello", 2);
+    let (near, far) = pair();
+    let mut next = Vmm::start();
+    next.try_take_over(probe(words, 64), &vmm, &handles, far).unwrap();
+    vmm.try_hand_over(&near).unwrap();
+    let told = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
+    assert_eq!(told.phase, Phase::Returned, "{told:?}");
+    runs_on(&mut vmm);
+
     let (mut next, sent, _) = handed_over(&mut vmm, probe(words, 64));
     assert_eq!(sent.phase, Phase::Moved, "{sent:?}");
     runs_on(&mut next);

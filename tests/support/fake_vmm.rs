@@ -33,7 +33,7 @@ use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{FdIndex, MachineSpec, RateLimits};
 use wire::saved::form::{self, Section};
 use wire::saved::table::Table;
-use wire::saved::{Digest, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
+use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::{Reason, Will};
 
 /// What the guests of new machines do.
@@ -116,7 +116,7 @@ struct Inside {
     presses: u32,
     save: Option<SaveStatus>,
     kept: Vec<File>,
-    restored: bool,
+    restored: Option<MemoryUse>,
     sandbox: Sandbox,
 }
 
@@ -387,6 +387,11 @@ impl FakeVmm {
 
     /// Whether its machine is one that was saved.
     pub fn is_restored(&self) -> bool {
+        self.restored_how().is_some()
+    }
+
+    /// What became of the memory that its machine was saved with, if it was.
+    pub fn restored_how(&self) -> Option<MemoryUse> {
         lock(&self.inside).restored
     }
 
@@ -598,6 +603,7 @@ impl Running {
             // Nobody moves machines that nobody runs.
             Command::Send(_)
             | Command::Receive(_)
+            | Command::Handles
             | Command::CancelMigration
             | Command::SettleMigration { .. }
             | Command::LimitMigration { .. } => {
@@ -739,7 +745,7 @@ impl Running {
         }
         let (result, _) = self.boot(spec.machine, descriptors);
         result?;
-        lock(&self.vmm.inside).restored = true;
+        lock(&self.vmm.inside).restored = Some(spec.how);
         self.turn_to(match spec.then {
             Then::Run => MachineState::Running,
             Then::Stay => MachineState::Paused,

@@ -154,13 +154,24 @@ fn one(
         updated_at: now,
         started_at: None,
     };
+    let gone = |cause: Error| {
+        match cause.errors.first() {
+        Some(field) if field.pointer.ends_with("/network") => Error::new(
+            Code::NotFound,
+            "a network that the snapshot's server was on has been deleted, and its guest knows no other; make a volume of \
+             the snapshot's disk, and a server of that, instead",
+        )
+        .caused_by(cause),
+        _ => cause,
+    }
+    };
     // On the same networks, with addresses of its own.
     let again = |nic: &ServerNic| CreateNic {
         network: Some(nic.network_id.to_string()),
         ipv4: None,
         limits: nic.limits,
     };
-    record.nics = create::reserve(tx, &record, origin.nics.iter().map(again).collect())?;
+    record.nics = create::reserve(tx, &record, origin.nics.iter().map(again).collect()).map_err(gone)?;
     create::before_start(workshop, &record)?;
     workshop.capacity.admit(tx, &mut record)?;
     record::insert(tx, &record)?;

@@ -289,8 +289,9 @@ pub(crate) fn flush(directory: &Path) -> Result<u64> {
     for entry in std::fs::read_dir(directory).map_err(failed)? {
         let path: PathBuf = entry.map_err(failed)?.path();
         let file = File::open(&path).map_err(failed)?;
-        file.sync_all().map_err(failed)?;
         await_last_writer(&file, &path)?;
+        // Not before: nothing that is written after it would be durable.
+        file.sync_all().map_err(failed)?;
         stored_bytes = stored_bytes.saturating_add(crate::volumes::used_bytes(file.metadata()));
     }
     files::sync_parent(&directory.join(STATE)).map_err(failed)?;
@@ -306,7 +307,11 @@ fn await_last_writer(file: &File, path: &Path) -> Result<()> {
             Ok(true) => return Ok(()),
             Ok(false) if Instant::now() < end => std::thread::sleep(limits::LET_GO_AGAIN),
             Ok(false) => {
-                let detail = format!("the VMM does not let go of {}, which it was to write", path.display());
+                let detail = format!(
+                    "the VMM does not let go of {}, which it was to write; on a network file system that gives no \
+                     leases (NFS, CIFS) this is always so: keep the state directory on a local one",
+                    path.display()
+                );
                 return Err(Error::new(Code::MachineFailed, detail));
             }
             Err(cause) => {

@@ -9,6 +9,7 @@ use kvm::{DirtyLog, Host};
 use memory::{Backing, marks};
 use wire::machine::FdIndex;
 use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+use wire::transfer::Handed;
 
 use super::build::Origin;
 use super::chassis::Chassis;
@@ -57,10 +58,8 @@ impl Machine {
         streams.iter_mut().for_each(Stream::expect_soon);
         streams.extend(disk_streams(&mut files, &spec.disks)?);
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
-        if spec.handed {
-            handle(parts)?;
-        }
-        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks, spec.handed)?;
+        let handed = if spec.handed { Some(handed(&handle(parts)?)?) } else { None };
+        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks, handed)?;
         // The one before is let go of first: two must not log the same memory.
         self.moving = None;
         let log = if spec.handed {
@@ -92,18 +91,16 @@ impl Machine {
         let mut files = Files::new(descriptors);
         let mut streams = streams(&mut files, &spec.streams)?;
         streams.extend(disk_streams(&mut files, &spec.disks)?);
-        let handed = spec.memory.is_some();
-        let backing = match spec.memory {
-            Some(memory) => Backing::Adopted(files.take("/memory", memory)?),
-            None => Backing::Fresh,
-        };
+        let memory = spec.memory.map(|memory| files.take("/memory", memory)).transpose()?;
+        let handed = memory.as_ref().map(handed).transpose()?;
+        let backing = memory.map_or(Backing::Fresh, Backing::Adopted);
         let ram = memory::build(spec.machine.memory_bytes, backing)?;
         let mut machine = Machine::prepare(host, spec.machine, files.0, bell)?;
         let disks = machine.moved_disks(&spec.disks)?;
         // Now, while the guest runs on at the source: making its interrupt controllers waits for the whole kernel.
         let chassis = Some(Chassis::around(host, machine.plan.spec.chassis(), Arc::clone(&ram))?);
         let target = Target::start(&ram, &machine.console, disks, streams, handed, bell)?;
-        machine.moving = Some(Moving::Target { target, chassis, handed });
+        machine.moving = Some(Moving::Target { target, chassis, handed: handed.is_some() });
         Ok(machine)
     }
 
@@ -149,6 +146,9 @@ impl Machine {
             Effect::Build => self.build_moved(host, &shared),
             Effect::Run | Effect::Resume => self.go_on(),
             Effect::Drop => {
+                if let Some(Moving::Target { chassis, .. }) = &mut self.moving {
+                    *chassis = None;
+                }
                 self.stop();
                 Ok(())
             }
@@ -281,6 +281,10 @@ impl Machine {
 fn handle(parts: &Parts) -> Result<File, Error> {
     memory::handle(&parts.ram)?
         .ok_or(Error::State("some of the machine's memory is private to its process; move it over streams"))
+}
+
+fn handed(memory: &File) -> Result<Handed, Error> {
+    Handed::of(memory).map_err(|cause| Error::File { field: "/memory".to_owned(), cause })
 }
 
 fn streams(files: &mut Files, named: &[FdIndex]) -> Result<Vec<Stream>, Error> {

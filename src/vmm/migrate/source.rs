@@ -11,7 +11,7 @@ use kvm::DirtyLog;
 use memory::{Pages, Ram, marks};
 use wire::migration::{Phase, SendLimits, Side};
 use wire::saved::table::Table;
-use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Head, Kind, Open, Word};
+use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Handed, Head, Kind, Open, Word};
 
 use super::converge::{Convergence, Decision, Next, Round};
 use super::disk::Blocks;
@@ -493,14 +493,16 @@ pub(crate) fn open(
     streams: &mut [Stream],
     memory_bytes: u64,
     disks: &[(u16, Disk)],
-    handed: bool,
+    handed: Option<Handed>,
 ) -> Result<(), Error> {
     let count = streams.len().saturating_sub(disks.len());
     for (index, stream) in streams.iter_mut().enumerate() {
         let open = match index.checked_sub(count).and_then(|at| disks.get(at)) {
             Some((number, disk)) => Open::of_disk(*number, disk.bytes()),
-            None if handed => Open::of_handed(memory_bytes),
-            None => Open::new(index as u16, count as u16, memory_bytes),
+            None => match handed {
+                Some(memory) => Open::of_handed(memory_bytes, memory),
+                None => Open::new(index as u16, count as u16, memory_bytes),
+            },
         };
         open.write(stream).map_err(Error::at(index))?;
     }

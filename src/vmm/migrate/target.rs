@@ -11,7 +11,7 @@ use devices::virtio::block::Disk;
 use memory::Ram;
 use vm_memory::ReadVolatile;
 use wire::migration::{Phase, SendLimits, Side};
-use wire::transfer::{FrameError, Head, Kind, Open, Order, Word};
+use wire::transfer::{FrameError, Handed, Head, Kind, Open, Order, Word};
 
 use super::phase::{Event, Said};
 use super::{Error, Shared, Stream, disk, ram};
@@ -35,7 +35,7 @@ impl Target {
         console: &Arc<Console>,
         disks: Vec<(u16, Disk)>,
         streams: Vec<Stream>,
-        handed: bool,
+        handed: Option<Handed>,
         bell: &Arc<Bell>,
     ) -> Result<Target, Error> {
         let copying = |cause| Error::Host { doing: "copy a stream", cause };
@@ -93,8 +93,8 @@ struct Listener {
     stream: Stream,
     index: usize,
     count: usize,
-    /// Whether memory is here already.
-    handed: bool,
+    /// The memory, where it is here already.
+    handed: Option<Handed>,
     /// Streams beside the first.
     others_count: usize,
     told: Sender<()>,
@@ -190,8 +190,8 @@ impl Listener {
     fn open(&mut self) -> Result<Order, Error> {
         let memory_bytes = ram::bytes(&self.ram);
         let wanted = match self.handed {
-            true => Open::of_handed(memory_bytes),
-            false => Open::new(self.index as u16, self.count as u16, memory_bytes),
+            Some(memory) => Open::of_handed(memory_bytes, memory),
+            None => Open::new(self.index as u16, self.count as u16, memory_bytes),
         };
         open_as(&mut self.stream, &wanted, self.index)
     }

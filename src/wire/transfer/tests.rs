@@ -130,7 +130,10 @@ fn a_disk_has_a_stream_of_its_own_and_nothing_beyond_its_end() {
 /// It is the guest's, which runs on at the source: whatever wrote to it here would write under the guest's hands.
 #[test]
 fn no_memory_comes_where_it_was_handed_over() {
-    let mut order = Order::new(&Open::of_handed(64 << 20));
+    let (one, other) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let of = |file: &File| Open::of_handed(64 << 20, Handed::of(file).unwrap());
+    assert!(of(&one) == of(&one.try_clone().unwrap()) && of(&one) != of(&other));
+    let mut order = Order::new(&of(&one));
     for kind in [Kind::Part, Kind::Zero, Kind::Console] {
         assert!(matches!(order.admit(&head(kind, 4096, 0)), Err(FrameError::Order(_))), "{kind:?}");
     }

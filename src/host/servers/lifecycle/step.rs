@@ -228,6 +228,11 @@ impl Stepping {
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Succeeded);
             }
+            // What was to be made goes on from somebody's memory, and has not begun to.
+            (Phase::Resuming { vmm }, Event::ResumeFailed(trouble)) if self.is_being_created() => {
+                let then = Then::Fail(trouble);
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
+            }
             (Phase::Resuming { vmm }, Event::ResumeFailed(trouble)) => {
                 self.life.phase = Phase::Paused { vmm };
                 self.life.wanted = Wanted::Paused;
@@ -278,6 +283,10 @@ impl Stepping {
         left_ms <= 0 || left_ms > furthest_ms
     }
 
+    fn is_being_created(&self) -> bool {
+        self.life.job.is_some_and(|job| job.kind == JobKind::Create)
+    }
+
     fn booted(&mut self, vmm: ProcessId) {
         self.life.booted_ms = Some(self.context.now_ms);
         // A host restart took a paused machine away; the one that replaces it is parked as well.
@@ -311,8 +320,11 @@ impl Stepping {
         if let Phase::Hibernating { was_paused, .. } = &phase {
             self.life.wanted = if *was_paused { Wanted::Paused } else { Wanted::Running };
         }
+        let is_being_created = self.is_being_created();
         match phase {
-            Phase::Starting { .. } => {
+            Phase::Starting { .. } | Phase::Resuming { .. }
+                if is_being_created || matches!(phase, Phase::Starting { .. }) =>
+            {
                 let trouble = Trouble { code: Code::MachineFailed, detail: end.detail };
                 self.life.phase = Phase::Releasing { then: Then::Fail(trouble) };
             }
