@@ -14,8 +14,16 @@ mod checkpoint;
 #[path = "toftd/flags.rs"]
 mod flags;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+/// Heaps of all threads together. Those that wait for the disk come and go, and with one each kept 1.3 MB for what the
+/// largest of their jobs had needed.
+const HEAPS: u8 = 2;
+
+fn main() -> anyhow::Result<()> {
+    sys::thread::share_heaps(HEAPS);
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run())
+}
+
+async fn run() -> anyhow::Result<()> {
     let mut flags = flags::Flags::parse();
     let filter = tracing_subscriber::EnvFilter::try_new(&flags.log)?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

@@ -14,6 +14,9 @@ pub const LOCK_AGAIN: Duration = Duration::from_millis(20);
 /// Connections that read records side by side: enough for two cores, few enough to hold open.
 pub const READERS_MAX: usize = 4;
 
+/// What each connection keeps of the database, in KiB: the upper levels of its trees. The kernel keeps the rest for all of them.
+pub const DATABASE_CACHE_KB: i64 = 512;
+
 /// How long a read or write waits for another process that holds the database, such as an operator's sqlite3.
 pub const DATABASE_BUSY: Duration = Duration::from_secs(5);
 

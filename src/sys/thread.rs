@@ -19,12 +19,13 @@ pub fn set_name(name: &str) {
     }
 }
 
-/// Lets the threads of this process share one heap (M_ARENA_MAX of mallopt(3)). With more, glibc opens files: to count
-/// processors when a ninth thread wants a heap, to learn of overcommitment when a thread's heap shrinks. A thread
-/// under a filter may not. Threads that are busy allocate little, so they seldom meet.
-pub fn share_one_heap() {
+/// Lets the threads of this process share so many heaps (M_ARENA_MAX of mallopt(3)). Left alone, glibc gives every thread one
+/// until there are eight for each processor, and each keeps what the thread once needed. With more than one it opens files: to
+/// count processors when a ninth thread wants a heap, to learn of overcommitment when a thread's heap shrinks. A thread
+/// under a filter may not. Call it before the first thread is started.
+pub fn share_heaps(count: u8) {
     // SAFETY: two integers; glibc takes its own lock.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, count.max(1).into()) };
 }
 
 /// CPU time that a thread of this process has used, in nanoseconds. Fails when there is no such thread.

@@ -99,7 +99,7 @@ static FILTERS: AtomicBool = AtomicBool::new(false);
 
 /// Closes the process, which has one thread. What the kernel does not have is left out and reported.
 pub fn close_process() -> Sandbox {
-    sys::thread::share_one_heap();
+    sys::thread::share_heaps(1);
     let landlock_abi = forbid_files_and_network().unwrap_or_else(|error| {
         log::line(format_args!("Landlock is not in force: {error}"));
         0
