@@ -72,6 +72,12 @@ pub const BLOCK_IN_FLIGHT_BYTES_MAX: u64 = 64 << 20;
 /// to a hundred bytes; so many are 8 MiB in flight for a guest whose pages are all scattered.
 pub const BLOCK_IN_FLIGHT_SEGMENTS_MAX: usize = 2_048;
 
+/// Bytes of writes that lie side by side and are done as one: as long as a kernel's own writes to a disk get.
+pub const BLOCK_JOINED_BYTES_MAX: u64 = 1 << 20;
+
+/// Buffers of such writes: a quarter of what one system call takes.
+pub const BLOCK_JOINED_SEGMENTS_MAX: usize = 256;
+
 /// How long a disk's thread looks for the next request itself when the one before came soon: longer than a guest takes
 /// from an answer to its next request, and far less than a kick and a wake-up cost where exits are slow.
 pub const BLOCK_LOOKOUT_US: u64 = 50;

@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use memory::Ram;
 use memory::ring::{Durability, Refused, Ring};
+use vm_memory::GuestAddress;
 
 use super::backend::{Disk, Zeroing};
 use super::request::{Request, Span};
+use crate::limits::{BLOCK_JOINED_BYTES_MAX, BLOCK_JOINED_SEGMENTS_MAX};
 use crate::virtio::Chain;
 
 /// A request that the kernel works on.
@@ -20,15 +22,48 @@ pub(super) struct Pending {
     durability: Durability,
     /// The last step of a write-zeroes that has to be durable.
     is_syncing: bool,
+    /// Writes that go on where this one ends, in order, done as one with it.
+    followers: Vec<Pending>,
 }
 
 impl Pending {
     /// A request of which no step is done.
     pub(super) fn new(chain: Chain, request: Request, durability: Durability, disk: &Disk) -> Pending {
         let zeroing = Zeroing::Write;
-        let mut pending = Pending { chain, request, range: 0, zeroing, durability, is_syncing: false };
+        let (range, is_syncing, followers) = (0, false, Vec::new());
+        let mut pending = Pending { chain, request, range, zeroing, durability, is_syncing, followers };
         pending.choose_zeroing(disk);
         pending
+    }
+
+    /// Makes `next` a part of this write if it goes on where this ends; gives it back if not. A guest that writes a long
+    /// piece of its disk has it cut into many requests, each of which may cost the kernel a switch between threads.
+    pub(super) fn join(&mut self, next: Pending) -> Result<(), Pending> {
+        let (Request::Write { offset, .. }, Request::Write { offset: at, .. }) =
+            (&self.request, &next.request)
+        else {
+            return Err(next);
+        };
+        let (bytes, segments) = self.all().fold((0_u64, 0_usize), |(bytes, segments), write| {
+            (bytes.saturating_add(write.request.bytes()), segments.saturating_add(write.chain.segments()))
+        });
+        let fits = bytes.saturating_add(next.request.bytes()) <= BLOCK_JOINED_BYTES_MAX
+            && segments.saturating_add(next.chain.segments()) <= BLOCK_JOINED_SEGMENTS_MAX;
+        if !fits || offset.checked_add(bytes) != Some(*at) || self.durability != next.durability {
+            return Err(next);
+        }
+        self.followers.push(next);
+        Ok(())
+    }
+
+    /// This one and those that are done with it.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Pending> {
+        std::iter::once(self).chain(&self.followers)
+    }
+
+    /// Those that were done with it.
+    pub(super) fn take_followers(&mut self) -> Vec<Pending> {
+        std::mem::take(&mut self.followers)
     }
 
     /// Hands the step to the ring.
@@ -39,11 +74,8 @@ impl Pending {
                 let pieces = self.chain.writable_at(0, *bytes);
                 ring.read(token, *offset, memory, pieces.map(|piece| (piece.address, piece.length)))
             }
-            Request::Write { offset, bytes } => {
-                let header_bytes = self.chain.readable_bytes().saturating_sub(*bytes);
-                let pieces = self.chain.readable_at(header_bytes, *bytes);
-                let pieces = pieces.map(|piece| (piece.address, piece.length));
-                ring.write(token, *offset, memory, pieces, self.durability)
+            Request::Write { offset, .. } => {
+                ring.write(token, *offset, memory, self.all().flat_map(Pending::data), self.durability)
             }
             Request::Discard(_) | Request::WriteZeroes(_) if !self.is_syncing => {
                 let Some(Span { offset, bytes, .. }) = self.span() else { return ring.sync(token) };
@@ -55,6 +87,14 @@ impl Pending {
             }
             _ => ring.sync(token),
         }
+    }
+
+    /// Where what is written lies.
+    fn data(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        // All of the readable part but the header.
+        let bytes = u32::try_from(self.request.bytes()).unwrap_or(u32::MAX);
+        let header_bytes = self.chain.readable_bytes().saturating_sub(bytes);
+        self.chain.readable_at(header_bytes, bytes).map(|piece| (piece.address, piece.length))
     }
 
     fn span(&self) -> Option<Span> {

@@ -109,6 +109,8 @@ pub(super) struct Service {
     lease: Option<Lease>,
     /// By head, which is also the token in the ring.
     pending: Box<[Option<Pending>]>,
+    /// What was taken last and not handed to the ring yet: the next may be joined to it.
+    last: Option<Pending>,
     throttle: Throttle,
     terms: Terms,
     identity: [u8; IDENTITY_BYTES],
@@ -174,7 +176,8 @@ impl Drop for Service {
             let disk = lease.disk.clone();
             lease.end();
             // What the kernel still worked on may have reached the file, though nobody will be told.
-            self.pending.iter().flatten().for_each(|pending| disk.mark_changes(&pending.request));
+            let all = self.pending.iter().flatten().flat_map(Pending::all);
+            all.for_each(|pending| disk.mark_changes(&pending.request));
         }
     }
 }
@@ -188,6 +191,7 @@ impl Service {
             index,
             memory: Arc::clone(queue.memory()),
             pending: (0..queue.size()).map(|_| None).collect(),
+            last: None,
             queue,
             kick,
             lease: Some(lease),
@@ -248,6 +252,12 @@ impl Service {
 
     /// At most a queue full, so that commands are heard. The driver need not kick meanwhile.
     pub(super) fn take_requests(&mut self) -> Result<Taken, Fault> {
+        let taken = self.take_all_that_may();
+        let issued = self.last.take().map_or(Ok(()), |last| self.issue(last));
+        taken.and_then(|taken| issued.map(|()| taken))
+    }
+
+    fn take_all_that_may(&mut self) -> Result<Taken, Fault> {
         if self.throttle.is_waiting() {
             return Ok(Taken::AllThatMay);
         }
@@ -283,11 +293,27 @@ impl Service {
         let Some(lease) = &self.lease else { return self.refuse(chain, Refusal::Malformed) };
         let pending = Pending::new(chain, request, self.caching.durability(), &lease.disk);
         self.in_flight.add(&pending);
-        self.issue(pending)
+        let Some(last) = &mut self.last else {
+            self.last = Some(pending);
+            return Ok(());
+        };
+        match last.join(pending) {
+            Ok(()) => Ok(()),
+            Err(pending) => self.last.replace(pending).map_or(Ok(()), |last| self.issue(last)),
+        }
+    }
+
+    /// Hands requests that were to be done as one to the ring one by one, so that each has an answer of its own.
+    fn issue_each(&mut self, first: Pending, followers: Vec<Pending>) -> Result<(), Fault> {
+        let mut outcome = self.issue(first);
+        for pending in followers {
+            outcome = outcome.and(self.issue(pending));
+        }
+        outcome
     }
 
     /// Hands the next step of a request to the ring.
-    fn issue(&mut self, pending: Pending) -> Result<(), Fault> {
+    fn issue(&mut self, mut pending: Pending) -> Result<(), Fault> {
         let started = match &mut self.lease {
             Some(lease) => pending.start(&mut lease.ring, &self.memory),
             None => Err(Refused::Full),
@@ -300,6 +326,10 @@ impl Service {
             // The queue's heads are below its size, and each is in flight once; so what is refused here is a buffer
             // outside memory.
             _ => {
+                let followers = pending.take_followers();
+                if !followers.is_empty() {
+                    return self.issue_each(pending, followers);
+                }
                 self.in_flight.remove(&pending);
                 self.refuse(pending.chain, Refusal::Malformed)
             }
@@ -335,7 +365,11 @@ impl Service {
     /// Goes on with a request after a step, or completes it.
     fn settle(&mut self, mut pending: Pending, result: io::Result<()>) -> Result<(), Fault> {
         if let Some(lease) = &self.lease {
-            lease.disk.mark_changes(&pending.request);
+            pending.all().for_each(|pending| lease.disk.mark_changes(&pending.request));
+        }
+        let followers = pending.take_followers();
+        if result.is_err() && !followers.is_empty() {
+            return self.issue_each(pending, followers);
         }
         let next = match (&self.lease, &result) {
             (Some(lease), Ok(())) => pending.goes_on(&lease.disk),
@@ -345,6 +379,15 @@ impl Service {
         if next {
             return self.issue(pending);
         }
+        let mut outcome = self.finish(pending, result);
+        for pending in followers {
+            outcome = outcome.and(self.finish(pending, Ok(())));
+        }
+        outcome
+    }
+
+    /// Completes a request of which nothing is left to do.
+    fn finish(&mut self, pending: Pending, result: io::Result<()>) -> Result<(), Fault> {
         self.in_flight.remove(&pending);
         let Pending { chain, request, .. } = pending;
         let status = match (&request, result) {

@@ -11,6 +11,7 @@ use crate::virtio::bench::{Bench, EVENT_IDX, Heard, Part, Ring};
 use crate::virtio::{Active, VirtioDevice};
 
 mod hostile;
+mod joined;
 mod load;
 
 const SECTORS: u64 = 2048;
