@@ -2,7 +2,10 @@
 use std::time::Instant;
 
 use clap::Args;
+use model::Name;
+use model::limits::CLONES_MAX;
 use model::server::{BulkAction, BulkActions, Server, StopServer};
+use model::snapshot::CreateClones;
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -17,6 +20,35 @@ pub(crate) struct Which {
     /// Every server with these labels: key=value, key!=value, key, !key; comma-separated terms must all hold.
     #[arg(short = 'l', long, alias = "label-selector")]
     selector: Option<String>,
+}
+
+/// Servers to be made that go on from a memory.
+#[derive(Debug, Args)]
+pub(crate) struct Clones {
+    /// Name or id of what they go on from.
+    of: String,
+    /// Name of the new server; of several, each has its number behind it.
+    #[arg(long)]
+    name: Name,
+    /// How many servers.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(CLONES_MAX)))]
+    count: u16,
+    /// KEY=VALUE; may be given more than once.
+    #[arg(long, value_parser = target::label)]
+    label: Vec<(String, String)>,
+}
+
+impl Clones {
+    /// Makes them of one of these resources.
+    pub(crate) async fn run(self, context: &Context, plural: &'static str) -> Result<(), Error> {
+        let id = target::resolve(&context.client, plural, &self.of).await?;
+        let labels = target::labels(&self.label)?;
+        let spec = CreateClones { name: self.name, count: self.count, labels };
+        let body = serde_json::to_vec(&spec).map_err(Error::Answer)?;
+        let path = format!("/v1/{plural}/{id}/actions/clone");
+        let answer = context.client.send("POST", &path, Some(body), &[]).await?.json()?;
+        finish(context, answer).await
+    }
 }
 
 /// Asks for the action and ends the command as [`wait::finish`] does.
@@ -41,7 +73,7 @@ pub(crate) async fn act(
 }
 
 /// Prints what became of each server; fails with the first that went wrong.
-pub(crate) async fn finish(context: &Context, mut answer: BulkActions) -> Result<(), Error> {
+async fn finish(context: &Context, mut answer: BulkActions) -> Result<(), Error> {
     let deadline = Instant::now() + context.wait_timeout;
     let mut wrong = None;
     for item in &mut answer.items {

@@ -73,6 +73,8 @@ pub(crate) enum Verb {
         #[arg(long)]
         stop: bool,
     },
+    /// Make servers that go on from what it is now, memory and disk; it runs on.
+    Clone(bulk::Clones),
     /// Settle which host has a server that is in doubt. Look at the other host first.
     SettleMigration(Settle),
     /// Print the console's log.
@@ -326,6 +328,7 @@ impl Verb {
                 let answer = context.client.send("POST", &path, Some(body), &[]).await?;
                 wait::finish::<Server>(context, &answer, "servers", false).await
             }
+            Verb::Clone(clones) => clones.run(context, "servers").await,
             Verb::SettleMigration(settle) => settle.run(context).await,
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;

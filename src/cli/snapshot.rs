@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use http_body_util::BodyExt;
 use hyper::body::Body;
-use model::limits::CLONES_MAX;
-use model::snapshot::{CloneSnapshot, CreateSnapshot, PatchSnapshot, Snapshot};
+use model::snapshot::{CreateSnapshot, PatchSnapshot, Snapshot};
 use model::{Name, Time};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
@@ -23,7 +22,7 @@ pub(crate) enum Verb {
     /// Take a snapshot of a server. One that runs stands still while its disks are copied.
     Create(Create),
     /// Make servers that go on from where a snapshot with memory was taken.
-    Clone(CloneSnapshotOptions),
+    Clone(bulk::Clones),
     /// List snapshots.
     #[command(visible_alias = "ls")]
     List(ListOptions),
@@ -63,22 +62,6 @@ pub(crate) struct Create {
     /// A line for people.
     #[arg(long, default_value = "")]
     description: String,
-    /// KEY=VALUE; may be given more than once.
-    #[arg(long, value_parser = target::label)]
-    label: Vec<(String, String)>,
-}
-
-/// `toft snapshot clone`.
-#[derive(Debug, Args)]
-pub(crate) struct CloneSnapshotOptions {
-    /// Name or id.
-    snapshot: String,
-    /// Name of the new server; of several, each has its number behind it.
-    #[arg(long)]
-    name: Name,
-    /// How many servers.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(CLONES_MAX)))]
-    count: u16,
     /// KEY=VALUE; may be given more than once.
     #[arg(long, value_parser = target::label)]
     label: Vec<(String, String)>,
@@ -132,7 +115,7 @@ impl Verb {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
             Verb::Create(create) => create.run(context).await,
-            Verb::Clone(options) => options.run(context).await,
+            Verb::Clone(clones) => clones.run(context, "snapshots").await,
             Verb::List(options) => {
                 let snapshots: Vec<Snapshot> = target::list(&context.client, "snapshots", &options).await?;
                 output::many(context.format, &snapshots)
@@ -151,18 +134,6 @@ impl Verb {
                 wait::finish::<Snapshot>(context, &answer, "snapshots", true).await
             }
         }
-    }
-}
-
-impl CloneSnapshotOptions {
-    async fn run(self, context: &Context) -> Result<(), Error> {
-        let id = target::resolve(&context.client, "snapshots", &self.snapshot).await?;
-        let labels = target::labels(&self.label)?;
-        let spec = CloneSnapshot { name: self.name, count: self.count, labels };
-        let body = serde_json::to_vec(&spec).map_err(Error::Answer)?;
-        let path = format!("/v1/snapshots/{id}/actions/clone");
-        let answer = context.client.send("POST", &path, Some(body), &[]).await?.json()?;
-        bulk::finish(context, answer).await
     }
 }
 

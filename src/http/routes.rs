@@ -138,6 +138,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(snapshots::one, snapshots::patch, snapshots::delete))
         .routes(routes!(snapshots::export))
         .routes(routes!(snapshots::clone))
+        .routes(routes!(snapshots::clone_server))
         .routes(routes!(networks::list, networks::create))
         .routes(routes!(networks::one, networks::patch, networks::delete))
         .routes(routes!(operations::list))

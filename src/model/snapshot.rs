@@ -125,10 +125,10 @@ pub struct ImportSnapshot {
     pub name: Option<Name>,
 }
 
-/// Body of `POST /v1/snapshots/{id}/actions/clone`.
+/// Body of `POST /v1/snapshots/{id}/actions/clone` and `POST /v1/servers/{id}/actions/clone`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct CloneSnapshot {
+pub struct CreateClones {
     /// Name of the new server. Of several, each has its number behind it: `web-1`, `web-2`.
     pub name: Name,
     /// How many servers, 1 to 100.

@@ -18,9 +18,12 @@ const WRITTEN_MIB: u64 = 64;
 /// A line each millisecond, so that progress is seen when it is made.
 const TICKS: &str = "ticks=10000000,1";
 
-/// What guests do that are cloned: a line each 20 ms and asleep in between, because a hundred that never sleep would be
-/// measured with each other's noise.
-const BEATS: &str = "beat=20";
+/// What guests do that are cloned: they wait to be told that a disk has changed, as a clone is, say what they see, and halt. A
+/// hundred that went on would be measured with each other's noise.
+const TOLD: &str = "changed=600000 halt";
+
+/// What the guest says before it waits.
+const WAITING: &str = "changed waiting";
 
 /// Memory of the servers that are cloned, in bytes.
 const MEMORY_BYTES: u64 = 512 << 20;
@@ -71,7 +74,7 @@ fn restores(ground: &Ground, memory_mib: u64, samples: usize) -> Vec<f64> {
 fn through_the_api(ground: &Ground) -> Vec<f64> {
     let host = Host::start_with(ground, WARM_SHELLS);
     let mut client = host.local();
-    let snapshot = snapshot(&host, ground, TICKS, 128 << 20);
+    let snapshot = snapshot(&host, ground, 128 << 20);
     let mut one = |at: usize| {
         // What the one before is followed by: its end, and another VMM that waits.
         std::thread::sleep(IDLE);
@@ -86,13 +89,13 @@ fn through_the_api(ground: &Ground) -> Vec<f64> {
     (1..=ground.samples(41, 3)).map(one).collect()
 }
 
-/// Takes a snapshot with memory of a server whose guest goes on with these words, and pauses that server.
-fn snapshot(host: &Host, ground: &Ground, words: &str, memory_bytes: u64) -> String {
-    host.import(ground, "counting", &format!("dirty={WRITTEN_MIB},0,50 {words}"));
+/// Takes a snapshot with memory of a server whose guest waits, and pauses that server.
+fn snapshot(host: &Host, ground: &Ground, memory_bytes: u64) -> String {
+    host.import(ground, "counting", &format!("dirty={WRITTEN_MIB},0,50 {TOLD}"));
     let mut client = host.local();
     let body = json!({ "name": "first", "image": "counting", "memory_bytes": memory_bytes });
     let first = id(&client.call("POST", "/v1/servers", WAIT, Some(&body)));
-    while !host.console_log(&first).contains("dirty ok") {}
+    while !host.console_log(&first).contains(WAITING) {}
     let path = format!("/v1/servers/{first}/actions/snapshot");
     let body = json!({ "name": "then", "memory": true });
     let snapshot = id(&client.call("POST", &path, WAIT, Some(&body)));
@@ -104,7 +107,7 @@ fn snapshot(host: &Host, ground: &Ground, words: &str, memory_bytes: u64) -> Str
 fn hundred(ground: &Ground, report: &mut Report) {
     let count = ground.samples(100, 3);
     let host = Host::start(ground);
-    let snapshot = snapshot(&host, ground, BEATS, MEMORY_BYTES);
+    let snapshot = snapshot(&host, ground, MEMORY_BYTES);
     let mut client = host.local();
     let rounds = ground.samples(5, 1);
     let (mut took_s, mut dirty_kb, mut charged_kb) = (Vec::new(), Vec::new(), Vec::new());

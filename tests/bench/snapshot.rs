@@ -13,7 +13,7 @@ const RATE_MIB_PER_S: u64 = 256;
 const SPARE_MIB: u64 = 64;
 
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
-    for (case, mib, samples) in [("1 GiB", 1024, 9), ("4 GiB", 4096, 5)] {
+    for (case, mib, samples) in [("1 GiB", 1024, 7), ("4 GiB", 4096, 3)] {
         let mib = ground.samples(mib, 64) as u64;
         let (stalls, before, paused) = stalls(ground, mib, ground.samples(samples, 1));
         let series = |bench, who| Series { bench, case, who, unit: "ms" };
@@ -34,17 +34,17 @@ fn stalls(ground: &Ground, mib: u64, samples: usize) -> (Vec<f64>, Vec<f64>, Vec
     let mut seen = vmm.console().matches(PASS).count();
     let (mut stalls, mut before, mut paused) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..samples {
-        // Two whole reports in which nothing happens, then all in which the save lies.
-        let quiet = vmm.wait_for_times(PASS, seen + 3);
+        // Two whole reports in which nothing happens, then all in which the save lies. One is whole when the next has begun.
+        let quiet = vmm.wait_for_times(PASS, seen + 4);
         before.push(longest_ms(&quiet, seen + 1, seen + 3));
         let from = quiet.matches(PASS).count();
         let saved = vmm.save_live();
         paused.push(saved.report.stall_us as f64 / 1e3);
         let until = vmm.console().matches(PASS).count() + 1;
-        let busy = vmm.wait_for_times(PASS, until);
+        let busy = vmm.wait_for_times(PASS, until + 1);
         stalls.push(longest_ms(&busy, from, until));
         assert!(!busy.contains("FAILED"), "{busy}");
-        seen = until;
+        seen = until + 1;
     }
     vmm.command(Command::Pause).expect("it runs");
     (stalls, before, paused)

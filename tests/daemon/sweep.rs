@@ -229,6 +229,11 @@ fn a_clone_converges_wherever_the_daemon_dies() {
 }
 
 #[test]
+fn a_clone_of_a_server_that_runs_converges_wherever_the_daemon_dies() {
+    inside("sweep::a_clone_of_a_server_that_runs_converges_wherever_the_daemon_dies", sweep(Verb::Fork));
+}
+
+#[test]
 fn going_back_to_a_snapshot_converges_wherever_the_daemon_dies() {
     inside("sweep::going_back_to_a_snapshot_converges_wherever_the_daemon_dies", sweep(Verb::Restore));
 }

@@ -397,6 +397,11 @@ fn snapshots(cli: &Cli<'_>) {
         cli.ok(&["--wait", "server", "delete", name]);
     }
     cli.fails(&["snapshot", "clone", "kept", "--name", "twin", "--count", "101"], 2);
+    let cloned = cli.json(&["--wait", "server", "clone", "www", "--name", "fork"]);
+    assert_eq!(cloned[0]["operation"]["state"], "succeeded", "{cloned}");
+    assert_eq!(cli.json(&["server", "show", "www"])["state"], "running");
+    cli.ok(&["--wait", "server", "delete", "fork"]);
+    cli.fails(&["server", "clone", "reader", "--name", "fork"], 4);
     // What it has in memory since is not lost by mistake.
     cli.fails(&["server", "restore", "www", "kept"], 4);
     cli.fails(&["server", "restore", "reader", "kept"], 2);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use model::{Code, Time};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use wire::control::Notice;
 use wire::launch::ExitStatus;
@@ -28,6 +28,8 @@ pub(super) struct Actor {
     workshop: Arc<Workshop>,
     entry: Arc<Entry>,
     notices: mpsc::Receiver<Notice>,
+    /// Seen from before the record is read, so that none is missed.
+    snapshots: watch::Receiver<()>,
     /// When events that a guest causes at will may be recorded again.
     pace: Pace,
 }
@@ -79,7 +81,8 @@ enum Woken {
 
 impl Actor {
     pub(super) fn new(workshop: Arc<Workshop>, entry: Arc<Entry>, notices: mpsc::Receiver<Notice>) -> Actor {
-        Actor { workshop, entry, notices, pace: Pace::default() }
+        let snapshots = workshop.snapshots.ends();
+        Actor { workshop, entry, notices, snapshots, pace: Pace::default() }
     }
 
     /// Acts until the server is no more, or the records are closed. When they cannot be read or written for a while,
@@ -157,6 +160,10 @@ impl Actor {
     async fn tidy(&self, ended: Work) -> Result<()> {
         match ended {
             Work::Snapshot { id } => self.workshop.snapshots.tidy(id).await,
+            Work::Boot { .. } | Work::Resume | Work::Purge => {
+                self.workshop.snapshots.let_go();
+                Ok(())
+            }
             Work::CopyBack { .. } => match self.record().await? {
                 // One that is gone has been purged.
                 Some(record) if record.life.phase.returns_to().is_none() => {
@@ -194,6 +201,13 @@ impl Actor {
                 None => std::future::pending().await,
             }
         };
+        let awaited = async {
+            match life.awaited() {
+                // Nobody ends while the workshop is there.
+                Some(_) => drop(self.snapshots.changed().await),
+                None => std::future::pending().await,
+            }
+        };
         let deadline = async {
             match life.deadline_ms() {
                 Some(at_ms) => tokio::time::sleep(until(at_ms)).await,
@@ -205,6 +219,7 @@ impl Actor {
             () = done => Woken::Done,
             status = ended => Woken::Ended(status),
             () = self.entry.poke.notified() => Woken::Poked,
+            () = awaited => Woken::Poked,
             () = deadline => Woken::Deadline,
             () = pause.over() => Woken::Poked,
             Some(notice) = self.notices.recv() => Woken::Notice(notice),

@@ -8,7 +8,7 @@ use model::{Code, OperationId, ServerId, Time};
 use super::capacity::Capacity;
 use super::lifecycle::{Ask, Asked, Event, Phase, Push, Return, Step, Trouble, Verdict, step};
 use super::record::{self, ServerRecord};
-use super::{console, moving, restore, view};
+use super::{clone, console, moving, restore, view};
 use crate::call::Actor;
 use crate::config::Dirs;
 use crate::error::{Error, Result};
@@ -164,6 +164,7 @@ pub(super) fn save(
     if let Some(snapshot) = record.life.phase.snapshot()
         && next.life.phase.snapshot() != Some(snapshot)
     {
+        clone::settle(tx, snapshot)?;
         Snapshots::settle(tx, snapshot)?;
     }
     for (id, verdict) in next.ended {

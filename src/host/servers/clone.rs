@@ -5,18 +5,18 @@
 use model::limits as bounds;
 use model::operation::{Operation, Resource};
 use model::server::{BulkAction, BulkActions, CreateNic, ServerNic};
-use model::snapshot::{CloneSnapshot, GuestIdentity, SnapshotState};
+use model::snapshot::{CreateClones, CreateSnapshot, GuestIdentity, SnapshotState};
 use model::{Code, Labels, Name, OperationId, ServerId, SnapshotId, Time};
 use rusqlite::Connection;
 
-use super::lifecycle::{Life, Saved, SavedOf};
+use super::lifecycle::{Event, Life, Saved, SavedOf, Trouble, step};
 use super::record::{self, Disk, Held, ServerRecord};
 use super::registry::Workshop;
-use super::{Servers, advance, create};
+use super::{Servers, advance, create, snapshot};
 use crate::call::{Actor, Answer, Call};
 use crate::error::{Error, Result};
 use crate::operations::{self, NewOperation};
-use crate::snapshots::SnapshotRecord;
+use crate::snapshots::{SnapshotRecord, Snapshots};
 use crate::store::{Tx, records};
 use crate::volumes::{NewVolume, space};
 
@@ -27,7 +27,7 @@ impl Servers {
         &self,
         call: &Call,
         id: SnapshotId,
-        spec: CloneSnapshot,
+        spec: CreateClones,
     ) -> Result<Answer<BulkActions>> {
         let (workshop, conditions) = (self.workshop().clone(), call.clone());
         let make = move |tx: &Tx<'_>| {
@@ -42,6 +42,29 @@ impl Servers {
         }
         Ok(answer)
     }
+
+    /// Makes servers that go on from what a server is now, memory and disk. It runs on, as when a snapshot of it is taken.
+    /// Fails as that and a create do; then nothing is done.
+    pub async fn clone_server(
+        &self,
+        call: &Call,
+        id: ServerId,
+        spec: CreateClones,
+    ) -> Result<Answer<BulkActions>> {
+        let (workshop, conditions) = (self.workshop().clone(), call.clone());
+        let make = move |tx: &Tx<'_>| {
+            let record: ServerRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.generation)?;
+            of_server(tx, &workshop, record, &spec, &conditions.actor)
+        };
+        let answer = self.workshop().core.mutate(call, make).await?;
+        self.workshop().networks.wake();
+        if !answer.replayed {
+            answer.body.items.iter().for_each(|item| self.registry.poke(item.server_id));
+            self.registry.poke(id);
+        }
+        Ok(answer)
+    }
 }
 
 /// For `snapshots`: names of the servers that go back to one, or are to go on from its memory.
@@ -49,28 +72,26 @@ pub(crate) fn users_of_snapshot(connection: &Connection, snapshot: SnapshotId) -
     let all: Vec<ServerRecord> = records::all(connection)?;
     let needs = |record: &ServerRecord| {
         let from = record.life.saved.and_then(|saved| saved.of.snapshot());
-        record.life.phase.returns_to() == Some(snapshot) || from == Some(snapshot)
+        let goes_on = [record.life.phase.returns_to(), record.life.awaited(), from];
+        goes_on.contains(&Some(snapshot))
     };
     Ok(all.into_iter().filter(needs).map(|record| record.name).collect())
 }
 
+/// Clones of a snapshot that is there.
 fn all(
     tx: &Tx<'_>,
     workshop: &Workshop,
     found: &SnapshotRecord,
-    spec: &CloneSnapshot,
+    spec: &CreateClones,
     actor: &Actor,
 ) -> Result<BulkActions> {
     let shown = &found.shown;
-    if !(1..=bounds::CLONES_MAX).contains(&spec.count) {
-        let detail = format!("must be between 1 and {}", bounds::CLONES_MAX);
-        return Err(Error::invalid("/count", "out_of_range", detail));
-    }
     if shown.state != SnapshotState::Ready {
         let detail = format!("snapshot {} is not ready", shown.name);
         return Err(Error::new(Code::WrongState, detail));
     }
-    let Some(root) = found.root else {
+    let Some(saved) = saved_in(found) else {
         let detail = format!(
             "snapshot {} has no memory to go on from; `POST /v1/servers` with `snapshot` makes a server of its disk",
             shown.name
@@ -79,19 +100,90 @@ fn all(
     };
     let disk_bytes = workshop.volumes.snapshot_bytes(shown.id, 0);
     space::check(&workshop.core.dirs.root().join("volumes"), disk_bytes * u64::from(spec.count), 0)?;
-    let of = SavedOf::Clone { snapshot: shown.id };
-    let saved = Saved { root, stored_bytes: shown.stored_bytes, of };
+    each(tx, workshop, found, spec, actor, |life| life.saved = Some(saved))
+}
+
+/// Clones of a server that runs: a snapshot of it is taken for them, which expires as soon as nobody needs it, and they
+/// wait for it.
+fn of_server(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    server: ServerRecord,
+    spec: &CreateClones,
+    actor: &Actor,
+) -> Result<BulkActions> {
+    let disks = server.disks.iter().map(|disk| workshop.volumes.stored_bytes(disk.volume_id));
+    let disk_bytes = disks.sum::<u64>().saturating_mul(u64::from(spec.count));
+    space::check(&workshop.core.dirs.root().join("volumes"), disk_bytes, 0)?;
+    let taken = CreateSnapshot {
+        description: format!("for clones of server {}", server.name),
+        memory: true,
+        ..CreateSnapshot::default()
+    };
+    let mut found = snapshot::describe(tx, SnapshotId::new(), &server, taken)?;
+    // Counts from when it is ready, and while nobody needs it.
+    found.shown.expires_at = Some(found.shown.created_at);
+    found.origin.for_clones = true;
+    snapshot::begin(tx, workshop, server, &found, actor)?;
+    let id = found.shown.id;
+    each(tx, workshop, &found, spec, actor, |life| life.awaits = Some(id))
+}
+
+/// In the transaction in which the work on a snapshot has ended: servers that wait for it go on from it, or come to nothing.
+pub(super) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
+    let Some(found) = Snapshots::find(tx, id)?.filter(|found| found.origin.for_clones) else { return Ok(()) };
+    let all: Vec<ServerRecord> = records::all(tx)?;
+    for mut record in all.into_iter().filter(|record| record.life.awaited() == Some(id)) {
+        match saved_in(&found).filter(|_| found.shown.state == SnapshotState::Ready) {
+            Some(saved) => {
+                record.life.go_on_from(saved);
+                record::save(tx, &mut record)?;
+            }
+            None => {
+                let detail = format!("no snapshot could be taken of server {}", found.shown.server_name);
+                let trouble = Trouble { code: Code::MachineFailed, detail };
+                let next = step(&record.life, Event::MakeFailed(trouble), record.context());
+                advance::save(tx, record, next, &Actor::Host)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What there is of a machine in a snapshot.
+fn saved_in(found: &SnapshotRecord) -> Option<Saved> {
+    let of = SavedOf::Clone { snapshot: found.shown.id };
+    Some(Saved { root: found.root?, stored_bytes: found.shown.stored_bytes, of })
+}
+
+/// Records them; `begin` says what each begins with.
+fn each(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    found: &SnapshotRecord,
+    spec: &CreateClones,
+    actor: &Actor,
+    begin: impl Fn(&mut Life),
+) -> Result<BulkActions> {
+    if !(1..=bounds::CLONES_MAX).contains(&spec.count) {
+        let detail = format!("must be between 1 and {}", bounds::CLONES_MAX);
+        return Err(Error::invalid("/count", "out_of_range", detail));
+    }
     let mut items = Vec::new();
     for number in 1..=spec.count {
         let name = numbered(spec, number)?;
-        let (operation, record) = one(tx, workshop, found, saved, (name, spec.labels.clone()), actor)?;
+        let operation_id = OperationId::new();
+        let mut life = Life::new(operation_id, true);
+        begin(&mut life);
+        let (operation, record) =
+            one(tx, workshop, found, (operation_id, life), (name, spec.labels.clone()), actor)?;
         let (server_id, name) = (record.id, record.name);
         items.push(BulkAction { server_id, name, operation: Some(operation), problem: None });
     }
     Ok(BulkActions { items })
 }
 
-fn numbered(spec: &CloneSnapshot, number: u16) -> Result<Name> {
+fn numbered(spec: &CreateClones, number: u16) -> Result<Name> {
     if spec.count == 1 {
         return Ok(spec.name.clone());
     }
@@ -104,12 +196,12 @@ fn one(
     tx: &Tx<'_>,
     workshop: &Workshop,
     found: &SnapshotRecord,
-    saved: Saved,
+    (operation_id, life): (OperationId, Life),
     (name, labels): (Name, Labels),
     actor: &Actor,
 ) -> Result<(Operation, ServerRecord)> {
     let (shown, origin) = (&found.shown, &found.origin);
-    let (id, operation_id, now) = (ServerId::new(), OperationId::new(), Time::now());
+    let (id, now) = (ServerId::new(), Time::now());
     let mut disks = Vec::new();
     // Servers have one disk or none.
     for (volume, used) in shown.volumes.iter().zip(&origin.disks) {
@@ -124,8 +216,6 @@ fn one(
         let volume = workshop.volumes.create(tx, new)?;
         disks.push(Disk { volume_id: volume.id, cache: used.cache, limits: used.limits });
     }
-    let mut life = Life::new(operation_id, true);
-    life.saved = Some(saved);
     let mut record = ServerRecord {
         id,
         name,

@@ -538,10 +538,11 @@ fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<(
             format!("server {} is moving to another host; change it when it has arrived", record.name);
         return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));
     }
-    let is_saved = record.life.saved.is_some() || matches!(record.life.phase, Phase::Hibernating { .. });
+    let goes_on = record.life.saved.is_some() || record.life.awaited().is_some();
+    let is_saved = goes_on || matches!(record.life.phase, Phase::Hibernating { .. });
     if is_saved && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
-        let detail = "the server is hibernated, and its memory belongs to the machine it was: start it before its \
-                      CPUs or memory are changed";
+        let detail = "the server goes on from a memory, which belongs to the machine it was: wait until it runs, or start \
+                      it, before its CPUs or memory are changed";
         return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));
     }
     if let Some(name) = patch.name {

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use model::operation::Accepted;
+use model::operation::{Accepted, Operation};
 use model::snapshot::{CreateSnapshot, Snapshot, SnapshotState, SnapshotVolume};
 use model::volume::FillMethod;
 use model::{Code, Name, SnapshotId, Time};
@@ -51,9 +51,20 @@ pub(super) fn accept(
 ) -> Result<Accepted<Snapshot>> {
     snapshots::check_description(&spec.description)?;
     snapshots::check_expiry(spec.expires_at)?;
-    let id = SnapshotId::new();
-    let memory = spec.memory;
-    let record = describe(tx, id, &server, spec)?;
+    let record = describe(tx, SnapshotId::new(), &server, spec)?;
+    let operation = begin(tx, workshop, server, &record, actor)?;
+    Ok(Accepted { operation, resource: Some(record.shown) })
+}
+
+/// Records what [`describe`] has answered, and the operation that takes it.
+pub(super) fn begin(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    server: ServerRecord,
+    record: &SnapshotRecord,
+    actor: &Actor,
+) -> Result<Operation> {
+    let (id, memory) = (record.shown.id, record.shown.memory);
     if memory && server.life.phase.vmm().is_none() {
         let detail = format!(
             "server {} has no machine, and so no memory to save; leave out `memory`, or start it first",
@@ -68,11 +79,12 @@ pub(super) fn accept(
     let place = workshop.core.dirs.root().join("snapshots");
     let (operation, _) = advance::ask(tx, workshop.capacity, server, ask, actor, |_| Ok(()))?;
     space::check(&place, needed, 0)?;
-    Snapshots::begin(tx, &record, actor)?;
-    Ok(Accepted { operation: operations::one(tx, operation.id)?, resource: Some(record.shown) })
+    Snapshots::begin(tx, record, actor)?;
+    operations::one(tx, operation.id)
 }
 
-fn describe(
+/// A snapshot of a server that is about to be taken.
+pub(super) fn describe(
     tx: &Tx<'_>,
     id: SnapshotId,
     server: &ServerRecord,
@@ -122,6 +134,7 @@ fn describe(
             .map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits })
             .collect(),
         descent: server.descent,
+        for_clones: false,
     };
     Ok(SnapshotRecord { shown, root: None, origin })
 }

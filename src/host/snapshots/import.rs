@@ -140,6 +140,7 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         nics,
         disks: head.disks.iter().map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits }).collect(),
         descent: head.descent,
+        for_clones: false,
     };
     record::insert(tx, &SnapshotRecord { shown: shown.clone(), root: None, origin }, actor)?;
     let resources = vec![Resource::Snapshot(id)];

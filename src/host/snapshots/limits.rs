@@ -4,6 +4,9 @@ use std::time::Duration;
 /// Longest sleep for an expiry before the clock is read again: so late one may be behind a clock that was set.
 pub const CLOCK: Duration = Duration::from_secs(30);
 
+/// Pause before expiries are looked at when something has changed: a hundred clones let go of their snapshot one by one.
+pub const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// How long a VMM may keep a file open that it has written to its end.
 pub const LET_GO: Duration = Duration::from_secs(5);
 

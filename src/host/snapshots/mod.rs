@@ -13,7 +13,7 @@ use model::page::{ListQuery, Page};
 use model::snapshot::{PatchSnapshot, Snapshot, SnapshotState};
 use model::{Code, SnapshotId, Time};
 use rusqlite::Connection;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::call::{Actor, Answer, Call};
@@ -42,6 +42,7 @@ pub struct Snapshots {
     core: Shared,
     expiry: Arc<Expiry>,
     imports: Arc<import::AtWork>,
+    ends: watch::Sender<()>,
     /// Memory that servers may have in all.
     memory_bytes: u64,
 }
@@ -56,7 +57,13 @@ struct Expiry {
 
 impl Snapshots {
     pub(crate) fn new(core: Shared, memory_bytes: u64) -> Snapshots {
-        Snapshots { core, expiry: Arc::default(), imports: Arc::default(), memory_bytes }
+        Snapshots {
+            core,
+            expiry: Arc::default(),
+            imports: Arc::default(),
+            ends: watch::Sender::new(()),
+            memory_bytes,
+        }
     }
 
     /// Takes up what an earlier daemon left unfinished: `taken` are those that servers are taking, and go on to take.
@@ -157,7 +164,7 @@ impl Snapshots {
                     let left = left_ms.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or_default()));
                     tokio::select! {
                         () = tokio::time::sleep(left.unwrap_or(limits::CLOCK).min(limits::CLOCK)) => {}
-                        () = self.expiry.changed.notified() => {}
+                        () = self.expiry.changed.notified() => tokio::time::sleep(limits::LOOK_AGAIN).await,
                     }
                 }
                 Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return,
@@ -227,6 +234,16 @@ impl Snapshots {
         record::complete(tx, id, taken)
     }
 
+    /// For `servers`: the snapshot, if there is one.
+    pub(crate) fn find(connection: &Connection, id: SnapshotId) -> Result<Option<SnapshotRecord>> {
+        records::find(connection, id.0)
+    }
+
+    /// For `servers` that wait for one: changes when the work on any has ended.
+    pub(crate) fn ends(&self) -> watch::Receiver<()> {
+        self.ends.subscribe()
+    }
+
     /// For `servers`: it is taken no more; what is not complete is forgotten.
     pub(crate) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
         record::settle(tx, id)
@@ -236,11 +253,17 @@ impl Snapshots {
     pub(crate) async fn tidy(&self, id: SnapshotId) -> Result<()> {
         // One that is complete may have an expiry, which nobody has waited for yet.
         self.expiry.changed.notify_one();
+        self.ends.send_replace(());
         let find = move |connection: &Connection| records::find::<SnapshotRecord>(connection, id.0);
         match self.core.store.read(find).await? {
             Some(_) => Ok(()),
             None => self.remove(id).await,
         }
+    }
+
+    /// For `servers`: one may have gone on from a snapshot, or is no more; it may have been the last that needed one.
+    pub(crate) fn let_go(&self) {
+        self.expiry.changed.notify_one();
     }
 
     /// Where its files lie.

@@ -60,6 +60,9 @@ pub(crate) struct Origin {
     /// How many clones with memory led to the server.
     #[serde(default)]
     pub descent: u32,
+    /// It was asked for by a call that clones the server: servers wait for it.
+    #[serde(default)]
+    pub for_clones: bool,
 }
 
 /// How a disk is used.

@@ -13,6 +13,7 @@ const OF_SERVER: &[&str] = &[
     "resume_server",
     "hibernate_server",
     "snapshot_server",
+    "clone_server",
     "migrate_server",
     "restore_server",
     "settle_server_migration",

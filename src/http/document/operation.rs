@@ -47,6 +47,7 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
     ("snapshot_server", "application/json", include_str!("../../../api/examples/snapshot-server.json")),
     ("restore_server", "application/json", include_str!("../../../api/examples/restore-server.json")),
     ("clone_snapshot", "application/json", include_str!("../../../api/examples/clone-snapshot.json")),
+    ("clone_server", "application/json", include_str!("../../../api/examples/clone-server.json")),
     (
         "update_snapshot",
         "application/merge-patch+json",

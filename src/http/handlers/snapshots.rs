@@ -9,7 +9,7 @@ use host::snapshots::Export;
 use model::operation::Accepted;
 use model::page::Page;
 use model::server::BulkActions;
-use model::snapshot::{CloneSnapshot, CreateSnapshot, ImportSnapshot, PatchSnapshot, Snapshot};
+use model::snapshot::{CreateClones, CreateSnapshot, ImportSnapshot, PatchSnapshot, Snapshot};
 use model::{Name, ServerId, SnapshotId};
 use serde::Deserialize;
 use tokio::sync::OwnedSemaphorePermit;
@@ -59,7 +59,7 @@ pub(crate) async fn take(
 #[utoipa::path(post, path = "/v1/snapshots/{id}/actions/clone", tag = "snapshots",
     operation_id = "clone_snapshot",
     params(("id" = SnapshotId, Path, description = "The snapshot.")),
-    request_body = CloneSnapshot,
+    request_body = CreateClones,
     responses(
         (status = 200, description = "With `Prefer: wait`: every operation has ended.", body = BulkActions),
         (status = 202, description = "The operation that makes each server.", body = BulkActions),
@@ -68,11 +68,34 @@ pub(crate) async fn clone(
     State(api): State<Api>,
     Id(id): Id<SnapshotId>,
     _: Query<NoParameters>,
-    Mutation { call, body: Json(spec), wait }: Mutation<Json<CloneSnapshot>>,
+    Mutation { call, body: Json(spec), wait }: Mutation<Json<CreateClones>>,
 ) -> Result<Response, Failure> {
     let host = api.host.clone();
     let made =
         answer::undisturbed(async move { Ok(host.servers().clone_snapshot(&call, id, spec).await?) }).await?;
+    bulk::answered(&api, made, wait).await
+}
+
+/// Makes servers that go on from what a server is now, memory and disk. A snapshot is taken of it, which is deleted when
+/// nobody needs it any more; the server runs on, and its new ones are made when it is there. All are recorded in one
+/// transaction with it.
+#[utoipa::path(post, path = "/v1/servers/{id}/actions/clone", tag = "snapshots",
+    operation_id = "clone_server",
+    params(("id" = ServerId, Path, description = "The server.")),
+    request_body = CreateClones,
+    responses(
+        (status = 200, description = "With `Prefer: wait`: every operation has ended.", body = BulkActions),
+        (status = 202, description = "The operation that makes each server.", body = BulkActions),
+    ))]
+pub(crate) async fn clone_server(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Json(spec), wait }: Mutation<Json<CreateClones>>,
+) -> Result<Response, Failure> {
+    let host = api.host.clone();
+    let made =
+        answer::undisturbed(async move { Ok(host.servers().clone_server(&call, id, spec).await?) }).await?;
     bulk::answered(&api, made, wait).await
 }
 

@@ -6,7 +6,7 @@ use model::image::{ImportImage, PatchImage};
 use model::migration::{CreateMigrationTicket, MigrateServer, SettleMigration};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateServer, PatchServer, StopServer};
-use model::snapshot::{CloneSnapshot, CreateSnapshot, PatchSnapshot, RestoreServer};
+use model::snapshot::{CreateClones, CreateSnapshot, PatchSnapshot, RestoreServer};
 use model::volume::PatchVolume;
 
 use crate::document;
@@ -60,7 +60,7 @@ fn every_example_parses_as_its_type_and_is_in_the_document() {
             "update-volume.json" => check::<PatchVolume>(&text),
             "snapshot-server.json" => check::<CreateSnapshot>(&text),
             "restore-server.json" => check::<RestoreServer>(&text),
-            "clone-snapshot.json" => check::<CloneSnapshot>(&text),
+            "clone-snapshot.json" | "clone-server.json" => check::<CreateClones>(&text),
             "update-snapshot.json" => check::<PatchSnapshot>(&text),
             "create-network.json" => check::<CreateNetwork>(&text),
             "update-network.json" => check::<PatchNetwork>(&text),

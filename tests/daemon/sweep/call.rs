@@ -27,6 +27,7 @@ const SUCCESSORS_LONG: u64 = 12;
 pub(crate) enum Verb {
     Create,
     Clone,
+    Fork,
     Start,
     Stop,
     Reboot,
@@ -48,13 +49,13 @@ impl Verb {
 
     /// Whether there is a server between two calls.
     fn keeps_its_server(self) -> bool {
-        !self.is_about_an_image() && !matches!(self, Verb::Create | Verb::Clone | Verb::Delete)
+        !self.is_about_an_image() && !matches!(self, Verb::Create | Verb::Clone | Verb::Fork | Verb::Delete)
     }
 
     /// Kind of its operation.
     fn kind(self) -> &'static str {
         match self {
-            Verb::Create | Verb::Clone => "server.create",
+            Verb::Create | Verb::Clone | Verb::Fork => "server.create",
             Verb::Start => "server.start",
             Verb::Stop => "server.stop",
             Verb::Reboot | Verb::Reset => "server.reboot",
@@ -212,7 +213,7 @@ impl Sweep {
     /// From where the call ended back to rest.
     pub(crate) async fn tidy(&mut self) {
         match self.verb {
-            Verb::Create | Verb::Clone => {
+            Verb::Create | Verb::Clone | Verb::Fork => {
                 let server = self.server().await.expect("a server");
                 let key = self.key("delete");
                 let path = format!("/v1/servers/{}", text(&server["id"]));
@@ -295,6 +296,10 @@ impl Sweep {
                 let path = format!("/v1/snapshots/{}/actions/clone", self.snapshot);
                 (Method::POST, path, Some(json!({ "name": SUBJECT })))
             }
+            Verb::Fork => {
+                let path = format!("/v1/servers/{}/actions/clone", self.bystander);
+                (Method::POST, path, Some(json!({ "name": SUBJECT })))
+            }
             Verb::Restore => {
                 (Method::POST, action("restore"), Some(json!({ "snapshot": SUBJECT, "stop": true })))
             }
@@ -314,7 +319,7 @@ impl Sweep {
         let (state, boots) = match self.verb {
             Verb::Create => (Some("running"), 1),
             // It goes on from where it was, on a console that has seen no boot.
-            Verb::Clone => (Some("running"), 0),
+            Verb::Clone | Verb::Fork => (Some("running"), 0),
             Verb::Start | Verb::Reboot | Verb::Reset => (Some("running"), before.boots + 1),
             Verb::Stop => (Some("stopped"), before.boots),
             Verb::Pause => (Some("paused"), before.boots),
@@ -353,7 +358,9 @@ impl Sweep {
         }
         match (self.verb, &now.id) {
             (Verb::Pause, Some(id)) => self.stands_still(id).await,
-            (Verb::Resume | Verb::Snapshot | Verb::Restore | Verb::Clone, Some(id)) => self.goes_on(id).await,
+            (Verb::Resume | Verb::Snapshot | Verb::Restore | Verb::Clone | Verb::Fork, Some(id)) => {
+                self.goes_on(id).await
+            }
             _ => Ok(()),
         }
     }

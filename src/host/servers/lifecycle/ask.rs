@@ -64,7 +64,7 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 10] = [
+pub const ACTIONS: [(&str, Ask); 11] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
@@ -72,6 +72,8 @@ pub const ACTIONS: [(&str, Ask); 10] = [
     ("resume", Ask::Resume),
     ("hibernate", Ask::Hibernate),
     ("snapshot", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: false }),
+    // A snapshot is what it begins with.
+    ("clone", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: true }),
     ("restore", Ask::Restore { to: Return { snapshot: SnapshotId(uuid::Uuid::nil()), memory: false } }),
     ("migrate", Ask::Migrate),
     ("delete", Ask::Delete { keep_volumes: false }),

@@ -57,6 +57,9 @@ pub struct Life {
     pub booted_ms: Option<i64>,
     /// How often in a row the policy has started it again, or will next.
     pub failures: u32,
+    /// A snapshot that is still being taken, from whose memory it is to go on: nothing is made before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awaits: Option<SnapshotId>,
     /// The memory of a hibernated server, until its vCPUs run again: from that moment on disks and memory differ, so
     /// it is forgotten before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -429,8 +432,20 @@ impl Life {
             run: 0,
             booted_ms: None,
             failures: 0,
+            awaits: None,
             saved: None,
         }
+    }
+
+    /// The snapshot that it waits for.
+    pub fn awaited(&self) -> Option<SnapshotId> {
+        self.awaits.filter(|_| matches!(self.phase, Phase::Creating { .. }))
+    }
+
+    /// What it waited for is there, and it goes on from that, unless somebody has wanted it without meanwhile.
+    pub fn go_on_from(&mut self, saved: Saved) {
+        self.awaits = None;
+        self.saved = Some(saved).filter(|_| self.phase == Phase::Creating { start: true });
     }
 
     /// Whether memory is promised to it.

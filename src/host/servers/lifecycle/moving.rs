@@ -14,6 +14,7 @@ impl Life {
             run,
             booted_ms: None,
             failures: 0,
+            awaits: None,
             saved: None,
         }
     }

@@ -399,7 +399,16 @@ fn vmm() -> ProcessId {
 }
 
 fn life(phase: Phase) -> Life {
-    Life { phase, wanted: Wanted::Running, job: None, run: 1, booted_ms: Some(0), failures: 0, saved: None }
+    Life {
+        phase,
+        wanted: Wanted::Running,
+        job: None,
+        run: 1,
+        booted_ms: Some(0),
+        failures: 0,
+        awaits: None,
+        saved: None,
+    }
 }
 
 fn ended(reason: Reason) -> Event {

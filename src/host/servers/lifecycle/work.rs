@@ -61,6 +61,7 @@ impl Life {
     /// The work that leads out of its phase.
     pub fn work(&self) -> Option<Work> {
         match &self.phase {
+            Phase::Creating { .. } if self.awaits.is_some() => None,
             Phase::Creating { .. } => Some(Work::Make),
             Phase::Starting { vmm: None } => Some(Work::Spawn),
             Phase::Starting { vmm: Some(_) } => Some(Work::Boot { saved: self.saved }),

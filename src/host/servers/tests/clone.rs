@@ -3,23 +3,23 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use model::operation::Resource;
-use model::server::{BulkActions, ServerState};
-use model::snapshot::{CloneSnapshot, GuestIdentity, Snapshot};
+use model::server::{BulkActions, PatchServer, ServerState};
+use model::snapshot::{CreateClones, GuestIdentity, Snapshot};
 use model::{Code, Labels};
 use wire::control::MachineState;
 use wire::saved::MemoryUse;
 
-use super::nothing_left;
 use super::snapshot::{named, taken, volume};
+use super::{nothing_left, stop};
 use crate::fake_vmm::{FakeVmm, Guest};
-use crate::stage::{Stage, created, ended, keyed, server, succeeded};
+use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded};
 use crate::{Call, Host, Result};
 
-fn of(name: &str, count: u16) -> CloneSnapshot {
-    CloneSnapshot { name: name.parse().unwrap(), count, labels: Labels::default() }
+fn of(name: &str, count: u16) -> CreateClones {
+    CreateClones { name: name.parse().unwrap(), count, labels: Labels::default() }
 }
 
-async fn cloned(host: &Host, snapshot: &Snapshot, spec: CloneSnapshot) -> Result<BulkActions> {
+async fn cloned(host: &Host, snapshot: &Snapshot, spec: CreateClones) -> Result<BulkActions> {
     Ok(host.servers().clone_snapshot(&Call::by_host(), snapshot.id, spec).await?.body)
 }
 
@@ -105,5 +105,71 @@ async fn all_clones_of_a_call_are_recorded_or_none_and_one_that_fails_leaves_not
     assert!(operation.error.is_some());
     let gone = host.servers().one(made.items[0].server_id).await.unwrap_err();
     assert_eq!(gone.code, Code::NotFound);
+    host.close().await;
+}
+
+async fn cloned_server(host: &Host, id: model::ServerId, spec: CreateClones) -> Result<BulkActions> {
+    Ok(host.servers().clone_server(&Call::by_host(), id, spec).await?.body)
+}
+
+async fn no_snapshot_left(stage: &Stage, host: &Host) {
+    let end = tokio::time::Instant::now() + SOON;
+    while !host.snapshots().list(Default::default()).await.unwrap().items.is_empty() {
+        assert!(tokio::time::Instant::now() < end, "the snapshot stays");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(std::fs::read_dir(stage.state_dir().join("snapshots")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_server_that_runs_is_cloned_and_what_was_kept_for_it_goes() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    assert!(first.allowed_actions.iter().any(|action| action == "clone"));
+    std::fs::write(volume(&stage, &first), b"as it was").unwrap();
+    let made = cloned_server(&host, first.id, of("twin", 2)).await.unwrap();
+    let larger = PatchServer { vcpus: Some(2), ..PatchServer::default() };
+    let problem = host.servers().patch(&Call::by_host(), made.items[0].server_id, larger).await.unwrap_err();
+    assert_eq!(problem.code, Code::WrongState);
+    for item in &made.items {
+        succeeded(&host, item.operation.as_ref().unwrap().id).await;
+        let clone = host.servers().one(item.server_id).await.unwrap();
+        assert_eq!((clone.state, clone.identity), (ServerState::Running, Some(GuestIdentity::Unchanged)));
+        assert!(std::fs::read(volume(&stage, &clone)).unwrap().starts_with(b"as it was"));
+    }
+    let machines = stage.launch.alive();
+    assert_eq!(machines.iter().filter(|machine| machine.is_restored()).count(), 2);
+    assert!(machines.iter().all(|machine| machine.state() == MachineState::Running));
+    no_snapshot_left(&stage, &host).await;
+    // Without a machine there is nothing to go on from, and a name that is taken makes none.
+    let problem = cloned_server(&host, first.id, of("twin", 2)).await.unwrap_err();
+    assert_eq!(problem.code, Code::AlreadyExists);
+    let stopped = host.servers().act(&Call::by_host(), first.id, stop(0)).await.unwrap();
+    succeeded(&host, stopped.body.operation.id).await;
+    let problem = cloned_server(&host, first.id, of("other", 1)).await.unwrap_err();
+    assert_eq!(problem.code, Code::WrongState);
+    assert_eq!(host.servers().list(Default::default()).await.unwrap().items.len(), 3);
+    no_snapshot_left(&stage, &host).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn clones_of_a_server_whose_memory_cannot_be_saved_come_to_nothing() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    stage.launch.set_guest(Guest::CannotSave);
+    let second = created(&host, server("web2")).await;
+    let made = cloned_server(&host, second.id, of("twin", 2)).await.unwrap();
+    for item in &made.items {
+        let operation = ended(&host, item.operation.as_ref().unwrap().id).await;
+        assert!(operation.error.unwrap().detail.contains("no snapshot could be taken of server web2"));
+        assert_eq!(host.servers().one(item.server_id).await.unwrap_err().code, Code::NotFound);
+    }
+    let left: Vec<_> = host.servers().list(Default::default()).await.unwrap().items;
+    assert_eq!(left.iter().map(|server| server.id).collect::<Vec<_>>(), [first.id, second.id]);
+    assert!(left.iter().all(|server| server.state == ServerState::Running));
+    no_snapshot_left(&stage, &host).await;
     host.close().await;
 }
