@@ -149,34 +149,39 @@ fn a_disk_goes_along_onto_files_that_held_something_else() {
         file.write_all_at(&vec![byte; 8 << 20], 4 << 20).unwrap();
         file
     };
-    let machine = |file: &File| {
-        let mut machine = probe("blk write=4096,7,16384 verify=4096,7,16384 loop", 64);
-        machine.disk(file.try_clone().unwrap(), |_| {});
+    // The first is in use all the time, at the target as soon as it is there. Of the second each end's file is looked at.
+    let machine = |used: &File, left_alone: &File| {
+        let mut machine = probe("blk=0 write=4096,7,16384 verify=4096,7,16384 loop", 64);
+        machine.disk(used.try_clone().unwrap(), |_| {});
+        machine.disk(left_alone.try_clone().unwrap(), |_| {});
         machine
     };
-    let mut file = fresh(0);
-    let mut vmm = Vmm::boot(machine(&file));
+    let whole = |file: &File| {
+        let mut bytes = vec![0; BYTES as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    let files = [fresh(0), fresh(99)];
+    files[1].write_all_at(&[98; 700], BYTES - 700).unwrap();
+    let expected = whole(&files[1]);
+    let mut vmm = Vmm::boot(machine(&files[0], &files[1]));
     vmm.wait_for_console("probe: verify ok");
     for hop in 1..=4 {
         while vmm.stats().disks[0].writes < 200 * hop {}
-        let onto = fresh(hop as u8);
+        let onto = [fresh(hop as u8), fresh(hop as u8)];
         let (near, far) = pairs(2);
-        let (disk_near, disk_far) = pairs(1);
+        let (disk_near, disk_far) = pairs(2);
         let mut next = Vmm::start();
-        next.try_receive_with_disks(machine(&onto), far, disk_far).unwrap();
+        next.try_receive_with_disks(machine(&onto[0], &onto[1]), far, disk_far).unwrap();
         let limits = SendLimits { downtime_ms: 300, bandwidth_bytes_per_s: None };
         vmm.try_send_with_disks(near, disk_near, limits).unwrap();
         let status = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
         assert_eq!(status.phase, Phase::Moved, "{status:?}\n{}\n{}", vmm.told(), next.told());
-        assert!(status.progress.sent_bytes > 8 << 20, "{status:?}");
-        // The source's file is as it was when the guest stopped; the target's has every part that the guest left alone.
-        let (mut left, mut came) = (vec![0; 1 << 20], vec![1; 1 << 20]);
-        file.read_exact_at(&mut left, BYTES - (1 << 20)).unwrap();
-        onto.read_exact_at(&mut came, BYTES - (1 << 20)).unwrap();
-        assert!(left == came, "hop {hop}");
+        assert!(status.progress.sent_bytes > 16 << 20, "{status:?}");
+        assert!(whole(&onto[1]) == expected, "hop {hop}");
         let verified = next.console().matches("probe: verify ok").count();
         next.wait_for_times("probe: verify ok", verified + 2);
-        (vmm, file) = (next, onto);
+        vmm = next;
     }
     let console = vmm.console();
     assert!(!console.contains("FAILED") && !console.contains("broken"), "{console}");
