@@ -59,7 +59,7 @@ pub struct Server {
     /// What its machine must be kept apart by.
     #[serde(default)]
     pub isolation: Isolation,
-    /// Of a clone that goes on from another server's memory: whether its guest knows that. Absent of any other.
+    /// Of a clone that goes on from another server's memory: what became of who its guest was. Absent of any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<GuestIdentity>,
     /// Version of this resource; also its `ETag`.

@@ -148,9 +148,7 @@ fn count_default() -> u16 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum GuestIdentity {
-    /// Its image has a hook that gives it the server's name and addresses, and ids and keys of its own.
-    New,
-    /// Nothing in it does that: it has the name, addresses, machine id and host keys of the server it was cloned from
+    /// It has the name, addresses, machine id and host keys of the server it was cloned from
     /// until somebody changes them. Its hardware addresses and vmgenid are new.
     Unchanged,
 }

@@ -123,7 +123,7 @@ fn limits_change_while_a_disk_works() {
 }
 
 /// A tap in a network namespace of its own, which goes with the thread that made it.
-fn tap() -> File {
+pub(crate) fn tap() -> File {
     let made = std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).expect("interfaces of a machine are tested as root");
         File::from(std::os::fd::OwnedFd::from(Tap::create("probe0").unwrap()))

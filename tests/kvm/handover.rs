@@ -3,35 +3,19 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use nix::sched::{CloneFlags, unshare};
 use sys::pidfd::Signal;
-use sys::tap::Tap;
-use wire::control::{Command, FaultCode, MachineState, Reply};
+use wire::control::{Command, FaultCode, MachineState};
 use wire::migration::{MigrationStatus, Phase};
 use wire::saved::MemoryUse;
 
-use crate::probe_guest;
+use crate::devices::tap;
+use crate::migrate::{check_clock, check_given_away, probe, state};
 use crate::vmm_driver::{Machine, Vmm};
 
 const MIB: u64 = 1 << 20;
 
-fn probe(words: &str, mib: u64) -> Machine {
-    let mut machine = Machine::new(probe_guest::path(), words);
-    machine.spec.memory_bytes = mib * MIB;
-    machine
-}
-
 fn pair() -> (OwnedFd, OwnedFd) {
     UnixStream::pair().map(|(near, far)| (near.into(), far.into())).unwrap()
-}
-
-/// A tap in a network namespace of its own, which goes with its descriptors.
-fn tap() -> File {
-    let made = std::thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).expect("interfaces of a machine are tested as root");
-        File::from(OwnedFd::from(Tap::create("probe0").unwrap()))
-    });
-    made.join().unwrap()
 }
 
 /// Hands a machine over; answers the VMM that has it, and what both tell in the end.
@@ -44,18 +28,6 @@ fn handed_over(vmm: &mut Vmm, machine: Machine) -> (Vmm, MigrationStatus, Migrat
     let sent = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
     let came = next.wait_for_move("arrival", |status| status.phase.is_end());
     (next, sent, came)
-}
-
-fn state(vmm: &mut Vmm) -> MachineState {
-    match vmm.command(Command::Hello { protocol: 1 }) {
-        Ok(Reply::Hello { state, .. }) => state,
-        other => panic!("{other:?}"),
-    }
-}
-
-/// The nanoseconds of the ticks on a console.
-fn ticks(console: &str) -> Vec<u64> {
-    console.split("ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok()).collect()
 }
 
 #[test]
@@ -71,12 +43,7 @@ fn a_machine_goes_on_and_on_with_its_clock_console_and_counters() {
         };
         println!("hop {hop}: stood still for {} us", sent.progress.downtime_us);
         assert_eq!(sent.progress.sent_bytes, 0, "nothing of its memory was sent: {sent:?}");
-        // The source neither runs it nor lets itself be talked into it.
-        assert_eq!(state(&mut vmm), MachineState::Paused);
-        for command in [Command::Resume, Command::Reset] {
-            let fault = vmm.command(command).unwrap_err();
-            assert!(fault.code == FaultCode::WrongState && fault.detail.contains("has moved"), "{fault}");
-        }
+        check_given_away(&mut vmm);
         let seen = next.console().matches("tick ").count();
         next.wait_for_times("tick ", seen + 3);
         let after = next.stats();
@@ -87,10 +54,7 @@ fn a_machine_goes_on_and_on_with_its_clock_console_and_counters() {
     let console = vmm.console();
     assert!(console.starts_with("probe: hello"), "{console}");
     assert_eq!(console.matches("probe: hello").count(), 1, "one boot in all: {console}");
-    for pair in ticks(&console).windows(2) {
-        let gap = pair[1].checked_sub(pair[0]).expect("the clock does not go back");
-        assert!(gap < 1_000_000_000, "the clock jumped by {gap} ns");
-    }
+    check_clock(&console);
     // The machine is wholly the last one's: a reset boots it there.
     vmm.command(Command::Reset).unwrap();
     vmm.wait_for_times("probe: hello", 2);

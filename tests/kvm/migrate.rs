@@ -11,7 +11,7 @@ use wire::migration::{MigrationStatus, Owner, Phase, SendLimits};
 use crate::probe_guest;
 use crate::vmm_driver::{Machine, Vmm};
 
-fn probe(words: &str, mib: u64) -> Machine {
+pub(crate) fn probe(words: &str, mib: u64) -> Machine {
     let mut machine = Machine::new(probe_guest::path(), words);
     machine.spec.memory_bytes = mib << 20;
     machine
@@ -54,16 +54,30 @@ fn moved(
     (next, status)
 }
 
-fn state(vmm: &mut Vmm) -> MachineState {
+pub(crate) fn state(vmm: &mut Vmm) -> MachineState {
     match vmm.command(Command::Hello { protocol: 1 }) {
         Ok(Reply::Hello { state, .. }) => state,
         other => panic!("{other:?}"),
     }
 }
 
-/// The nanoseconds of the ticks on a console.
-fn ticks(console: &str) -> Vec<u64> {
-    console.split("ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok()).collect()
+/// The guest's clock has gone on, and never far at once.
+pub(crate) fn check_clock(console: &str) {
+    let ticks = console.split("ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok());
+    let ticks: Vec<u64> = ticks.collect();
+    for pair in ticks.windows(2) {
+        let gap = pair[1].checked_sub(pair[0]).expect("the clock does not go back");
+        assert!(gap < 1_000_000_000, "the clock jumped by {gap} ns");
+    }
+}
+
+/// A source whose machine has moved neither runs it nor lets itself be talked into it.
+pub(crate) fn check_given_away(vmm: &mut Vmm) {
+    assert_eq!(state(vmm), MachineState::Paused);
+    for command in [Command::Resume, Command::Reset] {
+        let fault = vmm.command(command).unwrap_err();
+        assert!(fault.code == FaultCode::WrongState && fault.detail.contains("has moved"), "{fault}");
+    }
 }
 
 #[test]
@@ -76,12 +90,7 @@ fn a_machine_moves_on_and_on_with_its_clock_console_and_counters() {
         let (mut next, status) = moved(&mut vmm, probe(words, 64), streams);
         println!("{status:?}");
         assert!(status.progress.sent_bytes >= 16 << 20 && status.progress.skipped_bytes >= 16 << 20);
-        // The source neither runs it nor lets itself be talked into it.
-        assert_eq!(state(&mut vmm), MachineState::Paused);
-        for command in [Command::Resume, Command::Reset] {
-            let fault = vmm.command(command).unwrap_err();
-            assert!(fault.code == FaultCode::WrongState && fault.detail.contains("has moved"), "{fault}");
-        }
+        check_given_away(&mut vmm);
         let told = vmm.console();
         assert!(next.console().starts_with(&told), "the console goes on where it was");
         next.wait_for_times("tick ", told.matches("tick ").count() + 3);
@@ -91,11 +100,7 @@ fn a_machine_moves_on_and_on_with_its_clock_console_and_counters() {
         (vmm, before) = (next, after);
         println!("hop {hop} done");
     }
-    let ticks = ticks(&vmm.console());
-    for pair in ticks.windows(2) {
-        let gap = pair[1].checked_sub(pair[0]).expect("the clock does not go back");
-        assert!(gap < 1_000_000_000, "the clock jumped by {gap} ns");
-    }
+    check_clock(&vmm.console());
     assert!(vmm.console().starts_with("probe: hello"), "{}", vmm.console());
 }
 

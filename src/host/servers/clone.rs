@@ -36,11 +36,7 @@ impl Servers {
             all(tx, &workshop, &found, &spec, &conditions.actor)
         };
         let answer = self.workshop().core.mutate(call, make).await?;
-        self.workshop().networks.wake();
-        if !answer.replayed {
-            answer.body.items.iter().for_each(|item| self.registry.poke(item.server_id));
-        }
-        Ok(answer)
+        Ok(self.made(answer))
     }
 
     /// Makes servers that go on from what a server is now, memory and disk. It runs on, as when a snapshot of it is taken.
@@ -51,19 +47,20 @@ impl Servers {
         id: ServerId,
         spec: CreateClones,
     ) -> Result<Answer<BulkActions>> {
-        let (workshop, conditions) = (self.workshop().clone(), call.clone());
-        let make = move |tx: &Tx<'_>| {
-            let record: ServerRecord = records::one(tx, id.0)?;
-            conditions.check_match(record.generation)?;
-            of_server(tx, &workshop, record, &spec, &conditions.actor)
+        let make = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
+            of_server(tx, workshop, record, &spec, actor)
         };
-        let answer = self.workshop().core.mutate(call, make).await?;
+        let answer = self.change(call, id, make).await?;
+        Ok(self.made(answer))
+    }
+
+    /// Has the actors of those that were just recorded look at what is to be done.
+    fn made(&self, answer: Answer<BulkActions>) -> Answer<BulkActions> {
         self.workshop().networks.wake();
         if !answer.replayed {
             answer.body.items.iter().for_each(|item| self.registry.poke(item.server_id));
-            self.registry.poke(id);
         }
-        Ok(answer)
+        answer
     }
 }
 
@@ -99,7 +96,7 @@ fn all(
         return Err(Error::new(Code::WrongState, detail));
     };
     let disk_bytes = workshop.volumes.snapshot_bytes(shown.id, 0);
-    space::check(&workshop.core.dirs.root().join("volumes"), disk_bytes * u64::from(spec.count), 0)?;
+    check_room(workshop, spec, disk_bytes)?;
     each(tx, workshop, found, spec, actor, |life| life.saved = Some(saved))
 }
 
@@ -113,8 +110,7 @@ fn of_server(
     actor: &Actor,
 ) -> Result<BulkActions> {
     let disks = server.disks.iter().map(|disk| workshop.volumes.stored_bytes(disk.volume_id));
-    let disk_bytes = disks.sum::<u64>().saturating_mul(u64::from(spec.count));
-    space::check(&workshop.core.dirs.root().join("volumes"), disk_bytes, 0)?;
+    check_room(workshop, spec, disks.sum())?;
     let taken = CreateSnapshot {
         description: format!("for clones of server {}", server.name),
         memory: true,
@@ -156,6 +152,16 @@ fn saved_in(found: &SnapshotRecord) -> Option<Saved> {
     Some(Saved { root: found.root?, stored_bytes: found.shown.stored_bytes, of })
 }
 
+/// Whether so many are allowed, and their disks would fit.
+fn check_room(workshop: &Workshop, spec: &CreateClones, disk_bytes: u64) -> Result<()> {
+    if !(1..=bounds::CLONES_MAX).contains(&spec.count) {
+        let detail = format!("must be between 1 and {}", bounds::CLONES_MAX);
+        return Err(Error::invalid("/count", "out_of_range", detail));
+    }
+    let needed = disk_bytes.saturating_mul(u64::from(spec.count));
+    space::check(&workshop.core.dirs.root().join("volumes"), needed, 0)
+}
+
 /// Records them; `begin` says what each begins with.
 fn each(
     tx: &Tx<'_>,
@@ -165,10 +171,6 @@ fn each(
     actor: &Actor,
     begin: impl Fn(&mut Life),
 ) -> Result<BulkActions> {
-    if !(1..=bounds::CLONES_MAX).contains(&spec.count) {
-        let detail = format!("must be between 1 and {}", bounds::CLONES_MAX);
-        return Err(Error::invalid("/count", "out_of_range", detail));
-    }
     let mut items = Vec::new();
     for number in 1..=spec.count {
         let name = numbered(spec, number)?;
@@ -244,24 +246,14 @@ fn one(
         updated_at: now,
         started_at: None,
     };
-    let gone = |cause: Error| {
-        match cause.errors.first() {
-        Some(field) if field.pointer.ends_with("/network") => Error::new(
-            Code::NotFound,
-            "a network that the snapshot's server was on has been deleted, and its guest knows no other; make a volume of \
-             the snapshot's disk, and a server of that, instead",
-        )
-        .caused_by(cause),
-        _ => cause,
-    }
-    };
     // On the same networks, with addresses of its own.
     let again = |nic: &ServerNic| CreateNic {
         network: Some(nic.network_id.to_string()),
         ipv4: None,
         limits: nic.limits,
     };
-    record.nics = create::reserve(tx, &record, origin.nics.iter().map(again).collect()).map_err(gone)?;
+    record.nics =
+        create::reserve(tx, &record, origin.nics.iter().map(again).collect()).map_err(without_network)?;
     create::before_start(workshop, &record)?;
     workshop.capacity.admit(tx, &mut record)?;
     record::insert(tx, &record)?;
@@ -271,4 +263,15 @@ fn one(
     let operation = operations::accept_as(tx, operation_id, new)?;
     advance::announce(tx, &record, "server.created", Some(actor))?;
     Ok((operation, record))
+}
+
+/// A request for clones names no network, so one that is gone is told otherwise than to who asks for a server.
+fn without_network(cause: Error) -> Error {
+    let is_it = |field: &model::FieldError| field.pointer.ends_with("/network");
+    if !cause.errors.first().is_some_and(is_it) {
+        return cause;
+    }
+    let detail = "a network that the first server was on has been deleted, and its guest knows no other; \
+                  `POST /v1/servers` with `snapshot` makes a server of its disk on another";
+    Error::new(Code::NotFound, detail).caused_by(cause)
 }

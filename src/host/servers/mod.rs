@@ -249,10 +249,10 @@ impl Servers {
     }
 
     /// Accepts work on a server whose version is the caller's, and has its actor look at what is to be done.
-    async fn change<T, F>(&self, call: &Call, id: ServerId, accept: F) -> Result<Answer<Accepted<T>>>
+    async fn change<T, F>(&self, call: &Call, id: ServerId, accept: F) -> Result<Answer<T>>
     where
-        Accepted<T>: serde::Serialize + serde::de::DeserializeOwned + Send + 'static,
-        F: FnOnce(&Tx<'_>, &Workshop, ServerRecord, &Actor) -> Result<Accepted<T>> + Send + 'static,
+        T: serde::Serialize + serde::de::DeserializeOwned + Send + 'static,
+        F: FnOnce(&Tx<'_>, &Workshop, ServerRecord, &Actor) -> Result<T> + Send + 'static,
     {
         let (workshop, conditions) = (self.workshop().clone(), call.clone());
         let change = move |tx: &Tx<'_>| {

@@ -567,6 +567,18 @@ async fn two_daemons_do_not_share_a_state_directory() {
     stage.open().await.close().await;
 }
 
+/// Deletes a server with its disks.
+pub(super) async fn delete(host: &crate::Host, id: model::ServerId) {
+    let deleted = host.servers().delete(&Call::by_host(), id, Default::default()).await.unwrap();
+    succeeded(host, deleted.body.operation.id).await;
+}
+
+/// Deletes a snapshot.
+pub(super) async fn delete_snapshot(host: &crate::Host, id: model::SnapshotId) {
+    let deleted = host.snapshots().delete(&Call::by_host(), id).await.unwrap();
+    succeeded(host, deleted.body.operation.id).await;
+}
+
 /// No server, VMM, tap, address, volume or directory.
 pub(super) async fn nothing_left(stage: &Stage, host: &crate::Host) {
     assert_eq!(stage.launch.alive().len(), 0, "VMMs");

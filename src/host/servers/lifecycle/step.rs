@@ -316,18 +316,18 @@ impl Stepping {
         };
     }
 
+    fn ended_at_start(&mut self, end: End) {
+        let trouble = Trouble { code: Code::MachineFailed, detail: end.detail };
+        self.life.phase = Phase::Releasing { then: Then::Fail(trouble) };
+    }
+
     fn machine_ended(&mut self, phase: Phase, end: End) {
         if let Phase::Hibernating { was_paused, .. } = &phase {
             self.life.wanted = if *was_paused { Wanted::Paused } else { Wanted::Running };
         }
-        let is_being_created = self.is_being_created();
         match phase {
-            Phase::Starting { .. } | Phase::Resuming { .. }
-                if is_being_created || matches!(phase, Phase::Starting { .. }) =>
-            {
-                let trouble = Trouble { code: Code::MachineFailed, detail: end.detail };
-                self.life.phase = Phase::Releasing { then: Then::Fail(trouble) };
-            }
+            Phase::Starting { .. } => self.ended_at_start(end),
+            Phase::Resuming { .. } if self.is_being_created() => self.ended_at_start(end),
             Phase::Running { .. }
             | Phase::Pausing { .. }
             | Phase::Paused { .. }

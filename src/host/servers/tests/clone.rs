@@ -10,7 +10,7 @@ use wire::control::MachineState;
 use wire::saved::MemoryUse;
 
 use super::snapshot::{named, taken, volume};
-use super::{nothing_left, stop};
+use super::{delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::{FakeVmm, Guest};
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded};
 use crate::{Call, Host, Result};
@@ -58,11 +58,9 @@ async fn clones_go_on_from_the_memory_and_are_servers_of_their_own() {
     let shared = created(&host, server("web2")).await;
     assert_eq!(shared.identity, None);
     for id in made.items.iter().map(|item| item.server_id).chain([first.id, shared.id]) {
-        let deleted = host.servers().delete(&Call::by_host(), id, Default::default()).await.unwrap();
-        succeeded(&host, deleted.body.operation.id).await;
+        delete(&host, id).await;
     }
-    let deleted = host.snapshots().delete(&Call::by_host(), snapshot.id).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
+    delete_snapshot(&host, snapshot.id).await;
     nothing_left(&stage, &host).await;
     host.close().await;
 }
@@ -85,8 +83,7 @@ async fn all_clones_of_a_call_are_recorded_or_none_and_one_that_fails_leaves_not
     let taken_name = created(&host, server("twin-3")).await;
     assert_eq!(cloned(&host, &snapshot, of("twin", 3)).await.unwrap_err().code, Code::AlreadyExists);
     assert_eq!(host.servers().list(Default::default()).await.unwrap().items.len(), 2);
-    let deleted = host.servers().delete(&Call::by_host(), taken_name.id, Default::default()).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
+    delete(&host, taken_name.id).await;
 
     let call = keyed("clone");
     let once = host.servers().clone_snapshot(&call, snapshot.id, of("twin", 2)).await.unwrap();
@@ -94,9 +91,7 @@ async fn all_clones_of_a_call_are_recorded_or_none_and_one_that_fails_leaves_not
     assert!(twice.replayed && twice.body == once.body);
     for item in &once.body.items {
         succeeded(&host, item.operation.as_ref().unwrap().id).await;
-        let deleted =
-            host.servers().delete(&Call::by_host(), item.server_id, Default::default()).await.unwrap();
-        succeeded(&host, deleted.body.operation.id).await;
+        delete(&host, item.server_id).await;
     }
 
     stage.launch.set_guest(Guest::CannotBoot);

@@ -1,10 +1,9 @@
 //! Consoles on fakes: readers, keyboards, tickets.
 use model::console::{ConsoleToken, CreateConsoleToken};
-use model::server::DeleteServer;
 use model::{Code, EventId, ServerId};
 
 use super::super::{ConsoleStream, limits};
-use super::{START, stop};
+use super::{START, delete, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, keyed, server, succeeded};
 use crate::{Call, Host, Idempotency};
@@ -73,8 +72,7 @@ async fn a_console_is_followed_across_a_restart_of_the_machine() {
     succeeded(&host, started.body.operation.id).await;
     let piece = tokio::time::timeout(SOON, reader.next()).await.unwrap().unwrap().unwrap();
     assert_eq!(piece.data, b"fake guest: booted\r\n");
-    let deleted = host.servers().delete(&Call::by_host(), id, DeleteServer::default()).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
+    delete(&host, id).await;
     let end = tokio::time::timeout(SOON, reader.next()).await.unwrap();
     assert_eq!(end.ok().flatten(), None);
     host.close().await;

@@ -10,7 +10,7 @@ use model::{Code, ServerId};
 use wire::control::MachineState;
 
 use super::snapshot::{DieAt, named, taken, volume};
-use super::{START, nothing_left, stop};
+use super::{START, delete, delete_snapshot, nothing_left, stop};
 use crate::stage::{Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Host};
 
@@ -82,10 +82,8 @@ async fn a_server_goes_back_to_the_disk_and_the_memory_of_a_snapshot_again_and_a
     until(&host, id, |server| server.state == ServerState::Starting).await;
     until(&host, id, |server| server.state == ServerState::Running).await;
     assert!(!stage.launch.only().is_restored());
-    let deleted = host.servers().delete(&Call::by_host(), id, Default::default()).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
-    let deleted = host.snapshots().delete(&Call::by_host(), snapshot.id).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
+    delete(&host, id).await;
+    delete_snapshot(&host, snapshot.id).await;
     nothing_left(&stage, &host).await;
     host.close().await;
 }

@@ -1,8 +1,8 @@
 //! VMMs that are kept ready, on fakes, through the facade.
 use model::ServerId;
-use model::server::{DeleteServer, Isolation, ServerAction, ServerState};
+use model::server::{Isolation, ServerAction, ServerState};
 
-use super::{START, nothing_left, stop};
+use super::{START, delete, nothing_left, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, server, succeeded, until};
 use crate::{Call, Host};
@@ -61,8 +61,7 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     assert_eq!(failed.state_reason.unwrap().code, "out_of_memory");
     until(&host, second, |server| server.state == ServerState::Running).await;
     for id in [first, second] {
-        let deleted = host.servers().delete(&Call::by_host(), id, DeleteServer::default()).await.unwrap();
-        succeeded(&host, deleted.body.operation.id).await;
+        delete(&host, id).await;
     }
     ready(&stage, 2).await;
     assert_eq!(stage.launch.alive().len(), 2);

@@ -9,7 +9,7 @@ use model::snapshot::{CreateSnapshot, PatchSnapshot, Snapshot, SnapshotState};
 use model::{Code, ServerId, SnapshotId, Time};
 use wire::control::MachineState;
 
-use super::{START, nothing_left, stop};
+use super::{START, delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Checkpoint, Fate, Host};
@@ -88,13 +88,11 @@ async fn a_snapshot_holds_the_disk_of_its_moment_in_every_state_of_the_server() 
         assert!(disk.starts_with(wanted.as_bytes()) && disk.len() == 1 << 20, "{wanted}");
     }
     // They outlive their server, and keep its image.
-    let deleted = host.servers().delete(&Call::by_host(), server.id, Default::default()).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
+    delete(&host, server.id).await;
     let refused = host.images().delete(&Call::by_host(), server.image_id).await.unwrap_err();
     assert_eq!(refused.code, Code::InUse);
     for id in [running.id, parked.id, off.id] {
-        let deleted = host.snapshots().delete(&Call::by_host(), id).await.unwrap();
-        succeeded(&host, deleted.body.operation.id).await;
+        delete_snapshot(&host, id).await;
     }
     no_files(&stage);
     nothing_left(&stage, &host).await;
@@ -122,8 +120,7 @@ async fn a_server_made_from_a_snapshot_begins_with_its_disk_and_is_another() {
         assert_eq!(volume.snapshot_id, Some(snapshot.id));
     }
     // What it was made from may go, and it stays.
-    let deleted = host.snapshots().delete(&Call::by_host(), snapshot.id).await.unwrap();
-    succeeded(&host, deleted.body.operation.id).await;
+    delete_snapshot(&host, snapshot.id).await;
 
     let refused = async |spec: CreateServer| {
         let refused = host.servers().create(&Call::by_host(), spec).await.unwrap_err();

@@ -1,0 +1,25 @@
+//! Servers that go on from another's memory, before their vCPUs have run.
+use super::*;
+
+/// A clone's vCPUs have not run: nothing is kept of what its caller was told has failed, whatever the policy.
+#[test]
+fn a_clone_that_cannot_be_let_run_is_undone_as_a_create_is() {
+    let context = Context { now_ms: 10, policy: RestartPolicy::Always };
+    let job = Job { id: OperationId(uuid::Uuid::from_u128(1)), kind: JobKind::Create };
+    let restored = Life { job: Some(job), ..life(Phase::Resuming { vmm: vmm() }) };
+    let trouble = Trouble { code: Code::MachineFailed, detail: "it was refused".to_owned() };
+    let refused = step(&restored, Event::ResumeFailed(trouble), context).life;
+    assert_eq!(refused.work(), Some(Work::Kill));
+    let ended_after = step(&refused, ended(Reason::Asked), context).life;
+    let ended_at_once = step(&restored, ended(Reason::TripleFault), context).life;
+    for life in [ended_after, ended_at_once] {
+        let released = step(&life, Event::Released, context).life;
+        assert!(matches!(released.phase, Phase::Deleting { keep_volumes: false, .. }), "{released:?}");
+        let purged = step(&released, Event::Purged, context);
+        assert!(purged.gone && matches!(purged.ended[..], [(id, Verdict::Failed(_))] if id == job.id));
+    }
+    // One that was made already goes on as its policy says.
+    let resumed = Life { job: None, ..restored };
+    let ended = step(&resumed, ended(Reason::TripleFault), context).life;
+    assert!(matches!(ended.phase, Phase::Releasing { then: Then::Decide(_) }), "{ended:?}");
+}
