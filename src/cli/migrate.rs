@@ -24,9 +24,25 @@ pub(crate) struct Migrate {
     /// Most bytes a second that go over the network, such as 100M.
     #[arg(long, value_parser = target::size)]
     bandwidth: Option<u64>,
+    /// How long a guest that runs may stand still, in milliseconds.
+    #[arg(long, value_name = "MS")]
+    downtime_ms: Option<u32>,
+    /// How it moves.
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    mode: Mode,
     /// Say what would be moved and what is in the way, and move nothing.
     #[arg(long)]
     dry_run: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Mode {
+    /// With its machine if it runs, else as it is.
+    Auto,
+    /// Only off or hibernated.
+    Cold,
+    /// Only while it runs.
+    Live,
 }
 
 impl Migrate {
@@ -36,8 +52,13 @@ impl Migrate {
         let spec = MigrateServer {
             target: self.target,
             ticket: self.ticket,
-            mode: MigrationMode::Cold,
+            mode: match self.mode {
+                Mode::Auto => MigrationMode::Auto,
+                Mode::Cold => MigrationMode::Cold,
+                Mode::Live => MigrationMode::Live,
+            },
             bandwidth_bytes_per_s: self.bandwidth,
+            downtime_ms: self.downtime_ms,
         };
         let body = serde_json::to_vec(&spec).map_err(Error::Answer)?;
         let path = format!("/v1/servers/{id}/actions/migrate");
@@ -63,6 +84,9 @@ fn plan_text(plan: &MigrationPlan) -> String {
         output::bytes(plan.memory_bytes),
         output::bytes(plan.disk_bytes)
     );
+    if plan.saved_bytes > 0 {
+        text.push_str(&format!("saved    {}\n", output::bytes(plan.saved_bytes)));
+    }
     for obstacle in &plan.blocked_by {
         text.push_str(&format!("blocked  {}: {}\n", output::word(&obstacle.code), obstacle.detail));
     }

@@ -61,7 +61,7 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
-    /// Move a server that is off to another host.
+    /// Move a server to another host, as it runs, or off or hibernated.
     Migrate(Migrate),
     /// Make it what a snapshot of it shows. What it has in memory and on its disks since then is lost.
     Restore {

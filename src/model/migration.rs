@@ -46,15 +46,23 @@ pub struct MigrateServer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1048576)]
     pub bandwidth_bytes_per_s: Option<u64>,
+    /// How long a guest that runs may stand still, in milliseconds: it is stopped when no more is expected. 50 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 60000)]
+    pub downtime_ms: Option<u32>,
 }
 
 /// How a server moves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MigrationMode {
-    /// Off, with its disks.
+    /// As it is: with its machine if it runs, else as `cold` does.
     #[default]
+    Auto,
+    /// Off or hibernated, with its disks and its memory if that is saved.
     Cold,
+    /// While it runs.
+    Live,
 }
 
 /// Body of `POST /v1/servers/{id}/actions/settle-migration`.
@@ -89,6 +97,9 @@ pub struct MigrationPlan {
     pub memory_bytes: u64,
     /// Bytes of its disks that were ever written.
     pub disk_bytes: u64,
+    /// Bytes of its memory that go over, if it is hibernated.
+    #[serde(default)]
+    pub saved_bytes: u64,
     /// Everything that is in the way; nothing when it is empty.
     pub blocked_by: Vec<Obstacle>,
 }
@@ -120,6 +131,8 @@ pub enum ObstacleCode {
     Name,
     /// The target cannot run servers.
     Kvm,
-    /// The server is not off.
+    /// The server is in a state in which it does not move, or not as was asked.
     State,
+    /// Its memory is another version's than the target runs.
+    Version,
 }

@@ -45,6 +45,8 @@ pub(crate) enum Error {
         "the guest writes to its memory or its disks faster than the streams take it, even when it is held back"
     )]
     DoesNotConverge,
+    #[error("the guest stood still for {0} ms and the target was not ready; it runs on here")]
+    StoodTooLong(u128),
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
     #[error(transparent)]

@@ -63,9 +63,12 @@ pub enum Command {
     CancelMigration,
     /// How the move that is under way, or the last one, stands. Answered with [`Reply::Migration`].
     MigrationStatus,
+    /// Give a machine up that is held at [`crate::migration::Phase::Ready`]: from the answer on it is taken back only by
+    /// [`Command::SettleMigration`]. Refused when the source has returned. Repeatable.
+    CommitMigration,
     /// Tell an end in doubt which has the machine. Who says [`Owner::Here`] knows that the other end is dead and never
     /// told [`crate::migration::Phase::Release`], or that it has dropped the machine; or, to a target, that the source
-    /// has given it up. Refused by an end that knows better.
+    /// has given it up. Ends that are held are told so with their link whole too. Refused by an end that knows better.
     SettleMigration {
         /// Seen from the end that is told.
         owner: Owner,

@@ -70,5 +70,12 @@ pub const DOCUMENT_BYTES_MAX: u32 = 16 << 10;
 /// Longest downtime that a move may aim at, in milliseconds. Beyond it, saving the machine is the better way.
 pub const DOWNTIME_MS_MAX: u32 = 60_000;
 
+/// How much longer a machine may stand still than its move aims at before the move is given up, in milliseconds, when nobody
+/// says: guests' own watchdogs bark after 20 s and more.
+pub const STANDSTILL_MS: u32 = 10_000;
+
+/// Longest such time, in milliseconds.
+pub const STANDSTILL_MS_MAX: u32 = 600_000;
+
 /// Least bandwidth of a move, in bytes a second: with less, one piece of memory outlasts the patience of the other end.
 pub const BANDWIDTH_BYTES_MIN: u64 = 1 << 20;

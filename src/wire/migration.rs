@@ -9,7 +9,7 @@
 //! ```
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{BANDWIDTH_BYTES_MIN, DOWNTIME_MS_MAX, STREAMS_MAX};
+use crate::limits::{BANDWIDTH_BYTES_MIN, DOWNTIME_MS_MAX, STANDSTILL_MS, STANDSTILL_MS_MAX, STREAMS_MAX};
 use crate::machine::{FdIndex, MachineSpec, SpecError};
 
 /// Where to send a machine. Of disks that are not named, both ends have the same files open, on one host or on a file system
@@ -30,6 +30,10 @@ pub struct SendSpec {
     /// How far to go for it.
     #[serde(default)]
     pub limits: SendLimits,
+    /// Whether whoever commands decides: the machine is given up by [`crate::control::Command::CommitMigration`] and not by
+    /// the target's word. Both ends are held, or none.
+    #[serde(default)]
+    pub held: bool,
 }
 
 /// How far a source goes to move its machine.
@@ -41,12 +45,20 @@ pub struct SendLimits {
     /// Most bytes a second while the guest runs; no bound without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth_bytes_per_s: Option<u64>,
+    /// How much longer than that it may come to stand still before the machine is given up, in milliseconds: then it runs
+    /// on at the source.
+    #[serde(default = "standstill_ms")]
+    pub standstill_ms: u32,
+}
+
+fn standstill_ms() -> u32 {
+    STANDSTILL_MS
 }
 
 impl Default for SendLimits {
     /// 50 ms, and as much as the streams take.
     fn default() -> SendLimits {
-        SendLimits { downtime_ms: 50, bandwidth_bytes_per_s: None }
+        SendLimits { downtime_ms: 50, bandwidth_bytes_per_s: None, standstill_ms: STANDSTILL_MS }
     }
 }
 
@@ -68,6 +80,9 @@ pub struct ReceiveSpec {
     /// until the machine has come.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskStream>,
+    /// As [`SendSpec::held`]: the machine runs by [`crate::control::Command::SettleMigration`] and not by the source's word.
+    #[serde(default)]
+    pub held: bool,
 }
 
 /// A disk that is moved, and the stream that is its own. At the target its file is open for writing, whatever the guest may.
@@ -216,6 +231,10 @@ impl SendLimits {
         if !(1..=DOWNTIME_MS_MAX).contains(&self.downtime_ms) {
             let detail = format!("must be 1 to {DOWNTIME_MS_MAX}");
             return Err(SpecError { field: "/limits/downtime_ms".to_owned(), detail });
+        }
+        if !(1..=STANDSTILL_MS_MAX).contains(&self.standstill_ms) {
+            let detail = format!("must be 1 to {STANDSTILL_MS_MAX}");
+            return Err(SpecError { field: "/limits/standstill_ms".to_owned(), detail });
         }
         match self.bandwidth_bytes_per_s {
             Some(less) if less < BANDWIDTH_BYTES_MIN => Err(SpecError {

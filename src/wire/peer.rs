@@ -19,12 +19,21 @@
 //!    Again { transfer } ──────────────────▶   after a connection was lost, by the host that began
 //!    ◀─────────────────────── Say(how far)
 //! ```
+//! A machine that moves while it runs goes from VMM to VMM, over connections of their own by the same two hosts:
+//! ```text
+//!    Take(Parcel { live }) ───────────────▶   a VMM is made for it
+//!    ◀────────────────────── Say(Copying)
+//!    Join { transfer, stream } ───────────▶   for each stream; from the answer on the connection is the VMMs'
+//!    ◀────────────────────── Say(Copying)
+//!    Say(Copying) … ──────────────────────▶   from time to time: the source is there
+//!    ◀──────────────────────── Say(Ready)     as above
+//! ```
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    CONSOLE_RING_BYTES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, VCPUS_MAX,
+    CONSOLE_RING_BYTES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, STREAMS_MAX, VCPUS_MAX,
 };
 use crate::machine::CpuTemplate;
 use crate::saved::Digest;
@@ -164,6 +173,14 @@ pub enum Message {
         /// Which move, as in its [`Parcel`].
         transfer: String,
     },
+    /// The first word on a connection that is to carry a stream between the two VMMs of a move. After [`Saying::Copying`] as
+    /// the answer, nothing on it is a frame.
+    Join {
+        /// Which move, as in its [`Parcel`].
+        transfer: String,
+        /// Which stream: those of memory first, then one for each disk, in their order.
+        stream: u16,
+    },
     /// How far a move is.
     Say(Saying),
     /// No, and the connection ends.
@@ -180,7 +197,7 @@ pub const OBSTACLES_MAX: usize = DISKS_MAX + 3 * NICS_MAX + 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Saying {
-    /// The target: it is not all here.
+    /// The target: it is not all here. The source, while it sends: it goes on.
     Copying,
     /// The target: all is here; what did you decide?
     Ready,
@@ -208,6 +225,22 @@ pub struct Parcel {
     pub record: serde_json::Value,
     /// Length of the console's ring file in bytes, which follows the disks; 0 when there is none.
     pub console_bytes: u64,
+    /// The files of its memory, which follow that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<SavedFiles>,
+    /// Over how many streams its memory comes, if its machine comes with it. Of its files none follow then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live_streams: Option<u16>,
+}
+
+/// Lengths of the files of a memory that was saved, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedFiles {
+    /// Everything of the machine but its memory.
+    pub state_bytes: u64,
+    /// Its memory, with holes.
+    pub memory_bytes: u64,
 }
 
 /// A server that is to move, as far as the target must know before anything moves.
@@ -221,12 +254,17 @@ pub struct Offer {
     /// The caller's own reference, which it keeps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub external_ref: Option<String>,
-    /// Whether it has no machine and no memory that is kept, so that it begins anew wherever it starts next.
-    pub is_off: bool,
+    /// Whether it has a machine, or a memory.
+    pub power: Power,
+    /// Whether its machine, if it has one, runs and is the one that its record describes.
+    #[serde(default)]
+    pub runs: bool,
     /// Its machine's virtual CPUs.
     pub vcpus: u8,
     /// Its machine's memory in bytes.
     pub memory_bytes: u64,
+    /// Bytes of the disk that its saved memory takes.
+    pub saved_bytes: u64,
     /// What its guest was told of the CPU.
     pub cpu: OfferedCpu,
     /// Digest of the image it was made from, which has its kernel.
@@ -237,6 +275,18 @@ pub struct Offer {
     pub disks: Vec<OfferedDisk>,
     /// Its interfaces.
     pub nics: Vec<OfferedNic>,
+}
+
+/// What a server has besides its disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Power {
+    /// Nothing: it begins anew wherever it starts next.
+    Off,
+    /// A memory that was saved, with which it goes on.
+    Saved,
+    /// A machine.
+    On,
 }
 
 /// A CPU that a guest may be using every feature of.
@@ -305,8 +355,10 @@ pub enum ObstacleKind {
     Name,
     /// The target cannot run servers.
     Kvm,
-    /// The server is not off.
+    /// The server is in a state in which it does not move.
     State,
+    /// Its memory is another version's than the target runs.
+    Version,
 }
 
 /// Why an offer is none.
@@ -319,6 +371,9 @@ const TEXT_BYTES_MAX: usize = 128;
 
 /// Most that a ring file has before its ring, in bytes.
 const CONSOLE_HEAD_BYTES_MAX: u64 = 1 << 20;
+
+/// Longest state of a machine beside its memory, in bytes: some KiB a device, and a digest for each 2 MiB of memory.
+const SAVED_STATE_BYTES_MAX: u64 = 64 << 20;
 
 /// Longest reference in bytes: 255 characters.
 const REFERENCE_BYTES_MAX: usize = 1024;
@@ -374,6 +429,14 @@ impl Parcel {
         if self.console_bytes > console_bytes_max {
             return Err(OfferError("console"));
         }
+        if self.saved.is_some_and(|SavedFiles { state_bytes, memory_bytes }| {
+            state_bytes > SAVED_STATE_BYTES_MAX || memory_bytes > MEMORY_BYTES_MAX
+        }) {
+            return Err(OfferError("memory"));
+        }
+        if self.live_streams.is_some_and(|count| !(1..=STREAMS_MAX).contains(&usize::from(count))) {
+            return Err(OfferError("number of streams"));
+        }
         Ok(())
     }
 }
@@ -412,6 +475,7 @@ impl Message {
         match &message {
             Message::Ask(offer) if offer.check().is_err() => Err(FrameError::Message),
             Message::Take(parcel) if parcel.check().is_err() => Err(FrameError::Message),
+            Message::Join { transfer, .. } if transfer.len() > TEXT_BYTES_MAX => Err(FrameError::Message),
             Message::Verdict { blocked_by } if blocked_by.len() > OBSTACLES_MAX => Err(FrameError::Message),
             _ => Ok(message),
         }

@@ -40,6 +40,8 @@ pub(crate) struct Host {
     bin: PathBuf,
     daemon: Option<Child>,
     warm_shells: usize,
+    /// Where it waits for other hosts, if it does, and the process whose network it has then.
+    waits: Option<(SocketAddr, Option<u32>)>,
 }
 
 impl Host {
@@ -50,11 +52,20 @@ impl Host {
 
     /// A daemon that has the image, and keeps so many VMMs ready.
     pub(crate) fn start_with(ground: &Ground, warm_shells: usize) -> Host {
+        Host::start_as(ground, warm_shells, None)
+    }
+
+    /// A daemon that waits for other hosts at an address, of the network of a process.
+    pub(crate) fn start_waiting(ground: &Ground, at: SocketAddr, network_of: Option<u32>) -> Host {
+        Host::start_as(ground, 0, Some((at, network_of)))
+    }
+
+    fn start_as(ground: &Ground, warm_shells: usize, waits: Option<(SocketAddr, Option<u32>)>) -> Host {
         // Every user must be able to reach dnsmasq's files.
         let everyone = std::fs::Permissions::from_mode(0o755);
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp");
         let base = base.expect("a directory below /tmp");
-        let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells };
+        let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells, waits };
         host.open();
         host.import(ground, "idle", "halt");
         host
@@ -71,7 +82,17 @@ impl Host {
     pub(crate) fn open(&mut self) {
         let path = |name: &str| self.base.path().join(name);
         let log = File::options().create(true).append(true).open(self.log()).expect("a log");
-        let mut command = Command::new(self.bin.join("toftd"));
+        let mut command = match self.waits {
+            Some((_, Some(holder))) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/proc/{holder}/ns/net")).arg(self.bin.join("toftd"));
+                command
+            }
+            _ => Command::new(self.bin.join("toftd")),
+        };
+        if let Some((address, _)) = self.waits {
+            command.args(["--migration-listen", &address.to_string()]);
+        }
         command.arg("--state-dir").arg(path("state")).arg("--run-dir").arg(path("run"));
         command.arg("--vmm").arg(self.bin.join("toft-vmm")).arg("--import-dir").arg(path("import"));
         // Other daemons of this host have their groups elsewhere, and this one's parent goes with its last server.
@@ -163,6 +184,20 @@ impl Host {
         let text = std::fs::read_to_string(self.log()).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
+    /// The last line of the daemons' log with this text.
+    pub(crate) fn told_of(&self, text: &str) -> Option<String> {
+        let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+        log.lines().rev().find(|line| line.contains(text)).map(str::to_owned)
+    }
+
+    /// What the guest of a server has written to its console.
+    pub(crate) fn console(&self, id: &str) -> String {
+        let path = self.base.path().join("state/servers").join(id).join("console.ring");
+        let ring = File::open(path).and_then(wire::console::Ring::open);
+        let piece = ring.and_then(|mut ring| ring.read(0, 1 << 20));
+        piece.map(|piece| String::from_utf8_lossy(&piece.data).into_owned()).unwrap_or_default()
     }
 
     fn log(&self) -> PathBuf {

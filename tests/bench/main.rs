@@ -22,6 +22,7 @@ mod host;
 mod linux;
 mod memory;
 mod migrate;
+mod moves;
 mod net;
 mod process;
 mod rows;
@@ -84,6 +85,7 @@ const GROUPS: &[Group] = &[
         what: "a new VMM takes a running machine over; how long the guest stands still",
         run: upgrade::run,
     },
+    Group { name: "moves", what: "the same moves through two daemons, over TLS", run: moves::run },
     Group { name: "net", what: "full-size and small frames both ways, beside QEMU", run: net::run },
     Group {
         name: "linux",

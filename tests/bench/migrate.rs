@@ -15,7 +15,7 @@ use crate::vmm_driver::{Machine, Vmm};
 const STREAMS: usize = 2;
 
 /// How long a guest that does next to nothing may stand still, in milliseconds.
-const IDLE_DOWNTIME_MS: u32 = 10;
+pub(crate) const IDLE_DOWNTIME_MS: u32 = 10;
 
 /// How long a guest that writes may stand still, in milliseconds.
 const BUSY_DOWNTIME_MS: u32 = 50;
@@ -44,7 +44,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     vmm.wait_for_console("probe: dirty ok");
     let (mut whole_ms, mut mover_ms, mut blackout_ms) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ground.samples(11, 1) {
-        mover_ms.push(mover(ground, &size));
+        mover_ms.push(mover(ground, mib));
         let moved = hop_on(&mut vmm, machine(ground, &size, &fill), IDLE_DOWNTIME_MS);
         whole_ms.push(moved.whole_ms);
         blackout_ms.push(moved.blackout_ms);
@@ -98,7 +98,8 @@ fn hop_on(vmm: &mut Vmm, machine: Machine, downtime_ms: u32) -> Moved {
     let mut next = Vmm::start();
     next.try_receive(machine, far).unwrap();
     let begun = Instant::now();
-    vmm.try_send(near, SendLimits { downtime_ms, bandwidth_bytes_per_s: None }).unwrap();
+    vmm.try_send(near, SendLimits { downtime_ms, bandwidth_bytes_per_s: None, ..SendLimits::default() })
+        .unwrap();
     let status = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
     let whole_ms = begun.elapsed().as_secs_f64() * 1e3;
     assert_eq!(status.phase, Phase::Moved, "{status:?}");
@@ -119,8 +120,9 @@ fn streams() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     (0..STREAMS).map(pair).unzip()
 }
 
-fn mover(ground: &Ground, size: &Size) -> f64 {
-    let arguments = [size.written_mib.to_string(), STREAMS.to_string()];
+/// How long the bare program takes for so much memory, in milliseconds.
+pub(crate) fn mover(ground: &Ground, mib: u64) -> f64 {
+    let arguments = [mib.to_string(), STREAMS.to_string()];
     let output = Command::new(ground.mover()).args(arguments).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     text.trim().parse().unwrap_or_else(|_| panic!("mover: {}", String::from_utf8_lossy(&output.stderr)))

@@ -15,6 +15,7 @@ mod deaths;
 mod held;
 mod hostile;
 mod kills;
+mod live;
 mod moves;
 mod reboots;
 mod restores;

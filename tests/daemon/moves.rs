@@ -10,21 +10,21 @@ use crate::api::{Answer, text};
 use crate::daemon::{Orders, Stage, wait_for};
 use crate::world::{inside, run};
 
-const NEAR: &str = "192.0.2.1";
-const FAR: &str = "192.0.2.2";
-const PORT: u16 = 8687;
+pub(crate) const NEAR: &str = "192.0.2.1";
+pub(crate) const FAR: &str = "192.0.2.2";
+pub(crate) const PORT: u16 = 8687;
 
 /// A source, a target, and the cable.
-struct Hosts {
-    source: Stage,
-    target: Stage,
+pub(crate) struct Hosts {
+    pub(crate) source: Stage,
+    pub(crate) target: Stage,
     /// A process that holds the target's network.
     holder: Child,
 }
 
 impl Hosts {
     /// Two hosts that wait for each other, both with the image.
-    async fn new() -> Hosts {
+    pub(crate) async fn new() -> Hosts {
         let mut command = Command::new("unshare");
         command.args(["--net", "sh", "-c", "ip link set lo up && echo up && exec sleep infinity"]);
         let mut holder = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("unshare");
@@ -49,7 +49,7 @@ impl Hosts {
         hosts
     }
 
-    async fn open(&self, stage: &Stage, address: &str) {
+    pub(crate) async fn open(&self, stage: &Stage, address: &str) {
         self.open_to_die(stage, address, None).await;
     }
 
@@ -61,12 +61,21 @@ impl Hosts {
         }
     }
 
-    fn sides(&self) -> [(&Stage, &'static str); 2] {
+    /// Runs a program in the network of a host: 0 is the source's, which is the test's own.
+    pub(crate) fn run_at(&self, side: usize, words: &[&str]) {
+        let net = format!("--net=/proc/{}/ns/net", self.holder.id());
+        match side {
+            0 => run(words[0], &words[1..]),
+            _ => run("nsenter", &[&[net.as_str()][..], words].concat()),
+        };
+    }
+
+    pub(crate) fn sides(&self) -> [(&Stage, &'static str); 2] {
         [(&self.source, NEAR), (&self.target, FAR)]
     }
 
     /// The state of a server on each host that has it. A daemon that is dead says nothing.
-    async fn states(&self, server: &str) -> [Option<String>; 2] {
+    pub(crate) async fn states(&self, server: &str) -> [Option<String>; 2] {
         let mut states = [None, None];
         for (state, (stage, _)) in states.iter_mut().zip(self.sides()) {
             let answer = stage.api().read(&format!("/v1/servers/{server}")).await;
@@ -86,18 +95,18 @@ impl Hosts {
     }
 
     /// What asks the source to move a server to the target.
-    async fn body(&self) -> Value {
+    pub(crate) async fn body(&self) -> Value {
         self.body_to(&self.target, FAR).await
     }
 
-    async fn body_to(&self, target: &Stage, address: &str) -> Value {
+    pub(crate) async fn body_to(&self, target: &Stage, address: &str) -> Value {
         let made = target.api().call(Method::POST, "/v1/migration-tickets", None, None).await;
         let made = made.expect("an answer").body;
         assert_eq!(made["target"], format!("{address}:{PORT}"));
         json!({ "target": made["target"], "ticket": made["ticket"] })
     }
 
-    async fn close(mut self) {
+    pub(crate) async fn close(mut self) {
         self.source.clear().await;
         self.target.clear().await;
         self.source.end(Signal::SIGTERM).await;
@@ -108,7 +117,7 @@ impl Hosts {
     }
 }
 
-async fn asked(stage: &Stage, server: &str, query: &str, body: &Value) -> Answer {
+pub(crate) async fn asked(stage: &Stage, server: &str, query: &str, body: &Value) -> Answer {
     let path = format!("/v1/servers/{server}/actions/migrate{query}");
     stage.api().call(Method::POST, &path, None, Some(body.clone())).await.expect("an answer")
 }
@@ -123,8 +132,10 @@ async fn one_host_asks_another() {
     let body = hosts.body().await;
     let plan = asked(&hosts.source, &server, "?dry_run=true", &body).await;
     assert_eq!(plan.status, 200, "{}", plan.body);
-    assert_eq!(codes(&plan.body["blocked_by"]), ["state"], "{}", plan.body);
-    let refused = asked(&hosts.source, &server, "", &body).await;
+    assert_eq!(codes(&plan.body["blocked_by"]), Vec::<String>::new(), "{}", plan.body);
+    let mut cold = body.clone();
+    cold["mode"] = json!("cold");
+    let refused = asked(&hosts.source, &server, "", &cold).await;
     assert_eq!((refused.status, refused.code()), (409, "migration_blocked"), "{}", refused.body);
     // Whoever has stolen the ticket comes too late with it.
     let thief = hosts.target.create("other").await;
@@ -142,7 +153,7 @@ async fn one_host_asks_another() {
     hosts.open(&hosts.target, FAR).await;
     let again = asked(&hosts.source, &server, "?dry_run=true", &body).await;
     // By now the thief's own server has the address.
-    assert_eq!(codes(&again.body["blocked_by"]), ["network", "state"], "{}", again.body);
+    assert_eq!(codes(&again.body["blocked_by"]), ["network"], "{}", again.body);
     hosts.close().await;
 }
 
@@ -220,6 +231,43 @@ async fn there_and_back() {
 #[test]
 fn a_server_that_is_off_moves_there_and_back_and_boots_where_it_is() {
     inside("moves::a_server_that_is_off_moves_there_and_back_and_boots_where_it_is", there_and_back());
+}
+
+async fn with_its_memory() {
+    let hosts = Hosts::new().await;
+    let server = hosts.source.create("web1").await;
+    hosts.target.knows(&server);
+    let mut ends = hosts.sides();
+    let mut counted = 0;
+    for hop in 0..2 {
+        let [(source, _), (target, address)] = ends;
+        let further = async || Some(source.beats(&server).await.0).filter(|beats| *beats > counted + 2);
+        wait_for("beats", further).await.unwrap();
+        let asked_at = std::time::Instant::now();
+        let saved = act(source, &server, "hibernate", None).await;
+        source.succeeded(&text(&saved["operation"]["id"])).await.unwrap();
+        counted = source.beats(&server).await.0;
+        let body = hosts.body_to(target, address).await;
+        let moved = asked(source, &server, "", &body).await;
+        assert_eq!(moved.status, 202, "{}", moved.body);
+        source.succeeded(&moved.operation()).await.unwrap();
+        let started = act(target, &server, "start", None).await;
+        target.succeeded(&text(&started["operation"]["id"])).await.unwrap();
+        println!("hop {hop}: away for {:?}", asked_at.elapsed());
+        let goes_on = async || {
+            let (beats, boots) = target.beats(&server).await;
+            assert!(boots == 1 && (beats == 0 || beats >= counted), "{boots} boots, {beats} after {counted}");
+            (beats > counted + 2).then_some(beats)
+        };
+        counted = wait_for("the guest to go on", goes_on).await.unwrap();
+        ends.reverse();
+    }
+    hosts.close().await;
+}
+
+#[test]
+fn a_hibernated_server_moves_and_its_guest_goes_on_where_it_was() {
+    inside("moves::a_hibernated_server_moves_and_its_guest_goes_on_where_it_was", with_its_memory());
 }
 
 /// Points at which the source, and the target, dies.

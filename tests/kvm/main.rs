@@ -7,6 +7,7 @@ mod vmm_driver;
 mod devices;
 mod dirty;
 mod handover;
+mod held;
 mod hostile;
 mod jail;
 mod launcher;

@@ -42,7 +42,8 @@ fn moved(
 ) -> (Vmm, MigrationStatus) {
     let mut next = Vmm::start();
     next.try_receive(machine, far).unwrap();
-    vmm.try_send(near, SendLimits { downtime_ms: 300, bandwidth_bytes_per_s: None }).unwrap();
+    vmm.try_send(near, SendLimits { downtime_ms: 300, bandwidth_bytes_per_s: None, ..SendLimits::default() })
+        .unwrap();
     let status = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
     let arrived = next.wait_for_move("arrival", |status| status.phase.is_end());
     assert!(
@@ -178,7 +179,7 @@ fn a_disk_goes_along_onto_files_that_held_something_else() {
         let (disk_near, disk_far) = pairs(2);
         let mut next = Vmm::start();
         next.try_receive_with_disks(machine(&onto[0], &onto[1]), far, disk_far).unwrap();
-        let limits = SendLimits { downtime_ms: 300, bandwidth_bytes_per_s: None };
+        let limits = SendLimits { downtime_ms: 300, bandwidth_bytes_per_s: None, ..SendLimits::default() };
         vmm.try_send_with_disks(near, disk_near, limits).unwrap();
         let status = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
         assert_eq!(status.phase, Phase::Moved, "{status:?}\n{}\n{}", vmm.told(), next.told());
@@ -224,7 +225,8 @@ fn a_guest_that_outruns_its_streams_is_held_back_and_arrives() {
     let mut next = Vmm::start();
     let (near, far) = pairs(1);
     next.try_receive(machine(), far).unwrap();
-    let limits = SendLimits { downtime_ms: 100, bandwidth_bytes_per_s: Some(100 << 20) };
+    let limits =
+        SendLimits { downtime_ms: 100, bandwidth_bytes_per_s: Some(100 << 20), ..SendLimits::default() };
     vmm.try_send(near, limits).unwrap();
     let status = vmm.wait_for_move("the end", |status| status.phase.is_end());
     println!("{status:?}");
@@ -243,7 +245,11 @@ fn a_move_is_cancelled_at_either_end_and_the_machine_runs_on() {
         let mut next = Vmm::start();
         let (near, far) = pairs(2);
         next.try_receive(machine(), far).unwrap();
-        vmm.try_send(near, SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(1 << 20) }).unwrap();
+        vmm.try_send(
+            near,
+            SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(1 << 20), ..SendLimits::default() },
+        )
+        .unwrap();
         vmm.wait_for_move("the rounds", |status| status.phase == Phase::Rounds);
         for command in [Command::Pause, Command::Resume] {
             let fault = vmm.command(command).unwrap_err();
@@ -253,7 +259,8 @@ fn a_move_is_cancelled_at_either_end_and_the_machine_runs_on() {
         assert!(vmm.try_send(near, SendLimits::default()).unwrap_err().detail.contains("being moved"));
         let fault = vmm.command(Command::SettleMigration { owner: Owner::There }).unwrap_err();
         assert!(fault.detail.contains("not in doubt"), "{fault}");
-        let faster = SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(2 << 20) };
+        let faster =
+            SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(2 << 20), ..SendLimits::default() };
         vmm.command(Command::LimitMigration { limits: faster }).unwrap();
         let canceller = if target_cancels { &mut next } else { &mut vmm };
         canceller.command(Command::CancelMigration).unwrap();
@@ -283,7 +290,11 @@ fn a_reset_in_the_middle_of_a_move_ends_it() {
     let mut next = Vmm::start();
     let (near, far) = pairs(2);
     next.try_receive(machine(), far).unwrap();
-    vmm.try_send(near, SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(1 << 20) }).unwrap();
+    vmm.try_send(
+        near,
+        SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(1 << 20), ..SendLimits::default() },
+    )
+    .unwrap();
     vmm.wait_for_move("the rounds", |status| status.phase == Phase::Rounds);
     vmm.command(Command::Reset).unwrap();
     let ended = vmm.wait_for_move("the end", |status| status.phase.is_end());

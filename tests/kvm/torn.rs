@@ -237,7 +237,7 @@ fn copy(
     let link = link(vec![(source_end, target_end), (disk_source_end, disk_target_end)]);
     target.try_receive_with_disks(machine(&onto), vec![far.into()], vec![disk_far.into()]).unwrap();
     // The guest writes 6 MiB in this time.
-    let limits = SendLimits { downtime_ms: 40, bandwidth_bytes_per_s: None };
+    let limits = SendLimits { downtime_ms: 40, bandwidth_bytes_per_s: None, ..SendLimits::default() };
     source.try_send_with_disks(vec![near.into()], vec![disk_near.into()], limits).unwrap();
     link
 }

@@ -31,10 +31,14 @@ use wire::control::{
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{FdIndex, MachineSpec, RateLimits};
+use wire::migration::{MigrationStatus, ReceiveSpec};
 use wire::saved::form::{self, Section};
 use wire::saved::table::Table;
 use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::{Reason, Will};
+
+#[path = "fake_move.rs"]
+mod fake_move;
 
 /// What the guests of new machines do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -68,9 +72,11 @@ pub struct FakeLaunch {
     kernel: Arc<Kernel>,
 }
 
+/// No two hosts of a test have the same.
+static PIDS: AtomicI32 = AtomicI32::new(0);
+
 #[derive(Default)]
 struct Kernel {
-    pids: AtomicI32,
     saves: AtomicI32,
     state: Mutex<State>,
 }
@@ -109,6 +115,7 @@ struct Inside {
     state: Option<MachineState>,
     spec: Option<MachineSpec>,
     disk: Option<(u64, u64)>,
+    disks: Vec<File>,
     typed: Vec<u8>,
     limits: BTreeMap<u16, RateLimits>,
     nic_limits: BTreeMap<u16, (RateLimits, RateLimits)>,
@@ -118,6 +125,12 @@ struct Inside {
     kept: Vec<File>,
     restored: Option<MemoryUse>,
     sandbox: Sandbox,
+    /// Which guest its machine has.
+    life: u64,
+    moving: Option<MigrationStatus>,
+    /// Of its move.
+    streams: Vec<UnixStream>,
+    violations: Vec<String>,
 }
 
 enum Order {
@@ -173,7 +186,9 @@ impl FakeLaunch {
 
     /// What must never happen and did, such as two machines on one disk.
     pub fn violations(&self) -> Vec<String> {
-        lock(&self.kernel.state).violations.clone()
+        let state = lock(&self.kernel.state);
+        let of_vmms = state.vmms.values().flat_map(|vmm| lock(&vmm.inside).violations.clone());
+        state.violations.iter().cloned().chain(of_vmms).collect()
     }
 
     /// The host loses power: every VMM is gone without a word, and the kernel has another boot id.
@@ -198,7 +213,7 @@ impl FakeLaunch {
         if let Some(trouble) = &state.trouble {
             return Err(trouble.clone());
         }
-        let pid = i32::MAX - self.kernel.pids.fetch_add(1, Ordering::Relaxed);
+        let pid = i32::MAX - PIDS.fetch_add(1, Ordering::Relaxed);
         let vmm = Arc::new(FakeVmm {
             pid,
             label: start.label,
@@ -400,6 +415,22 @@ impl FakeVmm {
         lock(&self.inside).presses
     }
 
+    /// Changes what its machine does.
+    fn turn(&self, inside: &mut Inside, to: MachineState) {
+        if inside.state.is_none() {
+            return;
+        }
+        inside.state = Some(to);
+        match to {
+            MachineState::Running => {
+                if let Some(other) = fake_move::runs(inside.life, self.pid) {
+                    inside.violations.push(format!("VMMs {other} and {} run the same guest", self.pid));
+                }
+            }
+            _ => fake_move::stands(inside.life, self.pid),
+        }
+    }
+
     fn order(&self, order: Order) {
         lock(&self.inside).orders.push(order);
         // A thread that has ended needs no waking, nor one that has not heard of earlier orders yet.
@@ -440,9 +471,12 @@ impl Running {
         };
         {
             let mut inside = lock(&self.vmm.inside);
+            fake_move::stands(inside.life, self.vmm.pid);
             inside.state = None;
             inside.disk = None;
+            inside.disks.clear();
         }
+        self.vmm.shut_streams();
         let Running { vmm, listener, connections, .. } = self;
         // As the kernel does: descriptors close before anybody hears that the process has gone.
         drop((listener, connections));
@@ -599,15 +633,21 @@ impl Running {
             }
             Command::Save(spec) => self.save(&spec, descriptors),
             Command::Restore(spec) => self.restore(*spec, descriptors),
-            Command::MigrationStatus => Ok(Reply::Migration(None)),
-            // Nobody moves machines that nobody runs.
-            Command::Send(_)
-            | Command::Receive(_)
-            | Command::Handles
-            | Command::CancelMigration
-            | Command::SettleMigration { .. }
-            | Command::LimitMigration { .. } => {
-                Err(Fault { code: FaultCode::WrongState, detail: "there is no move".to_owned() })
+            Command::MigrationStatus => {
+                Ok(Reply::Migration(lock(&self.vmm.inside).moving.clone().map(Box::new)))
+            }
+            Command::Send(spec) => {
+                let disks =
+                    lock(&self.vmm.inside).disks.iter().filter_map(|disk| disk.try_clone().ok()).collect();
+                self.vmm.send(&spec, &descriptors, disks)
+            }
+            Command::Receive(spec) => self.receive(&spec, descriptors),
+            Command::CommitMigration => self.vmm.commit_move(),
+            Command::CancelMigration => self.vmm.cancel_move(),
+            Command::SettleMigration { owner } => self.vmm.settle_move(owner),
+            Command::LimitMigration { .. } => Ok(Reply::Done),
+            Command::Handles => {
+                Err(Fault { code: FaultCode::WrongState, detail: "a fake hands nothing over".to_owned() })
             }
         };
         if follows.is_err() && self.guest == Guest::DiesAtBoot {
@@ -636,9 +676,13 @@ impl Running {
 
     fn turn_to(&self, state: MachineState) -> std::result::Result<Reply, Fault> {
         let mut inside = lock(&self.vmm.inside);
+        if inside.moving.as_ref().is_some_and(|status| !status.phase.is_end()) {
+            let detail = "the machine is being moved".to_owned();
+            return Err(Fault { code: FaultCode::WrongState, detail });
+        }
         match inside.state {
             Some(MachineState::Running | MachineState::Paused) => {
-                inside.state = Some(state);
+                self.vmm.turn(&mut inside, state);
                 Ok(Reply::Done)
             }
             _ => Err(Fault { code: FaultCode::WrongState, detail: "there is no machine".to_owned() }),
@@ -670,6 +714,9 @@ impl Running {
         let disk = spec.disks.first().and_then(|disk| files[usize::from(disk.file.0)].as_ref());
         let disk = disk.and_then(|file| file.metadata().ok()).map(|meta| (meta.dev(), meta.ino()));
         self.claim(disk);
+        let disks =
+            spec.disks.iter().filter_map(|disk| files[usize::from(disk.file.0)].as_ref()?.try_clone().ok());
+        let disks = disks.collect();
         let ring = files[usize::from(spec.console.ring.0)].take().map(Ring::open);
         let Some(Ok(ring)) = ring else {
             return refuse(FaultCode::Invalid, "the console ring cannot be opened".to_owned());
@@ -677,8 +724,10 @@ impl Running {
         self.ring = Some(ring);
         {
             let mut inside = lock(&self.vmm.inside);
-            inside.state = Some(MachineState::Running);
+            inside.life = fake_move::new_guest();
+            self.vmm.turn(&mut inside, MachineState::Running);
             inside.spec = Some(spec);
+            inside.disks = disks;
         }
         self.tell(&Notice::Booted { resets: 0 });
         self.print(b"fake guest: booted\r\n");
@@ -750,6 +799,27 @@ impl Running {
             Then::Run => MachineState::Running,
             Then::Stay => MachineState::Paused,
         })
+    }
+
+    fn receive(
+        &mut self,
+        spec: &ReceiveSpec,
+        descriptors: Vec<OwnedFd>,
+    ) -> std::result::Result<Reply, Fault> {
+        let invalid = |detail: String| Fault { code: FaultCode::Invalid, detail };
+        spec.check(descriptors.len()).map_err(|cause| invalid(cause.to_string()))?;
+        let disk = spec.machine.disks.first().and_then(|disk| descriptors.get(usize::from(disk.file.0)));
+        let disk = disk.and_then(|fd| fd.try_clone().ok()).and_then(|fd| File::from(fd).metadata().ok());
+        self.claim(disk.map(|meta| (meta.dev(), meta.ino())));
+        let ring = descriptors[usize::from(spec.machine.console.ring.0)].try_clone().map(File::from);
+        self.ring = ring.and_then(Ring::open).ok();
+        let files = spec
+            .machine
+            .disks
+            .iter()
+            .map(|disk| descriptors[usize::from(disk.file.0)].try_clone().map(File::from));
+        lock(&self.vmm.inside).disks = files.filter_map(std::result::Result::ok).collect();
+        self.vmm.receive(spec, &descriptors)
     }
 
     /// Two machines must never have one disk.

@@ -55,6 +55,9 @@ pub(crate) struct Vmm {
     ring: Option<File>,
     next_id: u64,
     notices: VecDeque<Notice>,
+    /// Whether its moves are decided by the test.
+    #[allow(dead_code, reason = "benchmarks leave it to the ends")]
+    pub(crate) is_held: bool,
 }
 
 /// A machine as files.
@@ -174,6 +177,7 @@ impl Vmm {
             ring: None,
             next_id: 0,
             notices: VecDeque::new(),
+            is_held: false,
         }
     }
 
@@ -307,7 +311,7 @@ impl Vmm {
             DiskStream { disk, stream }
         });
         let disks = disks.collect();
-        let spec = ReceiveSpec { machine: machine.spec, memory: None, streams, disks };
+        let spec = ReceiveSpec { machine: machine.spec, memory: None, streams, disks, held: self.is_held };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -330,7 +334,7 @@ impl Vmm {
         let of_disk = |disk| DiskStream { disk, stream: FdIndex(count + disk) };
         let of_disks = (0..disks.len() as u16).map(of_disk).collect();
         let descriptors: Vec<_> = streams.iter().chain(&disks).map(OwnedFd::as_fd).collect();
-        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits };
+        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits, held: self.is_held };
         self.begin_send(spec, &descriptors)
     }
 
@@ -371,7 +375,8 @@ impl Vmm {
         taps.iter().for_each(|tap| machine.nic(copy(tap)));
         let memory = Some(machine.add(copy(memory)));
         let streams = vec![machine.add(File::from(stream))];
-        let spec = ReceiveSpec { machine: machine.spec, memory, streams, disks: Vec::new() };
+        let spec =
+            ReceiveSpec { machine: machine.spec, memory, streams, disks: Vec::new(), held: self.is_held };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -384,6 +389,7 @@ impl Vmm {
             disks: Vec::new(),
             handed: true,
             limits: SendLimits::default(),
+            held: self.is_held,
         };
         self.begin_send(spec, &[stream.as_fd()])
     }

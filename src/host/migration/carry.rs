@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,9 +17,10 @@ use tokio::time::sleep;
 use tokio_rustls::client::TlsStream;
 use uuid::Uuid;
 use wire::limits::PIECE_BYTES_MAX;
-use wire::peer::{Message, Parcel, Piece, Saying};
+use wire::peer::{Message, Parcel, Piece, SavedFiles, Saying};
 
 use super::link::{Link, out_of_turn};
+use super::live::memory_streams;
 use super::source::{connect, greet};
 use super::ticket::Ticket;
 use super::{Migrations, limits, obstacles_text};
@@ -30,6 +32,7 @@ use crate::servers::moving::parcel::Packed;
 use crate::servers::moving::plan::{Effect, Event, Phase, Side};
 use crate::servers::moving::{self, Move};
 use crate::servers::record::ServerRecord;
+use crate::servers::saved;
 use crate::store::records;
 use crate::volumes::Content;
 use crate::volumes::fill::Extents;
@@ -38,6 +41,22 @@ use crate::volumes::fill::Extents;
 struct Load {
     file: File,
     length: u64,
+}
+
+/// What has become of a word.
+pub(super) struct Heeded {
+    /// Whether something was said in return.
+    has_answered: bool,
+    /// Whether nothing is left to be said about the move.
+    pub(super) is_forgotten: bool,
+}
+
+/// Everything that is sent, in this order.
+#[derive(Default)]
+struct Loads {
+    disks: Vec<Load>,
+    console: Option<Load>,
+    saved: Option<[Load; 2]>,
 }
 
 impl Migrations {
@@ -101,7 +120,12 @@ impl Migrations {
     }
 
     /// Hears what the target says and answers it, until the move needs no more of it.
-    async fn listen_to<S>(&self, link: &mut Link<S>, id: Uuid, mut patience: Duration) -> Result<()>
+    pub(super) async fn listen_to<S>(
+        &self,
+        link: &mut Link<S>,
+        id: Uuid,
+        mut patience: Duration,
+    ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -113,25 +137,49 @@ impl Migrations {
             };
             patience = limits::SILENCE;
             self.core.checkpoint("move.heard")?;
-            let given =
-                self.core.store.write(move |tx| moving::give(tx, id, Event::Heard(word), None)).await?;
-            let Some(given) = given else { return Err(out_of_turn()) };
-            self.core.checkpoint("move.decided")?;
-            self.servers.wake(given.now.server);
-            let mut has_said = false;
-            for effect in given.effects {
-                if let Effect::Say(word) = effect {
-                    link.say(*word).await?;
-                    self.core.checkpoint("move.said")?;
-                    has_said = true;
-                }
-            }
-            if given.effects.contains(&Effect::Forget) {
+            let heeded = self.heed(link, id, word).await?;
+            if heeded.is_forgotten {
                 return Ok(());
             }
-            if !has_said {
+            if !heeded.has_answered {
                 return Err(Error::new(Code::HostUnreachable, "the other host does not know more yet"));
             }
+        }
+    }
+
+    /// Saves what a word is to a move, and answers it.
+    pub(super) async fn heed<S>(&self, link: &mut Link<S>, id: Uuid, word: Saying) -> Result<Heeded>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        if word == Saying::Taken {
+            self.tell_stillness(id).await;
+        }
+        let given = self.core.store.write(move |tx| moving::give(tx, id, Event::Heard(word), None)).await?;
+        let Some(given) = given else { return Err(out_of_turn()) };
+        self.core.checkpoint("move.decided")?;
+        self.servers.wake(given.now.server);
+        let mut has_answered = false;
+        for effect in given.effects {
+            if let Effect::Say(word) = effect {
+                link.say(*word).await?;
+                self.core.checkpoint("move.said")?;
+                has_answered = true;
+            }
+        }
+        Ok(Heeded { has_answered, is_forgotten: given.effects.contains(&Effect::Forget) })
+    }
+
+    /// Writes down for how long a guest stood still, before its VMM here ends.
+    async fn tell_stillness(&self, id: Uuid) {
+        let found = self.core.store.read(move |connection| moving::find(connection, id)).await;
+        let Ok(Some(Move { server, .. })) = found else { return };
+        if let Ok(status) = self.servers.move_status(server).await {
+            let wire::migration::Progress { downtime_us, total_us, sent_bytes, rounds, .. } = status.progress;
+            tracing::info!(
+                %server,
+                "its guest stood still for {downtime_us} us; {sent_bytes} bytes in {rounds} rounds and {total_us} us"
+            );
         }
     }
 
@@ -168,12 +216,28 @@ impl Migrations {
             Ok((job, Packed::of(connection, record)?))
         };
         let (job, packed) = self.core.store.read(look).await?;
-        let loads = self.loads(&packed).await?;
-        let console_bytes = loads.get(packed.disks.len()).map_or(0, |load| load.length);
+        let live_streams = packed.is_live().then(memory_streams);
+        // What a machine has open goes from VMM to VMM.
+        let Loads { disks, console, saved } = match live_streams {
+            Some(_) => Loads::default(),
+            None => self.loads(&packed).await?,
+        };
+        let console_bytes = console.as_ref().map_or(0, |load| load.length);
+        let saved_files = saved
+            .as_ref()
+            .map(|[state, memory]| SavedFiles { state_bytes: state.length, memory_bytes: memory.length });
+        let loads = disks.into_iter().chain(console).chain(saved.into_iter().flatten()).collect();
         let mut link = connect(&self.identity, spec.target, ticket.host).await?;
         greet(&mut link, ticket.secret).await?;
         let record = serde_json::to_value(&packed)?;
-        let parcel = Parcel { transfer: begun.id.to_string(), offer, record, console_bytes };
+        let parcel = Parcel {
+            transfer: begun.id.to_string(),
+            offer,
+            record,
+            console_bytes,
+            saved: saved_files,
+            live_streams,
+        };
         link.send(&Message::Take(Box::new(parcel))).await?;
         match link.message(limits::SILENCE).await? {
             Message::Say(Saying::Copying) => {}
@@ -184,29 +248,42 @@ impl Migrations {
             _ => return Err(out_of_turn()),
         }
         self.core.checkpoint("move.accepted")?;
+        if let Some(streams) = live_streams {
+            return self.send_machine(&mut link, begun, spec, (&packed, streams, job)).await;
+        }
         self.send_all(&mut link, loads, begun, job, spec.bandwidth_bytes_per_s).await?;
         link.send(&Message::Copied).await?;
         self.core.checkpoint("move.copied")?;
         self.listen_to(&mut link, begun.id, limits::FLUSH).await
     }
 
-    /// Opens everything that is sent: disks with their locks, so that no machine gets them, and the console.
-    async fn loads(&self, packed: &Packed) -> Result<Vec<Load>> {
-        let mut loads = Vec::new();
+    /// Opens everything that is sent: disks with their locks, so that no machine gets them, the console, and the memory.
+    async fn loads(&self, packed: &Packed) -> Result<Loads> {
+        let mut disks = Vec::new();
         for disk in &packed.disks {
             let file = self.volumes.open(disk.volume.id, Content::Recorded).await?;
-            loads.push(Load { file, length: disk.volume.size_bytes });
+            disks.push(Load { file, length: disk.volume.size_bytes });
         }
-        let directory = self.core.dirs.server(packed.id);
-        let console = blocking(move || {
-            match beneath::open(&directory, std::path::Path::new("console.ring"), Access::Read) {
-                Ok(file) => Ok(Some(Load { length: file.metadata().map_err(unreadable)?.len(), file })),
-                Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(cause) => Err(unreadable(cause)),
-            }
-        });
-        loads.extend(console.await?);
-        Ok(loads)
+        let (directory, is_saved) = (self.core.dirs.server(packed.id), packed.saved.is_some());
+        let own = move || {
+            let open = |name: &str| {
+                let file = beneath::open(&directory, Path::new(name), Access::Read)?;
+                Ok::<_, std::io::Error>(Load { length: file.metadata()?.len(), file })
+            };
+            let console = match open("console.ring") {
+                Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => None,
+                opened => Some(opened.map_err(unreadable)?),
+            };
+            let saved = match is_saved {
+                true => {
+                    Some([open(saved::STATE).map_err(unreadable)?, open(saved::MEMORY).map_err(unreadable)?])
+                }
+                false => None,
+            };
+            Ok((console, saved))
+        };
+        let (console, saved) = blocking(own).await?;
+        Ok(Loads { disks, console, saved })
     }
 
     async fn send_all(
@@ -246,7 +323,6 @@ impl Migrations {
 
     /// Writes down how far the copy is. Fails when it is not wanted any more.
     async fn report(&self, begun: &Move, job: Option<OperationId>, sent: u64, total: u64) -> Result<()> {
-        let id = begun.id;
         let part = sent.saturating_mul(88).checked_div(total).unwrap_or(88).min(88);
         let progress = Progress {
             phase: "copying".to_owned(),
@@ -254,6 +330,17 @@ impl Migrations {
             bytes_done: Some(sent),
             bytes_total: Some(total),
         };
+        self.write_progress(begun, job, progress).await
+    }
+
+    /// The same in whatever words.
+    pub(super) async fn write_progress(
+        &self,
+        begun: &Move,
+        job: Option<OperationId>,
+        progress: Progress,
+    ) -> Result<()> {
+        let id = begun.id;
         self.core
             .store
             .write(move |tx| {

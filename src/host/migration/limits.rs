@@ -2,8 +2,22 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// Connections from other hosts at once; each costs a task and one frame. Moves are few, and memory goes through them.
+/// Connections from other hosts at once; each costs a task and one frame. Those that carry a stream of a move do not count: a
+/// move that was accepted waits for so many and no more.
 pub const CONNECTIONS_MAX: usize = 16;
+
+/// Most streams for the memory of one machine: more than this many processors are not worth it on the networks there are.
+pub const LIVE_STREAMS_MAX: u16 = 4;
+
+/// Bytes that are on their way in each direction of a stream, at either end: a socket's buffer and some records of TLS.
+pub const PUMP_BYTES: usize = 256 << 10;
+
+/// How often the source of a machine says that it is there: some times within [`SILENCE`].
+pub const BEAT: Duration = Duration::from_secs(10);
+
+/// Pauses before a machine that has come is announced: what is lost once is told again.
+pub const ANNOUNCE_AFTER: [Duration; 3] =
+    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500)];
 
 /// How long another host may take to be reached.
 pub const CONNECT: Duration = Duration::from_secs(10);
@@ -26,6 +40,10 @@ pub const TICKETS_MAX: u32 = 1000;
 /// How long the other host may say nothing while a move goes on: a disk that is slow, or a network that stalls. A peer that
 /// is gone without a word is noticed by it.
 pub const SILENCE: Duration = Duration::from_secs(60);
+
+/// How long a connection is quiet before the kernel asks whether there is another end: what broke while nothing was on its way is
+/// known so soon, and a probe costs one packet.
+pub const PROBE_EVERY: Duration = Duration::from_secs(5);
 
 /// How long the target may take to have everything on its medium.
 pub const FLUSH: Duration = Duration::from_secs(1800);

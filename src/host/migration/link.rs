@@ -3,7 +3,9 @@ use std::io;
 use std::time::Duration;
 
 use model::Code;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 use wire::peer::{self, HEAD_BYTES, Kind, Message, Piece, Saying};
 
@@ -13,6 +15,10 @@ use crate::error::{Error, Result};
 /// One end.
 pub(super) struct Link<S> {
     stream: S,
+    head: [u8; HEAD_BYTES],
+    body: Vec<u8>,
+    /// How much of both has come.
+    filled: usize,
 }
 
 /// What came.
@@ -25,7 +31,12 @@ pub(super) enum Received {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     pub(super) fn new(stream: S) -> Link<S> {
-        Link { stream }
+        Link { stream, head: [0; HEAD_BYTES], body: Vec::new(), filled: 0 }
+    }
+
+    /// What is below: nothing more that comes is a frame.
+    pub(super) fn into_inner(self) -> S {
+        self.stream
     }
 
     /// Sends a message.
@@ -54,13 +65,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     }
 
     /// What comes next. Fails with `host_unreachable` when the connection ends or what comes is none of it; memory is taken
-    /// only for what a frame may hold.
+    /// only for what a frame may hold. Cancel-safe.
     pub(super) async fn receive(&mut self) -> Result<Received> {
-        let mut head = [0; HEAD_BYTES];
-        self.stream.read_exact(&mut head).await.map_err(broken)?;
-        let (kind, length) = peer::head(head).map_err(strange)?;
-        let mut body = vec![0; length];
-        self.stream.read_exact(&mut body).await.map_err(broken)?;
+        while let Some(left @ [_, ..]) = self.head.get_mut(self.filled..) {
+            self.filled += read(&mut self.stream, left).await?;
+        }
+        let (kind, length) = peer::head(self.head).map_err(strange)?;
+        if self.body.len() != length {
+            self.body = vec![0; length];
+        }
+        while let Some(left @ [_, ..]) = self.body.get_mut(self.filled - HEAD_BYTES..) {
+            self.filled += read(&mut self.stream, left).await?;
+        }
+        self.filled = 0;
+        let body = std::mem::take(&mut self.body);
         match kind {
             Kind::Document => Ok(Received::Message(Message::read(&body).map_err(strange)?)),
             Kind::Piece => Ok(Received::Piece(body)),
@@ -80,6 +98,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     /// Says that nothing more comes.
     pub(super) async fn end(&mut self) -> Result<()> {
         self.stream.shutdown().await.map_err(broken)
+    }
+}
+
+/// Sets a connection between two daemons up, at either end. Nothing is gathered: words wait for answers, and pieces are large.
+/// One that only the other end knows to be broken is found out, though nothing is to be sent (tcp(7)).
+pub(super) fn set_up(stream: &TcpStream) -> Result<()> {
+    let set = || {
+        stream.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(stream, true)?;
+        sockopt::set_tcp_keepidle(stream, limits::PROBE_EVERY)?;
+        sockopt::set_tcp_keepintvl(stream, limits::PROBE_EVERY)?;
+        let silence_ms = u32::try_from(limits::SILENCE.as_millis()).unwrap_or(u32::MAX);
+        sockopt::set_tcp_user_timeout(stream, silence_ms)?;
+        Ok::<(), io::Error>(())
+    };
+    set().map_err(|cause| Error::internal("a connection cannot be set up", cause))
+}
+
+/// Reads something.
+async fn read(stream: &mut (impl AsyncRead + Unpin), into: &mut [u8]) -> Result<usize> {
+    match stream.read(into).await.map_err(broken)? {
+        0 => Err(broken(io::ErrorKind::UnexpectedEof.into())),
+        count => Ok(count),
     }
 }
 

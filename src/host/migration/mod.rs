@@ -5,6 +5,7 @@
 //! ```text
 //!  source: plan ─▶ offer ─▶ ask ══ TLS, both sides show a certificate ══▶ target: ticket ─▶ judge ─▶ verdict
 //!          carry ═══════════ record, files, and who has it ══════════════▶         take
+//!          live ═════════════ streams between two VMMs ══════════════════▶         live
 //! ```
 //! The target knows the source by the ticket it presents, the source the target by the fingerprint in that ticket.
 use std::collections::BTreeSet;
@@ -22,6 +23,7 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
+use wire::limits::DOWNTIME_MS_MAX;
 use wire::peer::Obstacle;
 
 use crate::call::{Answer, Call};
@@ -42,13 +44,16 @@ mod cpu;
 mod identity;
 pub mod limits;
 mod link;
+mod live;
 mod source;
+mod streams;
 mod take;
 mod target;
 mod ticket;
 
 use cpu::Cpu;
 use identity::Identity;
+use streams::Joining;
 use ticket::Ticket;
 
 pub(crate) const TABLES: &str = ticket::TABLES;
@@ -65,6 +70,8 @@ pub struct Migrations {
     listening: Arc<Mutex<Option<Listening>>>,
     /// Servers that something comes for: a second try waits until the first one has let go of its files.
     taking: Arc<Mutex<BTreeSet<ServerId>>>,
+    /// Streams that machines which come wait for.
+    joining: Arc<Joining>,
     /// What is carried away from here; ends with the daemon.
     carried: Arc<Mutex<JoinSet<()>>>,
 }
@@ -83,8 +90,19 @@ impl Migrations {
         launcher: Arc<dyn Launch>,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, carried) = (Arc::default(), Arc::default(), Arc::default());
-        Ok(Migrations { core, servers, volumes, capacity, launcher, identity, listening, taking, carried })
+        let (listening, taking, joining, carried) = Default::default();
+        Ok(Migrations {
+            core,
+            servers,
+            volumes,
+            capacity,
+            launcher,
+            identity,
+            listening,
+            taking,
+            joining,
+            carried,
+        })
     }
 
     /// Takes up what an earlier daemon left unfinished: what was not given away returns, what was not all here is dropped,
@@ -170,10 +188,10 @@ impl Migrations {
         let dirs = self.core.dirs.clone();
         let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
         let ticket: Ticket = spec.ticket.parse()?;
-        source::ask(&self.identity, spec.target, ticket, offer).await
+        source::ask(&self.identity, spec.target, ticket, offer, spec.mode).await
     }
 
-    /// Moves a server that is off, with its disks. Fails with `migration_blocked`, which names everything that is in the way.
+    /// Moves a server with its disks, and with its machine if it runs. Fails with `migration_blocked`, which names everything that is in the way.
     /// The operation succeeds when the target has the server and nothing of it is left here.
     pub async fn migrate(
         &self,
@@ -185,6 +203,12 @@ impl Migrations {
             let detail = format!("must be at least {}", limits::BANDWIDTH_BYTES_MIN);
             return Err(Error::invalid("/bandwidth_bytes_per_s", "out_of_range", detail));
         }
+        if let Some(downtime_ms) = spec.downtime_ms
+            && !(1..=DOWNTIME_MS_MAX).contains(&downtime_ms)
+        {
+            let detail = format!("must be 1 to {DOWNTIME_MS_MAX}");
+            return Err(Error::invalid("/downtime_ms", "out_of_range", detail));
+        }
         let ticket: Ticket = spec.ticket.parse()?;
         let asked = call.clone();
         // The ticket was used up by the first call with this key.
@@ -195,7 +219,7 @@ impl Migrations {
         let cpu = Cpu::of_host()?;
         let dirs = self.core.dirs.clone();
         let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
-        let plan = source::ask(&self.identity, spec.target, ticket.clone(), offer.clone()).await?;
+        let plan = source::ask(&self.identity, spec.target, ticket.clone(), offer.clone(), spec.mode).await?;
         if !plan.blocked_by.is_empty() {
             return Err(blocked(&plan));
         }

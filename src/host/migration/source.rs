@@ -3,7 +3,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use model::image::Image;
-use model::migration::{self, MigrationPlan, ObstacleCode};
+use model::migration::{self, MigrationMode, MigrationPlan, ObstacleCode};
 use model::server::CpuTemplate;
 use model::{Code, ServerId};
 use rusqlite::Connection;
@@ -12,16 +12,17 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedCpu, OfferedDisk, OfferedNic};
+use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedCpu, OfferedDisk, OfferedNic, Power};
 use wire::saved::Digest;
 
 use super::cpu::Cpu;
 use super::identity::Identity;
-use super::limits;
 use super::link::{Link, out_of_turn};
 use super::ticket::Ticket;
+use super::{limits, link};
 use crate::config::Dirs;
 use crate::error::{Error, Result};
+use crate::servers::lifecycle::Phase;
 use crate::servers::moving::parcel::Packed;
 use crate::servers::record::ServerRecord;
 use crate::store::records;
@@ -32,8 +33,13 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, cpu: Cpu
     let record: ServerRecord = records::one(connection, id.0)?;
     let image: Image = records::one(connection, record.image_id.0)?;
     let unreadable = |cause| Error::internal("a record of the host cannot be read", cause);
-    let is_off = record.life.is_off();
+    let power = match record.life.phase {
+        Phase::Hibernated { .. } if record.life.has_own_memory() => Power::Saved,
+        _ if record.life.is_off() => Power::Off,
+        _ => Power::On,
+    };
     let held = record.held;
+    let runs = matches!(record.life.phase, Phase::Running { .. }) && !record.is_changed();
     let packed = Packed::of(connection, record)?;
     let disks = packed.disks.iter().map(|disk| OfferedDisk {
         volume: disk.volume.name.to_string(),
@@ -50,10 +56,12 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, cpu: Cpu
         server: packed.id.to_string(),
         name: packed.name.to_string(),
         external_ref: packed.external_ref.clone(),
-        is_off,
-        // The machine that runs is the one that moves; what was changed since waits for its next start.
-        vcpus: if is_off { packed.vcpus } else { held.vcpus.max(1) },
-        memory_bytes: if is_off { packed.memory_bytes } else { held.memory_bytes.max(1) },
+        power,
+        runs,
+        // The machine that runs is the one that would move; what was changed since waits for its next start.
+        vcpus: if power == Power::On { held.vcpus.max(1) } else { packed.vcpus },
+        memory_bytes: if power == Power::On { held.memory_bytes.max(1) } else { packed.memory_bytes },
+        saved_bytes: packed.saved.map_or(0, |saved| saved.stored_bytes),
         cpu: OfferedCpu {
             template: template(packed.cpu),
             vendor: cpu.vendor,
@@ -90,8 +98,7 @@ pub(super) async fn connect(
         }
         Err(_) => return Err(too_slow(target)),
     };
-    // Words wait for answers, and pieces are large: nothing is to be gathered.
-    stream.set_nodelay(true).map_err(|cause| Error::internal("a connection cannot be set up", cause))?;
+    link::set_up(&stream)?;
     let connector = TlsConnector::from(Arc::new(identity.to(host)?));
     let shaken =
         timeout(limits::CONVERSATION, connector.connect(ServerName::IpAddress(target.ip().into()), stream));
@@ -132,18 +139,38 @@ pub(super) async fn ask(
     target: SocketAddr,
     ticket: Ticket,
     offer: Offer,
+    mode: MigrationMode,
 ) -> Result<MigrationPlan> {
     let mut link = connect(identity, target, ticket.host).await?;
     let Welcome { host, program } = greet(&mut link, ticket.secret).await?;
     let (memory_bytes, disk_bytes) =
         (offer.memory_bytes, offer.disks.iter().map(|disk| disk.written_bytes).sum());
-    let ours = (!offer.is_off).then(|| Obstacle {
-        kind: ObstacleKind::State,
-        detail: format!(
-            "server {} is not off, and this version moves servers that are; stop it first",
+    let state = |detail: String| Some(Obstacle { kind: ObstacleKind::State, detail });
+    let ours = match offer.power {
+        Power::On if mode == MigrationMode::Cold => state(format!(
+            "server {} is not off; stop it first, or hibernate it, or let it move as it runs",
             offer.name
-        ),
-    });
+        )),
+        Power::On if !offer.runs => state(format!(
+            "server {} has a machine that does not run, or gets another one at its next start; resume it, wait for \
+             what is being done to it, or reboot it",
+            offer.name
+        )),
+        Power::Off | Power::Saved if mode == MigrationMode::Live => {
+            state(format!("server {} does not run; start it first, or let it move as it is", offer.name))
+        }
+        Power::On | Power::Saved if program != env!("CARGO_PKG_VERSION") => Some(Obstacle {
+            kind: ObstacleKind::Version,
+            detail: format!(
+                "the memory of server {} is version {}'s and the target is {program}; upgrade the older, or stop the \
+                 server",
+                offer.name,
+                env!("CARGO_PKG_VERSION")
+            ),
+        }),
+        Power::On | Power::Saved | Power::Off => None,
+    };
+    let saved_bytes = offer.saved_bytes;
     link.send(&Message::Ask(Box::new(offer))).await?;
     let found = match link.message(limits::CONVERSATION).await? {
         Message::Verdict { blocked_by } => blocked_by,
@@ -151,7 +178,14 @@ pub(super) async fn ask(
         _ => return Err(out_of_turn()),
     };
     let blocked_by = found.into_iter().chain(ours).map(shown).collect();
-    Ok(MigrationPlan { target: host, target_version: program, memory_bytes, disk_bytes, blocked_by })
+    Ok(MigrationPlan {
+        target: host,
+        target_version: program,
+        memory_bytes,
+        disk_bytes,
+        saved_bytes,
+        blocked_by,
+    })
 }
 
 fn shown(obstacle: Obstacle) -> migration::Obstacle {
@@ -164,6 +198,7 @@ fn shown(obstacle: Obstacle) -> migration::Obstacle {
         ObstacleKind::Name => ObstacleCode::Name,
         ObstacleKind::Kvm => ObstacleCode::Kvm,
         ObstacleKind::State => ObstacleCode::State,
+        ObstacleKind::Version => ObstacleCode::Version,
     };
     migration::Obstacle { code, detail: obstacle.detail }
 }

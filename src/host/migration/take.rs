@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
 use wire::limits::DISKS_MAX;
-use wire::peer::{Message, Offer, Parcel, Piece, Saying};
+use wire::peer::{Message, Offer, Parcel, Piece, Power, SavedFiles, Saying};
 use wire::saved::Digest;
 
 use super::link::{Link, Received, out_of_turn};
@@ -25,6 +25,7 @@ use crate::servers::make_directory;
 use crate::servers::moving::parcel::Packed;
 use crate::servers::moving::plan::{Effect, Event, Phase, Side};
 use crate::servers::moving::{self, Move};
+use crate::servers::saved;
 use crate::store::{Tx, records};
 use crate::volumes::files::{self, Unfinished};
 
@@ -35,6 +36,13 @@ struct Filling {
     length: u64,
     /// How many bytes may still come: no more than it has.
     left: u64,
+}
+
+/// Of the files that come beside the disks.
+struct Lengths {
+    console_bytes: u64,
+    saved: Option<SavedFiles>,
+    live_streams: Option<u16>,
 }
 
 /// Keeps others from coming for the same server.
@@ -76,12 +84,27 @@ impl Migrations {
         if !blocked_by.is_empty() {
             return link.send(&Message::Verdict { blocked_by }).await;
         }
-        let _taking = Taking::begin(self, parcel.offer.server.parse().unwrap_or(ServerId(Uuid::nil())))?;
-        let (begun, console_bytes, packed) = self.accept(source, host, secret, parcel).await?;
+        let taking = Taking::begin(self, parcel.offer.server.parse().unwrap_or(ServerId(Uuid::nil())))?;
+        let (begun, lengths, packed) = self.accept(source, host, secret, parcel).await?;
         let id = begun.id;
+        if let Some(streams) = lengths.live_streams {
+            self.core.checkpoint("move.recorded")?;
+            let (arrived, arrival) = match self.receive_machine(link, &begun, &packed, streams).await {
+                Ok((phase, arrival)) => (Ok(phase), Some(arrival)),
+                Err(cause) => (Err(cause), None),
+            };
+            // Its actor removes what there is of a machine that was dropped.
+            self.hear_out(arrived, link, id).await?;
+            // It may leave again at once.
+            drop(taking);
+            if let Some(arrival) = arrival {
+                self.welcome(&packed, arrival).await;
+            }
+            return Ok(());
+        }
         let filled = async {
             self.core.checkpoint("move.recorded")?;
-            let filling = self.begin_files(&packed, console_bytes).await?;
+            let filling = self.begin_files(&packed, lengths).await?;
             link.say(Saying::Copying).await?;
             let filling = self.fill(link, filling).await?;
             self.core.checkpoint("move.filled")?;
@@ -136,6 +159,8 @@ impl Migrations {
             while matches!(phase, Phase::Copy | Phase::Ready) {
                 let word = match link.message(limits::SILENCE).await? {
                     Message::Say(word @ (Saying::Commit | Saying::Abort)) => word,
+                    // Said before it had heard that all is here.
+                    Message::Say(Saying::Copying) => continue,
                     _ => return Err(out_of_turn()),
                 };
                 self.core.checkpoint("move.heard")?;
@@ -155,7 +180,7 @@ impl Migrations {
     }
 
     /// Saves what an event is to a move, and says what is to be said. Answers the phase from then on.
-    async fn give<S>(&self, link: &mut Link<S>, id: Uuid, event: Event) -> Result<Phase>
+    pub(super) async fn give<S>(&self, link: &mut Link<S>, id: Uuid, event: Event) -> Result<Phase>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -163,6 +188,11 @@ impl Migrations {
         let Some(given) = given else { return Err(out_of_turn()) };
         self.core.checkpoint("move.decided")?;
         self.servers.wake(given.now.server);
+        if given.now.phase == Phase::Moved && given.effects.contains(&Effect::Keep) {
+            // Its actor would a little later; a server that has no machine has no move that knows of this.
+            let _ = self.servers.let_run(given.now.server).await;
+            self.core.checkpoint("move.run")?;
+        }
         for effect in given.effects {
             if let Effect::Say(word) = effect {
                 link.say(*word).await?;
@@ -179,8 +209,8 @@ impl Migrations {
         host: String,
         secret: String,
         parcel: Parcel,
-    ) -> Result<(Move, u64, Packed)> {
-        let Parcel { transfer, offer, record, console_bytes } = parcel;
+    ) -> Result<(Move, Lengths, Packed)> {
+        let Parcel { transfer, offer, record, console_bytes, saved, live_streams } = parcel;
         let invalid =
             |what: &str| Error::new(Code::InvalidRequest, format!("the server's {what} is not valid"));
         let packed: Packed =
@@ -188,6 +218,9 @@ impl Migrations {
         packed.check()?;
         if !is_what_was_offered(&packed, &offer) {
             return Err(invalid("record is not what was offered, which"));
+        }
+        if saved.is_some() != packed.saved.is_some() || live_streams.is_some() != packed.is_live() {
+            return Err(invalid("memory"));
         }
         let id: Uuid = transfer.parse().map_err(|_| invalid("move"))?;
         let begun = Move {
@@ -215,18 +248,22 @@ impl Migrations {
         };
         self.core.store.write(accept).await?;
         self.servers.arrived(begun.server);
-        Ok((begun, console_bytes, packed))
+        Ok((begun, Lengths { console_bytes, saved, live_streams }, packed))
     }
 
-    async fn begin_files(&self, packed: &Packed, console_bytes: u64) -> Result<Vec<Filling>> {
+    async fn begin_files(&self, packed: &Packed, lengths: Lengths) -> Result<Vec<Filling>> {
         let directory = self.core.dirs.server(packed.id);
         let mut places: Vec<_> = packed
             .disks
             .iter()
             .map(|disk| (self.core.dirs.volume(disk.volume.id), disk.volume.size_bytes))
             .collect();
-        if console_bytes > 0 {
-            places.push((directory.join("console.ring"), console_bytes));
+        if lengths.console_bytes > 0 {
+            places.push((directory.join("console.ring"), lengths.console_bytes));
+        }
+        if let Some(SavedFiles { state_bytes, memory_bytes }) = lengths.saved {
+            places.push((directory.join(saved::STATE), state_bytes));
+            places.push((directory.join(saved::MEMORY), memory_bytes));
         }
         blocking(move || {
             make_directory(&directory)?;
@@ -299,11 +336,16 @@ fn is_what_was_offered(packed: &Packed, offer: &Offer) -> bool {
         && packed.nics.iter().zip(&offer.nics).all(|(nic, offered)| {
             nic.network == offered.network && nic.ipv4 == offered.ipv4 && nic.mac == offered.mac
         });
+    let power = match (packed.is_live(), packed.saved) {
+        (true, _) => Power::On,
+        (false, Some(_)) => Power::Saved,
+        (false, None) => Power::Off,
+    };
     packed.id.to_string() == offer.server
         && packed.name.as_str() == offer.name
         && packed.external_ref == offer.external_ref
         && (packed.vcpus, packed.memory_bytes) == (offer.vcpus, offer.memory_bytes)
-        && offer.is_off
+        && offer.power == power
         && disks
         && nics
 }

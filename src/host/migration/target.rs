@@ -13,13 +13,13 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use wire::machine::CpuTemplate;
-use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedNic};
+use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedNic, Power};
 
 use wire::saved::Digest;
 
 use super::cpu::Cpu;
 use super::link::Link;
-use super::{Migrations, identity, limits, ticket};
+use super::{Migrations, identity, limits, link, ticket};
 use crate::error::{Error, Result};
 use crate::network::{self, cidr::Cidr};
 use crate::servers::capacity::Capacity;
@@ -54,14 +54,18 @@ pub(super) async fn listen(migrations: Migrations, listener: TcpListener, accept
 }
 
 async fn converse(migrations: &Migrations, acceptor: TlsAcceptor, stream: TcpStream) -> Result<()> {
-    stream.set_nodelay(true).map_err(|cause| Error::internal("a connection cannot be set up", cause))?;
+    link::set_up(&stream)?;
     let shaken = timeout(limits::CONVERSATION, acceptor.accept(stream)).await;
     let stream = shaken
         .map_err(|_| Error::new(Code::Unauthenticated, "the handshake took too long"))?
         .map_err(|cause| Error::new(Code::Unauthenticated, "the handshake failed").caused_by(cause))?;
     let source = identity::shown(stream.get_ref().1.peer_certificates())?;
     let mut link = Link::new(stream);
-    let said = answer(migrations, &mut link, source).await;
+    let first = link.message(limits::CONVERSATION).await?;
+    if let Message::Join { transfer, stream } = first {
+        return migrations.join(link, source, &transfer, stream).await;
+    }
+    let said = answer(migrations, &mut link, source, first).await;
     if let Err(refused) = &said
         && refused.code != Code::HostUnreachable
     {
@@ -73,11 +77,11 @@ async fn converse(migrations: &Migrations, acceptor: TlsAcceptor, stream: TcpStr
     said
 }
 
-async fn answer<S>(migrations: &Migrations, link: &mut Link<S>, source: Digest) -> Result<()>
+async fn answer<S>(migrations: &Migrations, link: &mut Link<S>, source: Digest, first: Message) -> Result<()>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
-    let (host, secret) = match link.message(limits::CONVERSATION).await? {
+    let (host, secret) = match first {
         Message::Greet { host, ticket, .. } => (host, ticket),
         Message::Again { transfer } => return migrations.take_up(link, source, &transfer).await,
         _ => return Err(out_of_turn()),
@@ -111,12 +115,13 @@ pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<O
         add(ObstacleKind::Kvm, cause.detail);
     }
     // One that is off begins anew, with whatever its next processor has, unless it asks for a level.
-    let begins_anew = offer.is_off && offer.cpu.template == CpuTemplate::Host;
+    let begins_anew = offer.power == Power::Off && offer.cpu.template == CpuTemplate::Host;
     if !begins_anew && let Some(detail) = Cpu::of_host()?.misses(&offer.cpu) {
         add(ObstacleKind::CpuFeatures, detail);
     }
     let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));
-    let written = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.written_bytes));
+    let written =
+        offer.disks.iter().fold(offer.saved_bytes, |sum, disk| sum.saturating_add(disk.written_bytes));
     if let Err(cause) = space::check(&migrations.core.dirs.root().join("volumes"), written, size) {
         add(ObstacleKind::Storage, cause.detail);
     }
@@ -165,9 +170,9 @@ pub(super) fn against_records(
             add(ObstacleKind::Name, detail);
         }
     }
-    let fits = match offer.is_off {
-        true => capacity.could_hold(&offer.name, offer.memory_bytes),
-        false => capacity.fits(connection, &offer.name, offer.memory_bytes),
+    let fits = match offer.power {
+        Power::Off | Power::Saved => capacity.could_hold(&offer.name, offer.memory_bytes),
+        Power::On => capacity.fits(connection, &offer.name, offer.memory_bytes),
     };
     if let Err(cause) = fits {
         add(ObstacleKind::Memory, cause.detail);

@@ -12,6 +12,7 @@ use crate::Host;
 use crate::stage::{self, SOON, Stage};
 
 mod cuts;
+mod live;
 mod moves;
 
 /// A source with the server `web1`, and a target that waits.
@@ -38,7 +39,7 @@ impl Pair {
     }
 
     async fn plan(&self, ticket: &str) -> Result<MigrationPlan> {
-        let spec = spec(self.address, ticket.to_owned());
+        let spec = MigrateServer { mode: MigrationMode::Cold, ..spec(self.address, ticket.to_owned()) };
         self.source.migrations().plan(self.server, spec).await
     }
 
@@ -54,7 +55,13 @@ impl Pair {
 }
 
 fn spec(target: SocketAddr, ticket: String) -> MigrateServer {
-    MigrateServer { target, ticket, mode: MigrationMode::Cold, bandwidth_bytes_per_s: None }
+    MigrateServer {
+        target,
+        ticket,
+        mode: MigrationMode::Auto,
+        bandwidth_bytes_per_s: None,
+        downtime_ms: None,
+    }
 }
 
 async fn ticket(host: &Host, lifetime_s: Option<u64>) -> Result<MigrationTicket> {
@@ -74,7 +81,7 @@ async fn a_target_that_lacks_nothing_leaves_only_that_the_server_runs() {
     assert_eq!(plan.target_version, env!("CARGO_PKG_VERSION"));
     let codes: Vec<ObstacleCode> = plan.blocked_by.iter().map(|obstacle| obstacle.code).collect();
     assert_eq!(codes, [ObstacleCode::State], "{plan:?}");
-    let spec = spec(pair.address, ticket.ticket);
+    let spec = MigrateServer { mode: MigrationMode::Cold, ..spec(pair.address, ticket.ticket) };
     let refused = pair.source.migrations().migrate(&Call::by_host(), pair.server, spec).await.unwrap_err();
     assert_eq!(refused.code, Code::MigrationBlocked);
     let named: Vec<&str> = refused.errors.iter().map(|error| error.code.as_str()).collect();

@@ -6,6 +6,7 @@
 //!        └── Plumbing ──▶ HostPlumbing ──▶ links, elements (netlink) · nft · dnsmasq · forwarding
 //! ```
 mod addresses;
+pub(crate) mod announce;
 pub mod cidr;
 mod dnsmasq;
 mod elements;

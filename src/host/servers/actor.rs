@@ -258,7 +258,11 @@ impl Actor {
     async fn take_notice(&mut self, notice: Notice) -> Result<()> {
         let (kind, reason) = match notice {
             Notice::Booted { resets: 0 } | Notice::Console { .. } | Notice::Exiting(_) => return Ok(()),
-            Notice::Restored | Notice::Save(_) | Notice::Migration(_) => return Ok(()),
+            Notice::Restored | Notice::Save(_) => return Ok(()),
+            Notice::Migration(_) => {
+                self.entry.moved.notify_one();
+                return Ok(());
+            }
             Notice::Booted { resets } => {
                 ("server.reset", format!("its machine was reset {resets} times in all"))
             }

@@ -98,7 +98,9 @@ pub(super) fn ask(
         Asked::Joined(operation, next) => (operation, next),
         Asked::Done(next) => (operations::accept_as(tx, id, new)?.id, next),
         Asked::Began(next) => {
-            if ask == Ask::Hibernate && record.is_changed() {
+            let keeps_memory =
+                ask == Ask::Hibernate || ask == Ask::Migrate && record.life.phase.vmm().is_some();
+            if keeps_memory && record.is_changed() {
                 let detail = format!(
                     "server {} gets other CPUs or memory at its next start, into which this memory would not fit: \
                      reboot it first, or change it back",

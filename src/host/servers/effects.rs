@@ -58,6 +58,7 @@ impl Doing {
         match work {
             Work::Make => self.make().await,
             Work::Spawn => self.final_or(self.spawn().await, Event::StartFailed),
+            Work::Await => self.final_or(self.await_machine().await, Event::StartFailed),
             Work::Boot { saved } => self.final_or(self.boot(saved).await, Event::StartFailed),
             Work::Save => self.save().await,
             Work::Snapshot { id } => self.snapshot(id).await,
@@ -134,7 +135,7 @@ impl Doing {
         self.final_or(outcome, Event::MakeFailed)
     }
 
-    async fn make_directory(&self) -> Result<()> {
+    pub(super) async fn make_directory(&self) -> Result<()> {
         let directory = self.workshop.core.dirs.server(self.record.id);
         blocking(move || machine::make_directory(&directory)).await?;
         self.workshop.core.checkpoint("server.directory_made")
@@ -177,7 +178,7 @@ impl Doing {
 
     /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
     /// both take a while. Repeatable.
-    async fn vmm(&self, filled: impl Future<Output = Result<Content>>) -> Result<Spawned> {
+    pub(super) async fn vmm(&self, filled: impl Future<Output = Result<Content>>) -> Result<Spawned> {
         self.dismiss_stranger().await;
         if let Some(machine) = self.entry.machine() {
             self.uncage(machine.cage).await?;
@@ -341,6 +342,14 @@ impl Doing {
         if self.entry.is_linked() {
             return None;
         }
+        self.end_of_gone(&AskError::Gone).await
+    }
+
+    /// How a VMM ended that has closed its connection, which may not have been noticed elsewhere.
+    pub(super) async fn end_of_gone(&self, cause: &AskError) -> Option<End> {
+        if !matches!(cause, AskError::Gone) {
+            return None;
+        }
         let process = self.entry.machine()?.process;
         let status = tokio::time::timeout(limits::ENDED, process.ended()).await.ok()?;
         Some(end_of(&self.workshop, self.record.id, self.cage(), status).await)
@@ -383,7 +392,7 @@ impl Doing {
         })
     }
 
-    async fn kill(&self) -> Result<Event> {
+    pub(super) async fn kill(&self) -> Result<Event> {
         let Some(machine) = self.entry.machine() else {
             self.dismiss_stranger().await;
             return Ok(Event::Ended(end_of(&self.workshop, self.record.id, self.cage(), None).await));
@@ -413,7 +422,21 @@ impl Doing {
 
     /// A memory that the machine was restored from is of no use once it runs.
     async fn resume(&self) -> Result<Event> {
-        let event = self.order(Command::Resume, Event::Resumed, Event::ResumeFailed).await?;
+        if let Some(ended) = self.reclaim().await? {
+            return Ok(ended);
+        }
+        let ordered =
+            async { self.entry.link(limits::COMMAND).await?.order(Command::Resume, limits::PAUSE).await };
+        let outcome = ordered.await;
+        self.workshop.core.checkpoint("server.ordered")?;
+        let event = match outcome {
+            Ok(()) => Event::Resumed,
+            Err(cause) => match self.end_of_gone(&cause).await {
+                // Or what follows it would be wanted parked, as one that only refuses.
+                Some(end) => return Ok(Event::Ended(end)),
+                None => Event::ResumeFailed(Trouble::from(&Error::from(cause))),
+            },
+        };
         if event == Event::Resumed {
             let directory = self.workshop.core.dirs.server(self.record.id);
             blocking(move || saved::discard(&directory)).await?;

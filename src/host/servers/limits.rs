@@ -80,6 +80,12 @@ pub const NOTICES_MAX: usize = 64;
 /// How often a save is looked at: it takes some milliseconds for a small memory.
 pub const SAVE_LOOK: Duration = Duration::from_millis(20);
 
+/// How often a move is looked at when its VMM says nothing: it tells of each phase, but not to a daemon that is new.
+pub const MOVE_LOOK: Duration = Duration::from_millis(50);
+
+/// How often is looked whether a server that comes has a VMM, which takes some milliseconds.
+pub const MOVE_SPAWN_LOOK: Duration = Duration::from_millis(3);
+
 /// Bytes a second at which memory is read from a disk and compared, at the least: a slow disk in bad company.
 const RESTORE_BYTES_PER_S: u64 = 20 << 20;
 

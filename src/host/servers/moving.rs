@@ -61,7 +61,7 @@ pub(crate) struct Given {
     pub(crate) effects: &'static [Effect],
 }
 
-/// Begins a move away. Fails with `wrong_state` unless the server is off.
+/// Begins a move away. Fails with `wrong_state` unless the server is off, hibernated or runs.
 pub(crate) fn depart(
     tx: &Tx<'_>,
     capacity: Capacity,
@@ -74,7 +74,7 @@ pub(crate) fn depart(
     Ok((operation, record))
 }
 
-/// Begins a move here: the server has its name, addresses and volumes from now on, and no machine.
+/// Begins a move here: the server has its name, addresses and volumes from now on, and nothing that runs.
 pub(crate) fn arrive(tx: &Tx<'_>, begun: &Move, record: &ServerRecord, volumes: &[Volume]) -> Result<()> {
     for volume in volumes {
         Volumes::adopt(tx, volume)?;

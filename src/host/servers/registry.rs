@@ -66,6 +66,8 @@ pub struct Entry {
     pub console: watch::Sender<u64>,
     /// Set when the server is no more.
     pub gone: AtomicBool,
+    /// Told when the VMM has told more of its move.
+    pub moved: Notify,
     /// Readers of the console.
     pub readers: Arc<Readers>,
     socket: PathBuf,
@@ -215,6 +217,7 @@ impl Registry {
             poke: Notify::new(),
             console: watch::Sender::new(0),
             gone: AtomicBool::new(false),
+            moved: Notify::new(),
             readers: Arc::default(),
             socket: self.workshop.core.dirs.server(id).join("control.sock"),
             notices,

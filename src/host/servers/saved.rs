@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 use crate::snapshots;
 use crate::vmms::Link;
 
-const STATE: &str = "saved.state";
-const MEMORY: &str = "saved.memory";
+pub(crate) const STATE: &str = "saved.state";
+pub(crate) const MEMORY: &str = "saved.memory";
 
 impl Doing {
     /// Parks the machine and saves it. What fails is undone by whoever hears of it: the machine is there still.
@@ -109,7 +109,8 @@ impl Doing {
             root: saved.root,
             memory: descriptors.add(memory),
             how: match saved.of {
-                // Into memory of its own, every part compared with what was saved.
+                // Into memory of its own, every part compared with what was saved: it may have come from another host,
+                // which may have been taken over.
                 SavedOf::Hibernation | SavedOf::Snapshot { .. } => MemoryUse::Copy,
                 // The files of a snapshot never change, and it is read as it is used.
                 SavedOf::Clone { .. } => MemoryUse::Private,

@@ -38,7 +38,7 @@ async fn a_created_server_runs_the_machine_it_asked_for() {
     assert_eq!(server.state, ServerState::Running);
     assert_eq!(
         server.allowed_actions,
-        ["stop", "reboot", "pause", "hibernate", "snapshot", "clone", "restore", "delete"]
+        ["stop", "reboot", "pause", "hibernate", "snapshot", "clone", "restore", "migrate", "delete"]
     );
     assert!(server.operation_id.is_none());
     assert_eq!(server.nics.len(), 1);

@@ -248,6 +248,19 @@ impl Volumes {
         announce(tx, volume, "volume.created", None)
     }
 
+    /// For `servers`: makes the file of a volume that comes from another host, for the machine that comes with it to be
+    /// filled by its VMM. Repeatable.
+    pub(crate) async fn make_empty(&self, id: VolumeId) -> Result<()> {
+        let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        let place = self.core.dirs.volume(id);
+        if volume.state != VolumeState::Creating || place.exists() {
+            return Ok(());
+        }
+        let (source, size_bytes, durability) = (None, volume.size_bytes, files::Durability::Power);
+        disk::make(disk::NewFile { place, source, size_bytes, durability }, &|| false, &|_, _| {}).await?;
+        self.core.checkpoint("volume.made_empty")
+    }
+
     /// For `servers`: all of it has come.
     pub(crate) fn arrived(tx: &Tx<'_>, id: VolumeId) -> Result<()> {
         let volume: Volume = records::one(tx, id.0)?;

@@ -19,7 +19,7 @@ async fn what_is_in_the_way_is_answered_or_refused_with() {
     let ticket: MigrationTicket = served.call("POST", path(), Sent::nothing()).await.json(200);
     assert_eq!(ticket.target, address);
     let server = stage::created(&served.host, stage::server("web1")).await.id;
-    let body = json!({ "target": address, "ticket": ticket.ticket });
+    let body = json!({ "target": address, "ticket": ticket.ticket, "mode": "cold" });
     let verb = format!("/v1/servers/{server}/actions/migrate");
     let plan: MigrationPlan =
         served.call("POST", &format!("{verb}?dry_run=true"), body.clone()).await.json(200);

@@ -82,6 +82,7 @@ impl Shell {
             Command::Receive(spec) => self.receive(*spec, descriptors),
             Command::CancelMigration => self.machine()?.cancel_move().map(done).map_err(Fault::from),
             Command::MigrationStatus => Ok(Reply::Migration(self.move_on(false).map(Box::new))),
+            Command::CommitMigration => self.machine()?.commit_move().map(done).map_err(Fault::from),
             Command::SettleMigration { owner } => {
                 self.machine()?.settle_move(owner).map(done).map_err(Fault::from)
             }

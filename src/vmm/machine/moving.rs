@@ -76,7 +76,8 @@ impl Machine {
             brake: parts.crew.brake(),
             disks,
         };
-        self.moving = Some(Moving::Source(Source::start(sources, streams, spec.limits, &self.bell)?));
+        self.moving =
+            Some(Moving::Source(Source::start(sources, streams, spec.held, spec.limits, &self.bell)?));
         Ok(())
     }
 
@@ -99,7 +100,7 @@ impl Machine {
         let disks = machine.moved_disks(&spec.disks)?;
         // Now, while the guest runs on at the source: making its interrupt controllers waits for the whole kernel.
         let chassis = Some(Chassis::around(host, machine.plan.spec.chassis(), Arc::clone(&ram))?);
-        let target = Target::start(&ram, &machine.console, disks, streams, handed, bell)?;
+        let target = Target::start(&ram, &machine.console, disks, streams, spec.held, handed, bell)?;
         machine.moving = Some(Moving::Target { target, chassis, handed: handed.is_some() });
         Ok(machine)
     }
@@ -210,6 +211,19 @@ impl Machine {
         }
     }
 
+    /// Gives the machine up for good, on the word of whoever holds both ends and knows that the target is ready. Repeatable.
+    pub(crate) fn commit_move(&mut self) -> Result<(), Error> {
+        let shared = match &self.moving {
+            Some(Moving::Source(source)) if source.shared.is_held => &source.shared,
+            _ => return Err(Error::State("no move from here is held")),
+        };
+        match shared.give(Event::Commit) {
+            Some(_) => Ok(()),
+            None if shared.phase() == Phase::Commit => Ok(()),
+            None => Err(Error::State("the machine is not ready to be given up; look how the move stands")),
+        }
+    }
+
     /// Takes the word of somebody who can see the other end.
     pub(crate) fn settle_move(&mut self, owner: Owner) -> Result<(), Error> {
         let none = Error::State("no move of this machine is in doubt");
@@ -219,7 +233,7 @@ impl Machine {
             (Side::Source, Phase::Returned) | (Side::Target, Phase::Release | Phase::Moved) => {
                 owner == Owner::Here
             }
-            _ if status.in_doubt => {
+            _ if status.in_doubt || self.is_held_at(status.side, status.phase) => {
                 let shared = self.moving.as_ref().map(|moving| Arc::clone(moving.shared()));
                 return match shared.and_then(|shared| shared.give(Event::Settled(owner))) {
                     Some(_) => Ok(()),
@@ -229,6 +243,12 @@ impl Machine {
             _ => return Err(Error::State("the move is not in doubt; cancel it to end it")),
         };
         if agrees { Ok(()) } else { Err(Error::State("this end knows better which one has the machine")) }
+    }
+
+    /// Whether it waits for a word from outside, with its link whole or not.
+    fn is_held_at(&self, side: Side, phase: Phase) -> bool {
+        let is_held = self.moving.as_ref().is_some_and(|moving| moving.shared().is_held);
+        is_held && matches!((side, phase), (Side::Source, Phase::Commit) | (Side::Target, Phase::Ready))
     }
 
     /// Replaces the limits of the move.

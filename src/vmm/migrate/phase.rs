@@ -5,6 +5,10 @@
 //! nobody runs it. A source in `commit` takes it back only on the target's refusal, a target in `ready` runs it only on
 //! the source's commit. When the link breaks there, both stay paused, in doubt, until somebody who can see the other end
 //! settles it.
+//!
+//! Ends that are *held* go on from `ready` only when they are told from outside: the words of `commit` are not theirs then, a
+//! source enters it by [`Event::Commit`], and a target has the machine by [`Event::Settled`]. Until it is told, a source may
+//! return by itself; from then on it does not.
 use wire::migration::{Owner, Phase, Side};
 
 /// What happens to an end.
@@ -20,6 +24,8 @@ pub(crate) enum Event {
     Heard(Said),
     /// A stream is gone.
     Lost,
+    /// Whoever holds the source at `ready` has it give the machine up.
+    Commit,
     /// Somebody who can see the other end says which has the machine.
     Settled(Owner),
 }
@@ -75,7 +81,7 @@ pub(crate) fn step(side: Side, phase: Phase, event: Event) -> Option<(Phase, &'s
 
 fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
     use Effect::{CopyRest, CopyRounds, Pause, Resume, Say, SendState};
-    use Event::{Cancel, Done, Failed, Heard, Lost, Settled};
+    use Event::{Cancel, Commit, Done, Failed, Heard, Lost, Settled};
     Some(match (phase, event) {
         (Phase::Greet, Heard(Said::Prepared)) => (Phase::Rounds, &[CopyRounds]),
         (Phase::Rounds, Done) => (Phase::Pause, &[Pause]),
@@ -83,6 +89,8 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
         (Phase::LastRound, Done) => (Phase::State, &[SendState]),
         (Phase::State, Done) => (Phase::Ready, &[]),
         (Phase::State | Phase::Ready, Heard(Said::Ready)) => (Phase::Commit, &[Say(Said::Commit)]),
+        // The target is told by whoever holds it.
+        (Phase::Ready, Commit) => (Phase::Commit, &[]),
         (
             Phase::Greet | Phase::Rounds | Phase::Pause | Phase::LastRound | Phase::State | Phase::Ready,
             Failed | Cancel | Lost | Heard(Said::Refused) | Settled(Owner::Here),

@@ -17,6 +17,8 @@ use crate::snapshot::Contents;
 /// One move at one end.
 pub(crate) struct Shared {
     side: Side,
+    /// Whether it goes on from `ready` only when it is told from outside.
+    pub(crate) is_held: bool,
     began: Instant,
     inner: Mutex<Inner>,
     changed: Condvar,
@@ -46,6 +48,7 @@ struct Inner {
 impl Shared {
     pub(super) fn new(
         side: Side,
+        is_held: bool,
         limits: SendLimits,
         bell: &Arc<Bell>,
         mouth: Option<Stream>,
@@ -66,6 +69,7 @@ impl Shared {
         };
         Arc::new(Shared {
             side,
+            is_held,
             began: now,
             inner: Mutex::new(inner),
             changed: Condvar::new(),
@@ -84,6 +88,11 @@ impl Shared {
 
     fn give_with(&self, event: Event, why: Option<String>) -> Option<Phase> {
         let mut inner = self.inner();
+        // What was promised to whoever holds it is taken back on no other word: that one may have been told more.
+        let event = match event {
+            Event::Heard(Said::Refused) if self.is_held && inner.phase == Phase::Commit => Event::Lost,
+            other => other,
+        };
         if event == Event::Lost && !inner.phase.is_end() {
             inner.lost = true;
         }
@@ -194,6 +203,14 @@ impl Shared {
     pub(crate) fn set_limits(&self, limits: SendLimits) {
         self.inner().limits = limits;
         self.changed.notify_all();
+    }
+
+    /// When the guest will have stood still for as long as it may before it is given up.
+    pub(super) fn standstill_ends(&self) -> (Instant, u128) {
+        let inner = self.inner();
+        let longest_ms = inner.limits.downtime_ms.saturating_add(inner.limits.standstill_ms);
+        let from = inner.stopped.unwrap_or_else(Instant::now);
+        (from + Duration::from_millis(longest_ms.into()), longest_ms.into())
     }
 
     /// Waits until so many bytes may go.

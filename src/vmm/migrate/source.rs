@@ -48,10 +48,11 @@ impl Source {
     pub(crate) fn start(
         sources: Sources,
         streams: Vec<Stream>,
+        is_held: bool,
         limits: SendLimits,
         bell: &Arc<Bell>,
     ) -> Result<Source, Error> {
-        let shared = Shared::new(Side::Source, limits, bell, None);
+        let shared = Shared::new(Side::Source, is_held, limits, bell, None);
         let copies = |streams: &[Stream]| -> Result<Vec<Stream>, Error> {
             let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>();
             copies.map_err(|cause| Error::Host { doing: "copy a stream", cause })
@@ -85,8 +86,19 @@ impl Source {
         let Some(first) = first else { return Err(Error::Streams { stream: 0 }) };
         let shared = Arc::clone(&source.shared);
         let disks = disks.into_iter().map(|(_, disk)| disk).collect();
-        let conductor =
-            Conductor { shared, ram, log, console, brake, disks, first, jobs, results, console_sent: None };
+        let conductor = Conductor {
+            shared,
+            ram,
+            log,
+            console,
+            brake,
+            disks,
+            first,
+            jobs,
+            results,
+            console_sent: None,
+            standstill_ends: None,
+        };
         source.spawn(move || conductor.run())?;
         Ok(source)
     }
@@ -263,6 +275,8 @@ struct Conductor {
     results: Receiver<Result<Sum, Error>>,
     /// Where the console goes on that was sent.
     console_sent: Option<u64>,
+    /// When the guest will have stood still for too long, once it does, and how long that is in milliseconds.
+    standstill_ends: Option<(Instant, u128)>,
 }
 
 impl Conductor {
@@ -292,6 +306,9 @@ impl Conductor {
         if self.shared.wait_through(Phase::Pause) != Phase::LastRound {
             return Err(Error::Over);
         }
+        let ends = self.shared.standstill_ends();
+        self.standstill_ends = Some(ends);
+        self.first.hurry(ends.0);
         match left {
             Some(left) => self.last_round(left)?,
             None => drop(self.dispatch(&Job::End, 0)?),
@@ -381,10 +398,14 @@ impl Conductor {
     /// From here on the table alone says whose the machine is.
     fn hand_over(&mut self) -> Result<(), Error> {
         match self.hear()? {
-            Word::Ready => self.shared.go_to(Phase::Commit, Event::Heard(Said::Ready))?,
+            // Who holds both ends hears of it by another way, and tells this one meanwhile what to do.
+            Word::Ready if self.shared.is_held => {}
+            Word::Ready => {
+                self.shared.go_to(Phase::Commit, Event::Heard(Said::Ready))?;
+                self.say(&Word::Commit)?;
+            }
             other => return Err(self.unexpected(other)),
         }
-        self.say(&Word::Commit)?;
         match self.hear()? {
             Word::Released => self.shared.go_to(Phase::Moved, Event::Heard(Said::Released)),
             other => Err(self.unexpected(other)),
@@ -404,6 +425,11 @@ impl Conductor {
             // Nobody waits for a stream that goes nowhere, or holds a guest back, when the move is over.
             if self.shared.is_over() {
                 return Err(Error::Over);
+            }
+            if let Some((end, longest_ms)) = self.standstill_ends
+                && Instant::now() > end
+            {
+                return Err(Error::StoodTooLong(longest_ms));
             }
             if throttle_percent > 0 {
                 self.brake.hold(nap);

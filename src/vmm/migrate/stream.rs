@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_memory::bitmap::BitmapSlice;
@@ -16,8 +17,10 @@ use crate::limits::LINK_PATIENCE_MS;
 pub(crate) struct Stream {
     file: File,
     control: UnixStream,
-    /// How long to wait for something to read.
-    patience: PollTimeout,
+    /// How long to wait for something to read, if not for ever.
+    patience_ms: Option<u16>,
+    /// When nobody waits any more, to read or to write.
+    until: Option<Instant>,
 }
 
 impl Stream {
@@ -26,7 +29,7 @@ impl Stream {
         let control = UnixStream::from(socket);
         control.set_nonblocking(true)?;
         let file = File::from(OwnedFd::from(control.try_clone()?));
-        Ok(Stream { file, control, patience: PollTimeout::NONE })
+        Ok(Stream { file, control, patience_ms: None, until: None })
     }
 
     /// Another descriptor for it, and the same patience.
@@ -34,14 +37,20 @@ impl Stream {
         Ok(Stream {
             file: self.file.try_clone()?,
             control: self.control.try_clone()?,
-            patience: self.patience,
+            patience_ms: self.patience_ms,
+            until: self.until,
         })
     }
 
     /// From now on, whoever reads here waits no longer than is patient either. Where nothing has to come for long, as in
     /// rounds that are for other streams, only the link itself tells that it is gone.
     pub(crate) fn expect_soon(&mut self) {
-        self.patience = LINK_PATIENCE_MS.into();
+        self.patience_ms = Some(LINK_PATIENCE_MS);
+    }
+
+    /// From now on, nobody waits here beyond this, whatever the patience.
+    pub(crate) fn hurry(&mut self, until: Instant) {
+        self.until = Some(until);
     }
 
     /// Ends it for everybody who reads or writes it.
@@ -50,8 +59,13 @@ impl Stream {
         let _ = self.control.shutdown(Shutdown::Both);
     }
 
-    fn wait_for(&self, what: PollFlags, patience: PollTimeout) -> io::Result<()> {
-        match poll(&mut [PollFd::new(self.file.as_fd(), what)], patience) {
+    /// Waits for so many milliseconds, or for ever, and not beyond [`Stream::hurry`].
+    fn wait_for(&self, what: PollFlags, patience_ms: Option<u16>) -> io::Result<()> {
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()).as_millis());
+        let left_ms = left.map(|ms| u16::try_from(ms).unwrap_or(u16::MAX));
+        let timeout =
+            patience_ms.into_iter().chain(left_ms).min().map_or(PollTimeout::NONE, PollTimeout::from);
+        match poll(&mut [PollFd::new(self.file.as_fd(), what)], timeout) {
             Ok(0) => Err(ErrorKind::TimedOut.into()),
             Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
             Err(errno) => Err(errno.into()),
@@ -59,11 +73,11 @@ impl Stream {
     }
 
     fn wait_to_read(&self) -> io::Result<()> {
-        self.wait_for(PollFlags::POLLIN, self.patience)
+        self.wait_for(PollFlags::POLLIN, self.patience_ms)
     }
 
     fn wait_to_write(&self) -> io::Result<()> {
-        self.wait_for(PollFlags::POLLOUT, LINK_PATIENCE_MS.into())
+        self.wait_for(PollFlags::POLLOUT, Some(LINK_PATIENCE_MS))
     }
 }
 

@@ -35,13 +35,14 @@ impl Target {
         console: &Arc<Console>,
         disks: Vec<(u16, Disk)>,
         streams: Vec<Stream>,
+        is_held: bool,
         handed: Option<Handed>,
         bell: &Arc<Bell>,
     ) -> Result<Target, Error> {
         let copying = |cause| Error::Host { doing: "copy a stream", cause };
         let first = streams.first().ok_or(Error::Streams { stream: 0 })?;
         let mouth = Some(first.copy().map_err(copying)?);
-        let shared = Shared::new(Side::Target, SendLimits::default(), bell, mouth);
+        let shared = Shared::new(Side::Target, is_held, SendLimits::default(), bell, mouth);
         let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>().map_err(copying)?;
         let mut target = Target { shared, streams: copies, threads: Vec::new() };
         let others_count = streams.len().saturating_sub(1);
@@ -138,7 +139,7 @@ impl Listener {
             return Err(Error::Over);
         }
         match self.next(&mut order)? {
-            Came::Word(Word::Commit) => self.shared.give(Event::Heard(Said::Commit)),
+            Came::Word(Word::Commit) if !self.shared.is_held => self.shared.give(Event::Heard(Said::Commit)),
             Came::Word(word) => return Err(self.unexpected(word)),
             _ => return Err(Error::Streams { stream: self.index }),
         };

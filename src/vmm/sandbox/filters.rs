@@ -82,7 +82,6 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
                 libc::SYS_memfd_create,
                 libc::SYS_fstat,
                 libc::SYS_newfstatat,
-                libc::SYS_statx,
                 libc::SYS_pread64,
             ]));
             let commands = [
@@ -144,6 +143,8 @@ fn every_thread() -> Result<Vec<Call>, Error> {
         libc::SYS_read,
         libc::SYS_write,
         libc::SYS_pwrite64,
+        // Whether a last will is written already.
+        libc::SYS_statx,
         libc::SYS_close,
         libc::SYS_futex,
         libc::SYS_munmap,

@@ -2,7 +2,7 @@ use super::*;
 
 fn spec(streams: &[u16]) -> SendSpec {
     let streams = streams.iter().copied().map(FdIndex).collect();
-    SendSpec { streams, disks: Vec::new(), handed: false, limits: SendLimits::default() }
+    SendSpec { streams, disks: Vec::new(), handed: false, limits: SendLimits::default(), held: false }
 }
 
 #[test]
@@ -39,10 +39,18 @@ fn limits_that_no_move_can_keep_to_are_refused() {
         (DOWNTIME_MS_MAX + 1, None, "/limits/downtime_ms"),
         (1, Some(BANDWIDTH_BYTES_MIN - 1), "/limits/bandwidth_bytes_per_s"),
     ] {
-        let limits = SendLimits { downtime_ms, bandwidth_bytes_per_s };
+        let limits = SendLimits { downtime_ms, bandwidth_bytes_per_s, ..SendLimits::default() };
         assert_eq!(limits.check().unwrap_err().field, field);
     }
-    assert!(SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(BANDWIDTH_BYTES_MIN) }.check().is_ok());
+    assert!(
+        SendLimits {
+            downtime_ms: 1,
+            bandwidth_bytes_per_s: Some(BANDWIDTH_BYTES_MIN),
+            ..SendLimits::default()
+        }
+        .check()
+        .is_ok()
+    );
 }
 
 #[test]

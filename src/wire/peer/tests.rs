@@ -5,9 +5,11 @@ fn offer() -> Offer {
         server: "0199e0a0-0000-7000-8000-000000000001".to_owned(),
         name: "web1".to_owned(),
         external_ref: None,
-        is_off: true,
+        power: Power::Off,
+        runs: false,
         vcpus: 2,
         memory_bytes: 1 << 30,
+        saved_bytes: 0,
         cpu: OfferedCpu {
             template: CpuTemplate::Host,
             vendor: "GenuineIntel".to_owned(),
@@ -124,7 +126,14 @@ fn a_piece_is_read_as_it_was_sent_and_a_short_one_is_none() {
 fn a_parcel_whose_numbers_are_beyond_any_bound_is_no_message() {
     let parcel = |spoil: fn(&mut Parcel)| {
         let record = serde_json::json!({});
-        let mut parcel = Parcel { transfer: "x".to_owned(), offer: offer(), record, console_bytes: 4096 };
+        let mut parcel = Parcel {
+            transfer: "x".to_owned(),
+            offer: offer(),
+            record,
+            console_bytes: 4096,
+            saved: None,
+            live_streams: None,
+        };
         spoil(&mut parcel);
         Message::read(&serde_json::to_vec(&Message::Take(Box::new(parcel))).unwrap())
     };
@@ -132,4 +141,22 @@ fn a_parcel_whose_numbers_are_beyond_any_bound_is_no_message() {
     assert_eq!(parcel(|parcel| parcel.console_bytes = u64::MAX), Err(FrameError::Message));
     assert_eq!(parcel(|parcel| parcel.transfer = "x".repeat(200)), Err(FrameError::Message));
     assert_eq!(parcel(|parcel| parcel.offer.vcpus = 0), Err(FrameError::Message));
+    assert!(
+        parcel(|parcel| parcel.saved = Some(SavedFiles { state_bytes: 4096, memory_bytes: 4096 })).is_ok()
+    );
+    assert!(parcel(|parcel| parcel.live_streams = Some(16)).is_ok());
+    assert!(parcel(|parcel| parcel.live_streams = Some(17)).is_err());
+    assert!(parcel(|parcel| parcel.live_streams = Some(0)).is_err());
+    for files in [(u64::MAX, 1), (1, u64::MAX)] {
+        let (state_bytes, memory_bytes) = files;
+        let parcel = Parcel {
+            transfer: "x".to_owned(),
+            offer: offer(),
+            record: serde_json::json!({}),
+            console_bytes: 0,
+            saved: Some(SavedFiles { state_bytes, memory_bytes }),
+            live_streams: None,
+        };
+        assert!(parcel.check().is_err());
+    }
 }

@@ -8,16 +8,21 @@ use super::*;
 /// Bytes between two cuts that are tried: less than the handshake and the longer messages have.
 const STEP: u64 = 397;
 
-/// Passes on what goes between two hosts. The second connection, which is that of the move, is cut when so many bytes have
+/// Passes on what goes between two hosts. The connection `cut`, of which 1 is that of the move, is cut when so many bytes have
 /// gone in a direction: to the target, or to the source. Answers where it waits.
-async fn cable(to: SocketAddr, is_to_source: bool, most: u64) -> (SocketAddr, JoinHandle<()>) {
+pub(super) async fn cable(
+    to: SocketAddr,
+    cut: usize,
+    is_to_source: bool,
+    most: u64,
+) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let passing = tokio::spawn(async move {
-        for number in 0.. {
+        for number in 0_usize.. {
             let (mut near, _) = listener.accept().await.unwrap();
             let mut far = TcpStream::connect(to).await.unwrap();
-            if number != 1 {
+            if number != cut {
                 tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
                 continue;
             }
@@ -40,7 +45,7 @@ async fn cable(to: SocketAddr, is_to_source: bool, most: u64) -> (SocketAddr, Jo
 async fn moved_over(is_to_source: bool, most: u64) -> bool {
     let ground = Ground::new().await;
     let hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
-    let (address, passing) = cable(listening(&hosts[1]).await, is_to_source, most).await;
+    let (address, passing) = cable(listening(&hosts[1]).await, 1, is_to_source, most).await;
     let made = ticket(&hosts[1], None).await.unwrap().ticket;
     let asked = hosts[0].migrations().migrate(&Call::by_host(), ground.server, spec(address, made)).await;
     let operation = asked.unwrap().body.operation.id;

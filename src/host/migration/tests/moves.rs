@@ -18,10 +18,15 @@ pub(super) struct Ground {
 
 impl Ground {
     pub(super) async fn new() -> Ground {
+        Ground::with(false).await
+    }
+
+    /// With the server off, or running.
+    pub(super) async fn with(start: bool) -> Ground {
         let stages = [Stage::new(), Stage::new()];
         let source = stages[0].open_with_image().await;
         let mut wanted = stage::server("web1");
-        (wanted.start, wanted.external_ref) = (false, Some("order-1".to_owned()));
+        (wanted.start, wanted.external_ref) = (start, Some("order-1".to_owned()));
         wanted.user_data = Some("#!/bin/sh\nexit\n".to_owned());
         wanted.labels = serde_json::from_value(serde_json::json!({ "tier": "front" })).unwrap();
         let server = stage::created(&source, wanted).await.id;
@@ -31,7 +36,7 @@ impl Ground {
         Ground { stages, server }
     }
 
-    fn disk(&self, at: usize, volume: model::VolumeId) -> std::path::PathBuf {
+    pub(super) fn disk(&self, at: usize, volume: model::VolumeId) -> std::path::PathBuf {
         self.stages[at].state_dir().join("volumes").join(format!("{volume}.raw"))
     }
 }
@@ -40,7 +45,7 @@ pub(super) async fn listening(host: &Host) -> SocketAddr {
     host.migrations().listen("127.0.0.1:0".parse().unwrap()).await.unwrap()
 }
 
-async fn has(host: &Host, id: ServerId) -> Option<Server> {
+pub(super) async fn has(host: &Host, id: ServerId) -> Option<Server> {
     host.servers().one(id).await.ok()
 }
 
@@ -107,14 +112,20 @@ async fn a_server_that_is_off_moves_with_all_it_has_and_back_again() {
 }
 
 #[tokio::test]
-async fn a_ticket_is_for_one_move_and_a_server_that_runs_stays() {
+async fn a_ticket_is_for_one_move_and_a_server_stays_that_was_not_to_move_as_it_is() {
     let pair = Pair::new(Stage::new()).await;
     stage::import(&pair.target).await;
+    let mut other = stage::server("web3");
+    other.start = false;
+    let off = stage::created(&pair.source, other).await.id;
     let ticket = pair.ticket().await.ticket;
     let spec = spec(pair.address, ticket);
     let migrate = async |id| pair.source.migrations().migrate(&Call::by_host(), id, spec.clone()).await;
-    let refused = migrate(pair.server).await.unwrap_err();
-    assert_eq!((refused.code, refused.errors[0].code.as_str()), (Code::MigrationBlocked, "state"));
+    for (mode, id) in [(MigrationMode::Cold, pair.server), (MigrationMode::Live, off)] {
+        let spec = MigrateServer { mode, ..spec.clone() };
+        let refused = pair.source.migrations().migrate(&Call::by_host(), id, spec).await.unwrap_err();
+        assert_eq!((refused.code, refused.errors[0].code.as_str()), (Code::MigrationBlocked, "state"));
+    }
     let off = StopServer { grace_s: 0 };
     let stopped = pair.source.servers().act(&Call::by_host(), pair.server, ServerAction::Stop(off)).await;
     stage::succeeded(&pair.source, stopped.unwrap().body.operation.id).await;
@@ -125,6 +136,45 @@ async fn a_ticket_is_for_one_move_and_a_server_that_runs_stays() {
     let other = stage::created(&pair.source, other).await.id;
     let refused = migrate(other).await.unwrap_err();
     assert_eq!((refused.code, refused.errors[0].code.as_str()), (Code::Invalid, "refused"), "{refused}");
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_hibernated_server_moves_with_its_memory_and_goes_on_there() {
+    let pair = Pair::new(Stage::new()).await;
+    stage::import(&pair.target).await;
+    let act = async |host: &Host, action| {
+        let asked = host.servers().act(&Call::by_host(), pair.server, action).await.unwrap();
+        stage::succeeded(host, asked.body.operation.id).await;
+    };
+    act(&pair.source, ServerAction::Hibernate).await;
+    let memory = |at: usize| {
+        let directory = pair._stages[at].state_dir().join("servers").join(pair.server.to_string());
+        std::fs::read(directory.join("saved.memory"))
+            .ok()
+            .zip(std::fs::read(directory.join("saved.state")).ok())
+    };
+    let saved = memory(0).expect("its memory");
+    let ticket = pair.ticket().await.ticket;
+    let plan = pair.plan(&ticket).await.unwrap();
+    assert!(plan.blocked_by.is_empty() && plan.saved_bytes > 0, "{plan:?}");
+    let call = Call::by_host();
+    let moved = pair.source.migrations().migrate(&call, pair.server, spec(pair.address, ticket));
+    let moved = moved.await.unwrap().body.operation.id;
+    let refused = pair.source.servers().act(
+        &call,
+        pair.server,
+        // Which elsewhere gives the memory up.
+        ServerAction::Stop(StopServer { grace_s: 0 }),
+    );
+    assert!(matches!(refused.await.unwrap_err().code, Code::WrongState | Code::NotFound));
+    stage::succeeded(&pair.source, moved).await;
+    let here =
+        stage::until(&pair.target, pair.server, |server| server.state == ServerState::Hibernated).await;
+    assert_eq!(here.wanted, model::server::Wanted::Hibernated);
+    assert!(memory(1).is_some_and(|arrived| arrived == saved) && memory(0).is_none());
+    act(&pair.target, ServerAction::Start).await;
+    assert!(pair._stages[1].launch.only().is_restored());
     pair.close().await;
 }
 
@@ -180,19 +230,19 @@ async fn while_it_moves_nothing_else_is_done_to_it_and_a_cancelled_move_leaves_i
 }
 
 /// Waits until a host has no such server.
-async fn gone(host: &Host, id: ServerId) {
+pub(super) async fn gone(host: &Host, id: ServerId) {
     waited("the server to go", async || has(host, id).await.is_none()).await;
 }
 
 /// Waits until a source has nothing more to say about any move.
-async fn forgotten(host: &Host) {
+pub(super) async fn forgotten(host: &Host) {
     waited("the move to be forgotten", async || {
         host.store().read(moving::all).await.is_ok_and(|all| all.iter().all(|held| held.side == Side::Target))
     })
     .await;
 }
 
-async fn waited(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+pub(super) async fn waited(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let end = tokio::time::Instant::now() + SOON;
     while !is_so().await {
         assert!(tokio::time::Instant::now() < end, "waited too long for {what}");
@@ -202,10 +252,10 @@ async fn waited(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 
 /// Lets a daemon die at one of its checkpoints, once it is armed.
 #[derive(Default)]
-struct DieAt {
-    number: u32,
-    armed: AtomicBool,
-    passed: AtomicU32,
+pub(super) struct DieAt {
+    pub(super) number: u32,
+    pub(super) armed: AtomicBool,
+    pub(super) passed: AtomicU32,
 }
 
 impl Checkpoint for DieAt {
@@ -463,7 +513,8 @@ async fn taking(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<TcpSt
     let (offer, packed) = pair.source.store().read(look).await.unwrap();
     let record = serde_json::to_value(packed).unwrap();
     let transfer = Uuid::now_v7().to_string();
-    let parcel = wire::peer::Parcel { transfer, offer, record, console_bytes: 0 };
+    let parcel =
+        wire::peer::Parcel { transfer, offer, record, console_bytes: 0, saved: None, live_streams: None };
     link.send(&wire::peer::Message::Take(Box::new(parcel))).await.unwrap();
     let begun = link.message(SOON).await.unwrap();
     assert!(matches!(begun, wire::peer::Message::Say(wire::peer::Saying::Copying)), "{begun:?}");

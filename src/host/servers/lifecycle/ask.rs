@@ -252,6 +252,10 @@ impl Asking {
 
     fn stop(mut self, push: Push) -> Result<Asked, Refused> {
         let phase = self.life.phase.clone();
+        if phase.is_moving() {
+            // A memory that is on its way is not here to be given up.
+            return Err(Refused);
+        }
         // A clone that is not made yet is made without its memory.
         if self.life.saved.take().is_some() && !matches!(phase, Phase::Creating { .. }) {
             return self.discard(phase, push);
@@ -449,13 +453,19 @@ impl Asking {
 
     fn migrate(mut self) -> Result<Asked, Refused> {
         let wanted = self.life.wanted;
-        let back = match self.life.phase.clone() {
+        let (mut vmm, phase) = (None, self.life.phase.clone());
+        let back = match phase {
+            Phase::Running { vmm: process } => {
+                vmm = Some(process);
+                Back::Running
+            }
+            Phase::Hibernated { why } if self.life.has_own_memory() => Back::Hibernated { why },
             _ if self.life.saved.is_some() => return Err(Refused),
             Phase::Stopped { why } => Back::Stopped { why },
             Phase::Failed { why } => Back::Failed { why },
             _ => return Err(Refused),
         };
-        self.life.phase = Phase::Moving { given: false, doubt: None, back };
+        self.life.phase = Phase::Moving { vmm, given: false, doubt: None, back };
         self.begin(wanted)
     }
 

@@ -5,8 +5,10 @@
 //! anywhere takes up again by doing the work of the phase it finds.
 //!
 //! ```text
-//!  Stopped, Failed ──migrate──▶ Moving ──returned──▶ as before, or ──moved──▶ Deleting
-//!  Arriving ──arrived──▶ Stopped, Failed, or ──dropped──▶ Deleting
+//!  Stopped, Failed, Hibernated ──migrate──▶ Moving ──returned──▶ as before, or ──moved──▶ Deleting
+//!  Arriving ──arrived──▶ as it was there, or ──dropped──▶ Deleting
+//!  Running ──migrate──▶ Moving ──returned──▶ Resuming, or ──moved──▶ Stopping, Deleting
+//!  Arriving ──VMM started, machine arrived──▶ Resuming, or ──dropped──▶ Stopping, Deleting
 //!
 //!  Creating ──made──▶ Stopped ◀───────────────────────────────┐
 //!     │ (start)          │ start                              │ released: stop
@@ -227,8 +229,11 @@ pub enum Phase {
         /// Whether a machine follows.
         start: bool,
     },
-    /// It goes to another host. No machine.
+    /// It goes to another host.
     Moving {
+        /// The process, if its machine goes with it. Which VMM's the machine is, the move decides.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vmm: Option<ProcessId>,
         /// Whether that host may have it already.
         given: bool,
         /// Why nobody here can know which host has it, when that is so.
@@ -236,8 +241,12 @@ pub enum Phase {
         /// What it goes back to if the other host does not take it.
         back: Back,
     },
-    /// It comes from another host, whose it still is. No machine.
+    /// It comes from another host, whose it still is.
     Arriving {
+        /// The process in which its machine is to arrive, if one comes and the process is known. It runs nothing before the
+        /// server is this host's.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vmm: Option<ProcessId>,
         /// Why nobody here can know which host has it, when that is so.
         doubt: Option<StateReason>,
         /// What it is once it is here.
@@ -324,6 +333,8 @@ pub enum Back {
         /// Why, where that says more than the state.
         why: Option<StateReason>,
     },
+    /// A machine that ended in the middle of a move: the policy decides.
+    Ended(End),
 }
 
 /// How hard a machine is made to end.
@@ -455,12 +466,13 @@ impl Life {
             Phase::Stopped { .. }
             | Phase::Snapshotting { vmm: None, .. }
             | Phase::Restoring { vmm: None, .. }
-            | Phase::Moving { .. }
-            | Phase::Arriving { .. }
+            | Phase::Moving { vmm: None, .. }
             | Phase::Hibernated { .. }
             | Phase::Deleting { .. }
             | Phase::Failed { .. } => false,
             Phase::Returning { start, .. } => *start,
+            // Before its VMM is there, too.
+            Phase::Arriving { back, .. } => matches!(back, Back::Running | Back::Ended(_)),
             _ => true,
         }
     }
@@ -501,7 +513,7 @@ impl Phase {
                 Back::Running => ServerState::Running,
                 Back::Paused => ServerState::Paused,
                 Back::Stopped { .. } => ServerState::Stopped,
-                Back::Failed { .. } => ServerState::Failed,
+                Back::Failed { .. } | Back::Ended(_) => ServerState::Failed,
                 Back::Hibernated { .. } => ServerState::Hibernated,
             },
             Phase::Returning { .. } => ServerState::Stopping,
@@ -523,7 +535,7 @@ impl Phase {
             Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
                 Back::Stopped { why } | Back::Hibernated { why } => why.as_ref(),
                 Back::Failed { why } => Some(why),
-                Back::Running | Back::Paused => None,
+                Back::Running | Back::Paused | Back::Ended(_) => None,
             },
             Phase::Waiting { why, .. } | Phase::Failed { why } => Some(why),
             _ => None,
@@ -563,6 +575,8 @@ impl Phase {
             Phase::Starting { vmm }
             | Phase::Stopping { vmm, .. }
             | Phase::Snapshotting { vmm, .. }
+            | Phase::Moving { vmm, .. }
+            | Phase::Arriving { vmm, .. }
             | Phase::Restoring { vmm, .. } => vmm.as_ref(),
             Phase::Running { vmm }
             | Phase::Pausing { vmm }

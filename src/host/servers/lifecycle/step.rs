@@ -118,6 +118,7 @@ impl Phase {
             Back::Hibernated { why } => Phase::Hibernated { why },
             // Those have a machine.
             Back::Running | Back::Paused => Phase::Stopped { why: None },
+            Back::Ended(end) => Phase::Releasing { then: Then::Decide(end) },
         }
     }
 }
@@ -163,6 +164,18 @@ impl Stepping {
             }
             (Phase::Stopping { push, then, .. }, Event::Spawned(Spawned { vmm, .. })) => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then };
+            }
+            (Phase::Arriving { vmm: None, doubt, back }, Event::Spawned(Spawned { vmm, .. })) => {
+                self.life.phase = Phase::Arriving { vmm: Some(vmm), doubt, back };
+            }
+            // Whoever waits for the machine sees it, and the move comes to nothing.
+            (Phase::Arriving { vmm: None, doubt, .. }, Event::StartFailed(trouble)) => {
+                let why = StateReason {
+                    code: trouble.code.as_str(),
+                    detail: trouble.detail,
+                    at: Time::from_unix_ms(self.context.now_ms),
+                };
+                self.life.phase = Phase::Arriving { vmm: None, doubt, back: Back::Failed { why } };
             }
             (Phase::Starting { vmm: Some(vmm) }, Event::Booted) => self.booted(vmm),
             (Phase::Starting { vmm: Some(vmm) }, Event::Restored) => self.restored(vmm),
@@ -344,6 +357,13 @@ impl Stepping {
                 self.life.phase = Phase::Releasing { then: Then::Decide(end) };
             }
             Phase::Stopping { then, .. } => self.life.phase = Phase::Releasing { then },
+            // Whose the server is, and so what follows, the move decides.
+            Phase::Moving { vmm: Some(_), given, doubt, .. } => {
+                self.life.phase = Phase::Moving { vmm: None, given, doubt, back: Back::Ended(end) };
+            }
+            Phase::Arriving { vmm: Some(_), doubt, .. } => {
+                self.life.phase = Phase::Arriving { vmm: None, doubt, back: Back::Ended(end) };
+            }
             _ => {}
         }
     }

@@ -74,7 +74,7 @@ impl World {
                 self.dismiss_shell();
                 Event::Made { volumes: Vec::new(), vmm: None }
             }
-            Work::Spawn => Event::Spawned(self.spawn()),
+            Work::Spawn | Work::Await => Event::Spawned(self.spawn()),
             Work::Snapshot { id } => {
                 self.snapshots.insert(id);
                 let taken = Taken {
@@ -457,7 +457,7 @@ fn a_memory_is_thrown_away_by_force_only() {
     let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1, of: SavedOf::Hibernation });
     let asleep = Life { saved, wanted: Wanted::Hibernated, ..life(Phase::Hibernated { why: None }) };
     assert_eq!(asleep.ask(Ask::Stop { grace_ms: 1000 }, OperationId::new(), context), Err(Refused));
-    assert_eq!(asleep.allowed_actions(context), ["start", "restore", "delete"]);
+    assert_eq!(asleep.allowed_actions(context), ["start", "restore", "migrate", "delete"]);
     let Ok(Asked::Began(stopping)) = asleep.ask(Ask::Stop { grace_ms: 0 }, OperationId::new(), context)
     else {
         panic!()

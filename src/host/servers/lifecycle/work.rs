@@ -1,5 +1,5 @@
 //! The work of each phase, as data: what leads out of it. Pure; `effects` does it.
-use super::{Life, Phase, Push, Return, Saved, Then};
+use super::{Back, Life, Phase, Push, Return, Saved, Then};
 use model::SnapshotId;
 
 /// The one piece of work that leads out of a phase. Each can be repeated.
@@ -9,6 +9,8 @@ pub enum Work {
     Make,
     /// Start a VMM process.
     Spawn,
+    /// Make the files of a machine that comes from another host, and start a VMM for it.
+    Await,
     /// Send it the machine, parked if it was saved.
     Boot {
         /// What was saved of it.
@@ -64,6 +66,7 @@ impl Life {
             Phase::Creating { .. } if self.awaits.is_some() => None,
             Phase::Creating { .. } => Some(Work::Make),
             Phase::Starting { vmm: None } => Some(Work::Spawn),
+            Phase::Arriving { vmm: None, back: Back::Running, .. } => Some(Work::Await),
             Phase::Starting { vmm: Some(_) } => Some(Work::Boot { saved: self.saved }),
             Phase::Pausing { .. } => Some(Work::Pause),
             Phase::Resuming { .. } => Some(Work::Resume),

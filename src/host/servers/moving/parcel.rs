@@ -12,7 +12,7 @@ use std::net::Ipv4Addr;
 use crate::error::{Error, Result};
 use crate::network::Networks;
 use crate::servers::create::{Faults, VOLUME_STEP};
-use crate::servers::lifecycle::{Back, Life, Phase};
+use crate::servers::lifecycle::{Back, Life, Phase, Saved, SavedOf};
 use crate::servers::record::{Disk, Held, ServerRecord};
 use crate::store::records;
 
@@ -37,8 +37,11 @@ pub(crate) struct Packed {
     /// Of a clone: whether its guest has become another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     identity: Option<GuestIdentity>,
-    /// How it was off.
+    /// What it did.
     back: Back,
+    /// By what its memory is known, if it comes along.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) saved: Option<Saved>,
     /// Number of its latest machine.
     run: u64,
     generation: u64,
@@ -73,7 +76,7 @@ const COUNT_MAX: u64 = 1 << 53;
 const WHY_BYTES_MAX: usize = 4096;
 
 impl Packed {
-    /// What of a server travels. It is off, or what travels is what it would be then.
+    /// What of a server travels.
     pub(crate) fn of(connection: &Connection, record: ServerRecord) -> Result<Packed> {
         // Every member is named, so that one that is new is thought about here.
         let ServerRecord {
@@ -123,6 +126,8 @@ impl Packed {
         let back = match life.phase {
             Phase::Moving { back, .. } => back,
             Phase::Failed { why } => Back::Failed { why },
+            Phase::Hibernated { why } => Back::Hibernated { why },
+            Phase::Running { .. } => Back::Running,
             Phase::Stopped { why } => Back::Stopped { why },
             _ => Back::Stopped { why: None },
         };
@@ -143,11 +148,17 @@ impl Packed {
             isolation,
             identity,
             back,
+            saved: life.saved,
             run: life.run,
             generation,
             created_at,
             started_at,
         })
+    }
+
+    /// Whether its machine comes with it.
+    pub(crate) fn is_live(&self) -> bool {
+        self.back == Back::Running
     }
 
     /// Checks everything that a caller's words are checked for. Fails with `invalid`.
@@ -186,18 +197,19 @@ impl Packed {
             || format!("a count is above {COUNT_MAX}"),
         );
         let why = match &self.back {
-            Back::Stopped { why } => why.as_ref(),
+            Back::Stopped { why } | Back::Hibernated { why } => why.as_ref(),
             Back::Failed { why } => Some(why),
             _ => None,
         };
         let is_short = why.is_none_or(|why| why.code.len() + why.detail.len() <= WHY_BYTES_MAX);
         faults.unless(is_short, "/back", "too_long", || format!("has more than {WHY_BYTES_MAX} bytes"));
-        faults.unless(
-            matches!(self.back, Back::Stopped { .. } | Back::Failed { .. }),
-            "/back",
-            "not_off",
-            || "the server is not off".to_owned(),
-        );
+        let can_move = match self.back {
+            Back::Stopped { .. } | Back::Failed { .. } => self.saved.is_none(),
+            Back::Hibernated { .. } => self.saved.is_some_and(|saved| saved.of == SavedOf::Hibernation),
+            Back::Running => self.saved.is_none(),
+            Back::Paused | Back::Ended(_) => false,
+        };
+        faults.unless(can_move, "/back", "cannot_move", || "the server cannot move as it is".to_owned());
         faults.end()
     }
 
@@ -208,6 +220,12 @@ impl Packed {
         image: &Image,
     ) -> Result<(ServerRecord, Vec<Volume>)> {
         let (id, now) = (self.id, Time::now());
+        let is_live = self.is_live();
+        let booted_ms = self.started_at.filter(|_| is_live).map(|at| at.unix_ms());
+        let held = match is_live {
+            true => Held { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: Some(self.cpu) },
+            false => Held::default(),
+        };
         let (mut disks, mut volumes) = (Vec::new(), Vec::new());
         for PackedDisk { volume, cache, limits } in self.disks {
             disks.push(Disk { volume_id: volume.id, cache, limits });
@@ -234,11 +252,11 @@ impl Packed {
             description: self.description,
             labels: self.labels,
             external_ref: self.external_ref,
-            life: Life::arriving(self.back, self.run),
+            life: Life::arriving(self.back, self.run, booted_ms, self.saved),
             vcpus: self.vcpus,
             memory_bytes: self.memory_bytes,
             cpu: self.cpu,
-            held: Held::default(),
+            held,
             image_id: image.id,
             default_user: image.default_user.clone(),
             disks,

@@ -12,7 +12,11 @@
 //! takes it only on the source's recorded commit; or when the operator vouches for the other host. Until one of them
 //! comes both are in doubt, and the source goes on asking.
 //!
-//! Inside `copy` a machine that moves alive has phases of its own, which its two VMMs decide; they end before `commit`.
+//! Inside `copy` a machine that moves alive has phases of its own, which its two VMMs decide up to their `ready`. There both
+//! are held, and this table says what they do: the source's VMM promises to keep its machine standing still before *commit* is
+//! saved, the target's is let run after *moved* is. What of a promise is not followed by a commit is taken back when the
+//! server is kept, and a VMM that died before *moved* was saved has run nothing. A target takes what it is given all the same, and
+//! boots its machine anew from the disks: the operator may have had the source remove what it had.
 use serde::{Deserialize, Serialize};
 use wire::peer::Saying as Word;
 
@@ -163,3 +167,6 @@ fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod live_tests;

@@ -19,7 +19,7 @@ async fn a_hibernated_server_goes_on_where_it_was_and_its_memory_is_used_once() 
     succeeded(&host, hibernated.body.operation.id).await;
     let server = host.servers().one(id).await.unwrap();
     assert_eq!((server.state, server.wanted), (ServerState::Hibernated, Wanted::Hibernated));
-    assert_eq!(server.allowed_actions, ["start", "restore", "delete"]);
+    assert_eq!(server.allowed_actions, ["start", "restore", "migrate", "delete"]);
     assert!(stage.launch.alive().is_empty() && stage.plumbing.scene().taps.is_empty());
     assert_eq!(host.servers().usage().await.unwrap().memory_used_bytes, 0);
     let more = PatchServer { vcpus: Some(2), ..PatchServer::default() };

@@ -51,7 +51,7 @@ impl Model {
 }
 
 fn limits(downtime_ms: u32) -> SendLimits {
-    SendLimits { downtime_ms, bandwidth_bytes_per_s: None }
+    SendLimits { downtime_ms, bandwidth_bytes_per_s: None, ..SendLimits::default() }
 }
 
 #[test]
@@ -115,7 +115,8 @@ fn a_guest_that_outruns_the_wire_arrives_by_throttle_within_twice_its_memory() {
 #[test]
 fn less_bandwidth_is_reckoned_with() {
     let model = Model { memory: 512 * MIB, wire: 1000 * MIB, writes: 40 * MIB, over: 256 * MIB };
-    let bound = SendLimits { downtime_ms: 50, bandwidth_bytes_per_s: Some(50 * MIB) };
+    let bound =
+        SendLimits { downtime_ms: 50, bandwidth_bytes_per_s: Some(50 * MIB), ..SendLimits::default() };
     let outcome = model.run(bound);
     assert_eq!(outcome.next, Next::Stop);
     assert!(outcome.throttle_percent > 0 && outcome.downtime <= Duration::from_millis(50));

@@ -24,6 +24,8 @@ struct End {
 struct World {
     ends: [End; 2],
     linked: bool,
+    /// Both ends are held at `ready` by somebody who sees both.
+    held: bool,
     /// To the source, to the target.
     in_flight: [VecDeque<Said>; 2],
     /// What may still go wrong, so that the walk ends.
@@ -34,7 +36,7 @@ struct World {
 }
 
 impl World {
-    fn new() -> World {
+    fn new(held: bool) -> World {
         let end = |runs| End {
             phase: Phase::Greet,
             alive: true,
@@ -49,6 +51,7 @@ impl World {
         World {
             ends,
             linked: true,
+            held,
             in_flight: [VecDeque::new(), VecDeque::new()],
             kills: 1,
             cuts: 1,
@@ -89,14 +92,23 @@ impl World {
     /// What somebody who sees both ends may say to one. He does not guess: only what holds for good.
     fn verdict(&self, at: usize) -> Option<Owner> {
         let (end, other) = (&self.ends[at], &self.ends[1 - at]);
-        let still_arrives = !self.in_flight[at].is_empty() || self.linked;
-        if !end.alive || end.lost || still_arrives || !in_doubt(SIDES[at], end.phase) {
+        // Held, an end waits for its word with the link whole, too.
+        let still_arrives = !self.held && (end.lost || !self.in_flight[at].is_empty() || self.linked);
+        if !end.alive || still_arrives || !in_doubt(SIDES[at], end.phase) {
             return None;
         }
         match SIDES[at] {
             Side::Source if other.ever_ran => Some(Owner::There),
             Side::Source if !other.alive || other.phase == Phase::Dropped => Some(Owner::Here),
             Side::Source => None,
+            // The source may be about to be told.
+            Side::Target
+                if self.held
+                    && other.alive
+                    && !matches!(other.phase, Phase::Commit | Phase::Moved | Phase::Returned) =>
+            {
+                None
+            }
             Side::Target if !other.alive => Some(Owner::Here),
             Side::Target if matches!(other.phase, Phase::Commit | Phase::Moved) => Some(Owner::Here),
             Side::Target => Some(Owner::There),
@@ -135,7 +147,11 @@ impl World {
             if !self.in_flight[at].is_empty() {
                 add(&|world| {
                     let said = world.in_flight[at].pop_front().expect("looked at above");
-                    world.give(table, at, Event::Heard(said));
+                    // As the lock around the table does.
+                    let is_promised = world.held && world.ends[at].phase == Phase::Commit;
+                    if !(world.held && said == Said::Ready || is_promised && said == Said::Refused) {
+                        world.give(table, at, Event::Heard(said));
+                    }
                 });
             }
             // What arrived before the link broke is read first, or is lost with it.
@@ -173,6 +189,12 @@ impl World {
                 add(&|world| world.give(table, at, Event::Settled(owner)));
             }
         }
+        let [source, target] = &self.ends;
+        let can_commit =
+            source.alive && source.phase == Phase::Ready && target.alive && target.phase == Phase::Ready;
+        if self.held && can_commit {
+            add(&|world| world.give(table, 0, Event::Commit));
+        }
         if self.cuts > 0 && self.linked {
             add(&|world| {
                 world.cuts -= 1;
@@ -208,9 +230,9 @@ impl World {
 }
 
 /// Walks every world; answers how many there are, or what went wrong in one of them.
-fn walk(table: Table) -> Result<usize, String> {
-    let mut seen = HashSet::from([World::new()]);
-    let mut open = vec![World::new()];
+fn walk(table: Table, held: bool) -> Result<usize, String> {
+    let mut seen = HashSet::from([World::new(held)]);
+    let mut open = vec![World::new(held)];
     while let Some(world) = open.pop() {
         if let Some(what) = world.broken() {
             return Err(format!("{what}: {world:?}"));
@@ -234,9 +256,11 @@ fn walk(table: Table) -> Result<usize, String> {
 
 #[test]
 fn never_two_and_one_in_the_end_whatever_breaks() {
-    let worlds = walk(step).unwrap();
-    println!("{worlds} worlds");
-    assert!(worlds > 1_000);
+    for held in [false, true] {
+        let worlds = walk(step, held).unwrap();
+        println!("{worlds} worlds, held: {held}");
+        assert!(worlds > 1_000);
+    }
 }
 
 /// A table with one mistake, in front of the real one.
@@ -292,7 +316,26 @@ fn every_broken_commit_rule_is_caught() {
         }),
     ];
     for (what, table) in mistakes {
-        let caught = walk(table);
+        let caught = walk(table, false);
         assert!(caught.is_err(), "not caught: {what}");
+    }
+}
+
+#[test]
+fn every_broken_rule_of_ends_that_are_held_is_caught() {
+    use Side::{Source, Target};
+    let mistakes: [(&str, Table); 3] = [
+        ("the source resumes when the link breaks after it was told to give up", {
+            mistaken!((Source, Phase::Commit, Event::Lost) => Some((Phase::Returned, &[Effect::Resume])))
+        }),
+        ("the source runs on when it is told to give up", {
+            mistaken!((Source, Phase::Ready, Event::Commit) => Some((Phase::Commit, &[Effect::Resume])))
+        }),
+        ("the target runs before it is told", {
+            mistaken!((Target, Phase::State, Event::Done) => Some((Phase::Release, &[Effect::Run])))
+        }),
+    ];
+    for (what, table) in mistakes {
+        assert!(walk(table, true).is_err(), "not caught: {what}");
     }
 }

@@ -1,0 +1,149 @@
+//! The connections over which the VMMs of a move speak: opened by the source, joined to a move by its name and by who is at
+//! the other end, and pumped between TLS and a socket of the VMM's. What goes over them only the VMMs read.
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use model::Code;
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::{client, server};
+use uuid::Uuid;
+use wire::peer::{Message, Saying};
+use wire::saved::Digest;
+
+use super::link::{Link, out_of_turn};
+use super::source::connect;
+use super::{Migrations, limits};
+use crate::error::{Error, Result};
+use crate::servers::live::Streams;
+use crate::servers::moving::Move;
+
+/// A stream of another host's VMM.
+type Joined = server::TlsStream<TcpStream>;
+
+/// Streams that moves wait for, by move.
+#[derive(Default)]
+pub(super) struct Joining(Mutex<HashMap<Uuid, Places>>);
+
+/// The streams that one move waits for.
+struct Places {
+    /// Who may join: the host that the move began with.
+    peer: Digest,
+    free: Vec<Option<oneshot::Sender<Joined>>>,
+}
+
+/// A move that waits for its streams; dropped, nobody can join it any more.
+pub(super) struct Awaited<'m> {
+    migrations: &'m Migrations,
+    id: Uuid,
+    streams: Vec<oneshot::Receiver<Joined>>,
+}
+
+/// What carries a move's streams to and fro; dropped, they end.
+pub(super) type Pumps = JoinSet<()>;
+
+impl Migrations {
+    /// Begins to wait for so many streams of a move.
+    pub(super) fn await_streams(&self, begun: &Move, count: usize) -> Awaited<'_> {
+        let (free, streams) =
+            (0..count).map(|_| oneshot::channel()).map(|(give, take)| (Some(give), take)).unzip();
+        let mut all = self.joining.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(begun.id, Places { peer: begun.peer, free });
+        Awaited { migrations: self, id: begun.id, streams }
+    }
+
+    /// Gives a connection to the move that waits for it. Fails with `unauthenticated` unless one does, from this very host.
+    pub(super) async fn join(
+        &self,
+        mut link: Link<Joined>,
+        source: Digest,
+        transfer: &str,
+        stream: u16,
+    ) -> Result<()> {
+        let place = {
+            let mut all = self.joining.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let places = transfer.parse().ok().and_then(|id: Uuid| all.get_mut(&id));
+            places
+                .filter(|places| places.peer == source)
+                .and_then(|places| places.free.get_mut(usize::from(stream))?.take())
+        };
+        let Some(place) = place else {
+            let detail = "no move waits for this stream";
+            link.send(&Message::Refuse { detail: detail.to_owned() }).await?;
+            link.end().await?;
+            return Err(Error::new(Code::Unauthenticated, detail));
+        };
+        link.say(Saying::Copying).await?;
+        // Whoever waited may have given up.
+        let _ = place.send(link.into_inner());
+        Ok(())
+    }
+
+    /// Opens so many streams to the target, which waits for them; `of_memory` of them are memory's.
+    pub(super) async fn open_streams(
+        &self,
+        begun: &Move,
+        of_memory: usize,
+        of_disks: usize,
+    ) -> Result<(Streams, Pumps)> {
+        let address = begun.address.ok_or_else(out_of_turn)?;
+        let mut opened: Vec<client::TlsStream<TcpStream>> = Vec::new();
+        for stream in (0_u16..).take(of_memory.saturating_add(of_disks)) {
+            let mut link = connect(&self.identity, address, begun.peer).await?;
+            link.send(&Message::Join { transfer: begun.id.to_string(), stream }).await?;
+            match link.message(limits::CONVERSATION).await? {
+                Message::Say(Saying::Copying) => opened.push(link.into_inner()),
+                Message::Refuse { detail } => return Err(Error::new(Code::MigrationBlocked, detail)),
+                _ => return Err(out_of_turn()),
+            }
+        }
+        pump(opened, of_memory)
+    }
+}
+
+impl Awaited<'_> {
+    /// Waits for all of them.
+    pub(super) async fn all(mut self, of_memory: usize) -> Result<(Streams, Pumps)> {
+        let late = || Error::new(Code::HostUnreachable, "the streams of the machine do not come");
+        let mut joined = Vec::new();
+        let come = async {
+            for stream in std::mem::take(&mut self.streams) {
+                joined.push(stream.await.map_err(|_| late())?);
+            }
+            Ok::<(), Error>(())
+        };
+        timeout(limits::CONVERSATION, come).await.map_err(|_| late())??;
+        pump(joined, of_memory)
+    }
+}
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        self.migrations.joining.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+/// Carries each stream to a socket and back, the end of either way too.
+fn pump<S>(opened: Vec<S>, of_memory: usize) -> Result<(Streams, Pumps)>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let broken = |cause| Error::internal("a pair of sockets cannot be made", cause);
+    let (mut sockets, mut pumps) = (Vec::new(), JoinSet::new());
+    for mut stream in opened {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(broken)?;
+        ours.set_nonblocking(true).map_err(broken)?;
+        let mut ours = UnixStream::from_std(ours).map_err(broken)?;
+        sockets.push(OwnedFd::from(theirs));
+        pumps.spawn(async move {
+            let bytes = limits::PUMP_BYTES;
+            // A link that breaks ends both ways, and the VMM finds its stream gone.
+            let _ = copy_bidirectional_with_sizes(&mut ours, &mut stream, bytes, bytes).await;
+        });
+    }
+    Ok((Streams { sockets, of_memory }, pumps))
+}

@@ -1,0 +1,369 @@
+//! Servers that move while they run, between two hosts in one process whose VMMs are fakes: with either daemon or either VMM
+//! dead at every point, and the connections cut. A guest that two VMMs run at the same time is a violation that the fakes see.
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use model::operation::OperationState;
+use model::server::{RestartPolicy, Server, ServerState};
+use wire::control::MachineState;
+
+use super::cuts::cable;
+use super::moves::{DieAt, Ground, forgotten, gone, has, listening, waited};
+use super::*;
+use crate::{Checkpoint, Fate};
+
+#[tokio::test]
+async fn a_server_that_runs_moves_with_all_it_has_and_back_again() {
+    let ground = Ground::with(true).await;
+    let mut hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
+    let id = ground.server;
+    let first = has(&hosts[0], id).await.unwrap();
+    let volume = first.volumes[0].volume_id;
+    let bytes = std::fs::read(ground.disk(0, volume)).unwrap();
+    for hop in 0..2 {
+        let [source, target] = &hosts;
+        let address = listening(target).await;
+        let made = ticket(target, None).await.unwrap().ticket;
+        let plan = source.migrations().plan(id, spec(address, made.clone())).await.unwrap();
+        assert!(plan.blocked_by.is_empty(), "{plan:?}");
+        let call = stage::keyed(&format!("hop {hop}"));
+        let moved = source.migrations().migrate(&call, id, spec(address, made)).await.unwrap();
+        stage::succeeded(source, moved.body.operation.id).await;
+        assert!(has(source, id).await.is_none() && !ground.disk(hop, volume).exists());
+        let here = stage::until(target, id, |server| server.state == ServerState::Running).await;
+        let Server { image_id, nics, generation, updated_at, allowed_actions, .. } = here.clone();
+        let same = Server { image_id, nics, generation, updated_at, allowed_actions, ..first.clone() };
+        assert_eq!(here, same);
+        assert!(std::fs::read(ground.disk(1 - hop, volume)).unwrap() == bytes, "its disk is another");
+        let vmm = ground.stages[1 - hop].launch.only();
+        assert_eq!(vmm.state(), MachineState::Running);
+        waited("the source's VMM to end", async || ground.stages[hop].launch.alive().is_empty()).await;
+        assert_eq!(
+            (
+                target.servers().usage().await.unwrap().vcpus_used > 0,
+                source.servers().usage().await.unwrap().vcpus_used
+            ),
+            (true, 0)
+        );
+        hosts.reverse();
+    }
+    // It is a server like any other.
+    for action in [model::server::ServerAction::Pause, model::server::ServerAction::Resume] {
+        let done = hosts[0].servers().act(&Call::by_host(), id, action).await.unwrap();
+        stage::succeeded(&hosts[0], done.body.operation.id).await;
+    }
+    no_violations(&ground);
+    for host in hosts {
+        host.close().await;
+    }
+}
+
+fn no_violations(ground: &Ground) {
+    for stage in &ground.stages {
+        assert_eq!(stage.launch.violations(), Vec::<String>::new());
+    }
+}
+
+/// Kills a VMM when a daemon reaches one of its points, once it is armed.
+struct KillAt {
+    number: u32,
+    armed: AtomicBool,
+    passed: AtomicU32,
+    has_killed: AtomicBool,
+    vmms: crate::fake_vmm::FakeLaunch,
+}
+
+impl Checkpoint for KillAt {
+    fn reached(&self, _: &'static str) -> Fate {
+        if self.armed.load(Ordering::SeqCst) && self.passed.fetch_add(1, Ordering::SeqCst) + 1 == self.number
+        {
+            for vmm in self.vmms.alive() {
+                vmm.kill();
+                self.has_killed.store(true, Ordering::SeqCst);
+            }
+        }
+        Fate::Live
+    }
+}
+
+/// In the end one host has the server, whole and alone, and it runs there. Answers which.
+async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
+    let id = ground.server;
+    let mut last = String::new();
+    let rest = tokio::time::timeout(SOON, async {
+        loop {
+            let states = [has(&hosts[0], id).await, has(&hosts[1], id).await];
+            let at = match &states {
+                [Some(server), None] if server.state == ServerState::Running => Some(0),
+                [None, Some(server)] if server.state == ServerState::Running => Some(1),
+                _ => None,
+            };
+            // The death of a VMM may not be noticed yet, and one that died is followed by another.
+            let runs = |at: usize| {
+                let alive = ground.stages[at].launch.alive();
+                alive.len() == 1 && alive[0].state() == MachineState::Running
+            };
+            if let Some(at) = at.filter(|at| runs(*at)) {
+                return at;
+            }
+            last =
+                format!("{:?}", states.map(|state| state.map(|server| (server.state, server.state_reason))));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    let Ok(at) = rest.await else { panic!("{what}: it does not come to rest: {last}") };
+    forgotten(&hosts[0]).await;
+    let volume = has(&hosts[at], id).await.unwrap().volumes[0].volume_id;
+    let bytes = std::fs::read(ground.disk(at, volume)).unwrap();
+    assert!(bytes.starts_with(b"disk") && bytes.len() as u64 == stage::DISK_BYTES, "{what}");
+    assert!(!ground.disk(1 - at, volume).exists(), "{what}: a disk is left over");
+    waited("the other's VMM to end", async || ground.stages[1 - at].launch.alive().is_empty()).await;
+    assert_eq!(ground.stages[at].launch.only().state(), MachineState::Running, "{what}");
+    no_violations(ground);
+    at
+}
+
+/// One move in which the daemon `victim` dies at its checkpoint `number`, and comes back. Answers whether it died, and which
+/// host had the server then.
+async fn survives(victim: usize, number: u32) -> Option<usize> {
+    let ground = Ground::with(true).await;
+    let id = ground.server;
+    let death = Arc::new(DieAt { number, ..DieAt::default() });
+    let open = async |at: usize| match at == victim {
+        true => ground.stages[at].open_watched(death.clone()).await.unwrap(),
+        false => ground.stages[at].open().await,
+    };
+    let mut hosts = vec![open(0).await, open(1).await];
+    let address = listening(&hosts[1]).await;
+    let made = ticket(&hosts[1], None).await.unwrap().ticket;
+    stage::until(&hosts[0], id, |server| server.state == ServerState::Running).await;
+    death.armed.store(true, Ordering::SeqCst);
+    let call = stage::keyed("move");
+    let moved = hosts[0].migrations().migrate(&call, id, spec(address, made)).await;
+    let end = tokio::time::Instant::now() + SOON;
+    while !hosts[victim].is_dead() && moved.is_ok() {
+        let rows = hosts[0].store().read(moving::all).await.map(|all| all.len());
+        if matches!(rows, Ok(0)) && has(&hosts[0], id).await.is_none() {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < end, "{victim} {number}: neither dead nor over");
+        tokio::task::yield_now().await;
+    }
+    death.armed.store(false, Ordering::SeqCst);
+    let died = hosts[victim].is_dead();
+    if died {
+        let dead = hosts.remove(victim);
+        dead.close().await;
+        drop(dead);
+        hosts.insert(victim, ground.stages[victim].open().await);
+        if victim == 1 {
+            hosts[1].migrations().listen(address).await.unwrap();
+        }
+    }
+    let what = format!("daemon {victim} at its point {number}");
+    let at = comes_to_rest(&ground, &hosts, &what).await;
+    if let Ok(moved) = moved {
+        let operation = stage::ended(&hosts[0], moved.body.operation.id).await;
+        assert_eq!(operation.state == OperationState::Succeeded, at == 1, "{what}: {operation:?}");
+    }
+    for host in hosts {
+        host.close().await;
+    }
+    died.then_some(at)
+}
+
+async fn sweep_daemons(victim: usize) {
+    let mut found = [0, 0];
+    let mut number = 1;
+    while let Some(at) = survives(victim, number).await {
+        found[at] += 1;
+        number += 1;
+    }
+    println!("daemon {victim} died at {} points: {found:?} times the server was at host 0, 1", number - 1);
+    assert!(number > 12 && found[0] > 3 && found[1] > 3, "{found:?}");
+}
+
+#[tokio::test]
+async fn wherever_the_source_dies_one_machine_runs() {
+    sweep_daemons(0).await;
+}
+
+#[tokio::test]
+async fn wherever_the_target_dies_one_machine_runs() {
+    sweep_daemons(1).await;
+}
+
+/// One move in which the VMM of `victim` dies as the daemon `watched` reaches its checkpoint `number`.
+async fn survives_without(victim: usize, watched: usize, number: u32) -> (bool, usize) {
+    let ground = Ground::with(true).await;
+    let id = ground.server;
+    let death = Arc::new(KillAt {
+        number,
+        armed: AtomicBool::new(false),
+        passed: AtomicU32::new(0),
+        has_killed: AtomicBool::new(false),
+        vmms: ground.stages[victim].launch.clone(),
+    });
+    let open = async |at: usize| match at == watched {
+        true => ground.stages[at].open_watched(death.clone()).await.unwrap(),
+        false => ground.stages[at].open().await,
+    };
+    let hosts = [open(0).await, open(1).await];
+    let always = model::server::PatchServer {
+        restart_policy: Some(RestartPolicy::Always),
+        ..model::server::PatchServer::default()
+    };
+    hosts[0].servers().patch(&Call::by_host(), id, always).await.unwrap();
+    stage::until(&hosts[0], id, |server| server.state == ServerState::Running).await;
+    let address = listening(&hosts[1]).await;
+    let made = ticket(&hosts[1], None).await.unwrap().ticket;
+    death.armed.store(true, Ordering::SeqCst);
+    let moved = hosts[0].migrations().migrate(&Call::by_host(), id, spec(address, made)).await;
+    let what = format!("the VMM of {victim} as daemon {watched} is at its point {number}");
+    if let Ok(moved) = &moved {
+        stage::ended(&hosts[0], moved.body.operation.id).await;
+    }
+    let at = comes_to_rest(&ground, &hosts, &what).await;
+    death.armed.store(false, Ordering::SeqCst);
+    for host in hosts {
+        host.close().await;
+    }
+    // Beyond the last point of the move nothing is reached.
+    (death.passed.load(Ordering::SeqCst) >= number, at)
+}
+
+async fn sweep_vmms(victim: usize) {
+    for watched in [0, 1] {
+        let (mut number, mut found) = (1, [0, 0]);
+        loop {
+            let (is_reached, at) = survives_without(victim, watched, number).await;
+            found[at] += 1;
+            if !is_reached {
+                break;
+            }
+            number += 1;
+        }
+        println!("VMM {victim}, daemon {watched}: {} points, at host 0, 1: {found:?}", number - 1);
+        assert!(number > 12, "{number}");
+    }
+}
+
+#[tokio::test]
+async fn wherever_the_sources_vmm_dies_one_machine_runs() {
+    sweep_vmms(0).await;
+}
+
+#[tokio::test]
+async fn wherever_the_targets_vmm_dies_one_machine_runs() {
+    sweep_vmms(1).await;
+}
+
+/// One move over a cable whose connection `number` is cut. Answers where the server is then.
+async fn moved_over(number: usize, is_to_source: bool, most: u64) -> usize {
+    let ground = Ground::with(true).await;
+    let hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
+    stage::until(&hosts[0], ground.server, |server| server.state == ServerState::Running).await;
+    let (address, passing) = cable(listening(&hosts[1]).await, number, is_to_source, most).await;
+    let made = ticket(&hosts[1], None).await.unwrap().ticket;
+    let asked = hosts[0].migrations().migrate(&Call::by_host(), ground.server, spec(address, made)).await;
+    let operation = asked.unwrap().body.operation.id;
+    let what = format!("connection {number} cut after {most}");
+    let at = comes_to_rest(&ground, &hosts, &what).await;
+    let operation = stage::ended(&hosts[0], operation).await;
+    assert_eq!(operation.state == OperationState::Succeeded, at == 1, "{what}: {operation:?}");
+    passing.abort();
+    for host in hosts {
+        host.close().await;
+    }
+    at
+}
+
+#[tokio::test]
+async fn wherever_a_connection_is_cut_one_machine_runs() {
+    // That of the daemons, the first of memory, and that of the disk.
+    let of_disk = 2 + usize::from(super::super::live::memory_streams());
+    for (number, step) in [(1, 397), (2, 1500), (of_disk, 300_000)] {
+        for is_to_source in [false, true] {
+            let (mut cuts, mut in_a_row, mut found) = (0, 0, [0, 0]);
+            while in_a_row < 3 && cuts < 24 {
+                let at = moved_over(number, is_to_source, cuts * step).await;
+                found[at] += 1;
+                in_a_row = if at == 1 { in_a_row + 1 } else { 0 };
+                cuts += 1;
+            }
+            println!(
+                "connection {number}, to the source: {is_to_source}: {cuts} cuts, at host 0, 1: {found:?}"
+            );
+            assert!(found[0] > 0, "{number} {is_to_source}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_move_that_is_cancelled_leaves_the_machine_running_where_it_was() {
+    let ground = Ground::with(true).await;
+    let (source, target) = (ground.stages[0].open().await, ground.stages[1].open().await);
+    let id = ground.server;
+    stage::until(&source, id, |server| server.state == ServerState::Running).await;
+    // It gets no further than the streams.
+    let (address, passing) = cable(listening(&target).await, 2, false, 0).await;
+    let made = ticket(&target, None).await.unwrap().ticket;
+    let moved = source.migrations().migrate(&Call::by_host(), id, spec(address, made)).await.unwrap();
+    // It may have failed before it could be cancelled.
+    let _ = source.operations().cancel(&Call::by_host(), moved.body.operation.id).await;
+    let ended = stage::ended(&source, moved.body.operation.id).await;
+    assert!(matches!(ended.state, OperationState::Cancelled | OperationState::Failed), "{ended:?}");
+    let here = stage::until(&source, id, |server| server.state == ServerState::Running).await;
+    assert!(here.allowed_actions.contains(&"migrate".to_owned()), "{here:?}");
+    gone(&target, id).await;
+    no_violations(&ground);
+    passing.abort();
+    source.close().await;
+    target.close().await;
+}
+
+#[tokio::test]
+async fn only_the_host_of_a_move_joins_it_and_each_stream_once() {
+    let ground = Ground::new().await;
+    let target = ground.stages[1].open().await;
+    let address = listening(&target).await;
+    let stages = [Stage::new(), Stage::new()];
+    let (source, stranger) = (stages[0].open().await, stages[1].open().await);
+    let begun = Move {
+        id: Uuid::now_v7(),
+        server: ground.server,
+        side: Side::Target,
+        phase: Phase::Copy,
+        peer: source.migrations().identity.fingerprint(),
+        peer_name: "source".to_owned(),
+        address: None,
+    };
+    let awaited = target.migrations().await_streams(&begun, 2);
+    let fingerprint = target.migrations().identity.fingerprint();
+    let joins = async |host: &Host, id: Uuid, stream: u16| {
+        let identity = &host.migrations().identity;
+        let mut link = source::connect(identity, address, fingerprint).await.unwrap();
+        link.send(&wire::peer::Message::Join { transfer: id.to_string(), stream }).await.unwrap();
+        let answer = link.message(SOON).await.unwrap();
+        (matches!(answer, wire::peer::Message::Say(wire::peer::Saying::Copying)), link)
+    };
+    let mut held = Vec::new();
+    for (host, id, stream, is_let_in) in [
+        (&stranger, begun.id, 0, false),
+        (&source, Uuid::now_v7(), 0, false),
+        (&source, begun.id, 2, false),
+        (&source, begun.id, 0, true),
+        (&source, begun.id, 0, false),
+        (&source, begun.id, 1, true),
+    ] {
+        let (was_let_in, link) = joins(host, id, stream).await;
+        assert_eq!(was_let_in, is_let_in, "{stream}");
+        held.push(link);
+    }
+    let (streams, _pumps) = awaited.all(1).await.unwrap();
+    assert_eq!((streams.sockets.len(), streams.of_memory), (2, 1));
+    // Nobody waits any more.
+    assert!(!joins(&source, begun.id, 0).await.0);
+    for host in [source, stranger, target] {
+        host.close().await;
+    }
+}

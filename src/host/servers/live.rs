@@ -1,0 +1,206 @@
+//! The VMM's part in a move of a machine that runs, at either end. What the two daemons say to each other and whose the
+//! server is are not decided here: `migration` and `servers::moving` do, and ask for what is to be done to a VMM.
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{Code, ServerId};
+use wire::control::{Command, Reply};
+use wire::machine::FdIndex;
+use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+
+use super::Servers;
+use super::effects::Doing;
+use super::lifecycle::{self, Back, Event};
+use super::limits;
+use super::machine::{self, Packet};
+use super::record::ServerRecord;
+use super::registry::Entry;
+use crate::error::{Error, Result};
+use crate::store::records;
+use crate::vmms::Link;
+use crate::vmms::link::AskError;
+use crate::volumes::Content;
+
+/// The streams of a move: those of memory first, then one for each disk.
+pub(crate) struct Streams {
+    /// Ends that are the VMM's.
+    pub(crate) sockets: Vec<OwnedFd>,
+    /// How many are memory's.
+    pub(crate) of_memory: usize,
+}
+
+impl Streams {
+    /// Adds them to what goes to the VMM, and answers how they are named there.
+    fn name(self, packet: &mut Packet) -> (Vec<FdIndex>, Vec<DiskStream>) {
+        let mut named: Vec<FdIndex> = self.sockets.into_iter().map(|socket| packet.add(socket)).collect();
+        let disks = named.split_off(self.of_memory.min(named.len()));
+        let disks = (0..).zip(disks).map(|(disk, stream)| DiskStream { disk, stream });
+        (named, disks.collect())
+    }
+}
+
+impl Servers {
+    /// Has the machine of a server sent over these streams. It runs on until it is given up.
+    pub(crate) async fn send_live(&self, id: ServerId, streams: Streams, limits: SendLimits) -> Result<()> {
+        let mut packet = Packet::default();
+        let (streams, disks) = streams.name(&mut packet);
+        let spec = SendSpec { streams, disks, handed: false, limits, held: true };
+        let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
+    }
+
+    /// Has the VMM of a server that comes receive its machine over these streams. Answers its taps, with which it can be
+    /// announced.
+    pub(crate) async fn receive_live(&self, id: ServerId, streams: Streams) -> Result<Vec<OwnedFd>> {
+        let (entry, workshop) = (self.live(id)?, self.workshop());
+        let record: ServerRecord =
+            workshop.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        let Some((link, described)) = machine::ready(workshop, &entry, &record).await? else {
+            return Err(Error::new(
+                Code::MachineFailed,
+                "the VMM for the machine that comes has one already",
+            ));
+        };
+        let machine::Description { spec: machine, descriptors: mut packet } = described;
+        let taps = machine.nics.iter().filter_map(|nic| packet.0.get(usize::from(nic.tap.0)));
+        let taps: std::io::Result<Vec<OwnedFd>> = taps.map(OwnedFd::try_clone).collect();
+        let taps = taps.map_err(|cause| Error::internal("a tap cannot be copied", cause))?;
+        let (streams, disks) = streams.name(&mut packet);
+        let spec = ReceiveSpec { machine, memory: None, streams, disks, held: true };
+        spec.check(packet.0.len())
+            .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
+        let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
+        done(link.ask(Command::Receive(Box::new(spec)), &borrowed, limits::BOOT).await?)?;
+        Ok(taps)
+    }
+
+    /// Waits until a server that comes has a VMM. Fails with what kept it from having one.
+    pub(crate) async fn awaited(&self, id: ServerId) -> Result<()> {
+        let end = Instant::now() + limits::BOOT;
+        loop {
+            let record: Option<ServerRecord> =
+                self.workshop().core.store.read(move |connection| records::find(connection, id.0)).await?;
+            match record.map(|record| record.life.phase) {
+                Some(lifecycle::Phase::Arriving { vmm: Some(_), .. }) => return Ok(()),
+                Some(lifecycle::Phase::Arriving { back: Back::Running, .. }) if Instant::now() < end => {}
+                Some(lifecycle::Phase::Arriving { back: Back::Failed { why }, .. }) => {
+                    return Err(Error::new(Code::MachineFailed, why.detail));
+                }
+                _ => return Err(Error::new(Code::MachineFailed, "no VMM could be started for it")),
+            }
+            tokio::time::sleep(limits::MOVE_SPAWN_LOOK).await;
+        }
+    }
+
+    /// How the move of a server's machine stands. Fails when its VMM is gone, or has no move.
+    pub(crate) async fn move_status(&self, id: ServerId) -> Result<MigrationStatus> {
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        let none = || Error::new(Code::MachineFailed, "the VMM knows of no move");
+        status(&link).await?.ok_or_else(none)
+    }
+
+    /// Waits until the VMM has told more of its move, but not for long. Cancel-safe.
+    pub(crate) async fn move_told(&self, id: ServerId) {
+        let told = async {
+            match self.registry.find(id) {
+                Some(entry) => entry.moved.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        let _ = tokio::time::timeout(limits::MOVE_LOOK, told).await;
+    }
+
+    /// Has the source's VMM give its machine up: from the answer on it is taken back only by a word of this daemon. It is
+    /// asked once the target is ready, of which the VMM may hear a moment later.
+    pub(crate) async fn give_up(&self, id: ServerId) -> Result<()> {
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        let end = Instant::now() + limits::COMMAND;
+        loop {
+            match link.order(Command::CommitMigration, limits::COMMAND).await {
+                Err(AskError::Refused(fault)) => {
+                    let under_way = status(&link).await?.is_some_and(|status| !status.phase.is_end());
+                    if !under_way || Instant::now() > end {
+                        return Err(AskError::Refused(fault).into());
+                    }
+                    tokio::time::sleep(Duration::from_micros(200)).await;
+                }
+                outcome => return Ok(outcome?),
+            }
+        }
+    }
+
+    /// Lets a machine run that has arrived, which is recorded. Its actor does the same, a little later.
+    pub(crate) async fn let_run(&self, id: ServerId) -> Result<()> {
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        Ok(link.order(Command::SettleMigration { owner: Owner::Here }, limits::PAUSE).await?)
+    }
+
+    fn live(&self, id: ServerId) -> Result<Arc<Entry>> {
+        self.registry.find(id).ok_or_else(|| Error::new(Code::MachineFailed, "the server has no machine"))
+    }
+}
+
+fn done(reply: Reply) -> Result<()> {
+    match reply {
+        Reply::Done => Ok(()),
+        other => Err(Error::new(Code::MachineFailed, format!("the VMM answered a move with {other:?}"))),
+    }
+}
+
+async fn status(link: &Link) -> std::result::Result<Option<MigrationStatus>, AskError> {
+    match link.ask(Command::MigrationStatus, &[], limits::COMMAND).await? {
+        Reply::Migration(status) => Ok(status.map(|status| *status)),
+        other => Err(AskError::Protocol(format!("the state of a move was answered with {other:?}"))),
+    }
+}
+
+impl Doing {
+    /// Makes the files of a machine that comes, and starts a VMM for it. Repeatable.
+    pub(super) async fn await_machine(&self) -> Result<Event> {
+        self.make_directory().await?;
+        for disk in &self.record.disks {
+            self.workshop.volumes.make_empty(disk.volume_id).await?;
+        }
+        self.workshop.core.checkpoint("server.arrival_prepared")?;
+        self.vmm(std::future::ready(Ok(Content::Filled))).await.map(Event::Spawned)
+    }
+
+    /// The server is this host's, whatever its VMM waits for: a move that may still be under way ends here. Answers how the
+    /// machine ended, where it cannot run here any more. Repeatable.
+    pub(super) async fn reclaim(&self) -> Result<Option<Event>> {
+        let reclaimed = async {
+            let link = self.entry.link(limits::COMMAND).await?;
+            let Some(status) = status(&link).await? else { return Ok(true) };
+            match (status.side, status.phase) {
+                (Side::Source, Phase::Returned) | (Side::Target, Phase::Moved | Phase::Release) => Ok(true),
+                (Side::Source, Phase::Moved) | (Side::Target, Phase::Dropped) => Ok(false),
+                (Side::Source, _) => {
+                    if link.order(Command::CancelMigration, limits::PAUSE).await.is_err() {
+                        let here = Command::SettleMigration { owner: Owner::Here };
+                        link.order(here, limits::PAUSE).await?;
+                    }
+                    Ok(true)
+                }
+                (Side::Target, _) => {
+                    let here = Command::SettleMigration { owner: Owner::Here };
+                    link.order(here, limits::PAUSE).await?;
+                    Ok(true)
+                }
+            }
+        };
+        let reclaimed: std::result::Result<bool, AskError> = reclaimed.await;
+        self.workshop.core.checkpoint("server.reclaimed")?;
+        match reclaimed {
+            Ok(true) => Ok(None),
+            Err(cause @ AskError::Gone) => Ok(self.end_of_gone(&cause).await.map(Event::Ended)),
+            Ok(false) => {
+                tracing::error!(server = %self.record.id, "its machine is not where its records say");
+                self.kill().await.map(Some)
+            }
+            // What goes on in the VMM is over in a moment.
+            Err(cause) => Err(cause.into()),
+        }
+    }
+}

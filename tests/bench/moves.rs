@@ -1,0 +1,129 @@
+//! `migrate_tls_ms`: a server of 2 GiB whose guest has written 1.75 GiB moves to and fro between two daemons in network namespaces
+//! of their own, over TLS, beside a bare program that moves as many pages without. Whole calls of the API are counted.
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::ground::{Effort, Ground};
+use crate::host::{Host, id, server};
+use crate::migrate;
+use crate::rows::{Report, Series};
+
+/// Longest wait for a guest that fills its memory.
+const SOON: Duration = Duration::from_secs(120);
+
+/// Two daemons, the target's network, and the cable between them.
+struct Pair {
+    hosts: [Host; 2],
+    addresses: [SocketAddr; 2],
+    holder: Child,
+}
+
+impl Pair {
+    fn new(ground: &Ground, words: &str) -> Pair {
+        let mut holder = Command::new("unshare");
+        holder.args(["--net", "sh", "-c", "ip link set lo up && echo up && exec sleep infinity"]);
+        let mut holder = holder.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("unshare");
+        let mut up = std::io::BufReader::new(holder.stdout.take().expect("its output"));
+        std::io::BufRead::read_line(&mut up, &mut String::new()).expect("a network");
+        let pid = holder.id().to_string();
+        ip(&[], &["link", "add", "near", "type", "veth", "peer", "name", "far", "netns", &pid]);
+        ip(&[], &["address", "add", "192.0.2.1/24", "dev", "near"]);
+        ip(&[], &["link", "set", "near", "up"]);
+        let there = ["nsenter".to_owned(), format!("--net=/proc/{pid}/ns/net")];
+        ip(&there, &["address", "add", "192.0.2.2/24", "dev", "far"]);
+        ip(&there, &["link", "set", "far", "up"]);
+        let addresses: [SocketAddr; 2] =
+            ["192.0.2.1:8687", "192.0.2.2:8687"].map(|text| text.parse().expect("an address"));
+        let hosts = [
+            Host::start_waiting(ground, addresses[0], None),
+            Host::start_waiting(ground, addresses[1], Some(holder.id())),
+        ];
+        for host in &hosts {
+            host.import(ground, "fill", words);
+        }
+        Pair { hosts, addresses, holder }
+    }
+
+    /// Moves a server from one to the other. Answers how long that took, and for how long its guest stood still, in
+    /// milliseconds.
+    fn hop(&self, from: usize, server: &str, downtime_ms: u32) -> (f64, f64) {
+        let (source, target) = (&self.hosts[from], &self.hosts[1 - from]);
+        let ticket = target.local().call("POST", "/v1/migration-tickets", None, Some(&json!({})));
+        let body = json!({
+            "target": self.addresses[1 - from].to_string(),
+            "ticket": ticket["ticket"],
+            "downtime_ms": downtime_ms,
+        });
+        let begun = Instant::now();
+        let path = format!("/v1/servers/{server}/actions/migrate");
+        let moved = source.local().call("POST", &path, Some("wait=60"), Some(&body));
+        let operation = &moved["operation"];
+        assert_eq!(operation["state"], "succeeded", "{operation}\n{}\n{}", source.told(), target.told());
+        let whole_ms = begun.elapsed().as_secs_f64() * 1e3;
+        let told = source.told_of("stood still for").expect("how long its guest stood still");
+        let stood_us = told
+            .split("stood still for ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        (whole_ms, stood_us.expect("microseconds") / 1e3)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        // The daemons' servers go before their network does, with what is left of this.
+        let _ = Command::new("ip").args(["link", "delete", "near"]).status();
+        let _ = self.holder.kill().and_then(|()| self.holder.wait());
+    }
+}
+
+fn ip(before: &[String], words: &[&str]) {
+    let mut command = match before {
+        [program, rest @ ..] => {
+            let mut command = Command::new(program);
+            command.args(rest).arg("ip");
+            command
+        }
+        [] => Command::new("ip"),
+    };
+    assert!(command.args(words).status().expect("ip").success(), "ip {words:?}");
+}
+
+pub(crate) fn run(ground: &Ground, report: &mut Report) {
+    let (memory_mib, mib) = match ground.effort {
+        Effort::Full => (2048, 1792),
+        Effort::Smoke => (128, 64),
+    };
+    let series = |bench, case, who| Series { bench, case, who, unit: "ms" };
+    let pair = Pair::new(ground, &format!("dirty={mib},0,6000 ticks=1000000000"));
+    let mut spec = server("mover");
+    spec["image"] = json!("fill");
+    spec["memory_bytes"] = json!(memory_mib << 20);
+    let made = pair.hosts[0].local().call("POST", "/v1/servers", Some("wait=30"), Some(&spec));
+    let server = id(&made);
+    let end = Instant::now() + SOON;
+    while !pair.hosts[0].console(&server).contains("probe: dirty ok") {
+        assert!(Instant::now() < end, "{}", pair.hosts[0].console(&server));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let (mut whole_ms, mut mover_ms, mut blackout_ms) = (Vec::new(), Vec::new(), Vec::new());
+    // There and back.
+    for hop in 0..2 * ground.samples(6, 1) {
+        mover_ms.push(migrate::mover(ground, mib));
+        let (whole, stood) = pair.hop(hop % 2, &server, migrate::IDLE_DOWNTIME_MS);
+        whole_ms.push(whole);
+        blackout_ms.push(stood);
+    }
+    let toft = report.add(series("migrate_tls_ms", "idle", "toft"), &whole_ms);
+    let mover = report.add(series("migrate_tls_ms", "idle", "mover"), &mover_ms);
+    let ratio = mover / toft;
+    report.bar(&format!("migrate_tls_ratio: {ratio:.2} of mover (wanted: at least 0.5)"), ratio >= 0.5);
+    let stood = report.add(series("blackout_ms", "idle, through daemons", "toft"), &blackout_ms);
+    report.bar(
+        &format!("blackout_ms idle, through daemons: {stood:.1} ms (wanted: at most 10)"),
+        stood <= 10.0,
+    );
+}

@@ -1,0 +1,381 @@
+//! Servers that move while they run, between two real daemons that share nothing, with a guest that counts alike in its memory
+//! and on its disk. Whatever is killed or cut wherever: never do two guests go on, one does in the end, and what it was told is
+//! written is there.
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use hyper::Method;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use crate::api::text;
+use crate::daemon::{MEMORY_BYTES, Orders, Stage, wait_for};
+use crate::moves::{Hosts, PORT, asked};
+use crate::world::inside;
+
+const IMAGE: &str = "ledger";
+
+/// What a guest has counted: last number, lines that fit, and how often it booted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Count {
+    boots: usize,
+    last: u64,
+}
+
+/// Reads the ring of a server's console on a host, whether the daemon there lives or not.
+fn count(stage: &Stage, server: &str) -> Count {
+    let path = stage.scratch("state/servers").join(server).join("console.ring");
+    let ring = std::fs::File::open(path).and_then(wire::console::Ring::open);
+    let Ok(piece) = ring.and_then(|mut ring| ring.read(0, 8 << 20)) else { return Count::default() };
+    let log = String::from_utf8_lossy(&piece.data).into_owned();
+    // The last line may be half written.
+    let log = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    assert!(!log.contains("FAILED") && !log.contains("broken"), "{log}");
+    let mut now = (0, 0);
+    let entries = log.lines().filter_map(|line| {
+        let (number, ns) = line.trim().strip_prefix("probe: ledger ")?.split_once(" ns=")?;
+        Some((number.parse::<u64>().ok()?, ns.parse::<u64>().ok()?))
+    });
+    let mut last = 0;
+    for (number, ns) in entries {
+        // A guest that boots anew counts anew; else both only grow, and none is left out.
+        if number > 1 {
+            assert!(ns >= now.1 && (last == 0 || number == last + 1), "{number} after {last}: {log}");
+        }
+        (last, now) = (number, (number, ns));
+    }
+    Count { boots: log.matches("probe: hello").count(), last }
+}
+
+async fn ledger_hosts() -> Hosts {
+    let hosts = Hosts::new().await;
+    for (stage, _) in hosts.sides() {
+        stage.import_another(IMAGE, "ledger=20").await;
+    }
+    hosts
+}
+
+/// Makes a server that counts.
+async fn counting(stage: &Stage, name: &str) -> String {
+    let spec = json!({ "name": name, "image": IMAGE, "memory_bytes": MEMORY_BYTES });
+    let accepted = stage.call(Method::POST, "/v1/servers", &format!("make-{name}"), Some(spec)).await;
+    stage.succeeded(&accepted.operation()).await.unwrap();
+    let id = text(&accepted.body["resource"]["id"]);
+    stage.knows(&id);
+    let counts = async || (count(stage, &id).last > 3).then_some(());
+    wait_for("a ledger", counts).await.unwrap();
+    id
+}
+
+async fn goes_on(stage: &Stage, server: &str, from: Count, what: &str) {
+    let further = async || {
+        let now = count(stage, server);
+        (now.boots > from.boots || now.last > from.last + 3).then_some(())
+    };
+    wait_for(&format!("the guest to go on: {what}"), further).await.unwrap();
+}
+
+async fn there_and_back() {
+    let hosts = ledger_hosts().await;
+    let server = counting(&hosts.source, "web1").await;
+    let path = format!("/v1/servers/{server}");
+    let first = hosts.source.api().get(&path).await;
+    let mut ends = hosts.sides();
+    for hop in 0..3 {
+        let [(source, _), (target, address)] = ends;
+        target.knows(&server);
+        let before = count(source, &server);
+        let mut body = hosts.body_to(target, address).await;
+        body["downtime_ms"] = json!(100);
+        let plan = asked(source, &server, "?dry_run=true", &body).await;
+        assert_eq!(plan.body["blocked_by"], json!([]), "{}", plan.body);
+        let began = Instant::now();
+        let moved = asked(source, &server, "", &body).await;
+        assert_eq!(moved.status, 202, "{}", moved.body);
+        if let Err(why) = source.succeeded(&moved.operation()).await {
+            // Whoever ended it says why, in whichever log.
+            let _ =
+                wait_for("the other end's word", async || target.log().contains("not served").then_some(()))
+                    .await;
+            panic!("{why}\nsource: {}\ntarget: {}", source.log(), target.log());
+        }
+        println!("hop {hop}: moved in {:?}", began.elapsed());
+        for line in source.log().lines().filter(|line| line.contains("stood still")) {
+            println!("{line}");
+        }
+        assert_eq!(source.api().read(&path).await.unwrap().status, 404);
+        goes_on(target, &server, before, "after its move").await;
+        assert_eq!(count(target, &server).boots, 1);
+        let here = target.api().get(&path).await;
+        for same in ["id", "name", "memory_bytes", "created_at", "started_at", "state", "volumes"] {
+            assert_eq!(here[same], first[same], "{same}");
+        }
+        ends.reverse();
+    }
+    hosts.close().await;
+}
+
+#[test]
+fn a_server_that_runs_moves_and_its_guest_notices_nothing() {
+    inside("live::a_server_that_runs_moves_and_its_guest_notices_nothing", there_and_back());
+}
+
+/// Points of a move at the source's daemon, and at the target's.
+const POINTS: [&[&str]; 2] = [
+    &[
+        "move.accepted:1",
+        "move.joined:1",
+        "move.sending:1",
+        "move.heard:1",
+        "move.promised:1",
+        "move.decided:1",
+        "move.said:1",
+        "move.heard:2",
+        "move.decided:2",
+    ],
+    &[
+        "move.recorded:1",
+        "server.arrival_prepared:1",
+        "move.awaited:1",
+        "move.receiving:1",
+        "move.arrived:1",
+        "move.decided:1",
+        "move.said:1",
+        "move.heard:1",
+        "move.decided:2",
+        "move.run:1",
+        "move.said:2",
+    ],
+];
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    /// The daemon at whose point it is.
+    Daemon,
+    SourceVmm,
+    TargetVmm,
+    /// Every connection between the two.
+    Link,
+}
+
+/// What must never be: neither host's.
+const BOTH: usize = 2;
+
+/// How the two guests of a server stand: which of the hosts' has been seen to count.
+struct Witness {
+    seen: [Count; 2],
+    /// The guest at the target has gone on from what the source's had counted.
+    has_crossed: bool,
+}
+
+impl Witness {
+    fn new(hosts: &Hosts, server: &str) -> Witness {
+        Witness { seen: [count(&hosts.source, server), Count::default()], has_crossed: false }
+    }
+
+    /// Looks at both. Says what must never be.
+    fn look(&mut self, hosts: &Hosts, server: &str) -> Result<(), String> {
+        let target = count(&hosts.target, server);
+        let source = count(&hosts.source, server);
+        let arrived = self.seen[1];
+        // What came over the stream is in the ring before the machine runs.
+        let target_ran = arrived.last > 0 && target > arrived;
+        let source_ran = source > self.seen[0];
+        if source_ran && self.has_crossed {
+            return Err(format!("the source counts on: {source:?} after {:?}; target {target:?}", self.seen));
+        }
+        self.has_crossed |= target_ran && target.last > source.last;
+        self.seen = [source.max(self.seen[0]), target];
+        Ok(())
+    }
+}
+
+/// Each host answers what comes of the other's connections with a reset, so that whoever sends finds them gone.
+fn cut(hosts: &Hosts) {
+    for (side, what) in ["sport", "dport"].into_iter().enumerate() {
+        let nft = |words: &[&str]| hosts.run_at(side, &[&["nft"][..], words].concat());
+        nft(&["add", "table", "inet", "cut"]);
+        nft(&["add", "chain", "inet", "cut", "in", "{ type filter hook input priority 0; }"]);
+        let port = PORT.to_string();
+        let rule = ["add", "rule", "inet", "cut", "in", "tcp", what, &port];
+        // Its own resets go through on the other side.
+        nft(&[&rule[..], &["tcp", "flags", "&", "rst", "==", "0", "reject", "with", "tcp", "reset"]].concat());
+    }
+}
+
+fn mend(hosts: &Hosts) {
+    for side in 0..2 {
+        hosts.run_at(side, &["nft", "delete", "table", "inet", "cut"]);
+    }
+}
+
+fn kill_vmm(stage: &Stage, name: &str) {
+    if let Some(pid) = vmm_of(stage, name) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("a VMM that can be killed");
+    }
+}
+
+/// The VMM of a server on this host: the labels of both hosts' are the same, the files that they have open are not.
+fn vmm_of(stage: &Stage, name: &str) -> Option<i32> {
+    let state = stage.scratch("state");
+    let pids = std::fs::read_dir("/proc")
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    pids.into_iter().find(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        let is_its = line.contains("machine --label ") && line.contains(name);
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
+        let mut links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+        is_its && links.any(|link| link.starts_with(&state))
+    })
+}
+
+/// One move with one fault at one point of one daemon. Answers where the server is then.
+async fn falls_on_its_feet(
+    hosts: &Hosts,
+    (side, point): (usize, &str),
+    fault: Fault,
+    name: &str,
+    late_commits: bool,
+) -> Result<usize, String> {
+    let server = counting(&hosts.source, name).await;
+    hosts.target.knows(&server);
+    let (stage, address) = hosts.sides()[side];
+    stage.kill().await;
+    let flags = vec!["--migration-listen".to_owned(), format!("{address}:{PORT}")];
+    let at = Some(point.to_owned());
+    let orders = match fault {
+        Fault::Daemon => Orders { flags, die_at: at, late_commits, ..Orders::default() },
+        _ => Orders { flags, hold_at: at, ..Orders::default() },
+    };
+    if let Err(status) = stage.open(orders).await {
+        return Err(format!("the daemon ended with {status}:\n{}", stage.log()));
+    }
+    let mut witness = Witness::new(hosts, &server);
+    let body = hosts.body().await;
+    let moved = asked(&hosts.source, &server, "", &body).await;
+    if moved.status != 202 {
+        return Err(format!("{}", moved.body));
+    }
+    let mut broken = Ok(());
+    let reached = async || {
+        broken = broken.clone().and_then(|()| witness.look(hosts, &server));
+        match fault {
+            Fault::Daemon => stage.ended().map(drop),
+            _ => stage.is_held().then_some(()),
+        }
+    };
+    wait_for(&format!("{point} of {side}"), reached).await?;
+    match fault {
+        Fault::Daemon => {}
+        Fault::SourceVmm => kill_vmm(&hosts.source, name),
+        Fault::TargetVmm => kill_vmm(&hosts.target, name),
+        Fault::Link => cut(hosts),
+    }
+    match fault {
+        Fault::Daemon => hosts.open(stage, address).await,
+        _ => stage.release(),
+    }
+    if fault == Fault::Link {
+        // Until the one that sends has noticed.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        mend(hosts);
+    }
+    let one = async || {
+        broken = broken.clone().and_then(|()| witness.look(hosts, &server));
+        match hosts.states(&server).await {
+            [Some(state), None] if state == "running" => Some(0),
+            [None, Some(state)] if state == "running" => Some(1),
+            [Some(source), Some(target)] if source == "running" && target == "running" => Some(BOTH),
+            _ => None,
+        }
+    };
+    let at = match wait_for("one host that has it", one).await {
+        Ok(at) => at,
+        Err(late) => {
+            let states = hosts.states(&server).await;
+            let (source, target) = (hosts.source.log(), hosts.target.log());
+            return Err(format!("{late}: {states:?}\nsource: {source}\ntarget: {target}"));
+        }
+    };
+    if at == BOTH {
+        return Err("both hosts run it".to_owned());
+    }
+    let from = count(hosts.sides()[at].0, &server);
+    goes_on(hosts.sides()[at].0, &server, from, &format!("{fault:?} at {point} of {side}")).await;
+    witness.look(hosts, &server)?;
+    broken?;
+    let may_boot = matches!(fault, Fault::SourceVmm | Fault::TargetVmm);
+    let boots = count(hosts.sides()[at].0, &server).boots;
+    if boots != 1 && !may_boot {
+        return Err(format!("it booted {boots} times"));
+    }
+    let operation = hosts.source.finished(&moved.operation()).await?;
+    if (operation["state"] == "succeeded") != (at == 1) {
+        return Err(format!("it is at host {at}: {operation}"));
+    }
+    let (stage, _) = hosts.sides()[at];
+    let gone =
+        stage.call(Method::DELETE, &format!("/v1/servers/{server}"), &format!("end-{server}"), None).await;
+    stage.succeeded(&gone.operation()).await?;
+    Ok(at)
+}
+
+async fn sweep(fault: Fault) {
+    let hosts = ledger_hosts().await;
+    // One whose VMM is killed is started again.
+    let mut outcomes = BTreeMap::new();
+    for (side, points) in POINTS.into_iter().enumerate() {
+        for (number, point) in points.iter().enumerate() {
+            let name = format!("web-{side}-{number}");
+            let (stage, address) = hosts.sides()[side];
+            match falls_on_its_feet(&hosts, (side, point), fault, &name, false).await {
+                Ok(at) => outcomes.insert(format!("{fault:?} {side} {point}"), at),
+                Err(why) => panic!("{fault:?} at {point} of {side}: {why}\n{outcomes:#?}"),
+            };
+            stage.kill().await;
+            hosts.open(stage, address).await;
+        }
+    }
+    println!("{outcomes:#?}");
+    let at_target = outcomes.values().filter(|at| **at == 1).count();
+    assert!(at_target > 2 && at_target < outcomes.len() - 2, "{outcomes:?}");
+    hosts.close().await;
+}
+
+#[test]
+fn a_daemon_that_is_killed_at_any_phase_leaves_one_guest_that_goes_on() {
+    inside("live::a_daemon_that_is_killed_at_any_phase_leaves_one_guest_that_goes_on", sweep(Fault::Daemon));
+}
+
+#[test]
+fn a_source_vmm_that_is_killed_at_any_phase_leaves_one_guest() {
+    inside("live::a_source_vmm_that_is_killed_at_any_phase_leaves_one_guest", sweep(Fault::SourceVmm));
+}
+
+#[test]
+fn a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest() {
+    inside("live::a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest", sweep(Fault::TargetVmm));
+}
+
+#[test]
+fn connections_that_are_cut_at_any_phase_leave_one_guest_that_goes_on() {
+    inside("live::connections_that_are_cut_at_any_phase_leave_one_guest_that_goes_on", sweep(Fault::Link));
+}
+
+/// A daemon whose commits come after what is to follow them gives a machine away without having said so to its records: it
+/// has it back when it starts again, and the target has it too.
+async fn a_broken_rule() {
+    let hosts = ledger_hosts().await;
+    let outcome = falls_on_its_feet(&hosts, (0, "move.said:1"), Fault::Daemon, "web1", true).await;
+    let why = outcome.expect_err("the sweep did not notice that two guests went on");
+    assert!(why.starts_with("both hosts run it") || why.starts_with("the source counts on"), "{why}");
+    hosts.close().await;
+}
+
+#[test]
+fn a_commit_that_comes_too_late_is_caught_by_the_sweep() {
+    inside("live::a_commit_that_comes_too_late_is_caught_by_the_sweep", a_broken_rule());
+}
