@@ -78,6 +78,10 @@ pub const BLOCK_JOINED_BYTES_MAX: u64 = 1 << 20;
 /// Buffers of such writes: a quarter of what one system call takes.
 pub const BLOCK_JOINED_SEGMENTS_MAX: usize = 256;
 
+/// How long a write waits for the one that goes on where it ends, when the one before it found such a one: several times what
+/// a guest needs to make one more available, and far less than a write costs.
+pub const BLOCK_JOIN_WAIT_US: u64 = 2;
+
 /// How long a disk's thread looks for the next request itself when the one before came soon: longer than a guest takes
 /// from an answer to its next request, and far less than a kick and a wake-up cost where exits are slow.
 pub const BLOCK_LOOKOUT_US: u64 = 50;
@@ -115,6 +119,9 @@ pub const NET_FRAME_BYTES_MAX: u32 = (64 << 10) + 18;
 
 /// Packets handled in one direction before the other has its turn.
 pub const NET_BATCH: usize = 128;
+
+/// Sent packets that are handed back to the guest at once: a quarter of what a driver that waits for them has on its way.
+pub const NET_HANDED_BACK_AT_ONCE: usize = 16;
 
 /// How long a thread that has run out of receive buffers leaves a guest alone that was just giving some: a busy guest gives tens
 /// of them in that time, and a queue of the kernel's holds what comes meanwhile.

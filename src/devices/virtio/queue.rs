@@ -94,6 +94,8 @@ pub struct Queue {
     taken: usize,
     /// The used index when [`Queue::wants_signal`] was last asked.
     signalled: u16,
+    /// Whether the driver is asked for a kick with its next buffer.
+    asks_for_kicks: bool,
     /// Whether chains may have indirect tables.
     takes_indirect: bool,
     /// Storage of completed chains, so that a busy queue does not allocate.
@@ -115,7 +117,8 @@ impl Queue {
     pub fn new(ring: virtio_queue::Queue, memory: Arc<Ram>) -> Queue {
         let in_flight = vec![false; usize::from(ring.size())].into_boxed_slice();
         let signalled = ring.next_used();
-        Queue { ring, memory, in_flight, taken: 0, signalled, takes_indirect: true, spare: Vec::new() }
+        let (taken, asks_for_kicks, takes_indirect, spare) = (0, true, true, Vec::new());
+        Queue { ring, memory, in_flight, taken, signalled, asks_for_kicks, takes_indirect, spare }
     }
 
     /// Serves `ring` from where another queue has stopped. Whatever the numbers, only the guest's own rings are
@@ -231,11 +234,24 @@ impl Queue {
 
     /// Tells the driver that kicks are not needed while the queue is being served.
     pub fn silence_kicks(&mut self) -> Result<(), Fault> {
-        self.ring.disable_notification(&*self.memory).map_err(Fault::Ring)
+        if !std::mem::replace(&mut self.asks_for_kicks, false) {
+            return Ok(());
+        }
+        if !self.ring.event_idx_enabled() {
+            return self.ring.disable_notification(&*self.memory).map_err(Fault::Ring);
+        }
+        // By the event index a driver kicks when it passes the one it is asked for (virtio 1.2, section 2.7.10), so it is
+        // asked for one that it has passed, and that comes again only after 2¹⁶ buffers.
+        let passed = self.ring.next_avail().wrapping_sub(1);
+        let elements = u64::from(self.ring.size()).saturating_mul(USED_ELEMENT_BYTES);
+        let offset = elements.saturating_add(USED_HEADER_BYTES);
+        let place = GuestAddress(self.ring.used_ring().saturating_add(offset));
+        self.memory.store(passed.to_le(), place, Ordering::Relaxed).map_err(memory_fault)
     }
 
     /// Asks for a kick with the next buffer. True when a buffer is already there, for which no kick may come.
     pub fn ask_for_kicks(&mut self) -> Result<bool, Fault> {
+        self.asks_for_kicks = true;
         self.ring.enable_notification(&*self.memory).map_err(Fault::Ring)
     }
 

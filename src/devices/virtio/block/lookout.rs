@@ -35,9 +35,14 @@ impl Lookout {
         self.slept_at = Some(now);
     }
 
+    /// Whether looking pays.
+    pub(super) fn pays(&self) -> bool {
+        self.worth >= self.wanted
+    }
+
     /// Looks, when that pays, until `found` says so; answers whether it did.
     pub(super) fn find<E>(&mut self, mut found: impl FnMut() -> Result<bool, E>) -> Result<bool, E> {
-        if self.worth < self.wanted {
+        if !self.pays() {
             return Ok(false);
         }
         let begun = Instant::now();

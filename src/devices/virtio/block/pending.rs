@@ -56,6 +56,16 @@ impl Pending {
         Ok(())
     }
 
+    /// Whether it writes what the guest has sent.
+    pub(super) fn is_write(&self) -> bool {
+        matches!(self.request, Request::Write { .. })
+    }
+
+    /// Whether others are done with it.
+    pub(super) fn is_joined(&self) -> bool {
+        !self.followers.is_empty()
+    }
+
     /// This one and those that are done with it.
     pub(super) fn all(&self) -> impl Iterator<Item = &Pending> {
         std::iter::once(self).chain(&self.followers)

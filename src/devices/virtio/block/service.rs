@@ -17,7 +17,9 @@ use super::pending::Pending;
 use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
 use crate::EventFd;
 use crate::limiter::Throttle;
-use crate::limits::{BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX, BLOCK_TURN_US};
+use crate::limits::{
+    BLOCK_IN_FLIGHT_BYTES_MAX, BLOCK_IN_FLIGHT_SEGMENTS_MAX, BLOCK_JOIN_WAIT_US, BLOCK_TURN_US,
+};
 use crate::virtio::{Chain, Fault, Handler, Progress, Queue, QueueWiring, Signals, Sources, Stand};
 
 /// The descriptors besides the kick.
@@ -111,6 +113,8 @@ pub(super) struct Service {
     pending: Box<[Option<Pending>]>,
     /// What was taken last and not handed to the ring yet: the next may be joined to it.
     last: Option<Pending>,
+    /// Whether the last write was joined with another.
+    joins: bool,
     throttle: Throttle,
     terms: Terms,
     identity: [u8; IDENTITY_BYTES],
@@ -121,7 +125,7 @@ pub(super) struct Service {
     pub(super) in_flight: InFlight,
     /// As much is in flight as may be; the next answer makes room.
     is_full: bool,
-    lookout: Lookout,
+    pub(super) lookout: Lookout,
     /// Paused or broken: nothing is taken from the queue.
     is_quiet: bool,
 }
@@ -140,11 +144,13 @@ impl Handler for Service {
     }
 
     fn event(&mut self, token: u32, _sources: &Sources) -> Result<(), Fault> {
-        match token {
-            token::RING => self.answer(Next::Sleep)?,
-            _ => self.throttle.woken(),
-        }
-        let is_wanted = token != token::RING || self.has_room_again();
+        let is_wanted = match token {
+            token::RING => self.answered()?,
+            _ => {
+                self.throttle.woken();
+                true
+            }
+        };
         if is_wanted && !self.is_quiet && self.serve()? == Progress::More {
             // It refuses only when its counter is full, and then the kick is heard anyway.
             let _ = self.kick.write(1);
@@ -192,6 +198,7 @@ impl Service {
             memory: Arc::clone(queue.memory()),
             pending: (0..queue.size()).map(|_| None).collect(),
             last: None,
+            joins: false,
             queue,
             kick,
             lease: Some(lease),
@@ -225,7 +232,7 @@ impl Service {
                 Taken::All if self.has_next_soon()? || self.queue.ask_for_kicks()? => {}
                 Taken::All => {
                     self.answer(Next::Sleep)?;
-                    self.lookout.sleeps(Instant::now());
+                    self.note_sleep();
                     return Ok(Progress::Idle);
                 }
                 Taken::AllThatMay if !self.has_room_again() => {
@@ -236,6 +243,28 @@ impl Service {
             }
         }
         Ok(Progress::More)
+    }
+
+    /// Passes on what the ring calls for. True when the queue is to be served: there is room again, or the guest may go on at
+    /// once, for which it then needs no kick.
+    pub(super) fn answered(&mut self) -> Result<bool, Fault> {
+        let looks = !self.is_quiet && self.lookout.pays();
+        if looks {
+            self.queue.silence_kicks()?;
+        }
+        self.answer(Next::Sleep)?;
+        let goes_on = looks || self.has_room_again();
+        if !goes_on {
+            self.note_sleep();
+        }
+        Ok(goes_on)
+    }
+
+    /// From here on a kick says how long the guest took to go on after its last answer.
+    fn note_sleep(&mut self) {
+        if self.in_flight() == 0 {
+            self.lookout.sleeps(Instant::now());
+        }
     }
 
     /// Looks for the next request, while there is no answer of the kernel's to wait for.
@@ -253,7 +282,7 @@ impl Service {
     /// At most a queue full, so that commands are heard. The driver need not kick meanwhile.
     pub(super) fn take_requests(&mut self) -> Result<Taken, Fault> {
         let taken = self.take_all_that_may();
-        let issued = self.last.take().map_or(Ok(()), |last| self.issue(last));
+        let issued = self.last.take().map_or(Ok(()), |last| self.issue_taken(last));
         taken.and_then(|taken| issued.map(|()| taken))
     }
 
@@ -267,7 +296,7 @@ impl Service {
                 self.is_full = true;
                 return Ok(Taken::AllThatMay);
             }
-            let Some(chain) = self.queue.pop()? else { return Ok(Taken::All) };
+            let Some(chain) = self.next_chain()? else { return Ok(Taken::All) };
             let request = Request::parse(&chain, &self.memory, &self.terms);
             let bytes = request.as_ref().map_or(0, Request::bytes);
             if !self.throttle.allows(bytes) {
@@ -281,6 +310,24 @@ impl Service {
             }
         }
         Ok(Taken::ManyOfMore)
+    }
+
+    /// The next chain; after a write also one that comes a moment later, if the driver is likely just making it available.
+    fn next_chain(&mut self) -> Result<Option<Chain>, Fault> {
+        let chain = self.queue.pop()?;
+        let is_wanted =
+            self.last.as_ref().is_some_and(|last| last.is_write() && (self.joins || last.is_joined()));
+        if chain.is_some() || !is_wanted {
+            return Ok(chain);
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_micros(BLOCK_JOIN_WAIT_US) {
+            if self.queue.has_next()? {
+                return self.queue.pop();
+            }
+            std::hint::spin_loop();
+        }
+        Ok(None)
     }
 
     fn accept(&mut self, chain: Chain, request: Request) -> Result<(), Fault> {
@@ -299,8 +346,16 @@ impl Service {
         };
         match last.join(pending) {
             Ok(()) => Ok(()),
-            Err(pending) => self.last.replace(pending).map_or(Ok(()), |last| self.issue(last)),
+            Err(pending) => self.last.replace(pending).map_or(Ok(()), |last| self.issue_taken(last)),
         }
+    }
+
+    /// Hands what was taken to the ring, with what was joined to it.
+    fn issue_taken(&mut self, last: Pending) -> Result<(), Fault> {
+        if last.is_write() {
+            self.joins = last.is_joined();
+        }
+        self.issue(last)
     }
 
     /// Hands requests that were to be done as one to the ring one by one, so that each has an answer of its own.

@@ -10,6 +10,7 @@ use super::*;
 use crate::virtio::bench::{Bench, EVENT_IDX, Heard, Part, Ring};
 use crate::virtio::{Active, VirtioDevice};
 
+mod ahead;
 mod hostile;
 mod joined;
 mod load;

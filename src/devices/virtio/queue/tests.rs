@@ -299,6 +299,25 @@ fn a_device_silences_kicks_by_flag_or_by_index_as_agreed() {
     assert!(queue.pop().unwrap().is_none());
 }
 
+// virtio 1.2: 2.7.10.2-1
+#[test]
+fn a_kick_that_was_asked_for_can_be_taken_back() {
+    for next in [0, 1, 0x7FFF, 0xFFFF] {
+        let (_bench, ring) = one_ring(8);
+        let mut queue = ring.queue(EVENT_IDX);
+        queue.ring.set_next_avail(next);
+        for asks in [false, true] {
+            queue.silence_kicks().unwrap();
+            if asks {
+                queue.ask_for_kicks().unwrap();
+            }
+            // What a driver that makes one buffer available finds.
+            let is_passed = |new: u16| new.wrapping_sub(ring.avail_event()).wrapping_sub(1) < 1;
+            assert_eq!(is_passed(next.wrapping_add(1)), asks, "{next}");
+        }
+    }
+}
+
 // virtio 1.2: 2.7.7.2-1
 #[test]
 fn without_the_event_index_its_place_is_not_looked_at() {
