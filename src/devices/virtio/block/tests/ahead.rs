@@ -2,7 +2,6 @@
 use std::time::Instant;
 
 use super::*;
-use crate::virtio::Handler;
 use crate::virtio::bench::PATIENCE;
 
 /// Whether a guest that goes on after an answer of the kernel's is asked to kick, once looking for it `pays` or not; and
