@@ -1,8 +1,8 @@
 //! What fuzzers call: packets of every kind in both directions, the last will, the console's ring. No part of a
 //! program. `tests/fuzz` calls it with new bytes, and the test here with the seeds kept there.
 //!
-//! What parses is written again and parses to the same; a specification that passes its check keeps every bound; the
-//! ring answers what was written to it, and something bounded whatever its header says.
+//! What parses is written again and parses to the same; what a machine is built, moved or saved by keeps every bound
+//! once it has passed its check; the ring answers what was written to it, and something bounded whatever its header says.
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,15 +17,17 @@ use crate::channel::Channel;
 use crate::console::Ring;
 use crate::machine::{
     Access, Balloon, Boot, CacheMode, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset,
-    RateLimits, TokenBucket,
+    RateLimits, SpecError, TokenBucket,
 };
+use crate::migration::{DiskStream, ReceiveSpec, SendLimits, SendSpec};
+use crate::saved::{RestoreSpec, SaveSpec};
 use crate::will::Will;
 use crate::{control, launch, limits, peer};
 
 /// Reads `data` as what its first byte says.
 pub fn wire(data: &[u8]) {
     let Some((kind, rest)) = data.split_first() else { return };
-    match kind % 12 {
+    match kind % 13 {
         0 => again::<control::Request>(rest),
         1 => again::<control::Message>(rest),
         2 => again::<launch::Request>(rest),
@@ -37,6 +39,7 @@ pub fn wire(data: &[u8]) {
         8 => packet::<control::Request>(rest),
         9 => packet::<launch::Request>(rest),
         11 => frame(rest),
+        12 => asked(rest),
         _ => built_specification(rest),
     }
 }
@@ -73,6 +76,74 @@ fn specification(data: &[u8]) {
     again::<MachineSpec>(text);
     let Ok(spec) = serde_json::from_slice::<MachineSpec>(text) else { return };
     judge(&spec, descriptors);
+}
+
+/// What a machine is sent, received, saved or restored by, as its first byte says, and came with so many descriptors.
+fn asked(data: &[u8]) {
+    let Some(([which, descriptors], text)) = data.split_first_chunk() else { return };
+    let descriptors = usize::from(*descriptors) % (limits::DESCRIPTORS_MAX + 1);
+    match which % 4 {
+        0 => checked::<SendSpec>(text, descriptors, |spec, descriptors| {
+            spec.check(descriptors)?;
+            let SendLimits { downtime_ms, bandwidth_bytes_per_s, standstill_ms } = spec.limits;
+            assert!((1..=limits::DOWNTIME_MS_MAX).contains(&downtime_ms));
+            assert!((1..=limits::STANDSTILL_MS_MAX).contains(&standstill_ms));
+            assert!(bandwidth_bytes_per_s.is_none_or(|rate| rate >= limits::BANDWIDTH_BYTES_MIN));
+            Ok(judge_streams(&spec.streams, &spec.disks, spec.handed))
+        }),
+        1 => checked::<ReceiveSpec>(text, descriptors, |spec, descriptors| {
+            spec.check(descriptors)?;
+            judge(&spec.machine, descriptors);
+            assert!(spec.disks.iter().all(|named| usize::from(named.disk) < spec.machine.disks.len()));
+            let mut named = judge_streams(&spec.streams, &spec.disks, spec.memory.is_some());
+            named.extend(spec.memory);
+            named.extend(spec.machine.descriptors().into_iter().map(|(_, fd)| fd));
+            Ok(named)
+        }),
+        2 => checked::<SaveSpec>(text, descriptors, |spec, descriptors| {
+            spec.check(descriptors)?;
+            Ok([spec.state, spec.memory].into_iter().chain(spec.live.map(|live| live.userfaultfd)).collect())
+        }),
+        _ => checked::<RestoreSpec>(text, descriptors, |spec, descriptors| {
+            spec.check(descriptors)?;
+            judge(&spec.machine, descriptors);
+            let machine = spec.machine.descriptors().into_iter().map(|(_, fd)| fd);
+            Ok(machine.chain([spec.state, spec.memory]).collect())
+        }),
+    }
+}
+
+/// Reads a specification and has it checked: `check` answers every descriptor of one that passes.
+fn checked<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(
+    text: &[u8],
+    descriptors: usize,
+    check: impl FnOnce(&T, usize) -> Result<Vec<FdIndex>, SpecError>,
+) {
+    again::<T>(text);
+    let Ok(spec) = serde_json::from_slice::<T>(text) else { return };
+    match check(&spec, descriptors) {
+        Ok(named) => judge_descriptors(&named, descriptors),
+        Err(refused) => assert!(refused.field.starts_with('/') && !refused.detail.is_empty()),
+    }
+}
+
+/// The descriptors of a move's streams, which are as many as may be, and each disk's once.
+fn judge_streams(streams: &[FdIndex], disks: &[DiskStream], is_handed: bool) -> Vec<FdIndex> {
+    let distinct: BTreeSet<u16> = disks.iter().map(|named| named.disk).collect();
+    assert_eq!(distinct.len(), disks.len(), "a disk is named twice");
+    assert!((1..=limits::STREAMS_MAX).contains(&streams.len()));
+    assert!(!is_handed || (streams.len() == 1 && disks.is_empty()), "more than state goes over");
+    streams.iter().copied().chain(disks.iter().map(|named| named.stream)).collect()
+}
+
+/// Each descriptor came, and is named once.
+fn judge_descriptors(named: &[FdIndex], descriptors: usize) {
+    let distinct: BTreeSet<u16> = named.iter().map(|fd| fd.0).collect();
+    assert_eq!(distinct.len(), named.len(), "a descriptor is named twice");
+    assert!(
+        named.iter().all(|fd| usize::from(fd.0) < descriptors),
+        "a descriptor is named that did not come"
+    );
 }
 
 /// A specification whose numbers are at their bounds, or one beyond.
@@ -133,10 +204,8 @@ fn judge(spec: &MachineSpec, descriptors: usize) {
         assert!(refused.field.starts_with('/') && !refused.detail.is_empty());
         return;
     }
-    let named: Vec<usize> = spec.descriptors().iter().map(|(_, fd)| usize::from(fd.0)).collect();
-    let distinct: BTreeSet<&usize> = named.iter().collect();
-    assert_eq!(distinct.len(), named.len(), "a descriptor is named twice");
-    assert!(named.iter().all(|fd| *fd < descriptors), "a descriptor is named that did not come");
+    let named: Vec<FdIndex> = spec.descriptors().into_iter().map(|(_, fd)| fd).collect();
+    judge_descriptors(&named, descriptors);
     assert_eq!(named.len(), 2 + usize::from(spec.boot.initrd.is_some()) + spec.disks.len() + spec.nics.len());
     assert!((limits::MEMORY_BYTES_MIN..=limits::MEMORY_BYTES_MAX).contains(&spec.memory_bytes));
     assert!(spec.memory_bytes.is_multiple_of(2 << 20) && (1..=limits::VCPUS_MAX).contains(&spec.vcpus));
