@@ -42,6 +42,12 @@ pub(crate) const LINK_PATIENCE_MS: u16 = 30_000;
 /// How often vCPUs are held back that write too fast, in milliseconds: below what a guest's timers notice.
 pub(crate) const BRAKE_EVERY_MS: u64 = 10;
 
+/// How long the streams may take, in milliseconds, for so many bytes while vCPUs are held back for them: far longer than with
+/// the least bandwidth that a move can be given.
+pub(crate) const THROTTLED_MS_MAX: u64 = 60_000;
+/// See [`THROTTLED_MS_MAX`].
+pub(crate) const THROTTLED_BYTES_MIN: u64 = 16 << 20;
+
 /// How long all vCPUs may take to leave KVM_RUN. They are interrupted by a signal and finish one emulated
 /// access; only a host that does not schedule them takes longer.
 pub(crate) const PARK_MS_MAX: u64 = 5_000;

@@ -45,6 +45,10 @@ pub(crate) enum Error {
         "the guest writes to its memory or its disks faster than the streams take it, even when it is held back"
     )]
     DoesNotConverge,
+    #[error(
+        "the streams took less than {0} bytes in {1:?} while the guest was held back for them; it runs on here"
+    )]
+    Stalled(u64, std::time::Duration),
     #[error("the guest stood still for {0} ms and the target was not ready; it runs on here")]
     StoodTooLong(u128),
     #[error(transparent)]

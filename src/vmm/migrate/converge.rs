@@ -48,6 +48,9 @@ const THROTTLE_PERCENT_MAX: u8 = 99;
 /// Least step by which they are held back further.
 const THROTTLE_PERCENT_STEP: u8 = 10;
 
+/// What part is left of its time to a guest of which only a lower bound is known.
+const LOWER_BOUND_PART: u8 = 32;
+
 /// Rounds at the most throttle before it is given up.
 const ROUNDS_AT_MOST_MAX: u32 = 20;
 
@@ -83,9 +86,10 @@ impl Convergence {
         if round.left_bytes == 0 || expected <= Duration::from_millis(limits.downtime_ms.into()) {
             return Next::Stop;
         }
-        // A round that leaves three quarters of what the last one left, or less, gets there by itself, and soon.
-        let is_shrinking = self.left_before.is_none_or(|before| round.left_bytes <= before / 4 * 3);
-        if round.number == 1 || is_shrinking {
+        // A round that leaves three quarters of what the last one left, or less, gets there by itself, and soon. What the first
+        // one sent is all that is there.
+        let before = self.left_before.unwrap_or(round.sent_bytes);
+        if round.left_bytes <= before / 4 * 3 {
             return Next::Again { throttle_percent: self.throttle_percent };
         }
         if self.throttle_percent == THROTTLE_PERCENT_MAX {
@@ -96,20 +100,21 @@ impl Convergence {
         }
         // A guest that leaves as much as the last time may write over the same pages again and again: how fast cannot
         // be seen, only that it is too fast.
-        let is_lower_bound = self.left_before.is_some_and(|before| round.left_bytes >= before / 10 * 9);
+        let is_lower_bound = round.left_bytes >= before / 10 * 9;
         self.throttle_percent = self.throttle(dirtied, is_lower_bound);
         Next::Again { throttle_percent: self.throttle_percent }
     }
 
     /// So that the guest writes half of what the streams take: what it would write unhindered is what it wrote in the
-    /// time it had. Of a lower bound nothing can be reckoned; it gets a quarter of the time it had.
+    /// time it had. Of a lower bound nothing can be reckoned; it gets a small part of the time it had, since each round that
+    /// shows no more than that takes as long as the first.
     fn throttle(&self, dirtied: u64, is_lower_bound: bool) -> u8 {
         let had = 100 - self.throttle_percent.min(99);
         let unhindered = u128::from(dirtied) * 100 / u128::from(had);
         let may = u128::from(self.rate / 2) * 100 / unhindered.max(1);
         let mut wanted = 100 - u8::try_from(may.min(100)).unwrap_or(100);
         if is_lower_bound {
-            wanted = wanted.max(100 - had / 4);
+            wanted = wanted.max(100 - had / LOWER_BOUND_PART);
         }
         wanted.max(self.throttle_percent.saturating_add(THROTTLE_PERCENT_STEP)).min(THROTTLE_PERCENT_MAX)
     }

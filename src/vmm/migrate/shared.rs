@@ -37,6 +37,8 @@ struct Inner {
     contents: Option<Box<Contents>>,
     detail: Option<String>,
     progress: Progress,
+    /// What had been carried when it was last known how much is left.
+    carried_bytes: u64,
     limits: SendLimits,
     /// When the next bytes may go, with a bound on bandwidth.
     due: Instant,
@@ -61,6 +63,7 @@ impl Shared {
             contents: None,
             detail: None,
             progress: Progress::default(),
+            carried_bytes: 0,
             limits,
             due: now,
             told: now,
@@ -228,6 +231,18 @@ impl Shared {
         }
     }
 
+    /// Notes how much is left to go, from which goes what is carried from now on.
+    pub(super) fn note_left(&self, bytes: u64) {
+        let carried_bytes = self.carried_bytes();
+        let mut inner = self.inner();
+        (inner.progress.left_bytes, inner.carried_bytes) = (bytes, carried_bytes);
+    }
+
+    /// What went over the streams, or did not have to.
+    pub(super) fn carried_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed).saturating_add(self.skipped_bytes.load(Ordering::Relaxed))
+    }
+
     /// Notes progress; tells of it from time to time.
     pub(super) fn note(&self, change: impl FnOnce(&mut Progress)) {
         let mut inner = self.inner();
@@ -249,6 +264,10 @@ impl Shared {
         let progress = Progress {
             sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
             skipped_bytes: self.skipped_bytes.load(Ordering::Relaxed),
+            left_bytes: inner
+                .progress
+                .left_bytes
+                .saturating_sub(self.carried_bytes().saturating_sub(inner.carried_bytes)),
             downtime_us: inner.stopped.map_or(0, |stopped| us(end.duration_since(stopped))),
             total_us: us(end.duration_since(self.began)),
             ..inner.progress

@@ -20,7 +20,7 @@ use super::ram::{self, Frames, Sum};
 use super::{Error, Shared, Stream};
 use crate::bell::Bell;
 use crate::console::Console;
-use crate::limits::BRAKE_EVERY_MS;
+use crate::limits::{BRAKE_EVERY_MS, THROTTLED_BYTES_MIN, THROTTLED_MS_MAX};
 use crate::snapshot;
 use crate::threads::{self, ThreadKind};
 use crate::vcpu::Brake;
@@ -337,6 +337,8 @@ impl Conductor {
             touched.set_range(first, first + extent.bytes / marks::PAGE_BYTES);
         }
         let mut touched = Arc::new(touched);
+        let disks_bytes: u64 = self.disks.iter().map(Disk::bytes).sum();
+        self.shared.note_left(ram::bytes(&self.ram) + disks_bytes);
         let mut convergence = Convergence::default();
         let mut throttle_percent = 0;
         for number in 1_u32.. {
@@ -354,8 +356,8 @@ impl Conductor {
             let Decision { next, bytes_per_s, dirtied_bytes_per_s, expected_downtime } =
                 convergence.after(round, self.shared.limits());
             let expected = u64::try_from(expected_downtime.as_micros()).unwrap_or(u64::MAX);
+            self.shared.note_left(left_bytes);
             self.shared.note(|progress| {
-                progress.left_bytes = left_bytes;
                 progress.bytes_per_s = bytes_per_s;
                 progress.dirtied_bytes_per_s = dirtied_bytes_per_s;
                 progress.expected_downtime_us = expected;
@@ -377,14 +379,15 @@ impl Conductor {
         let mut number = 0;
         self.shared.note(|progress| {
             progress.rounds += 1;
-            (number, progress.left_bytes) = (progress.rounds, self.left_bytes(&left));
+            number = progress.rounds;
         });
+        self.shared.note_left(self.left_bytes(&left));
         self.say(&Word::Round { number, last: true })?;
         let job = Job::Round { pages: Arc::new(left), touched: Arc::default(), first: false, last: true };
         self.dispatch(&job, 0)?;
         self.console()?;
         self.dispatch(&Job::End, 0)?;
-        self.shared.note(|progress| progress.left_bytes = 0);
+        self.shared.note_left(0);
         Ok(())
     }
 
@@ -421,6 +424,7 @@ impl Conductor {
         let nap = slot.mul_f64(f64::from(throttle_percent.min(99)) / 100.0);
         let mut all = Sum::default();
         let (mut missing, mut failed) = (self.jobs.len(), None);
+        let mut looked = (Instant::now(), self.shared.carried_bytes());
         while missing > 0 {
             // Nobody waits for a stream that goes nowhere, or holds a guest back, when the move is over.
             if self.shared.is_over() {
@@ -432,7 +436,7 @@ impl Conductor {
                 return Err(Error::StoodTooLong(longest_ms));
             }
             if throttle_percent > 0 {
-                self.brake.hold(nap);
+                self.hold_back(nap, &mut looked)?;
             }
             match self.results.recv_timeout(slot) {
                 Err(RecvTimeoutError::Timeout) => continue,
@@ -449,6 +453,21 @@ impl Conductor {
             None => Ok(all),
             Some(error) => Err(error),
         }
+    }
+
+    /// Holds vCPUs back for a moment. Nobody may have that for nothing: `looked` is when the streams had last taken so much as
+    /// to be worth it, and what they had taken then.
+    fn hold_back(&self, nap: Duration, looked: &mut (Instant, u64)) -> Result<(), Error> {
+        let carried_bytes = self.shared.carried_bytes();
+        if carried_bytes - looked.1 >= THROTTLED_BYTES_MIN {
+            *looked = (Instant::now(), carried_bytes);
+        }
+        let patience = Duration::from_millis(THROTTLED_MS_MAX);
+        if looked.0.elapsed() > patience {
+            return Err(Error::Stalled(THROTTLED_BYTES_MIN, patience));
+        }
+        self.brake.hold(nap);
+        Ok(())
     }
 
     /// What was written since it was last sent, to memory and to disks.

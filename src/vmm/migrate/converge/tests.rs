@@ -113,6 +113,16 @@ fn a_guest_that_outruns_the_wire_arrives_by_throttle_within_twice_its_memory() {
 }
 
 #[test]
+fn a_guest_that_outruns_the_wire_over_most_of_its_memory_is_sent_hardly_more_than_twice() {
+    for writes in [150, 400, 1000] {
+        let model = Model { memory: 768 * MIB, wire: 119 * MIB, writes: writes * MIB, over: 768 * MIB };
+        let outcome = model.run(limits(50));
+        assert_eq!(outcome.next, Next::Stop);
+        assert!(outcome.sent <= model.memory / 2 * 5, "{writes}: {} MiB sent", outcome.sent / MIB);
+    }
+}
+
+#[test]
 fn less_bandwidth_is_reckoned_with() {
     let model = Model { memory: 512 * MIB, wire: 1000 * MIB, writes: 40 * MIB, over: 256 * MIB };
     let bound =
