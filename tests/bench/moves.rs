@@ -1,5 +1,6 @@
 //! `migrate_tls_ms`: a server of 2 GiB whose guest has written 1.75 GiB moves to and fro between two daemons in network namespaces
-//! of their own, over TLS, beside a bare program that moves as many pages without. Whole calls of the API are counted.
+//! of their own, over TLS, beside a bare program that moves as many pages without. Whole calls of the API are counted. Then over
+//! a link of 1 Gbit/s a guest that writes faster than that.
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -22,13 +23,14 @@ struct Pair {
 }
 
 impl Pair {
-    fn new(ground: &Ground, words: &str) -> Pair {
+    fn new(ground: &Ground, images: [(&str, String); 2]) -> Pair {
         let mut holder = Command::new("unshare");
         holder.args(["--net", "sh", "-c", "ip link set lo up && echo up && exec sleep infinity"]);
         let mut holder = holder.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("unshare");
         let mut up = std::io::BufReader::new(holder.stdout.take().expect("its output"));
         std::io::BufRead::read_line(&mut up, &mut String::new()).expect("a network");
         let pid = holder.id().to_string();
+        let ip = |before: &[String], words: &[&str]| run_at(before, "ip", words);
         ip(&[], &["link", "add", "near", "type", "veth", "peer", "name", "far", "netns", &pid]);
         ip(&[], &["address", "add", "192.0.2.1/24", "dev", "near"]);
         ip(&[], &["link", "set", "near", "up"]);
@@ -42,9 +44,39 @@ impl Pair {
             Host::start_waiting(ground, addresses[1], Some(holder.id())),
         ];
         for host in &hosts {
-            host.import(ground, "fill", words);
+            for (name, words) in &images {
+                host.import(ground, name, words);
+            }
         }
         Pair { hosts, addresses, holder }
+    }
+
+    /// Makes the cable one of 1 Gbit/s.
+    fn slow_down(&self) {
+        let there = self.there();
+        for (before, device) in [(&[][..], "near"), (&there[..], "far")] {
+            let shape = ["root", "tbf", "rate", "1gbit", "burst", "256kb", "latency", "20ms"];
+            run_at(before, "tc", &[&["qdisc", "add", "dev", device][..], &shape].concat());
+        }
+    }
+
+    fn there(&self) -> [String; 2] {
+        ["nsenter".to_owned(), format!("--net=/proc/{}/ns/net", self.holder.id())]
+    }
+
+    /// Makes a server, and waits until its guest has said something.
+    fn server(&self, name: &str, memory_mib: u64, word: &str) -> String {
+        let mut spec = server(name);
+        spec["image"] = json!(name);
+        spec["memory_bytes"] = json!(memory_mib << 20);
+        let made = self.hosts[0].local().call("POST", "/v1/servers", Some("wait=30"), Some(&spec));
+        let server = id(&made);
+        let end = Instant::now() + SOON;
+        while !self.hosts[0].console(&server).contains(word) {
+            assert!(Instant::now() < end, "{}", self.hosts[0].console(&server));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        server
     }
 
     /// Moves a server from one to the other. Answers how long that took, and for how long its guest stood still, in
@@ -80,35 +112,34 @@ impl Drop for Pair {
     }
 }
 
-fn ip(before: &[String], words: &[&str]) {
-    let mut command = match before {
-        [program, rest @ ..] => {
-            let mut command = Command::new(program);
-            command.args(rest).arg("ip");
-            command
-        }
-        [] => Command::new("ip"),
-    };
-    assert!(command.args(words).status().expect("ip").success(), "ip {words:?}");
+/// Runs a program, by means of what goes before it.
+fn run_at(before: &[String], program: &str, words: &[&str]) {
+    let all = before.iter().map(String::as_str).chain([program]).chain(words.iter().copied());
+    let all: Vec<&str> = all.collect();
+    let (first, rest) = all.split_first().expect("a program");
+    assert!(Command::new(first).args(rest).status().expect(first).success(), "{all:?}");
 }
+
+/// Bytes a second of the slow link.
+const SLOW_BYTES_PER_S: f64 = 1e9 / 8.0;
+
+/// How long a guest that outruns the link may stand still, in milliseconds.
+const SLOW_DOWNTIME_MS: u32 = 50;
 
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
     let (memory_mib, mib) = match ground.effort {
-        Effort::Full => (2048, 1792),
+        Effort::Full => (2048_u64, 1792),
+        Effort::Smoke => (128, 64),
+    };
+    let (slow_memory_mib, slow_mib) = match ground.effort {
+        Effort::Full => (1024_u64, 768),
         Effort::Smoke => (128, 64),
     };
     let series = |bench, case, who| Series { bench, case, who, unit: "ms" };
-    let pair = Pair::new(ground, &format!("dirty={mib},0,6000 ticks=1000000000"));
-    let mut spec = server("mover");
-    spec["image"] = json!("fill");
-    spec["memory_bytes"] = json!(memory_mib << 20);
-    let made = pair.hosts[0].local().call("POST", "/v1/servers", Some("wait=30"), Some(&spec));
-    let server = id(&made);
-    let end = Instant::now() + SOON;
-    while !pair.hosts[0].console(&server).contains("probe: dirty ok") {
-        assert!(Instant::now() < end, "{}", pair.hosts[0].console(&server));
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let images =
+        [("fill", format!("dirty={mib},0,6000 ticks=1000000000")), ("busy", format!("dirty={slow_mib},400"))];
+    let pair = Pair::new(ground, images);
+    let server = pair.server("fill", memory_mib, "probe: dirty ok");
     let (mut whole_ms, mut mover_ms, mut blackout_ms) = (Vec::new(), Vec::new(), Vec::new());
     // There and back.
     for hop in 0..2 * ground.samples(6, 1) {
@@ -126,4 +157,16 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         &format!("blackout_ms idle, through daemons: {stood:.1} ms (wanted: at most 10)"),
         stood <= 10.0,
     );
+
+    pair.slow_down();
+    let server = pair.server("busy", slow_memory_mib, "probe: dirty pass 2");
+    let hops: Vec<(f64, f64)> = (0..2).map(|hop| pair.hop(hop, &server, SLOW_DOWNTIME_MS)).collect();
+    let (whole_ms, stood_ms): (Vec<f64>, Vec<f64>) = hops.into_iter().unzip();
+    assert!(!pair.hosts[0].console(&server).contains("FAILED"), "{}", pair.hosts[0].console(&server));
+    let case = "400 MiB/s over 1 Gbit/s";
+    let whole = report.add(series("migrate_tls_ms", case, "toft"), &whole_ms);
+    let most = 2.0 * (slow_memory_mib << 20) as f64 / SLOW_BYTES_PER_S * 1e3;
+    report.bar(&format!("migrate_tls_ms {case}: {whole:.0} ms (wanted: at most {most:.0})"), whole <= most);
+    let stood = report.add(series("blackout_ms", case, "toft"), &stood_ms);
+    report.bar(&format!("blackout_ms {case}: {stood:.1} ms (wanted: at most 100)"), stood <= 100.0);
 }
