@@ -135,4 +135,6 @@ pub enum ObstacleCode {
     State,
     /// Its memory is another version's than the target runs.
     Version,
+    /// As many servers are on their way to the target as come at once: wait until one of them has arrived.
+    Busy,
 }

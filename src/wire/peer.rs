@@ -359,6 +359,8 @@ pub enum ObstacleKind {
     State,
     /// Its memory is another version's than the target runs.
     Version,
+    /// As many servers are on their way to the target as come at once.
+    Busy,
 }
 
 /// Why an offer is none.

@@ -2,16 +2,17 @@
 //! and on its disk. Whatever is killed or cut wherever: never do two guests go on, one does in the end, and what it was told is
 //! written is there.
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use hyper::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::api::text;
 use crate::daemon::{MEMORY_BYTES, Orders, Stage, wait_for};
-use crate::moves::{Hosts, PORT, asked};
+use crate::moves::{Hosts, NEAR, PORT, asked};
 use crate::world::inside;
 
 const IMAGE: &str = "ledger";
@@ -58,7 +59,14 @@ async fn ledger_hosts() -> Hosts {
 
 /// Makes a server that counts.
 async fn counting(stage: &Stage, name: &str) -> String {
-    let spec = json!({ "name": name, "image": IMAGE, "memory_bytes": MEMORY_BYTES });
+    counting_as(stage, name, json!({})).await
+}
+
+async fn counting_as(stage: &Stage, name: &str, more: Value) -> String {
+    let mut spec = json!({ "name": name, "image": IMAGE, "memory_bytes": MEMORY_BYTES });
+    for (member, value) in more.as_object().into_iter().flatten() {
+        spec[member] = value.clone();
+    }
     let accepted = stage.call(Method::POST, "/v1/servers", &format!("make-{name}"), Some(spec)).await;
     stage.succeeded(&accepted.operation()).await.unwrap();
     let id = text(&accepted.body["resource"]["id"]);
@@ -107,6 +115,11 @@ async fn there_and_back() {
         assert_eq!(source.api().read(&path).await.unwrap().status, 404);
         goes_on(target, &server, before, "after its move").await;
         assert_eq!(count(target, &server).boots, 1);
+        // Of a guest that has sent nothing: its host has.
+        let side = if address == NEAR { 0 } else { 1 };
+        let mac = text(&first["nics"][0]["mac"]);
+        let known = async || hosts.run_at(side, &["bridge", "fdb", "show"]).contains(&mac).then_some(());
+        wait_for("its network to be told where it is", known).await.unwrap();
         let here = target.api().get(&path).await;
         for same in ["id", "name", "memory_bytes", "created_at", "started_at", "state", "volumes"] {
             assert_eq!(here[same], first[same], "{same}");
@@ -119,6 +132,56 @@ async fn there_and_back() {
 #[test]
 fn a_server_that_runs_moves_and_its_guest_notices_nothing() {
     inside("live::a_server_that_runs_moves_and_its_guest_notices_nothing", there_and_back());
+}
+
+/// Bytes of a disk that takes some seconds at the least bandwidth.
+const SLOW_BYTES: usize = 24 << 20;
+
+/// A move that tells how far it is, and is cancelled.
+async fn calls_off() {
+    let hosts = ledger_hosts().await;
+    let wanted = json!({ "disk_bytes": SLOW_BYTES + (8 << 20) });
+    let server = counting_as(&hosts.source, "web1", wanted).await;
+    hosts.target.knows(&server);
+    let volume =
+        text(&hosts.source.api().get(&format!("/v1/servers/{server}")).await["volumes"][0]["volume_id"]);
+    let disk = hosts.source.scratch("state/volumes").join(format!("{volume}.raw"));
+    let disk = std::fs::File::options().write(true).open(disk).expect("its disk");
+    // Where its guest does not write.
+    disk.write_all_at(&vec![7; SLOW_BYTES], 8 << 20).expect("a disk that can be written");
+    let mut slow = hosts.body().await;
+    slow["bandwidth_bytes_per_s"] = json!(1 << 20);
+    let moved = asked(&hosts.source, &server, "", &slow).await;
+    assert_eq!(moved.status, 202, "{}", moved.body);
+    let path = format!("/v1/operations/{}", moved.operation());
+    let mut seen = Vec::new();
+    let grown = async || {
+        let progress = hosts.source.api().get(&path).await["progress"].clone();
+        let number = |name: &str| progress[name].as_u64().unwrap_or_default();
+        if progress["phase"] == "copying" {
+            let (done, total) = (number("bytes_done"), number("bytes_total"));
+            assert!(total > MEMORY_BYTES && done < total, "{progress}");
+            seen.push((done, number("percent")));
+            seen.dedup();
+        }
+        (seen.len() > 3).then_some(())
+    };
+    wait_for("the first round to get somewhere", grown).await.unwrap();
+    assert!(seen.is_sorted() && seen.iter().all(|(_, percent)| (1..40).contains(percent)), "{seen:?}");
+    let cancel = hosts.source.api().call(Method::DELETE, &path, None, None).await.expect("an answer");
+    assert!(cancel.is_ok(), "{}", cancel.body);
+    assert_eq!(hosts.source.finished(&moved.operation()).await.unwrap()["state"], "cancelled");
+    let from = count(&hosts.source, &server);
+    goes_on(&hosts.source, &server, from, "after its move was cancelled").await;
+    assert_eq!(count(&hosts.source, &server).boots, 1);
+    let gone = async || hosts.states(&server).await[1].is_none().then_some(());
+    wait_for("the target to have nothing of it", gone).await.unwrap();
+    hosts.close().await;
+}
+
+#[test]
+fn a_move_tells_how_far_it_is_and_can_be_called_off() {
+    inside("live::a_move_tells_how_far_it_is_and_can_be_called_off", calls_off());
 }
 
 /// Points of a move at the source's daemon, and at the target's.

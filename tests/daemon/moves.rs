@@ -61,13 +61,13 @@ impl Hosts {
         }
     }
 
-    /// Runs a program in the network of a host: 0 is the source's, which is the test's own.
-    pub(crate) fn run_at(&self, side: usize, words: &[&str]) {
+    /// Runs a program in the network of a host, and answers what it says: 0 is the source's, which is the test's own.
+    pub(crate) fn run_at(&self, side: usize, words: &[&str]) -> String {
         let net = format!("--net=/proc/{}/ns/net", self.holder.id());
         match side {
             0 => run(words[0], &words[1..]),
             _ => run("nsenter", &[&[net.as_str()][..], words].concat()),
-        };
+        }
     }
 
     pub(crate) fn sides(&self) -> [(&Stage, &'static str); 2] {

@@ -226,6 +226,22 @@ impl FakeVmm {
         Ok(Reply::Done)
     }
 
+    /// The target's VMM has said that the machine runs there, whatever becomes of the daemons' connections.
+    pub fn hears_that_it_runs_there(&self) {
+        if let Some(status) = lock(&self.inside).moving.as_mut() {
+            status.phase = Phase::Moved;
+        }
+    }
+
+    /// A machine that has come cannot be let run.
+    pub(super) fn drop_arrival(&self) -> Result<Reply, Fault> {
+        if let Some(status) = lock(&self.inside).moving.as_mut() {
+            (status.phase, status.detail) = (Phase::Dropped, Some("KVM has no room for it".to_owned()));
+        }
+        self.tell_move();
+        Ok(Reply::Done)
+    }
+
     /// Ends its streams, as the kernel does with those of a process that ends.
     pub(super) fn shut_streams(&self) {
         shut(&lock(&self.inside).streams);

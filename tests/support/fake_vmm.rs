@@ -31,7 +31,7 @@ use wire::control::{
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{FdIndex, MachineSpec, RateLimits};
-use wire::migration::{MigrationStatus, ReceiveSpec};
+use wire::migration::{MigrationStatus, Owner, ReceiveSpec};
 use wire::saved::form::{self, Section};
 use wire::saved::table::Table;
 use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
@@ -58,6 +58,8 @@ pub enum Guest {
     DiesAtBoot,
     /// The devices do not drain, so it cannot be paused.
     CannotPause,
+    /// A machine that has come cannot be let run.
+    CannotArrive,
     /// Its memory cannot be saved.
     CannotSave,
     /// The VMM keeps what it has saved open.
@@ -644,6 +646,9 @@ impl Running {
             Command::Receive(spec) => self.receive(&spec, descriptors),
             Command::CommitMigration => self.vmm.commit_move(),
             Command::CancelMigration => self.vmm.cancel_move(),
+            Command::SettleMigration { owner: Owner::Here } if self.guest == Guest::CannotArrive => {
+                self.vmm.drop_arrival()
+            }
             Command::SettleMigration { owner } => self.vmm.settle_move(owner),
             Command::LimitMigration { .. } => Ok(Reply::Done),
             Command::Handles => {

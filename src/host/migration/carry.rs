@@ -12,14 +12,13 @@ use model::operation::Progress;
 use model::{Code, OperationId};
 use sys::beneath::{self, Access};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::sleep;
 use tokio_rustls::client::TlsStream;
 use uuid::Uuid;
 use wire::limits::PIECE_BYTES_MAX;
 use wire::peer::{Message, Parcel, Piece, SavedFiles, Saying};
 
-use super::link::{Link, out_of_turn};
+use super::link::{Link, Wire, out_of_turn};
 use super::live::memory_streams;
 use super::source::{connect, greet};
 use super::ticket::Ticket;
@@ -27,7 +26,7 @@ use super::{Migrations, limits, obstacles_text};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
-use crate::servers::lifecycle::Trouble;
+use crate::servers::lifecycle::{self, Trouble};
 use crate::servers::moving::parcel::Packed;
 use crate::servers::moving::plan::{Effect, Event, Phase, Side};
 use crate::servers::moving::{self, Move};
@@ -69,13 +68,16 @@ impl Migrations {
         offer: wire::peer::Offer,
     ) {
         let carried = self.deliver(&begun, ticket, &spec, offer).await;
+        self.take_back(&begun).await;
         if let Err(cause) = &carried {
             if cause.code == Code::Draining || self.core.store.is_dead() {
                 return;
             }
             tracing::warn!(server = %begun.server, "its move does not go on: {}", cause.chain());
-            let event = if cause.code == Code::HostUnreachable { Event::Lost } else { Event::Failed };
-            self.tell(begun.id, event, Some(cause)).await;
+            match cause.code {
+                Code::HostUnreachable => self.lose(&begun, Some(cause)).await,
+                _ => self.tell(begun.id, Event::Failed, Some(cause)).await,
+            }
         }
         self.see_to(begun.id).await;
     }
@@ -104,7 +106,7 @@ impl Migrations {
                         let (server, host) = (held.server, &held.peer_name);
                         tracing::info!(%server, "host {host} is asked again what became of it: {}", cause.chain());
                     }
-                    self.tell(id, Event::Lost, None).await;
+                    self.lose(&held, None).await;
                 }
             }
             sleep(pause).await;
@@ -181,6 +183,37 @@ impl Migrations {
                 "its guest stood still for {downtime_us} us; {sent_bytes} bytes in {rounds} rounds and {total_us} us"
             );
         }
+    }
+
+    /// A move that was called off may have been begun in the VMM just after its server's actor had looked there.
+    async fn take_back(&self, begun: &Move) {
+        let server = begun.server;
+        let look = move |connection: &rusqlite::Connection| {
+            // One that moves, or moves once more, is nobody's business here.
+            let record = records::find::<ServerRecord>(connection, server.0)?;
+            Ok(record.is_some_and(|record| matches!(record.life.phase, lifecycle::Phase::Running { .. })))
+        };
+        let taken = async {
+            match self.core.store.read(look).await? {
+                true => self.servers.take_back(server).await,
+                false => Ok(()),
+            }
+        };
+        if let Err(cause) = taken.await
+            && cause.code != Code::Draining
+            && !self.core.store.is_dead()
+        {
+            tracing::warn!(%server, "its machine may stand still until the daemon starts again: {}", cause.chain());
+        }
+    }
+
+    /// The connection is gone. The word that was lost may have come by another way.
+    async fn lose(&self, held: &Move, cause: Option<&Error>) {
+        let event = match self.servers.has_moved(held.server).await {
+            true => Event::Heard(Saying::Taken),
+            false => Event::Lost,
+        };
+        self.tell(held.id, event, cause).await;
     }
 
     /// Saves what an event is to a move. What cannot be saved now is found when the daemon starts again.
@@ -288,7 +321,7 @@ impl Migrations {
 
     async fn send_all(
         &self,
-        link: &mut Link<TlsStream<TcpStream>>,
+        link: &mut Link<TlsStream<Wire>>,
         loads: Vec<Load>,
         begun: &Move,
         job: Option<OperationId>,

@@ -2,9 +2,13 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// Connections from other hosts at once; each costs a task and one frame. Those that carry a stream of a move do not count: a
-/// move that was accepted waits for so many and no more.
-pub const CONNECTIONS_MAX: usize = 16;
+/// Connections from other hosts at once that have not shown what they are for, of strangers and beside them of hosts that
+/// servers come from; each costs a handshake and one frame. Moves, and the streams that they wait for, do not count.
+pub const CONNECTIONS_MAX: usize = 32;
+
+/// Servers that come here at once. Each has a VMM with its memory, some threads, and a share of the network: more of them only
+/// take longer.
+pub const MOVES_MAX: usize = 16;
 
 /// Most streams for the memory of one machine: more than this many processors are not worth it on the networks there are.
 pub const LIVE_STREAMS_MAX: u16 = 4;
@@ -15,11 +19,7 @@ pub const PUMP_BYTES: usize = 256 << 10;
 /// How often the source of a machine says that it is there: some times within [`SILENCE`].
 pub const BEAT: Duration = Duration::from_secs(10);
 
-/// Pauses before a machine that has come is announced: what is lost once is told again.
-pub const ANNOUNCE_AFTER: [Duration; 3] =
-    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500)];
-
-/// How long another host may take to be reached.
+/// How long another host may take to be reached, or one that connects to show what it is for.
 pub const CONNECT: Duration = Duration::from_secs(10);
 
 /// How long a whole conversation before a move may take: handshake, greeting, question, answer.
@@ -40,6 +40,13 @@ pub const TICKETS_MAX: u32 = 1000;
 /// How long the other host may say nothing while a move goes on: a disk that is slow, or a network that stalls. A peer that
 /// is gone without a word is noticed by it.
 pub const SILENCE: Duration = Duration::from_secs(60);
+
+/// Least that a host which sends a server sends of it in [`PACE_EVERY`]: far less than with the least bandwidth that can be asked
+/// for. Who sends less holds its place, memory and disks here for as long as it likes.
+pub const PACE_BYTES_MIN: u64 = 32 << 20;
+
+/// How long that may take. What a medium or a network stalls for is less.
+pub const PACE_EVERY: Duration = Duration::from_secs(600);
 
 /// How long a connection is quiet before the kernel asks whether there is another end: what broke while nothing was on its way is
 /// known so soon, and a probe costs one packet.

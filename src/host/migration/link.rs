@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use model::Code;
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use wire::peer::{self, HEAD_BYTES, Kind, Message, Piece, Saying};
@@ -101,19 +101,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     }
 }
 
+/// What TLS reads: it asks the kernel for no more than 4 KiB at a time, which is a call for each page of a machine.
+pub(super) type Wire = BufReader<TcpStream>;
+
 /// Sets a connection between two daemons up, at either end. Nothing is gathered: words wait for answers, and pieces are large.
 /// One that only the other end knows to be broken is found out, though nothing is to be sent (tcp(7)).
-pub(super) fn set_up(stream: &TcpStream) -> Result<()> {
+pub(super) fn set_up(stream: TcpStream) -> Result<Wire> {
     let set = || {
         stream.set_nodelay(true)?;
-        sockopt::set_socket_keepalive(stream, true)?;
-        sockopt::set_tcp_keepidle(stream, limits::PROBE_EVERY)?;
-        sockopt::set_tcp_keepintvl(stream, limits::PROBE_EVERY)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, limits::PROBE_EVERY)?;
+        sockopt::set_tcp_keepintvl(&stream, limits::PROBE_EVERY)?;
         let silence_ms = u32::try_from(limits::SILENCE.as_millis()).unwrap_or(u32::MAX);
-        sockopt::set_tcp_user_timeout(stream, silence_ms)?;
+        sockopt::set_tcp_user_timeout(&stream, silence_ms)?;
         Ok::<(), io::Error>(())
     };
-    set().map_err(|cause| Error::internal("a connection cannot be set up", cause))
+    set().map_err(|cause| Error::internal("a connection cannot be set up", cause))?;
+    Ok(BufReader::with_capacity(limits::PUMP_BYTES, stream))
 }
 
 /// Reads something.

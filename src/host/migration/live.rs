@@ -5,31 +5,23 @@
 //!  source  VMM at ready ── VMM promises to stand still ── commit is saved ── said ─▶ ... taken ─▶ VMM ends
 //!  target  VMM at ready ── ready is saved ── said ─▶ ... commit heard ── moved is saved ── VMM runs ── said
 //! ```
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use model::migration::MigrateServer;
 use model::operation::Progress;
 use model::{Code, OperationId};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{sleep, timeout};
 use wire::migration::{MigrationStatus, Phase as VmmPhase, SendLimits, Side};
 use wire::peer::{Message, Saying};
 
 use super::link::{Link, Received, out_of_turn};
 use super::streams::Pumps;
+use super::take::Pace;
 use super::{Migrations, limits};
 use crate::error::{Error, Result};
-use crate::network::announce;
 use crate::servers::moving::Move;
 use crate::servers::moving::parcel::Packed;
 use crate::servers::moving::plan::{Event, Phase};
-
-/// What a target holds while a machine arrives.
-pub(super) struct Arrival {
-    taps: Vec<OwnedFd>,
-    pumps: Pumps,
-}
 
 /// How many streams the memory of a machine takes: each costs a processor at either end.
 pub(super) fn memory_streams() -> u16 {
@@ -60,6 +52,7 @@ impl Migrations {
         // One that was cancelled meanwhile is not begun.
         let preparing = Progress { phase: "preparing".to_owned(), percent: 1, ..Progress::default() };
         self.write_progress(begun, job, preparing).await?;
+        self.core.checkpoint("move.begun")?;
         self.servers.send_live(begun.server, sockets, limits).await?;
         self.core.checkpoint("move.sending")?;
         let word = self.follow(link, begun, job).await?;
@@ -118,7 +111,7 @@ impl Migrations {
         begun: &Move,
         packed: &Packed,
         streams: u16,
-    ) -> Result<(Phase, Arrival)>
+    ) -> Result<(Phase, Pumps)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -128,14 +121,13 @@ impl Migrations {
         self.core.checkpoint("move.awaited")?;
         link.say(Saying::Copying).await?;
         let (sockets, pumps) = awaited.all(of_memory).await?;
-        let taps = self.servers.receive_live(begun.server, sockets).await?;
+        self.servers.receive_live(begun.server, sockets).await?;
         self.core.checkpoint("move.receiving")?;
-        let arrival = Arrival { taps, pumps };
         if let Some(word) = self.wait_for_arrival(link, begun).await? {
-            return Ok((self.give(link, begun.id, Event::Heard(word)).await?, arrival));
+            return Ok((self.give(link, begun.id, Event::Heard(word)).await?, pumps));
         }
         self.core.checkpoint("move.arrived")?;
-        Ok((self.give(link, begun.id, Event::Done).await?, arrival))
+        Ok((self.give(link, begun.id, Event::Done).await?, pumps))
     }
 
     /// Waits until the VMM has the machine, or the source says that it will not.
@@ -143,7 +135,7 @@ impl Migrations {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let mut heard = Instant::now();
+        let (mut heard, mut pace) = (Instant::now(), Pace::new());
         loop {
             let said = tokio::select! {
                 biased;
@@ -163,27 +155,10 @@ impl Migrations {
             match status.phase {
                 VmmPhase::Ready => return Ok(None),
                 phase if phase.is_end() => return Err(ended(&status)),
-                _ => {}
+                // What is skipped is not told here, but sent in no time.
+                _ => pace.came(status.progress.sent_bytes)?,
             }
         }
-    }
-
-    /// What is left to do for a machine that runs here now: its network is told where it is, and its VMM's last word is
-    /// carried to the source.
-    pub(super) async fn welcome(&self, packed: &Packed, arrival: Arrival) {
-        let Arrival { taps, mut pumps } = arrival;
-        let nics: Vec<_> = packed.nics.iter().map(|nic| (nic.mac.clone(), nic.ipv4)).collect();
-        for pause in limits::ANNOUNCE_AFTER {
-            sleep(pause).await;
-            for ((mac, ipv4), tap) in nics.iter().zip(&taps) {
-                if let Err(cause) = announce::announce(tap, mac, *ipv4) {
-                    tracing::debug!("a machine that has come is not announced: {cause}");
-                }
-            }
-        }
-        drop(taps);
-        let ended = async { while pumps.join_next().await.is_some() {} };
-        let _ = timeout(limits::CONVERSATION, ended).await;
     }
 }
 
@@ -205,7 +180,7 @@ fn progress(status: &MigrationStatus) -> Progress {
         |span: u64| u8::try_from(sent.saturating_mul(span).checked_div(total).unwrap_or(0)).unwrap_or(0);
     let (phase, percent) = match (status.phase, status.progress.rounds) {
         (VmmPhase::Greet, _) => ("preparing", 1),
-        (VmmPhase::Rounds, 0 | 1) => ("copying", 1),
+        (VmmPhase::Rounds, 0 | 1) => ("copying", 1_u8.saturating_add(share(39)).min(40)),
         (VmmPhase::Rounds, _) => ("copying_changes", 40_u8.saturating_add(share(45)).min(85)),
         _ => ("standing_still", 88),
     };

@@ -54,6 +54,7 @@ mod ticket;
 use cpu::Cpu;
 use identity::Identity;
 use streams::Joining;
+use target::Places;
 use ticket::Ticket;
 
 pub(crate) const TABLES: &str = ticket::TABLES;
@@ -72,6 +73,8 @@ pub struct Migrations {
     taking: Arc<Mutex<BTreeSet<ServerId>>>,
     /// Streams that machines which come wait for.
     joining: Arc<Joining>,
+    /// Bounds of what comes at once.
+    places: Arc<Places>,
     /// What is carried away from here; ends with the daemon.
     carried: Arc<Mutex<JoinSet<()>>>,
 }
@@ -90,7 +93,7 @@ impl Migrations {
         launcher: Arc<dyn Launch>,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, joining, carried) = Default::default();
+        let (listening, taking, joining, places, carried) = Default::default();
         Ok(Migrations {
             core,
             servers,
@@ -101,6 +104,7 @@ impl Migrations {
             listening,
             taking,
             joining,
+            places,
             carried,
         })
     }
@@ -265,6 +269,11 @@ impl Migrations {
             MigrationOwner::Here => Owner::Here,
             MigrationOwner::There => Owner::There,
         };
+        if owner == Owner::Here && self.servers.has_moved(id).await {
+            let detail =
+                "the server's VMM here has heard that the machine runs at the other host; settle it there";
+            return Err(Error::new(Code::WrongState, detail));
+        }
         let conditions = call.clone();
         let settle = move |tx: &Tx<'_>| {
             let record: ServerRecord = records::one(tx, id.0)?;

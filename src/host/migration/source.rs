@@ -1,4 +1,5 @@
 //! The end a server comes from, before it moves: what it would bring, and the question whether it could come.
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use wire::saved::Digest;
 
 use super::cpu::Cpu;
 use super::identity::Identity;
-use super::link::{Link, out_of_turn};
+use super::link::{Link, Wire, out_of_turn};
 use super::ticket::Ticket;
 use super::{limits, link};
 use crate::config::Dirs;
@@ -88,7 +89,7 @@ pub(super) async fn connect(
     identity: &Identity,
     target: SocketAddr,
     host: Digest,
-) -> Result<Link<TlsStream<TcpStream>>> {
+) -> Result<Link<TlsStream<Wire>>> {
     let stream = match timeout(limits::CONNECT, TcpStream::connect(target)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(cause)) => {
@@ -98,12 +99,20 @@ pub(super) async fn connect(
         }
         Err(_) => return Err(too_slow(target)),
     };
-    link::set_up(&stream)?;
+    let stream = link::set_up(stream)?;
     let connector = TlsConnector::from(Arc::new(identity.to(host)?));
     let shaken =
         timeout(limits::CONVERSATION, connector.connect(ServerName::IpAddress(target.ip().into()), stream));
     match shaken.await {
-        Ok(Ok(stream)) => Ok(Link::new(stream)),
+        Ok(Ok(mut stream)) => {
+            stream.get_mut().1.set_buffer_limit(Some(limits::PUMP_BYTES));
+            Ok(Link::new(stream))
+        }
+        Ok(Err(cause)) if matches!(cause.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
+            let detail =
+                format!("the host at {target} ended the connection at once; it may have too many, try again");
+            Err(Error::new(Code::HostUnreachable, detail).caused_by(cause))
+        }
         Ok(Err(cause)) => {
             let detail = format!(
                 "what answers at {target} is not the host that made the ticket, or no host at all; check the address"
@@ -123,7 +132,7 @@ pub(super) struct Welcome {
 }
 
 /// Shows the ticket. Fails with `invalid` when it is not good.
-pub(super) async fn greet(link: &mut Link<TlsStream<TcpStream>>, secret: String) -> Result<Welcome> {
+pub(super) async fn greet(link: &mut Link<TlsStream<Wire>>, secret: String) -> Result<Welcome> {
     let (host, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
     link.send(&Message::Greet { host, program, ticket: secret }).await?;
     match link.message(limits::CONVERSATION).await? {
@@ -199,6 +208,7 @@ fn shown(obstacle: Obstacle) -> migration::Obstacle {
         ObstacleKind::Kvm => ObstacleCode::Kvm,
         ObstacleKind::State => ObstacleCode::State,
         ObstacleKind::Version => ObstacleCode::Version,
+        ObstacleKind::Busy => ObstacleCode::Busy,
     };
     migration::Obstacle { code, detail: obstacle.detail }
 }

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
+use futures_util::FutureExt;
 use model::Code;
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -15,7 +16,7 @@ use uuid::Uuid;
 use wire::peer::{Message, Saying};
 use wire::saved::Digest;
 
-use super::link::{Link, out_of_turn};
+use super::link::{Link, Wire, out_of_turn};
 use super::source::connect;
 use super::{Migrations, limits};
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ use crate::servers::live::Streams;
 use crate::servers::moving::Move;
 
 /// A stream of another host's VMM.
-type Joined = server::TlsStream<TcpStream>;
+type Joined = server::TlsStream<Wire>;
 
 /// Streams that moves wait for, by move.
 #[derive(Default)]
@@ -91,7 +92,7 @@ impl Migrations {
         of_disks: usize,
     ) -> Result<(Streams, Pumps)> {
         let address = begun.address.ok_or_else(out_of_turn)?;
-        let mut opened: Vec<client::TlsStream<TcpStream>> = Vec::new();
+        let mut opened: Vec<client::TlsStream<Wire>> = Vec::new();
         for stream in (0_u16..).take(of_memory.saturating_add(of_disks)) {
             let mut link = connect(&self.identity, address, begun.peer).await?;
             link.send(&Message::Join { transfer: begun.id.to_string(), stream }).await?;
@@ -134,16 +135,39 @@ where
 {
     let broken = |cause| Error::internal("a pair of sockets cannot be made", cause);
     let (mut sockets, mut pumps) = (Vec::new(), JoinSet::new());
-    for mut stream in opened {
+    for stream in opened {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(broken)?;
         ours.set_nonblocking(true).map_err(broken)?;
-        let mut ours = UnixStream::from_std(ours).map_err(broken)?;
+        let ours = UnixStream::from_std(ours).map_err(broken)?;
         sockets.push(OwnedFd::from(theirs));
         pumps.spawn(async move {
-            let bytes = limits::PUMP_BYTES;
+            let ((mut from_vmm, mut to_vmm), (mut from_host, mut to_host)) =
+                (ours.into_split(), split(stream));
             // A link that breaks ends both ways, and the VMM finds its stream gone.
-            let _ = copy_bidirectional_with_sizes(&mut ours, &mut stream, bytes, bytes).await;
+            let _ = tokio::try_join!(carry(&mut from_vmm, &mut to_host), carry(&mut from_host, &mut to_vmm));
         });
     }
     Ok((Streams { sockets, of_memory }, pumps))
+}
+
+/// Carries what is read to where it is written, and its end. TLS gives a record at a time: what has come already goes along.
+async fn carry(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; limits::PUMP_BYTES];
+    loop {
+        let mut filled = from.read(&mut buffer).await?;
+        if filled == 0 {
+            return to.shutdown().await;
+        }
+        // The end comes again, and so does what is broken.
+        while let Some(rest @ [_, ..]) = buffer.get_mut(filled..)
+            && let Some(Ok(more @ 1..)) = from.read(rest).now_or_never()
+        {
+            filled += more;
+        }
+        to.write_all(buffer.get(..filled).unwrap_or_default()).await?;
+        to.flush().await?;
+    }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use std::sync::PoisonError;
+use std::time::Instant;
 
 use model::image::{Image, ImageState};
 use model::{Code, ServerId};
@@ -17,7 +18,7 @@ use wire::peer::{Message, Offer, Parcel, Piece, Power, SavedFiles, Saying};
 use wire::saved::Digest;
 
 use super::link::{Link, Received, out_of_turn};
-use super::target::{against_records, judge};
+use super::target::{Caller, Coming, against_records, busy, judge};
 use super::{Migrations, limits, ticket};
 use crate::core::blocking;
 use crate::error::{Error, Result};
@@ -43,6 +44,34 @@ struct Lengths {
     console_bytes: u64,
     saved: Option<SavedFiles>,
     live_streams: Option<u16>,
+}
+
+/// Whether what comes from another host comes fast enough to be worth waiting for.
+pub(super) struct Pace {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    pub(super) fn new() -> Pace {
+        Pace { since: Instant::now(), bytes: 0 }
+    }
+
+    /// So much has come in all. Fails with `host_unreachable` when that is too little.
+    pub(super) fn came(&mut self, bytes: u64) -> Result<()> {
+        if bytes.saturating_sub(self.bytes) >= limits::PACE_BYTES_MIN {
+            (self.since, self.bytes) = (Instant::now(), bytes);
+        }
+        if self.since.elapsed() <= limits::PACE_EVERY {
+            return Ok(());
+        }
+        let detail = format!(
+            "the other host sent less than {} bytes in {:?}",
+            limits::PACE_BYTES_MIN,
+            limits::PACE_EVERY
+        );
+        Err(Error::new(Code::HostUnreachable, detail))
+    }
 }
 
 /// Keeps others from coming for the same server.
@@ -72,7 +101,7 @@ impl Migrations {
     pub(super) async fn take<S>(
         &self,
         link: &mut Link<S>,
-        source: Digest,
+        caller: Caller,
         host: String,
         secret: String,
         parcel: Parcel,
@@ -84,21 +113,27 @@ impl Migrations {
         if !blocked_by.is_empty() {
             return link.send(&Message::Verdict { blocked_by }).await;
         }
+        let source = caller.host;
+        let Some(coming) = Coming::begin(&self.places, caller) else {
+            return link.send(&Message::Verdict { blocked_by: vec![busy()] }).await;
+        };
         let taking = Taking::begin(self, parcel.offer.server.parse().unwrap_or(ServerId(Uuid::nil())))?;
         let (begun, lengths, packed) = self.accept(source, host, secret, parcel).await?;
         let id = begun.id;
         if let Some(streams) = lengths.live_streams {
             self.core.checkpoint("move.recorded")?;
-            let (arrived, arrival) = match self.receive_machine(link, &begun, &packed, streams).await {
-                Ok((phase, arrival)) => (Ok(phase), Some(arrival)),
+            let (arrived, pumps) = match self.receive_machine(link, &begun, &packed, streams).await {
+                Ok((phase, pumps)) => (Ok(phase), Some(pumps)),
                 Err(cause) => (Err(cause), None),
             };
             // Its actor removes what there is of a machine that was dropped.
             self.hear_out(arrived, link, id).await?;
             // It may leave again at once.
-            drop(taking);
-            if let Some(arrival) = arrival {
-                self.welcome(&packed, arrival).await;
+            drop((taking, coming));
+            if let Some(mut pumps) = pumps {
+                // What its VMM says last is carried to the source's.
+                let ended = async { while pumps.join_next().await.is_some() {} };
+                let _ = timeout(limits::CONVERSATION, ended).await;
             }
             return Ok(());
         }
@@ -285,6 +320,7 @@ impl Migrations {
     {
         // One piece is written while the next one comes.
         let mut writing: Option<JoinHandle<Result<()>>> = None;
+        let (mut pace, mut came) = (Pace::new(), 0_u64);
         loop {
             let received = timeout(limits::SILENCE, link.receive()).await;
             let received = received.map_err(|_| {
@@ -306,6 +342,8 @@ impl Migrations {
             // More than a file has is sent by nobody who means well, and nothing only to keep a place.
             let fits = count > 0 && end <= into.length;
             into.left = into.left.checked_sub(count).filter(|_| fits).ok_or_else(outside)?;
+            came = came.saturating_add(count);
+            pace.came(came)?;
             let file = into.file.clone();
             writing = Some(tokio::task::spawn_blocking(move || {
                 let bytes = body.get(wire::peer::PIECE_HEAD_BYTES..).unwrap_or_default();
@@ -352,4 +390,21 @@ fn is_what_was_offered(packed: &Packed, offer: &Offer) -> bool {
 
 fn unwritable(cause: std::io::Error) -> Error {
     Error::file("a file of the server cannot be written", cause)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_sends_next_to_nothing_is_not_waited_for() {
+        let late = Instant::now().checked_sub(limits::PACE_EVERY * 2).unwrap();
+        let mut pace = Pace { since: late, bytes: 5 };
+        assert!(pace.came(4 + limits::PACE_BYTES_MIN).is_err());
+        // What is enough counts from then on.
+        pace.came(5 + limits::PACE_BYTES_MIN).unwrap();
+        pace.came(6 + limits::PACE_BYTES_MIN).unwrap();
+        pace.since = late;
+        assert!(pace.came(6 + limits::PACE_BYTES_MIN).is_err());
+    }
 }

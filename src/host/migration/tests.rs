@@ -11,6 +11,7 @@ use super::*;
 use crate::Host;
 use crate::stage::{self, SOON, Stage};
 
+mod crowds;
 mod cuts;
 mod live;
 mod moves;

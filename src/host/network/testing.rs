@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -30,6 +30,8 @@ pub struct Scene {
     pub served: BTreeMap<NetworkId, Vec<Port>>,
     /// Taps that were made and not removed, by name.
     pub taps: BTreeMap<String, Port>,
+    /// What was written to each, packet after packet.
+    pub sent: BTreeMap<String, Arc<File>>,
 }
 
 impl FakePlumbing {
@@ -86,9 +88,14 @@ impl Plumbing for FakePlumbing {
             if !scene.segments.contains_key(&segment.id) {
                 return Err(PlumbingError::Failed(format!("there is no bridge {}", segment.bridge)));
             }
+            let stand_in = || {
+                let tap = File::from(rustix::fs::memfd_create("tap", rustix::fs::MemfdFlags::CLOEXEC)?);
+                Ok::<_, std::io::Error>((tap.try_clone()?, tap))
+            };
+            let (kept, tap) = stand_in().map_err(|cause| PlumbingError::Failed(cause.to_string()))?;
+            scene.sent.insert(port.tap(), Arc::new(kept));
             scene.taps.insert(port.tap(), port);
-            let stand_in = File::options().read(true).write(true).open("/dev/null");
-            stand_in.map(OwnedFd::from).map_err(|cause| PlumbingError::Failed(cause.to_string()))
+            Ok(tap.into())
         });
         async { outcome }.boxed()
     }
@@ -97,6 +104,7 @@ impl Plumbing for FakePlumbing {
         let outcome = self.able().map(|mut scene| {
             for port in ports {
                 scene.taps.remove(&port.tap());
+                scene.sent.remove(&port.tap());
             }
         });
         async { outcome }.boxed()

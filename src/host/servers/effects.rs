@@ -434,7 +434,10 @@ impl Doing {
             Err(cause) => match self.end_of_gone(&cause).await {
                 // Or what follows it would be wanted parked, as one that only refuses.
                 Some(end) => return Ok(Event::Ended(end)),
-                None => Event::ResumeFailed(Trouble::from(&Error::from(cause))),
+                None => match self.end_elsewhere().await {
+                    Some(end) => return Ok(Event::NotHere(end)),
+                    None => Event::ResumeFailed(Trouble::from(&Error::from(cause))),
+                },
             },
         };
         if event == Event::Resumed {

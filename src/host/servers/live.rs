@@ -4,19 +4,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use model::{Code, ServerId};
+use model::{Code, ServerId, Time};
 use wire::control::{Command, Reply};
 use wire::machine::FdIndex;
 use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
 
 use super::Servers;
 use super::effects::Doing;
-use super::lifecycle::{self, Back, Event};
+use super::lifecycle::{self, Back, End, EndKind, Event};
 use super::limits;
 use super::machine::{self, Packet};
 use super::record::ServerRecord;
 use super::registry::Entry;
 use crate::error::{Error, Result};
+use crate::network::announce;
 use crate::store::records;
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
@@ -51,9 +52,8 @@ impl Servers {
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
     }
 
-    /// Has the VMM of a server that comes receive its machine over these streams. Answers its taps, with which it can be
-    /// announced.
-    pub(crate) async fn receive_live(&self, id: ServerId, streams: Streams) -> Result<Vec<OwnedFd>> {
+    /// Has the VMM of a server that comes receive its machine over these streams.
+    pub(crate) async fn receive_live(&self, id: ServerId, streams: Streams) -> Result<()> {
         let (entry, workshop) = (self.live(id)?, self.workshop());
         let record: ServerRecord =
             workshop.core.store.read(move |connection| records::one(connection, id.0)).await?;
@@ -66,14 +66,13 @@ impl Servers {
         let machine::Description { spec: machine, descriptors: mut packet } = described;
         let taps = machine.nics.iter().filter_map(|nic| packet.0.get(usize::from(nic.tap.0)));
         let taps: std::io::Result<Vec<OwnedFd>> = taps.map(OwnedFd::try_clone).collect();
-        let taps = taps.map_err(|cause| Error::internal("a tap cannot be copied", cause))?;
+        *entry.taps() = taps.map_err(|cause| Error::internal("a tap cannot be copied", cause))?;
         let (streams, disks) = streams.name(&mut packet);
         let spec = ReceiveSpec { machine, memory: None, streams, disks, held: true };
         spec.check(packet.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
-        done(link.ask(Command::Receive(Box::new(spec)), &borrowed, limits::BOOT).await?)?;
-        Ok(taps)
+        done(link.ask(Command::Receive(Box::new(spec)), &borrowed, limits::BOOT).await?)
     }
 
     /// Waits until a server that comes has a VMM. Fails with what kept it from having one.
@@ -99,6 +98,13 @@ impl Servers {
         let link = self.live(id)?.link(limits::COMMAND).await?;
         let none = || Error::new(Code::MachineFailed, "the VMM knows of no move");
         status(&link).await?.ok_or_else(none)
+    }
+
+    /// Whether a source's VMM has heard from the target's that the machine runs there: that is proof, for it is let run only
+    /// when its host has the server. A VMM that is gone knows nothing.
+    pub(crate) async fn has_moved(&self, id: ServerId) -> bool {
+        let status = self.move_status(id).await;
+        status.is_ok_and(|status| (status.side, status.phase) == (Side::Source, Phase::Moved))
     }
 
     /// Waits until the VMM has told more of its move, but not for long. Cancel-safe.
@@ -131,6 +137,14 @@ impl Servers {
         }
     }
 
+    /// Has a machine run on here that is not to move. A server without one is left alone.
+    pub(crate) async fn take_back(&self, id: ServerId) -> Result<()> {
+        let Some(entry) = self.registry.find(id).filter(|entry| entry.machine().is_some()) else {
+            return Ok(());
+        };
+        Ok(keep(&entry.link(limits::COMMAND).await?).await?)
+    }
+
     /// Lets a machine run that has arrived, which is recorded. Its actor does the same, a little later.
     pub(crate) async fn let_run(&self, id: ServerId) -> Result<()> {
         let link = self.live(id)?.link(limits::COMMAND).await?;
@@ -147,6 +161,33 @@ fn done(reply: Reply) -> Result<()> {
         Reply::Done => Ok(()),
         other => Err(Error::new(Code::MachineFailed, format!("the VMM answered a move with {other:?}"))),
     }
+}
+
+/// How a machine ended here that has moved, or has not come, against what is recorded; nothing of one that is here.
+fn not_here(status: &MigrationStatus) -> Option<End> {
+    let (kind, detail) = match (status.side, status.phase) {
+        (Side::Target, Phase::Dropped) => {
+            let why = status.detail.as_deref().unwrap_or("its VMM does not say why");
+            (EndKind::DidNotArrive, format!("the machine that came could not run here: {why}"))
+        }
+        (Side::Source, Phase::Moved) => {
+            let detail = "the machine goes on at the other host, though it was settled that the server is here; delete it on one \
+                          of the two";
+            (EndKind::WentElsewhere, detail.to_owned())
+        }
+        _ => return None,
+    };
+    Some(End { kind, detail, at_ms: Time::now().unix_ms() })
+}
+
+/// Has a source's VMM keep its machine, whatever it has promised. Repeatable.
+async fn keep(link: &Link) -> std::result::Result<(), AskError> {
+    let under_way =
+        status(link).await?.filter(|status| status.side == Side::Source && !status.phase.is_end());
+    if under_way.is_none() || link.order(Command::CancelMigration, limits::PAUSE).await.is_ok() {
+        return Ok(());
+    }
+    link.order(Command::SettleMigration { owner: Owner::Here }, limits::PAUSE).await
 }
 
 async fn status(link: &Link) -> std::result::Result<Option<MigrationStatus>, AskError> {
@@ -167,40 +208,64 @@ impl Doing {
         self.vmm(std::future::ready(Ok(Content::Filled))).await.map(Event::Spawned)
     }
 
-    /// The server is this host's, whatever its VMM waits for: a move that may still be under way ends here. Answers how the
-    /// machine ended, where it cannot run here any more. Repeatable.
+    /// How the machine ended, if the VMM at hand says that it has none that could run here.
+    pub(super) async fn end_elsewhere(&self) -> Option<End> {
+        let found = async { status(&self.entry.link(limits::COMMAND).await?).await };
+        not_here(&found.await.ok()??)
+    }
+
+    /// The server is this host's, whatever its VMM waits for: a move that may still be under way ends here. Answers what
+    /// follows where the machine cannot run here any more. Repeatable.
     pub(super) async fn reclaim(&self) -> Result<Option<Event>> {
         let reclaimed = async {
             let link = self.entry.link(limits::COMMAND).await?;
-            let Some(status) = status(&link).await? else { return Ok(true) };
-            match (status.side, status.phase) {
-                (Side::Source, Phase::Returned) | (Side::Target, Phase::Moved | Phase::Release) => Ok(true),
-                (Side::Source, Phase::Moved) | (Side::Target, Phase::Dropped) => Ok(false),
-                (Side::Source, _) => {
-                    if link.order(Command::CancelMigration, limits::PAUSE).await.is_err() {
-                        let here = Command::SettleMigration { owner: Owner::Here };
-                        link.order(here, limits::PAUSE).await?;
-                    }
-                    Ok(true)
-                }
+            let Some(found) = status(&link).await? else { return Ok(None) };
+            match (found.side, found.phase) {
+                (Side::Source, Phase::Returned | Phase::Moved)
+                | (Side::Target, Phase::Moved | Phase::Dropped) => return Ok(Some(found)),
+                (Side::Source, _) => keep(&link).await?,
+                (Side::Target, Phase::Release) => {}
                 (Side::Target, _) => {
                     let here = Command::SettleMigration { owner: Owner::Here };
                     link.order(here, limits::PAUSE).await?;
-                    Ok(true)
                 }
             }
+            status(&link).await
         };
-        let reclaimed: std::result::Result<bool, AskError> = reclaimed.await;
+        let reclaimed: std::result::Result<_, AskError> = reclaimed.await;
         self.workshop.core.checkpoint("server.reclaimed")?;
         match reclaimed {
-            Ok(true) => Ok(None),
-            Err(cause @ AskError::Gone) => Ok(self.end_of_gone(&cause).await.map(Event::Ended)),
-            Ok(false) => {
-                tracing::error!(server = %self.record.id, "its machine is not where its records say");
-                self.kill().await.map(Some)
+            Ok(found) => {
+                let not_here = found.as_ref().and_then(not_here);
+                if let Some(end) = &not_here {
+                    tracing::error!(server = %self.record.id, "{}", end.detail);
+                } else {
+                    self.announce();
+                }
+                Ok(not_here.map(Event::NotHere))
             }
+            Err(cause @ AskError::Gone) => Ok(self.end_of_gone(&cause).await.map(Event::Ended)),
             // What goes on in the VMM is over in a moment.
             Err(cause) => Err(cause.into()),
         }
+    }
+    /// Tells its networks where a machine is that has come, several times: what is lost once is told again.
+    fn announce(&self) {
+        let (entry, nics) = (self.entry.clone(), self.record.nics.clone());
+        if entry.taps().is_empty() {
+            return;
+        }
+        tokio::spawn(async move {
+            for pause in limits::ANNOUNCE_AFTER {
+                tokio::time::sleep(pause).await;
+                // Of a machine that has ended meanwhile there are none.
+                for (nic, tap) in nics.iter().zip(entry.taps().iter()) {
+                    if let Err(cause) = announce::announce(tap, &nic.mac, nic.ipv4) {
+                        tracing::warn!(server = %entry.id, "a machine that has come is not announced: {cause}");
+                    }
+                }
+            }
+            entry.taps().clear();
+        });
     }
 }

@@ -241,14 +241,21 @@ fn remove(tx: &Tx<'_>, held: &Move) -> Result<()> {
 }
 
 fn clash(tx: &Tx<'_>, held: &Move) -> Result<()> {
+    let is_off = records::find::<ServerRecord>(tx, held.server.0)?.is_none_or(|record| record.life.is_off());
+    let advice = match is_off {
+        true => "Delete it on one of the two hosts before it is started on both",
+        false => {
+            "Both may run it now, each on a disk of its own: find out which one is to stay, and stop and delete it on the \
+             other host"
+        }
+    };
     let detail = format!(
-        "host {} has it too, and may run it: it was settled against what was so. Delete it on one of the two hosts before it \
-         is started on both",
+        "host {} has it too, and may run it: it was settled against what was so. {advice}",
         held.peer_name
     );
     tracing::error!(server = %held.server, "{detail}");
     let why = StateReason { code: "two_owners".to_owned(), detail: detail.clone(), at: Time::now() };
-    with_server(tx, held, |record| record.life.clashed(why))?;
+    with_server(tx, held, |record| Some(record.life.clashed(why)))?;
     match records::find::<ServerRecord>(tx, held.server.0)? {
         Some(record) => announce(tx, &record, "server.two_owners", detail, &Actor::Host),
         None => Ok(()),

@@ -1,6 +1,7 @@
 //! Which servers have an actor, and what a server's actor and the facade share: the machine at hand.
 //! It decides nothing. Everything here is gone with the daemon and found again by `recover`.
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -75,6 +76,8 @@ pub struct Entry {
     machine: Mutex<Option<Machine>>,
     /// What the VMM at hand is to be sent.
     prepared: Mutex<Option<Prepared>>,
+    /// The taps of a machine that has come and is not announced yet.
+    taps: Mutex<Vec<OwnedFd>>,
     /// Held while a connection is made, so that there is one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -104,6 +107,7 @@ impl Entry {
     pub fn drop_machine(&self) {
         *self.held() = None;
         self.take_prepared();
+        self.taps().clear();
         self.wake_readers();
     }
 
@@ -115,6 +119,11 @@ impl Entry {
     /// What the VMM at hand is to be sent, if it was kept.
     pub fn take_prepared(&self) -> Option<Prepared> {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The taps of the machine at hand, of one that has come.
+    pub fn taps(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.taps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes readers of the console look again.
@@ -223,6 +232,7 @@ impl Registry {
             notices,
             machine: Mutex::new(None),
             prepared: Mutex::new(None),
+            taps: Mutex::default(),
             connecting: tokio::sync::Mutex::new(()),
         });
         let actor = actor::Actor::new(self.workshop.clone(), entry.clone(), inbox);

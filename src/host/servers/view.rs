@@ -34,7 +34,7 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         labels: record.labels.clone(),
         external_ref: record.external_ref.clone(),
         state: life.phase.state(),
-        state_reason: life.phase.why().cloned(),
+        state_reason: life.phase.why().or(life.clash.as_ref()).cloned(),
         wanted: life.wanted,
         allowed_actions: allowed_actions(record),
         operation_id: life.job.map(|job| job.id),

@@ -19,14 +19,18 @@ pub(super) async fn cable(
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let passing = tokio::spawn(async move {
+        // With the cable, all that goes over it ends.
+        let mut connections = JoinSet::new();
         for number in 0_usize.. {
             let (mut near, _) = listener.accept().await.unwrap();
             let mut far = TcpStream::connect(to).await.unwrap();
             if number != cut {
-                tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
+                connections.spawn(async move {
+                    let _ = copy_bidirectional(&mut near, &mut far).await;
+                });
                 continue;
             }
-            tokio::spawn(async move {
+            connections.spawn(async move {
                 let ((near_in, mut near_out), (far_in, mut far_out)) = (near.split(), far.split());
                 let (out_most, in_most) = if is_to_source { (u64::MAX, most) } else { (most, u64::MAX) };
                 let (mut near_in, mut far_in) = (near_in.take(out_most), far_in.take(in_most));

@@ -1,7 +1,9 @@
 //! Servers that move while they run, between two hosts in one process whose VMMs are fakes: with either daemon or either VMM
 //! dead at every point, and the connections cut. A guest that two VMMs run at the same time is a violation that the fakes see.
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use model::migration::{MigrationOwner, SettleMigration};
 use model::operation::OperationState;
 use model::server::{RestartPolicy, Server, ServerState};
 use wire::control::MachineState;
@@ -9,6 +11,7 @@ use wire::control::MachineState;
 use super::cuts::cable;
 use super::moves::{DieAt, Ground, forgotten, gone, has, listening, waited};
 use super::*;
+use crate::servers::lifecycle;
 use crate::{Checkpoint, Fate};
 
 #[tokio::test]
@@ -16,6 +19,12 @@ async fn a_server_that_runs_moves_with_all_it_has_and_back_again() {
     let ground = Ground::with(true).await;
     let mut hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
     let id = ground.server;
+    let descend = move |tx: &Tx<'_>| {
+        let mut record: ServerRecord = records::one(tx, id.0)?;
+        record.descent = 3;
+        records::save(tx, &mut record)
+    };
+    hosts[0].store().write(descend).await.unwrap();
     let first = has(&hosts[0], id).await.unwrap();
     let volume = first.volumes[0].volume_id;
     let bytes = std::fs::read(ground.disk(0, volume)).unwrap();
@@ -33,6 +42,10 @@ async fn a_server_that_runs_moves_with_all_it_has_and_back_again() {
         let Server { image_id, nics, generation, updated_at, allowed_actions, .. } = here.clone();
         let same = Server { image_id, nics, generation, updated_at, allowed_actions, ..first.clone() };
         assert_eq!(here, same);
+        // By which the size of the seed goes that its guest knows.
+        let record: ServerRecord =
+            target.store().read(move |connection| records::one(connection, id.0)).await.unwrap();
+        assert_eq!(record.descent, 3);
         assert!(std::fs::read(ground.disk(1 - hop, volume)).unwrap() == bytes, "its disk is another");
         let vmm = ground.stages[1 - hop].launch.only();
         assert_eq!(vmm.state(), MachineState::Running);
@@ -55,6 +68,12 @@ async fn a_server_that_runs_moves_with_all_it_has_and_back_again() {
     for host in hosts {
         host.close().await;
     }
+}
+
+async fn restarting(host: &Host, id: ServerId, policy: RestartPolicy) {
+    let patch =
+        model::server::PatchServer { restart_policy: Some(policy), ..model::server::PatchServer::default() };
+    host.servers().patch(&Call::by_host(), id, patch).await.unwrap();
 }
 
 fn no_violations(ground: &Ground) {
@@ -85,6 +104,12 @@ impl Checkpoint for KillAt {
     }
 }
 
+/// Whether a host has one VMM, whose guest runs.
+fn runs(ground: &Ground, at: usize) -> bool {
+    let alive = ground.stages[at].launch.alive();
+    alive.len() == 1 && alive[0].state() == MachineState::Running
+}
+
 /// In the end one host has the server, whole and alone, and it runs there. Answers which.
 async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
     let id = ground.server;
@@ -98,11 +123,7 @@ async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
                 _ => None,
             };
             // The death of a VMM may not be noticed yet, and one that died is followed by another.
-            let runs = |at: usize| {
-                let alive = ground.stages[at].launch.alive();
-                alive.len() == 1 && alive[0].state() == MachineState::Running
-            };
-            if let Some(at) = at.filter(|at| runs(*at)) {
+            if let Some(at) = at.filter(|at| runs(ground, *at)) {
                 return at;
             }
             last =
@@ -117,7 +138,8 @@ async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
     assert!(bytes.starts_with(b"disk") && bytes.len() as u64 == stage::DISK_BYTES, "{what}");
     assert!(!ground.disk(1 - at, volume).exists(), "{what}: a disk is left over");
     waited("the other's VMM to end", async || ground.stages[1 - at].launch.alive().is_empty()).await;
-    assert_eq!(ground.stages[at].launch.only().state(), MachineState::Running, "{what}");
+    // It may have died when all was over.
+    waited(&format!("the guest to run: {what}"), async || runs(ground, at)).await;
     no_violations(ground);
     at
 }
@@ -208,11 +230,7 @@ async fn survives_without(victim: usize, watched: usize, number: u32) -> (bool, 
         false => ground.stages[at].open().await,
     };
     let hosts = [open(0).await, open(1).await];
-    let always = model::server::PatchServer {
-        restart_policy: Some(RestartPolicy::Always),
-        ..model::server::PatchServer::default()
-    };
-    hosts[0].servers().patch(&Call::by_host(), id, always).await.unwrap();
+    restarting(&hosts[0], id, RestartPolicy::Always).await;
     stage::until(&hosts[0], id, |server| server.state == ServerState::Running).await;
     let address = listening(&hosts[1]).await;
     let made = ticket(&hosts[1], None).await.unwrap().ticket;
@@ -257,6 +275,20 @@ async fn wherever_the_targets_vmm_dies_one_machine_runs() {
     sweep_vmms(1).await;
 }
 
+/// Whether the target's network was told where the machine is.
+fn is_announced(ground: &Ground) -> bool {
+    let scene = ground.stages[1].plumbing.scene();
+    scene.taps.iter().all(|(tap, port)| {
+        let mut packet = [0; 72];
+        let is_there = scene.sent[tap].read_exact_at(&mut packet, 0).is_ok();
+        let frame = &packet[sys::tap::VNET_HEADER_BYTES..];
+        is_there
+            && frame[6..12] == port.mac.0
+            && frame[12..14] == [8, 6]
+            && frame[28..32] == port.ipv4.octets()
+    })
+}
+
 /// One move over a cable whose connection `number` is cut. Answers where the server is then.
 async fn moved_over(number: usize, is_to_source: bool, most: u64) -> usize {
     let ground = Ground::with(true).await;
@@ -270,6 +302,9 @@ async fn moved_over(number: usize, is_to_source: bool, most: u64) -> usize {
     let at = comes_to_rest(&ground, &hosts, &what).await;
     let operation = stage::ended(&hosts[0], operation).await;
     assert_eq!(operation.state == OperationState::Succeeded, at == 1, "{what}: {operation:?}");
+    if at == 1 {
+        waited(&format!("its network to be told: {what}"), async || is_announced(&ground)).await;
+    }
     passing.abort();
     for host in hosts {
         host.close().await;
@@ -293,32 +328,80 @@ async fn wherever_a_connection_is_cut_one_machine_runs() {
             println!(
                 "connection {number}, to the source: {is_to_source}: {cuts} cuts, at host 0, 1: {found:?}"
             );
-            assert!(found[0] > 0, "{number} {is_to_source}");
+            assert!(found[0] > 0 && found[1] > 0, "{number} {is_to_source}: {found:?}");
         }
     }
 }
 
-#[tokio::test]
-async fn a_move_that_is_cancelled_leaves_the_machine_running_where_it_was() {
+/// Stops a daemon at points until it may go on.
+struct HoldAt {
+    points: &'static [&'static str],
+    reached: tokio::sync::mpsc::UnboundedSender<&'static str>,
+    go: std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Checkpoint for HoldAt {
+    fn reached(&self, point: &'static str) -> Fate {
+        if self.points.contains(&point) {
+            let _ = self.reached.send(point);
+            // Or nobody holds it any more.
+            let _ = tokio::task::block_in_place(|| self.go.lock().unwrap().recv());
+        }
+        Fate::Live
+    }
+}
+
+/// One move that is cancelled when the source has reached a point, and goes on when the target has got as far as this.
+async fn cancelled_at(points: &'static [&'static str], target_phase: Option<Phase>) {
     let ground = Ground::with(true).await;
-    let (source, target) = (ground.stages[0].open().await, ground.stages[1].open().await);
+    let (reached, mut held) = tokio::sync::mpsc::unbounded_channel();
+    let (go, waiting) = std::sync::mpsc::channel();
+    let hold = Arc::new(HoldAt { points, reached, go: std::sync::Mutex::new(waiting) });
+    let source = ground.stages[0].open_watched(hold).await.unwrap();
+    let target = ground.stages[1].open().await;
     let id = ground.server;
     stage::until(&source, id, |server| server.state == ServerState::Running).await;
-    // It gets no further than the streams.
-    let (address, passing) = cable(listening(&target).await, 2, false, 0).await;
+    let address = listening(&target).await;
     let made = ticket(&target, None).await.unwrap().ticket;
     let moved = source.migrations().migrate(&Call::by_host(), id, spec(address, made)).await.unwrap();
-    // It may have failed before it could be cancelled.
-    let _ = source.operations().cancel(&Call::by_host(), moved.body.operation.id).await;
-    let ended = stage::ended(&source, moved.body.operation.id).await;
-    assert!(matches!(ended.state, OperationState::Cancelled | OperationState::Failed), "{ended:?}");
+    let operation = moved.body.operation.id;
+    for point in points {
+        assert_eq!(held.recv().await, Some(*point));
+        if *point == points[0] {
+            source.operations().cancel(&Call::by_host(), operation).await.unwrap();
+            stage::until(&source, id, |server| server.state == ServerState::Running).await;
+        } else if let Some(phase) = target_phase {
+            let has_come = async || {
+                let all = target.store().read(moving::all).await.unwrap();
+                all.iter().any(|held| held.phase == phase)
+            };
+            waited("the target to get so far", has_come).await;
+        }
+        go.send(()).unwrap();
+    }
+    drop(go);
+    assert_eq!(stage::ended(&source, operation).await.state, OperationState::Cancelled);
+    gone(&target, id).await;
+    forgotten(&source).await;
+    let vmm = ground.stages[0].launch.only();
+    waited(&format!("the guest to run: {points:?}"), async || vmm.state() == MachineState::Running).await;
     let here = stage::until(&source, id, |server| server.state == ServerState::Running).await;
     assert!(here.allowed_actions.contains(&"migrate".to_owned()), "{here:?}");
-    gone(&target, id).await;
+    assert!(ground.stages[1].launch.alive().is_empty());
     no_violations(&ground);
-    passing.abort();
     source.close().await;
     target.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_move_that_is_cancelled_at_any_time_leaves_the_machine_running_where_it_was() {
+    for point in
+        [&["move.accepted"], &["move.joined"], &["move.sending"], &["move.heard"], &["move.promised"]]
+    {
+        cancelled_at(point, None).await;
+    }
+    // The machine is begun to be sent when the actor has looked, and stands still before anybody looks again.
+    cancelled_at(&["move.begun", "move.sending"], Some(Phase::Ready)).await;
 }
 
 #[tokio::test]
@@ -365,5 +448,148 @@ async fn only_the_host_of_a_move_joins_it_and_each_stream_once() {
     assert!(!joins(&source, begun.id, 0).await.0);
     for host in [source, stranger, target] {
         host.close().await;
+    }
+}
+
+/// Pulls the cable when a daemon reaches a point.
+struct PullAt {
+    point: &'static str,
+    cable: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Checkpoint for PullAt {
+    fn reached(&self, point: &'static str) -> Fate {
+        if point == self.point
+            && let Some(cable) = self.cable.lock().unwrap().take()
+        {
+            cable.abort();
+        }
+        Fate::Live
+    }
+}
+
+/// Two hosts that are both in doubt about a machine that moved, of which the source has said *commit* to nobody.
+async fn both_in_doubt(ground: &Ground) -> [Host; 2] {
+    let pull = Arc::new(PullAt { point: "move.decided", cable: std::sync::Mutex::default() });
+    let source = ground.stages[0].open_watched(pull.clone()).await.unwrap();
+    let target = ground.stages[1].open().await;
+    let id = ground.server;
+    stage::until(&source, id, |server| server.state == ServerState::Running).await;
+    let (address, passing) = cable(listening(&target).await, usize::MAX, false, 0).await;
+    *pull.cable.lock().unwrap() = Some(passing);
+    let made = ticket(&target, None).await.unwrap().ticket;
+    source.migrations().migrate(&Call::by_host(), id, spec(address, made)).await.unwrap();
+    for host in [&source, &target] {
+        stage::until(host, id, |server| server.state == ServerState::InDoubt).await;
+    }
+    [source, target]
+}
+
+fn vouched(owner: MigrationOwner) -> SettleMigration {
+    SettleMigration { owner, proof: "both hosts were looked at".to_owned() }
+}
+
+#[tokio::test]
+async fn what_the_sources_vmm_knows_counts_more_than_what_an_operator_says() {
+    let ground = Ground::with(true).await;
+    let [source, target] = both_in_doubt(&ground).await;
+    let id = ground.server;
+    // The target is not asked any more, and its VMM is let run.
+    let here = target.migrations().settle(&Call::by_host(), id, vouched(MigrationOwner::Here)).await;
+    here.unwrap();
+    stage::until(&target, id, |server| server.state == ServerState::Running).await;
+    ground.stages[0].launch.only().hears_that_it_runs_there();
+    let refused = source.migrations().settle(&Call::by_host(), id, vouched(MigrationOwner::Here)).await;
+    // Or it was asked once more meanwhile, and has gone.
+    assert!(matches!(refused.unwrap_err().code, Code::WrongState | Code::NotFound));
+    gone(&source, id).await;
+    no_violations(&ground);
+    source.close().await;
+    target.close().await;
+}
+
+#[tokio::test]
+async fn a_server_that_runs_on_both_hosts_says_so_while_it_runs() {
+    let ground = Ground::with(true).await;
+    let [source, target] = both_in_doubt(&ground).await;
+    let id = ground.server;
+    for host in [&target, &source] {
+        host.migrations().settle(&Call::by_host(), id, vouched(MigrationOwner::Here)).await.unwrap();
+        stage::until(host, id, |server| server.state == ServerState::Running).await;
+    }
+    // The cable is there again.
+    let address = target.migrations().listen(address_of(&source, id).await).await.unwrap();
+    let clashed = |server: &Server| server.state_reason.as_ref().is_some_and(|why| why.code == "two_owners");
+    let both = stage::until(&source, id, clashed).await;
+    assert_eq!(both.state, ServerState::Running, "{address}");
+    assert!(both.state_reason.unwrap().detail.contains("may run it now"));
+    source.close().await;
+    target.close().await;
+}
+
+/// Where the source of a move looks for the target.
+async fn address_of(source: &Host, id: ServerId) -> SocketAddr {
+    let all = source.store().read(moving::all).await.unwrap();
+    all.iter().find(|held| held.server == id).and_then(|held| held.address).expect("a move from here")
+}
+
+#[tokio::test]
+async fn a_machine_that_went_elsewhere_is_not_started_again_here_whatever_the_policy() {
+    let ground = Ground::with(true).await;
+    let id = ground.server;
+    let host = ground.stages[0].open().await;
+    restarting(&host, id, RestartPolicy::Always).await;
+    host.close().await;
+    drop(host);
+    let [source, target] = both_in_doubt(&ground).await;
+    // The operator is believed, and only then the word comes.
+    source.migrations().settle(&Call::by_host(), id, vouched(MigrationOwner::Here)).await.unwrap();
+    stage::until(&source, id, |server| server.state == ServerState::Running).await;
+    ground.stages[0].launch.only().hears_that_it_runs_there();
+    let again = move |tx: &Tx<'_>| {
+        let mut record: ServerRecord = records::one(tx, id.0)?;
+        let lifecycle::Phase::Running { vmm } = record.life.phase.clone() else {
+            panic!("{:?}", record.life)
+        };
+        record.life.phase = lifecycle::Phase::Resuming { vmm };
+        records::save(tx, &mut record)
+    };
+    source.store().write(again).await.unwrap();
+    source.servers().wake(id);
+    let failed = stage::until(&source, id, |server| server.state == ServerState::Failed).await;
+    assert_eq!(failed.state_reason.unwrap().code, "two_owners");
+    source.close().await;
+    target.close().await;
+}
+
+#[tokio::test]
+async fn a_machine_that_came_and_cannot_run_is_started_anew_as_after_a_failure() {
+    for (policy, state) in
+        [(RestartPolicy::OnFailure, ServerState::Running), (RestartPolicy::Never, ServerState::Failed)]
+    {
+        let ground = Ground::with(true).await;
+        let (source, target) = (ground.stages[0].open().await, ground.stages[1].open().await);
+        let id = ground.server;
+        restarting(&source, id, policy).await;
+        stage::until(&source, id, |server| server.state == ServerState::Running).await;
+        ground.stages[1].launch.set_guest(crate::fake_vmm::Guest::CannotArrive);
+        let address = listening(&target).await;
+        let made = ticket(&target, None).await.unwrap().ticket;
+        let moved = source.migrations().migrate(&Call::by_host(), id, spec(address, made)).await.unwrap();
+        stage::succeeded(&source, moved.body.operation.id).await;
+        gone(&source, id).await;
+        let came = |server: &Server| match state {
+            ServerState::Running => {
+                server.state == state && ground.stages[1].launch.only().state() == MachineState::Running
+            }
+            _ => server.state == state,
+        };
+        let here = stage::until(&target, id, came).await;
+        if state == ServerState::Failed {
+            assert_eq!(here.state_reason.unwrap().code, "did_not_arrive");
+        }
+        no_violations(&ground);
+        source.close().await;
+        target.close().await;
     }
 }

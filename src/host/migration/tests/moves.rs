@@ -499,7 +499,7 @@ async fn a_target_takes_no_pieces_outside_of_a_file_and_no_more_than_it_has() {
 }
 
 /// A connection on which the target has begun to take the server.
-async fn taking(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<TcpStream>> {
+async fn taking(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<link::Wire>> {
     let ticket: Ticket = pair.ticket().await.ticket.parse().unwrap();
     let mut link =
         source::connect(&pair.source.migrations().identity, pair.address, ticket.host).await.unwrap();

@@ -42,6 +42,10 @@ pub enum EndKind {
     Vanished,
     /// The host was restarted under it.
     HostRestarted,
+    /// It came from another host and could not run here.
+    DidNotArrive,
+    /// It goes on at another host, which is not what was said of it here.
+    WentElsewhere,
 }
 
 impl EndKind {
@@ -59,6 +63,8 @@ impl EndKind {
             EndKind::OutOfMemory => "out_of_memory",
             EndKind::Vanished => "vmm_vanished",
             EndKind::HostRestarted => "host_restarted",
+            EndKind::DidNotArrive => "did_not_arrive",
+            EndKind::WentElsewhere => "two_owners",
         }
     }
 }

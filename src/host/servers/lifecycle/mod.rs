@@ -66,6 +66,9 @@ pub struct Life {
     /// it is forgotten before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved: Option<Saved>,
+    /// That another host has the server too, until it is started here anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clash: Option<StateReason>,
 }
 
 /// A machine that was saved.
@@ -445,6 +448,7 @@ impl Life {
             failures: 0,
             awaits: None,
             saved: None,
+            clash: None,
         }
     }
 

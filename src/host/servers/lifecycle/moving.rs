@@ -22,6 +22,7 @@ impl Life {
             failures: 0,
             awaits: None,
             saved,
+            clash: None,
         }
     }
 
@@ -50,12 +51,14 @@ impl Life {
         Some(self.at(phase))
     }
 
-    /// Another host has it too: shown where it is off, for that is where it can still be ended in peace.
-    pub(crate) fn clashed(&self, why: StateReason) -> Option<Step> {
-        match self.phase {
-            Phase::Stopped { .. } | Phase::Failed { .. } => Some(self.at(Phase::Failed { why })),
-            _ => None,
-        }
+    /// Another host has it too, which is shown whatever it does here.
+    pub(crate) fn clashed(&self, why: StateReason) -> Step {
+        let mut step = self.at(match &self.phase {
+            Phase::Stopped { .. } | Phase::Failed { .. } => Phase::Failed { why: why.clone() },
+            phase => phase.clone(),
+        });
+        step.life.clash = Some(why);
+        step
     }
 
     /// It is this host's, and does what it did. Its VMM is told so by the work of [`Phase::Resuming`].

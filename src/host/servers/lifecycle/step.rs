@@ -53,6 +53,8 @@ pub enum Event {
     Resumed,
     /// They are parked still.
     ResumeFailed(Trouble),
+    /// There is no machine in the VMM that could run here.
+    NotHere(End),
     /// The machine is as it was saved, and parked.
     Restored,
     /// The machine is saved, and parked for good.
@@ -128,6 +130,7 @@ impl Life {
     pub(super) fn begin_run(&mut self) {
         self.run += 1;
         self.booted_ms = None;
+        self.clash = None;
         self.phase = Phase::Starting { vmm: None };
     }
 }
@@ -250,6 +253,10 @@ impl Stepping {
                 self.life.phase = Phase::Paused { vmm };
                 self.life.wanted = Wanted::Paused;
                 self.end_job(Verdict::Failed(trouble));
+            }
+            (Phase::Resuming { vmm }, Event::NotHere(end)) => {
+                let then = Then::Decide(end);
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
             }
             (Phase::Resetting { vmm, .. }, Event::ResetFailed(trouble)) => {
                 self.life.phase = Phase::Running { vmm };
@@ -398,6 +405,8 @@ impl Stepping {
             return self.life.begin_run();
         }
         let restarts = match self.context.policy {
+            // Its disk is the other host's, and what is here is old.
+            _ if end.kind == EndKind::WentElsewhere => false,
             RestartPolicy::Never => false,
             RestartPolicy::OnFailure => end.is_failure(),
             RestartPolicy::Always => true,

@@ -411,6 +411,7 @@ fn life(phase: Phase) -> Life {
         failures: 0,
         awaits: None,
         saved: None,
+        clash: None,
     }
 }
 

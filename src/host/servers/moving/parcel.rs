@@ -37,6 +37,10 @@ pub(crate) struct Packed {
     /// Of a clone: whether its guest has become another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     identity: Option<GuestIdentity>,
+    /// How many clones of clones it is from a server that booted: its seed's size goes by it, which a guest knows that comes
+    /// along.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    descent: u32,
     /// What it did.
     back: Back,
     /// By what its memory is known, if it comes along.
@@ -47,6 +51,10 @@ pub(crate) struct Packed {
     generation: u64,
     created_at: Time,
     started_at: Option<Time>,
+}
+
+fn is_zero(descent: &u32) -> bool {
+    *descent == 0
 }
 
 /// A disk without its bytes.
@@ -103,8 +111,7 @@ impl Packed {
             sandbox: _,
             cage: _,
             identity,
-            // It boots there, and its guest reads its seed as any new machine's does.
-            descent: _,
+            descent,
             generation,
             created_at,
             updated_at: _,
@@ -147,6 +154,7 @@ impl Packed {
             restart_policy,
             isolation,
             identity,
+            descent,
             back,
             saved: life.saved,
             run: life.run,
@@ -268,7 +276,7 @@ impl Packed {
             sandbox: None,
             cage: None,
             identity: self.identity,
-            descent: 0,
+            descent: self.descent,
             // Whoever has read it on the other host sees that it has changed.
             generation: self.generation.saturating_add(1),
             created_at: self.created_at,
