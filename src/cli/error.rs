@@ -55,6 +55,8 @@ pub(crate) enum Error {
     Runtime(#[source] io::Error),
     #[error("the certificate or authority cannot be used")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("{0}")]
+    Upgrade(String),
     #[error("the console was closed: {0}")]
     Console(String),
     #[error("{doing}")]

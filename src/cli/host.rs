@@ -6,6 +6,7 @@ use model::migration::{CreateMigrationTicket, MigrationTicket};
 use crate::Context;
 use crate::error::Error;
 use crate::output::{self, Format};
+use crate::upgrade::Upgrade;
 
 /// What can be asked of the host.
 #[derive(Debug, Subcommand)]
@@ -14,6 +15,8 @@ pub(crate) enum Verb {
     Show,
     /// Try KVM with a small guest and look at everything servers need; fails when servers cannot run.
     Check,
+    /// Give every running server a new VMM where its own is of another build than the host's: one first, the others behind it.
+    Upgrade(Upgrade),
     /// Make a ticket with which another host can bring a server here; it is shown once.
     Ticket {
         /// Seconds it is good for.
@@ -40,6 +43,7 @@ impl Verb {
                     Health::Ok | Health::Degraded => Ok(()),
                 }
             }
+            Verb::Upgrade(upgrade) => upgrade.run(context).await,
             Verb::Ticket { lifetime_s } => {
                 let body =
                     serde_json::to_vec(&CreateMigrationTicket { lifetime_s }).map_err(Error::Answer)?;
@@ -95,12 +99,13 @@ fn text(report: &HostReport, all: bool) -> String {
         )
     };
     let mut text = format!(
-        "host      {}\nhealth    {}\ntoftd     {}, since {}\nkernel    {}\ncpus      {} x {}, {} promised\n\
+        "host      {}\nhealth    {}\ntoftd     {}, since {}\nvmm       {}\nkernel    {}\ncpus      {} x {}, {} promised\n\
          memory    {}\nstorage   {}\nservers   {}\n",
         report.name,
         output::word(&report.health),
         report.version,
         output::time(report.started_at),
+        report.vmm_build.as_deref().unwrap_or("cannot be started"),
         report.kernel,
         report.cpus.total,
         report.cpus.model,

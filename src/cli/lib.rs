@@ -19,6 +19,7 @@ mod run;
 mod server;
 mod snapshot;
 mod target;
+mod upgrade;
 mod volume;
 mod wait;
 

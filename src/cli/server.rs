@@ -17,7 +17,7 @@ use crate::migrate::{Migrate, Settle};
 use crate::output::{self, Format, Row};
 use crate::rates::{Limits, NewLimits};
 use crate::target::{self, ListOptions};
-use crate::{Context, bulk, console, wait};
+use crate::{Context, bulk, console, upgrade, wait};
 
 /// What can be done with servers.
 #[derive(Debug, Subcommand)]
@@ -61,6 +61,11 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
+    /// Give a running server a new VMM under its feet; its guest stands still for some milliseconds.
+    UpgradeVmm {
+        /// Name or id.
+        server: String,
+    },
     /// Move a server to another host, as it runs, or off or hibernated.
     Migrate(Migrate),
     /// Make it what a snapshot of it shows. What it has in memory and on its disks since then is lost.
@@ -320,6 +325,7 @@ impl Verb {
             Verb::Pause(which) => bulk::act(context, &which, "pause", None).await,
             Verb::Resume(which) => bulk::act(context, &which, "resume", None).await,
             Verb::Hibernate(which) => bulk::act(context, &which, "hibernate", None).await,
+            Verb::UpgradeVmm { server } => upgrade::one(context, &server).await,
             Verb::Migrate(migrate) => migrate.run(context).await,
             Verb::Restore { server, snapshot, stop } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;

@@ -38,6 +38,9 @@ pub struct HostReport {
     pub name: String,
     /// Version of the daemon.
     pub version: String,
+    /// Which build of the VMM machines get from now on; absent when none can be started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_build: Option<String>,
     /// Kernel release.
     pub kernel: String,
     /// Whether everything works.

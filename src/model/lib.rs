@@ -2,6 +2,7 @@
 //! `host` fills them, `http` serves them, `cli` reads them; the OpenAPI document is made from them.
 #![forbid(unsafe_code)]
 
+pub mod bulk;
 pub mod console;
 pub mod event;
 pub mod host;

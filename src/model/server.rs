@@ -6,10 +6,10 @@ use utoipa::ToSchema;
 
 use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
 use crate::name::{Labels, Name};
-use crate::operation::Operation;
-use crate::problem::Problem;
 use crate::snapshot::GuestIdentity;
 use crate::time::Time;
+
+pub use crate::bulk::{BulkAction, BulkActions};
 
 /// A server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -62,6 +62,10 @@ pub struct Server {
     /// Of a clone that goes on from another server's memory: what became of who its guest was. Absent of any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<GuestIdentity>,
+    /// Which build of the VMM its machine runs in; absent without a machine, or where that was never recorded. Compare it with
+    /// that of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_build: Option<String>,
     /// Version of this resource; also its `ETag`.
     pub generation: u64,
     /// When it was created.
@@ -472,28 +476,8 @@ pub enum ServerAction {
     Resume,
     /// Save its memory to the disk and end its machine.
     Hibernate,
-}
-
-/// Answer to `POST /v1/servers/actions/{verb}`: what was decided for each server, oldest first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct BulkActions {
-    /// One item a server.
-    pub items: Vec<BulkAction>,
-}
-
-/// What was decided for one server: it has an operation or a problem.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct BulkAction {
-    /// The server.
-    pub server_id: ServerId,
-    /// Its name.
-    pub name: Name,
-    /// What brings it about.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub operation: Option<Operation>,
-    /// Why it was refused, as the action on this server alone would be.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub problem: Option<Problem>,
+    /// Give its machine to a new VMM while it runs.
+    UpgradeVmm,
 }
 
 /// Body of the actions `stop` and `reboot`.

@@ -49,8 +49,8 @@ pub enum Command {
     CancelSave,
     /// How the save that is under way, or the last one, stands. Answered with [`Reply::Save`].
     SaveStatus,
-    /// What a VMM on this host cannot open for itself to take the machine over: its memory and its taps. Answered with
-    /// [`Reply::Handles`]. Refused for memory that is not all the machine's own, such as what was mapped from a snapshot.
+    /// What nobody on this host can open again to take the machine over: its memory, its taps, and its disks, whose locks belong
+    /// to these openings. Answered with [`Reply::Handles`]. Refused for memory that is not all the machine's own, such as what was mapped from a snapshot.
     Handles,
     /// Move the machine, which runs, to another VMM over streams that travel in the same packet. Answered when it has
     /// begun; how it goes is told by [`Notice::Migration`] and [`Command::MigrationStatus`]. Until it has ended, nothing
@@ -167,10 +167,13 @@ pub enum Reply {
     Save(SaveStatus),
     /// Answer to [`Command::MigrationStatus`]; nothing when there never was a move.
     Migration(Option<Box<MigrationStatus>>),
-    /// Answer to [`Command::Handles`]: in the same packet come memory and then the tap of each interface.
+    /// Answer to [`Command::Handles`]: in the same packet come memory, then the tap of each interface, then each disk.
     Handles {
         /// How many interfaces there are.
         nics: u16,
+        /// How many disks; absent of a VMM of an earlier build, which gives none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        disks: Option<u16>,
     },
     /// Answer to [`Command::Stats`].
     Stats(Box<MachineStats>),

@@ -194,10 +194,14 @@ impl Host {
 
     /// What the guest of a server has written to its console.
     pub(crate) fn console(&self, id: &str) -> String {
-        let path = self.base.path().join("state/servers").join(id).join("console.ring");
-        let ring = File::open(path).and_then(wire::console::Ring::open);
+        let ring = File::open(self.ring(id)).and_then(wire::console::Ring::open);
         let piece = ring.and_then(|mut ring| ring.read(0, 1 << 20));
         piece.map(|piece| String::from_utf8_lossy(&piece.data).into_owned()).unwrap_or_default()
+    }
+
+    /// Where that lies.
+    pub(crate) fn ring(&self, id: &str) -> PathBuf {
+        self.base.path().join("state/servers").join(id).join("console.ring")
     }
 
     fn log(&self) -> PathBuf {
@@ -226,7 +230,7 @@ impl Host {
 
     /// Waits until the guest of a server has written to its console.
     pub(crate) fn first_word(&self, id: &str) {
-        let path = self.base.path().join("state/servers").join(id).join("console.ring");
+        let path = self.ring(id);
         let end = Instant::now() + SOON;
         let mut ring = None;
         loop {

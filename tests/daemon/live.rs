@@ -15,17 +15,17 @@ use crate::daemon::{MEMORY_BYTES, Orders, Stage, wait_for};
 use crate::moves::{Hosts, NEAR, PORT, asked};
 use crate::world::inside;
 
-const IMAGE: &str = "ledger";
+pub(crate) const IMAGE: &str = "ledger";
 
 /// What a guest has counted: last number, lines that fit, and how often it booted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Count {
-    boots: usize,
-    last: u64,
+pub(crate) struct Count {
+    pub(crate) boots: usize,
+    pub(crate) last: u64,
 }
 
 /// Reads the ring of a server's console on a host, whether the daemon there lives or not.
-fn count(stage: &Stage, server: &str) -> Count {
+pub(crate) fn count(stage: &Stage, server: &str) -> Count {
     let path = stage.scratch("state/servers").join(server).join("console.ring");
     let ring = std::fs::File::open(path).and_then(wire::console::Ring::open);
     let Ok(piece) = ring.and_then(|mut ring| ring.read(0, 8 << 20)) else { return Count::default() };
@@ -58,7 +58,7 @@ async fn ledger_hosts() -> Hosts {
 }
 
 /// Makes a server that counts.
-async fn counting(stage: &Stage, name: &str) -> String {
+pub(crate) async fn counting(stage: &Stage, name: &str) -> String {
     counting_as(stage, name, json!({})).await
 }
 
@@ -76,7 +76,7 @@ async fn counting_as(stage: &Stage, name: &str, more: Value) -> String {
     id
 }
 
-async fn goes_on(stage: &Stage, server: &str, from: Count, what: &str) {
+pub(crate) async fn goes_on(stage: &Stage, server: &str, from: Count, what: &str) {
     let further = async || {
         let now = count(stage, server);
         (now.boots > from.boots || now.last > from.last + 3).then_some(())

@@ -22,3 +22,4 @@ mod restores;
 mod shells;
 mod snapshots;
 mod sweep;
+mod upgrades;

@@ -12,4 +12,5 @@ mod refusals;
 mod secrets;
 mod shortages;
 mod stage;
+mod upgrades;
 mod verbs;

@@ -22,6 +22,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub(crate) struct Stage {
     base: tempfile::TempDir,
     bin: PathBuf,
+    /// What VMMs are started from.
+    vmm: PathBuf,
     flags: Vec<OsString>,
     daemon: Option<Child>,
     /// Ids of servers, by which their control groups are known.
@@ -52,17 +54,29 @@ impl Stage {
     /// An empty stage. `TOFT_BIN` says where the binaries are. The import directory holds `counter`, whose guest
     /// counts until its button is pressed.
     pub(crate) fn new() -> Stage {
-        let bin = std::env::var_os("TOFT_BIN").expect("set TOFT_BIN, as scripts/test does").into();
+        let bin = PathBuf::from(std::env::var_os("TOFT_BIN").expect("set TOFT_BIN, as scripts/test does"));
         let everyone = std::fs::Permissions::from_mode(0o755);
         // Directly below /tmp, because every user must be able to reach dnsmasq's files.
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in("/tmp").unwrap();
         images::write(&base.path().join("import/counter"), "beat=100");
-        Stage { base, bin, flags: Vec::new(), daemon: None, ids: RefCell::default() }
+        let vmm = bin.join("toft-vmm");
+        Stage { base, bin, vmm, flags: Vec::new(), daemon: None, ids: RefCell::default() }
     }
 
     /// Adds flags for daemons that are started later.
     pub(crate) fn flags(&mut self, flags: &[&str]) {
         self.flags.extend(flags.iter().map(OsString::from));
+    }
+
+    /// Daemons that are started later have this in the place of their VMM's program: a copy of it, or something else.
+    pub(crate) fn install(&mut self, program: Option<&str>) {
+        self.vmm = self.path("toft-vmm");
+        let _ = std::fs::remove_file(&self.vmm);
+        match program {
+            None => drop(std::fs::copy(self.bin.join("toft-vmm"), &self.vmm).unwrap()),
+            Some(text) => std::fs::write(&self.vmm, text).unwrap(),
+        }
+        std::fs::set_permissions(&self.vmm, std::fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     /// A file or directory of this stage.
@@ -84,7 +98,7 @@ impl Stage {
             // What is injected is to meet the server that a test is about.
             .args(["--warm-shells", "0"])
             .arg("--vmm")
-            .arg(self.bin.join("toft-vmm"))
+            .arg(&self.vmm)
             .args(&self.flags)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

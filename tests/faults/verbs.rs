@@ -261,6 +261,12 @@ fn servers(cli: &Cli<'_>) {
     cli.fails(&["image", "delete", "counter"], 4);
     assert_eq!(cli.json(&["--wait", "server", "pause", "web"])["state"], "paused");
     assert_eq!(cli.json(&["--wait", "server", "resume", "web"])["state"], "running");
+    let upgraded = cli.json(&["--wait", "server", "upgrade-vmm", "web"]);
+    assert_eq!((&upgraded["state"], &upgraded["vmm_build"]), (&"running".into(), &server["vmm_build"]));
+    let planned = cli.json(&["host", "upgrade", "--dry-run"]);
+    assert_eq!(planned[0]["outcome"], "current", "{planned}");
+    assert!(cli.ok(&["host", "upgrade"]).contains("current"));
+    cli.fails(&["host", "upgrade", "--canary", "web"], 2);
     assert_eq!(cli.json(&["--wait", "server", "hibernate", "web"])["state"], "hibernated");
     let beats = |log: &str| log.matches("probe: beat ").count();
     let before = beats(&cli.stage.console("web", "hello"));

@@ -1,4 +1,4 @@
-//! The part of a fake VMM in a move that its daemons hold: the same phases as the real one's, a few bytes for memory, and the
+//! The part of a fake VMM in a move, held by its daemons or handed over on one host: the same phases as the real one's, a few bytes for memory, and the
 //! disks as they are. A guest is a number that goes with its machine, and nobody may be seen to run one twice.
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,6 +14,11 @@ use wire::control::{Fault, FaultCode, MachineState, Notice, Reply};
 use wire::migration::{MigrationStatus, Owner, Phase, Progress, ReceiveSpec, SendSpec, Side};
 
 use super::{FakeVmm, Order, lock};
+
+/// What the ends of a handover say to each other.
+const RELEASED: u8 = 1;
+const READY: u8 = 2;
+const COMMIT: u8 = 3;
 
 /// Bytes of memory that go over each stream.
 const MEMORY_BYTES: usize = 3000;
@@ -67,12 +72,19 @@ impl FakeVmm {
         }
         let named = spec.streams.iter().map(|fd| fd.0).chain(spec.disks.iter().map(|disk| disk.stream.0));
         let Ok(streams) = streams(named, descriptors) else { return refuse("no streams") };
-        lock(&self.inside).moving = Some(status(Side::Source));
+        {
+            let mut inside = lock(&self.inside);
+            inside.moving = Some(status(Side::Source));
+            inside.handed = inside.disk.filter(|_| spec.handed);
+        }
         let copies = streams.iter().map(|stream| stream.try_clone()).collect::<Result<_, _>>();
         lock(&self.inside).streams = copies.unwrap_or_default();
-        let (vmm, of_memory) = (self.clone(), spec.streams.len());
+        let (vmm, of_memory, is_held) = (self.clone(), spec.streams.len(), spec.held);
         std::thread::spawn(move || {
             let sent = vmm.send_all(&streams, of_memory, &disks);
+            if !is_held {
+                return vmm.gives(&streams[0], sent);
+            }
             // Whatever comes back first: that it runs there, or that nobody is there.
             let mut word = [0];
             let has_run = sent.and_then(|()| (&streams[0]).read_exact(&mut word)).is_ok();
@@ -101,13 +113,115 @@ impl FakeVmm {
         }
         let guest = lock(&self.inside).life;
         (&memory[0]).write_all(&guest.to_le_bytes())?;
-        let mut inside = lock(&self.inside);
-        if let Some(status) = inside.moving.as_mut().filter(|status| status.phase == Phase::Rounds) {
-            status.phase = Phase::Ready;
+        self.goes_to(Phase::Ready)
+    }
+
+    /// A source that hears the target's words itself.
+    fn gives(&self, mut stream: &UnixStream, sent: std::io::Result<()>) {
+        let mut word = [0];
+        let given = sent.and_then(|()| stream.read_exact(&mut word)).and_then(|()| match word {
+            [READY] => {
+                self.goes_to(Phase::Commit)?;
+                lock(&self.inside).disk = None;
+                // Nobody hears it of a target that has died.
+                let _ = stream.write_all(&[COMMIT]);
+                stream.read_exact(&mut word)
+            }
+            _ => Err(std::io::ErrorKind::BrokenPipe.into()),
+        });
+        match given {
+            Ok(()) if word == [RELEASED] => drop(self.goes_to(Phase::Moved)),
+            Ok(()) => self.returns(),
+            Err(_) => {
+                let is_given = |status: &&mut MigrationStatus| status.phase == Phase::Commit;
+                let mut inside = lock(&self.inside);
+                if let Some(status) = inside.moving.as_mut().filter(is_given) {
+                    status.in_doubt = true;
+                    return self.tell(inside);
+                }
+                drop(inside);
+                self.returns();
+            }
         }
+    }
+
+    fn returns(&self) {
+        if self.goes_to(Phase::Returned).is_ok() {
+            let mut inside = lock(&self.inside);
+            if inside.state.is_some() {
+                inside.disk = inside.handed.take().or(inside.disk);
+            }
+            self.turn(&mut inside, MachineState::Running);
+        }
+    }
+
+    /// A target that hears the source's.
+    fn takes(&self, mut stream: &UnixStream) {
+        let mut word = [0];
+        let heard = self.goes_to(Phase::Ready).and_then(|()| {
+            let _ = stream.write_all(&[READY]);
+            stream.read_exact(&mut word)
+        });
+        let mut inside = lock(&self.inside);
+        match heard {
+            Ok(()) if word == [COMMIT] => {
+                drop(inside);
+                let _ = self.releases(stream);
+            }
+            _ => {
+                let is_ready = |status: &&mut MigrationStatus| status.phase == Phase::Ready;
+                if let Some(status) = inside.moving.as_mut().filter(is_ready) {
+                    status.in_doubt = true;
+                    self.tell(inside);
+                }
+            }
+        }
+    }
+
+    fn releases(&self, mut stream: &UnixStream) -> std::io::Result<()> {
+        self.goes_to(Phase::Release)?;
+        {
+            let mut inside = lock(&self.inside);
+            if inside.state.is_some() {
+                inside.disk = inside.handed.take();
+            }
+            self.turn(&mut inside, MachineState::Running);
+        }
+        self.goes_to(Phase::Moved)?;
+        let _ = stream.write_all(&[RELEASED]);
+        Ok(())
+    }
+
+    /// Enters a phase and tells of it, unless it is over or this is where it dies.
+    fn goes_to(&self, phase: Phase) -> std::io::Result<()> {
+        let mut inside = lock(&self.inside);
+        let death = inside.death;
+        let status = inside.moving.as_mut().filter(|status| !status.phase.is_end());
+        let Some(status) = status else { return Err(std::io::ErrorKind::BrokenPipe.into()) };
+        let side = status.side;
+        if death == Some((side, phase, false)) {
+            drop(inside);
+            return Err(self.dies());
+        }
+        status.phase = phase;
+        self.tell(inside);
+        if death == Some((side, phase, true)) {
+            return Err(self.dies());
+        }
+        Ok(())
+    }
+
+    fn dies(&self) -> std::io::Error {
+        self.kill();
+        while lock(&self.inside).state.is_some() {
+            std::thread::yield_now();
+        }
+        std::io::ErrorKind::BrokenPipe.into()
+    }
+
+    fn tell(&self, inside: std::sync::MutexGuard<'_, super::Inside>) {
         drop(inside);
         self.tell_move();
-        Ok(())
     }
 
     fn hears_back(&self, has_run: bool) {
@@ -148,7 +262,7 @@ impl FakeVmm {
             inside.streams = copies.unwrap_or_default();
             inside.spec = Some(spec.machine.clone());
         }
-        let (vmm, of_memory) = (self.clone(), spec.streams.len());
+        let (vmm, of_memory, is_held) = (self.clone(), spec.streams.len(), spec.held);
         std::thread::spawn(move || {
             let guest = receive_all(&streams, of_memory, &disks);
             let mut inside = lock(&vmm.inside);
@@ -157,9 +271,14 @@ impl FakeVmm {
             };
             match guest {
                 Ok(guest) => {
-                    status.phase = Phase::Ready;
                     inside.life = guest;
                     vmm.turn(&mut inside, MachineState::Paused);
+                    drop(inside);
+                    if !is_held {
+                        return vmm.takes(&streams[0]);
+                    }
+                    let _ = vmm.goes_to(Phase::Ready);
+                    return;
                 }
                 Err(cause) => {
                     status.phase = Phase::Dropped;
@@ -208,11 +327,13 @@ impl FakeVmm {
         match (status.side, status.phase, owner) {
             (Side::Source, Phase::Commit, Owner::Here) => {
                 status.phase = Phase::Returned;
+                inside.disk = inside.handed.take().or(inside.disk);
                 self.turn(&mut inside, MachineState::Running);
             }
             (Side::Source, Phase::Commit, Owner::There) => status.phase = Phase::Moved,
             (Side::Target, Phase::Ready, Owner::Here) => {
                 status.phase = Phase::Moved;
+                inside.disk = inside.handed.take().or(inside.disk);
                 self.turn(&mut inside, MachineState::Running);
                 let _ = inside.streams.first().map(|mut stream| stream.write_all(&[1]));
             }

@@ -31,7 +31,7 @@ use wire::control::{
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{FdIndex, MachineSpec, RateLimits};
-use wire::migration::{MigrationStatus, Owner, ReceiveSpec};
+use wire::migration::{MigrationStatus, Owner, Phase, ReceiveSpec, Side};
 use wire::saved::form::{self, Section};
 use wire::saved::table::Table;
 use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
@@ -66,6 +66,8 @@ pub enum Guest {
     KeepsSaved,
     /// Its serial port takes no input.
     Deaf,
+    /// Its memory is private to its VMM.
+    CannotHandOver,
 }
 
 /// Starts VMMs that are threads. Share one among the daemons of a test: it plays the kernel's part.
@@ -94,8 +96,13 @@ struct State {
     oom_kills: BTreeMap<String, u64>,
     /// Walls that the host cannot build, and why.
     lacks: BTreeMap<Item, String>,
+    build: Option<String>,
+    death: Option<Death>,
     violations: Vec<String>,
 }
+
+/// Where a VMM dies in a handover: of which side, as it enters which phase, and whether it has told of that.
+pub type Death = (Side, Phase, bool);
 
 /// One VMM.
 pub struct FakeVmm {
@@ -106,6 +113,7 @@ pub struct FakeVmm {
     /// The key of its cell.
     pub cage: String,
     boot: u32,
+    build: String,
     wake: UnixStream,
     ended: watch::Sender<Option<Option<ExitStatus>>>,
     inside: Mutex<Inside>,
@@ -118,6 +126,11 @@ struct Inside {
     spec: Option<MachineSpec>,
     disk: Option<(u64, u64)>,
     disks: Vec<File>,
+    taps: Vec<OwnedFd>,
+    /// Its disk while it is handed from one to the other.
+    handed: Option<(u64, u64)>,
+    has_booted: bool,
+    death: Option<Death>,
     typed: Vec<u8>,
     limits: BTreeMap<u16, RateLimits>,
     nic_limits: BTreeMap<u16, (RateLimits, RateLimits)>,
@@ -160,6 +173,21 @@ impl FakeLaunch {
     /// The host cannot build this wall.
     pub fn set_lacking(&self, item: Item, why: &str) {
         lock(&self.kernel.state).lacks.insert(item, why.to_owned());
+    }
+
+    /// VMMs that are started from here on are of this build.
+    pub fn set_build(&self, build: &str) {
+        lock(&self.kernel.state).build = Some(build.to_owned());
+    }
+
+    /// Every VMM dies where that is said, in its next handover.
+    pub fn set_death(&self, death: Option<Death>) {
+        lock(&self.kernel.state).death = death;
+        self.alive().iter().for_each(|vmm| lock(&vmm.inside).death = death);
+    }
+
+    fn build_now(state: &State) -> String {
+        state.build.clone().unwrap_or_else(|| "fake".to_owned())
     }
 
     /// The kernel ends this VMM, because its memory ran out.
@@ -221,9 +249,14 @@ impl FakeLaunch {
             label: start.label,
             cage: start.cell.key,
             boot: state.boot,
+            build: FakeLaunch::build_now(&state),
             wake,
             ended: watch::Sender::new(None),
-            inside: Mutex::new(Inside { state: Some(MachineState::Shell), ..Inside::default() }),
+            inside: Mutex::new(Inside {
+                state: Some(MachineState::Shell),
+                death: state.death,
+                ..Inside::default()
+            }),
         });
         state.vmms.insert(pid, vmm.clone());
         let running = Running {
@@ -296,6 +329,10 @@ impl Launch for FakeLaunch {
         Ok(Item::ALL.into_iter().map(|item| Finding { item, found: found(&item) }).collect())
     }
 
+    fn build(&self) -> BoxFuture<'_, Result<String>> {
+        async { Ok(FakeLaunch::build_now(&lock(&self.kernel.state))) }.boxed()
+    }
+
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {
         async {
             self.check()?;
@@ -314,6 +351,10 @@ impl Launch for FakeLaunch {
 }
 
 impl Process for FakeVmm {
+    fn build(&self) -> Option<String> {
+        Some(self.build.clone())
+    }
+
     fn id(&self) -> ProcessId {
         ProcessId { pid: self.pid, start_ticks: 1, boot_id: FakeLaunch::boot_id_of(self.boot) }
     }
@@ -402,6 +443,11 @@ impl FakeVmm {
         lock(&self.inside).resets
     }
 
+    /// Whether its machine began in it.
+    pub fn has_booted(&self) -> bool {
+        lock(&self.inside).has_booted
+    }
+
     /// Whether its machine is one that was saved.
     pub fn is_restored(&self) -> bool {
         self.restored_how().is_some()
@@ -477,6 +523,7 @@ impl Running {
             inside.state = None;
             inside.disk = None;
             inside.disks.clear();
+            inside.taps.clear();
         }
         self.vmm.shut_streams();
         let Running { vmm, listener, connections, .. } = self;
@@ -564,6 +611,7 @@ impl Running {
     ) -> std::result::Result<(), Ended> {
         let id = request.id;
         let mut follows = Ok(());
+        let mut handles: Vec<OwnedFd> = Vec::new();
         let result = match request.command {
             Command::Hello { .. } => Ok(Reply::Hello {
                 protocol: PROTOCOL,
@@ -651,14 +699,26 @@ impl Running {
             }
             Command::SettleMigration { owner } => self.vmm.settle_move(owner),
             Command::LimitMigration { .. } => Ok(Reply::Done),
+            Command::Handles if self.guest == Guest::CannotHandOver => {
+                let detail = "some of the machine's memory is private to its process".to_owned();
+                Err(Fault { code: FaultCode::WrongState, detail })
+            }
             Command::Handles => {
-                Err(Fault { code: FaultCode::WrongState, detail: "a fake hands nothing over".to_owned() })
+                let inside = lock(&self.vmm.inside);
+                let null = File::open("/dev/null").map(OwnedFd::from);
+                let others = inside.taps.iter().map(OwnedFd::try_clone);
+                let disks = inside.disks.iter().map(|disk| disk.try_clone().map(OwnedFd::from));
+                handles =
+                    [null].into_iter().chain(others).chain(disks).filter_map(std::io::Result::ok).collect();
+                let count = |many: usize| u16::try_from(many).unwrap_or(u16::MAX);
+                Ok(Reply::Handles { nics: count(inside.taps.len()), disks: Some(count(inside.disks.len())) })
             }
         };
         if follows.is_err() && self.guest == Guest::DiesAtBoot {
             return Err(Ended(Some(ExitStatus::Signal(11))));
         }
-        self.reply(at, id, result);
+        let borrowed: Vec<_> = handles.iter().map(AsFd::as_fd).collect();
+        let _ = self.connections[at].channel.send(&Message::Reply { id, result }, &borrowed);
         // A watch that has something to tell already, told after its reply.
         let written = self.ring.as_ref().map_or(0, Ring::written);
         if self.connections[at].watching.is_some_and(|seen| written > seen) {
@@ -722,6 +782,8 @@ impl Running {
         let disks =
             spec.disks.iter().filter_map(|disk| files[usize::from(disk.file.0)].as_ref()?.try_clone().ok());
         let disks = disks.collect();
+        let taps = spec.nics.iter().filter_map(|nic| files[usize::from(nic.tap.0)].take().map(OwnedFd::from));
+        let taps = taps.collect();
         let ring = files[usize::from(spec.console.ring.0)].take().map(Ring::open);
         let Some(Ok(ring)) = ring else {
             return refuse(FaultCode::Invalid, "the console ring cannot be opened".to_owned());
@@ -730,9 +792,11 @@ impl Running {
         {
             let mut inside = lock(&self.vmm.inside);
             inside.life = fake_move::new_guest();
+            inside.has_booted = true;
             self.vmm.turn(&mut inside, MachineState::Running);
             inside.spec = Some(spec);
             inside.disks = disks;
+            inside.taps = taps;
         }
         self.tell(&Notice::Booted { resets: 0 });
         self.print(b"fake guest: booted\r\n");
@@ -815,7 +879,17 @@ impl Running {
         spec.check(descriptors.len()).map_err(|cause| invalid(cause.to_string()))?;
         let disk = spec.machine.disks.first().and_then(|disk| descriptors.get(usize::from(disk.file.0)));
         let disk = disk.and_then(|fd| fd.try_clone().ok()).and_then(|fd| File::from(fd).metadata().ok());
-        self.claim(disk.map(|meta| (meta.dev(), meta.ino())));
+        let disk = disk.map(|meta| (meta.dev(), meta.ino()));
+        if self.guest == Guest::CannotBoot {
+            return Err(Fault { code: FaultCode::Host, detail: "KVM_CREATE_VM: no space left".to_owned() });
+        }
+        match spec.memory {
+            // It is the other's until this one takes the machine.
+            Some(_) => lock(&self.vmm.inside).handed = disk,
+            None => self.claim(disk),
+        }
+        let taps = spec.machine.nics.iter().map(|nic| descriptors[usize::from(nic.tap.0)].try_clone());
+        lock(&self.vmm.inside).taps = taps.filter_map(std::io::Result::ok).collect();
         let ring = descriptors[usize::from(spec.machine.console.ring.0)].try_clone().map(File::from);
         self.ring = ring.and_then(Ring::open).ok();
         let files = spec

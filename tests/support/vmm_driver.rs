@@ -352,13 +352,16 @@ impl Vmm {
     pub(crate) fn handles(&mut self) -> Result<Vec<File>, Fault> {
         let id = self.send(Command::Handles, &[]);
         let (reply, descriptors) = self.reply_with(id);
-        let Reply::Handles { nics } = reply? else { panic!("handles were answered with something else") };
-        assert_eq!(descriptors.len(), usize::from(nics) + 1);
+        let Reply::Handles { nics, disks } = reply? else {
+            panic!("handles were answered with something else")
+        };
+        let disks = usize::from(disks.expect("how many disks"));
+        assert_eq!(descriptors.len(), usize::from(nics) + disks + 1);
         Ok(descriptors.into_iter().map(File::from).collect())
     }
 
     /// Makes this VMM the one that takes a machine of this host over, whose handles these are, from one that has the other
-    /// end of `stream`. The interfaces of `machine` are without taps yet.
+    /// end of `stream`. The interfaces of `machine` are without taps yet, and its disks get the openings that are handed over.
     pub(crate) fn try_take_over(
         &mut self,
         mut machine: Machine,
@@ -371,8 +374,12 @@ impl Vmm {
         self.console = Some(Ring::open(copy(&ring)).unwrap());
         self.ring = Some(copy(&ring));
         machine.spec.console = Console { ring: machine.add(ring) };
-        let (memory, taps) = handles.split_first().expect("memory comes first");
+        let (memory, others) = handles.split_first().expect("memory comes first");
+        let (taps, disks) = others.split_at(others.len().saturating_sub(machine.spec.disks.len()));
         taps.iter().for_each(|tap| machine.nic(copy(tap)));
+        for (disk, opening) in machine.spec.disks.iter().zip(disks) {
+            machine.files[usize::from(disk.file.0)] = copy(opening);
+        }
         let memory = Some(machine.add(copy(memory)));
         let streams = vec![machine.add(File::from(stream))];
         let spec =

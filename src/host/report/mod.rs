@@ -80,6 +80,7 @@ impl Report {
         Ok(HostReport {
             name: system.nodename().to_string_lossy().into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            vmm_build: self.launcher.build().await.ok(),
             kernel: system.release().to_string_lossy().into_owned(),
             health: health(&checks),
             started_at: self.core.started_at,

@@ -58,9 +58,20 @@ pub(super) fn event(
     {
         restore::taken_back(tx, &mut record, *snapshot)?;
     }
-    if let Event::Made { vmm: Some(spawned), .. } | Event::Spawned(spawned) = &event {
-        record.sandbox = spawned.sandbox;
-        record.cage = spawned.cage.clone();
+    match (&record.life.phase, &event) {
+        // Not its own yet.
+        (Phase::Upgrading { .. }, Event::Spawned(_)) => {}
+        (Phase::Upgrading { next: Some(next), .. }, Event::HandedOver) => {
+            (record.sandbox, record.vmm_build) = (next.sandbox, next.build.clone());
+            let text =
+                format!("its machine runs in build {} of the VMM", next.build.as_deref().unwrap_or("?"));
+            guest_event(tx, &record, "server.upgraded", text, &Actor::Host)?;
+        }
+        (_, Event::Made { vmm: Some(spawned), .. } | Event::Spawned(spawned)) => {
+            (record.sandbox, record.vmm_build) = (spawned.sandbox, spawned.build.clone());
+            record.cage = spawned.cage.clone();
+        }
+        _ => {}
     }
     let mut next = step(&record.life, event, record.context());
     if begins_run(&record, &next) {
@@ -138,6 +149,10 @@ fn refusal(record: &ServerRecord, ask: Ask) -> Error {
     let actions = view::allowed_actions(record);
     let state = view::state_text(record);
     let detail = match actions.as_slice() {
+        _ if record.life.phase.is_upgrading() => format!(
+            "the machine of server {} is going to another VMM, which is over in a moment: it cannot {verb} before",
+            record.name
+        ),
         [] => format!(
             "server {} is {state}: it cannot {verb} now, and nothing else can be asked of it",
             record.name
@@ -268,6 +283,9 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
         Phase::Moving { given: false, .. } => ("preparing", 1),
         Phase::Moving { given: true, .. } => ("handing_over", 90),
         Phase::Resetting { .. } => ("resetting", 10),
+        Phase::Upgrading { next: None, .. } => ("starting_vmm", 10),
+        Phase::Upgrading { next: Some(_), .. } => ("handing_over", 50),
+        Phase::Retiring { .. } => ("ending_vmm", 80),
         Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
         Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),
         Phase::Releasing { .. } => ("releasing", 60),

@@ -75,5 +75,6 @@ fn verb(action: ServerAction) -> &'static str {
         ServerAction::Pause => "pause",
         ServerAction::Resume => "resume",
         ServerAction::Hibernate => "hibernate",
+        ServerAction::UpgradeVmm => "upgrade-vmm",
     }
 }

@@ -240,6 +240,7 @@ fn one(
         sandbox: None,
         cage: None,
         identity: Some(GuestIdentity::Unchanged),
+        vmm_build: None,
         descent: origin.descent.wrapping_add(1),
         generation: 1,
         created_at: now,

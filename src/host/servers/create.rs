@@ -93,6 +93,7 @@ pub(super) fn server(
         sandbox: None,
         cage: None,
         identity: None,
+        vmm_build: None,
         descent: 0,
         generation: 1,
         created_at: now,

@@ -46,10 +46,10 @@ enum Ends {
 }
 
 /// Files that a VMM is started with.
-struct Files {
-    listener: Listener,
-    will: File,
-    log: File,
+pub(super) struct Files {
+    pub(super) listener: Listener,
+    pub(super) will: File,
+    pub(super) log: File,
 }
 
 impl Doing {
@@ -66,6 +66,9 @@ impl Doing {
             Work::TakeBack { to } => self.take_back(to).await,
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
             Work::Resume => self.resume().await,
+            Work::SpawnNext => self.final_or(self.spawn_next().await, Event::HandOverFailed),
+            Work::HandOver => self.hand_over().await,
+            Work::Retire => self.retire().await,
             Work::CountResets => Ok(match self.resets().await {
                 Ok(resets) => Event::ResetsCounted(resets),
                 Err(cause) => Event::ResetFailed(Trouble::from(&Error::from(cause))),
@@ -94,7 +97,7 @@ impl Doing {
         }
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub(super) fn file(&self, name: &str) -> PathBuf {
         self.workshop.core.dirs.server(self.record.id).join(name)
     }
 
@@ -215,7 +218,12 @@ impl Doing {
 
     /// Binds the control socket and makes the files that a VMM is started with.
     async fn bind(&self) -> Result<Files> {
-        let (socket, will, log) = (self.file("control.sock"), self.file("will.json"), self.file("vmm.log"));
+        self.bind_at("control.sock", "will.json").await
+    }
+
+    /// The same under these names.
+    pub(super) async fn bind_at(&self, socket: &str, will: &str) -> Result<Files> {
+        let (socket, will, log) = (self.file(socket), self.file(will), self.file("vmm.log"));
         let ends = blocking(move || {
             machine::remove_file(&socket)?;
             let listener = Listener::bind(&socket)
@@ -286,10 +294,11 @@ impl Doing {
         }
         let hello = greeted.and_then(|(_, hello)| hello);
         let sandbox = shell.map_or(hello, |shell| Some(shell.hello)).map(|hello| hello.sandbox);
-        Ok(Spawned { vmm, sandbox, cage })
+        let build = self.entry.machine().and_then(|machine| machine.process.build());
+        Ok(Spawned { vmm, sandbox, cage, build })
     }
 
-    async fn cell(&self) -> Result<Cell> {
+    pub(super) async fn cell(&self) -> Result<Cell> {
         let record = self.record.clone();
         let read = move |connection: &rusqlite::Connection| {
             let sizes =
@@ -308,8 +317,12 @@ impl Doing {
     /// A VMM that was started and lost before it was recorded listens on the server's socket. It has no machine;
     /// it is told to leave before another takes its place.
     async fn dismiss_stranger(&self) {
+        self.dismiss_at("control.sock").await;
+    }
+
+    pub(super) async fn dismiss_at(&self, socket: &str) {
         let (console, (notices, _)) = (watch::Sender::new(0), mpsc::channel(1));
-        let socket = self.file("control.sock");
+        let socket = self.file(socket);
         if let Ok((link, _)) = Link::connect(&socket, console, notices, limits::QUIT).await {
             tracing::warn!(server = %self.record.id, "a VMM that was never recorded is told to quit");
             if link.order(Command::Quit, limits::QUIT).await.is_ok() {
@@ -480,6 +493,7 @@ impl Doing {
             machine::remove_file(&socket)
         })
         .await?;
+        self.forget_next().await?;
         if !keep_copied {
             restore::forget_copies(&self.workshop, &self.record).await?;
         }

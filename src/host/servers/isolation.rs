@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use model::server::{Isolation, IsolationItem, ServerIsolation};
 
+use wire::control::Sandbox;
+
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
 use crate::core::blocking;
 use crate::error::{Error, Result};
-use crate::vmms::Finding;
 use crate::vmms::launcher::not_whole;
+use crate::vmms::{Finding, ProcessId};
 
 /// Looks at the VMM of `record`. What only it can say, it has said before there was a guest. Fails when it has ended.
 pub(super) async fn examine(
@@ -17,10 +19,18 @@ pub(super) async fn examine(
     entry: &Entry,
     record: &ServerRecord,
 ) -> Result<Vec<Finding>> {
-    let sandbox = record.sandbox;
     let gone = || Error::new(model::Code::MachineFailed, "the VMM has ended");
     let machine = entry.machine().ok_or_else(gone)?;
-    let (id, key) = (machine.process.id(), machine.cage);
+    examine_process(workshop, record, machine.process.id(), machine.cage, record.sandbox).await
+}
+
+async fn examine_process(
+    workshop: &Workshop,
+    record: &ServerRecord,
+    id: ProcessId,
+    key: String,
+    sandbox: Option<Sandbox>,
+) -> Result<Vec<Finding>> {
     let (launcher, files) = (workshop.launcher.clone(), files(workshop, record));
     blocking(move || launcher.examine(&id, &key, sandbox, &files)).await
 }
@@ -28,7 +38,20 @@ pub(super) async fn examine(
 /// Fails with `host_unprepared`, naming what lacks, unless every wall stands. The VMM has no machine yet, so no
 /// guest has run outside a wall.
 pub(super) async fn require(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
-    let findings = examine(workshop, entry, record).await?;
+    judge(examine(workshop, entry, record).await?)
+}
+
+/// As [`require`], of a VMM beside the one at hand, in the same groups.
+pub(super) async fn require_of(
+    workshop: &Workshop,
+    record: &ServerRecord,
+    vmm: &ProcessId,
+    sandbox: Sandbox,
+) -> Result<()> {
+    judge(examine_process(workshop, record, vmm.clone(), record.cage(), Some(sandbox)).await?)
+}
+
+fn judge(findings: Vec<Finding>) -> Result<()> {
     let lacks: Vec<String> = findings
         .into_iter()
         .filter_map(|finding| Some(format!("{}: {}", finding.item, finding.found.err()?)))

@@ -86,6 +86,20 @@ pub const MOVE_LOOK: Duration = Duration::from_millis(50);
 /// How often is looked whether a server that comes has a VMM, which takes some milliseconds.
 pub const MOVE_SPAWN_LOOK: Duration = Duration::from_millis(3);
 
+/// How long a handover between two VMMs of this host may take before it is given up: memory stays where it is, and the guest
+/// stands still for the end of it only.
+pub const UPGRADE: Duration = Duration::from_secs(10);
+
+/// How long a guest may stand still for a handover, in milliseconds, before it runs on where it was. It takes some, on a host that
+/// has time.
+pub const UPGRADE_STANDSTILL_MS: u32 = 2000;
+
+/// Pause before a handover is looked at again of which something went wrong.
+pub const UPGRADE_AGAIN: Duration = Duration::from_millis(20);
+
+/// Notices of a VMM in a handover that wait to be read, which happens at once. It says a dozen.
+pub const UPGRADE_NOTICES_MAX: usize = 256;
+
 /// Bytes a second at which memory is read from a disk and compared, at the least: a slow disk in bad company.
 const RESTORE_BYTES_PER_S: u64 = 20 << 20;
 

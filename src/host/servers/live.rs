@@ -181,7 +181,7 @@ fn not_here(status: &MigrationStatus) -> Option<End> {
 }
 
 /// Has a source's VMM keep its machine, whatever it has promised. Repeatable.
-async fn keep(link: &Link) -> std::result::Result<(), AskError> {
+pub(super) async fn keep(link: &Link) -> std::result::Result<(), AskError> {
     let under_way =
         status(link).await?.filter(|status| status.side == Side::Source && !status.phase.is_end());
     if under_way.is_none() || link.order(Command::CancelMigration, limits::PAUSE).await.is_ok() {

@@ -22,6 +22,7 @@ use super::record::{self, ServerRecord};
 use super::registry::{Entry, Workshop};
 use crate::core::blocking;
 use crate::error::{Error, Result};
+use crate::images::BootFiles;
 use crate::network::{Lease, Networks};
 use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
@@ -80,11 +81,13 @@ pub struct Prepared {
 impl Prepared {
     /// Whether it is what the record asks for still: limits and names may have changed since.
     fn is_of(&self, record: &ServerRecord) -> bool {
-        let ServerRecord { life, held, sandbox, cage, generation, updated_at, started_at, .. } =
+        let ServerRecord { life, held, sandbox, cage, vmm_build, generation, updated_at, started_at, .. } =
             record.clone();
         let of = self.of.clone();
         // Of these a machine knows nothing; the record of its VMM changes them.
-        ServerRecord { life, held, sandbox, cage, generation, updated_at, started_at, ..of } == *record
+        let of =
+            ServerRecord { life, held, sandbox, cage, vmm_build, generation, updated_at, started_at, ..of };
+        of == *record
     }
 }
 
@@ -128,13 +131,65 @@ async fn describe(
     );
     let (files, volumes, seed, taps, ring) = (files?, volumes?, seed?, taps?, ring?);
     workshop.core.checkpoint("server.seeded")?;
+    let disks = volumes.into_iter().map(OwnedFd::from).chain([seed.into()]).collect();
+    assemble(record, chassis(record), Parts { files, disks, taps, ring })
+}
+
+/// What a machine is made of.
+struct Parts {
+    files: BootFiles,
+    /// The record's volumes and the seed disk.
+    disks: Vec<OwnedFd>,
+    /// Each with its network's largest packet.
+    taps: Vec<(u16, OwnedFd)>,
+    ring: File,
+}
+
+/// The machine that runs, for a VMM that takes it over: `handles` are its memory, so many taps, and so many disks. Answers it
+/// with its memory.
+pub(super) async fn describe_handed(
+    workshop: &Workshop,
+    record: &ServerRecord,
+    handles: Vec<OwnedFd>,
+    (nics, disks): (usize, usize),
+) -> Result<(Description, FdIndex)> {
+    let wanted = (record.nics.len(), record.disks.len() + 1);
+    if (nics, disks) != wanted || handles.len() != 1 + nics + disks {
+        let detail = format!("the VMM has {nics} interfaces and {disks} disks, and should have {wanted:?}");
+        return Err(Error::new(Code::MachineFailed, detail));
+    }
+    let mut handles = handles.into_iter();
+    let memory = handles.next();
+    let mut taps = Vec::new();
+    for (nic, tap) in record.nics.iter().zip(handles.by_ref()) {
+        taps.push((lease(workshop, nic).await?.mtu, tap));
+    }
+    let ring = workshop.core.dirs.server(record.id).join("console.ring");
+    let parts = Parts {
+        files: workshop.images.boot_files(record.image_id).await?,
+        disks: handles.collect(),
+        taps,
+        ring: blocking(move || open_ring(&ring)).await?,
+    };
+    // What it is now: the next one may be of another size.
+    let record::Held { memory_bytes, vcpus, cpu } = record.held;
+    let chassis = Chassis { memory_bytes, vcpus, cpu: cpu_template(cpu.unwrap_or(record.cpu)) };
+    let mut description = assemble(record, chassis, parts)?;
+    let memory = memory.ok_or_else(|| Error::new(Code::MachineFailed, "the VMM has no memory"))?;
+    let memory = description.descriptors.add(memory);
+    Ok((description, memory))
+}
+
+fn assemble(record: &ServerRecord, chassis: Chassis, parts: Parts) -> Result<Description> {
+    let Parts { files, disks, taps, ring } = parts;
     let mut packet = Packet::default();
     let boot = Boot {
         kernel: packet.add(files.kernel),
         initrd: files.initrd.map(|initrd| packet.add(initrd)),
         cmdline: files.cmdline,
     };
-    let root = |(disk, file): (&record::Disk, File)| Disk {
+    let mut opened = disks.into_iter();
+    let root = |(disk, file): (&record::Disk, OwnedFd)| Disk {
         file: packet.add(file),
         access: Access::ReadWrite,
         cache: match disk.cache {
@@ -144,20 +199,20 @@ async fn describe(
         serial: serial(disk.volume_id.0),
         limits: disk_limits(&disk.limits),
     };
-    let mut disks: Vec<Disk> = record.disks.iter().zip(volumes).map(root).collect();
-    disks.push(Disk {
+    let mut disks: Vec<Disk> = record.disks.iter().zip(opened.by_ref()).map(root).collect();
+    disks.extend(opened.map(|seed| Disk {
         file: packet.add(seed),
         access: Access::ReadOnly,
         cache: CacheMode::Writeback,
         serial: "seed".to_owned(),
         limits: RateLimits::default(),
-    });
+    }));
     let mut nics = Vec::new();
     for (nic, (mtu, tap)) in record.nics.iter().zip(taps) {
         let (rx_limits, tx_limits) = nic_limits(&nic.limits);
         nics.push(Nic { tap: packet.add(tap), mac: mac(&nic.mac)?, mtu, rx_limits, tx_limits });
     }
-    let Chassis { memory_bytes, vcpus, cpu } = chassis(record);
+    let Chassis { memory_bytes, vcpus, cpu } = chassis;
     let spec = MachineSpec {
         memory_bytes,
         vcpus,
@@ -174,12 +229,15 @@ async fn describe(
 
 /// What of its machine does not depend on files.
 pub(super) fn chassis(record: &ServerRecord) -> Chassis {
-    let cpu = match record.cpu {
+    Chassis { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu: cpu_template(record.cpu) }
+}
+
+fn cpu_template(cpu: server::CpuTemplate) -> CpuTemplate {
+    match cpu {
         server::CpuTemplate::Host => CpuTemplate::Host,
         server::CpuTemplate::X86_64V2 => CpuTemplate::X86_64V2,
         server::CpuTemplate::X86_64V3 => CpuTemplate::X86_64V3,
-    };
-    Chassis { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu }
+    }
 }
 
 /// Opens the record's volumes, in their order.
@@ -301,6 +359,16 @@ pub(super) fn remove_file(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(cause) if cause.kind() != ErrorKind::NotFound => {
             Err(Error::file(format!("cannot remove {}", path.display()), cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Gives a file another name, in place of what has it. Repeatable.
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+    match std::fs::rename(from, to) {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => {
+            Err(Error::file(format!("cannot rename {}", from.display()), cause))
         }
         _ => Ok(()),
     }

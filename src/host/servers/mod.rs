@@ -49,6 +49,7 @@ mod restore;
 pub(crate) mod saved;
 mod snapshot;
 mod telling;
+mod upgrade;
 mod view;
 
 pub(crate) use clone::users_of_snapshot;
@@ -498,6 +499,7 @@ fn asked(action: ServerAction) -> Result<Ask> {
         ServerAction::Pause => Ask::Pause,
         ServerAction::Resume => Ask::Resume,
         ServerAction::Hibernate => Ask::Hibernate,
+        ServerAction::UpgradeVmm => Ask::Upgrade,
     })
 }
 

@@ -77,6 +77,9 @@ pub struct ServerRecord {
     /// Name of the control groups of its latest VMM; its id when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cage: Option<String>,
+    /// Which build of the VMM that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_build: Option<String>,
     /// Of a clone with memory: whether its guest has become another one.
     #[serde(default)]
     pub identity: Option<GuestIdentity>,

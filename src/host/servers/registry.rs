@@ -74,6 +74,8 @@ pub struct Entry {
     socket: PathBuf,
     notices: mpsc::Sender<Notice>,
     machine: Mutex<Option<Machine>>,
+    /// One that is to take the machine over.
+    next: Mutex<Option<Arc<dyn Process>>>,
     /// What the VMM at hand is to be sent.
     prepared: Mutex<Option<Prepared>>,
     /// The taps of a machine that has come and is not announced yet.
@@ -109,6 +111,22 @@ impl Entry {
         self.take_prepared();
         self.taps().clear();
         self.wake_readers();
+    }
+
+    /// Gives the actor a notice of a VMM that somebody else has listened to.
+    pub fn pass(&self, notice: Notice) {
+        // As of the others, one too many is dropped: a guest can cause them at will.
+        let _ = self.notices.try_send(notice);
+    }
+
+    /// Takes a process up that is to have the machine of the one at hand.
+    pub fn keep_next(&self, process: Option<Arc<dyn Process>>) {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = process;
+    }
+
+    /// That one.
+    pub fn next(&self) -> Option<Arc<dyn Process>> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Keeps what the VMM at hand is to be sent.
@@ -231,6 +249,7 @@ impl Registry {
             socket: self.workshop.core.dirs.server(id).join("control.sock"),
             notices,
             machine: Mutex::new(None),
+            next: Mutex::new(None),
             prepared: Mutex::new(None),
             taps: Mutex::default(),
             connecting: tokio::sync::Mutex::new(()),

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use model::Code;
+use sha2::{Digest, Sha256};
 use sys::pidfd::PidFd;
 use sys::seqpacket::Socket;
 use sys::spawn::{Program, Session};
@@ -49,6 +51,8 @@ struct Connection {
     next: AtomicU64,
     state: Mutex<State>,
     process: PidFd,
+    /// VMMs are what the launcher is, whatever has been installed in its place since.
+    build: String,
 }
 
 #[derive(Default)]
@@ -193,13 +197,15 @@ impl Launch for Launcher {
             descriptors.extend(groups.iter().map(AsFd::as_fd));
             let jail = self.jail(&start.cell, start.walls, groups.len())?;
             let command = Command::Spawn { label: start.label.clone(), jail };
-            let replied = self.ask(command, &descriptors, limits::SPAWN).await?;
+            let connection = self.connection().await?;
+            let build = connection.build.clone();
+            let replied = connection.ask(command, &descriptors, limits::SPAWN).await?;
             match (replied.result, replied.descriptors.into_iter().next(), replied.status) {
                 (Ok(Reply::Spawned { pid, missing }), Some(pidfd), Some(status)) => {
                     for missing in missing {
                         tracing::warn!("VMM {pid} runs without {missing}");
                     }
-                    Ok(Arc::new(Held::started(pid, pidfd, status)?) as Arc<dyn Process>)
+                    Ok(Arc::new(Held::started(pid, pidfd, status, build)?) as Arc<dyn Process>)
                 }
                 (Err(why), _, _) if start.walls == Walls::All => Err(not_whole(&[why])),
                 (Err(why), _, _) => Err(Error::new(Code::MachineFailed, why)),
@@ -244,6 +250,18 @@ impl Launch for Launcher {
         if process::start_ticks(id.pid) == Some(id.start_ticks) { Ok(findings) } else { Err(gone()) }
     }
 
+    fn build(&self) -> BoxFuture<'_, Result<String>> {
+        async move {
+            // A launcher that lives starts what it is; none is started for the question.
+            match self.connection.lock().await.as_ref().filter(|connection| !connection.state().closed) {
+                Some(connection) => Ok(connection.build.clone()),
+                None => build_of(&self.vmm)
+                    .map_err(|cause| Error::file(format!("cannot look at {}", self.vmm.display()), cause)),
+            }
+        }
+        .boxed()
+    }
+
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {
         async move {
             self.check_vmm()?;
@@ -259,8 +277,17 @@ impl Launch for Launcher {
     }
 }
 
+/// What tells a program from another that was installed in its place: twelve hexadecimal digits of its file's identity,
+/// length and time, which nobody has to read the whole file for.
+fn build_of(program: &Path) -> std::io::Result<String> {
+    let found = std::fs::metadata(program)?;
+    let of = [found.dev(), found.ino(), found.len(), found.mtime() as u64, found.mtime_nsec() as u64];
+    let digest = Sha256::digest(of.map(u64::to_le_bytes).as_flattened());
+    Ok(digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+}
+
 impl Connection {
-    fn start(vmm: &std::path::Path) -> Result<Arc<Connection>> {
+    fn start(vmm: &Path) -> Result<Arc<Connection>> {
         let failed = |cause: std::io::Error| {
             Error::new(
                 Code::HostUnprepared,
@@ -268,6 +295,7 @@ impl Connection {
             )
             .caused_by(cause)
         };
+        let build = build_of(vmm).map_err(failed)?;
         let (ours, theirs) = Socket::pair().map_err(failed)?;
         let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
         let (_, process) = sys::spawn::spawn(&Program {
@@ -286,7 +314,7 @@ impl Connection {
         ours.set_nonblocking().map_err(failed)?;
         let socket = watch(Channel::new(ours), Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         let connection =
-            Arc::new(Connection { socket, next: AtomicU64::new(1), state: Mutex::default(), process });
+            Arc::new(Connection { socket, next: AtomicU64::new(1), state: Mutex::default(), process, build });
         let reading = Arc::downgrade(&connection);
         tokio::spawn(async move {
             // The reader holds the connection while it reads, so the launcher lives as long as the daemon.

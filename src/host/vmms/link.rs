@@ -1,7 +1,7 @@
 //! One control connection to a VMM: requests matched with replies, notices passed on, every wait bounded.
 //! It knows no server; `servers` decides what to ask and what a notice means.
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,7 +60,7 @@ impl From<AskError> for Error {
     }
 }
 
-type Waiting = HashMap<u64, oneshot::Sender<std::result::Result<Reply, Fault>>>;
+type Waiting = HashMap<u64, oneshot::Sender<std::result::Result<(Reply, Vec<OwnedFd>), Fault>>>;
 
 struct Shared {
     socket: AsyncFd<Watched<Channel>>,
@@ -126,6 +126,16 @@ impl Link {
         descriptors: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> std::result::Result<Reply, AskError> {
+        Ok(self.ask_for(command, descriptors, timeout).await?.0)
+    }
+
+    /// As [`Link::ask`], of a VMM that answers with descriptors.
+    pub async fn ask_for(
+        &self,
+        command: Command,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> std::result::Result<(Reply, Vec<OwnedFd>), AskError> {
         let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         match self.shared.waiting().as_mut() {
@@ -196,7 +206,7 @@ impl Shared {
     /// neither the runtime's thread nor the daemon's time for itself.
     async fn read(&self, console: &watch::Sender<u64>, notices: &mpsc::Sender<Notice>) {
         let mut unasked = Unasked::new(Instant::now());
-        let mut turn = 0;
+        let (mut turn, mut is_reset) = (0, false);
         loop {
             // Waiting for a socket that stays readable never lets another task run.
             if turn == limits::PACKETS_PER_TURN {
@@ -204,12 +214,20 @@ impl Shared {
                 tokio::task::yield_now().await;
             }
             let Ok(mut ready) = self.socket.readable().await else { return };
-            let message = match ready.get_inner().0.receive::<Message>() {
-                Ok(Some((message, _))) => message,
+            let received = ready.get_inner().0.receive::<Message>();
+            let (message, descriptors) = match received {
+                Ok(Some(received)) => received,
                 Ok(None) => return,
                 Err(cause) if cause.is_would_block() => {
                     turn = 0;
                     ready.clear_ready();
+                    continue;
+                }
+                // It ended with a command of ours unread, and what it had said before that comes behind the news.
+                Err(wire::channel::Error::Socket(cause))
+                    if cause.kind() == std::io::ErrorKind::ConnectionReset
+                        && !std::mem::replace(&mut is_reset, true) =>
+                {
                     continue;
                 }
                 Err(cause) => {
@@ -227,7 +245,7 @@ impl Shared {
                     // Nobody waits any more when the reply came after its time.
                     if let Some(sender) = sender {
                         unasked.answered();
-                        let _ = sender.send(result);
+                        let _ = sender.send(result.map(|reply| (reply, descriptors)));
                     }
                 }
                 Message::Notice(Notice::Console { written }) => {

@@ -63,6 +63,9 @@ pub trait Launch: Send + Sync + 'static {
         files: &[PathBuf],
     ) -> Result<Vec<Finding>>;
 
+    /// Which build of the VMM is started from now on: another word for each installation of its program.
+    fn build(&self) -> BoxFuture<'_, Result<String>>;
+
     /// Looks at KVM and tries a guest on it.
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>>;
 }
@@ -121,6 +124,9 @@ pub struct ProcessId {
 pub trait Process: Send + Sync {
     /// Which one.
     fn id(&self) -> ProcessId;
+
+    /// As [`Launch::build`] when it was started; nothing for one that an earlier daemon started.
+    fn build(&self) -> Option<String>;
 
     /// Ends it at once (SIGKILL). Repeatable; no error when it has ended.
     fn kill(&self) -> Result<()>;

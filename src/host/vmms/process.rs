@@ -22,6 +22,7 @@ pub(super) struct Held {
     pidfd: AsyncFd<Watched<PidFd>>,
     /// How it ended, from the launcher; stays empty for processes that an earlier launcher started.
     status: watch::Receiver<Option<ExitStatus>>,
+    build: Option<String>,
 }
 
 impl Held {
@@ -30,10 +31,16 @@ impl Held {
         pid: i32,
         pidfd: OwnedFd,
         status: watch::Receiver<Option<ExitStatus>>,
+        build: String,
     ) -> Result<Held> {
         // A process that has ended already has no start time; it is told apart by its pidfd all the same.
         let start_ticks = start_ticks(pid).unwrap_or_default();
-        Held::new(ProcessId { pid, start_ticks, boot_id: boot_id()? }, PidFd::from(pidfd), status)
+        Held::new(
+            ProcessId { pid, start_ticks, boot_id: boot_id()? },
+            PidFd::from(pidfd),
+            status,
+            Some(build),
+        )
     }
 
     /// Finds a process again. `None` when it has ended or its number is somebody else's.
@@ -46,19 +53,28 @@ impl Held {
         if start_ticks(id.pid) != Some(id.start_ticks) || pidfd.has_ended().unwrap_or(true) {
             return Ok(None);
         }
-        Held::new(id.clone(), pidfd, watch::Sender::new(None).subscribe()).map(Some)
+        Held::new(id.clone(), pidfd, watch::Sender::new(None).subscribe(), None).map(Some)
     }
 
-    fn new(id: ProcessId, pidfd: PidFd, status: watch::Receiver<Option<ExitStatus>>) -> Result<Held> {
+    fn new(
+        id: ProcessId,
+        pidfd: PidFd,
+        status: watch::Receiver<Option<ExitStatus>>,
+        build: Option<String>,
+    ) -> Result<Held> {
         let pidfd = watch(pidfd, Interest::READABLE)
             .map_err(|cause| Error::internal("a process cannot be watched", cause))?;
-        Ok(Held { id, pidfd, status })
+        Ok(Held { id, pidfd, status, build })
     }
 }
 
 impl Process for Held {
     fn id(&self) -> ProcessId {
         self.id.clone()
+    }
+
+    fn build(&self) -> Option<String> {
+        self.build.clone()
     }
 
     fn kill(&self) -> Result<()> {

@@ -139,9 +139,12 @@ pub(crate) async fn delete(
 pub(crate) struct Nothing {}
 
 macro_rules! actions {
-    ($($name:ident, $body:ty, $doc:literal, |$given:ident| $action:expr;)*) => {$(
+    ($($name:ident, $body:ty, $doc:literal, |$given:ident| $action:expr;)*) => {
+        actions! { $($name, stringify!($name), $body, $doc, |$given| $action;)* }
+    };
+    ($($name:ident, $verb:expr, $body:ty, $doc:literal, |$given:ident| $action:expr;)*) => {$(
         #[doc = $doc]
-        #[utoipa::path(post, path = concat!("/v1/servers/{id}/actions/", stringify!($name)), tag = "servers",
+        #[utoipa::path(post, path = concat!("/v1/servers/{id}/actions/", $verb), tag = "servers",
             operation_id = concat!(stringify!($name), "_server"),
             params(("id" = ServerId, Path, description = "The server.")),
             request_body = Option<$body>,
@@ -174,6 +177,11 @@ actions! {
     resume, Nothing, "Lets a paused server run again.", |_given| ServerAction::Resume;
     hibernate, Nothing, "Hibernates a server: saves its memory to the disk and ends its machine. A start goes on where it was, with the clock set right; a stop with no grace throws the memory away.",
         |_given| ServerAction::Hibernate;
+}
+
+actions! {
+    upgrade_vmm, "upgrade-vmm", Nothing, "Gives a running server a new VMM of the host's present build. Its guest stands still for some milliseconds; it runs on in the old one when the new one does not take it.",
+        |_given| ServerAction::UpgradeVmm;
 }
 
 /// How to move.

@@ -69,10 +69,10 @@ impl Shell {
             }
             Command::SaveStatus => Ok(Reply::Save(self.machine()?.save_status())),
             Command::Handles => {
-                *handles = self.machine()?.handles()?;
-                // Beside memory.
-                let nics = handles.len().saturating_sub(1);
-                Ok(Reply::Handles { nics: u16::try_from(nics).unwrap_or(u16::MAX) })
+                let count = |many: usize| u16::try_from(many).unwrap_or(u16::MAX);
+                let (opened, nics, disks) = self.machine()?.handles()?;
+                *handles = opened;
+                Ok(Reply::Handles { nics: count(nics), disks: Some(count(disks)) })
             }
             Command::Send(spec) => {
                 let checked = spec.check(descriptors.len());

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use devices::virtio::block::Disk;
 use kvm::{DirtyLog, Host};
 use memory::{Backing, marks};
-use wire::machine::FdIndex;
+use wire::machine::{FdIndex, MachineSpec};
 use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
 use wire::transfer::Handed;
 
@@ -105,15 +105,16 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Memory and taps, for a VMM on this host.
-    pub(crate) fn handles(&self) -> Result<Vec<OwnedFd>, Error> {
+    /// Memory, taps and disks, for a VMM on this host; how many taps and disks there are.
+    pub(crate) fn handles(&self) -> Result<(Vec<OwnedFd>, usize, usize), Error> {
+        let MachineSpec { nics, disks, .. } = &self.plan.spec;
+        let taps = nics.iter().enumerate().map(|(at, nic)| (format!("/nics/{at}/tap"), nic.tap));
+        let files = disks.iter().enumerate().map(|(at, disk)| (format!("/disks/{at}/file"), disk.file));
         let mut handles = vec![handle(self.parts.as_ref().ok_or(Error::Absent)?)?.into()];
-        for (at, nic) in self.plan.spec.nics.iter().enumerate() {
-            let tap = self.plan.copy(nic.tap);
-            let field = || format!("/nics/{at}/tap");
-            handles.push(tap.map_err(|cause| Error::File { field: field(), cause })?.into());
+        for (field, file) in taps.chain(files) {
+            handles.push(self.plan.copy(file).map_err(|cause| Error::File { field, cause })?.into());
         }
-        Ok(handles)
+        Ok((handles, nics.len(), disks.len()))
     }
 
     /// The disks that go along, by their positions.

@@ -41,6 +41,8 @@ pub enum Ask {
     },
     /// Be another host's.
     Migrate,
+    /// Run on in a new VMM.
+    Upgrade,
     /// Be no more.
     Delete {
         /// Whether its volumes stay.
@@ -64,7 +66,7 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 11] = [
+pub const ACTIONS: [(&str, Ask); 12] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
@@ -76,6 +78,7 @@ pub const ACTIONS: [(&str, Ask); 11] = [
     ("clone", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: true }),
     ("restore", Ask::Restore { to: Return { snapshot: SnapshotId(uuid::Uuid::nil()), memory: false } }),
     ("migrate", Ask::Migrate),
+    ("upgrade-vmm", Ask::Upgrade),
     ("delete", Ask::Delete { keep_volumes: false }),
 ];
 
@@ -92,6 +95,7 @@ impl Ask {
             Ask::Snapshot { .. } => JobKind::Snapshot,
             Ask::Restore { .. } => JobKind::Restore,
             Ask::Migrate => JobKind::Migrate,
+            Ask::Upgrade => JobKind::Upgrade,
             Ask::Delete { .. } => JobKind::Delete,
         }
     }
@@ -118,6 +122,7 @@ impl Life {
             Ask::Snapshot { id, memory } => asking.snapshot(id, memory),
             Ask::Restore { to } => asking.restore(to),
             Ask::Migrate => asking.migrate(),
+            Ask::Upgrade => asking.upgrade(),
             Ask::Delete { keep_volumes } => asking.delete(keep_volumes),
         }
     }
@@ -244,6 +249,8 @@ impl Asking {
             Phase::Starting { .. } if self.life.job.is_some() => self.join(),
             Phase::Starting { .. } => self.begin(Wanted::Running),
             Phase::Running { .. }
+            | Phase::Upgrading { .. }
+            | Phase::Retiring { .. }
             | Phase::Snapshotting { back: Back::Running, .. }
             | Phase::Restoring { back: Back::Running, .. } => self.done(),
             _ => Err(Refused),
@@ -317,6 +324,8 @@ impl Asking {
             // Without a memory that was saved there is no such phase.
             Phase::Hibernated { .. } | Phase::Deleting { .. } => Err(Refused),
             Phase::Moving { .. } | Phase::Arriving { .. } => Err(Refused),
+            // Two processes, one of which has the machine: it is over in a moment.
+            Phase::Upgrading { .. } | Phase::Retiring { .. } => Err(Refused),
         }
     }
 
@@ -469,6 +478,18 @@ impl Asking {
         self.begin(wanted)
     }
 
+    fn upgrade(mut self) -> Result<Asked, Refused> {
+        let wanted = self.life.wanted;
+        match self.life.phase.clone() {
+            Phase::Running { vmm } => {
+                self.life.phase = Phase::Upgrading { vmm, next: None };
+                self.begin(wanted)
+            }
+            phase if phase.is_upgrading() => self.join(),
+            _ => Err(Refused),
+        }
+    }
+
     fn delete(mut self, keep_volumes: bool) -> Result<Asked, Refused> {
         let verdict = Verdict::Succeeded;
         let then = Then::Delete { keep_volumes, verdict: verdict.clone() };
@@ -478,6 +499,8 @@ impl Asking {
             _ if deleting => return self.join(),
             // What is removed here may be all there is of it, or may be half of what goes on elsewhere.
             Phase::Moving { .. } | Phase::Arriving { .. } => return Err(Refused),
+            // Which process has the machine is known in a moment.
+            Phase::Upgrading { .. } | Phase::Retiring { .. } => return Err(Refused),
             // A volume that is not filled is no volume to keep.
             Phase::Creating { .. } => Phase::Deleting { keep_volumes: false, verdict },
             Phase::Stopped { .. }

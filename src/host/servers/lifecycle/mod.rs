@@ -20,12 +20,13 @@
 //!                        │   │     Snapshotting ──taken, failed──▶ as before; from Stopped, Failed and Paused too
 //!                        │   │     Hibernating ──saved──▶ Stopping, Releasing ──▶ Hibernated ──start──▶ Starting,
 //!                        │   │                                   │  │             memory restored ──▶ Resuming
+//!                        │   │     Upgrading ──handed over, failed──▶ Retiring ──▶ Running
 //!                        │   │     Restoring ──copied──▶ (Stopping, Releasing) ──▶ Returning ──▶ Starting, Stopped
 //!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
 //!                        │                        ▲ stop, reboot, delete from any phase with a machine
 //!                        └── Waiting ◀── released: failure, policy restarts it
 //! ```
-use model::server::{RestartPolicy, ServerState, StateReason, Wanted};
+use model::server::{RestartPolicy, StateReason, Wanted};
 use model::{Code, OperationId, SnapshotId};
 use serde::{Deserialize, Serialize};
 use wire::saved::Digest;
@@ -36,6 +37,7 @@ use crate::vmms::ProcessId;
 pub mod ask;
 pub mod end;
 mod moving;
+mod phase;
 pub mod step;
 pub mod work;
 
@@ -135,6 +137,8 @@ pub enum JobKind {
     Restore,
     /// To be another host's.
     Migrate,
+    /// A new VMM for the machine.
+    Upgrade,
     /// Nothing left.
     Delete,
 }
@@ -153,6 +157,7 @@ impl JobKind {
             JobKind::Snapshot => "server.snapshot",
             JobKind::Restore => "server.restore",
             JobKind::Migrate => "server.migrate",
+            JobKind::Upgrade => "server.upgrade",
             JobKind::Delete => "server.delete",
         }
     }
@@ -254,6 +259,22 @@ pub enum Phase {
         doubt: Option<StateReason>,
         /// What it is once it is here.
         back: Back,
+    },
+    /// Its machine, which runs on, is to go to another VMM of this host. Which of the two has it, they know.
+    Upgrading {
+        /// The process that has it, or had it.
+        vmm: ProcessId,
+        /// The one that is to have it, once it is known.
+        next: Option<Spawned>,
+    },
+    /// One VMM has the machine and another is there still.
+    Retiring {
+        /// The process that has it.
+        vmm: ProcessId,
+        /// The one that ends.
+        other: ProcessId,
+        /// Why the machine stayed where it was, when it did.
+        failed: Option<Trouble>,
     },
     /// No machine; its memory is on the disk.
     Hibernated {
@@ -497,99 +518,6 @@ impl Life {
     /// to a memory cannot.
     pub fn is_off(&self) -> bool {
         matches!(self.phase, Phase::Stopped { .. } | Phase::Failed { .. }) && self.saved.is_none()
-    }
-}
-
-impl Phase {
-    /// What callers see of it.
-    pub fn state(&self) -> ServerState {
-        match self {
-            Phase::Creating { .. } => ServerState::Creating,
-            Phase::Stopped { .. } => ServerState::Stopped,
-            Phase::Starting { .. } | Phase::Waiting { .. } => ServerState::Starting,
-            Phase::Running { .. } | Phase::Pausing { .. } | Phase::Resetting { .. } => ServerState::Running,
-            Phase::Paused { .. } | Phase::Resuming { .. } | Phase::Hibernating { .. } => ServerState::Paused,
-            Phase::Hibernated { .. } => ServerState::Hibernated,
-            phase if phase.is_in_doubt() => ServerState::InDoubt,
-            Phase::Moving { .. } => ServerState::Moving,
-            Phase::Arriving { .. } => ServerState::Arriving,
-            Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
-                Back::Running => ServerState::Running,
-                Back::Paused => ServerState::Paused,
-                Back::Stopped { .. } => ServerState::Stopped,
-                Back::Failed { .. } | Back::Ended(_) => ServerState::Failed,
-                Back::Hibernated { .. } => ServerState::Hibernated,
-            },
-            Phase::Returning { .. } => ServerState::Stopping,
-            Phase::Stopping { .. } => ServerState::Stopping,
-            Phase::Releasing { then } => match then {
-                Then::Delete { .. } => ServerState::Deleting,
-                _ => ServerState::Stopping,
-            },
-            Phase::Deleting { .. } => ServerState::Deleting,
-            Phase::Failed { .. } => ServerState::Failed,
-        }
-    }
-
-    /// Why it is there, where that says more than the state.
-    pub fn why(&self) -> Option<&StateReason> {
-        match self {
-            Phase::Stopped { why } | Phase::Hibernated { why } => why.as_ref(),
-            Phase::Moving { doubt, .. } | Phase::Arriving { doubt, .. } => doubt.as_ref(),
-            Phase::Snapshotting { back, .. } | Phase::Restoring { back, .. } => match back {
-                Back::Stopped { why } | Back::Hibernated { why } => why.as_ref(),
-                Back::Failed { why } => Some(why),
-                Back::Running | Back::Paused | Back::Ended(_) => None,
-            },
-            Phase::Waiting { why, .. } | Phase::Failed { why } => Some(why),
-            _ => None,
-        }
-    }
-
-    fn deadline_ms(&self) -> Option<i64> {
-        match self {
-            Phase::Stopping { push: Push::Button { deadline_ms, .. }, .. } => Some(*deadline_ms),
-            Phase::Waiting { until_ms, .. } => Some(*until_ms),
-            _ => None,
-        }
-    }
-
-    /// The snapshot that is being taken.
-    pub fn snapshot(&self) -> Option<SnapshotId> {
-        match self {
-            Phase::Snapshotting { snapshot, .. } => Some(*snapshot),
-            _ => None,
-        }
-    }
-
-    /// The snapshot that it goes back to.
-    pub fn returns_to(&self) -> Option<SnapshotId> {
-        match self {
-            Phase::Restoring { to, .. }
-            | Phase::Returning { to, .. }
-            | Phase::Stopping { then: Then::Return { to, .. }, .. }
-            | Phase::Releasing { then: Then::Return { to, .. } } => Some(to.snapshot),
-            _ => None,
-        }
-    }
-
-    /// The process it has, if it is known.
-    pub fn vmm(&self) -> Option<&ProcessId> {
-        match self {
-            Phase::Starting { vmm }
-            | Phase::Stopping { vmm, .. }
-            | Phase::Snapshotting { vmm, .. }
-            | Phase::Moving { vmm, .. }
-            | Phase::Arriving { vmm, .. }
-            | Phase::Restoring { vmm, .. } => vmm.as_ref(),
-            Phase::Running { vmm }
-            | Phase::Pausing { vmm }
-            | Phase::Paused { vmm }
-            | Phase::Resuming { vmm }
-            | Phase::Hibernating { vmm, .. }
-            | Phase::Resetting { vmm, .. } => Some(vmm),
-            _ => None,
-        }
     }
 }
 

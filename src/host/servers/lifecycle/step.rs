@@ -4,6 +4,7 @@ use model::Code;
 use model::limits::GRACE_S_MAX;
 use model::server::{RestartPolicy, StateReason, Wanted};
 use model::{OperationId, SnapshotId, Time};
+use serde::{Deserialize, Serialize};
 use wire::control::{MachineState, Sandbox};
 
 use super::end::{End, EndKind};
@@ -17,7 +18,7 @@ use crate::volumes::Filled;
 const GRACE_MS_MAX: i64 = GRACE_S_MAX as i64 * 1000;
 
 /// A VMM process that was started.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spawned {
     /// Which.
     pub vmm: ProcessId,
@@ -25,6 +26,8 @@ pub struct Spawned {
     pub sandbox: Option<Sandbox>,
     /// Name of its control groups where that is not the server's id.
     pub cage: Option<String>,
+    /// Which build of the VMM it is.
+    pub build: Option<String>,
 }
 
 /// Something that happened.
@@ -77,6 +80,12 @@ pub enum Event {
     WasReset,
     /// It was not.
     ResetFailed(Trouble),
+    /// The VMM that is to have the machine has it.
+    HandedOver,
+    /// It has it not and never will; the machine runs on where it was.
+    HandOverFailed(Trouble),
+    /// The other VMM has ended.
+    Retired,
     /// The power button was pressed.
     Pressed,
     /// It cannot be pressed.
@@ -262,6 +271,23 @@ impl Stepping {
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Failed(trouble));
             }
+            (Phase::Upgrading { vmm, next: None }, Event::Spawned(next)) => {
+                self.life.phase = Phase::Upgrading { vmm, next: Some(next) };
+            }
+            (Phase::Upgrading { vmm, next: Some(next) }, Event::HandedOver) => {
+                self.life.phase = Phase::Retiring { vmm: next.vmm, other: vmm, failed: None };
+            }
+            (Phase::Upgrading { vmm, next: Some(next) }, Event::HandOverFailed(trouble)) => {
+                self.life.phase = Phase::Retiring { vmm, other: next.vmm, failed: Some(trouble) };
+            }
+            (Phase::Upgrading { vmm, next: None }, Event::HandOverFailed(trouble)) => {
+                self.life.phase = Phase::Running { vmm };
+                self.end_job(Verdict::Failed(trouble));
+            }
+            (Phase::Retiring { vmm, failed, .. }, Event::Retired) => {
+                self.life.phase = Phase::Running { vmm };
+                self.end_job(failed.map_or(Verdict::Succeeded, Verdict::Failed));
+            }
             (Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then }, Event::Pressed) => {
                 let push = Push::Button { deadline_ms, pressed: true };
                 self.life.phase = Phase::Stopping { vmm, push, then };
@@ -355,6 +381,8 @@ impl Stepping {
             | Phase::Hibernating { .. }
             | Phase::Snapshotting { vmm: Some(_), .. }
             | Phase::Restoring { vmm: Some(_), .. }
+            | Phase::Upgrading { .. }
+            | Phase::Retiring { .. }
             | Phase::Resetting { .. } => {
                 let trouble = Trouble {
                     code: Code::MachineFailed,

@@ -36,6 +36,8 @@ enum Happening {
 #[derive(Debug, Default)]
 struct World {
     machine: Option<(ProcessId, MachineState)>,
+    /// A second VMM.
+    other: Option<ProcessId>,
     spawned: i32,
     made: u32,
     resets: u64,
@@ -116,6 +118,32 @@ impl World {
                 (self.saved, self.is_stale) = (None, true);
                 self.turn(MachineState::Running, Event::Resumed)
             }
+            Work::SpawnNext => {
+                self.spawned += 1;
+                let vmm = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
+                // One that was never recorded is dismissed first.
+                self.other = Some(vmm.clone());
+                Event::Spawned(Spawned { vmm, sandbox: None, cage: None, build: None })
+            }
+            Work::HandOver => {
+                let Phase::Upgrading { vmm, next: Some(next) } = &life.phase else { panic!("{life:?}") };
+                let Some((held, _)) = &mut self.machine else { return Event::Ended(self.end()) };
+                let is_given = *held == next.vmm;
+                if !is_given && next.vmm.pid % 3 == 0 {
+                    let detail = "it was refused".to_owned();
+                    return Event::HandOverFailed(Trouble { code: Code::MachineFailed, detail });
+                }
+                assert!(is_given || *held == *vmm && self.other == Some(next.vmm.clone()));
+                (*held, self.other) = (next.vmm.clone(), Some(vmm.clone()));
+                Event::HandedOver
+            }
+            Work::Retire => {
+                let Phase::Retiring { vmm, other, .. } = &life.phase else { panic!("{life:?}") };
+                let machine = self.machine.as_ref().map(|(held, _)| held);
+                assert!(machine == Some(vmm) && self.other.as_ref().is_none_or(|left| left == other));
+                self.other = None;
+                Event::Retired
+            }
             Work::CountResets => Event::ResetsCounted(self.resets),
             Work::Reset { resets } => {
                 self.resets += u64::from(self.resets == resets);
@@ -173,7 +201,7 @@ impl World {
         // A process that was never recorded is dismissed first.
         assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
         self.machine = Some((id.clone(), MachineState::Shell));
-        Spawned { vmm: id, sandbox: None, cage: None }
+        Spawned { vmm: id, sandbox: None, cage: None, build: None }
     }
 
     fn turn(&mut self, state: MachineState, event: Event) -> Event {
@@ -304,7 +332,7 @@ impl Test {
         // The oracle: the last ask that was accepted says where it ends.
         self.oracle = match ask {
             // It goes back to what it was.
-            Ask::Snapshot { .. } | Ask::Migrate => self.oracle,
+            Ask::Snapshot { .. } | Ask::Migrate | Ask::Upgrade => self.oracle,
             Ask::Restore { to } => match life.phase {
                 _ if to.memory => ServerState::Running,
                 Phase::Running { .. } => ServerState::Running,
@@ -342,6 +370,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         3 => any::<bool>()
             .prop_map(|memory| Ask::Restore { to: Return { snapshot: SnapshotId::new(), memory } }),
         3 => Just(Ask::Migrate),
+        3 => Just(Ask::Upgrade),
         1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
     ];
     let happening = prop_oneof![
@@ -384,6 +413,7 @@ proptest! {
             _ => None,
         };
         prop_assert_eq!(machine, wanted);
+        prop_assert_eq!(test.world.other, None);
         // A memory is on the disk exactly while it is the server's.
         prop_assert_eq!(test.world.saved.is_some(), state == ServerState::Hibernated);
         prop_assert_eq!(test.life.as_ref().and_then(|life| life.saved), test.world.saved);
@@ -489,6 +519,10 @@ fn what_is_saved_is_read_back() {
             then: Then::Fail(Trouble { code: Code::NoCapacity, detail: "no".to_owned() }),
         },
         Phase::Releasing { then: Then::Decide(End::host_restarted(7)) },
+        Phase::Upgrading {
+            vmm: vmm(),
+            next: Some(Spawned { vmm: vmm(), sandbox: None, cage: None, build: Some("b".to_owned()) }),
+        },
         Phase::Deleting { keep_volumes: true, verdict: Verdict::Cancelled("by hand".to_owned()) },
     ];
     for phase in phases {

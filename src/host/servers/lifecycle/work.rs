@@ -37,6 +37,12 @@ pub enum Work {
         /// Of which.
         to: Return,
     },
+    /// Start a VMM process beside the one that has the machine.
+    SpawnNext,
+    /// Have the one give the machine to the other, and find out which has it.
+    HandOver,
+    /// End the one that has it not.
+    Retire,
     /// Ask how often the machine was reset.
     CountResets,
     /// Build the machine again, if it was reset so often and no more.
@@ -74,6 +80,9 @@ impl Life {
             Phase::Snapshotting { snapshot, .. } => Some(Work::Snapshot { id: *snapshot }),
             Phase::Restoring { to, .. } => Some(Work::CopyBack { to: *to }),
             Phase::Returning { to, .. } => Some(Work::TakeBack { to: *to }),
+            Phase::Upgrading { next: None, .. } => Some(Work::SpawnNext),
+            Phase::Upgrading { next: Some(_), .. } => Some(Work::HandOver),
+            Phase::Retiring { .. } => Some(Work::Retire),
             Phase::Resetting { resets: None, .. } => Some(Work::CountResets),
             Phase::Resetting { resets: Some(resets), .. } => Some(Work::Reset { resets: *resets }),
             Phase::Stopping { push: Push::Button { pressed: false, .. }, .. } => Some(Work::Press),

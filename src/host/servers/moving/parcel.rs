@@ -110,6 +110,7 @@ impl Packed {
             // Those are said of a VMM that is gone.
             sandbox: _,
             cage: _,
+            vmm_build: _,
             identity,
             descent,
             generation,
@@ -276,6 +277,7 @@ impl Packed {
             sandbox: None,
             cage: None,
             identity: self.identity,
+            vmm_build: None,
             descent: self.descent,
             // Whoever has read it on the other host sees that it has changed.
             generation: self.generation.saturating_add(1),

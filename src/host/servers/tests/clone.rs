@@ -12,7 +12,7 @@ use wire::saved::MemoryUse;
 use super::snapshot::{named, taken, volume};
 use super::{delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::{FakeVmm, Guest};
-use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded};
+use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
 use crate::{Call, Host, Result};
 
 fn of(name: &str, count: u16) -> CreateClones {
@@ -162,6 +162,8 @@ async fn clones_of_a_server_whose_memory_cannot_be_saved_come_to_nothing() {
         assert!(operation.error.unwrap().detail.contains("no snapshot could be taken of server web2"));
         assert_eq!(host.servers().one(item.server_id).await.unwrap_err().code, Code::NotFound);
     }
+    // It was parked for the moment that could not be saved.
+    until(&host, second.id, |server| server.state == ServerState::Running).await;
     let left: Vec<_> = host.servers().list(Default::default()).await.unwrap().items;
     assert_eq!(left.iter().map(|server| server.id).collect::<Vec<_>>(), [first.id, second.id]);
     assert!(left.iter().all(|server| server.state == ServerState::Running));

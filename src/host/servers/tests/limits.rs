@@ -1,9 +1,11 @@
-//! Limits as they reach the machine.
+//! Limits as they reach the machine, and those of the host.
+use model::Code;
 use model::server::{CreateNic, CreateServer, NicLimits, PatchServer, Rate};
 use wire::machine::{RateLimits, TokenBucket};
 
+use super::{START, stop};
 use crate::Call;
-use crate::stage::{Stage, created, server};
+use crate::stage::{Stage, created, server, succeeded};
 
 #[tokio::test]
 async fn limits_of_interfaces_are_changed_while_the_machine_runs() {
@@ -84,5 +86,27 @@ async fn a_patch_of_one_limit_leaves_the_other_and_null_lifts_it() {
     assert_eq!((limits.bandwidth_bytes, limits.operations), (rate(7, None), None));
     let live = stage.launch.only().disk_limits();
     assert_eq!((live[&0].bandwidth.unwrap().burst, live[&0].operations), (7, None));
+    host.close().await;
+}
+
+#[tokio::test]
+async fn memory_is_never_promised_twice() {
+    let mut stage = Stage::new();
+    stage.memory_bytes = 300 << 20;
+    let host = stage.open_with_image().await;
+    created(&host, server("one")).await;
+    created(&host, server("two")).await;
+    let refused = host.servers().create(&Call::by_host(), server("three")).await.unwrap_err();
+    assert_eq!(refused.code, Code::NoCapacity);
+    let mut spec = server("three");
+    spec.start = false;
+    let three = created(&host, spec).await.id;
+    let refused = host.servers().act(&Call::by_host(), three, START).await.unwrap_err();
+    assert_eq!(refused.code, Code::NoCapacity);
+    let one = host.servers().list(Default::default()).await.unwrap().items[0].id;
+    let stopped = host.servers().act(&Call::by_host(), one, stop(0)).await.unwrap();
+    succeeded(&host, stopped.body.operation.id).await;
+    let started = host.servers().act(&Call::by_host(), three, START).await.unwrap();
+    succeeded(&host, started.body.operation.id).await;
     host.close().await;
 }
