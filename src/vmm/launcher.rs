@@ -152,11 +152,11 @@ impl Launcher {
             Ok(None) => return Ok(()),
             Err(error) => {
                 log::line(format_args!("cannot reap process {token}: {error}"));
-                self.children.remove(&token);
+                self.forget(token);
                 return Ok(());
             }
         };
-        match self.children.remove(&token) {
+        match self.forget(token) {
             Some(Child::Vmm { pid, .. }) => {
                 Ok(self.daemon.send(&Message::Exited { pid, status: status(ended) }, &[])?)
             }
@@ -166,6 +166,17 @@ impl Launcher {
             }
             None => Ok(()),
         }
+    }
+
+    /// The daemon has copies of a VMM's descriptor, so closing ours does not end the watch.
+    fn forget(&mut self, token: u64) -> Option<Child> {
+        let child = self.children.remove(&token)?;
+        let (Child::Vmm { pidfd, .. } | Child::Probe { pidfd, .. }) = &child;
+        let raw = pidfd.as_fd().as_raw_fd();
+        if let Err(error) = self.epoll.ctl(ControlOperation::Delete, raw, EpollEvent::default()) {
+            log::line(format_args!("process {token} is watched after its end: {error}"));
+        }
+        Some(child)
     }
 
     /// Ends probes that take too long; their end is then seen like any other.

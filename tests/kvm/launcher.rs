@@ -17,6 +17,7 @@ use crate::vmm_driver::{PATIENCE, program, readable};
 
 pub(crate) struct Launcher {
     channel: Option<Channel>,
+    pid: i32,
     pidfd: PidFd,
     pub(crate) directory: tempfile::TempDir,
 }
@@ -31,7 +32,7 @@ impl Launcher {
         let directory = tempfile::Builder::new().prefix("toft-launcher").tempdir().unwrap();
         let (ours, theirs) = Socket::pair().unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        let (_, pidfd) = spawn(&Program {
+        let (pid, pidfd) = spawn(&Program {
             executable,
             name: "toft-vmm".as_ref(),
             arguments: &["launcher".as_ref()],
@@ -44,7 +45,7 @@ impl Launcher {
             session: Session::Own,
         })
         .unwrap();
-        Launcher { channel: Some(Channel::new(ours)), pidfd, directory }
+        Launcher { channel: Some(Channel::new(ours)), pid, pidfd, directory }
     }
 
     fn channel(&self) -> &Channel {
@@ -169,6 +170,21 @@ fn the_end_of_a_vmm_is_told_once_with_its_status() {
     pidfd.0.signal(Signal::SIGKILL).unwrap();
     let (message, _) = launcher.hear();
     assert_eq!(message, Message::Exited { pid: second, status: ExitStatus::Signal(9) });
+}
+
+#[test]
+fn it_sleeps_when_a_vmm_has_ended_of_which_somebody_has_a_descriptor_still() {
+    let launcher = Launcher::start();
+    let (pid, pidfd, channel) = launcher.spawn("server");
+    command(&channel, control::Command::Quit);
+    let (message, _) = launcher.hear();
+    assert_eq!(message, Message::Exited { pid, status: ExitStatus::Code(0) });
+    let status = format!("/proc/{}/status", launcher.pid);
+    let end = Instant::now() + PATIENCE;
+    while !std::fs::read_to_string(&status).unwrap().contains("State:\tS") {
+        assert!(Instant::now() < end, "the launcher is busy");
+    }
+    assert!(pidfd.0.has_ended().unwrap());
 }
 
 #[test]
