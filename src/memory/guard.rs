@@ -3,9 +3,14 @@
 //! takes part after part. It knows no file and no KVM.
 //!
 //! ```text
-//! new ─▶ arm, rearm … (machine runs; who writes is noted and let go) ─▶ begin (machine paused) ─▶ take … ─▶ drop
+//! new ─▶ arm, rearm … (machine runs; who writes is noted and let go) ─▶ begin (machine paused) ─▶ take … ─▶ end
 //! ```
-use std::collections::{BTreeMap, VecDeque};
+//!
+//! Three rules hold up the guest as little as can be. Memory is protected and let go of in pieces, since the kernel serves
+//! none of the guest's faults in what it is changing, and none at all while it lets go. The state's lock, for which a
+//! writer waits, is held for what belongs together and for no system call over many pages. And after each piece the thread
+//! that works through memory lets others have its processor.
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,15 +21,22 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use sys::userfaultfd::UserFault;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use kept::Kept;
+
 use crate::marks::{self, PAGE_BYTES};
 use crate::pages::{Pages, runs};
 use crate::{Error, Extent, Ram, extent};
 
-/// Memory protected at a time while the machine runs. Protecting 1 GiB at once holds up the guest for 30 ms.
-const ARM_BYTES: u64 = 16 << 20;
+mod kept;
+
+/// Memory protected or let go of at a time while the machine runs, which takes 150 µs. 1 GiB at once takes 30 ms.
+const PIECE_BYTES: u64 = 4 << 20;
+
+/// Words of [`Pages`] that a piece has.
+const PIECE_WORDS: usize = (PIECE_BYTES / PAGE_BYTES / 64) as usize;
 
 /// Most pages kept for writers who came before their part was taken: 64 MiB. Writers beyond wait for their part.
-const KEPT_PAGES_MAX: usize = 16_384;
+const KEPT_PAGES_MAX: u32 = 16_384;
 
 /// Guest memory under write protection.
 #[derive(Debug)]
@@ -52,7 +64,7 @@ struct State {
     /// After the moment: pages whose contents are still those of the moment.
     pending: Pages,
     /// After the moment: pages that were about to be written, as they were.
-    kept: BTreeMap<u64, Box<[u8]>>,
+    kept: Kept,
     /// Offsets of pages whose writers wait because no more is kept.
     urgent: VecDeque<u64>,
     /// What `pending` was at the moment.
@@ -65,6 +77,8 @@ struct State {
 enum Phase {
     Arming,
     Copying,
+    /// Whatever is written passes.
+    Ended,
 }
 
 impl Guard {
@@ -85,7 +99,7 @@ impl Guard {
             fresh: pages.clone(),
             ever: pages.clone(),
             pending: pages,
-            kept: BTreeMap::new(),
+            kept: Kept::of(KEPT_PAGES_MAX),
             urgent: VecDeque::new(),
             moment: Vec::new(),
             faults: 0,
@@ -123,42 +137,70 @@ impl Guard {
         }
     }
 
-    /// Ends [`Guard::serve`]. Whoever waits is let go when the guard is dropped.
+    /// Protects memory no longer, piece by piece, and ends [`Guard::serve`] then: until the last piece, who writes is
+    /// served.
     pub fn end(&self) {
+        self.state().phase = Phase::Ended;
+        for (address, bytes) in self.pieces() {
+            // What cannot be let go of now is so when the descriptor is closed.
+            let _ = self.fault.unregister(address, bytes);
+            give_way();
+        }
         // A full counter is readable, too.
         let _ = self.ended.write(1);
     }
 
     /// Protects all of memory, piece by piece; `step` ends it by answering no.
     pub fn arm(&self, mut step: impl FnMut() -> bool) -> Result<bool, Error> {
-        for Mapped { address, extent } in &self.regions {
-            let mut done = 0;
-            while done < extent.bytes {
-                let bytes = ARM_BYTES.min(extent.bytes - done);
-                // Under the lock, so that no page that was written after it was protected counts as not written.
-                let state = self.state();
-                self.fault.protect(address + done, bytes).map_err(Error::Protect)?;
-                drop(state);
-                if !step() {
-                    return Ok(false);
-                }
-                done += bytes;
+        for (address, bytes) in self.pieces() {
+            // Without the lock: a page is written after it was protected only when `let_write` has noted it.
+            self.fault.protect(address, bytes).map_err(Error::Protect)?;
+            give_way();
+            if !step() {
+                return Ok(false);
             }
         }
         Ok(true)
     }
 
+    /// Addresses and bytes of all pieces.
+    fn pieces(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.regions.iter().flat_map(|Mapped { address, extent }| {
+            let starts = (0..extent.bytes).step_by(PIECE_BYTES as usize);
+            starts.map(move |done| (address + done, PIECE_BYTES.min(extent.bytes - done)))
+        })
+    }
+
     /// Protects what was written since it was protected; answers how many pages that were.
     pub fn rearm(&self) -> Result<usize, Error> {
-        let mut state = self.state();
-        let fresh = std::mem::take(&mut state.fresh.words);
-        state.fresh = Pages::of(fresh.len() as u64 * 64);
+        self.protect_fresh(give_way)
+    }
+
+    fn protect_fresh(&self, after_each: impl Fn()) -> Result<usize, Error> {
+        let words = self.state().fresh.words.len();
         let mut count = 0;
-        for (offset, bytes) in runs(&fresh) {
-            self.each_mapped(offset, bytes, |address, bytes| self.fault.protect(address, bytes))?;
-            count += (bytes / PAGE_BYTES) as usize;
+        for first in (0..words).step_by(PIECE_WORDS) {
+            // First taken, then protected: a page that is noted and let go in between is noted for the next time.
+            let Some(fresh) = self.take_fresh(first) else { continue };
+            let before = first as u64 * 64 * PAGE_BYTES;
+            for (offset, bytes) in runs(&fresh) {
+                self.each_mapped(before + offset, bytes, |address, bytes| {
+                    self.fault.protect(address, bytes)
+                })?;
+                count += (bytes / PAGE_BYTES) as usize;
+            }
+            after_each();
         }
         Ok(count)
+    }
+
+    /// The pages of one piece that were written, which are not noted any more; nothing when there are none.
+    fn take_fresh(&self, first: usize) -> Option<[u64; PIECE_WORDS]> {
+        let mut state = self.state();
+        let words = state.fresh.words.get_mut(first..)?;
+        let mut fresh = [0; PIECE_WORDS];
+        fresh.iter_mut().zip(words).for_each(|(fresh, word)| *fresh = std::mem::take(word));
+        fresh.iter().any(|word| *word != 0).then_some(fresh)
     }
 
     /// Adds what was ever touched to what there will be to take. Asked of [`crate::touched`] after [`Guard::arm`], so
@@ -172,7 +214,8 @@ impl Guard {
 
     /// This is the moment: nothing writes to memory, and nothing did since the caller saw to it.
     pub fn begin(&self) -> Result<(), Error> {
-        self.rearm()?;
+        // Without a pause in between: the machine stands still.
+        self.protect_fresh(|| ())?;
         let mut state = self.state();
         state.pending = std::mem::take(&mut state.ever);
         state.moment = state.pending.words.clone();
@@ -188,18 +231,20 @@ impl Guard {
 
     /// Copies a part as it was at the moment, and lets go of it. Pages that nobody had touched then are zero.
     pub fn take(&self, part: Extent, data: &mut [u8]) -> Result<(), Error> {
-        let mut state = self.state();
+        // Without the lock: what is still pending afterwards was protected all the while, and the rest is kept.
         extent::read(&self.ram, part.offset, data)?;
+        let mut state = self.state();
         let first = part.offset / PAGE_BYTES;
         for (page, bytes) in (first..).zip(data.chunks_mut(PAGE_BYTES as usize)) {
             if state.pending.clear(page) {
                 continue;
             }
-            match state.kept.remove(&page) {
-                Some(kept) if kept.len() == bytes.len() => bytes.copy_from_slice(&kept),
+            match state.kept.take(page) {
+                Some(kept) if kept.len() == bytes.len() => bytes.copy_from_slice(kept),
                 _ => bytes.fill(0),
             }
         }
+        drop(state);
         self.each_mapped(part.offset, part.bytes, |address, bytes| self.fault.release(address, bytes))
     }
 
@@ -228,17 +273,15 @@ impl Guard {
             }
             Phase::Copying if state.pending.has(page) => {
                 state.faults += 1;
-                if state.kept.len() >= KEPT_PAGES_MAX {
+                if !state.kept.keep(page, |bytes| extent::read(&self.ram, offset, bytes))? {
                     state.urgent.push_back(offset);
                     return Ok(());
                 }
-                let mut bytes = vec![0; PAGE_BYTES as usize].into_boxed_slice();
-                extent::read(&self.ram, offset, &mut bytes)?;
-                state.kept.insert(page, bytes);
                 state.pending.clear(page);
             }
-            Phase::Copying => {}
+            Phase::Copying | Phase::Ended => {}
         }
+        // Still under the lock: a page that is noted is let go before somebody takes the note to protect it again.
         self.fault.release(address, PAGE_BYTES).map_err(Error::Protect)
     }
 
@@ -263,8 +306,17 @@ impl Guard {
     }
 }
 
+/// Lets whoever waits for this processor have it: first of all the thread that serves faults, which a writer waits for. A
+/// scheduler would let it wait for the rest of this thread's share, several milliseconds.
+pub fn give_way() {
+    std::thread::yield_now();
+}
+
 impl Drop for Guard {
     fn drop(&mut self) {
+        if self.state().phase != Phase::Ended {
+            self.end();
+        }
         self.ram.iter().for_each(|region| *marks::held(region) = false);
     }
 }

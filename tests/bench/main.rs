@@ -30,6 +30,7 @@ mod snapshot;
 mod start;
 mod toft;
 mod upgrade;
+mod witness;
 
 use ground::{Effort, Ground};
 use rows::Report;

@@ -1,8 +1,10 @@
 use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
-use crate::{discard, fill, new, read, touched};
+use crate::{discard, fill, new, read, receive, touched};
 
 const BYTES: u64 = 32 << 20;
 const PAGES: u64 = BYTES / PAGE_BYTES;
@@ -36,8 +38,9 @@ fn memory_is_taken_as_it_was_while_others_write_to_it() {
     (0..PAGES / 2).for_each(|page| set(&ram, page, page + 1));
     let (stop, passes) = (AtomicBool::new(false), AtomicU64::new(0));
     let (paused, is_still) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (mut from, mut to) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| guard.serve().unwrap());
+        let server = scope.spawn(|| guard.serve().unwrap());
         // Writes all over, in a scattered order; the pages above half are touched by it alone.
         let writer = scope.spawn(|| {
             let mut at = 0_u64;
@@ -49,7 +52,14 @@ fn memory_is_taken_as_it_was_while_others_write_to_it() {
                 }
                 is_still.store(false, Ordering::SeqCst);
                 at = (at + 4099) % (PAGES * 3 / 4);
-                set(&ram, at, word(&ram, at) + PAGES * 2);
+                let next = word(&ram, at) + PAGES * 2;
+                if at.is_multiple_of(2) {
+                    set(&ram, at, next);
+                } else {
+                    // As a device does: the kernel writes.
+                    from.write_all(&next.to_le_bytes()).unwrap();
+                    receive(&ram, Extent { offset: at * PAGE_BYTES, bytes: 8 }, &mut to).unwrap();
+                }
                 passes.fetch_add(1, Ordering::SeqCst);
             }
         });
@@ -82,10 +92,15 @@ fn memory_is_taken_as_it_was_while_others_write_to_it() {
         }
         assert!(found == wanted, "pages differ");
         assert!(guard.faults() > 0);
-        // A write that meets the guard's end waits until the guard is closed, which is after this scope.
+        // The end finds a writer at work, and nobody serves it any more then.
+        guard.end();
+        server.join().unwrap();
+        let before = passes.load(Ordering::SeqCst);
+        while passes.load(Ordering::SeqCst) < before + PAGES {
+            std::thread::yield_now();
+        }
         stop.store(true, Ordering::SeqCst);
         writer.join().unwrap();
-        guard.end();
     });
 }
 

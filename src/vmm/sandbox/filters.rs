@@ -26,6 +26,8 @@ const KVM_CLEAR_DIRTY_LOG: u64 = 0xc018_aec0;
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
 /// include/uapi/linux/userfaultfd.h.
 const UFFD_TYPE: u64 = 0xaa00;
+const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
+const UFFDIO_WAKE: u64 = 0x8010_aa02;
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 /// include/uapi/linux/if_tun.h.
 const TUNGETIFF: u64 = 0x8004_54d2;
@@ -125,7 +127,8 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
         }
         Filter::Save => {
             calls.extend(any(SAVE));
-            calls.push((libc::SYS_ioctl, one_of(1, &[UFFDIO_WRITEPROTECT])?));
+            let requests = [UFFDIO_WRITEPROTECT, UFFDIO_UNREGISTER, UFFDIO_WAKE];
+            calls.push((libc::SYS_ioctl, one_of(1, &requests)?));
         }
         Filter::Move => {
             calls.extend(any(MOVE));

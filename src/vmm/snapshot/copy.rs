@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use memory::guard::give_way;
 use memory::{Extent, Ram};
 use sha2::{Digest as _, Sha256};
 use wire::saved::Digest;
@@ -45,18 +46,22 @@ pub(crate) fn copy_out(
 ) -> Result<Table, Error> {
     let writing = |cause| Error::File { doing: "write the memory file", cause };
     file.set_len(memory_bytes).map_err(writing)?;
-    let mut table = Table { memory_bytes, parts: Vec::new() };
+    // Room for all of it, so that the heap does not grow while a guest writes.
+    let mut table = Table { memory_bytes, parts: Vec::with_capacity(parts.0.len()) };
     let mut buffer = vec![0; PART_BYTES_MAX as usize];
     while let Some(part) = parts.next(urgent()) {
         let Extent { offset, bytes } = part;
         let Some(data) = buffer.get_mut(..bytes as usize) else { continue };
         take(part, data)?;
+        give_way();
         // What was touched and is zero again needs no space either.
         if !memory::is_zero(data) {
             file.write_all_at(data, offset).map_err(writing)?;
+            give_way();
             let digest = Digest(Sha256::digest(&*data).into());
             table.parts.push(Part { offset, bytes: bytes as u32, digest });
         }
+        give_way();
         if !step(bytes) {
             return Err(Error::Cancelled);
         }
