@@ -2,9 +2,13 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// Connections from other hosts at once that have not shown what they are for, of strangers and beside them of hosts that
-/// servers come from; each costs a handshake and one frame. Moves, and the streams that they wait for, do not count.
-pub const CONNECTIONS_MAX: usize = 32;
+/// Connections from other hosts at once that have not shown what they are for. Each costs a handshake and one short frame.
+/// Moves, and the streams that they wait for, do not count.
+pub const STRANGERS_MAX: usize = 32;
+
+/// Longest frame of such a connection in bytes: some times what a ticket or a move's name takes. What is parsed may take tens of
+/// times as much memory.
+pub const STRANGER_FRAME_BYTES: usize = 4 << 10;
 
 /// Servers that come here at once. Each has a VMM with its memory, some threads, and a share of the network: more of them only
 /// take longer.

@@ -7,6 +7,7 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use wire::limits::FRAME_BYTES_MAX;
 use wire::peer::{self, HEAD_BYTES, Kind, Message, Piece, Saying};
 
 use super::limits;
@@ -19,6 +20,8 @@ pub(super) struct Link<S> {
     body: Vec<u8>,
     /// How much of both has come.
     filled: usize,
+    /// Longest frame that is read, in bytes.
+    longest: usize,
 }
 
 /// What came.
@@ -31,7 +34,17 @@ pub(super) enum Received {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     pub(super) fn new(stream: S) -> Link<S> {
-        Link { stream, head: [0; HEAD_BYTES], body: Vec::new(), filled: 0 }
+        Link { stream, head: [0; HEAD_BYTES], body: Vec::new(), filled: 0, longest: FRAME_BYTES_MAX }
+    }
+
+    /// One whose other end has shown nothing yet: it gets short frames heard, until [`Link::trust`].
+    pub(super) fn with_stranger(stream: S) -> Link<S> {
+        Link { longest: limits::STRANGER_FRAME_BYTES, ..Link::new(stream) }
+    }
+
+    /// From here on frames may be as long as any.
+    pub(super) fn trust(&mut self) {
+        self.longest = FRAME_BYTES_MAX;
     }
 
     /// What is below: nothing more that comes is a frame.
@@ -71,6 +84,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             self.filled += read(&mut self.stream, left).await?;
         }
         let (kind, length) = peer::head(self.head).map_err(strange)?;
+        if length > self.longest {
+            let detail = format!("the other host sent {length} bytes before it had shown a ticket");
+            return Err(Error::new(Code::HostUnreachable, detail));
+        }
         if self.body.len() != length {
             self.body = vec![0; length];
         }

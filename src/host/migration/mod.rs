@@ -20,6 +20,7 @@ use model::operation::Accepted;
 use model::server::Server;
 use model::{Code, FieldError, ServerId, Time};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
@@ -46,6 +47,7 @@ pub mod limits;
 mod link;
 mod live;
 mod source;
+mod strangers;
 mod streams;
 mod take;
 mod target;
@@ -54,7 +56,6 @@ mod ticket;
 use cpu::Cpu;
 use identity::Identity;
 use streams::Joining;
-use target::Places;
 use ticket::Ticket;
 
 pub(crate) const TABLES: &str = ticket::TABLES;
@@ -73,8 +74,8 @@ pub struct Migrations {
     taking: Arc<Mutex<BTreeSet<ServerId>>>,
     /// Streams that machines which come wait for.
     joining: Arc<Joining>,
-    /// Bounds of what comes at once.
-    places: Arc<Places>,
+    /// Places of servers that come at once.
+    coming: Arc<Semaphore>,
     /// What is carried away from here; ends with the daemon.
     carried: Arc<Mutex<JoinSet<()>>>,
 }
@@ -93,7 +94,8 @@ impl Migrations {
         launcher: Arc<dyn Launch>,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, joining, places, carried) = Default::default();
+        let (listening, taking, joining, carried) = Default::default();
+        let coming = Arc::new(Semaphore::new(limits::MOVES_MAX));
         Ok(Migrations {
             core,
             servers,
@@ -104,7 +106,7 @@ impl Migrations {
             listening,
             taking,
             joining,
-            places,
+            coming,
             carried,
         })
     }

@@ -18,6 +18,7 @@ use wire::saved::Digest;
 
 use super::link::{Link, Wire, out_of_turn};
 use super::source::connect;
+use super::strangers::Stranger;
 use super::{Migrations, limits};
 use crate::error::{Error, Result};
 use crate::servers::live::Streams;
@@ -61,7 +62,7 @@ impl Migrations {
     pub(super) async fn join(
         &self,
         mut link: Link<Joined>,
-        source: Digest,
+        (source, stranger): (Digest, Stranger),
         transfer: &str,
         stream: u16,
     ) -> Result<()> {
@@ -78,6 +79,7 @@ impl Migrations {
             link.end().await?;
             return Err(Error::new(Code::Unauthenticated, detail));
         };
+        drop(stranger);
         link.say(Saying::Copying).await?;
         // Whoever waited may have given up.
         let _ = place.send(link.into_inner());

@@ -18,7 +18,8 @@ use wire::peer::{Message, Offer, Parcel, Piece, Power, SavedFiles, Saying};
 use wire::saved::Digest;
 
 use super::link::{Link, Received, out_of_turn};
-use super::target::{Caller, Coming, against_records, busy, judge};
+use super::strangers::Stranger;
+use super::target::{against_records, busy, judge};
 use super::{Migrations, limits, ticket};
 use crate::core::blocking;
 use crate::error::{Error, Result};
@@ -101,7 +102,7 @@ impl Migrations {
     pub(super) async fn take<S>(
         &self,
         link: &mut Link<S>,
-        caller: Caller,
+        source: Digest,
         host: String,
         secret: String,
         parcel: Parcel,
@@ -113,8 +114,7 @@ impl Migrations {
         if !blocked_by.is_empty() {
             return link.send(&Message::Verdict { blocked_by }).await;
         }
-        let source = caller.host;
-        let Some(coming) = Coming::begin(&self.places, caller) else {
+        let Ok(coming) = self.coming.clone().try_acquire_owned() else {
             return link.send(&Message::Verdict { blocked_by: vec![busy()] }).await;
         };
         let taking = Taking::begin(self, parcel.offer.server.parse().unwrap_or(ServerId(Uuid::nil())))?;
@@ -168,7 +168,12 @@ impl Migrations {
     }
 
     /// Takes up a move whose connection was lost.
-    pub(super) async fn take_up<S>(&self, link: &mut Link<S>, source: Digest, transfer: &str) -> Result<()>
+    pub(super) async fn take_up<S>(
+        &self,
+        link: &mut Link<S>,
+        (source, stranger): (Digest, Stranger),
+        transfer: &str,
+    ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -176,6 +181,7 @@ impl Migrations {
         let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
         match held {
             Some(held) if held.side == Side::Target && held.peer == source => {
+                drop(stranger);
                 let asked = self.give(link, id, Event::Asked).await;
                 self.hear_out(asked, link, id).await
             }

@@ -1,27 +1,21 @@
 //! The end a server comes to: waits for other hosts, looks at their tickets, and says what is in the way here.
 //! Whoever connects is hostile until its ticket holds, and bounded afterwards.
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use model::image::{Image, ImageState};
 use model::network::Network;
 use model::volume::Volume;
 use model::{Code, ServerId};
 use rusqlite::Connection;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use wire::machine::CpuTemplate;
 use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedNic, Power};
-
 use wire::saved::Digest;
 
 use super::cpu::Cpu;
 use super::link::Link;
+use super::strangers::{Stranger, Strangers};
 use super::{Migrations, identity, limits, link, ticket};
 use crate::error::{Error, Result};
 use crate::network::{self, cidr::Cidr};
@@ -30,96 +24,10 @@ use crate::servers::record::ServerRecord;
 use crate::store::records;
 use crate::volumes::space;
 
-/// What is at once on its way here from other hosts, and how much of each.
-pub(super) struct Places {
-    /// Connections of addresses from which nothing is known to come.
-    strangers: Arc<Semaphore>,
-    /// Connections of addresses that servers come from: no crowd of strangers keeps their streams out.
-    known: Arc<Semaphore>,
-    /// Servers that come.
-    moves: Arc<Semaphore>,
-    /// How many come from where.
-    from: Mutex<HashMap<IpAddr, usize>>,
-}
-
-impl Default for Places {
-    fn default() -> Places {
-        let many = |count| Arc::new(Semaphore::new(count));
-        Places {
-            strangers: many(limits::CONNECTIONS_MAX),
-            known: many(limits::CONNECTIONS_MAX),
-            moves: many(limits::MOVES_MAX),
-            from: Mutex::default(),
-        }
-    }
-}
-
-impl Places {
-    /// A place for a connection from there; nothing when all are taken.
-    fn of_connection(&self, address: IpAddr) -> Option<OwnedSemaphorePermit> {
-        let is_known = self.from().contains_key(&address);
-        let places = if is_known { &self.known } else { &self.strangers };
-        places.clone().try_acquire_owned().ok()
-    }
-
-    /// A place for one more server; nothing when as many come as may.
-    pub(super) fn of_move(&self) -> Option<OwnedSemaphorePermit> {
-        self.moves.clone().try_acquire_owned().ok()
-    }
-
-    /// More connections from there are expected, as long as this is kept.
-    pub(super) fn expects(self: &Arc<Places>, address: IpAddr) -> Expected {
-        *self.from().entry(address).or_default() += 1;
-        Expected { places: self.clone(), address }
-    }
-
-    fn from(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        self.from.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Who speaks on a connection, and the place that it has until it is known to be more than a stranger.
-pub(super) struct Caller {
-    pub(super) host: Digest,
-    address: IpAddr,
-    _place: OwnedSemaphorePermit,
-}
-
-/// A server's place on its way here.
-pub(super) struct Coming {
-    _expected: Expected,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Coming {
-    /// A place for a server of this caller, instead of the one of its connection. Nothing comes when there is none.
-    pub(super) fn begin(places: &Arc<Places>, caller: Caller) -> Option<Coming> {
-        let place = places.of_move()?;
-        Some(Coming { _expected: places.expects(caller.address), _place: place })
-    }
-}
-
-/// From this address come streams of a move.
-pub(super) struct Expected {
-    places: Arc<Places>,
-    address: IpAddr,
-}
-
-impl Drop for Expected {
-    fn drop(&mut self) {
-        let mut from = self.places.from();
-        if let Entry::Occupied(mut count) = from.entry(self.address) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
-    }
-}
-
 /// Waits for other hosts until it is dropped, and all their connections with it.
 pub(super) async fn listen(migrations: Migrations, listener: TcpListener, acceptor: TlsAcceptor) {
     let mut conversations = JoinSet::new();
+    let strangers = Strangers::default();
     loop {
         while conversations.try_join_next().is_some() {}
         let (stream, peer) = match listener.accept().await {
@@ -130,14 +38,9 @@ pub(super) async fn listen(migrations: Migrations, listener: TcpListener, accept
                 continue;
             }
         };
-        // Whoever waits in line could be one that a move waits for, so nobody does.
-        let Some(place) = migrations.places.of_connection(peer.ip()) else {
-            tracing::debug!(%peer, "too many connections of other hosts; this one is closed");
-            continue;
-        };
         let (migrations, acceptor) = (migrations.clone(), acceptor.clone());
-        conversations.spawn(async move {
-            if let Err(cause) = converse(&migrations, acceptor, stream, (peer.ip(), place)).await {
+        strangers.serve(&mut conversations, |stranger| async move {
+            if let Err(cause) = converse(&migrations, acceptor, stream, stranger).await {
                 tracing::info!(%peer, "another host was not served: {}", cause.chain());
             }
         });
@@ -148,7 +51,7 @@ async fn converse(
     migrations: &Migrations,
     acceptor: TlsAcceptor,
     stream: TcpStream,
-    (address, place): (IpAddr, OwnedSemaphorePermit),
+    stranger: Stranger,
 ) -> Result<()> {
     let stream = link::set_up(stream)?;
     let shaken = timeout(limits::CONNECT, acceptor.accept(stream)).await;
@@ -157,12 +60,12 @@ async fn converse(
         .map_err(|cause| Error::new(Code::Unauthenticated, "the handshake failed").caused_by(cause))?;
     stream.get_mut().1.set_buffer_limit(Some(limits::PUMP_BYTES));
     let host = identity::shown(stream.get_ref().1.peer_certificates())?;
-    let mut link = Link::new(stream);
+    let mut link = Link::with_stranger(stream);
     let first = link.message(limits::CONNECT).await?;
     if let Message::Join { transfer, stream } = first {
-        return migrations.join(link, host, &transfer, stream).await;
+        return migrations.join(link, (host, stranger), &transfer, stream).await;
     }
-    let said = answer(migrations, &mut link, Caller { host, address, _place: place }, first).await;
+    let said = answer(migrations, &mut link, (host, stranger), first).await;
     if let Err(refused) = &said
         && refused.code != Code::HostUnreachable
     {
@@ -174,17 +77,26 @@ async fn converse(
     said
 }
 
-async fn answer<S>(migrations: &Migrations, link: &mut Link<S>, caller: Caller, first: Message) -> Result<()>
+async fn answer<S>(
+    migrations: &Migrations,
+    link: &mut Link<S>,
+    (source, stranger): (Digest, Stranger),
+    first: Message,
+) -> Result<()>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     let (host, secret) = match first {
         Message::Greet { host, ticket, .. } => (host, ticket),
-        Message::Again { transfer } => return migrations.take_up(link, caller.host, &transfer).await,
+        Message::Again { transfer } => {
+            return migrations.take_up(link, (source, stranger), &transfer).await;
+        }
         _ => return Err(out_of_turn()),
     };
-    let (shown, source) = (secret.clone(), caller.host);
+    let shown = secret.clone();
     migrations.core.store.write(move |tx| ticket::present(tx, &shown, source)).await?;
+    drop(stranger);
+    link.trust();
     link.send(&Message::Welcome { host: super::host_name(), program: env!("CARGO_PKG_VERSION").to_owned() })
         .await?;
     match link.message(limits::CONVERSATION).await? {
@@ -194,7 +106,7 @@ where
         }
         Message::Take(parcel) => {
             let host = host.chars().take(limits::HOST_CHARS_MAX).collect();
-            migrations.take(link, caller, host, secret, *parcel).await
+            migrations.take(link, source, host, secret, *parcel).await
         }
         _ => Err(out_of_turn()),
     }
@@ -217,7 +129,7 @@ fn out_of_turn() -> Error {
 pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<Obstacle>> {
     let mut found = Vec::new();
     let mut add = |kind, detail: String| found.push(Obstacle { kind, detail });
-    if migrations.places.moves.available_permits() == 0 {
+    if migrations.coming.available_permits() == 0 {
         let Obstacle { kind, detail } = busy();
         add(kind, detail);
     }

@@ -1,6 +1,7 @@
 //! Many at once: servers that move together, and strangers that only hold connections.
 use futures_util::future::join_all;
 use model::server::ServerState;
+use wire::peer::Message;
 
 use super::moves::listening;
 use super::*;
@@ -39,7 +40,8 @@ async fn as_many_servers_as_may_come_at_once_all_arrive() {
 async fn one_server_too_many_is_told_so_and_comes_later() {
     let pair = Pair::new(Stage::new()).await;
     stage::import(&pair.target).await;
-    let taken: Vec<_> = std::iter::from_fn(|| pair.target.migrations().places.of_move()).collect();
+    let taken: Vec<_> =
+        std::iter::from_fn(|| pair.target.migrations().coming.clone().try_acquire_owned().ok()).collect();
     assert_eq!(taken.len(), limits::MOVES_MAX);
     let migrate = async || {
         let spec = spec(pair.address, pair.ticket().await.ticket);
@@ -51,31 +53,47 @@ async fn one_server_too_many_is_told_so_and_comes_later() {
     drop(taken);
     stage::succeeded(&pair.source, migrate().await.unwrap().body.operation.id).await;
     // Nothing of it is left, so as many may come as before.
-    let again: Vec<_> = std::iter::from_fn(|| pair.target.migrations().places.of_move()).collect();
+    let again: Vec<_> =
+        std::iter::from_fn(|| pair.target.migrations().coming.clone().try_acquire_owned().ok()).collect();
     assert_eq!(again.len(), limits::MOVES_MAX);
     pair.close().await;
 }
 
 #[tokio::test]
-async fn a_crowd_of_strangers_is_closed_and_does_not_keep_out_who_is_waited_for() {
+async fn who_only_connects_keeps_nobody_out() {
     let pair = Pair::new(Stage::new()).await;
     let made = pair.ticket().await.ticket;
-    let mut crowd = silent(pair.address, limits::CONNECTIONS_MAX).await;
-    // Each of them is served before the next one is taken, in the order in which they came.
-    let mut extra = TcpStream::connect(pair.address).await.unwrap();
-    let read = tokio::time::timeout(SOON, extra.read(&mut [0])).await.expect("it is closed");
-    assert_eq!(read.unwrap_or(0), 0);
-    let refused = pair.plan(&made).await.unwrap_err();
-    assert_eq!(refused.code, Code::HostUnreachable, "{refused}");
-    // Where a server comes from, it is another matter.
-    let places = &pair.target.migrations().places;
-    let known = places.expects(pair.address.ip());
-    let again = pair.plan(&made).await;
-    assert!(again.is_ok(), "{again:?}");
-    drop(known);
-    assert_eq!(pair.plan(&made).await.unwrap_err().code, Code::HostUnreachable);
-    crowd.clear();
-    let served = async || pair.plan(&made).await.ok();
-    moves::waited("the strangers to be gone", async || served().await.is_some()).await;
+    let mut crowd = silent(pair.address, limits::STRANGERS_MAX).await;
+    // One that has shown its ticket is not one of them, however many come behind it.
+    let mut known = greeted(&pair).await;
+    let (host, program) = ("source".to_owned(), "1".to_owned());
+    let secret = made.split_once('.').unwrap().1.to_owned();
+    known.send(&Message::Greet { host, program, ticket: secret }).await.unwrap();
+    assert!(matches!(known.message(SOON).await, Ok(Message::Welcome { .. })));
+    for mut oldest in std::mem::replace(&mut crowd, silent(pair.address, limits::STRANGERS_MAX).await) {
+        let read = tokio::time::timeout(SOON, oldest.read(&mut [0])).await.expect("it is closed");
+        assert_eq!(read.unwrap_or(0), 0);
+    }
+    let planned = pair.plan(&made).await;
+    assert!(planned.is_ok(), "{planned:?}");
+    known.send(&Message::Say(wire::peer::Saying::Abort)).await.unwrap();
+    assert!(matches!(known.message(SOON).await, Ok(Message::Refuse { .. })), "it was closed with the crowd");
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn nothing_long_is_read_from_who_has_shown_no_ticket() {
+    let pair = Pair::new(Stage::new()).await;
+    for (bytes, is_heard) in [(3000, true), (limits::STRANGER_FRAME_BYTES, false)] {
+        let mut link = greeted(&pair).await;
+        let (host, program) = ("h".repeat(bytes), "1".to_owned());
+        let sent = link.send(&Message::Greet { host, program, ticket: "0".repeat(64) }).await;
+        let answered = link.message(SOON).await;
+        assert_eq!(
+            matches!(answered, Ok(Message::Refuse { .. })),
+            is_heard,
+            "{bytes}: {sent:?} {answered:?}"
+        );
+    }
     pair.close().await;
 }
