@@ -2,7 +2,7 @@
 //! the only one to build, pause, reset and end it. What the commands do is in `commands`; no peer makes it wait.
 //!
 //! ```text
-//! Shell ──Boot──▶ Running ◀──Pause, Resume──▶ Paused          any ──ending, Quit──▶ Exiting ─▶ exit
+//! Shell ──Boot──▶ Running ◀──Pause, Resume──▶ Paused ◀──Build── Shell          any ──ending, Quit──▶ Exiting ─▶ exit
 //! ```
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -79,6 +79,8 @@ struct Shell {
     reason: Option<Reason>,
     /// Whether a machine was built since memory was last given back.
     has_built: bool,
+    /// Whether the machine has yet to run its first instruction.
+    is_unbegun: bool,
 }
 
 /// Serves until the machine ends. Returns when the will is written and the peers were told.
@@ -103,12 +105,16 @@ pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
         next_token: CONNECTION_FIRST,
         reason: None,
         has_built: false,
+        is_unbegun: false,
     };
     shell.listener.set_nonblocking().map_err(Error::Serve)?;
     shell.watch(shell.listener.as_fd().as_raw_fd(), LISTENER).map_err(Error::Serve)?;
     shell.watch(shell.bell.event().as_raw_fd(), BELL).map_err(Error::Serve)?;
     let reason = shell.serve()?;
     shell.finish(reason);
+    if let Some(machine) = shell.machine.take() {
+        machine.close();
+    }
     Ok(())
 }
 

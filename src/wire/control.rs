@@ -40,6 +40,8 @@ pub enum Command {
     Prepare(Chassis),
     /// Build the machine and let its vCPUs run. Descriptors travel in the same packet. Once per process.
     Boot(Box<MachineSpec>),
+    /// As [`Command::Boot`], but the vCPUs stay parked before their first instruction until [`Command::Resume`].
+    Build(Box<MachineSpec>),
     /// Build the machine as another one was when it was saved, instead of [`Command::Boot`]. Once per process.
     Restore(Box<RestoreSpec>),
     /// Save the machine into files that travel in the same packet. Answered when the moment that is saved has passed;

@@ -269,6 +269,7 @@ impl FakeLaunch {
             log: start.log,
             connections: Vec::new(),
             ring: None,
+            is_unbegun: false,
             armed: None,
         };
         std::thread::spawn(move || running.run());
@@ -497,6 +498,8 @@ struct Running {
     log: File,
     connections: Vec<Connection>,
     ring: Option<Ring>,
+    /// Whether the machine has yet to run.
+    is_unbegun: bool,
     /// Files of a save that waits for its moment.
     armed: Option<[File; 2]>,
 }
@@ -622,9 +625,18 @@ impl Running {
             }),
             Command::Label { .. } | Command::Prepare(_) => Ok(Reply::Done),
             Command::Boot(spec) => {
-                let (result, ended) = self.boot(*spec, descriptors);
+                let built = self.build(*spec, descriptors);
+                built.and_then(|()| {
+                    let (begun, ended) = self.begin();
+                    follows = ended;
+                    begun
+                })
+            }
+            Command::Build(spec) => self.build(*spec, descriptors).map(|()| Reply::Done),
+            Command::Resume if self.is_unbegun => {
+                let (begun, ended) = self.begin();
                 follows = ended;
-                result
+                begun
             }
             Command::Pause if self.guest == Guest::CannotPause => {
                 Err(Fault { code: FaultCode::Timeout, detail: "disk0 did not drain".to_owned() })
@@ -754,25 +766,17 @@ impl Running {
         }
     }
 
-    /// Builds the machine; the second answer is an error when the guest ends right afterwards.
-    #[allow(clippy::type_complexity, reason = "read once, just above")]
-    fn boot(
-        &mut self,
-        spec: MachineSpec,
-        descriptors: Vec<OwnedFd>,
-    ) -> (std::result::Result<Reply, Fault>, std::result::Result<(), ()>) {
-        let refuse = |code, detail: String| (Err(Fault { code, detail }), Ok(()));
+    /// Builds the machine, parked.
+    fn build(&mut self, spec: MachineSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<(), Fault> {
+        let refuse = |code, detail: String| Err(Fault { code, detail });
         if self.vmm.state() != MachineState::Shell {
             return refuse(FaultCode::WrongState, "there is a machine already".to_owned());
         }
         if let Err(cause) = spec.check(descriptors.len()) {
             return refuse(FaultCode::Invalid, cause.to_string());
         }
-        match self.guest {
-            Guest::CannotBoot => return refuse(FaultCode::Host, "KVM_CREATE_VM: no space left".to_owned()),
-            // The connection breaks in the middle of the command.
-            Guest::DiesAtBoot => return (Ok(Reply::Done), Err(())),
-            _ => {}
+        if self.guest == Guest::CannotBoot {
+            return refuse(FaultCode::Host, "KVM_CREATE_VM: no space left".to_owned());
         }
         let mut files: Vec<Option<File>> =
             descriptors.into_iter().map(|descriptor| Some(File::from(descriptor))).collect();
@@ -789,19 +793,29 @@ impl Running {
             return refuse(FaultCode::Invalid, "the console ring cannot be opened".to_owned());
         };
         self.ring = Some(ring);
-        {
-            let mut inside = lock(&self.vmm.inside);
-            inside.life = fake_move::new_guest();
-            inside.has_booted = true;
-            self.vmm.turn(&mut inside, MachineState::Running);
-            inside.spec = Some(spec);
-            inside.disks = disks;
-            inside.taps = taps;
-        }
+        self.is_unbegun = true;
+        let mut inside = lock(&self.vmm.inside);
+        inside.life = fake_move::new_guest();
+        self.vmm.turn(&mut inside, MachineState::Paused);
+        inside.spec = Some(spec);
+        inside.disks = disks;
+        inside.taps = taps;
+        Ok(())
+    }
+
+    /// Lets the machine run; the second answer is an error when the guest ends right afterwards.
+    #[allow(clippy::type_complexity, reason = "read twice, just above")]
+    fn begin(&mut self) -> (std::result::Result<Reply, Fault>, std::result::Result<(), ()>) {
+        self.is_unbegun = false;
+        let mut inside = lock(&self.vmm.inside);
+        inside.has_booted = true;
+        self.vmm.turn(&mut inside, MachineState::Running);
+        drop(inside);
         self.tell(&Notice::Booted { resets: 0 });
         self.print(b"fake guest: booted\r\n");
         match self.guest {
-            Guest::PowersOff | Guest::Panics => (Ok(Reply::Done), Err(())),
+            // Of one the connection breaks in the middle of the command.
+            Guest::DiesAtBoot | Guest::PowersOff | Guest::Panics => (Ok(Reply::Done), Err(())),
             _ => (Ok(Reply::Done), Ok(())),
         }
     }
@@ -861,8 +875,8 @@ impl Running {
         if !is_it {
             return Err(invalid("the file is not the one that was saved".to_owned()));
         }
-        let (result, _) = self.boot(spec.machine, descriptors);
-        result?;
+        self.build(spec.machine, descriptors)?;
+        self.begin().0?;
         lock(&self.vmm.inside).restored = Some(spec.how);
         self.turn_to(match spec.then {
             Then::Run => MachineState::Running,

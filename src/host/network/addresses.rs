@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 
 use model::network::Network;
 use model::{Code, Name, NetworkId, ServerId};
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::cidr::Cidr;
 use super::mac::Mac;
@@ -142,22 +142,32 @@ pub(super) fn release(tx: &Tx<'_>, server: ServerId) -> Result<()> {
 pub(super) fn of_network(connection: &Connection, network: NetworkId) -> Result<Vec<Port>> {
     let mut statement = connection
         .prepare_cached("SELECT ipv4, mac, name FROM addresses WHERE network = ?1 ORDER BY ipv4")?;
-    let rows = statement.query_map([network.to_string()], |row| {
-        Ok((row.get::<_, u32>(0)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?))
-    })?;
-    rows.map(|row| {
-        let (ipv4, mac, name) = row?;
-        let unreadable = |cause: Box<dyn std::error::Error + Send + Sync>| {
-            Error::internal("a record of the host cannot be read", cause)
-        };
-        Ok(Port {
-            network,
-            mac: mac.parse().map_err(|cause| unreadable(Box::new(cause)))?,
-            ipv4: ipv4.into(),
-            name: name.parse().map_err(|cause| unreadable(Box::new(cause)))?,
-        })
+    let rows = statement.query_map([network.to_string()], columns)?;
+    rows.map(|row| port(network, row?)).collect()
+}
+
+/// The interface with this hardware address, if it has an address on the network.
+pub(super) fn of_interface(connection: &Connection, network: NetworkId, mac: &str) -> Result<Option<Port>> {
+    let mut statement =
+        connection.prepare_cached("SELECT ipv4, mac, name FROM addresses WHERE network = ?1 AND mac = ?2")?;
+    let row = statement.query_row([&network.to_string(), mac], columns).optional()?;
+    row.map(|row| port(network, row)).transpose()
+}
+
+fn columns(row: &Row<'_>) -> rusqlite::Result<(u32, String, String)> {
+    Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+}
+
+fn port(network: NetworkId, (ipv4, mac, name): (u32, String, String)) -> Result<Port> {
+    let unreadable = |cause: Box<dyn std::error::Error + Send + Sync>| {
+        Error::internal("a record of the host cannot be read", cause)
+    };
+    Ok(Port {
+        network,
+        mac: mac.parse().map_err(|cause| unreadable(Box::new(cause)))?,
+        ipv4: ipv4.into(),
+        name: name.parse().map_err(|cause| unreadable(Box::new(cause)))?,
     })
-    .collect()
 }
 
 /// Names of the servers that have an address on the network.

@@ -6,11 +6,12 @@
 //! has leased to another interface, even when that one is gone. `given` therefore remembers who had which address
 //! since dnsmasq started; when an address changes hands, dnsmasq is started anew.
 use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::io;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use model::network::NetworkKind;
@@ -93,38 +94,19 @@ impl Dnsmasq {
 
     /// Makes it run with `files`.
     pub(super) async fn serve(&self, files: &Files, ports: &[Port]) -> Result<(), PlumbingError> {
-        let failed = |cause: io::Error| {
-            PlumbingError::Failed(format!("cannot write {}: {cause}", self.directory.display()))
-        };
+        let (told, wanted, of) = (Dnsmasq::new(self.directory.clone()), files.clone(), ports.to_vec());
+        if waiting(move || told.tell(&wanted, &of)).await? {
+            return Ok(());
+        }
         let program = program::need("dnsmasq", "dnsmasq-base")?;
-        make_reachable(&self.directory).map_err(failed)?;
-        if let Some(barrier) = barrier(&self.directory) {
-            return Err(PlumbingError::Unprepared(format!(
-                "dnsmasq, which runs without privileges, cannot reach its files through {}; use a directory such as \
-                 /run/toft, or `chmod a+x` that one",
-                barrier.display()
-            )));
-        }
-        let given = self.given();
-        let changed_hands =
-            ports.iter().any(|port| given.get(&port.ipv4).is_some_and(|mac| *mac != port.mac.to_string()));
-        let reconfigured = self.read("config") != files.config;
-        let anew = changed_hands || reconfigured || !self.is_running();
-        if anew {
-            self.stop().await?;
-            self.end_unrecorded().await?;
-        }
-        let mut owners = if anew { BTreeMap::new() } else { given };
-        owners.extend(ports.iter().map(|port| (port.ipv4, port.mac.to_string())));
-        let owners: String = owners.iter().map(|(ipv4, mac)| format!("{ipv4} {mac}\n")).collect();
-        self.write("given", &owners).map_err(failed)?;
-        self.write("hosts", &files.hosts).map_err(failed)?;
-        self.write("names", &files.names).map_err(failed)?;
-        self.write("config", &files.config).map_err(failed)?;
-        if !anew {
-            return self.signal(Signal::HUP);
-        }
-        self.write("leases", "").map_err(failed)?;
+        self.stop().await?;
+        self.end_unrecorded().await?;
+        let failed = |cause: io::Error| self.unwritten(&cause);
+        self.replace("given", &owners(ports)).map_err(failed)?;
+        self.replace("hosts", &files.hosts).map_err(failed)?;
+        self.replace("names", &files.names).map_err(failed)?;
+        self.replace("config", &files.config).map_err(failed)?;
+        self.replace("leases", "").map_err(failed)?;
         let config = self.config_argument();
         let mut tries = 0;
         loop {
@@ -138,6 +120,35 @@ impl Dnsmasq {
                 started => return started,
             }
         }
+    }
+
+    /// Tells one that runs of new `files`; false when it has to be started anew for them. Blocks.
+    fn tell(&self, files: &Files, ports: &[Port]) -> Result<bool, PlumbingError> {
+        make_reachable(&self.directory).map_err(|cause| self.unwritten(&cause))?;
+        if let Some(barrier) = barrier(&self.directory) {
+            return Err(PlumbingError::Unprepared(format!(
+                "dnsmasq, which runs without privileges, cannot reach its files through {}; use a directory such as \
+                 /run/toft, or `chmod a+x` that one",
+                barrier.display()
+            )));
+        }
+        let given = self.given();
+        let changed_hands =
+            ports.iter().any(|port| given.get(&port.ipv4).is_some_and(|mac| *mac != port.mac.to_string()));
+        let reconfigured = self.read("config") != files.config;
+        if changed_hands || reconfigured || !self.is_running() {
+            return Ok(false);
+        }
+        let fresh: Vec<&Port> = ports.iter().filter(|port| !given.contains_key(&port.ipv4)).collect();
+        let told = self.append("given", &owners(fresh));
+        let told = told.and_then(|()| self.overwrite("hosts", &files.hosts));
+        let told = told.and_then(|()| self.overwrite("names", &files.names));
+        told.map_err(|cause| self.unwritten(&cause))?;
+        self.signal(Signal::HUP).map(|()| true)
+    }
+
+    fn unwritten(&self, cause: &io::Error) -> PlumbingError {
+        PlumbingError::Failed(format!("cannot write {}: {cause}", self.directory.display()))
     }
 
     /// Ends it and removes its files.
@@ -220,7 +231,7 @@ impl Dnsmasq {
         std::fs::read_to_string(self.directory.join(name)).unwrap_or_default()
     }
 
-    fn write(&self, name: &str, content: &str) -> io::Result<()> {
+    fn replace(&self, name: &str, content: &str) -> io::Result<()> {
         // What is not there is read as empty and must be made.
         if !content.is_empty() && self.read(name) == content {
             return Ok(());
@@ -230,6 +241,36 @@ impl Dnsmasq {
         files::replace(&path, content.as_bytes(), Durability::Process)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
     }
+
+    /// Writes over what a file held. A dnsmasq that reads it meanwhile is told to read it again; what a daemon that dies here
+    /// leaves, the next one writes anew. Three new files for each server that starts would take longer than the rest of this.
+    fn overwrite(&self, name: &str, content: &str) -> io::Result<()> {
+        match File::options().write(true).open(self.directory.join(name)) {
+            Ok(file) => {
+                file.write_all_at(content.as_bytes(), 0)?;
+                file.set_len(content.len() as u64)
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => self.replace(name, content),
+            Err(cause) => Err(cause),
+        }
+    }
+
+    /// Adds to a file that is there.
+    fn append(&self, name: &str, content: &str) -> io::Result<()> {
+        if content.is_empty() {
+            return Ok(());
+        }
+        File::options()
+            .append(true)
+            .create(true)
+            .open(self.directory.join(name))?
+            .write_all(content.as_bytes())
+    }
+}
+
+/// Lines that say who has which address.
+fn owners<'a>(ports: impl IntoIterator<Item = &'a Port>) -> String {
+    ports.into_iter().map(|port| format!("{} {}\n", port.ipv4, port.mac)).collect()
 }
 
 /// The process of this number, if one of its arguments is this. The descriptor is opened before the command line is
@@ -255,13 +296,14 @@ fn has_ended(process: &OwnedFd) -> bool {
     matches!(poll(&mut descriptors, limit), Ok(1..))
 }
 
-/// Does work that waits for processes where waiting is allowed.
-async fn waiting<F>(work: F) -> Result<(), PlumbingError>
+/// Does work that waits for processes or files where waiting is allowed.
+async fn waiting<T, F>(work: F) -> Result<T, PlumbingError>
 where
-    F: FnOnce() -> Result<(), PlumbingError> + Send + 'static,
+    T: Send + 'static,
+    F: FnOnce() -> Result<T, PlumbingError> + Send + 'static,
 {
     let ended = tokio::task::spawn_blocking(work).await;
-    ended.unwrap_or_else(|cause| Err(PlumbingError::Failed(format!("dnsmasq's end: {cause}"))))
+    ended.unwrap_or_else(|cause| Err(PlumbingError::Failed(format!("work on dnsmasq ended badly: {cause}"))))
 }
 
 /// All processes that have this argument. A number that is no process's is passed over.

@@ -2,7 +2,8 @@
 //! for each of them would cost more than the machine's start. All of one change is in force or none of it.
 //! It knows the sets' names and types, not what is done with them. `HostPlumbing` uses it.
 //! Source: the kernel's linux/netfilter/nf_tables.h and nfnetlink.h.
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
@@ -43,15 +44,42 @@ const HEADER_BYTES: usize = 16;
 /// Bytes of a device's name in a key (`IFNAMSIZ`).
 const NAME_BYTES: usize = 16;
 
-/// Lets `port` speak. Adding what is there changes nothing.
-pub(super) fn admit(port: &Port) -> Result<Applied, PlumbingError> {
-    commit(&batch(&changes(NEW_ELEMENT, port)))
-}
+/// The sets' elements, in the network namespace of whoever uses it first. Its socket stays open: as one is closed, the kernel
+/// waits until elements that were removed are taken apart, some 15 ms, and lets nobody change rules meanwhile.
+#[derive(Debug, Default)]
+pub(super) struct Elements(Mutex<Option<OwnedFd>>);
 
-/// Silences `ports`. Each is added first because removing what is not there would fail.
-pub(super) fn silence(ports: &[Port]) -> Result<Applied, PlumbingError> {
-    let change = |port| changes(NEW_ELEMENT, port).into_iter().chain(changes(DELETE_ELEMENT, port));
-    commit(&batch(&ports.iter().flat_map(change).collect::<Vec<_>>()))
+impl Elements {
+    /// Lets `port` speak. Adding what is there changes nothing.
+    pub(super) fn admit(&self, port: &Port) -> Result<Applied, PlumbingError> {
+        self.commit(&batch(&changes(NEW_ELEMENT, port)))
+    }
+
+    /// Silences `ports`. Each is added first because removing what is not there would fail.
+    pub(super) fn silence(&self, ports: &[Port]) -> Result<Applied, PlumbingError> {
+        let change = |port| changes(NEW_ELEMENT, port).into_iter().chain(changes(DELETE_ELEMENT, port));
+        self.commit(&batch(&ports.iter().flat_map(change).collect::<Vec<_>>()))
+    }
+
+    /// Puts it in force.
+    fn commit(&self, batch: &Batch) -> Result<Applied, PlumbingError> {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match exchange(&mut held, batch) {
+            Ok(()) => Ok(Applied::Yes),
+            Err(cause) => {
+                // Answers may be left in it.
+                *held = None;
+                match cause {
+                    Errno::ENOENT => Ok(Applied::NoTable),
+                    Errno::EPERM | Errno::EACCES => Err(unprivileged()),
+                    cause => {
+                        let detail = format!("the kernel refuses a change of the rules: {cause}");
+                        Err(PlumbingError::Failed(detail))
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// One element that comes or goes.
@@ -122,23 +150,16 @@ fn text(kind: u16, text: &str) -> Vec<u8> {
     attribute(kind, &[text.as_bytes(), &[0]].concat())
 }
 
-/// Puts it in force, in the network namespace of the calling thread.
-fn commit(batch: &Batch) -> Result<Applied, PlumbingError> {
-    match exchange(batch) {
-        Ok(()) => Ok(Applied::Yes),
-        Err(Errno::ENOENT) => Ok(Applied::NoTable),
-        Err(Errno::EPERM | Errno::EACCES) => Err(unprivileged()),
-        Err(cause) => {
-            Err(PlumbingError::Failed(format!("the kernel refuses a change of the rules: {cause}")))
-        }
-    }
-}
-
 /// Sends it and reads every answer. The kernel does the work, a tenth of a millisecond, before it returns from the
 /// call, so there is nothing to wait for.
-fn exchange(batch: &Batch) -> Result<(), Errno> {
-    let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter);
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+fn exchange(held: &mut Option<OwnedFd>, batch: &Batch) -> Result<(), Errno> {
+    let socket = match held {
+        Some(socket) => socket,
+        none => {
+            let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter);
+            none.insert(socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?)
+        }
+    };
     send(socket.as_raw_fd(), &batch.bytes, MsgFlags::empty())?;
     let (mut left, mut buffer) = (batch.answers, vec![0; ACK_BYTES_MAX]);
     while left > 0 {

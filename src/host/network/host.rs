@@ -17,7 +17,7 @@ use sys::tap::Tap;
 use tokio::sync::Mutex;
 
 use super::dnsmasq::{Dnsmasq, Files};
-use super::elements;
+use super::elements::Elements;
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
 use super::nft::{self, Applied};
@@ -29,6 +29,7 @@ use crate::core::{AlwaysLive, Checkpoint};
 pub struct HostPlumbing {
     run_dir: PathBuf,
     forwarding: Forwarding,
+    elements: Elements,
     checkpoint: Arc<dyn Checkpoint>,
     state: Mutex<State>,
     /// What each dnsmasq was told by this daemon. Taken after `state` where both are needed.
@@ -52,6 +53,7 @@ impl HostPlumbing {
         HostPlumbing {
             run_dir,
             forwarding,
+            elements: Elements::default(),
             checkpoint: Arc::new(AlwaysLive),
             state: Mutex::default(),
             served: Mutex::default(),
@@ -161,7 +163,7 @@ impl HostPlumbing {
 
     /// Somebody may have flushed the tables; then they are made again before anything is let through.
     async fn admit(&self, state: &mut State, port: &Port) -> Result<(), PlumbingError> {
-        if elements::admit(port)? == Applied::NoTable {
+        if self.elements.admit(port)? == Applied::NoTable {
             tracing::warn!("Toft's nftables rules were gone and are made again");
             let mut wanted = state.wanted.clone();
             wanted.ports.retain(|known| known.mac != port.mac);
@@ -184,7 +186,7 @@ impl HostPlumbing {
         let mut state = self.state.lock().await;
         state.wanted.ports.retain(|known| ports.iter().all(|port| port.mac != known.mac));
         // Without tables there is nothing to take out of them.
-        elements::silence(&ports).map(|_| ())
+        self.elements.silence(&ports).map(|_| ())
     }
 
     async fn remove_network(&self, segment: Segment) -> Result<(), PlumbingError> {

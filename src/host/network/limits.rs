@@ -35,6 +35,10 @@ pub const UNRECORDED_LOOKS_MAX: u32 = 8;
 /// Tries to find a MAC that no interface has: with 16 million of them each try nearly always succeeds.
 pub const MAC_TRIES_MAX: u32 = 64;
 
+/// How long DHCP and DNS stay behind the records. Servers that start wait for them by themselves, and of those that were made
+/// at the same time the first has told dnsmasq of all.
+pub const SERVE_AFTER: Duration = Duration::from_millis(20);
+
 /// Length of a DHCP lease in seconds. Addresses are fixed, so leases only say how often a guest asks again.
 pub const LEASE_S: u32 = 3600;
 

@@ -132,11 +132,10 @@ impl Links {
         let joined = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).build();
         let watched = LinkBridgePort::new(port).group_fwd_mask(RESERVED_BUT_PAUSE).build();
         let up = LinkUnspec::new_with_index(port).up().build();
-        for change in [joined, watched, up] {
-            let changed = self.handle.link().change(change).execute().await;
-            changed.map_err(|cause| failed("connect", tap, cause))?;
-        }
-        Ok(())
+        // The kernel does them in this order; what it answers to each is heard together.
+        let change = |wanted| self.handle.link().change(wanted).execute();
+        let (joined, watched, up) = tokio::join!(change(joined), change(watched), change(up));
+        joined.and(watched).and(up).map_err(|cause| failed("connect", tap, cause))
     }
 
     /// Removes a device, if it is there.

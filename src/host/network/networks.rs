@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::addresses::{self, Reservation};
 use super::limits;
 use super::mac::Mac;
-use super::plumbing::{Plumbing, PlumbingError, Port, Segment};
+use super::plumbing::{Plumbing, PlumbingError, Port};
 use super::records::{
     BEING_SET_UP, DEFAULT, accept, announce, check_deletable, forget, insert, make_default, read_wanted,
     record_states, segment,
@@ -265,17 +265,27 @@ impl Networks {
         })
     }
 
-    /// For `servers`: makes the tap with its rules and opens it; DHCP knows the address when this returns.
+    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet; DHCP knows
+    /// the address when this returns.
     /// Repeatable: a tap that is left over is replaced. Fails with `host_unprepared` without privilege or tools.
-    pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<OwnedFd> {
+    pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<(u16, OwnedFd)> {
         let _working = self.inner.working.read().await;
-        let (segment, ports) = self.inner.serve_one(nic.network_id).await?;
-        self.inner.core.checkpoint("network.served")?;
-        let Some(port) = ports.iter().find(|port| port.mac.to_string() == nic.mac).cloned() else {
+        let (id, mac) = (nic.network_id, nic.mac.clone());
+        let look = move |connection: &Connection| {
+            let network: Network = records::one(connection, id.0)?;
+            Ok((segment(&network)?, addresses::of_interface(connection, id, &mac)?))
+        };
+        let (segment, port) = self.inner.core.store.glance(look).await?;
+        let Some(port) = port else {
             let detail = format!("interface {} of server {server} has no address", nic.index);
             return Err(Error::new(Code::Internal, detail));
         };
-        self.inner.plumbing.plug(segment, port).await.map_err(refused)
+        let mtu = segment.mtu;
+        // Nobody asks for an address before both are done.
+        let (served, tap) = tokio::join!(self.inner.serve_one(id), self.inner.plumbing.plug(segment, port));
+        served?;
+        self.inner.core.checkpoint("network.served")?;
+        tap.map(|tap| (mtu, tap)).map_err(refused)
     }
 
     /// For `servers`: removes tap and rules when the machine has ended. Repeatable.
@@ -311,6 +321,9 @@ impl Inner {
             // However often it is woken, the time for everything comes.
             let _ = tokio::time::timeout_at(due, self.changed.notified()).await;
             let everything = self.settle_asked.swap(false, Ordering::SeqCst) || Instant::now() >= due;
+            if !everything {
+                tokio::time::sleep(limits::SERVE_AFTER).await;
+            }
             let outcome = if everything { self.settle().await } else { self.serve_all().await };
             match outcome {
                 Ok(()) if everything => due = Instant::now() + self.pause(),
@@ -348,16 +361,15 @@ impl Inner {
         Ok(())
     }
 
-    /// DHCP and DNS of one network know its latest addresses when this returns; answers it and them.
-    async fn serve_one(&self, id: NetworkId) -> Result<(Segment, Vec<Port>)> {
+    /// DHCP and DNS of one network know its latest addresses when this returns.
+    async fn serve_one(&self, id: NetworkId) -> Result<()> {
         let _serving = self.serving.lock().await;
         let look = move |connection: &Connection| {
             let network: Network = records::one(connection, id.0)?;
             Ok((segment(&network)?, addresses::of_network(connection, id)?))
         };
         let (segment, ports) = self.core.store.read(look).await?;
-        self.plumbing.serve(segment.clone(), ports.clone()).await.map_err(refused)?;
-        Ok((segment, ports))
+        self.plumbing.serve(segment, ports).await.map_err(refused)
     }
 
     async fn serve_all(&self) -> Result<()> {

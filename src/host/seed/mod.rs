@@ -5,7 +5,7 @@
 //! The caller's user data is stored byte for byte. Keys travel in `meta-data` as `public-keys`, which cloud-init
 //! gives to the image's default user whatever the user data is (DataSource and cc_ssh of cloud-init 22.4).
 //! Addresses are static, so that a server has its address even while DHCP is away.
-use std::io::{self, Cursor, Write};
+use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
 
@@ -16,6 +16,10 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::network::DOMAIN;
 use crate::volumes::files::{self, Durability};
+
+mod sparse;
+
+use sparse::Sparse;
 
 /// Size of the disk in bytes. User data, keys and interfaces at their limits (64 KiB, 64 × 8 KiB, 8) fill less
 /// than two thirds of it.
@@ -73,21 +77,21 @@ pub fn write(path: &Path, seed: &Seed<'_>) -> Result<()> {
     let disk =
         seed.disk().map_err(|cause| Error::internal("the server's cloud-init data does not fit", cause))?;
     // It is written again before the next start, so it need not outlive the power.
-    let replaced = files::replace(path, &disk, Durability::Process);
+    let replaced = files::replace_by(path, disk.length(), disk.pieces(), Durability::Process);
     replaced.map_err(|cause| Error::file(format!("cannot write {}", path.display()), cause))
 }
 
 impl Seed<'_> {
-    /// The disk's bytes. Fails only when the data does not fit, which the model's limits rule out.
-    pub fn disk(&self) -> io::Result<Vec<u8>> {
-        let mut disk = vec![0; SEED_BYTES + (self.descent % SIZES) as usize * SIZE_STEP];
+    /// The disk. Fails only when the data does not fit, which the model's limits rule out.
+    fn disk(&self) -> io::Result<Sparse> {
+        let mut disk = Sparse::new(SEED_BYTES + (self.descent % SIZES) as usize * SIZE_STEP);
         let options = FormatVolumeOptions::new()
             .fat_type(FatType::Fat12)
             .bytes_per_cluster(4096)
             .volume_label(LABEL)
             .volume_id(self.volume_id());
-        fatfs::format_volume(Cursor::new(&mut disk[..]), options)?;
-        let volume = FileSystem::new(Cursor::new(&mut disk[..]), FsOptions::new())?;
+        fatfs::format_volume(&mut disk, options)?;
+        let volume = FileSystem::new(&mut disk, FsOptions::new())?;
         for (name, content) in self.files() {
             let mut file = volume.root_dir().create_file(name)?;
             file.write_all(content.as_bytes())?;

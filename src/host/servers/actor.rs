@@ -229,7 +229,7 @@ impl Actor {
 
     async fn record(&self) -> Result<Option<ServerRecord>> {
         let id = self.entry.id;
-        self.workshop.core.store.read(move |connection| records::find(connection, id.0)).await
+        self.workshop.core.store.glance(move |connection| records::find(connection, id.0)).await
     }
 
     async fn save(&self, run: u64, event: Event) -> Result<()> {

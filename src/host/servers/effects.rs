@@ -18,7 +18,8 @@ use wire::launch::ExitStatus;
 use wire::will::Will;
 
 use super::lifecycle::{End, Event, Phase, Saved, Spawned, Trouble, Work};
-use super::record::ServerRecord;
+use super::machine::Building;
+use super::record::{Disk, ServerRecord};
 use super::registry::{Entry, Workshop};
 use super::telling::Moved;
 use super::{limits, machine, restore, saved};
@@ -43,6 +44,13 @@ enum Ends {
     Shell(Shell),
     /// What of a new one is the daemon's: it outlives the process.
     New(Files),
+}
+
+/// What a start needs to know of the server's volumes.
+pub(super) struct Needs {
+    pub(super) cell: Cell,
+    /// What is copied to fill them.
+    copied_bytes: u64,
 }
 
 /// Files that a VMM is started with.
@@ -102,7 +110,10 @@ impl Doing {
     }
 
     async fn make(&self) -> Result<Event> {
-        let is_quick = self.is_quickly_started().await?;
+        let Needs { cell, copied_bytes } = self.needs().await?;
+        let is_started = matches!(self.record.life.phase, Phase::Creating { start: true });
+        // A VMM that is started at once must not have long to wait for its disk: it ends by itself when nobody comes.
+        let is_quick = is_started && copied_bytes <= limits::QUICK_FILL_BYTES_MAX;
         let made = async {
             if !is_quick {
                 self.make_directory().await?;
@@ -119,9 +130,8 @@ impl Doing {
                 })
             };
             let starting = async {
-                self.make_directory().await?;
                 let unfilled = |_| Error::new(Code::Draining, "the volumes were not filled");
-                self.vmm(async { filled.await.map_err(unfilled) }).await
+                self.vmm(cell, async { filled.await.map_err(unfilled) }).await
             };
             let (volumes, vmm) = tokio::join!(filling, starting);
             Ok(Event::Made { volumes: volumes?, vmm: Some(vmm?) })
@@ -144,22 +154,6 @@ impl Doing {
         self.workshop.core.checkpoint("server.directory_made")
     }
 
-    /// Whether a VMM that is started at once has not long to wait for its disk: it ends by itself when nobody comes.
-    async fn is_quickly_started(&self) -> Result<bool> {
-        if !matches!(self.record.life.phase, Phase::Creating { start: true }) {
-            return Ok(false);
-        }
-        let (volumes, disks) = (self.workshop.volumes.clone(), self.record.disks.clone());
-        let look = move |connection: &rusqlite::Connection| {
-            disks
-                .iter()
-                .map(|disk| Ok(volumes.source_bytes(&Volumes::find(connection, disk.volume_id)?)))
-                .sum()
-        };
-        let copied_bytes: u64 = self.workshop.core.store.read(look).await?;
-        Ok(copied_bytes <= limits::QUICK_FILL_BYTES_MAX)
-    }
-
     async fn fill(&self) -> Result<Vec<Filled>> {
         let moved = Moved::default();
         let filling = async {
@@ -176,27 +170,40 @@ impl Doing {
     }
 
     async fn spawn(&self) -> Result<Event> {
-        self.vmm(std::future::ready(Ok(Content::Recorded))).await.map(Event::Spawned)
+        let Needs { cell, .. } = self.needs().await?;
+        self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await.map(Event::Spawned)
     }
 
     /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
     /// both take a while. Repeatable.
-    pub(super) async fn vmm(&self, filled: impl Future<Output = Result<Content>>) -> Result<Spawned> {
+    pub(super) async fn vmm(
+        &self,
+        cell: Cell,
+        filled: impl Future<Output = Result<Content>>,
+    ) -> Result<Spawned> {
         self.dismiss_stranger().await;
         if let Some(machine) = self.entry.machine() {
             self.uncage(machine.cage).await?;
         }
         self.entry.drop_machine();
-        let cell = self.cell().await?;
         let ends = match self.take_shell(&cell).await {
             Some(shell) => Ends::Shell(shell),
             None => Ends::New(self.bind().await?),
         };
+        self.workshop.core.checkpoint("server.directory_made")?;
         let prepared = machine::prepare(&self.workshop, &self.record, filled);
         // Both to their end, whatever becomes of the other: what is half done would be undone too early.
         let (started, prepared) = tokio::join!(self.start_vmm(ends, cell), prepared);
         let spawned = started?;
-        self.entry.keep_prepared(prepared?);
+        let prepared = prepared?;
+        // A strict server gets no machine before its walls were looked at, and one with a memory is built from that.
+        let begins = matches!(self.record.life.phase, Phase::Creating { .. } | Phase::Starting { .. });
+        match (self.record.isolation, self.record.life.saved) {
+            (Isolation::Standard, None) if begins => {
+                self.entry.keep_building(Building::begin(&self.entry, prepared))
+            }
+            _ => self.entry.keep_prepared(prepared),
+        }
         Ok(spawned)
     }
 
@@ -224,7 +231,9 @@ impl Doing {
     /// The same under these names.
     pub(super) async fn bind_at(&self, socket: &str, will: &str) -> Result<Files> {
         let (socket, will, log) = (self.file(socket), self.file(will), self.file("vmm.log"));
+        let directory = self.workshop.core.dirs.server(self.record.id);
         let ends = blocking(move || {
+            machine::make_directory(&directory)?;
             machine::remove_file(&socket)?;
             let listener = Listener::bind(&socket)
                 .map_err(|cause| Error::file(format!("cannot bind {}", socket.display()), cause))?;
@@ -243,18 +252,20 @@ impl Doing {
         if std::fs::metadata(log).is_ok_and(|found| found.len() > 0) {
             return None;
         }
-        let shell = self.workshop.shells.take(self.size(cell)).await?;
-        let directory = self.workshop.core.dirs.server(self.record.id);
-        let (shell, moved) = blocking(move || {
-            let moved = shell.move_into(&directory);
-            Ok((shell, moved))
-        })
-        .await
-        .ok()?;
+        let shell = Arc::new(self.workshop.shells.take(self.size(cell))?);
+        let (moved, directory) = (shell.clone(), self.workshop.core.dirs.server(self.record.id));
+        let (lives, moved) = tokio::join!(
+            shell.lives(),
+            blocking(move || moved
+                .move_into(&directory)
+                .map_err(|cause| Error::file("it cannot be moved", cause)))
+        );
+        let shell = Arc::into_inner(shell)?;
         match moved {
-            Ok(()) => Some(shell),
-            Err(cause) => {
-                tracing::warn!(server = %self.record.id, "a VMM that was ready is not used: {cause}");
+            Ok(()) if lives => Some(shell),
+            moved => {
+                let why = moved.map_or_else(|cause| cause.chain(), |()| "it has ended".to_owned());
+                tracing::warn!(server = %self.record.id, "a VMM that was ready is not used: {why}");
                 self.workshop.shells.end(shell).await;
                 None
             }
@@ -298,20 +309,21 @@ impl Doing {
         Ok(Spawned { vmm, sandbox, cage, build })
     }
 
-    pub(super) async fn cell(&self) -> Result<Cell> {
-        let record = self.record.clone();
+    pub(super) async fn needs(&self) -> Result<Needs> {
+        let (record, volumes) = (self.record.clone(), self.workshop.volumes.clone());
         let read = move |connection: &rusqlite::Connection| {
-            let sizes =
-                record.disks.iter().map(|disk| Ok(Volumes::find(connection, disk.volume_id)?.size_bytes));
-            let largest = sizes.collect::<Result<Vec<u64>>>()?.into_iter().max().unwrap_or_default();
-            Ok(Cell {
+            let find = |disk: &Disk| Volumes::find(connection, disk.volume_id);
+            let disks = record.disks.iter().map(find).collect::<Result<Vec<_>>>()?;
+            let largest = disks.iter().map(|disk| disk.size_bytes).max().unwrap_or_default();
+            let cell = Cell {
                 key: record.id.to_string(),
                 memory_bytes: record.memory_bytes,
                 vcpus: record.vcpus,
                 file_bytes_max: largest.max(record.memory_bytes).max(limits::FILE_BYTES_MIN),
-            })
+            };
+            Ok(Needs { cell, copied_bytes: disks.iter().map(|disk| volumes.source_bytes(disk)).sum() })
         };
-        self.workshop.core.store.read(read).await
+        self.workshop.core.store.glance(read).await
     }
 
     /// A VMM that was started and lost before it was recorded listens on the server's socket. It has no machine;
@@ -338,7 +350,7 @@ impl Doing {
         };
         self.workshop.core.checkpoint("server.booted")?;
         // Not before: until the machine runs, its caller waits for every CPU there is.
-        if let Ok(cell) = self.cell().await {
+        if let Ok(Needs { cell, .. }) = self.needs().await {
             self.workshop.shells.replenish(self.size(&cell));
         }
         match booted {

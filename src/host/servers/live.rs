@@ -205,7 +205,8 @@ impl Doing {
             self.workshop.volumes.make_empty(disk.volume_id).await?;
         }
         self.workshop.core.checkpoint("server.arrival_prepared")?;
-        self.vmm(std::future::ready(Ok(Content::Filled))).await.map(Event::Spawned)
+        let cell = self.needs().await?.cell;
+        self.vmm(cell, std::future::ready(Ok(Content::Filled))).await.map(Event::Spawned)
     }
 
     /// How the machine ended, if the VMM at hand says that it has none that could run here.

@@ -5,10 +5,12 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
 use sys::beneath;
+use tokio::task::JoinHandle;
 use wire::control::{Command, MachineState, Reply};
 use wire::machine::{
     Access, Balloon, Boot, CacheMode, Chassis, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic,
@@ -28,15 +30,66 @@ use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
 use crate::volumes::Content;
 
-/// Boots the machine of `record` in the VMM at hand. Repeatable: a machine that runs is left alone.
+/// Lets the machine of `record` run in the VMM at hand, which may have built it already. Repeatable: a machine that runs is
+/// left alone.
 pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
-    let Some((link, Description { spec, descriptors })) = ready(workshop, entry, record).await? else {
-        return Ok(());
+    let is_current = match entry.take_building() {
+        Some(building) => is_same(&building.done().await?, record),
+        None => match ready(workshop, entry, record).await? {
+            Some((link, description)) => return send(&link, description, Command::Boot).await,
+            // An earlier daemon had it built.
+            None => false,
+        },
     };
+    if !is_current {
+        entry.limit_disk(record).await?;
+        entry.limit_nics(record).await?;
+    }
+    Ok(entry.link(limits::BOOT).await?.order(Command::Resume, limits::BOOT).await?)
+}
+
+/// A machine that its VMM builds while somebody waits for something else.
+#[derive(Debug)]
+pub struct Building {
+    of: ServerRecord,
+    task: JoinHandle<Result<()>>,
+}
+
+impl Building {
+    /// Has the VMM at hand build what was prepared. Nothing of it runs before [`boot`].
+    pub(super) fn begin(entry: &Arc<Entry>, prepared: Prepared) -> Building {
+        let (Prepared { of, description }, entry) = (prepared, entry.clone());
+        let task =
+            tokio::spawn(
+                async move { send(&entry.link(limits::BOOT).await?, description, Command::Build).await },
+            );
+        Building { of, task }
+    }
+
+    /// Waits until it is built, and answers for which record.
+    async fn done(mut self) -> Result<ServerRecord> {
+        let built = (&mut self.task).await;
+        built.unwrap_or_else(|cause| Err(Error::internal("the building of a machine ended badly", cause)))?;
+        Ok(self.of.clone())
+    }
+}
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Has the VMM make a machine as `how` says.
+async fn send(
+    link: &Link,
+    Description { spec, descriptors }: Description,
+    how: fn(Box<MachineSpec>) -> Command,
+) -> Result<()> {
     spec.check(descriptors.0.len())
         .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.0.iter().map(AsFd::as_fd).collect();
-    match link.ask(Command::Boot(Box::new(spec)), &borrowed, limits::BOOT).await? {
+    match link.ask(how(Box::new(spec)), &borrowed, limits::BOOT).await? {
         Reply::Done => Ok(()),
         other => Err(Error::new(Code::MachineFailed, format!("the VMM answered a boot with {other:?}"))),
     }
@@ -64,7 +117,7 @@ pub(super) async fn ready(
     if record.isolation == server::Isolation::Strict {
         isolation::require(workshop, entry, record).await?;
     }
-    let prepared = match entry.take_prepared().filter(|kept| kept.is_of(record)) {
+    let prepared = match entry.take_prepared().filter(|kept| is_same(&kept.of, record)) {
         Some(prepared) => prepared,
         None => prepare(workshop, record, std::future::ready(Ok(Content::Recorded))).await?,
     };
@@ -78,17 +131,14 @@ pub struct Prepared {
     description: Description,
 }
 
-impl Prepared {
-    /// Whether it is what the record asks for still: limits and names may have changed since.
-    fn is_of(&self, record: &ServerRecord) -> bool {
-        let ServerRecord { life, held, sandbox, cage, vmm_build, generation, updated_at, started_at, .. } =
-            record.clone();
-        let of = self.of.clone();
-        // Of these a machine knows nothing; the record of its VMM changes them.
-        let of =
-            ServerRecord { life, held, sandbox, cage, vmm_build, generation, updated_at, started_at, ..of };
-        of == *record
-    }
+/// Whether what was made of one record is what another of the server asks for: limits and names may have changed since.
+fn is_same(of: &ServerRecord, record: &ServerRecord) -> bool {
+    let ServerRecord { life, held, sandbox, cage, vmm_build, generation, updated_at, started_at, .. } =
+        record.clone();
+    let of = of.clone();
+    // Of these a machine knows nothing; the record of its VMM changes them.
+    let of = ServerRecord { life, held, sandbox, cage, vmm_build, generation, updated_at, started_at, ..of };
+    of == *record
 }
 
 /// Opens and makes all that the machine of `record` needs but its VMM, its disks once they are `filled`. Repeatable.
@@ -258,15 +308,14 @@ async fn open_volumes(
 async fn plug(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<(u16, OwnedFd)>> {
     let mut taps = Vec::new();
     for nic in &record.nics {
-        let lease = lease(workshop, nic).await?;
-        taps.push((lease.mtu, workshop.networks.plug(record.id, nic).await?));
+        taps.push(workshop.networks.plug(record.id, nic).await?);
     }
     Ok(taps)
 }
 
 async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {
     let network = nic.network_id;
-    workshop.core.store.read(move |connection| Networks::lease(connection, network)).await
+    workshop.core.store.glance(move |connection| Networks::lease(connection, network)).await
 }
 
 async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> {

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use wire::control::{Command, FaultCode, Notice};
 
 use super::capacity::Capacity;
-use super::machine::Prepared;
+use super::machine::{Building, Prepared};
 use super::readers::Readers;
 use super::record::ServerRecord;
 use super::{actor, limits, machine};
@@ -80,6 +80,8 @@ pub struct Entry {
     prepared: Mutex<Option<Prepared>>,
     /// The taps of a machine that has come and is not announced yet.
     taps: Mutex<Vec<OwnedFd>>,
+    /// What it is making already.
+    building: Mutex<Option<Building>>,
     /// Held while a connection is made, so that there is one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -110,6 +112,7 @@ impl Entry {
         *self.held() = None;
         self.take_prepared();
         self.taps().clear();
+        self.take_building();
         self.wake_readers();
     }
 
@@ -142,6 +145,16 @@ impl Entry {
     /// The taps of the machine at hand, of one that has come.
     pub fn taps(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
         self.taps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what the VMM at hand is making.
+    pub fn keep_building(&self, building: Building) {
+        *self.building.lock().unwrap_or_else(PoisonError::into_inner) = Some(building);
+    }
+
+    /// What the VMM at hand is making, if it was kept.
+    pub fn take_building(&self) -> Option<Building> {
+        self.building.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Makes readers of the console look again.
@@ -252,6 +265,7 @@ impl Registry {
             next: Mutex::new(None),
             prepared: Mutex::new(None),
             taps: Mutex::default(),
+            building: Mutex::new(None),
             connecting: tokio::sync::Mutex::new(()),
         });
         let actor = actor::Actor::new(self.workshop.clone(), entry.clone(), inbox);

@@ -256,7 +256,7 @@ impl Doing {
             Isolation::Strict => Walls::All,
             Isolation::Standard => Walls::AsFound,
         };
-        let (label, mut cell) = (self.record.name.to_string(), self.cell().await?);
+        let (label, mut cell) = (self.record.name.to_string(), self.needs().await?.cell);
         // Those of the machine at hand: the next one may be of another size.
         (cell.memory_bytes, cell.vcpus) = (self.record.held.memory_bytes, self.record.held.vcpus);
         cell.file_bytes_max = cell.file_bytes_max.max(self.record.held.memory_bytes);

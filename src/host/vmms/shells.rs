@@ -1,12 +1,12 @@
 //! VMMs that were started before anybody asked: in their jail and under their filters, with no machine. A server that
 //! is started takes one and is spared all of that. It knows no server; `servers` gives a shell its place.
 //!
-//! Nothing of a shell is recorded before a server has it, and none is sent a machine before that is. It is known by its
+//! Nothing of a shell is recorded before a server has it, and none lets a machine run before that is. It is known by its
 //! key, the name of its control groups and of its directory, in which its socket, last will and log lie until they become
 //! a server's. What a daemon that died has left is found by these names and removed by the next one.
 use std::collections::{HashSet, VecDeque};
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use sys::seqpacket::Listener;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
+use wire::console::Ring;
 use wire::control::Command;
 use wire::machine::Chassis;
 
@@ -33,6 +34,9 @@ const SOCKET: &str = "control.sock";
 
 /// What a server takes over, the socket first: with it begins what a server has of a VMM.
 const FILES: [&str; 3] = [SOCKET, "will.json", "vmm.log"];
+
+/// The console of a server that has none yet.
+const RING: &str = "console.ring";
 
 /// A few shells, and a task that makes the next.
 pub struct Shells {
@@ -106,12 +110,12 @@ impl Shells {
         }
     }
 
-    /// A shell that lives and is for servers of this size, if there is one.
-    pub async fn take(&self, size: Size) -> Option<Shell> {
+    /// A shell that is for servers of this size, if there is one. It may have died without having been missed yet:
+    /// [`Shell::lives`] tells.
+    pub fn take(&self, size: Size) -> Option<Shell> {
         loop {
             let shell = self.pool.fitting(size)?;
-            // One that has just died may not have been missed yet.
-            if shell.link.greet(limits::SHELL_QUIT).await.is_ok() {
+            if !shell.link.is_closed() {
                 return Some(shell);
             }
             let pool = self.pool.clone();
@@ -160,12 +164,23 @@ impl Drop for Shells {
 }
 
 impl Shell {
-    /// Makes its files those of the server whose directory this is. Blocks.
+    /// Whether it answers.
+    pub async fn lives(&self) -> bool {
+        self.link.greet(limits::SHELL_QUIT).await.is_ok()
+    }
+
+    /// Makes its files those of the server whose directory this is or is to be. Blocks.
     pub fn move_into(&self, directory: &Path) -> io::Result<()> {
+        match fs::rename(&self.directory, directory) {
+            // One that has something in it keeps that.
+            Err(cause) if matches!(cause.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
+            }
+            moved => return moved,
+        }
         for file in FILES {
             fs::rename(self.directory.join(file), directory.join(file))?;
         }
-        fs::remove_dir(&self.directory)
+        files::remove_tree(&self.directory)
     }
 }
 
@@ -240,6 +255,8 @@ impl Pool {
             let create = |path: &Path, options: &mut fs::OpenOptions| {
                 options.read(true).create_new(true).mode(0o600).open(path).map_err(failed)
             };
+            let ring = create(&made.join(RING), fs::File::options().write(true))?;
+            Ring::create(ring, wire::limits::CONSOLE_RING_BYTES).map_err(failed)?;
             let will = create(&will, fs::File::options().write(true))?;
             Ok((listener, will, create(&log, fs::File::options().append(true))?))
         })

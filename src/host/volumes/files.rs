@@ -33,13 +33,23 @@ pub(crate) enum Durability {
 
 /// Replaces `path` by a file of these bytes that its owner alone can read. Whole pieces of zeros become holes.
 pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
+    let pieces = (0..).step_by(PIECE_BYTES).zip(content.chunks(PIECE_BYTES));
+    let data = pieces.filter(|(_, piece)| piece.iter().any(|byte| *byte != 0));
+    replace_by(path, content.len() as u64, data, durability)
+}
+
+/// As [`replace`], by a file of so many bytes with these pieces, each with its offset, and holes between them.
+pub(crate) fn replace_by<'a>(
+    path: &Path,
+    length: u64,
+    pieces: impl Iterator<Item = (u64, &'a [u8])>,
+    durability: Durability,
+) -> io::Result<()> {
     let mut unfinished = Unfinished::create(path)?;
     let file = unfinished.file();
-    file.set_len(content.len() as u64)?;
-    for (piece, at) in content.chunks(PIECE_BYTES).zip((0..).step_by(PIECE_BYTES)) {
-        if piece.iter().any(|byte| *byte != 0) {
-            file.write_all_at(piece, at)?;
-        }
+    file.set_len(length)?;
+    for (at, piece) in pieces {
+        file.write_all_at(piece, at)?;
     }
     match durability {
         Durability::Power => unfinished.finish(),

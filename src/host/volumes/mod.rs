@@ -305,7 +305,7 @@ impl Volumes {
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<Option<Filled>> {
-        let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Creating {
             return Ok(None);
         }
@@ -335,7 +335,7 @@ impl Volumes {
     /// For `servers`: opens it for reading and writing. Fails with `in_use` while another opening of it lasts, in
     /// whatever process that is.
     pub(crate) async fn open(&self, id: VolumeId, content: Content) -> Result<File> {
-        let volume: Volume = self.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Ready && content == Content::Recorded {
             return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
         }

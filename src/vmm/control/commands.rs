@@ -56,7 +56,11 @@ impl Shell {
                 Ok(Reply::Done)
             }
             Command::Prepare(size) => self.prepare(size),
-            Command::Boot(spec) => self.boot(*spec, descriptors),
+            Command::Boot(spec) => {
+                self.build(*spec, descriptors)?;
+                self.begin()
+            }
+            Command::Build(spec) => self.build(*spec, descriptors).map(done),
             Command::Restore(spec) => self.restore(*spec, descriptors),
             Command::Save(spec) => {
                 let checked = spec.check(descriptors.len());
@@ -92,6 +96,7 @@ impl Shell {
                 self.machine()?.limit_move(limits).map(done).map_err(Fault::from)
             }
             Command::Pause => self.machine()?.pause().map(done).map_err(Fault::from),
+            Command::Resume if self.is_unbegun => self.begin(),
             Command::Resume => self.machine()?.resume().map(done).map_err(Fault::from),
             Command::PressPowerButton => {
                 self.machine()?.press_power_button();
@@ -159,7 +164,7 @@ impl Shell {
         Ok(Reply::Done)
     }
 
-    fn boot(&mut self, spec: MachineSpec, descriptors: Vec<OwnedFd>) -> Result<Reply> {
+    fn build(&mut self, spec: MachineSpec, descriptors: Vec<OwnedFd>) -> Result<()> {
         if self.machine.is_some() {
             return Err(fault(
                 FaultCode::WrongState,
@@ -169,7 +174,14 @@ impl Shell {
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
         let ready = self.ready.take_if(|ready| ready.fits(spec.chassis()));
         self.machine = Some(Machine::build(&self.host, spec, descriptors, &self.bell, ready)?);
-        self.has_built = true;
+        self.is_unbegun = true;
+        Ok(())
+    }
+
+    /// Lets a machine run that was built for its kernel.
+    fn begin(&mut self) -> Result<Reply> {
+        self.machine()?.resume()?;
+        (self.is_unbegun, self.has_built) = (false, true);
         self.tell_all(&Notice::Booted { resets: 0 });
         Ok(Reply::Done)
     }
@@ -221,7 +233,7 @@ impl Shell {
         match rebuilt {
             None => Ok(Reply::Done),
             Some(Ok(resets)) => {
-                self.has_built = true;
+                (self.is_unbegun, self.has_built) = (false, true);
                 self.tell_all(&Notice::Booted { resets });
                 // The old machine's news went with it, but its console is the new one's.
                 self.tell_console();

@@ -24,11 +24,11 @@ fn another_process_with_the_recorded_number_is_not_taken_for_dnsmasq() {
     let directory = tempfile::tempdir().unwrap();
     let dnsmasq = Dnsmasq::new(directory.path().to_owned());
     assert!(!dnsmasq.is_running());
-    dnsmasq.write("pid", &format!("{}\n", std::process::id())).unwrap();
+    dnsmasq.replace("pid", &format!("{}\n", std::process::id())).unwrap();
     assert!(!dnsmasq.is_running());
     // Signalling it must not reach this test.
     dnsmasq.signal(Signal::TERM).unwrap();
-    dnsmasq.write("pid", "-1").unwrap();
+    dnsmasq.replace("pid", "-1").unwrap();
     assert!(!dnsmasq.is_running());
 }
 

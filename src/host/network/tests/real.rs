@@ -9,9 +9,10 @@ use sys::tap::Tap;
 use super::frames::{Arp, BROADCAST, DhcpAnswer, Udp, dhcp, dns_question, ethernet};
 use super::ground::{Guest, run};
 use super::port;
+use crate::network::elements::Elements;
 use crate::network::mac::Mac;
 use crate::network::plumbing::{Plumbing, PlumbingError};
-use crate::network::{elements, firewall, nft};
+use crate::network::{firewall, nft};
 
 const STRANGER: Mac = Mac([0x52, 0x54, 0, 0xee, 0xee, 0xee]);
 
@@ -155,8 +156,9 @@ fn an_unplugged_or_unknown_tap_is_silent_and_plugging_in_again_mends_it() {
         let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
         let one = ground.plug(&segment, &ports[0]).await;
         let two = ground.plug(&segment, &ports[1]).await;
-        assert_eq!(elements::silence(&ports[..1]), Ok(nft::Applied::Yes));
-        assert_eq!(elements::silence(&ports[..1]), Ok(nft::Applied::Yes));
+        let elements = Elements::default();
+        assert_eq!(elements.silence(&ports[..1]), Ok(nft::Applied::Yes));
+        assert_eq!(elements.silence(&ports[..1]), Ok(nft::Applied::Yes));
         one.udp((two.mac, two.ipv4, 9), 9, b"silenced");
         two.udp((one.mac, one.ipv4, 9), 9, b"mark");
         assert!(one.frames_before(b"mark").is_empty());
@@ -368,8 +370,9 @@ fn a_removed_network_leaves_the_host_as_it_was() {
         assert_eq!(forwarding("up0"), "0");
         assert_eq!(nft::apply("delete table inet toft").await, Ok(nft::Applied::NoTable));
         assert_eq!(nft::apply("delete table bridge toft").await, Ok(nft::Applied::NoTable));
-        assert_eq!(elements::admit(&ports[0]), Ok(nft::Applied::NoTable));
-        assert_eq!(elements::silence(&ports), Ok(nft::Applied::NoTable));
+        let elements = Elements::default();
+        assert_eq!(elements.admit(&ports[0]), Ok(nft::Applied::NoTable));
+        assert_eq!(elements.silence(&ports), Ok(nft::Applied::NoTable));
         assert!(!ground.dnsmasq(&nat).is_running());
         let left = std::fs::read_dir(ground.run_dir().join("networks")).unwrap().count();
         assert_eq!(left, 0);

@@ -179,8 +179,8 @@ pub enum Phase {
     },
     /// A VMM is being started (no process yet) or builds its machine.
     Starting {
-        /// The process, once it is known. Only a known process is sent a machine, so one that is lost before
-        /// it was recorded never touches a disk.
+        /// The process, once it is known. Only a known process lets a machine run, so one that is lost before
+        /// it was recorded never writes to a disk.
         vmm: Option<ProcessId>,
     },
     /// vCPUs run.

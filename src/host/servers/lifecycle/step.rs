@@ -499,6 +499,8 @@ impl Stepping {
             // A process that was lost before it was recorded has no machine; the work starts another.
             (Phase::Starting { vmm: None }, _) => {}
             (Phase::Starting { .. }, Found::Gone(_)) => self.life.begin_run(),
+            // It was built, and has not begun.
+            (Phase::Starting { .. }, Found::Alive(MachineState::Paused)) if self.life.saved.is_none() => {}
             (phase, Found::Gone(end)) => self.machine_ended(phase, end),
             (_, Found::Alive(MachineState::Exiting) | Found::Mute) => {}
             (

@@ -38,6 +38,8 @@ struct World {
     machine: Option<(ProcessId, MachineState)>,
     /// A second VMM.
     other: Option<ProcessId>,
+    /// Whether it is parked before its first instruction.
+    is_unbegun: bool,
     spawned: i32,
     made: u32,
     resets: u64,
@@ -69,14 +71,14 @@ impl World {
             // The VMM of one server in two is started while its disk is made.
             Work::Make if life.phase == (Phase::Creating { start: true }) => {
                 self.made += 1;
-                let vmm = self.made.is_multiple_of(2).then(|| self.spawn());
+                let vmm = self.made.is_multiple_of(2).then(|| self.spawn(life));
                 Event::Made { volumes: Vec::new(), vmm }
             }
             Work::Make => {
                 self.dismiss_shell();
                 Event::Made { volumes: Vec::new(), vmm: None }
             }
-            Work::Spawn | Work::Await => Event::Spawned(self.spawn()),
+            Work::Spawn | Work::Await => Event::Spawned(self.spawn(life)),
             Work::Snapshot { id } => {
                 self.snapshots.insert(id);
                 let taken = Taken {
@@ -192,19 +194,26 @@ impl World {
 
     /// A VMM that was started while the disk was made, by a daemon that died before it was recorded.
     fn dismiss_shell(&mut self) {
-        self.machine.take_if(|(_, state)| *state == MachineState::Shell);
+        let is_unbegun = self.is_unbegun;
+        self.machine.take_if(|(_, state)| *state == MachineState::Shell || is_unbegun);
     }
 
-    fn spawn(&mut self) -> Spawned {
+    /// One machine in two that begins with its kernel is built before its process is recorded.
+    fn spawn(&mut self, life: &Life) -> Spawned {
         self.spawned += 1;
         let id = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
         // A process that was never recorded is dismissed first.
+        self.dismiss_shell();
         assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
-        self.machine = Some((id.clone(), MachineState::Shell));
+        let comes = matches!(life.phase, Phase::Arriving { .. });
+        self.is_unbegun = !comes && life.saved.is_none() && self.spawned % 2 == 0;
+        let state = if self.is_unbegun { MachineState::Paused } else { MachineState::Shell };
+        self.machine = Some((id.clone(), state));
         Spawned { vmm: id, sandbox: None, cage: None, build: None }
     }
 
     fn turn(&mut self, state: MachineState, event: Event) -> Event {
+        self.is_unbegun = false;
         if let Some((_, held)) = &mut self.machine {
             *held = state;
         }
@@ -548,7 +557,7 @@ fn the_reset_button_is_pressed_once_however_many_daemons_die_behind_it() {
 }
 
 #[test]
-fn a_process_that_was_never_recorded_is_never_sent_a_machine() {
+fn a_process_that_was_never_recorded_never_runs_a_machine() {
     let starting = life(Phase::Starting { vmm: None });
     let context = Context { now_ms: 0, policy: RestartPolicy::Never };
     assert_eq!(starting.work(), Some(Work::Spawn));

@@ -166,7 +166,8 @@ async fn clones_of_a_server_whose_memory_cannot_be_saved_come_to_nothing() {
     until(&host, second.id, |server| server.state == ServerState::Running).await;
     let left: Vec<_> = host.servers().list(Default::default()).await.unwrap().items;
     assert_eq!(left.iter().map(|server| server.id).collect::<Vec<_>>(), [first.id, second.id]);
-    assert!(left.iter().all(|server| server.state == ServerState::Running));
+    let states: Vec<_> = left.iter().map(|server| (server.state, &server.state_reason)).collect();
+    assert!(left.iter().all(|server| server.state == ServerState::Running), "{states:?}");
     no_snapshot_left(&stage, &host).await;
     host.close().await;
 }
