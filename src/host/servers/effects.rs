@@ -17,7 +17,7 @@ use wire::control::{Command, Reply};
 use wire::launch::ExitStatus;
 use wire::will::Will;
 
-use super::lifecycle::{End, Event, Phase, Saved, Spawned, Trouble, Work};
+use super::lifecycle::{End, Event, JobKind, Phase, Saved, Spawned, Trouble, Work};
 use super::machine::Building;
 use super::record::{Disk, ServerRecord};
 use super::registry::{Entry, Workshop};
@@ -349,9 +349,9 @@ impl Doing {
             None => (machine::boot(&self.workshop, &self.entry, &self.record).await, Event::Booted),
         };
         self.workshop.core.checkpoint("server.booted")?;
-        // Not before: until the machine runs, its caller waits for every CPU there is.
-        if let Ok(Needs { cell, .. }) = self.needs().await {
-            self.workshop.shells.replenish(self.size(&cell));
+        // One that was saved is parked still.
+        if saved.is_none() {
+            self.replenish_shells().await;
         }
         match booted {
             Ok(()) => Ok(event),
@@ -396,6 +396,14 @@ impl Doing {
         match link.ask(Command::Stats, &[], limits::COMMAND).await? {
             Reply::Stats(stats) => Ok(stats.resets),
             other => Err(AskError::Protocol(format!("counters were answered with {other:?}"))),
+        }
+    }
+
+    /// Has VMMs made ready for servers like this one. Not before its machine runs: its caller waits for every CPU there is,
+    /// and the kernel makes what KVM does for one machine wait for what it does for another.
+    async fn replenish_shells(&self) {
+        if let Ok(Needs { cell, .. }) = self.needs().await {
+            self.workshop.shells.replenish(self.size(&cell));
         }
     }
 
@@ -469,6 +477,10 @@ impl Doing {
             let directory = self.workshop.core.dirs.server(self.record.id);
             blocking(move || saved::discard(&directory)).await?;
             self.workshop.core.checkpoint("server.saved_discarded")?;
+            // Whatever else is done, it ends a start from what was saved.
+            if self.record.life.job.is_some_and(|job| job.kind != JobKind::Resume) {
+                self.replenish_shells().await;
+            }
         }
         Ok(event)
     }
