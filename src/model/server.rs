@@ -93,7 +93,7 @@ pub enum ServerState {
     Paused,
     /// Off, with its memory on the disk: a start goes on where it was.
     Hibernated,
-    /// It goes to another host, and is off.
+    /// It goes to another host. One that ran runs here until it is there.
     Moving,
     /// It comes from another host, whose it is until it is all here.
     Arriving,

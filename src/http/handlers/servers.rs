@@ -204,11 +204,11 @@ pub(crate) enum Migrated {
     Done(Box<Accepted<Server>>),
 }
 
-/// Moves a server that is off to another host, with its disks. What is in the way on either host is told all at once.
+/// Moves a server to another host with its disks, as it runs, hibernated or off. What is in the way on either host is told all at once.
 #[utoipa::path(post, path = "/v1/servers/{id}/actions/migrate", tag = "servers", operation_id = "migrate_server",
     params(("id" = ServerId, Path, description = "The server."), MigrateParameters), request_body = MigrateServer,
     responses(
-        (status = 200, description = "With `dry_run`: what would be moved and what is in the way. With `Prefer: wait`: it             has moved.", body = Migrated),
+        (status = 200, description = "With `dry_run`: what would be moved and what is in the way. With `Prefer: wait`: it has moved.", body = Migrated),
         (status = 202, description = "It is moving; the operation ends when nothing is left here.",
             body = Accepted<Server>),
     ))]
