@@ -2,7 +2,7 @@
 //! the same function, with the same numbers for its descriptors; this program in place of the VMM's.
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -98,7 +98,11 @@ impl Cell {
     pub(crate) fn order(&mut self, order: &Value) -> Result<String, String> {
         self.socket.write_all(order.to_string().as_bytes()).unwrap();
         let mut answer = [0; 4096];
-        let length = self.socket.read(&mut answer).expect("the attacker answers");
+        let length = match self.socket.read(&mut answer) {
+            // It died before it had read the order.
+            Err(cause) if cause.kind() == ErrorKind::ConnectionReset => 0,
+            read => read.expect("the attacker answers"),
+        };
         if length == 0 && self.end() == Some(Ended::Signal(libc::SIGSYS)) {
             return Err(FILTERED.to_owned());
         }
