@@ -15,6 +15,9 @@ use crate::rows::{Report, Series};
 /// Longest wait for a guest that fills its memory.
 const SOON: Duration = Duration::from_secs(120);
 
+/// A network that both hosts have.
+const NETWORK: &str = "moves";
+
 /// Two daemons, the target's network, and the cable between them.
 struct Pair {
     hosts: [Host; 2],
@@ -44,6 +47,9 @@ impl Pair {
             Host::start_waiting(ground, addresses[1], Some(holder.id())),
         ];
         for host in &hosts {
+            // The one that a host has by itself takes a range that is free there, which need not be free at the other.
+            let network = json!({ "name": NETWORK, "ipv4_cidr": "172.29.0.0/24" });
+            host.local().call("POST", "/v1/networks", Some("wait=30"), Some(&network));
             for (name, words) in &images {
                 host.import(ground, name, words);
             }
@@ -69,6 +75,7 @@ impl Pair {
         let mut spec = server(name);
         spec["image"] = json!(name);
         spec["memory_bytes"] = json!(memory_mib << 20);
+        spec["nics"] = json!([{ "network": NETWORK }]);
         let made = self.hosts[0].local().call("POST", "/v1/servers", Some("wait=30"), Some(&spec));
         let server = id(&made);
         let end = Instant::now() + SOON;
