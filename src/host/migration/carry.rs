@@ -209,11 +209,15 @@ impl Migrations {
 
     /// The connection is gone. The word that was lost may have come by another way.
     async fn lose(&self, held: &Move, cause: Option<&Error>) {
-        let event = match self.servers.has_moved(held.server).await {
+        let id = held.id;
+        let found = self.core.store.read(move |connection| moving::find(connection, id)).await;
+        // What the VMM knows is of the move that is under way, and counts when that has been decided here.
+        let is_decided = matches!(found, Ok(Some(Move { phase: Phase::Commit, .. })));
+        let event = match is_decided && self.servers.has_moved(held.server).await {
             true => Event::Heard(Saying::Taken),
             false => Event::Lost,
         };
-        self.tell(held.id, event, cause).await;
+        self.tell(id, event, cause).await;
     }
 
     /// Saves what an event is to a move. What cannot be saved now is found when the daemon starts again.

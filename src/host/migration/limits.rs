@@ -71,5 +71,8 @@ pub const BANDWIDTH_BYTES_MIN: u64 = 1 << 20;
 /// How long a proof may be, in characters: something has to be said, and it is kept with an event.
 pub const PROOF_CHARS: RangeInclusive<usize> = 10..=1000;
 
+/// Most characters of what another host says to people: a sentence or two, with a list of CPU features.
+pub const TEXT_CHARS_MAX: usize = 4096;
+
 /// Most characters of another host's name that are kept.
 pub const HOST_CHARS_MAX: usize = 253;

@@ -97,7 +97,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         self.filled = 0;
         let body = std::mem::take(&mut self.body);
         match kind {
-            Kind::Document => Ok(Received::Message(Message::read(&body).map_err(strange)?)),
+            Kind::Document => Ok(Received::Message(plain(Message::read(&body).map_err(strange)?))),
             Kind::Piece => Ok(Received::Piece(body)),
         }
     }
@@ -149,6 +149,31 @@ async fn read(stream: &mut (impl AsyncRead + Unpin), into: &mut [u8]) -> Result<
 async fn patiently(sent: impl Future<Output = io::Result<()>>) -> Result<()> {
     let late = |_| Error::new(Code::HostUnreachable, "the other host takes nothing any more");
     timeout(limits::SILENCE, sent).await.map_err(late)?.map_err(broken)
+}
+
+/// What the other side says to people, as it may be kept and shown: of bounded length, and without characters that do
+/// something to a terminal.
+fn plain(mut message: Message) -> Message {
+    let clean = |text: &mut String| {
+        *text = text
+            .chars()
+            .take(limits::TEXT_CHARS_MAX)
+            .map(|letter| if letter.is_control() { ' ' } else { letter })
+            .collect();
+    };
+    match &mut message {
+        Message::Greet { host, program, .. } | Message::Welcome { host, program } => {
+            clean(host);
+            clean(program);
+        }
+        Message::Verdict { blocked_by } => {
+            blocked_by.iter_mut().for_each(|obstacle| clean(&mut obstacle.detail))
+        }
+        Message::Refuse { detail } => clean(detail),
+        Message::Ask(_) | Message::Take(_) | Message::Copied | Message::Say(_) => {}
+        Message::Again { .. } | Message::Join { .. } => {}
+    }
+    message
 }
 
 /// The other side says something that has no place there.

@@ -69,6 +69,18 @@ impl Migrations {
         self.listen_to(link, begun.id, limits::CONNECT).await
     }
 
+    /// What the other host says, or nothing when it is time to look at the VMM here.
+    async fn next_word<S>(&self, link: &mut Link<S>, begun: &Move) -> Result<Option<Received>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        tokio::select! {
+            biased;
+            received = link.receive() => received.map(Some),
+            () = self.servers.move_told(begun.server) => Ok(None),
+        }
+    }
+
     /// Tells how far the machine is until the target says something.
     async fn follow<S>(&self, link: &mut Link<S>, begun: &Move, job: Option<OperationId>) -> Result<Saying>
     where
@@ -76,12 +88,7 @@ impl Migrations {
     {
         let (mut told, mut beaten) = (None::<Instant>, Instant::now());
         loop {
-            let said = tokio::select! {
-                biased;
-                received = link.receive() => Some(received?),
-                () = self.servers.move_told(begun.server) => None,
-            };
-            match said {
+            match self.next_word(link, begun).await? {
                 Some(Received::Message(Message::Say(word))) => return Ok(word),
                 Some(Received::Message(Message::Refuse { detail })) => {
                     return Err(Error::new(Code::HostUnreachable, detail));
@@ -137,12 +144,7 @@ impl Migrations {
     {
         let (mut heard, mut pace) = (Instant::now(), Pace::new());
         loop {
-            let said = tokio::select! {
-                biased;
-                received = link.receive() => Some(received?),
-                () = self.servers.move_told(begun.server) => None,
-            };
-            match said {
+            match self.next_word(link, begun).await? {
                 Some(Received::Message(Message::Say(Saying::Copying))) => heard = Instant::now(),
                 Some(Received::Message(Message::Say(Saying::Abort))) => return Ok(Some(Saying::Abort)),
                 Some(_) => return Err(out_of_turn()),

@@ -197,8 +197,10 @@ impl Migrations {
     {
         let heard = async {
             let mut phase = before?;
+            // Not put off by a source that only says that it is there: what waits for its word is in doubt then.
+            let end = Instant::now() + limits::SILENCE;
             while matches!(phase, Phase::Copy | Phase::Ready) {
-                let word = match link.message(limits::SILENCE).await? {
+                let word = match link.message(end.saturating_duration_since(Instant::now())).await? {
                     Message::Say(word @ (Saying::Commit | Saying::Abort)) => word,
                     // Said before it had heard that all is here.
                     Message::Say(Saying::Copying) => continue,

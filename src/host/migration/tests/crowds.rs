@@ -97,3 +97,14 @@ async fn nothing_long_is_read_from_who_has_shown_no_ticket() {
     }
     pair.close().await;
 }
+
+#[tokio::test]
+async fn what_another_host_says_to_people_is_of_bounded_length_and_plain() {
+    let (near, far) = tokio::io::duplex(1 << 20);
+    let (mut near, mut far) = (link::Link::new(near), link::Link::new(far));
+    let detail = format!("no\x1b[2J\r\nroom {}", "x".repeat(100_000));
+    near.send(&Message::Refuse { detail }).await.unwrap();
+    let Ok(Message::Refuse { detail }) = far.message(SOON).await else { panic!("not what was sent") };
+    assert!(detail.starts_with("no [2J  room xxx"), "{}", &detail[..40]);
+    assert_eq!(detail.chars().count(), limits::TEXT_CHARS_MAX);
+}

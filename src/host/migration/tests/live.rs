@@ -9,7 +9,7 @@ use model::server::{RestartPolicy, Server, ServerState};
 use wire::control::MachineState;
 
 use super::cuts::cable;
-use super::moves::{DieAt, Ground, forgotten, gone, has, listening, waited};
+use super::moves::{DieAt, Ground, again, forgotten, gone, has, listening, waited};
 use super::*;
 use crate::servers::lifecycle;
 use crate::{Checkpoint, Fate};
@@ -173,13 +173,7 @@ async fn survives(victim: usize, number: u32) -> Option<usize> {
     death.armed.store(false, Ordering::SeqCst);
     let died = hosts[victim].is_dead();
     if died {
-        let dead = hosts.remove(victim);
-        dead.close().await;
-        drop(dead);
-        hosts.insert(victim, ground.stages[victim].open().await);
-        if victim == 1 {
-            hosts[1].migrations().listen(address).await.unwrap();
-        }
+        again(&ground, &mut hosts, victim, address).await;
     }
     let what = format!("daemon {victim} at its point {number}");
     let at = comes_to_rest(&ground, &hosts, &what).await;

@@ -300,6 +300,17 @@ pub(super) async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -
 }
 
 /// One move in which the daemon `victim` dies at its checkpoint `number`, and comes back. Answers whether it died.
+/// Opens the host that has died again.
+pub(super) async fn again(ground: &Ground, hosts: &mut Vec<Host>, victim: usize, address: SocketAddr) {
+    let dead = hosts.remove(victim);
+    dead.close().await;
+    drop(dead);
+    hosts.insert(victim, ground.stages[victim].open().await);
+    if victim == 1 {
+        hosts[1].migrations().listen(address).await.unwrap();
+    }
+}
+
 async fn survives(victim: usize, number: u32) -> bool {
     let ground = Ground::new().await;
     let id = ground.server;
@@ -335,14 +346,8 @@ async fn survives(victim: usize, number: u32) -> bool {
     death.armed.store(false, Ordering::SeqCst);
     let died = hosts[victim].is_dead();
     if died {
-        let dead = hosts.remove(victim);
-        dead.close().await;
-        drop(dead);
-        hosts.insert(victim, ground.stages[victim].open().await);
+        again(&ground, &mut hosts, victim, address).await;
         assert!(owners([&hosts[0], &hosts[1]], id).await <= 1, "both have it");
-        if victim == 1 {
-            hosts[1].migrations().listen(address).await.unwrap();
-        }
     }
     let what = format!("{victim} {number}");
     let at = comes_to_rest(&ground, &hosts, &what).await;
