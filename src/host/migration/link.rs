@@ -47,6 +47,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         self.longest = FRAME_BYTES_MAX;
     }
 
+    /// What is below.
+    pub(super) fn get_ref(&self) -> &S {
+        &self.stream
+    }
+
     /// What is below: nothing more that comes is a frame.
     pub(super) fn into_inner(self) -> S {
         self.stream
@@ -135,6 +140,20 @@ pub(super) fn set_up(stream: TcpStream) -> Result<Wire> {
     };
     set().map_err(|cause| Error::internal("a connection cannot be set up", cause))?;
     Ok(BufReader::with_capacity(limits::PUMP_BYTES, stream))
+}
+
+/// Bounds what a stream of a machine holds between two hosts, at either end: all of it has to arrive when the guest stands still,
+/// which is only known to have been sent. The kernel takes twice as much for what it keeps beside the data (socket(7)).
+pub(super) fn keep_short(stream: &TcpStream) -> Result<()> {
+    let bytes = limits::STREAM_BYTES / 2;
+    // Without the privilege it is less.
+    let set = || {
+        sockopt::set_socket_send_buffer_size_force(stream, bytes)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(stream, bytes))?;
+        sockopt::set_socket_recv_buffer_size_force(stream, bytes)
+            .or_else(|_| sockopt::set_socket_recv_buffer_size(stream, bytes))
+    };
+    set().map_err(|cause| Error::internal("a connection cannot be set up", cause))
 }
 
 /// Reads something.

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use wire::peer::{Message, Saying};
 use wire::saved::Digest;
 
-use super::link::{Link, Wire, out_of_turn};
+use super::link::{Link, Wire, keep_short, out_of_turn};
 use super::source::connect;
 use super::strangers::Stranger;
 use super::{Migrations, limits};
@@ -80,6 +80,7 @@ impl Migrations {
             return Err(Error::new(Code::Unauthenticated, detail));
         };
         drop(stranger);
+        keep_short(link.get_ref().get_ref().0.get_ref())?;
         link.say(Saying::Copying).await?;
         // Whoever waited may have given up.
         let _ = place.send(link.into_inner());
@@ -97,6 +98,7 @@ impl Migrations {
         let mut opened: Vec<client::TlsStream<Wire>> = Vec::new();
         for stream in (0_u16..).take(of_memory.saturating_add(of_disks)) {
             let mut link = connect(&self.identity, address, begun.peer).await?;
+            keep_short(link.get_ref().get_ref().0.get_ref())?;
             link.send(&Message::Join { transfer: begun.id.to_string(), stream }).await?;
             match link.message(limits::CONVERSATION).await? {
                 Message::Say(Saying::Copying) => opened.push(link.into_inner()),

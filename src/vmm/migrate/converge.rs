@@ -48,9 +48,6 @@ const THROTTLE_PERCENT_MAX: u8 = 99;
 /// Least step by which they are held back further.
 const THROTTLE_PERCENT_STEP: u8 = 10;
 
-/// What part is left of its time to a guest of which only a lower bound is known.
-const LOWER_BOUND_PART: u8 = 32;
-
 /// Rounds at the most throttle before it is given up.
 const ROUNDS_AT_MOST_MAX: u32 = 20;
 
@@ -106,16 +103,16 @@ impl Convergence {
     }
 
     /// So that the guest writes half of what the streams take: what it would write unhindered is what it wrote in the
-    /// time it had. Of a lower bound nothing can be reckoned; it gets a small part of the time it had, since each round that
-    /// shows no more than that takes as long as the first.
+    /// time it had. Of a lower bound nothing can be reckoned, and each round that shows no more than that takes as long as the
+    /// first: it is held back as far as it goes. A guest that is behind its own pace writes as fast as memory is.
     fn throttle(&self, dirtied: u64, is_lower_bound: bool) -> u8 {
         let had = 100 - self.throttle_percent.min(99);
         let unhindered = u128::from(dirtied) * 100 / u128::from(had);
         let may = u128::from(self.rate / 2) * 100 / unhindered.max(1);
-        let mut wanted = 100 - u8::try_from(may.min(100)).unwrap_or(100);
-        if is_lower_bound {
-            wanted = wanted.max(100 - had / LOWER_BOUND_PART);
-        }
+        let wanted = match is_lower_bound {
+            true => THROTTLE_PERCENT_MAX,
+            false => 100 - u8::try_from(may.min(100)).unwrap_or(100),
+        };
         wanted.max(self.throttle_percent.saturating_add(THROTTLE_PERCENT_STEP)).min(THROTTLE_PERCENT_MAX)
     }
 }
