@@ -124,6 +124,5 @@ pub const ENDED: Duration = Duration::from_secs(1);
 /// Most tickets of one server that are still worth something.
 pub const CONSOLE_TOKENS_MAX: usize = 256;
 
-/// Pauses before a machine that has come from another host is announced.
-pub const ANNOUNCE_AFTER: [Duration; 3] =
-    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500)];
+/// Pauses before a machine that has come from another host is announced once more.
+pub const ANNOUNCE_AFTER: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(500)];

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use model::server::ServerNic;
 use model::{Code, ServerId, Time};
 use wire::control::{Command, Reply};
 use wire::machine::FdIndex;
@@ -240,8 +241,8 @@ impl Doing {
                 let not_here = found.as_ref().and_then(not_here);
                 if let Some(end) = &not_here {
                     tracing::error!(server = %self.record.id, "{}", end.detail);
-                } else {
-                    self.announce();
+                } else if found.is_some_and(|found| found.side == Side::Target) {
+                    self.announce().await;
                 }
                 Ok(not_here.map(Event::NotHere))
             }
@@ -250,23 +251,48 @@ impl Doing {
             Err(cause) => Err(cause.into()),
         }
     }
-    /// Tells its networks where a machine is that has come, several times: what is lost once is told again.
-    fn announce(&self) {
-        let (entry, nics) = (self.entry.clone(), self.record.nics.clone());
-        if entry.taps().is_empty() {
-            return;
+
+    /// Tells its networks where a machine is that has come: before that is over with, so that a daemon which dies tells it
+    /// again, and some times more, since what is lost once is lost.
+    async fn announce(&self) {
+        if self.entry.taps().is_empty() {
+            // A daemon that has started since has none of its own.
+            match self.taps_of_vmm().await {
+                Ok(taps) => *self.entry.taps() = taps,
+                Err(cause) => {
+                    let server = self.record.id;
+                    tracing::warn!(%server, "a machine that has come is not announced: {}", cause.chain());
+                }
+            }
         }
+        let (entry, nics) = (self.entry.clone(), self.record.nics.clone());
+        tell_networks(&entry, &nics);
         tokio::spawn(async move {
             for pause in limits::ANNOUNCE_AFTER {
                 tokio::time::sleep(pause).await;
-                // Of a machine that has ended meanwhile there are none.
-                for (nic, tap) in nics.iter().zip(entry.taps().iter()) {
-                    if let Err(cause) = announce::announce(tap, &nic.mac, nic.ipv4) {
-                        tracing::warn!(server = %entry.id, "a machine that has come is not announced: {cause}");
-                    }
-                }
+                // Of a machine that has ended meanwhile there are no taps.
+                tell_networks(&entry, &nics);
             }
             entry.taps().clear();
         });
+    }
+
+    async fn taps_of_vmm(&self) -> Result<Vec<OwnedFd>> {
+        let link = self.entry.link(limits::COMMAND).await?;
+        let (reply, handles) = link.ask_for(Command::Handles, &[], limits::COMMAND).await?;
+        let Reply::Handles { nics, .. } = reply else {
+            let detail = format!("the VMM answered for its handles with {reply:?}");
+            return Err(Error::new(Code::MachineFailed, detail));
+        };
+        // Memory comes first, and disks last.
+        Ok(handles.into_iter().skip(1).take(nics.into()).collect())
+    }
+}
+
+fn tell_networks(entry: &Entry, nics: &[ServerNic]) {
+    for (nic, tap) in nics.iter().zip(entry.taps().iter()) {
+        if let Err(cause) = announce::announce(tap, &nic.mac, nic.ipv4) {
+            tracing::warn!(server = %entry.id, "a machine that has come is not announced: {cause}");
+        }
     }
 }
