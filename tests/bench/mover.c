@@ -2,12 +2,15 @@
 // TCP on loopback, so many streams at once, each piece of 2 MiB over one of them, into a memfd that nobody has touched.
 // Nothing is tracked, skipped, checked or framed.
 //
-//   mover MIB STREAMS      prints the milliseconds from the first byte to the word that all have come
+//   mover MIB STREAMS                        prints the milliseconds from the first byte to the word that all have come
+//   mover MIB STREAMS NAMESPACE ADDRESS      the same to an address of another network namespace, given by its file
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <err.h>
+#include <fcntl.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -62,10 +65,10 @@ static void carry_all(struct stream *all) {
 }
 
 int main(int count, char **arguments) {
-  if (count != 3) errx(2, "mover MIB STREAMS");
+  if (count != 3 && count != 5) errx(2, "mover MIB STREAMS [NAMESPACE ADDRESS]");
   bytes = (size_t)atol(arguments[1]) << 20;
   streams = atol(arguments[2]);
-  if (!bytes || bytes % PIECE || streams < 1 || streams > STREAMS_MAX) errx(2, "mover MIB STREAMS");
+  if (!bytes || bytes % PIECE || streams < 1 || streams > STREAMS_MAX) errx(2, "mover MIB STREAMS [NAMESPACE ADDRESS]");
   memory = make();
   uint64_t random = 88172645463325252;
   for (uint64_t *word = (uint64_t *)memory; word < (uint64_t *)(memory + bytes); word++) {
@@ -73,8 +76,13 @@ int main(int count, char **arguments) {
     *word = random;
   }
   struct stream near[STREAMS_MAX], far[STREAMS_MAX];
-  int listener = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+  if (count == 5 && inet_pton(AF_INET, arguments[4], &address.sin_addr) != 1) errx(2, "no address: %s", arguments[4]);
+  // A socket stays in the namespace that it was made in.
+  int here = open("/proc/self/ns/net", O_RDONLY), there = count == 5 ? open(arguments[3], O_RDONLY) : here;
+  if (here < 0 || there < 0 || setns(there, CLONE_NEWNET)) err(1, "a network namespace");
+  int listener = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
+  if (setns(here, CLONE_NEWNET)) err(1, "a network namespace");
   socklen_t length = sizeof address;
   if (bind(listener, (void *)&address, length) || listen(listener, STREAMS_MAX)) err(1, "listen");
   getsockname(listener, (void *)&address, &length);

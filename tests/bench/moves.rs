@@ -1,5 +1,5 @@
 //! `migrate_tls_ms`: a server of 2 GiB whose guest has written 1.75 GiB moves to and fro between two daemons in network namespaces
-//! of their own, over TLS, beside a bare program that moves as many pages without. Whole calls of the API are counted. Then over
+//! of their own, over TLS, beside a bare program that moves as many pages over the same cable without. Whole calls of the API are counted. Then over
 //! a link of 1 Gbit/s a guest that writes faster than that.
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
@@ -150,7 +150,9 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     let (mut whole_ms, mut mover_ms, mut blackout_ms) = (Vec::new(), Vec::new(), Vec::new());
     // There and back.
     for hop in 0..2 * ground.samples(6, 1) {
-        mover_ms.push(migrate::mover(ground, mib));
+        migrate::have_memory(2 * mib);
+        mover_ms.push(migrate::mover(ground, mib, Some((pair.holder.id(), pair.addresses[1].ip()))));
+        migrate::have_memory(2 * mib);
         let (whole, stood) = pair.hop(hop % 2, &server, migrate::IDLE_DOWNTIME_MS);
         whole_ms.push(whole);
         blackout_ms.push(stood);
