@@ -132,7 +132,6 @@ async fn survives(stage: &Stage, point: &str, victim: Victim, name: &str) -> Res
         _ => Orders { hold_at: at, ..Orders::default() },
     };
     stage.open(orders).await.map_err(|status| format!("the daemon ended with {status}"))?;
-    let before = count(stage, &server);
     let reached = async || match victim {
         Victim::Daemon => stage.ended().map(drop),
         _ => stage.is_held().then_some(()),
@@ -162,7 +161,8 @@ async fn survives(stage: &Stage, point: &str, victim: Victim, name: &str) -> Res
             .then_some(())
     };
     wait_for("one machine that runs", rests).await?;
-    goes_on(stage, &server, before, &format!("{victim:?} at {point}")).await;
+    // What it does from here on, it does after the death: a state may be read before that is noticed.
+    goes_on(stage, &server, count(stage, &server), &format!("{victim:?} at {point}")).await;
     let boots = count(stage, &server).boots;
     let is_new = vmms_of(name) != old;
     // One that has the machine may die just behind the end of the operation.

@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context;
 use host::{Checkpoint, Fate};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::getpid;
+use nix::sys::signal::{Signal, raise};
 
 struct Ordered {
     signals: Vec<SignalAt>,
@@ -68,8 +67,9 @@ impl Checkpoint for Ordered {
             let _ = names.write_all(format!("{point}\n").as_bytes());
         }
         for reached in self.signals.iter().filter(|one| one.is_reached(point)) {
-            // As a test outside would, in the middle of whatever the other threads do.
-            let _ = kill(getpid(), reached.signal);
+            // In the middle of whatever the other threads do, but to this one: a signal to the whole process is taken by
+            // whichever thread comes first, and this one would go on past the point until it is stopped, too (signal(7)).
+            let _ = raise(reached.signal);
             if reached.signal == Signal::SIGKILL {
                 return Fate::Die;
             }
