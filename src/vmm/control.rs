@@ -19,7 +19,7 @@ use wire::migration::{MigrationStatus, Phase};
 use wire::will::Reason;
 
 use crate::bell::{Bell, Ending, News};
-use crate::limits::{CONNECTIONS_MAX, EVENTS_PER_WAIT, FAREWELL_MS_MAX, FORSAKEN_MS};
+use crate::limits::{CONNECTIONS_MAX, DESCRIPTORS_READY, EVENTS_PER_WAIT, FAREWELL_MS_MAX, FORSAKEN_MS};
 use crate::log;
 use crate::machine::{Chassis, Machine};
 use crate::sandbox;
@@ -87,6 +87,8 @@ struct Shell {
 pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
     threads::enter(ThreadKind::Control);
     let Inheritance { control, kvm, will } = inheritance;
+    // What it would win is time only.
+    let _ = sys::inherited::make_room(&kvm, DESCRIPTORS_READY);
     let will = LastWill::arm(File::from(will));
     kvm::install_handler()?;
     let sandbox = sandbox::close_process();

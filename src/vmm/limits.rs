@@ -3,6 +3,10 @@
 /// Most open control connections: the daemon, its successor while it is upgraded, and people who look.
 pub(crate) const CONNECTIONS_MAX: usize = 8;
 
+/// Descriptors that there is room for from the start, before there are threads: those of the largest machine, with both ends of a
+/// move. Each takes eight bytes.
+pub(crate) const DESCRIPTORS_READY: i32 = 512;
+
 /// Most messages that wait for one peer. A peer that does not read this many has died or hangs; it is dropped
 /// and may connect again.
 pub(crate) const QUEUED_MESSAGES_MAX: usize = 64;
