@@ -47,6 +47,11 @@ impl DirtyLog {
         Ok(log)
     }
 
+    /// Whether pages stay in it when they are asked for.
+    pub fn keeps(&self) -> bool {
+        self.manual
+    }
+
     /// Adds what was written to `pages`. Where nothing has to be cleared, the log is empty then.
     pub fn collect(&self, pages: &mut Pages) -> Result<(), Error> {
         let mut found = Vec::new();

@@ -46,6 +46,9 @@ pub(crate) const LINK_PATIENCE_MS: u16 = 30_000;
 /// How often vCPUs are held back that write too fast, in milliseconds: below what a guest's timers notice.
 pub(crate) const BRAKE_EVERY_MS: u64 = 10;
 
+/// How often it is looked how much of a round is written again while it goes, in milliseconds. A look costs a bit of each page.
+pub(crate) const GLANCE_EVERY_MS: u64 = 250;
+
 /// How long the streams may take, in milliseconds, for so many bytes while vCPUs are held back for them: far longer than with
 /// the least bandwidth that a move can be given.
 pub(crate) const THROTTLED_MS_MAX: u64 = 60_000;

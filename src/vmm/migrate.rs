@@ -15,6 +15,7 @@ use crate::snapshot;
 
 mod converge;
 mod disk;
+mod midway;
 mod phase;
 mod ram;
 mod shared;

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use wire::migration::SendLimits;
 
+use super::midway::Glimpse;
+
 /// What one round has shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Round {
@@ -77,6 +79,20 @@ impl Convergence {
         let next = self.next(round, dirtied_bytes_per_s, expected_downtime, limits);
         self.left_before = Some(round.left_bytes);
         Decision { next, bytes_per_s: self.rate, dirtied_bytes_per_s, expected_downtime }
+    }
+
+    /// What part of their time vCPUs are held back, in hundredths.
+    pub(crate) fn throttle_percent(&self) -> u8 {
+        self.throttle_percent
+    }
+
+    /// What follows from a round that is not over. Where the better half has gone, and more than half of that was written again, the
+    /// guest writes as fast as the streams take or faster, and would be held back after this round or the next: what it writes
+    /// until then would only be sent once more.
+    pub(crate) fn midway(&mut self, Glimpse { all_bytes, gone_bytes, again_bytes }: Glimpse) {
+        if gone_bytes >= all_bytes / 2 && again_bytes > gone_bytes / 2 {
+            self.throttle_percent = THROTTLE_PERCENT_MAX;
+        }
     }
 
     fn next(&mut self, round: Round, dirtied: u64, expected: Duration, limits: SendLimits) -> Next {

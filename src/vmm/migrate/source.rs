@@ -15,12 +15,13 @@ use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Handed, Head, Ki
 
 use super::converge::{Convergence, Decision, Next, Round};
 use super::disk::Blocks;
+use super::midway::Midway;
 use super::phase::{Event, Said};
 use super::ram::{self, Frames, Sum};
 use super::{Error, Shared, Stream};
 use crate::bell::Bell;
 use crate::console::Console;
-use crate::limits::{BRAKE_EVERY_MS, THROTTLED_BYTES_MIN, THROTTLED_MS_MAX};
+use crate::limits::{BRAKE_EVERY_MS, GLANCE_EVERY_MS, THROTTLED_BYTES_MIN, THROTTLED_MS_MAX};
 use crate::snapshot;
 use crate::threads::{self, ThreadKind};
 use crate::vcpu::Brake;
@@ -96,6 +97,7 @@ impl Source {
             first,
             jobs,
             results,
+            convergence: Convergence::default(),
             console_sent: None,
             standstill_ends: None,
         };
@@ -139,6 +141,7 @@ enum Job {
         pages: Arc<Pages>,
         /// See [`ram::walk`].
         touched: Arc<Pages>,
+        midway: Arc<Midway>,
         first: bool,
         /// The guest stands still: nothing is held up, and nothing has to be logged again.
         last: bool,
@@ -184,9 +187,9 @@ impl Worker {
 
     fn work(&mut self, job: &Job, carried_bytes: &mut u64) -> Result<Sum, Error> {
         match job {
-            Job::Round { pages, touched, first, last } => {
+            Job::Round { pages, touched, midway, first, last } => {
                 let sum = match &self.share {
-                    Share::Memory { count } => self.round(*count, pages, touched, *first, *last)?,
+                    Share::Memory { count } => self.round(*count, (pages, touched), midway, *first, *last)?,
                     Share::Disk(disk) => self.disk_round(&disk.clone(), *first, *last)?,
                 };
                 *carried_bytes += sum.sent_bytes;
@@ -227,8 +230,8 @@ impl Worker {
     fn round(
         &mut self,
         count: usize,
-        pages: &Pages,
-        touched: &Pages,
+        (pages, touched): (&Pages, &Pages),
+        midway: &Midway,
         first: bool,
         last: bool,
     ) -> Result<Sum, Error> {
@@ -257,6 +260,7 @@ impl Worker {
             self.shared.skipped_bytes.fetch_add(sum.skipped_bytes, Ordering::Relaxed);
             all.sent_bytes += sum.sent_bytes;
             all.skipped_bytes += sum.skipped_bytes;
+            midway.has_gone(shard);
         }
         Ok(all)
     }
@@ -273,6 +277,7 @@ struct Conductor {
     first: Stream,
     jobs: Vec<Sender<Job>>,
     results: Receiver<Result<Sum, Error>>,
+    convergence: Convergence,
     /// Where the console goes on that was sent.
     console_sent: Option<u64>,
     /// When the guest will have stood still for too long, once it does, and how long that is in milliseconds.
@@ -311,7 +316,7 @@ impl Conductor {
         self.first.hurry(ends.0);
         match left {
             Some(left) => self.last_round(left)?,
-            None => drop(self.dispatch(&Job::End, 0)?),
+            None => drop(self.dispatch(&Job::End)?),
         }
         self.shared.done(Phase::State)?;
         self.state()?;
@@ -339,14 +344,16 @@ impl Conductor {
         let mut touched = Arc::new(touched);
         let disks_bytes: u64 = self.disks.iter().map(Disk::bytes).sum();
         self.shared.note_left(ram::bytes(&self.ram) + disks_bytes);
-        let mut convergence = Convergence::default();
-        let mut throttle_percent = 0;
         for number in 1_u32.. {
             self.say(&Word::Round { number, last: false })?;
             self.shared.note(|progress| progress.rounds = number);
             let began = Instant::now();
-            let job = Job::Round { pages: Arc::new(pages), touched, first: number == 1, last: false };
-            let sum = self.dispatch(&job, throttle_percent)?;
+            let first = number == 1;
+            let pages_sent = Arc::new(pages);
+            let midway =
+                Arc::new(Midway::new(&self.ram, if first { touched.clone() } else { pages_sent.clone() }));
+            let sum =
+                self.dispatch(&Job::Round { pages: pages_sent, touched, midway, first, last: false })?;
             (pages, touched) = (Pages::of(all), Arc::default());
             self.collect(&mut pages)?;
             let took = began.elapsed();
@@ -354,7 +361,7 @@ impl Conductor {
             let left_bytes = self.left_bytes(&pages);
             let round = Round { number, took, sent_bytes: sum.sent_bytes, left_bytes };
             let Decision { next, bytes_per_s, dirtied_bytes_per_s, expected_downtime } =
-                convergence.after(round, self.shared.limits());
+                self.convergence.after(round, self.shared.limits());
             let expected = u64::try_from(expected_downtime.as_micros()).unwrap_or(u64::MAX);
             self.shared.note_left(left_bytes);
             self.shared.note(|progress| {
@@ -365,9 +372,8 @@ impl Conductor {
             match next {
                 Next::Stop => break,
                 Next::GiveUp => return Err(Error::DoesNotConverge),
-                Next::Again { throttle_percent: now } => {
-                    throttle_percent = now;
-                    self.shared.note(|progress| progress.throttle_percent = now);
+                Next::Again { throttle_percent } => {
+                    self.shared.note(|progress| progress.throttle_percent = throttle_percent);
                 }
             }
         }
@@ -383,10 +389,11 @@ impl Conductor {
         });
         self.shared.note_left(self.left_bytes(&left));
         self.say(&Word::Round { number, last: true })?;
-        let job = Job::Round { pages: Arc::new(left), touched: Arc::default(), first: false, last: true };
-        self.dispatch(&job, 0)?;
+        let pages = Arc::new(left);
+        let midway = Arc::new(Midway::new(&self.ram, pages.clone()));
+        self.dispatch(&Job::Round { pages, touched: Arc::default(), midway, first: false, last: true })?;
         self.console()?;
-        self.dispatch(&Job::End, 0)?;
+        self.dispatch(&Job::End)?;
         self.shared.note_left(0);
         Ok(())
     }
@@ -416,12 +423,16 @@ impl Conductor {
     }
 
     /// Has every stream do its share of a job, and holds vCPUs back meanwhile.
-    fn dispatch(&mut self, job: &Job, throttle_percent: u8) -> Result<Sum, Error> {
+    fn dispatch(&mut self, job: &Job) -> Result<Sum, Error> {
         for jobs in &self.jobs {
             jobs.send(job.clone()).map_err(|_| Error::Over)?;
         }
         let slot = Duration::from_millis(BRAKE_EVERY_MS);
-        let nap = slot.mul_f64(f64::from(throttle_percent.min(99)) / 100.0);
+        let midway = match job {
+            Job::Round { midway, last: false, .. } => Some(Arc::clone(midway)),
+            _ => None,
+        };
+        let mut glanced = Instant::now();
         let mut all = Sum::default();
         let (mut missing, mut failed) = (self.jobs.len(), None);
         let mut looked = (Instant::now(), self.shared.carried_bytes());
@@ -435,8 +446,17 @@ impl Conductor {
             {
                 return Err(Error::StoodTooLong(longest_ms));
             }
-            if throttle_percent > 0 {
-                self.hold_back(nap, &mut looked)?;
+            if let (Some(midway), Some(log)) = (&midway, &self.log)
+                && glanced.elapsed() > Duration::from_millis(GLANCE_EVERY_MS)
+            {
+                glanced = Instant::now();
+                midway.look(&self.ram, log)?.into_iter().for_each(|glimpse| self.convergence.midway(glimpse));
+                let throttle_percent = self.convergence.throttle_percent();
+                self.shared.note(|progress| progress.throttle_percent = throttle_percent);
+            }
+            let throttle_percent = self.convergence.throttle_percent();
+            if throttle_percent > 0 && midway.is_some() {
+                self.hold_back(slot.mul_f64(f64::from(throttle_percent) / 100.0), &mut looked)?;
             }
             match self.results.recv_timeout(slot) {
                 Err(RecvTimeoutError::Timeout) => continue,
