@@ -104,6 +104,11 @@ impl Vcpu {
         fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
     }
 
+    /// How fast its time stamp counter runs, in thousands of ticks a second.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok().filter(|khz| *khz > 0)
+    }
+
     fn check_rate(&self, saved_khz: u32) -> Result<(), Error> {
         let here_khz = self.fd.get_tsc_khz().unwrap_or_default();
         let apart = u64::from(saved_khz.abs_diff(here_khz)).saturating_mul(1_000_000);

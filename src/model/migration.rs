@@ -21,7 +21,8 @@ pub struct CreateMigrationTicket {
 pub struct MigrationTicket {
     /// What the source is given. It is shown here and never again, and belongs to the first host that presents it.
     pub ticket: String,
-    /// Where this host waits for other hosts.
+    /// Where this host waits for other hosts. An address of zeroes stands for every one that it has: the source is to be given one
+    /// that it reaches.
     #[schema(value_type = String)]
     pub target: SocketAddr,
     /// SHA-256 of this host's certificate, which the ticket holds too.
@@ -119,6 +120,8 @@ pub struct Obstacle {
 pub enum ObstacleCode {
     /// The target's processor lacks something that the guest may use.
     CpuFeatures,
+    /// The target's time stamp counter, by which the guest tells the time, runs at another speed and cannot be scaled.
+    Tsc,
     /// The target has not enough memory left.
     Memory,
     /// The target's disk has not enough room.

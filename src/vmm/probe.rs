@@ -65,6 +65,7 @@ fn report(host: &Host) -> Result<KvmReport, Error> {
         kernel_mode_ips: 0,
         exit_ns: 0,
         landlock_abi: 0,
+        tsc_khz: None,
     };
     if !report.missing.is_empty() {
         return Ok(report);
@@ -72,6 +73,7 @@ fn report(host: &Host) -> Result<KvmReport, Error> {
     let findings = guest::try_out(host)?;
     report.kernel_mode_ips = findings.loop_ips;
     report.exit_ns = findings.exit_ns;
+    report.tsc_khz = findings.tsc_khz;
     report.linux = judge(&findings);
     Ok(report)
 }

@@ -156,6 +156,9 @@ pub struct KvmReport {
     pub exit_ns: u64,
     /// Version of Landlock's interface that a process of this host can put in force; 0 when there is none.
     pub landlock_abi: u32,
+    /// Thousands of ticks a second of the time stamp counter that a guest sees unless it is scaled, where KVM tells it.
+    #[serde(default)]
+    pub tsc_khz: Option<u32>,
 }
 
 /// Whether Linux guests run here.

@@ -299,6 +299,9 @@ pub struct OfferedCpu {
     pub vendor: String,
     /// The source's features, as its kernel names them.
     pub features: Vec<String>,
+    /// How fast the guest's time stamp counter runs, in thousands of ticks a second, if it has measured it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tsc_khz: Option<u32>,
 }
 
 /// A disk that is to move.
@@ -343,6 +346,8 @@ pub struct Obstacle {
 pub enum ObstacleKind {
     /// The target's processor lacks something that the guest may use.
     CpuFeatures,
+    /// The target's time stamp counter runs at another speed.
+    Tsc,
     /// The target has not enough memory left.
     Memory,
     /// The target's disk has not enough room.

@@ -97,6 +97,8 @@ struct State {
     /// Walls that the host cannot build, and why.
     lacks: BTreeMap<Item, String>,
     build: Option<String>,
+    /// How fast the time stamp counters of its guests run.
+    tsc_khz: Option<u32>,
     death: Option<Death>,
     violations: Vec<String>,
 }
@@ -212,6 +214,11 @@ impl FakeLaunch {
         let alive: Vec<_> = self.alive().into_iter().filter(|vmm| !vmm.is_shell()).collect();
         assert_eq!(alive.len(), 1, "one VMM should live");
         alive[0].clone()
+    }
+
+    /// From now on the host's probe finds that guests' time stamp counters run at this speed, in thousands of ticks a second.
+    pub fn ticks_at(&self, khz: u32) {
+        lock(&self.kernel.state).tsc_khz = Some(khz);
     }
 
     /// What must never happen and did, such as two machines on one disk.
@@ -345,6 +352,7 @@ impl Launch for FakeLaunch {
                 kernel_mode_ips: 1_000_000,
                 exit_ns: 10_000,
                 landlock_abi: 4,
+                tsc_khz: lock(&self.kernel.state).tsc_khz,
             })
         }
         .boxed()

@@ -1,6 +1,7 @@
 //! The processor as its kernel describes it, and what a guest from another host may miss here. It reads one file.
 use std::collections::BTreeSet;
 
+use wire::launch::KvmReport;
 use wire::machine::CpuTemplate;
 use wire::peer::OfferedCpu;
 
@@ -67,6 +68,40 @@ impl Cpu {
     }
 }
 
+/// By how many millionths two counters differ at most that are of the same speed: what Linux's KVM takes for one
+/// (`tsc_tolerance_ppm`), and a VMM that restores a processor does.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// How fast the time stamp counter runs that guests see here. A guest measures it once and tells the time by it from then on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Clock {
+    /// In thousands of ticks a second, where that is known.
+    pub(super) khz: Option<u32>,
+    /// Whether the processor can show another speed.
+    pub(super) can_scale: bool,
+}
+
+impl Clock {
+    pub(super) fn of(report: &KvmReport) -> Clock {
+        let can_scale = report.extensions.iter().any(|(name, value)| name == "TSC_CONTROL" && *value > 0);
+        Clock { khz: report.tsc_khz, can_scale }
+    }
+
+    /// What is wrong with it for a guest whose counter ran at this speed.
+    pub(super) fn misfits(&self, guest_khz: Option<u32>) -> Option<String> {
+        let (guest_khz, here_khz) = (guest_khz?, self.khz?);
+        let apart = u64::from(guest_khz.abs_diff(here_khz)).saturating_mul(1_000_000);
+        let is_same = apart <= u64::from(here_khz).saturating_mul(TSC_TOLERANCE_PPM);
+        // One that is slower than the guest's is made to catch up by KVM; one that is faster nobody can slow down.
+        (!is_same && !self.can_scale && guest_khz < here_khz).then(|| {
+            format!(
+                "the guest's time stamp counter runs at {guest_khz} kHz, this host's at {here_khz} kHz, and its processor \
+                 cannot scale it; choose another target, or shut the server down and move it while it is off"
+            )
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,7 +111,12 @@ mod tests {
     }
 
     fn offered(template: CpuTemplate, cpu: &Cpu) -> OfferedCpu {
-        OfferedCpu { template, vendor: cpu.vendor.clone(), features: cpu.features.iter().cloned().collect() }
+        OfferedCpu {
+            template,
+            vendor: cpu.vendor.clone(),
+            features: cpu.features.iter().cloned().collect(),
+            tsc_khz: None,
+        }
     }
 
     #[test]
@@ -86,6 +126,23 @@ mod tests {
         assert!(old.misses(&offered(CpuTemplate::Host, &new)).unwrap().contains("lacks avx2,"));
         let other = cpu("B", "sse4_2 avx avx2");
         assert!(other.misses(&offered(CpuTemplate::Host, &old)).unwrap().contains("processor and this host"));
+    }
+
+    #[test]
+    fn a_clock_fits_that_is_as_fast_within_what_kvm_tolerates_or_can_be_made_to_look_so() {
+        let (fixed, scaled) = (
+            Clock { khz: Some(2_000_000), can_scale: false },
+            Clock { khz: Some(2_000_000), can_scale: true },
+        );
+        for guest_khz in [1_999_500, 2_000_000, 2_000_500, 3_000_000] {
+            assert_eq!(fixed.misfits(Some(guest_khz)), None, "{guest_khz}");
+        }
+        for guest_khz in [1_999_499, 1_000_000] {
+            let told = fixed.misfits(Some(guest_khz)).unwrap();
+            assert!(told.contains(&format!("{guest_khz} kHz, this host's at 2000000 kHz")), "{told}");
+            assert_eq!(scaled.misfits(Some(guest_khz)), None);
+        }
+        assert_eq!((fixed.misfits(None), Clock::default().misfits(Some(1))), (None, None));
     }
 
     #[test]

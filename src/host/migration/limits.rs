@@ -24,6 +24,9 @@ pub const PUMP_BYTES: usize = 256 << 10;
 /// a stream is slow where the other host is far: this is 100 MB/s at 10 ms.
 pub const STREAM_BYTES: usize = 1 << 20;
 
+/// How often a target looks whether what comes is wanted still.
+pub const WANTED_EVERY: Duration = Duration::from_secs(1);
+
 /// How often the source of a machine says that it is there: some times within [`SILENCE`].
 pub const BEAT: Duration = Duration::from_secs(10);
 

@@ -20,7 +20,7 @@ use model::operation::Accepted;
 use model::server::Server;
 use model::{Code, FieldError, ServerId, Time};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
@@ -53,7 +53,7 @@ mod take;
 mod target;
 mod ticket;
 
-use cpu::Cpu;
+use cpu::{Clock, Cpu};
 use identity::Identity;
 use streams::Joining;
 use ticket::Ticket;
@@ -76,6 +76,8 @@ pub struct Migrations {
     joining: Arc<Joining>,
     /// Places of servers that come at once.
     coming: Arc<Semaphore>,
+    /// How fast guests' clocks run here, once it was asked for.
+    clock: Arc<OnceCell<Clock>>,
     /// What is carried away from here; ends with the daemon.
     carried: Arc<Mutex<JoinSet<()>>>,
 }
@@ -94,7 +96,7 @@ impl Migrations {
         launcher: Arc<dyn Launch>,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, joining, carried) = Default::default();
+        let (listening, taking, joining, clock, carried) = Default::default();
         let coming = Arc::new(Semaphore::new(limits::MOVES_MAX));
         Ok(Migrations {
             core,
@@ -107,6 +109,7 @@ impl Migrations {
             taking,
             joining,
             coming,
+            clock,
             carried,
         })
     }
@@ -190,7 +193,7 @@ impl Migrations {
     /// What a move would bring, and everything that is in its way on either host; changes nothing but that the ticket
     /// belongs to this host from then on.
     pub async fn plan(&self, id: ServerId, spec: MigrateServer) -> Result<MigrationPlan> {
-        let cpu = Cpu::of_host()?;
+        let cpu = (Cpu::of_host()?, self.clock().await);
         let dirs = self.core.dirs.clone();
         let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
         let ticket: Ticket = spec.ticket.parse()?;
@@ -222,7 +225,7 @@ impl Migrations {
         if let Some(body) = earlier {
             return Ok(Answer { body, replayed: true });
         }
-        let cpu = Cpu::of_host()?;
+        let cpu = (Cpu::of_host()?, self.clock().await);
         let dirs = self.core.dirs.clone();
         let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
         let plan = source::ask(&self.identity, spec.target, ticket.clone(), offer.clone(), spec.mode).await?;
@@ -255,8 +258,8 @@ impl Migrations {
         Ok(answer)
     }
 
-    /// Takes the operator's word for which host has a server that is in doubt, and how that is known. Fails with
-    /// `wrong_state` when it is not in doubt.
+    /// Takes the operator's word for which host has a server that is in doubt, and how that is known; one that comes, in doubt or
+    /// not, can be left to the other host. Fails with `wrong_state` when it is not in doubt.
     pub async fn settle(&self, call: &Call, id: ServerId, spec: SettleMigration) -> Result<Answer<Server>> {
         let SettleMigration { owner, proof } = spec;
         if !limits::PROOF_CHARS.contains(&proof.chars().count()) {
@@ -271,15 +274,17 @@ impl Migrations {
             MigrationOwner::Here => Owner::Here,
             MigrationOwner::There => Owner::There,
         };
-        if owner == Owner::Here && self.servers.has_moved(id).await {
-            let detail =
-                "the server's VMM here has heard that the machine runs at the other host; settle it there";
-            return Err(Error::new(Code::WrongState, detail));
-        }
+        let is_elsewhere = owner == Owner::Here && self.servers.has_moved(id).await;
         let conditions = call.clone();
         let settle = move |tx: &Tx<'_>| {
             let record: ServerRecord = records::one(tx, id.0)?;
             conditions.check_match(record.generation)?;
+            if is_elsewhere {
+                let detail = "the server's VMM here has heard that the machine runs at the other host; settle it with the \
+                              owner `there`";
+                return Err(Error::new(Code::WrongState, detail)
+                    .with_actions(Servers::shown(tx, &record)?.allowed_actions));
+            }
             moving::settle(tx, &record, owner, &proof, &conditions.actor)?;
             let record: ServerRecord = records::one(tx, id.0)?;
             Servers::shown(tx, &record)
@@ -287,6 +292,18 @@ impl Migrations {
         let answer = self.core.mutate(call, settle).await?;
         self.servers.wake(id);
         Ok(answer)
+    }
+
+    /// How fast guests' clocks run here. Where that cannot be found out nothing is judged by it: the VMM does so itself.
+    async fn clock(&self) -> Clock {
+        let probe = async || Ok::<_, Error>(Clock::of(&self.launcher.probe().await?));
+        match self.clock.get_or_try_init(probe).await {
+            Ok(clock) => *clock,
+            Err(cause) => {
+                tracing::warn!("how fast guests' clocks run here is not known: {}", cause.chain());
+                Clock::default()
+            }
+        }
     }
 
     fn carried(&self) -> std::sync::MutexGuard<'_, JoinSet<()>> {

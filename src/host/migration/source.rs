@@ -16,7 +16,7 @@ use tokio_rustls::client::TlsStream;
 use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedCpu, OfferedDisk, OfferedNic, Power};
 use wire::saved::Digest;
 
-use super::cpu::Cpu;
+use super::cpu::{Clock, Cpu};
 use super::identity::Identity;
 use super::link::{Link, Wire, out_of_turn};
 use super::ticket::Ticket;
@@ -30,7 +30,12 @@ use crate::store::records;
 use crate::volumes::used_bytes;
 
 /// What server `id` would bring.
-pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, cpu: Cpu) -> Result<Offer> {
+pub(super) fn offer(
+    connection: &Connection,
+    dirs: &Dirs,
+    id: ServerId,
+    (cpu, clock): (Cpu, Clock),
+) -> Result<Offer> {
     let record: ServerRecord = records::one(connection, id.0)?;
     let image: Image = records::one(connection, record.image_id.0)?;
     let unreadable = |cause| Error::internal("a record of the host cannot be read", cause);
@@ -67,6 +72,8 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, cpu: Cpu
             template: template(packed.cpu),
             vendor: cpu.vendor,
             features: cpu.features.into_iter().collect(),
+            // That of a guest which came from elsewhere may be scaled.
+            tsc_khz: held.tsc_khz.or(clock.khz).filter(|_| power != Power::Off),
         },
         image: image.sha256.parse().map_err(unreadable)?,
         image_name: image.name.to_string(),
@@ -150,6 +157,11 @@ pub(super) async fn ask(
     offer: Offer,
     mode: MigrationMode,
 ) -> Result<MigrationPlan> {
+    if target.ip().is_unspecified() {
+        let detail =
+            "all zeroes stand for every address of a host; give one of the target's that this host reaches";
+        return Err(Error::invalid("/target", "not_valid", detail));
+    }
     let mut link = connect(identity, target, ticket.host).await?;
     let Welcome { host, program } = greet(&mut link, ticket.secret).await?;
     let (memory_bytes, disk_bytes) =
@@ -200,6 +212,7 @@ pub(super) async fn ask(
 fn shown(obstacle: Obstacle) -> migration::Obstacle {
     let code = match obstacle.kind {
         ObstacleKind::CpuFeatures => ObstacleCode::CpuFeatures,
+        ObstacleKind::Tsc => ObstacleCode::Tsc,
         ObstacleKind::Memory => ObstacleCode::Memory,
         ObstacleKind::Storage => ObstacleCode::Storage,
         ObstacleKind::Image => ObstacleCode::Image,

@@ -141,7 +141,7 @@ impl Migrations {
             self.core.checkpoint("move.recorded")?;
             let filling = self.begin_files(&packed, lengths).await?;
             link.say(Saying::Copying).await?;
-            let filling = self.fill(link, filling).await?;
+            let filling = self.fill(link, id, filling).await?;
             self.core.checkpoint("move.filled")?;
             self.finish_files(filling).await?;
             self.core.checkpoint("move.flushed")?;
@@ -265,6 +265,9 @@ impl Migrations {
         if saved.is_some() != packed.saved.is_some() || live_streams.is_some() != packed.is_live() {
             return Err(invalid("memory"));
         }
+        if live_streams.is_some_and(|streams| !(1..=limits::LIVE_STREAMS_MAX).contains(&streams)) {
+            return Err(invalid("number of streams"));
+        }
         let id: Uuid = transfer.parse().map_err(|_| invalid("move"))?;
         let begun = Move {
             id,
@@ -286,7 +289,7 @@ impl Migrations {
                 .into_iter()
                 .find(|image| image.state == ImageState::Ready && image.sha256 == digest);
             let image = image.ok_or_else(|| invalid("image"))?;
-            let (record, volumes) = sent.unpacked(tx, &image)?;
+            let (record, volumes) = sent.unpacked(tx, &image, offer.cpu.tsc_khz)?;
             moving::arrive(tx, &kept, &record, &volumes)
         };
         self.core.store.write(accept).await?;
@@ -322,14 +325,21 @@ impl Migrations {
     }
 
     /// Writes what comes where it belongs, until all has been sent.
-    async fn fill<S>(&self, link: &mut Link<S>, mut filling: Vec<Filling>) -> Result<Vec<Filling>>
+    async fn fill<S>(&self, link: &mut Link<S>, id: Uuid, mut filling: Vec<Filling>) -> Result<Vec<Filling>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         // One piece is written while the next one comes.
         let mut writing: Option<JoinHandle<Result<()>>> = None;
-        let (mut pace, mut came) = (Pace::new(), 0_u64);
+        let (mut pace, mut came, mut looked) = (Pace::new(), 0_u64, Instant::now());
         loop {
+            if looked.elapsed() >= limits::WANTED_EVERY {
+                looked = Instant::now();
+                let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
+                if held.is_none_or(|held| held.phase != Phase::Copy) {
+                    return Err(Error::new(Code::WrongState, "the server is not wanted here any more"));
+                }
+            }
             let received = timeout(limits::SILENCE, link.receive()).await;
             let received = received.map_err(|_| {
                 Error::new(Code::HostUnreachable, "the other host has sent nothing for too long")

@@ -141,6 +141,11 @@ pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<O
     if !begins_anew && let Some(detail) = Cpu::of_host()?.misses(&offer.cpu) {
         add(ObstacleKind::CpuFeatures, detail);
     }
+    if offer.cpu.tsc_khz.is_some()
+        && let Some(detail) = migrations.clock().await.misfits(offer.cpu.tsc_khz)
+    {
+        add(ObstacleKind::Tsc, detail);
+    }
     let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));
     let written =
         offer.disks.iter().fold(offer.saved_bytes, |sum, disk| sum.saturating_add(disk.written_bytes));

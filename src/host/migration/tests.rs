@@ -104,6 +104,30 @@ async fn everything_that_is_in_the_way_is_told_at_once() {
 }
 
 #[tokio::test]
+async fn a_clock_that_runs_faster_there_is_in_the_way() {
+    for (there_khz, more) in [(3_000_000, &[ObstacleCode::Tsc][..]), (2_000_000, &[])] {
+        let target = Stage::new();
+        target.launch.ticks_at(there_khz);
+        let pair = Pair::new(target).await;
+        pair._stages[0].launch.ticks_at(2_000_100);
+        stage::import(&pair.target).await;
+        assert_eq!(pair.obstacles().await, [more, &[ObstacleCode::State]].concat());
+        pair.close().await;
+    }
+}
+
+#[tokio::test]
+async fn every_address_is_none_to_move_to() {
+    let pair = Pair::new(Stage::new()).await;
+    for address in ["0.0.0.0:8687", "[::]:8687"] {
+        let spec = spec(address.parse().unwrap(), pair.ticket().await.ticket);
+        let refused = pair.source.migrations().plan(pair.server, spec).await.unwrap_err();
+        assert_eq!((refused.code, refused.errors[0].pointer.as_str()), (Code::Invalid, "/target"));
+    }
+    pair.close().await;
+}
+
+#[tokio::test]
 async fn a_name_an_address_or_a_network_that_is_taken_is_in_the_way() {
     let pair = Pair::new(Stage::new()).await;
     stage::import(&pair.target).await;

@@ -222,7 +222,7 @@ pub(super) async fn describe_handed(
         ring: blocking(move || open_ring(&ring)).await?,
     };
     // What it is now: the next one may be of another size.
-    let record::Held { memory_bytes, vcpus, cpu } = record.held;
+    let record::Held { memory_bytes, vcpus, cpu, .. } = record.held;
     let chassis = Chassis { memory_bytes, vcpus, cpu: cpu_template(cpu.unwrap_or(record.cpu)) };
     let mut description = assemble(record, chassis, parts)?;
     let memory = memory.ok_or_else(|| Error::new(Code::MachineFailed, "the VMM has no memory"))?;

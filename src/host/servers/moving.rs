@@ -185,7 +185,8 @@ pub(super) fn cancel(tx: &Tx<'_>, server: ServerId) -> Result<()> {
     Ok(())
 }
 
-/// Takes the operator's word for which host has the server. Fails with `wrong_state` when it is not in doubt.
+/// Takes the operator's word for which host has the server. Fails with `wrong_state` when it is not in doubt; one that is still
+/// on its way here can always be sent back.
 pub(crate) fn settle(
     tx: &Tx<'_>,
     record: &ServerRecord,
@@ -197,7 +198,8 @@ pub(crate) fn settle(
         let detail = format!("server {} is not in doubt; there is nothing to settle", record.name);
         Error::new(Code::WrongState, detail).with_actions(super::view::allowed_actions(record))
     };
-    if !record.life.phase.is_in_doubt() {
+    let is_sent_back = owner == plan::Owner::There && record.life.phase.is_arriving();
+    if !record.life.phase.is_in_doubt() && !is_sent_back {
         return Err(not_in_doubt());
     }
     let held = of_server(tx, record.id)?.ok_or_else(not_in_doubt)?;

@@ -105,7 +105,7 @@ impl ServerRecord {
 
     /// Whether the next machine is to be another than the one at hand, so that the memory of this one fits no more.
     pub fn is_changed(&self) -> bool {
-        let Held { memory_bytes, vcpus, cpu } = self.held;
+        let Held { memory_bytes, vcpus, cpu, .. } = self.held;
         (memory_bytes, vcpus) != (self.memory_bytes, self.vcpus) || cpu.is_some_and(|cpu| cpu != self.cpu)
     }
 }
@@ -120,6 +120,9 @@ pub struct Held {
     /// CPU that the guest sees; absent in records of machines that were started before it was kept.
     #[serde(default)]
     pub cpu: Option<CpuTemplate>,
+    /// How fast its time stamp counter runs, in thousands of ticks a second, if its guest measured that on another host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tsc_khz: Option<u32>,
 }
 
 /// A disk of a server.

@@ -67,7 +67,8 @@ pub(super) fn restart(life: &Life) -> Option<Restart> {
 
 /// Actions that would change something now.
 pub(super) fn allowed_actions(record: &ServerRecord) -> Vec<String> {
-    let settle = record.life.phase.is_in_doubt().then_some("settle-migration");
+    let phase = &record.life.phase;
+    let settle = (phase.is_in_doubt() || phase.is_arriving()).then_some("settle-migration");
     record.life.allowed_actions(record.context()).into_iter().chain(settle).map(str::to_owned).collect()
 }
 

@@ -20,6 +20,8 @@ pub(super) struct Findings {
     pub(super) exit_ns: u64,
     /// Why the instruction cannot be executed; `None` when it can.
     pub(super) cmpxchg16b: Option<String>,
+    /// How fast its time stamp counter runs.
+    pub(super) tsc_khz: Option<u32>,
 }
 
 const MEMORY_BYTES: u64 = 2 << 20;
@@ -39,7 +41,12 @@ const EXITS: [u8; 4] = [0xE6, 0x80, 0xEB, 0xFC];
 const CMPXCHG16B: [u8; 11] = [0xBE, 0x00, 0x00, 0x02, 0x00, 0xF0, 0x48, 0x0F, 0xC7, 0x0E, 0xF4];
 
 pub(super) fn try_out(host: &Host) -> Result<Findings, Error> {
-    Ok(Findings { loop_ips: count(host)?, exit_ns: time_exits(host)?, cmpxchg16b: try_cmpxchg16b(host)? })
+    Ok(Findings {
+        loop_ips: count(host)?,
+        exit_ns: time_exits(host)?,
+        cmpxchg16b: try_cmpxchg16b(host)?,
+        tsc_khz: prepare(host, &EXITS)?.tsc_khz(),
+    })
 }
 
 /// Doubles the loop until it takes long enough to be measured.

@@ -2,7 +2,7 @@ use super::guest::Findings;
 use super::*;
 
 fn findings(loop_ips: u64, cmpxchg16b: Option<&str>) -> Findings {
-    Findings { loop_ips, exit_ns: 1_000, cmpxchg16b: cmpxchg16b.map(str::to_owned) }
+    Findings { loop_ips, exit_ns: 1_000, cmpxchg16b: cmpxchg16b.map(str::to_owned), tsc_khz: None }
 }
 
 #[test]

@@ -14,6 +14,7 @@ fn offer() -> Offer {
             template: CpuTemplate::Host,
             vendor: "GenuineIntel".to_owned(),
             features: vec!["sse4_2".to_owned()],
+            tsc_khz: None,
         },
         image: Digest([7; 32]),
         image_name: "debian-12".to_owned(),

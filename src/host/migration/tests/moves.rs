@@ -2,6 +2,7 @@
 //! daemon dead or either connection cut at every point.
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use model::OperationId;
 use model::migration::{MigrationOwner, SettleMigration};
 use model::operation::OperationState;
 use model::server::{PatchServer, Server, ServerAction, ServerState, StopServer};
@@ -178,25 +179,53 @@ async fn a_hibernated_server_moves_with_its_memory_and_goes_on_there() {
     pair.close().await;
 }
 
+/// A move that is so slow that it does not end by itself: the disk is all data. Answers its operation when the target has a record
+/// of the server.
+async fn slow_move(ground: &Ground, source: &Host, target: &Host) -> OperationId {
+    let id = ground.server;
+    let first = has(source, id).await.unwrap();
+    let size = 64 << 20;
+    let patch = serde_json::from_value(serde_json::json!({ "size_bytes": size })).unwrap();
+    source.volumes().patch(&Call::by_host(), first.volumes[0].volume_id, patch).await.unwrap();
+    std::fs::write(ground.disk(0, first.volumes[0].volume_id), vec![7; size]).unwrap();
+    let address = listening(target).await;
+    let made = ticket(target, None).await.unwrap().ticket;
+    let slow = MigrateServer { bandwidth_bytes_per_s: Some(1 << 20), ..spec(address, made) };
+    let moved = source.migrations().migrate(&Call::by_host(), id, slow).await.unwrap();
+    waited("the server to come", async || has(target, id).await.is_some()).await;
+    moved.body.operation.id
+}
+
+#[tokio::test]
+async fn an_operator_sends_back_what_comes_and_the_source_keeps_it() {
+    let ground = Ground::new().await;
+    let (source, target) = (ground.stages[0].open().await, ground.stages[1].open().await);
+    let id = ground.server;
+    let moved = slow_move(&ground, &source, &target).await;
+    let there =
+        SettleMigration { owner: MigrationOwner::There, proof: "there is no room for it here".to_owned() };
+    target.migrations().settle(&Call::by_host(), id, there).await.unwrap();
+    gone(&target, id).await;
+    assert_eq!(stage::ended(&source, moved).await.state, OperationState::Failed);
+    let kept = stage::until(&source, id, |server| server.state == ServerState::Stopped).await;
+    forgotten(&source).await;
+    let volume = kept.volumes[0].volume_id;
+    assert!(ground.disk(0, volume).exists());
+    waited("its files to go", async || !ground.disk(1, volume).exists()).await;
+    source.close().await;
+    target.close().await;
+}
+
 #[tokio::test]
 async fn while_it_moves_nothing_else_is_done_to_it_and_a_cancelled_move_leaves_it_as_it_was() {
     let ground = Ground::new().await;
     let (source, target) = (ground.stages[0].open().await, ground.stages[1].open().await);
     let id = ground.server;
     let first = has(&source, id).await.unwrap();
-    // So slow that it does not end by itself: the disk is all data.
-    let size = 64 << 20;
-    let patch = serde_json::from_value(serde_json::json!({ "size_bytes": size })).unwrap();
-    source.volumes().patch(&Call::by_host(), first.volumes[0].volume_id, patch).await.unwrap();
-    std::fs::write(ground.disk(0, first.volumes[0].volume_id), vec![7; size]).unwrap();
-    let address = listening(&target).await;
-    let made = ticket(&target, None).await.unwrap().ticket;
-    let slow = MigrateServer { bandwidth_bytes_per_s: Some(1 << 20), ..spec(address, made) };
-    let moved = source.migrations().migrate(&Call::by_host(), id, slow).await.unwrap();
-    waited("the server to come", async || has(&target, id).await.is_some()).await;
+    let moved = slow_move(&ground, &source, &target).await;
     let arriving = has(&target, id).await.unwrap();
     assert_eq!(arriving.state, ServerState::Arriving);
-    assert!(arriving.allowed_actions.is_empty(), "{arriving:?}");
+    assert_eq!(arriving.allowed_actions, ["settle-migration"]);
     assert_eq!(has(&source, id).await.unwrap().allowed_actions, Vec::<String>::new());
     for host in [&source, &target] {
         for action in [ServerAction::Start, ServerAction::Stop(StopServer { grace_s: 0 })] {
@@ -216,8 +245,8 @@ async fn while_it_moves_nothing_else_is_done_to_it_and_a_cancelled_move_leaves_i
         let refused = host.migrations().settle(&Call::by_host(), id, settled).await.unwrap_err();
         assert_eq!(refused.code, Code::WrongState);
     }
-    source.operations().cancel(&Call::by_host(), moved.body.operation.id).await.unwrap();
-    let ended = stage::ended(&source, moved.body.operation.id).await;
+    source.operations().cancel(&Call::by_host(), moved).await.unwrap();
+    let ended = stage::ended(&source, moved).await;
     assert_eq!(ended.state, OperationState::Cancelled);
     assert_eq!(has(&source, id).await.unwrap().state, ServerState::Stopped);
     gone(&target, id).await;
@@ -511,7 +540,7 @@ async fn taking(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<link:
     source::greet(&mut link, ticket.secret).await.unwrap();
     let (id, dirs) = (pair.server, pair.source.migrations().core.dirs.clone());
     let look = move |connection: &rusqlite::Connection| {
-        let offer = source::offer(connection, &dirs, id, Cpu::of_host()?)?;
+        let offer = source::offer(connection, &dirs, id, (Cpu::of_host()?, Clock::default()))?;
         let record = crate::store::records::one(connection, id.0)?;
         Ok((offer, moving::parcel::Packed::of(connection, record)?))
     };

@@ -103,6 +103,11 @@ impl Phase {
         matches!(self, Phase::Moving { .. } | Phase::Arriving { .. })
     }
 
+    /// Whether it comes from another host.
+    pub(crate) fn is_arriving(&self) -> bool {
+        matches!(self, Phase::Arriving { .. })
+    }
+
     /// Whether it is on its way and nobody here can know which host has it.
     pub(crate) fn is_in_doubt(&self) -> bool {
         matches!(self, Phase::Moving { doubt: Some(_), .. } | Phase::Arriving { doubt: Some(_), .. })

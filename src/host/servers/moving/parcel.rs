@@ -222,18 +222,20 @@ impl Packed {
         faults.end()
     }
 
-    /// The records it becomes on this host, which has `image`. Its volumes are empty yet.
+    /// The records it becomes on this host, which has `image`. Its volumes are empty yet. `tsc_khz` is how fast its guest's time
+    /// stamp counter runs, if it has a memory.
     pub(crate) fn unpacked(
         self,
         connection: &Connection,
         image: &Image,
+        tsc_khz: Option<u32>,
     ) -> Result<(ServerRecord, Vec<Volume>)> {
         let (id, now) = (self.id, Time::now());
         let is_live = self.is_live();
         let booted_ms = self.started_at.filter(|_| is_live).map(|at| at.unix_ms());
         let held = match is_live {
-            true => Held { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: Some(self.cpu) },
-            false => Held::default(),
+            true => Held { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: Some(self.cpu), tsc_khz },
+            false => Held { tsc_khz, ..Held::default() },
         };
         let (mut disks, mut volumes) = (Vec::new(), Vec::new());
         for PackedDisk { volume, cache, limits } in self.disks {
