@@ -1,6 +1,7 @@
 //! A console over a WebSocket: the guest's output as binary frames, typing in either kind. Output is read from
 //! the console's log by position, never queued, so a slow reader costs one frame and is told of what it missed.
 //! `handlers::console` calls it once the ticket was taken.
+use std::pin::pin;
 use std::time::Duration;
 
 use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, close_code};
@@ -12,7 +13,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::closing::Closing;
-use crate::limits::{CONSOLE_OUTPUT_BYTES_MAX, HEARTBEAT, PINGS_UNANSWERED_MAX, WRITE_STALL_MAX};
+use crate::limits::{
+    CONSOLE_OUTPUT_BYTES_MAX, HEARTBEAT, PINGS_UNANSWERED_MAX, TYPED_LAST_MAX, WRITE_STALL_MAX,
+};
 
 /// Serves one reader to its end.
 pub(crate) async fn serve(
@@ -28,11 +31,18 @@ pub(crate) async fn serve(
     let read_only = console.read_only;
     let mut kicked = console.kicked();
     let mut screen = Screen { sink, next: None };
+    let mut listening = pin!(listen(stream, keyboard, read_only, notices));
     let end = tokio::select! {
-        end = screen.show(console, from_keyboard, closing) => end,
+        end = screen.show(console, from_keyboard, closing) => {
+            if end == End::ReaderGone {
+                // What it typed before it went may not have been read yet.
+                let _ = timeout(TYPED_LAST_MAX, &mut listening).await;
+            }
+            end
+        }
         // Beside the others, so that a reader who takes nothing goes as quickly as any.
         () = kicked.wait() => End::Kicked,
-        end = listen(stream, keyboard, read_only, notices) => end,
+        end = &mut listening => end,
     };
     screen.close(end).await;
     drop(permit);

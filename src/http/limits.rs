@@ -50,6 +50,12 @@ pub const BODY_READ_MAX: Duration = Duration::from_secs(30);
 /// Longest pause within an upload.
 pub const UPLOAD_PAUSE_MAX: Duration = Duration::from_secs(60);
 
+/// Longest time that the rest of a refused upload is read and thrown away, so that its sender gets to the answer.
+pub(crate) const LINGER_MAX: Duration = Duration::from_secs(5);
+
+/// Bytes of it at most: what is on its way in the buffers of a fast and long line, many times over.
+pub(crate) const LINGER_BYTES_MAX: u64 = 256 << 20;
+
 /// Longest time that a client may take no byte of what is ready for it before it is cut off. Heartbeats make
 /// every stream have something ready.
 pub const WRITE_STALL_MAX: Duration = Duration::from_secs(60);
@@ -65,6 +71,9 @@ pub const PINGS_UNANSWERED_MAX: u32 = 3;
 
 /// Largest message from a console's reader: a large paste. Longer ones are split by the sender.
 pub const CONSOLE_INPUT_BYTES_MAX: usize = 64 * 1024;
+
+/// Longest time that what a reader typed before it went is still given to the guest, which may be slow to take it.
+pub(crate) const TYPED_LAST_MAX: Duration = Duration::from_secs(5);
 
 /// Largest frame sent to a console's reader, and so what one slow reader makes the daemon hold.
 pub const CONSOLE_OUTPUT_BYTES_MAX: usize = 64 * 1024;

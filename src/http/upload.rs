@@ -8,12 +8,13 @@ use std::task::{Context, Poll, ready};
 use axum::body::{Body, HttpBody};
 use axum::http::{HeaderMap, header};
 use bytes::{Buf, Bytes};
+use http_body_util::BodyExt;
 use model::Code;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 use crate::error::Failure;
-use crate::limits::{UPLOAD_BYTES_MAX, UPLOAD_PAUSE_MAX};
+use crate::limits::{LINGER_BYTES_MAX, LINGER_MAX, UPLOAD_BYTES_MAX, UPLOAD_PAUSE_MAX};
 
 /// The declared length of the body; absent with chunked encoding. Fails when it is more than is allowed.
 pub(crate) fn check_length(headers: &HeaderMap) -> Result<Option<u64>, Failure> {
@@ -29,7 +30,8 @@ pub(crate) fn check_length(headers: &HeaderMap) -> Result<Option<u64>, Failure> 
 
 /// The body, read as it comes.
 pub(crate) struct Upload {
-    body: Body,
+    /// Absent when all of it has come, or it broke off.
+    body: Option<Body>,
     piece: Bytes,
     left_bytes: u64,
     deadline: Pin<Box<Sleep>>,
@@ -39,7 +41,7 @@ impl Upload {
     /// Reads this body.
     pub(crate) fn new(body: Body) -> Upload {
         Upload {
-            body,
+            body: Some(body),
             piece: Bytes::new(),
             left_bytes: UPLOAD_BYTES_MAX,
             deadline: Box::pin(tokio::time::sleep(UPLOAD_PAUSE_MAX)),
@@ -49,14 +51,19 @@ impl Upload {
     /// The next piece that is not empty; `None` at the end.
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         loop {
-            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+            let Some(body) = &mut self.body else { return Poll::Ready(None) };
+            let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) else {
                 ready!(self.deadline.as_mut().poll(cx));
                 return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
             };
             self.deadline.as_mut().reset(Instant::now() + UPLOAD_PAUSE_MAX);
             match frame {
-                None => return Poll::Ready(None),
+                None => {
+                    self.body = None;
+                    return Poll::Ready(None);
+                }
                 Some(Err(cause)) => {
+                    self.body = None;
                     return Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::UnexpectedEof, cause))));
                 }
                 Some(Ok(frame)) => match frame.into_data() {
@@ -87,5 +94,29 @@ impl AsyncRead for Upload {
         buf.put_slice(&this.piece[..taken]);
         this.piece.advance(taken);
         Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Upload {
+    /// One that was refused before its end is read on for a while: a client that is still sending would find its connection
+    /// closed, and never look for the answer that says why. One of which nothing was read may wait to be asked for it.
+    fn drop(&mut self) {
+        if self.left_bytes < UPLOAD_BYTES_MAX
+            && let (Some(body), Ok(runtime)) = (self.body.take(), tokio::runtime::Handle::try_current())
+        {
+            // Whatever it comes to, there is nobody left who wants it.
+            runtime.spawn(tokio::time::timeout(LINGER_MAX, discard(body)));
+        }
+    }
+}
+
+async fn discard(mut body: Body) {
+    let mut left_bytes = LINGER_BYTES_MAX;
+    while let Some(Ok(frame)) = body.frame().await {
+        let bytes = frame.data_ref().map_or(0, Bytes::len) as u64;
+        match left_bytes.checked_sub(bytes) {
+            Some(left) => left_bytes = left,
+            None => return,
+        }
     }
 }

@@ -147,6 +147,31 @@ async fn what_is_typed_reaches_the_guest_but_not_from_one_who_may_only_look() {
 }
 
 #[tokio::test]
+async fn what_was_typed_last_reaches_the_guest_when_its_reader_has_gone() {
+    let served = Served::start().await;
+    let server = running(&served).await;
+    let vmm = served.stage.launch.only();
+    // So that there is more to show than a closed connection takes.
+    vmm.print(&"x".repeat(600_000));
+    let mut all = String::new();
+    for number in 0..40 {
+        let mut typist = open(&served, &server, json!({})).await;
+        for letter in ["a", "b"] {
+            all += &format!("{letter}{number} ");
+            typist.send(Message::text(format!("{letter}{number} "))).await.unwrap();
+        }
+        drop(typist);
+        let typed = async {
+            while vmm.typed() != all.as_bytes() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        within(typed).await;
+    }
+    served.stop().await;
+}
+
+#[tokio::test]
 async fn a_reader_who_stalls_is_told_what_was_lost_and_the_others_lose_nothing() {
     let served = Served::start().await;
     let server = running(&served).await;

@@ -186,6 +186,22 @@ async fn an_upload_that_breaks_off_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn who_sends_on_though_it_is_refused_gets_to_read_why() {
+    let served = Served::start().await;
+    let mut stream = begin(&served, "noise").await;
+    for _ in 0..64 {
+        // No bundle from its first bytes on.
+        within(send(&mut stream, &vec![0x5a; 256 << 10])).await;
+    }
+    within(stream.write_all(b"0\r\n\r\n")).await.unwrap();
+    let mut status = [0; 12];
+    within(stream.read_exact(&mut status)).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 422");
+    assert!(images(&served, "noise").await.is_empty());
+    served.stop().await;
+}
+
+#[tokio::test]
 async fn more_uploads_than_there_is_room_for_are_told_to_wait() {
     let served = Served::start().await;
     let mut open = Vec::new();
