@@ -16,6 +16,7 @@ use crate::snapshot;
 mod converge;
 mod disk;
 mod midway;
+mod pack;
 mod phase;
 mod ram;
 mod shared;
@@ -103,13 +104,15 @@ pub(crate) fn take_stream(
     let told = |error: Error| crate::log::chain(&error);
     let wanted = wire::transfer::Open::new(index as u16, count as u16, ram::bytes(ram));
     let mut order = target::open_as(from, &wanted, index).map_err(told)?;
-    let mut words = 0;
+    let (mut words, mut unpacker) = (0, pack::Unpacker::new());
     while !from.is_empty() {
         let put = |position, piece: &[u8]| {
             console(position, piece);
             Ok(())
         };
-        if let target::Came::Word(_) = target::next(&mut order, from, ram, index, put).map_err(told)? {
+        if let target::Came::Word(_) =
+            target::next(&mut order, from, ram, &mut unpacker, index, put).map_err(told)?
+        {
             words += 1;
         }
     }

@@ -4,8 +4,8 @@
 //!
 //! ```text
 //! kind 4 │ length 4 │ offset 8 ║ that many bytes          little-endian
-//! stream 0:  Open  (Part │ Zero │ Console │ Word)*  State  Word*          source to target; Word* the other way
-//! stream n:  Open  (Part │ Zero)*  End
+//! stream 0:  Open  (Part │ Packed │ Zero │ Console │ Word)*  State  Word* source to target; Word* the other way
+//! stream n:  Open  (Part │ Packed │ Zero)*  End
 //! a disk's:  Open  (Block │ Hole │ Sync)*  End                            source to target; a Word for each Sync back
 //! ```
 //! Memory is sharded: each piece of [`SHARD_BYTES`] has one stream, so that a page that is sent again never overtakes
@@ -55,11 +55,14 @@ pub enum Kind {
     Block,
     /// `length` bytes of a disk from `offset` on are zero. Nothing follows.
     Hole,
+    /// `length` bytes of memory from `offset` on, packed: four bytes say how many follow, less than `length`, which are one frame of
+    /// Zstandard (RFC 8878). Only on streams that were opened for it.
+    Packed,
     /// What came of a disk is to be made durable, and [`Word::Synced`] to be said then. Nothing follows.
     Sync,
 }
 
-const KINDS: [(u32, Kind); 10] = [
+const KINDS: [(u32, Kind); 11] = [
     (1, Kind::Open),
     (2, Kind::Part),
     (3, Kind::Zero),
@@ -70,6 +73,7 @@ const KINDS: [(u32, Kind); 10] = [
     (8, Kind::Block),
     (9, Kind::Hole),
     (10, Kind::Sync),
+    (11, Kind::Packed),
 ];
 
 /// What a frame says of itself.
@@ -101,6 +105,9 @@ pub struct Open {
     /// The memory itself, when the target has it, so that none of it comes, nor what the console holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handed: Option<Handed>,
+    /// Whether memory may come packed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packs: bool,
 }
 
 /// Which memory was handed over, as both ends see it on one host. A machine that was reset has another than it had.
@@ -200,6 +207,7 @@ impl Kind {
         match self {
             Kind::Open | Kind::Word => DOCUMENT_BYTES_MAX,
             Kind::Part | Kind::Zero => SHARD_BYTES as u32,
+            Kind::Packed => PACKED_BYTES_MAX,
             Kind::Console => CONSOLE_PIECE_BYTES_MAX,
             Kind::State => STATE_BYTES_MAX as u32,
             Kind::Block => BLOCK_BYTES_MAX,
@@ -208,6 +216,9 @@ impl Kind {
         }
     }
 }
+
+/// Longest piece of memory in one packed frame, in bytes: both ends hold it twice.
+pub const PACKED_BYTES_MAX: u32 = 256 << 10;
 
 /// Longest piece of a disk in one frame, in bytes.
 pub const BLOCK_BYTES_MAX: u32 = 64 << 10;
@@ -240,7 +251,7 @@ impl Head {
             return Err(refused);
         }
         let holds = match kind {
-            Kind::Part | Kind::Zero => {
+            Kind::Part | Kind::Zero | Kind::Packed => {
                 let end = (offset % SHARD_BYTES).saturating_add(u64::from(length));
                 let whole = offset.is_multiple_of(PAGE_BYTES) && u64::from(length).is_multiple_of(PAGE_BYTES);
                 whole && length > 0 && end <= SHARD_BYTES
@@ -271,18 +282,38 @@ impl Head {
 
     /// Reads what follows the head into memory of its own: documents, console output and state, never memory.
     pub fn read_body(&self, from: &mut impl Read) -> Result<Vec<u8>, FrameError> {
-        if matches!(self.kind, Kind::Part | Kind::Zero | Kind::Hole | Kind::Sync | Kind::End) {
+        if matches!(self.kind, Kind::Part | Kind::Packed | Kind::Zero | Kind::Hole | Kind::Sync | Kind::End) {
             return Err(FrameError::Order(self.kind));
         }
-        let (mut body, wanted) = (Vec::new(), u64::from(self.length));
-        // Grows with what comes, not with what was announced.
-        let came = from.take(wanted).read_to_end(&mut body).map_err(FrameError::Link)?;
-        if came as u64 == wanted {
-            Ok(body)
-        } else {
-            Err(FrameError::Link(io::ErrorKind::UnexpectedEof.into()))
-        }
+        read_exactly(from, self.length.into())
     }
+
+    /// Reads what follows the head of a [`Kind::Packed`]: a frame of Zstandard that is to unpack to as many bytes as the head says.
+    pub fn read_packed(&self, from: &mut impl Read) -> Result<Vec<u8>, FrameError> {
+        let mut count = [0; 4];
+        from.read_exact(&mut count).map_err(FrameError::Link)?;
+        let count = u32::from_le_bytes(count);
+        if self.kind != Kind::Packed || count == 0 || count >= self.length {
+            return Err(FrameError::Document(self.kind));
+        }
+        read_exactly(from, count.into())
+    }
+}
+
+fn read_exactly(from: &mut impl Read, wanted: u64) -> Result<Vec<u8>, FrameError> {
+    let mut body = Vec::new();
+    // Grows with what comes, not with what was announced.
+    let came = from.take(wanted).read_to_end(&mut body).map_err(FrameError::Link)?;
+    if came as u64 == wanted { Ok(body) } else { Err(FrameError::Link(io::ErrorKind::UnexpectedEof.into())) }
+}
+
+/// Writes `length` bytes of memory from `offset` on that are `packed`, which is shorter.
+pub fn write_packed(to: &mut impl Write, offset: u64, length: u32, packed: &[u8]) -> Result<(), FrameError> {
+    let too_long = FrameError::TooLong { kind: Kind::Packed, bytes: packed.len() };
+    let count = u32::try_from(packed.len()).ok().filter(|count| *count < length).ok_or(too_long)?;
+    let head = Head { kind: Kind::Packed, length, offset };
+    let frame = [&head.bytes(), &count.to_le_bytes()[..], packed].concat();
+    to.write_all(&frame).map_err(FrameError::Link)
 }
 
 /// Writes a frame with what follows it.
@@ -306,7 +337,18 @@ impl Open {
             memory_bytes,
             disk: None,
             handed: None,
+            packs: false,
         }
+    }
+
+    /// The same, and memory may come packed.
+    pub fn packing(stream: u16, streams: u16, memory_bytes: u64) -> Open {
+        Open { packs: true, ..Open::new(stream, streams, memory_bytes) }
+    }
+
+    /// Whether this is the stream that was waited for. To pack or not is the source's choice.
+    pub fn is_for(&self, wanted: &Open) -> bool {
+        *self == Open { packs: self.packs, ..wanted.clone() }
     }
 
     /// For the stream of a disk.
@@ -376,6 +418,7 @@ fn document<T: for<'de> Deserialize<'de>>(kind: Kind, body: &[u8]) -> Result<T, 
 pub struct Order {
     is_disk: bool,
     is_handed: bool,
+    packs: bool,
     stream: u64,
     streams: u64,
     memory_bytes: u64,
@@ -400,6 +443,7 @@ impl Order {
         Order {
             is_disk: open.disk.is_some(),
             is_handed: open.handed.is_some(),
+            packs: open.packs,
             stream: open.stream.into(),
             streams: u64::from(open.streams).max(1),
             memory_bytes: open.memory_bytes,
@@ -428,16 +472,17 @@ impl Order {
         }
         let is_first = self.stream == 0;
         match (kind, self.stage) {
-            (Kind::Part | Kind::Zero | Kind::Console, _) if self.is_handed => {
+            (Kind::Part | Kind::Packed | Kind::Zero | Kind::Console, _) if self.is_handed => {
                 return Err(FrameError::Order(kind));
             }
-            (Kind::Part | Kind::Zero, Stage::Memory) => {
+            (Kind::Packed, _) if !self.packs => return Err(FrameError::Order(kind)),
+            (Kind::Part | Kind::Packed | Kind::Zero, Stage::Memory) => {
                 let end = offset.checked_add(u64::from(length));
                 let is_ours = stream_of(offset, self.streams) == self.stream;
                 if !is_ours || end.is_none_or(|end| end > self.memory_bytes) {
                     return Err(refused);
                 }
-                if kind == Kind::Part {
+                if kind != Kind::Zero {
                     self.carried_bytes = self.carried_bytes.saturating_add(u64::from(length));
                 }
             }

@@ -1,9 +1,13 @@
 //! Memory on its way over one stream: which pages of a shard go, and where those that come belong. Nothing is copied in
-//! between: the kernel reads and writes guest memory itself.
+//! between, but what is packed: the kernel reads and writes guest memory itself.
+use std::io;
+use std::time::{Duration, Instant};
+
 use memory::{Extent, Pages, Ram};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use wire::transfer::{Head, Kind, SHARD_BYTES};
+use wire::transfer::{self, Head, Kind, SHARD_BYTES};
 
+use super::pack::{Packer, Span, Unpacker};
 use super::{Error, Stream};
 
 const PAGE_BYTES: u64 = memory::marks::PAGE_BYTES;
@@ -108,17 +112,22 @@ pub(super) fn shards(memory_bytes: u64, stream: usize, streams: usize) -> impl I
 pub(super) struct Frames<'a> {
     pub(super) ram: &'a Ram,
     pub(super) stream: &'a mut Stream,
+    pub(super) packer: &'a mut Packer,
     pub(super) index: usize,
+    /// Waits until so many bytes may go.
     pub(super) before: &'a dyn Fn(u64),
 }
 
 impl Outlet for Frames<'_> {
     fn part(&mut self, part: Extent) -> Result<(), Error> {
-        (self.before)(part.bytes);
-        self.head(Kind::Part, part)?;
-        let sent = memory::send(self.ram, part, self.stream);
-        // The pages were read before, so it is the stream.
-        sent.map_err(|error| broken(self.index, error))
+        let (mut offset, end) = (part.offset, part.offset + part.bytes);
+        while offset < end {
+            let rest = Extent { offset, bytes: end - offset };
+            let piece = Extent { offset, bytes: self.packer.piece_bytes(rest).min(rest.bytes) };
+            self.piece(piece)?;
+            offset += piece.bytes;
+        }
+        Ok(())
     }
 
     fn zero(&mut self, part: Extent) -> Result<(), Error> {
@@ -127,6 +136,36 @@ impl Outlet for Frames<'_> {
 }
 
 impl Frames<'_> {
+    fn piece(&mut self, part: Extent) -> Result<(), Error> {
+        let (began, waited) = (Instant::now(), self.stream.waited());
+        let (sent_bytes, held) = match self.packer.pack(self.ram, part)? {
+            Some(packed) => {
+                let held = Self::hold(self.before, packed.len() as u64);
+                let sent = transfer::write_packed(self.stream, part.offset, part.bytes as u32, packed);
+                sent.map_err(Error::at(self.index))?;
+                (packed.len() as u64, held)
+            }
+            None => {
+                let held = Self::hold(self.before, part.bytes);
+                self.head(Kind::Part, part)?;
+                let sent = memory::send(self.ram, part, self.stream);
+                // The pages were read before, so it is the stream.
+                sent.map_err(|error| broken(self.index, error))?;
+                (part.bytes, held)
+            }
+        };
+        let waited = held + self.stream.waited().saturating_sub(waited);
+        self.packer.went(Span { bytes: part.bytes, sent_bytes, took: began.elapsed(), waited });
+        Ok(())
+    }
+
+    /// Answers for how long.
+    fn hold(before: &dyn Fn(u64), bytes: u64) -> Duration {
+        let began = Instant::now();
+        before(bytes);
+        began.elapsed()
+    }
+
     fn head(&mut self, kind: Kind, part: Extent) -> Result<(), Error> {
         let head = Head { kind, length: part.bytes as u32, offset: part.offset };
         head.write(self.stream).map_err(Error::at(self.index))
@@ -143,12 +182,17 @@ fn broken(stream: usize, error: memory::Error) -> Error {
 pub(super) fn take(
     ram: &Ram,
     head: &Head,
-    from: &mut impl vm_memory::ReadVolatile,
+    from: &mut (impl io::Read + vm_memory::ReadVolatile),
+    unpacker: &mut Unpacker,
     stream: usize,
 ) -> Result<(), Error> {
     let part = Extent { offset: head.offset, bytes: head.length.into() };
     match head.kind {
         Kind::Part => memory::receive(ram, part, from).map_err(|error| broken(stream, error)),
+        Kind::Packed => {
+            let packed = head.read_packed(from).map_err(Error::at(stream))?;
+            unpacker.unpack(ram, head, &packed, stream)
+        }
         Kind::Zero => Ok(memory::clear(ram, part)?),
         _ => Ok(()),
     }

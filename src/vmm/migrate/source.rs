@@ -16,6 +16,7 @@ use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Handed, Head, Ki
 use super::converge::{Convergence, Decision, Next, Round};
 use super::disk::Blocks;
 use super::midway::Midway;
+use super::pack::Packer;
 use super::phase::{Event, Said};
 use super::ram::{self, Frames, Sum};
 use super::{Error, Shared, Stream};
@@ -74,6 +75,7 @@ impl Source {
                 ram: Arc::clone(&ram),
                 log: log.clone(),
                 stream,
+                packer: Packer::new(),
                 index,
                 share: match index.checked_sub(count).and_then(|at| disks.get(at)) {
                     Some((_, disk)) => Share::Disk(disk.clone()),
@@ -164,6 +166,7 @@ struct Worker {
     ram: Arc<Ram>,
     log: Option<Arc<DirtyLog>>,
     stream: Stream,
+    packer: Packer,
     index: usize,
     share: Share,
     work: Receiver<Job>,
@@ -242,8 +245,13 @@ impl Worker {
                 shared.pace(bytes)
             }
         };
-        let mut frames =
-            Frames { ram: &self.ram, stream: &mut self.stream, index: self.index, before: &pace };
+        let mut frames = Frames {
+            ram: &self.ram,
+            stream: &mut self.stream,
+            packer: &mut self.packer,
+            index: self.index,
+            before: &pace,
+        };
         for shard in ram::shards(ram::bytes(&self.ram), self.index, count) {
             if pages.words_of(shard).iter().all(|word| *word == 0) {
                 continue;
@@ -566,7 +574,7 @@ pub(crate) fn open(
             Some((number, disk)) => Open::of_disk(*number, disk.bytes()),
             None => match handed {
                 Some(memory) => Open::of_handed(memory_bytes, memory),
-                None => Open::new(index as u16, count as u16, memory_bytes),
+                None => Open::packing(index as u16, count as u16, memory_bytes),
             },
         };
         open.write(stream).map_err(Error::at(index))?;

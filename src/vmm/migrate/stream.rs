@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_memory::bitmap::BitmapSlice;
@@ -21,6 +21,8 @@ pub(crate) struct Stream {
     patience_ms: Option<u16>,
     /// When nobody waits any more, to read or to write.
     until: Option<Instant>,
+    /// How long was waited until more could be written, by this copy.
+    waited: Duration,
 }
 
 impl Stream {
@@ -29,7 +31,7 @@ impl Stream {
         let control = UnixStream::from(socket);
         control.set_nonblocking(true)?;
         let file = File::from(OwnedFd::from(control.try_clone()?));
-        Ok(Stream { file, control, patience_ms: None, until: None })
+        Ok(Stream { file, control, patience_ms: None, until: None, waited: Duration::ZERO })
     }
 
     /// Another descriptor for it, and the same patience.
@@ -39,6 +41,7 @@ impl Stream {
             control: self.control.try_clone()?,
             patience_ms: self.patience_ms,
             until: self.until,
+            waited: Duration::ZERO,
         })
     }
 
@@ -51,6 +54,11 @@ impl Stream {
     /// From now on, nobody waits here beyond this, whatever the patience.
     pub(crate) fn hurry(&mut self, until: Instant) {
         self.until = Some(until);
+    }
+
+    /// How long was waited until more could be written.
+    pub(crate) fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// Ends it for everybody who reads or writes it.
@@ -76,8 +84,11 @@ impl Stream {
         self.wait_for(PollFlags::POLLIN, self.patience_ms)
     }
 
-    fn wait_to_write(&self) -> io::Result<()> {
-        self.wait_for(PollFlags::POLLOUT, Some(LINK_PATIENCE_MS))
+    fn wait_to_write(&mut self) -> io::Result<()> {
+        let began = Instant::now();
+        let waited = self.wait_for(PollFlags::POLLOUT, Some(LINK_PATIENCE_MS));
+        self.waited += began.elapsed();
+        waited
     }
 }
 

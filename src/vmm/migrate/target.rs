@@ -13,6 +13,7 @@ use vm_memory::ReadVolatile;
 use wire::migration::{Phase, SendLimits, Side};
 use wire::transfer::{FrameError, Handed, Head, Kind, Open, Order, Word};
 
+use super::pack::Unpacker;
 use super::phase::{Event, Said};
 use super::{Error, Shared, Stream, disk, ram};
 use crate::bell::Bell;
@@ -56,6 +57,7 @@ impl Target {
                 ram: Arc::clone(ram),
                 console: Arc::clone(console),
                 stream,
+                unpacker: Unpacker::new(),
                 index,
                 count,
                 handed,
@@ -92,6 +94,7 @@ struct Listener {
     ram: Arc<Ram>,
     console: Arc<Console>,
     stream: Stream,
+    unpacker: Unpacker,
     index: usize,
     count: usize,
     /// The memory, where it is here already.
@@ -202,7 +205,7 @@ impl Listener {
             return Err(Error::Over);
         }
         let (ram, console, before) = (&self.ram, &self.console, order.carried_bytes());
-        let came = next(order, &mut self.stream, ram, self.index, |position, data| {
+        let came = next(order, &mut self.stream, ram, &mut self.unpacker, self.index, |position, data| {
             let put = console.adopt(position, data);
             put.map_err(|cause| Error::Host { doing: "write the console", cause })
         })?;
@@ -249,7 +252,7 @@ pub(super) fn open_as(from: &mut impl Read, wanted: &Open, index: usize) -> Resu
         return Err(at(FrameError::Order(head.kind)));
     }
     let open = Open::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?;
-    if open != *wanted {
+    if !open.is_for(wanted) {
         return Err(Error::Streams { stream: index });
     }
     Ok(Order::new(&open))
@@ -260,6 +263,7 @@ pub(super) fn next(
     order: &mut Order,
     from: &mut (impl Read + ReadVolatile),
     ram: &Ram,
+    unpacker: &mut Unpacker,
     stream: usize,
     mut console: impl FnMut(u64, &[u8]) -> Result<(), Error>,
 ) -> Result<Came, Error> {
@@ -267,7 +271,7 @@ pub(super) fn next(
     let head = Head::read(from).map_err(&at)?;
     order.admit(&head).map_err(&at)?;
     match head.kind {
-        Kind::Part | Kind::Zero => ram::take(ram, &head, from, stream)?,
+        Kind::Part | Kind::Packed | Kind::Zero => ram::take(ram, &head, from, unpacker, stream)?,
         Kind::Console => console(head.offset, &head.read_body(from).map_err(&at)?)?,
         Kind::Word => return Ok(Came::Word(Word::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?)),
         Kind::State => {

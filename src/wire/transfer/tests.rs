@@ -38,6 +38,10 @@ fn heads_that_no_honest_end_writes_are_refused() {
         (Kind::Part, 8192, SHARD_BYTES - 4096),
         (Kind::Part, SHARD_BYTES as u32 + 4096, 0),
         (Kind::Zero, 4096, u64::MAX),
+        (Kind::Packed, 0, 0),
+        (Kind::Packed, 4097, 0),
+        (Kind::Packed, PACKED_BYTES_MAX + 4096, 0),
+        (Kind::Packed, 8192, SHARD_BYTES - 4096),
         (Kind::Console, 1, u64::MAX),
         (Kind::Console, CONSOLE_PIECE_BYTES_MAX + 1, 0),
         (Kind::State, STATE_BYTES_MAX as u32 + 1, 0),
@@ -140,4 +144,30 @@ fn no_memory_comes_where_it_was_handed_over() {
     order.admit(&head(Kind::Word, 10, 0)).unwrap();
     order.admit(&head(Kind::End, 0, 0)).unwrap();
     order.admit(&head(Kind::State, 10, 0)).unwrap();
+}
+
+#[test]
+fn packed_memory_comes_only_where_it_may_and_is_shorter_than_what_it_is() {
+    let mut order = open(0, 1);
+    assert!(matches!(order.admit(&head(Kind::Packed, 4096, 0)), Err(FrameError::Order(_))));
+    let mut order = Order::new(&Open::packing(0, 1, 64 << 20));
+    assert!(order.admit(&head(Kind::Packed, 8192, 4096)).is_ok());
+    assert!(order.admit(&head(Kind::Packed, 4096, 64 << 20)).is_err());
+    assert_eq!(order.carried_bytes(), 8192);
+    assert!(Open::packing(0, 1, 4096).is_for(&Open::new(0, 1, 4096)));
+    assert!(!Open::packing(0, 1, 4096).is_for(&Open::new(0, 1, 8192)));
+
+    let mut bytes = Vec::new();
+    write_packed(&mut bytes, 4096, 8192, &[7; 100]).unwrap();
+    let mut rest = bytes.as_slice();
+    let read = Head::read(&mut rest).unwrap();
+    assert_eq!((read, read.read_packed(&mut rest).unwrap()), (head(Kind::Packed, 8192, 4096), vec![7; 100]));
+    assert!(write_packed(&mut bytes, 0, 4096, &[7; 4096]).is_err());
+    for count in [0_u32, 4096, u32::MAX] {
+        let body = [&count.to_le_bytes()[..], &[7; 8192]].concat();
+        let refused = head(Kind::Packed, 4096, 0).read_packed(&mut body.as_slice());
+        assert!(matches!(refused, Err(FrameError::Document(Kind::Packed))), "{count}");
+    }
+    let cut = [&100_u32.to_le_bytes()[..], &[7; 99]].concat();
+    assert!(matches!(head(Kind::Packed, 4096, 0).read_packed(&mut cut.as_slice()), Err(FrameError::Link(_))));
 }

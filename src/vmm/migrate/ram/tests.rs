@@ -93,11 +93,56 @@ fn what_is_taken_is_where_it_was_and_zeroes_are_holes_again() {
     let mut sent = Vec::new();
     memory::send(&from, part, &mut sent).unwrap();
     let head = |kind| Head { kind, length: 8192, offset: part.offset };
-    take(&to, &head(Kind::Part), &mut sent.as_slice(), 0).unwrap();
+    take(&to, &head(Kind::Part), &mut sent.as_slice(), &mut Unpacker::new(), 0).unwrap();
     let mut found = [0; 8192];
     memory::read(&to, part.offset, &mut found).unwrap();
     assert!(found == [7; 8192]);
-    assert!(take(&to, &head(Kind::Part), &mut &sent[..5000], 0).is_err());
-    take(&to, &head(Kind::Zero), &mut [].as_slice(), 0).unwrap();
+    assert!(take(&to, &head(Kind::Part), &mut &sent[..5000], &mut Unpacker::new(), 0).is_err());
+    take(&to, &head(Kind::Zero), &mut [].as_slice(), &mut Unpacker::new(), 0).unwrap();
     assert!(memory::touched(&to).unwrap().is_empty());
+}
+
+#[test]
+fn over_a_link_that_is_slower_than_this_processor_memory_goes_packed_and_is_the_same() {
+    const MEMORY: u64 = 64 << 20;
+    let (from, to) = (memory::new(MEMORY).unwrap(), memory::new(MEMORY).unwrap());
+    let text: Vec<u8> = (0..MEMORY / 8).flat_map(|number| (number / 16).to_le_bytes()).collect();
+    memory::fill(&from, 0, &text).unwrap();
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut far = Stream::new(far.into()).unwrap();
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut stream = Stream::new(near.into()).unwrap();
+            let mut packer = Packer::new();
+            let went = std::cell::Cell::new(0);
+            // 256 MiB a second.
+            let before = |bytes: u64| {
+                went.set(went.get() + bytes);
+                let until = Instant::now() + Duration::from_nanos(bytes * 4);
+                while Instant::now() < until {
+                    std::thread::yield_now();
+                }
+            };
+            let mut frames =
+                Frames { ram: &from, stream: &mut stream, packer: &mut packer, index: 0, before: &before };
+            for shard in shards(MEMORY, 0, 1) {
+                frames.part(shard).unwrap();
+            }
+            let end = Head { kind: Kind::End, length: 0, offset: MEMORY };
+            end.write(&mut stream).unwrap();
+            went.get()
+        });
+        let mut order = transfer::Order::new(&transfer::Open::packing(0, 1, MEMORY));
+        let mut unpacker = Unpacker::new();
+        while !order.has_ended() {
+            let head = Head::read(&mut far).unwrap();
+            order.admit(&head).unwrap();
+            take(&to, &head, &mut far, &mut unpacker, 0).unwrap();
+        }
+        let went = sender.join().unwrap();
+        assert!(went < MEMORY / 2, "{} MiB", went >> 20);
+    });
+    let mut came = vec![0; text.len()];
+    memory::read(&to, 0, &mut came).unwrap();
+    assert!(came == text);
 }
