@@ -56,6 +56,9 @@ pub(crate) struct Create {
     /// Save the memory too, of a server that runs or is paused.
     #[arg(long)]
     memory: bool,
+    /// Hold only what is new since the last snapshot of the server.
+    #[arg(long)]
+    incremental: bool,
     /// When to delete it by itself, such as 2031-01-31T12:00:00Z.
     #[arg(long, value_parser = target::time)]
     expires_at: Option<Time>,
@@ -143,6 +146,7 @@ impl Create {
         let spec = CreateSnapshot {
             name: self.name,
             memory: self.memory,
+            incremental: self.incremental,
             expires_at: self.expires_at,
             description: self.description,
             labels: target::labels(&self.label)?,
@@ -267,8 +271,20 @@ impl Update {
 }
 
 impl Row for Snapshot {
-    const COLUMNS: &'static [&'static str] =
-        &["NAME", "STATE", "SERVER", "MEMORY", "DISK", "STORED", "TAKEN", "EXPIRES", "LABELS", "ID"];
+    const COLUMNS: &'static [&'static str] = &[
+        "NAME",
+        "STATE",
+        "SERVER",
+        "MEMORY",
+        "DISK",
+        "STORED",
+        "INHERITED",
+        "TAKEN",
+        "EXPIRES",
+        "LABELS",
+        "PARENT",
+        "ID",
+    ];
 
     fn cells(&self) -> Vec<String> {
         let disk: u64 = self.volumes.iter().map(|volume| volume.size_bytes).sum();
@@ -279,9 +295,11 @@ impl Row for Snapshot {
             if self.memory { output::bytes(self.memory_bytes) } else { "-".to_owned() },
             if self.volumes.is_empty() { "-".to_owned() } else { output::bytes(disk) },
             output::bytes(self.stored_bytes),
+            if self.inherited_bytes > 0 { output::bytes(self.inherited_bytes) } else { "-".to_owned() },
             self.taken_at.map(output::time).unwrap_or_default(),
             self.expires_at.map(output::time).unwrap_or_default(),
             labels_text(&self.labels),
+            self.parent_id.map_or_else(|| "-".to_owned(), |id| id.to_string()),
             self.id.to_string(),
         ]
     }

@@ -34,4 +34,4 @@ pub mod ring;
 pub use extent::{Extent, clear, fill, first_touched, is_zero, read, receive, send, touched};
 pub use file::read_file;
 pub use pages::Pages;
-pub use ram::{Backing, Error, Ram, build, discard, handle, new, replace};
+pub use ram::{Backing, Error, Ram, build, discard, handle, lay_over, new, replace};

@@ -14,6 +14,7 @@ use vm_memory::{
     GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
+use crate::extent::Extent;
 use crate::layout;
 use crate::marks::{self, Marks};
 
@@ -162,17 +163,60 @@ pub fn replace(unused: Arc<Ram>, file: File) -> Result<Arc<Ram>, Error> {
     Ok(ram)
 }
 
+/// Puts a part of another file in the place of that part of memory, as [`Backing::Private`] says. Only for memory that is
+/// mapped privately; the file has the bytes at the offset they have in memory, whole pages, and never becomes shorter. After a
+/// failure the memory is not to be used.
+pub fn lay_over(ram: &Arc<Ram>, part: Extent, file: &File) -> Result<(), Error> {
+    let Extent { offset, bytes } = part;
+    let found = file.metadata().map_err(|cause| Error::File { bytes, cause })?.len();
+    let end = offset.checked_add(bytes).filter(|end| *end <= found);
+    let end = end.ok_or(Error::Length { found, wanted: offset.saturating_add(bytes) })?;
+    let (mut before, mut done) = (0, 0);
+    for region in ram.iter() {
+        let (from, to) = (offset.max(before), end.min(before + region.len()));
+        if from < to && region.flags() & libc::MAP_PRIVATE != 0 {
+            map_part(region, from - before, to - from, file, from).map_err(|cause| {
+                // A part may be unmapped, and the process have something else there before long.
+                std::mem::forget(Arc::clone(ram));
+                Error::Map { bytes: to - from, cause: MmapRegionError::Mmap(cause) }
+            })?;
+            done += to - from;
+        }
+        before += region.len();
+    }
+    if done == bytes { Ok(()) } else { Err(Error::Range { start: offset, bytes }) }
+}
+
 /// Maps a part of a file, for itself alone, over a whole region.
 fn map_over(region: &GuestRegionMmap<Marks>, file: &File, offset: u64) -> io::Result<()> {
+    map_part(region, 0, region.len(), file, offset)
+}
+
+/// Maps a part of a file, for itself alone, over so much of a region, in which it lies.
+fn map_part(
+    region: &GuestRegionMmap<Marks>,
+    inside: u64,
+    bytes: u64,
+    file: &File,
+    at: u64,
+) -> io::Result<()> {
+    let is_outside = inside.checked_add(bytes).is_none_or(|end| end > region.len());
+    if is_outside || !inside.is_multiple_of(4096) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: the range is the one mapping that `region` owns; it stays readable and writable, and whoever points into it
-    // reads other bytes, which guest memory does at any time.
-    let mapped = unsafe {
-        libc::mmap(region.as_ptr().cast(), region.size(), protection, flags, file.as_raw_fd(), offset)
-    };
-    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
+    let (start, size) = (region.as_ptr().wrapping_add(inside as usize), bytes as usize);
+    // SAFETY: the range was just found to be in the one mapping that `region` owns; it stays readable and writable, and
+    // whoever points into it reads other bytes, which guest memory does at any time.
+    let mapped = unsafe { libc::mmap(start.cast(), size, protection, flags, file.as_raw_fd(), at) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the range was just mapped; the advice changes nothing that the program can see.
+    let _ = unsafe { libc::madvise(mapped, size, libc::MADV_DONTDUMP) };
+    Ok(())
 }
 
 /// A descriptor of the memory itself, for another process that is to go on with it. Nothing when some of it is private to this

@@ -44,6 +44,16 @@ pub struct Snapshot {
     pub volumes: Vec<SnapshotVolume>,
     /// Bytes it takes on the host's disk; blocks that are shared with the server's volumes are counted too.
     pub stored_bytes: u64,
+    /// The snapshot that it was taken on, of one that is incremental: it holds what is new since that one. That one may have
+    /// been deleted since; what is needed of it is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_id: Option<SnapshotId>,
+    /// Bytes of it that lie with earlier snapshots, deleted ones too, and stay on the host's disk for it.
+    #[serde(default)]
+    pub inherited_bytes: u64,
+    /// Why one that was to be incremental is full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_because: Option<FullReason>,
     /// The moment it shows; absent while it is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub taken_at: Option<Time>,
@@ -59,6 +69,18 @@ pub struct Snapshot {
     pub created_at: Time,
     /// When it last changed.
     pub updated_at: Time,
+}
+
+/// Why a snapshot that was to be incremental holds everything itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FullReason {
+    /// There was no snapshot of the server to take it on: imported ones and those taken for clones do not count.
+    NoParent,
+    /// The last one needs as many earlier snapshots as one can.
+    ChainTooLong,
+    /// The last one, or one that it needs, cannot be read; the host's log says why.
+    ParentUnreadable,
 }
 
 /// Whether a snapshot can be used.
@@ -96,6 +118,11 @@ pub struct CreateSnapshot {
     /// paused.
     #[serde(default)]
     pub memory: bool,
+    /// Whether to hold only what is new since the last snapshot of the server. It restores, clones and exports as a full one
+    /// does, and the last one can be deleted: what is needed of it is kept. Where there is none to take it on, it is full and
+    /// says why.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incremental: bool,
     /// When to delete it by itself; never when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Time>,

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use kvm::Start;
 use memory::{Ram, layout};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use wire::saved::lower::Lower;
 
 use crate::boot::{Source, prepare};
 use crate::migrate;
@@ -48,8 +49,13 @@ pub fn elf(data: &[u8]) {
 }
 
 /// Opens `data` as a state file whose digest was found right. What is taken is written as it was read, and no part of
-/// memory lies outside or over another.
+/// memory lies outside or over another. The same for a list of what lies in lower files, which begins in its own way.
 pub fn state(data: &[u8]) {
+    if let Some((head, _)) = data.split_first_chunk::<24>()
+        && head.starts_with(b"toftruns")
+    {
+        return lower(data, u64::from_le_bytes(*head.last_chunk().expect("eight bytes")));
+    }
     match snapshot::parse(data) {
         Ok((contents, table)) => {
             let end = table.parts.iter().fold(0, |end, part| {
@@ -59,6 +65,26 @@ pub fn state(data: &[u8]) {
             assert!(end <= table.memory_bytes, "a part ends at {end:#x}");
             let again = snapshot::bytes(&contents, &table).expect("what was read can be written");
             assert!(snapshot::parse(&again).expect("what was written can be read") == (contents, table));
+        }
+        Err(refused) => {
+            let detail = refused.to_string();
+            assert!(!detail.is_empty() && detail.len() < 1024, "told in {} bytes", detail.len());
+        }
+    }
+}
+
+/// Every byte of the file lies in one place, and that is one of the files there are.
+fn lower(data: &[u8], length: u64) {
+    match Lower::split(data, length) {
+        Ok(lower) => {
+            assert_eq!(lower.join(), data);
+            let (mut at, mut below) = (0, 0);
+            for (piece, file) in lower.pieces(0..length) {
+                assert!(piece.start == at && piece.end > at && file.is_none_or(|file| file < lower.files));
+                below += file.map_or(0, |_| piece.end - piece.start);
+                at = piece.end;
+            }
+            assert_eq!((at, below), (length, lower.lower_bytes()));
         }
         Err(refused) => {
             let detail = refused.to_string();

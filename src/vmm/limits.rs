@@ -36,6 +36,10 @@ pub(crate) const ARMED_ROUNDS_MAX: usize = 8;
 /// How often what is written is protected again while the moment is waited for, in milliseconds.
 pub(crate) const REARM_EVERY_MS: u64 = 20;
 
+/// Most runs of memory that are mapped from lower files of a snapshot: each makes the kernel keep two mappings more, of
+/// which a process has 65 530, and what the guest gives back of them takes its share.
+pub(crate) const MAPPED_RUNS_MAX: usize = 8_192;
+
 /// How often the progress of a move is told at most, in milliseconds.
 pub(crate) const MOVE_TOLD_EVERY_MS: u64 = 100;
 

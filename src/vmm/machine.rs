@@ -4,6 +4,7 @@
 //! ```text
 //! build: memory ─▶ VM ─▶ devices ─▶ buses ─▶ boot ─▶ vCPUs parked ─▶ run       rebuild: stop, drop, build
 //! ```
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -55,6 +56,9 @@ pub(crate) struct Machine {
     save: Option<Save>,
     /// The move that is under way, or the last one.
     moving: Option<Moving>,
+    /// Files that its memory is mapped from beside its own, behind all that may use memory still. A mapping alone does not tell
+    /// everywhere that a file is in use: on an overlay it is of the file below.
+    below: Vec<File>,
 }
 
 /// Whether vCPUs run.
@@ -176,6 +180,7 @@ impl Machine {
             run,
             save: None,
             moving: None,
+            below: Vec::new(),
         })
     }
 

@@ -1,16 +1,19 @@
 //! A machine as files, the one form for all who keep or move one: `contents` is what is in the sections, `copy` moves
-//! memory between machine and file. The outer form and the table of memory's parts are in [`wire::saved`], for the daemon
+//! memory between machine and file, `lower` finds it where it lies in several. The outer form and the table of memory's parts are in [`wire::saved`], for the daemon
 //! looks at them too. `machine` fills and reads it; nothing here knows a running machine or a socket.
 //!
 //! ```text
 //! state file: header ─ sections ─ (JSON: shape, machine, counters) ─ table of memory       its SHA-256 is the root
 //! memory file: every byte at the offset it has in memory, the rest holes           digests of its parts: the table
+//! of a save on a base: parts that the base has are holes, too                      a list says in which file they are
 //! ```
 mod contents;
 mod copy;
+mod lower;
 
 pub(crate) use contents::{Contents, Counted, MachineState, Shape};
 pub(crate) use copy::{Parts, copy_in, copy_out};
+pub(crate) use lower::MemoryFiles;
 
 use std::fs::File;
 use std::io;
@@ -19,6 +22,7 @@ use std::os::unix::fs::FileExt;
 use sha2::{Digest as _, Sha256};
 use wire::saved::Digest;
 use wire::saved::form::{self, FormError};
+use wire::saved::lower::LowerError;
 use wire::saved::state_bytes_max;
 use wire::saved::table::Table;
 
@@ -31,12 +35,16 @@ pub(crate) enum Error {
         #[source]
         cause: io::Error,
     },
-    #[error("the state file has {found} bytes; one for this machine has at most {most}")]
+    #[error("the file has {found} bytes; one for this machine has at most {most}")]
     TooLong { found: u64, most: u64 },
-    #[error("the state file is not the one that was named: its digest is {found}")]
+    #[error("the file is not the one that was named: its digest is {found}")]
     Root { found: Digest },
     #[error(transparent)]
     Form(#[from] FormError),
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    #[error("{found} lower memory files came, the list tells of {wanted}")]
+    LowerFiles { wanted: u32, found: usize },
     #[error("memory at {offset:#x} is not what was saved there")]
     Chunk { offset: u64 },
     #[error(transparent)]
@@ -70,6 +78,17 @@ pub(crate) fn bytes(contents: &Contents, table: &Table) -> Result<Vec<u8>, Error
 /// Reads a state file for a machine of `memory_bytes` that has the digest `root`. Nothing of it is looked at before
 /// the digest has been found right.
 pub(crate) fn read(file: &File, root: Digest, memory_bytes: u64) -> Result<(Contents, Table), Error> {
+    parse(&named(file, root, memory_bytes)?)
+}
+
+/// Reads the table of memory alone, as [`read`] does: of a machine with as much memory.
+pub(crate) fn read_table(file: &File, root: Digest, memory_bytes: u64) -> Result<Table, Error> {
+    let bytes = named(file, root, memory_bytes)?;
+    Ok(Table::parse(&mut form::split(&bytes)?)?)
+}
+
+/// The bytes of a state file that has the digest `root`.
+fn named(file: &File, root: Digest, memory_bytes: u64) -> Result<Vec<u8>, Error> {
     let reading = |cause| Error::File { doing: "read the state file", cause };
     let found = file.metadata().map_err(reading)?.len();
     let most = state_bytes_max(memory_bytes);
@@ -82,7 +101,7 @@ pub(crate) fn read(file: &File, root: Digest, memory_bytes: u64) -> Result<(Cont
     if found != root {
         return Err(Error::Root { found });
     }
-    parse(&bytes)
+    Ok(bytes)
 }
 
 /// What the bytes of a state file say.

@@ -8,7 +8,10 @@ use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
 use crate::will::Reason;
 
 /// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
+
+/// From which version on a [`Command::Save`] can have a base.
+pub const PROTOCOL_OF_BASES: u32 = 2;
 
 /// One command with the number its reply will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

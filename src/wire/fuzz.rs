@@ -102,13 +102,15 @@ fn asked(data: &[u8]) {
         }),
         2 => checked::<SaveSpec>(text, descriptors, |spec, descriptors| {
             spec.check(descriptors)?;
-            Ok([spec.state, spec.memory].into_iter().chain(spec.live.map(|live| live.userfaultfd)).collect())
+            let more = [spec.live.map(|live| live.userfaultfd), spec.base.map(|base| base.state)];
+            Ok([spec.state, spec.memory].into_iter().chain(more.into_iter().flatten()).collect())
         }),
         _ => checked::<RestoreSpec>(text, descriptors, |spec, descriptors| {
             spec.check(descriptors)?;
             judge(&spec.machine, descriptors);
             let machine = spec.machine.descriptors().into_iter().map(|(_, fd)| fd);
-            Ok(machine.chain([spec.state, spec.memory]).collect())
+            let lower = spec.lower.iter().flat_map(|lower| lower.files.iter().copied().chain([lower.runs]));
+            Ok(machine.chain([spec.state, spec.memory]).chain(lower).collect())
         }),
     }
 }

@@ -61,6 +61,13 @@ pub const STATE_BYTES_PER_MIB: u64 = 1024;
 /// Most sections of a state file. Four are known.
 pub const SECTIONS_MAX: u64 = 64;
 
+/// Most files below one of a snapshot: with the machine's own files they fit into a packet, and whoever reads has as many to
+/// open at most.
+pub const LOWER_FILES_MAX: u32 = 15;
+
+/// Most runs of one file that lie in lower ones: 24 MiB to read. A file with more keeps the rest itself.
+pub const LOWER_RUNS_MAX: u64 = 1 << 20;
+
 /// Most streams of one move: more than any network card has queues worth using.
 pub const STREAMS_MAX: usize = 16;
 

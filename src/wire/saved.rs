@@ -7,6 +7,7 @@ use crate::limits;
 use crate::machine::{FdIndex, MachineSpec, SpecError};
 
 pub mod form;
+pub mod lower;
 pub mod table;
 
 /// A SHA-256 digest, in JSON 64 hexadecimal digits.
@@ -22,9 +23,23 @@ pub struct SaveSpec {
     /// An empty file, open for writing, for memory: as long as memory, each byte at the offset it has there, and what
     /// is not written a hole.
     pub memory: FdIndex,
+    /// What was saved before: parts of memory that it has, too, are not written again. Without it, all are written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
     /// How to save while the machine runs. Without it, it is paused and stays so until the end of the save.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live: Option<Live>,
+}
+
+/// An earlier save of a machine with as much memory. A part of memory is left out when the table of it has the very part:
+/// offset, length and digest ([`table::Table::holds`]). Who wrote to memory in between does not matter, nor who was reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// Its state file, open for reading.
+    pub state: FdIndex,
+    /// The digest of that.
+    pub root: Digest,
 }
 
 /// How to save a machine that runs on. Its memory is write-protected piece by piece, then comes the moment that is
@@ -84,7 +99,7 @@ pub struct SaveReport {
     pub root: Digest,
     /// Length of the state file in bytes.
     pub state_bytes: u64,
-    /// Bytes of memory that were written; the rest is holes.
+    /// Bytes of memory that were written; the rest is holes, and what the base has.
     pub memory_bytes: u64,
     /// How long the VMM held the machine still for it, in microseconds; 0 when others had paused it.
     pub stall_us: u64,
@@ -107,6 +122,9 @@ pub struct RestoreSpec {
     pub root: Digest,
     /// The memory file, open for reading.
     pub memory: FdIndex,
+    /// What of memory lies in other files; without it, all is in that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lower: Option<LowerFiles>,
     /// How memory comes from the file.
     pub how: MemoryUse,
     /// The guest's clock.
@@ -121,6 +139,18 @@ pub struct RestoreSpec {
     /// What the machine does then.
     #[serde(default)]
     pub then: Then,
+}
+
+/// The memory files of earlier saves that a memory file needs. Each is as long as that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LowerFiles {
+    /// What lies in which, as [`lower::Lower`] writes it; open for reading.
+    pub runs: FdIndex,
+    /// SHA-256 of that.
+    pub digest: Digest,
+    /// The files, open for reading, in the order of their numbers in it.
+    pub files: Vec<FdIndex>,
 }
 
 /// How a machine's memory comes from a file.
@@ -192,6 +222,7 @@ impl SaveSpec {
     /// Every descriptor the specification names, with the field that names it.
     pub fn descriptors(&self) -> Vec<(String, FdIndex)> {
         let mut named = vec![("/state".to_owned(), self.state), ("/memory".to_owned(), self.memory)];
+        named.extend(self.base.map(|base| ("/base/state".to_owned(), base.state)));
         named.extend(self.live.map(|live| ("/live/userfaultfd".to_owned(), live.userfaultfd)));
         named
     }
@@ -206,9 +237,25 @@ impl RestoreSpec {
     /// Checks the machine and every descriptor.
     pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
         self.machine.check(descriptors)?;
+        if let Some(lower) = self.lower.as_ref().filter(|_| self.how == MemoryUse::Adopt) {
+            let detail = format!("memory that is adopted is in one file, not in {} more", lower.files.len());
+            return Err(SpecError { field: "/lower".to_owned(), detail });
+        }
+        crate::machine::check_descriptors(self.descriptors(), descriptors)
+    }
+
+    /// Every descriptor the specification names, with the field that names it.
+    pub fn descriptors(&self) -> Vec<(String, FdIndex)> {
         let mut named = self.machine.descriptors();
         named.extend([("/state".to_owned(), self.state), ("/memory".to_owned(), self.memory)]);
-        crate::machine::check_descriptors(named, descriptors)
+        if let Some(lower) = &self.lower {
+            named.push(("/lower/runs".to_owned(), lower.runs));
+            let files = (0..)
+                .zip(&lower.files)
+                .map(|(index, file): (usize, _)| (format!("/lower/files/{index}"), *file));
+            named.extend(files);
+        }
+        named
     }
 }
 

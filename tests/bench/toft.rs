@@ -2,9 +2,11 @@
 //! output awaited, as the daemon does it. `vmm_driver` is for everything that is not timed.
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use sha2::{Digest as _, Sha256};
 use sys::jail::{Jail, Program, Refused, User};
 use sys::pidfd::{PidFd, Signal};
 use sys::seqpacket::{Listener, Socket};
@@ -15,7 +17,8 @@ use wire::control;
 use wire::launch::{self, JailUser, Rlimits, fd};
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::Console;
-use wire::saved::{Clock, Counters, Identity, MemoryUse, RestoreSpec, Then};
+use wire::saved::lower::Lower;
+use wire::saved::{Clock, Counters, Digest, Identity, LowerFiles, MemoryUse, RestoreSpec, Then};
 
 use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Saved, program, readable};
 
@@ -125,11 +128,27 @@ pub(crate) fn start_vmm_until(mut machine: Machine, text: &str, patience: Durati
     in_jail(files, command, &machine, text, patience)
 }
 
+/// The memory files below one that was saved, and what lies in which.
+pub(crate) struct Below {
+    pub(crate) lower: Lower,
+    pub(crate) files: Vec<File>,
+}
+
 /// As [`start_vmm`], but for a machine that goes on from where it was saved, as one that is another from then on.
-pub(crate) fn restore_vmm(mut machine: Machine, saved: &Saved) -> (Running, f64) {
+pub(crate) fn restore_vmm(mut machine: Machine, saved: &Saved, below: Option<&Below>) -> (Running, f64) {
     let files = Files::new();
     files.console(&mut machine);
+    let lower = below.map(|Below { lower, files }| {
+        let (list, bytes) = (tempfile::tempfile().unwrap(), lower.join());
+        list.write_all_at(&bytes, 0).unwrap();
+        LowerFiles {
+            runs: machine.add(list),
+            digest: Digest(Sha256::digest(&bytes).into()),
+            files: files.iter().map(|file| machine.add(file.try_clone().unwrap())).collect(),
+        }
+    });
     let spec = RestoreSpec {
+        lower,
         state: machine.add(saved.state.try_clone().unwrap()),
         root: saved.report.root,
         memory: machine.add(saved.memory.try_clone().unwrap()),

@@ -436,8 +436,25 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["snapshot", "import", "/nowhere", "--name", "cut"], 2);
     std::fs::remove_file(file).unwrap();
     cli.ok(&["--wait", "snapshot", "delete", "twin"]);
+    let create = ["--wait", "snapshot", "create", "www", "--name", "later", "--memory", "--incremental"];
+    let later = cli.json(&create);
+    assert_eq!(later["parent_id"], cli.json(&["snapshot", "show", "kept"])["id"], "{later}");
+    assert!(later["inherited_bytes"].as_u64() > Some(0), "{later}");
+    cli.three_forms(&["snapshot", "list"], "later", "INHERITED");
+    cli.three_forms(&["snapshot", "show", "later"], "later", "PARENT");
     cli.ok(&["--wait", "snapshot", "delete", "kept"]);
     cli.fails(&["snapshot", "show", "kept"], 3);
+    // It is whole still: for those that go on from it, and for those far away.
+    cli.ok(&["--wait", "snapshot", "clone", "later", "--name", "chained"]);
+    assert_eq!(cli.json(&["server", "show", "chained"])["state"], "running");
+    cli.ok(&["--wait", "server", "delete", "chained"]);
+    cli.ok(&["snapshot", "export", "later", file]);
+    let far = cli.json(&["--wait", "snapshot", "import", file, "--name", "far"]);
+    assert_eq!((&far["parent_id"], far["inherited_bytes"].as_u64()), (&Value::Null, Some(0)), "{far}");
+    std::fs::remove_file(file).unwrap();
+    for name in ["later", "far"] {
+        cli.ok(&["--wait", "snapshot", "delete", name]);
+    }
 }
 
 fn volumes(cli: &Cli<'_>) {

@@ -9,6 +9,7 @@ mod dirty;
 mod handover;
 mod held;
 mod hostile;
+mod incremental;
 mod jail;
 mod launcher;
 mod machine;

@@ -26,19 +26,22 @@ use wire::channel::Channel;
 use wire::console::Ring;
 use wire::control::{
     Command, DiskStats, Fault, FaultCode, MachineState, MachineStats, Message, NicStats, Notice, PROTOCOL,
-    Reply, Request, Sandbox, VcpuStats,
+    PROTOCOL_OF_BASES, Reply, Request, Sandbox, VcpuStats,
 };
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
 use wire::machine::{FdIndex, MachineSpec, RateLimits};
 use wire::migration::{MigrationStatus, Owner, Phase, ReceiveSpec, Side};
 use wire::saved::form::{self, Section};
-use wire::saved::table::Table;
 use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::{Reason, Will};
 
+#[path = "fake_memory.rs"]
+mod fake_memory;
 #[path = "fake_move.rs"]
 mod fake_move;
+
+use fake_memory::{Memory, SaveFiles};
 
 /// What the guests of new machines do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,6 +67,8 @@ pub enum Guest {
     CannotSave,
     /// The VMM keeps what it has saved open.
     KeepsSaved,
+    /// The VMM was started by a version that saves all of memory, whatever was saved before.
+    KnowsNoBase,
     /// Its serial port takes no input.
     Deaf,
     /// Its memory is private to its VMM.
@@ -141,6 +146,7 @@ struct Inside {
     save: Option<SaveStatus>,
     kept: Vec<File>,
     restored: Option<MemoryUse>,
+    memory: Memory,
     sandbox: Sandbox,
     /// Which guest its machine has.
     life: u64,
@@ -467,6 +473,16 @@ impl FakeVmm {
         lock(&self.inside).restored
     }
 
+    /// Writes to its memory: a page of one byte.
+    pub fn write_page(&self, page: u64, value: u8) {
+        lock(&self.inside).memory.insert(page, value);
+    }
+
+    /// The byte of every page that was written.
+    pub fn pages(&self) -> BTreeMap<u64, u8> {
+        lock(&self.inside).memory.clone()
+    }
+
     /// Times its power button was pressed.
     pub fn presses(&self) -> u32 {
         lock(&self.inside).presses
@@ -509,7 +525,7 @@ struct Running {
     /// Whether the machine has yet to run.
     is_unbegun: bool,
     /// Files of a save that waits for its moment.
-    armed: Option<[File; 2]>,
+    armed: Option<SaveFiles>,
 }
 
 struct Connection {
@@ -625,7 +641,7 @@ impl Running {
         let mut handles: Vec<OwnedFd> = Vec::new();
         let result = match request.command {
             Command::Hello { .. } => Ok(Reply::Hello {
-                protocol: PROTOCOL,
+                protocol: if self.guest == Guest::KnowsNoBase { PROTOCOL_OF_BASES - 1 } else { PROTOCOL },
                 version: "fake".to_owned(),
                 state: self.vmm.state(),
                 console_written: self.ring.as_ref().map_or(0, Ring::written),
@@ -828,7 +844,8 @@ impl Running {
         }
     }
 
-    /// What is saved is how often that was done, as the one section of a state file that has a table of no memory. While the machine runs, it waits for the next pause.
+    /// What is saved is how often that was done, as the one section of a state file, and the pages that a test gave it. While
+    /// the machine runs, it waits for the next pause.
     fn save(&mut self, spec: &SaveSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
         let fault = |code, detail: &str| Fault { code, detail: detail.to_owned() };
         if spec.live.is_none() && self.vmm.state() != MachineState::Paused {
@@ -839,30 +856,39 @@ impl Running {
         let (Some(state), Some(memory)) = (take(spec.state), take(spec.memory)) else {
             return Err(fault(FaultCode::Invalid, "a file is missing"));
         };
+        let base = spec.base.map(|base| (take(base.state), base.root));
+        if base.is_some() && self.guest == Guest::KnowsNoBase {
+            return Err(fault(FaultCode::Invalid, "unknown field `base`"));
+        }
+        let base = base.map(|(state, root)| fake_memory::table(&state.expect("the state of the base"), root));
+        let base = base.transpose().map_err(|detail| fault(FaultCode::Invalid, &detail))?;
+        let files = SaveFiles { state, memory, base };
         match spec.live {
             Some(_) => {
                 lock(&self.vmm.inside).save = Some(SaveStatus::Armed);
-                self.armed = Some([state, memory]);
+                self.armed = Some(files);
             }
-            None => self.write_save([state, memory]),
+            None => self.write_save(files),
         }
         Ok(Reply::Done)
     }
 
-    fn write_save(&self, files: [File; 2]) {
+    fn write_save(&self, mut files: SaveFiles) {
         if self.guest == Guest::KeepsSaved {
-            let twins = files.iter().map(|file| file.try_clone().expect("a descriptor"));
+            let twins = [&files.state, &files.memory].map(|file| file.try_clone().expect("a descriptor"));
             lock(&self.vmm.inside).kept.extend(twins);
         }
         let saves = self.kernel.saves.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let memory_bytes = self.vmm.spec().map_or(0, |spec| spec.memory_bytes);
+        let memory = lock(&self.vmm.inside).memory.clone();
+        let (table, memory_bytes) =
+            fake_memory::write(&memory, memory_bytes, &files).expect("room for memory");
         let saved = Section { name: "saves", version: 1, bytes: saves.to_le_bytes().to_vec() };
-        let state = form::join(&[saved, Table { memory_bytes, parts: Vec::new() }.section()]);
+        let state = form::join(&[saved, table.section()]);
         let root = Digest(Sha256::digest(&state).into());
-        let [mut state_file, memory_file] = files;
-        let written = state_file.write_all(&state).and_then(|()| memory_file.set_len(memory_bytes));
+        let written = files.state.write_all(&state);
         let state_bytes = state.len() as u64;
-        let report = SaveReport { root, state_bytes, memory_bytes: 0, stall_us: 0, waits: 0, total_us: 1 };
+        let report = SaveReport { root, state_bytes, memory_bytes, stall_us: 0, waits: 0, total_us: 1 };
         let status = match written {
             Ok(()) if self.guest != Guest::CannotSave => SaveStatus::Saved(report),
             _ => SaveStatus::Failed { detail: "no space left on device".to_owned() },
@@ -873,18 +899,10 @@ impl Running {
     fn restore(&mut self, spec: RestoreSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<Reply, Fault> {
         let invalid = |detail: String| Fault { code: FaultCode::Invalid, detail };
         spec.check(descriptors.len()).map_err(|cause| invalid(cause.to_string()))?;
-        let file = descriptors[usize::from(spec.state.0)].try_clone().map(File::from);
-        let mut state = Vec::new();
-        file.and_then(|mut file| file.read_to_end(&mut state)).map_err(|cause| invalid(cause.to_string()))?;
-        let memory = descriptors[usize::from(spec.memory.0)].try_clone().map(File::from);
-        let memory_bytes = memory.and_then(|file| file.metadata()).map_or(0, |found| found.len());
-        let is_it =
-            Digest(Sha256::digest(&state).into()) == spec.root && memory_bytes == spec.machine.memory_bytes;
-        if !is_it {
-            return Err(invalid("the file is not the one that was saved".to_owned()));
-        }
+        let restored = fake_memory::restored(&spec, &descriptors).map_err(invalid)?;
         self.build(spec.machine, descriptors)?;
         self.begin().0?;
+        lock(&self.vmm.inside).memory = restored;
         lock(&self.vmm.inside).restored = Some(spec.how);
         self.turn_to(match spec.then {
             Then::Run => MachineState::Running,

@@ -21,7 +21,7 @@ use wire::launch::fd;
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
 use wire::migration::{DiskStream, MigrationStatus, ReceiveSpec, SendLimits, SendSpec};
-use wire::saved::{Live, MemoryUse, Moment, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
+use wire::saved::{Base, Live, MemoryUse, Moment, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::Will;
 
 /// How long anything may take. A machine that runs probe guests answers in milliseconds.
@@ -204,6 +204,17 @@ impl Vmm {
         Saved { state, memory, report }
     }
 
+    /// Saves the machine, which is paused, without the parts of memory that `base` has.
+    pub(crate) fn save_on(&mut self, base: &Saved) -> Result<Saved, String> {
+        let (state, memory) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let named = Some(Base { state: FdIndex(2), root: base.report.root });
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), base: named, live: None };
+        let id = self.send(Command::Save(spec), &[state.as_fd(), memory.as_fd(), base.state.as_fd()]);
+        self.reply(id).map_err(|fault| fault.detail)?;
+        let report = self.end_of_save()?;
+        Ok(Saved { state, memory, report })
+    }
+
     /// Saves the machine into these files; answers what came of it.
     pub(crate) fn save_into(&mut self, state: &File, memory: &File) -> Result<SaveReport, String> {
         self.begin_save(state, memory).map_err(|fault| fault.detail)?;
@@ -223,14 +234,14 @@ impl Vmm {
         let device = File::options().read(true).write(true).open("/dev/userfaultfd");
         let device = device.expect("a live save needs /dev/userfaultfd");
         let live = Some(Live { userfaultfd: FdIndex(2), moment });
-        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), live };
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), base: None, live };
         let id = self.send(Command::Save(spec), &[state.as_fd(), memory.as_fd(), device.as_fd()]);
         self.reply(id).map(drop)
     }
 
     /// Begins to save.
     pub(crate) fn begin_save(&mut self, state: &File, memory: &File) -> Result<(), Fault> {
-        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), live: None };
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), base: None, live: None };
         let id = self.send(Command::Save(spec), &[state.as_fd(), memory.as_fd()]);
         self.reply(id).map(drop)
     }
@@ -262,6 +273,7 @@ impl Vmm {
             state,
             root: saved.report.root,
             memory,
+            lower: None,
             how: MemoryUse::Private,
             clock: Default::default(),
             counters: Default::default(),

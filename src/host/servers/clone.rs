@@ -95,7 +95,7 @@ fn all(
         );
         return Err(Error::new(Code::WrongState, detail));
     };
-    let disk_bytes = workshop.volumes.snapshot_bytes(shown.id, 0);
+    let disk_bytes = workshop.volumes.snapshot_bytes(tx, shown.id, 0)?;
     check_room(workshop, spec, disk_bytes)?;
     each(tx, workshop, found, spec, actor, |life| life.saved = Some(saved))
 }

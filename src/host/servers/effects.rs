@@ -321,7 +321,8 @@ impl Doing {
                 vcpus: record.vcpus,
                 file_bytes_max: largest.max(record.memory_bytes).max(limits::FILE_BYTES_MIN),
             };
-            Ok(Needs { cell, copied_bytes: disks.iter().map(|disk| volumes.source_bytes(disk)).sum() })
+            let copied = disks.iter().map(|disk| volumes.source_bytes(connection, disk));
+            Ok(Needs { cell, copied_bytes: copied.sum::<Result<u64>>()? })
         };
         self.workshop.core.store.glance(read).await
     }

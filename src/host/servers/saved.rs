@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use model::Code;
+use model::{Code, SnapshotId};
 use sys::beneath::Access;
 use wire::control::{Command, Reply};
 use wire::saved::{
-    Clock, Counters, Identity, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then,
+    Clock, Counters, Digest, Identity, LowerFiles, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus,
+    Then,
 };
 
 use super::effects::Doing;
@@ -19,7 +20,8 @@ use super::limits;
 use super::machine::{self, Description};
 use crate::core::blocking;
 use crate::error::{Error, Result};
-use crate::snapshots;
+use crate::snapshots::{self, SnapshotRecord, chain};
+use crate::store::records;
 use crate::vmms::Link;
 
 pub(crate) const STATE: &str = "saved.state";
@@ -49,8 +51,8 @@ impl Doing {
             let directory = directory.clone();
             blocking(move || Ok((fresh(&directory, STATE)?, fresh(&directory, MEMORY)?))).await?
         };
-        let indices =
-            SaveSpec { state: wire::machine::FdIndex(0), memory: wire::machine::FdIndex(1), live: None };
+        let (first, second) = (wire::machine::FdIndex(0), wire::machine::FdIndex(1));
+        let indices = SaveSpec { state: first, memory: second, base: None, live: None };
         link.ask(Command::Save(indices), &[state.as_fd(), memory.as_fd()], limits::PAUSE).await?;
         let report = self.follow(&link).await?;
         self.workshop.core.checkpoint("server.saved")?;
@@ -102,12 +104,18 @@ impl Doing {
         };
         let [state, memory] = names.map(|name| directory.join(name));
         let (state, memory) = blocking(move || Ok((kept(&state)?, kept(&memory)?))).await?;
+        let below = self.below(saved.of.snapshot()).await?;
         let timeout = limits::BOOT + limits::restoring(spec.memory_bytes);
         let restore = RestoreSpec {
             machine: spec,
             state: descriptors.add(state),
             root: saved.root,
             memory: descriptors.add(memory),
+            lower: below.map(|Below { runs, digest, files }| LowerFiles {
+                runs: descriptors.add(runs),
+                digest,
+                files: files.into_iter().map(|file| descriptors.add(file)).collect(),
+            }),
             how: match saved.of {
                 // Into memory of its own, every part compared with what was saved: it may have come from another host,
                 // which may have been taken over.
@@ -138,6 +146,29 @@ impl Doing {
                 Err(Error::new(Code::MachineFailed, format!("the VMM answered a restore with {other:?}")))
             }
         }
+    }
+}
+
+/// What of a snapshot's memory lies with earlier ones.
+struct Below {
+    runs: File,
+    digest: Digest,
+    files: Vec<File>,
+}
+
+impl Doing {
+    async fn below(&self, snapshot: Option<SnapshotId>) -> Result<Option<Below>> {
+        let Some(id) = snapshot else { return Ok(None) };
+        let find = move |connection: &rusqlite::Connection| records::one::<SnapshotRecord>(connection, id.0);
+        let (record, dirs) = (self.workshop.core.store.glance(find).await?, self.workshop.core.dirs.clone());
+        let Some(listed) = record.chain.of(snapshots::MEMORY).cloned() else { return Ok(None) };
+        let open = move || {
+            let runs = chain::open_in(&dirs, id, &chain::list_name(snapshots::MEMORY))?;
+            let files = listed.below.iter().map(|below| chain::open_in(&dirs, *below, snapshots::MEMORY));
+            Ok(Below { runs, digest: listed.digest, files: files.collect::<std::io::Result<_>>()? })
+        };
+        let failed = move |cause| Error::file(format!("the memory of snapshot {id} cannot be opened"), cause);
+        blocking(move || open().map_err(failed)).await.map(Some)
     }
 }
 

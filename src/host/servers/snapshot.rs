@@ -12,12 +12,12 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use model::operation::{Accepted, Operation};
-use model::snapshot::{CreateSnapshot, Snapshot, SnapshotState, SnapshotVolume};
+use model::snapshot::{CreateSnapshot, FullReason, Snapshot, SnapshotState, SnapshotVolume};
 use model::volume::FillMethod;
 use model::{Code, Name, SnapshotId, Time};
-use wire::control::{Command, FaultCode, Reply};
+use wire::control::{Command, FaultCode, PROTOCOL_OF_BASES, Reply};
 use wire::machine::FdIndex;
-use wire::saved::{Live, Moment, SaveReport, SaveSpec, SaveStatus};
+use wire::saved::{Base, Live, Moment, SaveReport, SaveSpec, SaveStatus};
 
 use super::effects::Doing;
 use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
@@ -26,14 +26,15 @@ use super::registry::Workshop;
 use super::telling::Moved;
 use super::{advance, limits, machine, view};
 use crate::call::Actor;
+use crate::config::Dirs;
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::snapshots::{
-    self, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, disk_name, flush,
+    Chain, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, chain, disk_name, flush,
     make_directory,
 };
-use crate::store::Tx;
+use crate::store::{Tx, records};
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
 use crate::volumes::{Content, Volumes, space};
@@ -49,8 +50,8 @@ pub(super) fn accept(
     spec: CreateSnapshot,
     actor: &Actor,
 ) -> Result<Accepted<Snapshot>> {
-    snapshots::check_description(&spec.description)?;
-    snapshots::check_expiry(spec.expires_at)?;
+    crate::snapshots::check_description(&spec.description)?;
+    crate::snapshots::check_expiry(spec.expires_at)?;
     let record = describe(tx, SnapshotId::new(), &server, spec)?;
     let operation = begin(tx, workshop, server, &record, actor)?;
     Ok(Accepted { operation, resource: Some(record.shown) })
@@ -97,6 +98,7 @@ pub(super) fn describe(
     // Of a machine that runs, what it has; the record may already say what the next one gets.
     let has_machine = server.life.phase.vmm().is_some();
     let held = Some(server.held).filter(|_| has_machine);
+    let base = spec.incremental.then(|| chain::base(tx, server.id, spec.memory)).transpose()?;
     let now = Time::now();
     let shown = Snapshot {
         id,
@@ -114,6 +116,9 @@ pub(super) fn describe(
         image_id: server.image_id,
         volumes: volumes.collect::<Result<_>>()?,
         stored_bytes: 0,
+        parent_id: base.and_then(std::result::Result::ok),
+        inherited_bytes: 0,
+        full_because: base.and_then(std::result::Result::err),
         taken_at: None,
         paused_ms: None,
         expires_at: spec.expires_at,
@@ -136,7 +141,7 @@ pub(super) fn describe(
         descent: server.descent,
         for_clones: false,
     };
-    Ok(SnapshotRecord { shown, root: None, origin })
+    Ok(SnapshotRecord { shown, root: None, origin, chain: Chain::default() })
 }
 
 /// Unique, and says whose it is.
@@ -153,6 +158,14 @@ struct Stillness {
     at_ms: i64,
     paused_ms: u64,
     disks: Vec<FillMethod>,
+}
+
+/// Where a snapshot of memory goes.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    directory: &'a Path,
+    /// One with as much memory, whose parts need not be written again.
+    base: Option<&'a SnapshotRecord>,
 }
 
 impl Doing {
@@ -192,18 +205,62 @@ impl Doing {
         let made = directory.clone();
         blocking(move || make_directory(&made)).await?;
         self.workshop.core.checkpoint("server.snapshot_begun")?;
+        let (memory_bytes, base, full_because) = self.base(id).await?;
+        let of_memory = base.as_ref().filter(|(_, of_memory)| *of_memory).map(|(base, _)| base);
+        let place = Place { directory: &directory, base: of_memory };
         let (still, report) = match (vmm, memory, back) {
             (None, ..) => (self.copy_at_rest(&directory).await?, None),
             (Some(_), false, back) => (self.copy_disks_only(&directory, back).await?, None),
-            (Some(_), true, Back::Running) => self.copy_running(&directory).await?,
-            (Some(_), true, _) => self.copy_parked(&directory).await?,
+            (Some(_), true, Back::Running) => self.copy_running(place).await?,
+            (Some(_), true, _) => self.copy_parked(place).await?,
         };
         self.workshop.core.checkpoint("server.snapshot_copied")?;
+        let chain = match base {
+            None => Chain::default(),
+            Some((base, of_memory)) => {
+                let memory =
+                    report.as_ref().filter(|_| of_memory).map(|report| (report.root, report.memory_bytes));
+                let (dirs, stop, disks) =
+                    (self.workshop.core.dirs.clone(), self.stop.clone(), still.disks.clone());
+                let thinned = blocking(move || {
+                    let fresh = chain::Fresh { id, memory_bytes, memory, disks: &disks };
+                    chain::thin(&dirs, &fresh, &base, &|| stop.load(Ordering::SeqCst))
+                });
+                let chain = thinned.await?;
+                self.workshop.core.checkpoint("server.snapshot_thinned")?;
+                chain
+            }
+        };
         let stored_bytes = blocking(move || flush(&directory)).await?;
         self.workshop.core.checkpoint("server.snapshot_flushed")?;
         let Stillness { at_ms, paused_ms, disks } = still;
         let root = report.map(|report| report.root);
-        Ok(Taken { at_ms, paused_ms, disks, root, stored_bytes })
+        Ok(Taken { at_ms, paused_ms, disks, root, stored_bytes, chain, full_because })
+    }
+
+    /// The machine's memory, and the snapshot that this one is taken on, which is there as long as this one is being taken, with
+    /// whether memory can be compared with it. One that cannot be read is none.
+    async fn base(
+        &self,
+        id: SnapshotId,
+    ) -> Result<(u64, Option<(SnapshotRecord, bool)>, Option<FullReason>)> {
+        let find = move |connection: &rusqlite::Connection| {
+            let shown = records::one::<SnapshotRecord>(connection, id.0)?.shown;
+            let base =
+                shown.parent_id.map(|base| records::one::<SnapshotRecord>(connection, base.0)).transpose()?;
+            Ok((shown.memory_bytes, base, shown.full_because))
+        };
+        let (memory_bytes, base, full_because) = self.workshop.core.store.read(find).await?;
+        let Some(base) = base else { return Ok((memory_bytes, None, full_because)) };
+        let dirs = self.workshop.core.dirs.clone();
+        blocking(move || match chain::check(&dirs, &base, memory_bytes) {
+            Ok(of_memory) => Ok((memory_bytes, Some((base, of_memory)), full_because)),
+            Err(cause) => {
+                tracing::warn!(snapshot = %base.shown.id, "none is taken on it, as it cannot be read: {cause}");
+                Ok((memory_bytes, None, Some(FullReason::ParentUnreadable)))
+            }
+        })
+        .await
     }
 
     /// Nobody writes to the disks: each is locked while it is copied, so that no machine gets it.
@@ -226,30 +283,32 @@ impl Doing {
     }
 
     /// Of a machine that is parked: memory and disks are copied side by side.
-    async fn copy_parked(&self, directory: &Path) -> Result<(Stillness, Option<SaveReport>)> {
+    async fn copy_parked(&self, place: Place<'_>) -> Result<(Stillness, Option<SaveReport>)> {
+        let directory = place.directory;
         let link = self.fresh_link().await?;
         let files = self.disks_ahead(directory).await?;
         let moment = self.park(&link).await?;
-        self.begin_save(&link, directory, None).await?;
+        self.begin_save(&link, place, None).await?;
         let (disks, report) = tokio::try_join!(self.copy_disks(directory, files), self.end_of_save(&link))?;
         let still = self.let_go(&link, &Back::Paused, moment, disks).await?;
         Ok((still, Some(report)))
     }
 
     /// Of a machine that runs: it stands still for its disks only, where the kernel can tell of writes to memory.
-    async fn copy_running(&self, directory: &Path) -> Result<(Stillness, Option<SaveReport>)> {
+    async fn copy_running(&self, place: Place<'_>) -> Result<(Stillness, Option<SaveReport>)> {
+        let directory = place.directory;
         let link = self.fresh_link().await?;
         // A daemon that has died may have left it parked.
         link.order(Command::Resume, limits::PAUSE).await?;
         let files = self.disks_ahead(directory).await?;
-        let is_live = self.begin_live_save(&link, directory).await?;
+        let is_live = self.begin_live_save(&link, place).await?;
         let moment = self.park(&link).await?;
         if is_live {
             let disks = self.copy_disks(directory, files).await?;
             let still = self.let_go(&link, &Back::Running, moment, disks).await?;
             return Ok((still, Some(self.end_of_save(&link).await?)));
         }
-        self.begin_save(&link, directory, None).await?;
+        self.begin_save(&link, place, None).await?;
         let (disks, report) = tokio::try_join!(self.copy_disks(directory, files), self.end_of_save(&link))?;
         let still = self.let_go(&link, &Back::Running, moment, disks).await?;
         Ok((still, Some(report)))
@@ -327,9 +386,9 @@ impl Doing {
 
     /// Begins to save memory while the machine runs, and waits until the moment can come. False where this host or this
     /// memory cannot: then the machine has to stand still for it.
-    async fn begin_live_save(&self, link: &Link, directory: &Path) -> Result<bool> {
+    async fn begin_live_save(&self, link: &Link, place: Place<'_>) -> Result<bool> {
         let Ok(device) = File::options().read(true).write(true).open(USERFAULTFD) else { return Ok(false) };
-        match self.begin_save(link, directory, Some(device)).await {
+        match self.begin_save(link, place, Some(device)).await {
             Err(cause) if cause.code == Code::MachineFailed => {
                 tracing::info!(server = %self.record.id, "stands still for its memory: {}", cause.chain());
                 return Ok(false);
@@ -353,17 +412,28 @@ impl Doing {
         }
     }
 
-    async fn begin_save(&self, link: &Link, directory: &Path, device: Option<File>) -> Result<()> {
-        let paths = [directory.join(STATE), directory.join(MEMORY)];
-        let [state, memory] = blocking(move || {
+    async fn begin_save(&self, link: &Link, place: Place<'_>, device: Option<File>) -> Result<()> {
+        let paths = [place.directory.join(STATE), place.directory.join(MEMORY)];
+        let dirs = self.workshop.core.dirs.clone();
+        // A VMM of an earlier version writes all, and what the base has is given up later.
+        let base = place.base.filter(|_| link.protocol() >= PROTOCOL_OF_BASES);
+        let base = base.and_then(|base| Some((base.shown.id, base.root?)));
+        let ([state, memory], base) = blocking(move || {
             let [state, memory] = paths;
-            Ok([machine::fresh_file(&state)?, machine::fresh_file(&memory)?])
+            let base = base.map(|(id, root)| Ok::<_, Error>((open_state(&dirs, id)?, root))).transpose()?;
+            Ok(([machine::fresh_file(&state)?, machine::fresh_file(&memory)?], base))
         })
         .await?;
-        let live = device.as_ref().map(|_| Live { userfaultfd: FdIndex(2), moment: Moment::Pause });
-        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), live };
         let mut descriptors = vec![state.as_fd(), memory.as_fd()];
-        descriptors.extend(device.as_ref().map(AsFd::as_fd));
+        let live = device.as_ref().map(|device| {
+            descriptors.push(device.as_fd());
+            Live { userfaultfd: FdIndex(2), moment: Moment::Pause }
+        });
+        let base = base.as_ref().map(|(file, root)| {
+            descriptors.push(file.as_fd());
+            Base { state: FdIndex(descriptors.len() as u16 - 1), root: *root }
+        });
+        let spec = SaveSpec { state: FdIndex(0), memory: FdIndex(1), base, live };
         match link.ask(Command::Save(spec), &descriptors, limits::PAUSE).await {
             Ok(_) => Ok(()),
             Err(AskError::Refused(fault)) if fault.code == FaultCode::Host => {
@@ -413,6 +483,11 @@ impl Doing {
             false => Ok(()),
         }
     }
+}
+
+fn open_state(dirs: &Dirs, id: SnapshotId) -> Result<File> {
+    chain::open_in(dirs, id, STATE)
+        .map_err(|cause| Error::file(format!("the state in snapshot {id} cannot be opened"), cause))
 }
 
 fn unexpected(status: &SaveStatus) -> Error {

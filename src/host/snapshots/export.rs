@@ -1,4 +1,4 @@
-//! A snapshot as a stream that a caller reads. The files of a snapshot never change, and one that is deleted meanwhile is
+//! A snapshot as a stream that a caller reads: all of it, wherever it lies. The files of a snapshot never change, and one that is deleted meanwhile is
 //! read to its end all the same: its files are open. A stream that fails breaks off, so that nobody takes it for whole.
 use std::io::{self, Write};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::bundle::{Head, HeadDisk, HeadImage, HeadMemory, HeadNic, Plan};
 use super::limits::{EXPORT_PIECE_BYTES, EXPORT_PIECES_MAX, EXPORT_SILENCE_MAX};
-use super::{STATE, SnapshotRecord, Snapshots};
+use super::{STATE, SnapshotRecord, Snapshots, chain};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::store::records;
@@ -36,30 +36,39 @@ impl Export {
 impl Snapshots {
     /// Begins to write it as a stream. Fails with `wrong_state` when it is not there yet, or not any more.
     pub async fn export(&self, id: SnapshotId) -> Result<Export> {
-        let directory = self.directory(id);
-        let record: SnapshotRecord = self.core.store.read(move |all| records::one(all, id.0)).await?;
-        if record.shown.state != SnapshotState::Ready {
-            let detail = format!("snapshot {} is not complete, or being deleted", record.shown.name);
-            return Err(Error::new(Code::WrongState, detail));
-        }
-        let name = record.shown.name.clone();
-        let state = directory.join(STATE);
+        let record = self.readable(id).await?;
+        let (name, chain) = (record.shown.name.clone(), record.chain.clone());
+        let state = self.directory(id).join(STATE);
         let state_bytes = match record.root {
             None => 0,
             Some(_) => std::fs::metadata(state).map_err(|cause| unreadable(&name, cause))?.len(),
         };
         let head = self.core.store.read(move |connection| head(connection, record, state_bytes)).await?;
-        let shown = name.clone();
+        let (shown, dirs) = (name.clone(), self.core.dirs.clone());
         let plan = blocking(move || {
-            let plan = Plan::of(&directory, head).map_err(|cause| unreadable(&shown, cause))?;
+            let open = |name: &str| chain::open(&dirs, id, &chain, name);
+            let plan = Plan::of(open, head).map_err(|cause| unreadable(&shown, cause))?;
             let bytes = plan.bytes().map_err(|cause| unreadable(&shown, cause))?;
             Ok((plan, bytes))
         });
         let (plan, bytes) = plan.await?;
+        // What is open is let be, but before it was, something may have been taken from it.
+        self.readable(id).await?;
         let (sender, pieces) = mpsc::channel(EXPORT_PIECES_MAX);
         let sink = Sink { sender, runtime: Handle::current(), piece: Vec::new() };
         tokio::task::spawn_blocking(move || sink.write_all_of(&plan, id));
         Ok(Export { name, bytes, pieces })
+    }
+}
+
+impl Snapshots {
+    async fn readable(&self, id: SnapshotId) -> Result<SnapshotRecord> {
+        let record: SnapshotRecord = self.core.store.read(move |all| records::one(all, id.0)).await?;
+        if record.shown.state != SnapshotState::Ready {
+            let detail = format!("snapshot {} is not complete, or being deleted", record.shown.name);
+            return Err(Error::new(Code::WrongState, detail));
+        }
+        Ok(record)
     }
 }
 
@@ -71,7 +80,7 @@ fn unreadable(name: &Name, cause: io::Error) -> Error {
 }
 
 fn head(connection: &Connection, record: SnapshotRecord, state_bytes: u64) -> Result<Head> {
-    let SnapshotRecord { shown, root, origin } = record;
+    let SnapshotRecord { shown, root, origin, .. } = record;
     let image: model::image::Image = records::one(connection, shown.image_id.0)?;
     let nics = origin.nics.into_iter().map(|nic| {
         let network = records::find::<Network>(connection, nic.network_id.0)?.map(|network| network.name);

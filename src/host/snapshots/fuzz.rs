@@ -13,6 +13,7 @@ use wire::saved::table::{Part, Table};
 use super::bundle::{Head, Plan, Refusal, read_files, read_head};
 use crate::volumes::files;
 use crate::volumes::fill::Watch;
+use crate::volumes::layers::Layers;
 
 const PAGE: usize = 4096;
 
@@ -67,7 +68,8 @@ fn judge(head: Head, directory: &Path) {
             assert_eq!(Sha256::digest(&bytes).as_slice(), part.digest.0, "memory that was not saved");
         }
     }
-    let plan = Plan::of(directory, head).expect("what came in can be exported");
+    let plan = Plan::of(|name| File::open(directory.join(name)).map(Layers::one), head)
+        .expect("what came in can be exported");
     let mut again = Vec::new();
     plan.write(&mut again).expect("it is written");
     let twin = directory.join("twin");

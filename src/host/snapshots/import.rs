@@ -17,6 +17,7 @@ use tokio::io::AsyncRead;
 use tokio::sync::Notify;
 
 use super::bundle::{Head, HeadNic, Refusal, read_files, read_head};
+use super::chain::Chain;
 use super::limits::PROGRESS_EVERY;
 use super::record::{self, IMPORT};
 use super::{Origin, OriginDisk, SnapshotRecord, Snapshots, Taken, flush, make_directory};
@@ -124,6 +125,9 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
             .map(|(index, disk)| SnapshotVolume { index, size_bytes: disk.size_bytes, filled_by: None })
             .collect(),
         stored_bytes: 0,
+        parent_id: None,
+        inherited_bytes: 0,
+        full_because: None,
         taken_at: None,
         paused_ms: None,
         expires_at: None,
@@ -142,7 +146,11 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         descent: head.descent,
         for_clones: false,
     };
-    record::insert(tx, &SnapshotRecord { shown: shown.clone(), root: None, origin }, actor)?;
+    record::insert(
+        tx,
+        &SnapshotRecord { shown: shown.clone(), root: None, origin, chain: Chain::default() },
+        actor,
+    )?;
     let resources = vec![Resource::Snapshot(id)];
     let new = NewOperation { kind: IMPORT, resources, actor, cancellable: true };
     Ok(Accepted { operation: operations::accept(tx, new)?, resource: Some(shown) })
@@ -230,6 +238,8 @@ impl Import {
             disks: vec![FillMethod::SparseCopy; head.disks.len()],
             root: head.memory.as_ref().map(|memory| memory.root),
             stored_bytes: 0,
+            chain: Chain::default(),
+            full_because: None,
         };
         let (watch, place) = (self.handle.watch.clone(), directory.clone());
         let receive = async move |mut pieces: upload::Pieces| {

@@ -13,6 +13,12 @@ pub const LET_GO: Duration = Duration::from_secs(5);
 /// Pause between two looks at whether it has.
 pub const LET_GO_AGAIN: Duration = Duration::from_millis(2);
 
+/// How often a file is tried to be opened that is in somebody's hands for a moment, and the pause between: far longer than a
+/// thread that holds it is kept from its processor.
+pub const OPEN_TRIES: u32 = 100;
+/// See [`OPEN_TRIES`].
+pub const OPEN_AGAIN: Duration = Duration::from_millis(5);
+
 /// Longest head of an exported snapshot in bytes: 64 keys of 8 KiB and 64 KiB of user data, some of it escaped.
 pub const HEAD_BYTES_MAX: usize = 1 << 20;
 

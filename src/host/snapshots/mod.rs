@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::operation::Accepted;
@@ -25,14 +25,20 @@ use crate::store::records;
 use crate::volumes::files;
 
 mod bundle;
+pub(crate) mod chain;
 mod export;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod import;
 pub mod limits;
 pub(crate) mod record;
+mod sweep;
 
+pub use chain::Chain;
 pub use export::Export;
+
+pub(crate) use chain::open as open_file;
+use sweep::Trimmed;
 
 pub(crate) use record::{Origin, OriginDisk, SnapshotRecord, TABLES, Taken};
 
@@ -45,6 +51,8 @@ pub struct Snapshots {
     ends: watch::Sender<()>,
     /// Memory that servers may have in all.
     memory_bytes: u64,
+    /// Held by who takes away what nobody needs.
+    sweeping: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The task that deletes what has expired.
@@ -52,7 +60,15 @@ pub struct Snapshots {
 struct Expiry {
     /// Some time has changed.
     changed: Notify,
+    /// Deleted snapshots of which something is left that nobody needs: somebody uses it, or it could not be taken away.
+    unswept: Mutex<BTreeSet<SnapshotId>>,
     task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Expiry {
+    fn unswept(&self) -> MutexGuard<'_, BTreeSet<SnapshotId>> {
+        self.unswept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Snapshots {
@@ -63,6 +79,7 @@ impl Snapshots {
             imports: Arc::default(),
             ends: watch::Sender::new(()),
             memory_bytes,
+            sweeping: Arc::default(),
         }
     }
 
@@ -73,10 +90,8 @@ impl Snapshots {
         for id in self.core.store.read(left_behind).await? {
             self.purge(id).await?;
         }
-        let all: Vec<SnapshotRecord> = self.core.store.read(records::all).await?;
-        let known = all.iter().map(|record| record.shown.id).collect();
-        let directory = self.core.dirs.root().join("snapshots");
-        blocking(move || remove_strangers(&directory, &known)).await?;
+        // With what nobody knows any more.
+        self.sweep().await?;
         let snapshots = self.clone();
         let task = tokio::spawn(async move { snapshots.expire().await });
         *self.expiry.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
@@ -156,7 +171,8 @@ impl Snapshots {
     async fn expire(&self) {
         let mut pause = crate::limits::RETRY;
         loop {
-            match self.expire_now().await {
+            let expired = self.expire_now().await;
+            match self.sweep_again().await.and(expired) {
                 Ok(next_ms) => {
                     pause = crate::limits::RETRY;
                     let left_ms = next_ms.map(|next_ms| next_ms.saturating_sub(Time::now().unix_ms()));
@@ -272,8 +288,16 @@ impl Snapshots {
     }
 
     async fn purge(&self, id: SnapshotId) -> Result<()> {
-        self.remove(id).await?;
+        let _turn = self.sweeping.lock().await;
+        // What others need of it stays.
+        if self.trim(id).await? == Trimmed::InUse {
+            self.expiry.unswept().insert(id);
+        }
         self.core.checkpoint("snapshot.removed")?;
+        // It may have been the last to need something of others.
+        let find = move |connection: &Connection| records::find::<SnapshotRecord>(connection, id.0);
+        let below = self.core.store.read(find).await?.map(|record| record.chain.below()).unwrap_or_default();
+        self.trim_without_record(below).await?;
         self.core.store.write(move |tx| record::forget(tx, id)).await
     }
 
@@ -386,19 +410,6 @@ pub(crate) fn check_description(text: &str) -> Result<()> {
     if text.chars().count() > most {
         let detail = format!("must have at most {most} characters");
         return Err(Error::invalid("/description", "too_long", detail));
-    }
-    Ok(())
-}
-
-/// Only names that Toft gives are removed; what else lies there is somebody's and is left.
-fn remove_strangers(directory: &Path, known: &BTreeSet<SnapshotId>) -> Result<()> {
-    let failed = |cause| Error::file(format!("cannot tidy {}", directory.display()), cause);
-    for entry in std::fs::read_dir(directory).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        if id.is_some_and(|id| !known.contains(&id)) {
-            files::remove_tree(&entry.path()).map_err(failed)?;
-        }
     }
     Ok(())
 }

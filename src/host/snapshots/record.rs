@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use model::event::EventData;
 use model::operation::{Accepted, Operation, Resource};
 use model::server::{CacheMode, DiskLimits, Isolation, RestartPolicy, ServerNic};
-use model::snapshot::{Snapshot, SnapshotState};
+use model::snapshot::{FullReason, Snapshot, SnapshotState};
 use model::volume::FillMethod;
 use model::{Code, Labels, Name, OperationId, SnapshotId, Time};
 use rusqlite::{Connection, OptionalExtension, params};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use wire::saved::Digest;
 
+use super::chain::{self, Chain};
 use crate::call::Actor;
 use crate::error::{Error, Result};
 use crate::events;
@@ -38,6 +39,9 @@ pub(crate) struct SnapshotRecord {
     pub root: Option<Digest>,
     /// What the server had besides.
     pub origin: Origin,
+    /// What of it lies with earlier ones.
+    #[serde(default)]
+    pub chain: Chain,
 }
 
 /// What a server has that its snapshot does not show, for servers that are made from it.
@@ -87,6 +91,10 @@ pub struct Taken {
     pub root: Option<Digest>,
     /// Bytes all of it takes on the disk.
     pub stored_bytes: u64,
+    /// What of it lies with earlier ones.
+    pub chain: Chain,
+    /// Why one that was to be incremental is full.
+    pub full_because: Option<FullReason>,
 }
 
 impl Record for SnapshotRecord {
@@ -148,7 +156,13 @@ pub(super) fn complete(tx: &Tx<'_>, id: SnapshotId, taken: &Taken) -> Result<()>
     for (volume, method) in shown.volumes.iter_mut().zip(&taken.disks) {
         volume.filled_by = Some(*method);
     }
+    shown.inherited_bytes = taken.chain.bytes();
+    shown.full_because = taken.full_because;
+    if taken.full_because.is_some() {
+        shown.parent_id = None;
+    }
     record.root = taken.root;
+    record.chain = taken.chain.clone();
     save(tx, &mut record)?;
     announce(tx, &record.shown, "snapshot.ready", None, None)
 }
@@ -193,6 +207,15 @@ pub(super) fn doom(
     if !users.is_empty() {
         let names: Vec<&str> = users.iter().map(Name::as_str).collect();
         let detail = format!("servers are to go on from snapshot {}: {}", shown.name, names.join(", "));
+        return Err(Error::new(Code::InUse, detail));
+    }
+    let taken_on_it = chain::taken_on(tx, id)?;
+    if !taken_on_it.is_empty() {
+        let detail = format!(
+            "snapshots are being taken on the base of {}: {}; wait for their operations",
+            shown.name,
+            taken_on_it.join(", ")
+        );
         return Err(Error::new(Code::InUse, detail));
     }
     record.shown.state = SnapshotState::Deleting;

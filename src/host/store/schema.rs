@@ -24,6 +24,9 @@ const MIGRATIONS: &[&[&str]] = &[
     &[snapshots::TABLES],
     &[migration::TABLES],
     &[servers::moving::TABLES],
+    // No table: snapshots may lie with others from here on, which an earlier daemon would take for whole, and directories that
+    // have no record are needed, which it would remove.
+    &[],
 ];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -65,6 +65,8 @@ type Waiting = HashMap<u64, oneshot::Sender<std::result::Result<(Reply, Vec<Owne
 struct Shared {
     socket: AsyncFd<Watched<Channel>>,
     next: AtomicU64,
+    /// What the VMM speaks, as it has said.
+    protocol: AtomicU32,
     /// `None` once the connection has closed.
     waiting: Mutex<Option<Waiting>>,
     closed: watch::Sender<bool>,
@@ -96,6 +98,7 @@ impl Link {
         let shared = Arc::new(Shared {
             socket,
             next: AtomicU64::new(1),
+            protocol: AtomicU32::new(0),
             waiting: Mutex::new(Some(HashMap::new())),
             closed: watch::Sender::new(false),
         });
@@ -112,11 +115,17 @@ impl Link {
     /// Asks what it is and does.
     pub async fn greet(&self, timeout: Duration) -> std::result::Result<Hello, AskError> {
         match self.ask(Command::Hello { protocol: PROTOCOL }, &[], timeout).await? {
-            Reply::Hello { state, console_written, sandbox, .. } => {
+            Reply::Hello { state, console_written, sandbox, protocol, .. } => {
+                self.shared.protocol.store(protocol, Ordering::Relaxed);
                 Ok(Hello { state, console_written, sandbox })
             }
             other => Err(AskError::Protocol(format!("a greeting was answered with {other:?}"))),
         }
+    }
+
+    /// Version of the protocol that the VMM speaks: an older daemon may have started it.
+    pub fn protocol(&self) -> u32 {
+        self.shared.protocol.load(Ordering::Relaxed)
     }
 
     /// Sends a command with its descriptors and waits for its reply.

@@ -13,6 +13,7 @@ use sys::beneath::{self, Access};
 
 use super::files::{Durability, Unfinished};
 use super::fill::{Watch, fill, share};
+use super::layers::Layers;
 use super::limits::{LET_GO, LET_GO_AGAIN, PROGRESS_EVERY};
 use crate::core::Shared;
 use crate::error::{Error, Result};
@@ -22,7 +23,7 @@ pub(super) struct NewFile {
     /// Where it is to lie.
     pub(super) place: PathBuf,
     /// What it is filled from; nothing makes it empty.
-    pub(super) source: Option<File>,
+    pub(super) source: Option<Layers>,
     /// Its length.
     pub(super) size_bytes: u64,
     /// What it is to outlive.

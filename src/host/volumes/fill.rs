@@ -9,6 +9,7 @@ use model::volume::FillMethod;
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
+use super::layers::Layers;
 use super::limits::PIECE_BYTES;
 
 /// How far a copy is, and whether it should stop; shared with whoever waits for it.
@@ -34,12 +35,13 @@ impl Watch {
 
 /// Makes `target`, which is empty, hold what `source` holds, and be `size_bytes` long, which is at least the
 /// length of `source`. Fails with `Interrupted` when `watch` says stop.
-pub(crate) fn fill(source: &File, target: &File, size_bytes: u64, watch: &Watch) -> io::Result<FillMethod> {
+pub(crate) fn fill(source: &Layers, target: &File, size_bytes: u64, watch: &Watch) -> io::Result<FillMethod> {
     watch.check()?;
-    let method = if share(source, target)? {
+    let method = if share(&source.own, target)? {
+        copy(source, target, watch, Of::Lower)?;
         FillMethod::Reflink
     } else {
-        copy(source, target, watch)?;
+        copy(source, target, watch, Of::All)?;
         FillMethod::SparseCopy
     };
     target.set_len(size_bytes)?;
@@ -58,20 +60,33 @@ pub(crate) fn share(source: &File, target: &File) -> io::Result<bool> {
     }
 }
 
-fn copy(source: &File, target: &File, watch: &Watch) -> io::Result<()> {
-    let length = source.metadata()?.len();
-    for extent in Extents::of(source, length) {
-        let extent = extent?;
+/// What of a source is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Of {
+    All,
+    /// Only what lies in lower files.
+    Lower,
+}
+
+fn copy(source: &Layers, target: &File, watch: &Watch, of: Of) -> io::Result<()> {
+    let length = source.own.metadata()?.len();
+    let data = || {
+        source
+            .data(length)
+            .filter(|found| of == Of::All || found.as_ref().map_or(true, |(_, file)| file.is_some()))
+    };
+    for found in data() {
+        let (extent, _) = found?;
         watch.total.fetch_add(extent.end - extent.start, Ordering::Relaxed);
     }
     let mut buffer = Vec::new();
-    for extent in Extents::of(source, length) {
-        let extent = extent?;
-        let mut at = extent.start;
+    for found in data() {
+        let (extent, file) = found?;
+        let (file, mut at) = (source.file(file)?, extent.start);
         while at < extent.end {
             watch.check()?;
             let most = usize::try_from(extent.end - at).unwrap_or(usize::MAX).min(PIECE_BYTES);
-            let copied = copy_piece(source, target, at, most, &mut buffer)?;
+            let copied = copy_piece(file, target, at, most, &mut buffer)?;
             if copied == 0 {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the source became shorter"));
             }

@@ -23,6 +23,7 @@ use crate::core::Shared;
 use crate::error::{Error, Result};
 use crate::images::Images;
 use crate::operations::{self, NewOperation, Outcome};
+use crate::snapshots::SnapshotRecord;
 use crate::store::Tx;
 use crate::store::records::{self, Record};
 use crate::{events, labels, snapshots};
@@ -30,12 +31,14 @@ use crate::{events, labels, snapshots};
 mod disk;
 pub(crate) mod files;
 pub(crate) mod fill;
+pub(crate) mod layers;
 pub mod limits;
 mod recover;
 pub(crate) mod space;
 
 use disk::NewFile;
 use files::Durability;
+use layers::Layers;
 
 pub(crate) const TABLES: &str = crate::table!("volumes");
 
@@ -236,7 +239,7 @@ impl Volumes {
             updated_at: now,
         };
         let place = self.core.dirs.root().join("volumes");
-        space::check(&place, self.source_bytes(&volume), volume.size_bytes)?;
+        space::check(&place, self.source_bytes(tx, &volume)?, volume.size_bytes)?;
         records::insert(tx, &volume)?;
         announce(tx, &volume, "volume.created", None)?;
         Ok(volume)
@@ -274,22 +277,35 @@ impl Volumes {
     }
 
     /// For `servers`: bytes that filling it copies where blocks cannot be shared.
-    pub(crate) fn source_bytes(&self, volume: &Volume) -> u64 {
+    pub(crate) fn source_bytes(&self, connection: &Connection, volume: &Volume) -> Result<u64> {
         match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => self.snapshot_bytes(snapshot, 0),
-            (None, Some(image)) => self.images.disk_stored_bytes(image),
-            (None, None) => 0,
+            (Some(snapshot), _) => self.snapshot_bytes(connection, snapshot, 0),
+            (None, Some(image)) => Ok(self.images.disk_stored_bytes(image)),
+            (None, None) => Ok(0),
         }
     }
 
-    /// What a volume made of a snapshot is filled from.
-    fn snapshot_disk(&self, id: SnapshotId, index: usize) -> PathBuf {
-        self.core.dirs.snapshot(id).join(snapshots::disk_name(index))
+    /// What a disk made of a snapshot is filled from.
+    async fn snapshot_disk(&self, id: SnapshotId, index: usize) -> Result<Layers> {
+        let find = move |connection: &Connection| records::one::<SnapshotRecord>(connection, id.0);
+        let (record, dirs) = (self.core.store.glance(find).await?, self.core.dirs.clone());
+        disk::blocking(move || snapshots::open_file(&dirs, id, &record.chain, &snapshots::disk_name(index)))
+            .await
+            .map_err(|cause| Error::file(format!("cannot open disk {index} of snapshot {id}"), cause))
     }
 
-    /// For `servers`: bytes that a disk of a snapshot takes.
-    pub(crate) fn snapshot_bytes(&self, id: SnapshotId, index: usize) -> u64 {
-        used_bytes(std::fs::metadata(self.snapshot_disk(id, index)))
+    /// For `servers`: bytes that a disk of a snapshot takes, wherever they lie.
+    pub(crate) fn snapshot_bytes(
+        &self,
+        connection: &Connection,
+        id: SnapshotId,
+        index: usize,
+    ) -> Result<u64> {
+        let name = snapshots::disk_name(index);
+        let lower =
+            records::find::<SnapshotRecord>(connection, id.0)?.map(|record| record.chain.bytes_of(&name));
+        let own = used_bytes(std::fs::metadata(self.core.dirs.snapshot(id).join(name)));
+        Ok(own.saturating_add(lower.unwrap_or_default()))
     }
 
     /// For `servers`: the record.
@@ -310,8 +326,8 @@ impl Volumes {
             return Ok(None);
         }
         let source = match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => Some(disk::look_at(self.snapshot_disk(snapshot, 0)).await?),
-            (None, Some(image)) => self.images.disk(image).await?,
+            (Some(snapshot), _) => Some(self.snapshot_disk(snapshot, 0).await?),
+            (None, Some(image)) => self.images.disk(image).await?.map(Layers::one),
             (None, None) => None,
         };
         let place = self.core.dirs.volume(id);
@@ -365,7 +381,8 @@ impl Volumes {
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<FillMethod> {
-        let new = NewFile { place, source: Some(source), size_bytes, durability: Durability::Process };
+        let source = Some(Layers::one(source));
+        let new = NewFile { place, source, size_bytes, durability: Durability::Process };
         disk::make(new, cancelled, progress).await
     }
 
@@ -379,7 +396,7 @@ impl Volumes {
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<()> {
-        let source = disk::look_at(self.snapshot_disk(snapshot, index)).await?;
+        let source = self.snapshot_disk(snapshot, index).await?;
         let place = files::beside(&self.core.dirs.volume(id));
         let new = NewFile { place, source: Some(source), size_bytes, durability: Durability::Power };
         disk::make(new, cancelled, progress).await.map(drop)

@@ -89,3 +89,47 @@ fn a_file_of_another_length_replaces_nothing() {
     file.set_len(MIB).unwrap();
     assert!(matches!(replace(new(2 * MIB).unwrap(), file), Err(Error::Length { .. })));
 }
+
+#[test]
+fn parts_of_other_files_are_laid_over_and_no_file_is_written() {
+    let bytes = 3 * GIB + 4 * MIB;
+    let files: Vec<_> = [1u8, 2]
+        .into_iter()
+        .map(|value| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(bytes).unwrap();
+            for offset in [MIB, 3 * GIB - MIB, 3 * GIB] {
+                file.write_all_at(&[value; 8192], offset).unwrap();
+            }
+            file
+        })
+        .collect();
+    let own = || files[0].try_clone().unwrap();
+    for ram in [build(bytes, Backing::Private(own())).unwrap(), replace(new(bytes).unwrap(), own()).unwrap()]
+    {
+        // One page, and a part on both sides of the hole.
+        lay_over(&ram, Extent { offset: MIB, bytes: 4096 }, &files[1]).unwrap();
+        lay_over(&ram, Extent { offset: 3 * GIB - MIB, bytes: 2 * MIB }, &files[1]).unwrap();
+        let cases = [(MIB, 2), (MIB + 4096, 1), (3 * GIB - MIB, 2), (4 * GIB, 2), (4 * GIB + MIB, 0)];
+        for (address, value) in cases {
+            assert_eq!(ram.read_obj::<u8>(GuestAddress(address)).unwrap(), value, "{address:#x}");
+            ram.write_obj(9u8, GuestAddress(address)).unwrap();
+        }
+        for (part, file) in [
+            (Extent { offset: bytes - 4096, bytes: 8192 }, &files[1]),
+            (Extent { offset: u64::MAX - 4095, bytes: 8192 }, &files[1]),
+            (Extent { offset: 0, bytes: 4096 }, &tempfile::tempfile().unwrap()),
+        ] {
+            assert!(matches!(lay_over(&ram, part, file), Err(Error::Length { .. })), "{part:?}");
+        }
+    }
+    for (file, value) in files.iter().zip([1, 2]) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 3 * GIB).unwrap();
+        assert_eq!(byte, [value]);
+    }
+    // Memory that others share is not taken from them.
+    let shared = new(4 * MIB).unwrap();
+    let refused = lay_over(&shared, Extent { offset: 0, bytes: 4096 }, &files[1]);
+    assert!(matches!(refused, Err(Error::Range { .. })));
+}

@@ -1,6 +1,5 @@
 //! Memory, VM and processors: what all machines of one size have in common, so that it can be there before anybody asks
 //! for one. Nothing of a guest is in it, and no thread belongs to it.
-use std::fs::File;
 use std::sync::Arc;
 
 use kvm::{Host, Irqchip, Vcpu, Vm, cpuid};
@@ -8,6 +7,8 @@ use memory::Ram;
 use wire::machine;
 
 use super::{Error, translate};
+use crate::limits::MAPPED_RUNS_MAX;
+use crate::snapshot::MemoryFiles;
 
 /// Processors in a VM, before their first instruction.
 pub(crate) struct Chassis {
@@ -38,10 +39,14 @@ impl Chassis {
         Ok(Chassis { vcpus, vm, ram, shown, size })
     }
 
-    /// Puts memory that is in a file in the place of its own, at the same addresses, and keeps what is written to it to itself.
-    pub(super) fn over(self, file: File) -> Result<Chassis, Error> {
+    /// Puts memory that is in files in the place of its own, at the same addresses, and keeps what is written to it to itself.
+    pub(super) fn over(self, files: &MemoryFiles) -> Result<Chassis, Error> {
         let Chassis { vcpus, vm, ram, shown, size } = self;
-        Ok(Chassis { vcpus, vm, ram: memory::replace(ram, file)?, shown, size })
+        let own = files.own.try_clone();
+        let own = own.map_err(|cause| Error::File { field: "/memory".to_owned(), cause })?;
+        let ram = memory::replace(ram, own)?;
+        files.lay_over(&ram, MAPPED_RUNS_MAX)?;
+        Ok(Chassis { vcpus, vm, ram, shown, size })
     }
 
     /// Shows its guest what `admit` makes of the CPU that it could see here.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvm::Host;
 use memory::{Backing, Ram};
 use wire::saved::table::Table;
-use wire::saved::{Clock, Counters, Identity, MemoryUse, RestoreSpec, Then};
+use wire::saved::{Clock, Counters, Identity, LowerFiles, MemoryUse, RestoreSpec, Then};
 
 use super::build::Origin;
 use super::chassis::Chassis;
@@ -15,7 +15,8 @@ use super::save::{Files, shape, wall_ns};
 use super::{Error, Machine, Run};
 use crate::bell::Bell;
 use crate::boot;
-use crate::snapshot;
+use crate::limits::MAPPED_RUNS_MAX;
+use crate::snapshot::{self, MemoryFiles};
 
 impl Machine {
     /// Builds the machine that was saved, on what is `ready` for it if anything is. `spec` has been checked against the
@@ -27,9 +28,10 @@ impl Machine {
         bell: &Arc<Bell>,
         ready: Option<Chassis>,
     ) -> Result<Machine, Error> {
-        let RestoreSpec { machine, state, root, memory, how, clock, counters, identity, then } = spec;
+        let RestoreSpec { machine, state, root, memory, lower, how, clock, counters, identity, then } = spec;
         let mut files = Files::new(descriptors);
         let (state, memory) = (files.take("/state", state)?, files.take("/memory", memory)?);
+        let memory = memory_files(&mut files, memory, lower, machine.memory_bytes)?;
         let (contents, table) = snapshot::read(&state, root, machine.memory_bytes)?;
         contents.shape.check(&shape(&machine)).map_err(snapshot::Error::from)?;
         if table.memory_bytes != machine.memory_bytes {
@@ -50,12 +52,12 @@ impl Machine {
         let size = machine.chassis();
         let mut built = Machine::prepare(host, machine, files.0, bell)?;
         let chassis = match (how, ready) {
-            (MemoryUse::Private, Some(ready)) => ready.over(memory)?,
+            (MemoryUse::Private, Some(ready)) => ready.over(&memory)?,
             (MemoryUse::Copy, Some(ready)) => {
                 snapshot::copy_in(&ready.ram, &table, &memory)?;
                 ready
             }
-            _ => Chassis::around(host, size, fill(how, memory, &table)?)?,
+            _ => Chassis::around(host, size, fill(how, &memory, &table)?)?,
         };
         if identity == Identity::New {
             boot::renew_generation(&chassis.ram)?;
@@ -64,6 +66,9 @@ impl Machine {
             built.lasting.before = contents.counted.stats;
         }
         built.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
+        if how == MemoryUse::Private {
+            built.below = memory.into_lower();
+        }
         if let (Identity::New, Some(parts)) = (identity, &built.parts) {
             parts.power.tell_generation();
             parts.functions.iter().for_each(|function| function.tell_new_owner());
@@ -76,14 +81,32 @@ impl Machine {
     }
 }
 
-fn fill(how: MemoryUse, file: File, table: &Table) -> Result<Arc<Ram>, Error> {
+/// The memory file with those below it.
+fn memory_files(
+    files: &mut Files,
+    own: File,
+    lower: Option<LowerFiles>,
+    memory_bytes: u64,
+) -> Result<MemoryFiles, Error> {
+    let Some(LowerFiles { runs, digest, files: named }) = lower else { return Ok(MemoryFiles::one(own)) };
+    let runs = files.take("/lower/runs", runs)?;
+    let below = named.into_iter().map(|file| files.take("/lower/files", file)).collect::<Result<_, _>>()?;
+    Ok(MemoryFiles::new(own, (&runs, digest), below, memory_bytes)?)
+}
+
+fn fill(how: MemoryUse, files: &MemoryFiles, table: &Table) -> Result<Arc<Ram>, Error> {
     let memory_bytes = table.memory_bytes;
+    let own = || files.own.try_clone().map_err(|cause| Error::File { field: "/memory".to_owned(), cause });
     match how {
-        MemoryUse::Private => Ok(memory::build(memory_bytes, Backing::Private(file))?),
-        MemoryUse::Adopt => Ok(memory::build(memory_bytes, Backing::Adopted(file))?),
+        MemoryUse::Private => {
+            let ram = memory::build(memory_bytes, Backing::Private(own()?))?;
+            files.lay_over(&ram, MAPPED_RUNS_MAX)?;
+            Ok(ram)
+        }
+        MemoryUse::Adopt => Ok(memory::build(memory_bytes, Backing::Adopted(own()?))?),
         MemoryUse::Copy => {
             let ram = memory::new(memory_bytes)?;
-            snapshot::copy_in(&ram, table, &file)?;
+            snapshot::copy_in(&ram, table, files)?;
             Ok(ram)
         }
     }

@@ -16,7 +16,7 @@ use wire::machine::{FdIndex, MachineSpec};
 use wire::saved::{Moment, SaveSpec, SaveStatus};
 
 use super::{Error, Machine, Run};
-use crate::snapshot::{Contents, Counted, MachineState, Shape};
+use crate::snapshot::{self, Contents, Counted, MachineState, Shape};
 
 mod job;
 
@@ -37,10 +37,17 @@ impl Machine {
             ));
         }
         let mut files = Files::new(descriptors);
+        let memory_bytes = self.plan.spec.memory_bytes;
+        let base = spec.base.map(|base| {
+            let state = files.take("/base/state", base.state)?;
+            Ok::<_, Error>(snapshot::read_table(&state, base.root, memory_bytes)?)
+        });
+        let base = base.transpose()?;
         let outputs = Outputs {
             state: files.take("/state", spec.state)?,
             memory: files.take("/memory", spec.memory)?,
-            memory_bytes: self.plan.spec.memory_bytes,
+            memory_bytes,
+            base,
             began,
         };
         let ram = Arc::clone(&self.parts.as_ref().ok_or(Error::Absent)?.ram);

@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use wire::saved::Digest;
 use wire::saved::table::{PART_BYTES_MAX, Part, Table};
 
-use super::Error;
+use super::{Error, MemoryFiles};
 
 /// What is still to be copied: parts by their offsets.
 pub(crate) struct Parts(BTreeMap<u64, u64>);
@@ -34,21 +34,23 @@ impl Parts {
     }
 }
 
-/// Copies parts of memory, as `take` gives them, to the same offsets of `file`, which is empty. `urgent` names an offset
-/// for which somebody waits. `step` is told of every byte that was looked at, and ends it by answering no.
+/// Copies parts of memory, as `take` gives them, to the same offsets of `file`, which is empty, but for those that `base`
+/// has. `urgent` names an offset for which somebody waits. `step` is told of every byte that was looked at, and ends it by
+/// answering no. Answers the table of all parts, and how many bytes were written.
 pub(crate) fn copy_out(
     mut parts: Parts,
     memory_bytes: u64,
-    file: &File,
+    (file, base): (&File, Option<&Table>),
     take: impl Fn(Extent, &mut [u8]) -> Result<(), memory::Error>,
     urgent: impl Fn() -> Option<u64>,
     mut step: impl FnMut(u64) -> bool,
-) -> Result<Table, Error> {
+) -> Result<(Table, u64), Error> {
     let writing = |cause| Error::File { doing: "write the memory file", cause };
     file.set_len(memory_bytes).map_err(writing)?;
     // Room for all of it, so that the heap does not grow while a guest writes.
     let mut table = Table { memory_bytes, parts: Vec::with_capacity(parts.0.len()) };
     let mut buffer = vec![0; PART_BYTES_MAX as usize];
+    let mut written = 0;
     while let Some(part) = parts.next(urgent()) {
         let Extent { offset, bytes } = part;
         let Some(data) = buffer.get_mut(..bytes as usize) else { continue };
@@ -56,10 +58,14 @@ pub(crate) fn copy_out(
         give_way();
         // What was touched and is zero again needs no space either.
         if !memory::is_zero(data) {
-            file.write_all_at(data, offset).map_err(writing)?;
-            give_way();
             let digest = Digest(Sha256::digest(&*data).into());
-            table.parts.push(Part { offset, bytes: bytes as u32, digest });
+            let part = Part { offset, bytes: bytes as u32, digest };
+            give_way();
+            if base.is_none_or(|base| !base.holds(&part)) {
+                file.write_all_at(data, offset).map_err(writing)?;
+                written += bytes;
+            }
+            table.parts.push(part);
         }
         give_way();
         if !step(bytes) {
@@ -68,15 +74,15 @@ pub(crate) fn copy_out(
     }
     table.parts.sort_unstable_by_key(|part| part.offset);
     file.sync_data().map_err(writing)?;
-    Ok(table)
+    Ok((table, written))
 }
 
-/// Fills memory, which is all zeroes, with the parts of `table` from `file`. None is used that is not what was saved.
-pub(crate) fn copy_in(ram: &Ram, table: &Table, file: &File) -> Result<(), Error> {
+/// Fills memory, which is all zeroes, with the parts of `table` from `files`. None is used that is not what was saved.
+pub(crate) fn copy_in(ram: &Ram, table: &Table, files: &MemoryFiles) -> Result<(), Error> {
     let mut buffer = vec![0; PART_BYTES_MAX as usize];
     for part in &table.parts {
         let Some(data) = buffer.get_mut(..part.bytes as usize) else { continue };
-        let read = file.read_exact_at(data, part.offset);
+        let read = files.read_exact_at(data, part.offset);
         read.map_err(|cause| Error::File { doing: "read the memory file", cause })?;
         if Digest(Sha256::digest(&*data).into()) != part.digest {
             return Err(Error::Chunk { offset: part.offset });

@@ -155,20 +155,23 @@ fn memory_that_was_not_saved_is_not_used() {
     let extents = memory::touched(&ram).unwrap();
     let take = |part: memory::Extent, data: &mut [u8]| memory::read(&ram, part.offset, data);
     let parts = || Parts::new(&extents);
-    let table = copy_out(parts(), 8 << 20, &file, take, || Some(3 << 20), |_| true).unwrap();
+    let (table, written) =
+        copy_out(parts(), 8 << 20, (&file, None), take, || Some(3 << 20), |_| true).unwrap();
     // Zeroes are not written.
     assert_eq!((table.parts.len(), table.parts[0].offset, table.bytes()), (1, 3 << 20, 12_288));
+    assert_eq!(written, 12_288);
+    let file = MemoryFiles::one(file);
     let copy = memory::new(8 << 20).unwrap();
     copy_in(&copy, &table, &file).unwrap();
     let mut data = [0; 10_000];
     memory::read(&copy, 3 << 20, &mut data).unwrap();
     assert_eq!(data, [5; 10_000]);
-    file.write_all_at(&[6], (3 << 20) + 5000).unwrap();
+    file.own.write_all_at(&[6], (3 << 20) + 5000).unwrap();
     let refused = copy_in(&memory::new(8 << 20).unwrap(), &table, &file);
     assert!(matches!(refused, Err(Error::Chunk { offset: 0x30_0000 })));
-    file.set_len(3 << 20).unwrap();
+    file.own.set_len(3 << 20).unwrap();
     assert!(matches!(copy_in(&copy, &table, &file), Err(Error::File { .. })));
-    let cancelled = copy_out(parts(), 8 << 20, &file, take, || None, |_| false);
+    let cancelled = copy_out(parts(), 8 << 20, (&file.own, None), take, || None, |_| false);
     assert!(matches!(cancelled, Err(Error::Cancelled)));
 }
 

@@ -40,6 +40,12 @@ impl Table {
         self.parts.iter().map(|part| u64::from(part.bytes)).sum()
     }
 
+    /// Whether it has this very part: then whoever has its memory file needs no other copy of it.
+    pub fn holds(&self, part: &Part) -> bool {
+        let found = self.parts.binary_search_by_key(&part.offset, |own| own.offset);
+        found.is_ok_and(|at| self.parts.get(at) == Some(part))
+    }
+
     /// Its section in a state file.
     pub fn section(&self) -> Section {
         let mut bytes = Vec::with_capacity(self.parts.len().saturating_add(1).saturating_mul(ROW_BYTES));

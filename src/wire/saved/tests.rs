@@ -16,10 +16,13 @@ fn a_digest_is_sixty_four_digits_and_nothing_else() {
 
 #[test]
 fn a_descriptor_is_named_once_and_has_arrived() {
-    let spec = |state, memory| SaveSpec { state: FdIndex(state), memory: FdIndex(memory), live: None };
+    let spec =
+        |state, memory| SaveSpec { state: FdIndex(state), memory: FdIndex(memory), base: None, live: None };
     assert_eq!(spec(0, 1).check(2), Ok(()));
     assert_eq!(spec(0, 0).check(2).unwrap_err().field, "/memory");
     assert_eq!(spec(2, 1).check(2).unwrap_err().field, "/state");
+    let base = Some(Base { state: FdIndex(1), root: Digest([0; 32]) });
+    assert_eq!(SaveSpec { base, ..spec(0, 1) }.check(2).unwrap_err().field, "/base/state");
 }
 
 fn part(offset: u64, bytes: u32) -> Part {
@@ -47,6 +50,9 @@ fn what_is_joined_is_split_again() {
     let table = read(&file(parts.clone())).unwrap();
     assert_eq!((table.memory_bytes, table.bytes()), (64 << 20, 8192 + (1 << 20)));
     assert_eq!(table.parts, parts);
+    assert!(parts.iter().all(|part| table.holds(part)));
+    assert!(!table.holds(&part(4096, 4096)) && !table.holds(&part(8192, 4096)));
+    assert!(!table.holds(&Part { digest: Digest([2; 32]), ..parts[0] }));
     assert_eq!(read(&file(Vec::new())).unwrap().parts, []);
     assert!(state_bytes_max(u64::MAX) > state_bytes_max(64 << 20));
 }

@@ -87,6 +87,8 @@ impl World {
                     disks: Vec::new(),
                     root: None,
                     stored_bytes: 1,
+                    chain: Default::default(),
+                    full_because: None,
                 };
                 match &life.phase {
                     // A machine that ran runs on, whatever an earlier try has left.

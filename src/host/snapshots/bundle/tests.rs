@@ -64,7 +64,9 @@ fn files(directory: &Path) -> Head {
 
 fn written() -> (tempfile::TempDir, Vec<u8>) {
     let place = tempfile::tempdir().unwrap();
-    let plan = Plan::of(place.path(), files(place.path())).unwrap();
+    let open =
+        |name: &str| std::fs::File::open(place.path().join(name)).map(crate::volumes::layers::Layers::one);
+    let plan = Plan::of(open, files(place.path())).unwrap();
     let mut stream = Vec::new();
     plan.write(&mut stream).unwrap();
     assert_eq!(plan.bytes().unwrap(), stream.len() as u64);

@@ -2,8 +2,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::fs::FileExt as _;
 
 use sha2::{Digest as _, Sha256};
 use wire::saved::form;
@@ -12,23 +11,26 @@ use wire::saved::table::{PART_BYTES_MAX, Table};
 use super::{
     DIGEST_BYTES, END, FRAME_HEAD_BYTES, Head, MEMORY, PAGE_BYTES, STATE, file_name, frame_head, preamble,
 };
-use crate::volumes::fill;
+use crate::volumes::layers::Layers;
 
 /// A stream that can be written.
 pub(in crate::snapshots) struct Plan {
     head: Head,
-    files: Vec<(u32, File)>,
+    files: Vec<(u32, Layers)>,
     frames: u64,
 }
 
 impl Plan {
-    /// Opens the files in `directory`, which never change, and counts their data. `data_bytes` of `head` is filled in.
-    pub(in crate::snapshots) fn of(directory: &Path, head: Head) -> io::Result<Plan> {
+    /// Opens the files by their names, which never change, and counts their data. `data_bytes` of `head` is filled in.
+    pub(in crate::snapshots) fn of(
+        open: impl Fn(&str) -> io::Result<Layers>,
+        head: Head,
+    ) -> io::Result<Plan> {
         let mut files = Vec::new();
         for number in head.files() {
-            let file = File::open(directory.join(file_name(number)))?;
+            let file = open(&file_name(number))?;
             let length = head.file_bytes(number).unwrap_or_default();
-            if file.metadata()?.len() != length {
+            if file.own.metadata()?.len() != length {
                 let detail = format!("{} does not have the {length} bytes it had", file_name(number));
                 return Err(io::Error::new(io::ErrorKind::InvalidData, detail));
             }
@@ -69,21 +71,21 @@ impl Plan {
     }
 
     /// Gives each piece of data that is to be a frame, in order.
-    fn pieces(&self, mut give: impl FnMut(u32, &File, Range<u64>) -> io::Result<()>) -> io::Result<()> {
+    fn pieces(&self, mut give: impl FnMut(u32, &Layers, Range<u64>) -> io::Result<()>) -> io::Result<()> {
         for (number, file) in &self.files {
             let length = self.head.file_bytes(*number).unwrap_or_default();
             match (*number, self.files.first()) {
                 (STATE, _) => cut(0..length).try_for_each(|piece| give(STATE, file, piece))?,
                 (MEMORY, Some((STATE, state))) => {
-                    for part in table(state, self.head.file_bytes(STATE).unwrap_or_default())?.parts {
+                    for part in table(&state.own, self.head.file_bytes(STATE).unwrap_or_default())?.parts {
                         give(MEMORY, file, part.offset..part.offset + u64::from(part.bytes))?;
                     }
                 }
                 (disk, _) => {
                     // Data in blocks smaller than a page: no page is given twice.
                     let mut given = 0;
-                    for extent in fill::Extents::of(file, length) {
-                        let extent = extent?;
+                    for extent in file.data(length) {
+                        let (extent, _) = extent?;
                         let start = (extent.start - extent.start % PAGE_BYTES).max(given);
                         let end = extent.end.next_multiple_of(PAGE_BYTES).min(length);
                         cut(start..end).try_for_each(|piece| give(disk, file, piece))?;

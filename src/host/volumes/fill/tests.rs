@@ -24,7 +24,7 @@ fn bytes(file: &File) -> Vec<u8> {
 fn a_copy_holds_the_same_bytes_keeps_holes_and_grows() {
     let (source, target) = (islands(), tempfile::tempfile().unwrap());
     let watch = Watch::default();
-    fill(&source, &target, 80 * MIB, &watch).unwrap();
+    fill(&Layers::one(source.try_clone().unwrap()), &target, 80 * MIB, &watch).unwrap();
     let copied = bytes(&target);
     assert!(copied[..64 << 20] == bytes(&source)[..], "the bytes differ");
     assert!(copied[64 << 20..].iter().all(|byte| *byte == 0));
@@ -35,7 +35,8 @@ fn a_copy_holds_the_same_bytes_keeps_holes_and_grows() {
 #[test]
 fn a_plain_copy_keeps_holes_whatever_the_file_system_can_share() {
     let (source, target) = (islands(), tempfile::tempfile().unwrap());
-    copy(&source, &target, &Watch::default()).unwrap();
+    let layers = Layers::one(source.try_clone().unwrap());
+    copy(&layers, &target, &Watch::default(), Of::All).unwrap();
     target.set_len(64 * MIB).unwrap();
     assert!(bytes(&target) == bytes(&source), "the bytes differ");
     assert!(target.metadata().unwrap().blocks() * 512 < 12 * MIB, "holes were filled");
@@ -45,7 +46,7 @@ fn a_plain_copy_keeps_holes_whatever_the_file_system_can_share() {
 fn a_source_of_nothing_but_a_hole_copies_nothing() {
     let (source, target) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     source.set_len(10 * MIB).unwrap();
-    fill(&source, &target, 10 * MIB, &Watch::default()).unwrap();
+    fill(&Layers::one(source), &target, 10 * MIB, &Watch::default()).unwrap();
     assert_eq!(target.metadata().unwrap().blocks(), 0);
 }
 
@@ -53,7 +54,7 @@ fn a_source_of_nothing_but_a_hole_copies_nothing() {
 fn a_cancelled_copy_stops() {
     let watch = Watch::default();
     watch.cancelled.store(true, Ordering::Relaxed);
-    let outcome = fill(&islands(), &tempfile::tempfile().unwrap(), 64 * MIB, &watch);
+    let outcome = fill(&Layers::one(islands()), &tempfile::tempfile().unwrap(), 64 * MIB, &watch);
     assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::Interrupted);
     assert_eq!(watch.done.load(Ordering::Relaxed), 0);
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use memory::guard::Guard;
 use memory::{Extent, Ram};
+use wire::saved::table::Table;
 use wire::saved::{Moment, SaveReport, SaveStatus};
 
 use super::super::Error;
@@ -30,6 +31,8 @@ pub(super) struct Outputs {
     pub(super) state: File,
     pub(super) memory: File,
     pub(super) memory_bytes: u64,
+    /// The table of an earlier save, whose parts are left out.
+    pub(super) base: Option<Table>,
     pub(super) began: Instant,
 }
 
@@ -228,13 +231,14 @@ impl Shared {
         };
         let urgent = || guard.and_then(|guard| guard.urgent());
         let parts = Parts::new(&extents);
-        let table =
-            snapshot::copy_out(parts, outputs.memory_bytes, &outputs.memory, take, urgent, self.progress())?;
+        let target = (&outputs.memory, outputs.base.as_ref());
+        let (table, memory_bytes) =
+            snapshot::copy_out(parts, outputs.memory_bytes, target, take, urgent, self.progress())?;
         let (root, state_bytes) = snapshot::write(&outputs.state, &contents, &table)?;
         Ok(SaveReport {
             root,
             state_bytes,
-            memory_bytes: table.bytes(),
+            memory_bytes,
             stall_us: self.stall_us.load(Ordering::SeqCst),
             waits: guard.map_or(0, |guard| guard.faults()),
             total_us: u64::try_from(outputs.began.elapsed().as_micros()).unwrap_or(u64::MAX),
