@@ -114,19 +114,27 @@ impl Trial {
 
     /// Whether DHCP has an address for each server and none else, and is not being told at this moment.
     fn dhcp_knows_the_servers(&self) -> bool {
-        let mut known = 0;
+        let mut known = BTreeSet::new();
         for network in std::fs::read_dir(self.stage.path("run/networks")).into_iter().flatten().flatten() {
             for file in std::fs::read_dir(network.path()).into_iter().flatten().flatten() {
                 let name = file.file_name();
                 if name.to_string_lossy().ends_with(".unfinished") {
                     return false;
                 }
-                if name == "hosts" {
-                    known += std::fs::read_to_string(file.path()).unwrap_or_default().lines().count();
-                }
+                let of_new = std::fs::read_dir(file.path()).into_iter().flatten().flatten();
+                let told = match name.to_str() {
+                    Some("hosts") => vec![file.path()],
+                    Some("hosts.d") => of_new.map(|file| file.path()).collect(),
+                    _ => Vec::new(),
+                };
+                let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+                known.extend(
+                    told.into_iter()
+                        .flat_map(|path| read(path).lines().map(str::to_owned).collect::<Vec<_>>()),
+                );
             }
         }
-        self.stage.json(&["server", "list"]).as_array().is_some_and(|servers| servers.len() == known)
+        self.stage.json(&["server", "list"]).as_array().is_some_and(|servers| servers.len() == known.len())
     }
 
     /// Waits until nothing is being worked on, networks have got over it, and the launcher is there for what comes next.

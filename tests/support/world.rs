@@ -142,7 +142,11 @@ fn files(root: &Path, seen: &mut BTreeSet<String>) {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             seen.insert(format!("directory {}", path.display()));
-            files(&path, seen);
+            match name.strip_suffix(".d") {
+                // What dnsmasq is told of who is new, and later with everybody: what it is counts, not in which file.
+                Some(whole) => added(&path, &root.join(whole), seen),
+                None => files(&path, seen),
+            }
             continue;
         }
         // SQLite's own two come and go with its connections.
@@ -151,10 +155,21 @@ fn files(root: &Path, seen: &mut BTreeSet<String>) {
         }
         seen.insert(format!("file {}", path.display()));
         if ["hosts", "names", "leases"].contains(&name.as_str()) {
-            let text = std::fs::read_to_string(&path).unwrap_or_default();
-            seen.extend(text.lines().map(|line| format!("line {}: {line}", path.display())));
+            lines(&path, &path, seen);
         }
     }
+}
+
+/// Lines of all files of a directory, as if they were of the file `whole`.
+fn added(directory: &Path, whole: &Path, seen: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        lines(&entry.path(), whole, seen);
+    }
+}
+
+fn lines(path: &Path, shown: &Path, seen: &mut BTreeSet<String>) {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    seen.extend(text.lines().map(|line| format!("line {}: {line}", shown.display())));
 }
 
 /// What a program that must succeed says.

@@ -45,10 +45,9 @@ pub(super) fn reserve(tx: &Tx<'_>, network: NetworkId, wanted: Reservation<'_>) 
     let range = range(&network)?;
     let mac: Mac =
         wanted.mac.parse().map_err(|cause| Error::internal("a hardware address is not one", cause))?;
-    let taken: BTreeSet<Ipv4Addr> = of_network(tx, network.id)?.into_iter().map(|port| port.ipv4).collect();
     let ipv4 = match wanted.ipv4 {
-        Some(asked) => check_asked(asked, range, &taken, &network, wanted.index)?,
-        None => give_next(tx, &network, range, &taken)?,
+        Some(asked) => check_asked(tx, asked, range, &network, wanted.index)?,
+        None => give_next(tx, &network, range)?,
     };
     tx.prepare_cached(
         "INSERT INTO addresses (network, ipv4, mac, server, nic, name) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
@@ -67,24 +66,26 @@ pub(super) fn reserve(tx: &Tx<'_>, network: NetworkId, wanted: Reservation<'_>) 
 
 /// Addresses go round: one that was just given back rests for as long as it can, so that neither a client that has not
 /// noticed nor dnsmasq, which would have to be started anew, still knows it as somebody else's.
-fn give_next(tx: &Tx<'_>, network: &Network, range: Cidr, taken: &BTreeSet<Ipv4Addr>) -> Result<Ipv4Addr> {
+fn give_next(tx: &Tx<'_>, network: &Network, range: Cidr) -> Result<Ipv4Addr> {
     let id = network.id.to_string();
     let latest: Option<u32> = tx
         .prepare_cached("SELECT latest_ipv4 FROM networks WHERE id = ?1")?
         .query_row([&id], |row| row.get(0))?;
-    let ipv4 = range.next_free(taken, latest.map(Ipv4Addr::from)).ok_or_else(|| exhausted(network))?;
+    let free = range.next_free(latest.map(Ipv4Addr::from), |address| is_taken(tx, network.id, address))?;
+    let ipv4 = free.ok_or_else(|| exhausted(network))?;
     tx.prepare_cached("UPDATE networks SET latest_ipv4 = ?2 WHERE id = ?1")?
         .execute(params![id, u32::from(ipv4)])?;
     Ok(ipv4)
 }
 
-fn check_asked(
-    asked: Ipv4Addr,
-    range: Cidr,
-    taken: &BTreeSet<Ipv4Addr>,
-    network: &Network,
-    index: u8,
-) -> Result<Ipv4Addr> {
+/// One look at an index, since a network can have thousands.
+fn is_taken(connection: &Connection, network: NetworkId, ipv4: Ipv4Addr) -> Result<bool> {
+    let mut statement =
+        connection.prepare_cached("SELECT 1 FROM addresses WHERE network = ?1 AND ipv4 = ?2")?;
+    Ok(statement.exists(params![network.to_string(), u32::from(ipv4)])?)
+}
+
+fn check_asked(tx: &Tx<'_>, asked: Ipv4Addr, range: Cidr, network: &Network, index: u8) -> Result<Ipv4Addr> {
     let pointer = format!("/nics/{index}/ipv4");
     if !range.has_place(asked) {
         let detail = format!(
@@ -95,7 +96,7 @@ fn check_asked(
         );
         return Err(Error::invalid(pointer, "out_of_range", detail));
     }
-    if taken.contains(&asked) {
+    if is_taken(tx, network.id, asked)? {
         let detail = format!("{asked} belongs to another server; choose another, or leave it out");
         return Err(Error::invalid(pointer, "taken", detail));
     }

@@ -1,7 +1,6 @@
 //! IPv4 ranges: reading them, their members, whether two overlap. Pure arithmetic.
 //! It knows nothing of bridges or servers. `network` and its callers use it.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
@@ -101,14 +100,23 @@ impl Cidr {
         u32::from(self.broadcast()).saturating_sub(u32::from(self.gateway())).saturating_sub(1)
     }
 
-    /// The next address above `latest`, from the lowest on behind the last one, that a server can have and none of
-    /// `taken` has.
-    pub fn next_free(self, taken: &BTreeSet<Ipv4Addr>, latest: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
+    /// The next address above `latest`, from the lowest on behind the last one, that a server can have and that is not
+    /// taken.
+    pub fn next_free<E>(
+        self,
+        latest: Option<Ipv4Addr>,
+        mut is_taken: impl FnMut(Ipv4Addr) -> Result<bool, E>,
+    ) -> Result<Option<Ipv4Addr>, E> {
         let first = u32::from(self.gateway()).saturating_add(1);
         let end = u32::from(self.broadcast());
         let begin = latest.map_or(first, |latest| u32::from(latest).saturating_add(1).clamp(first, end));
         // Every taken address can push the search on by one, so this looks at no more than one above them.
-        (begin..end).chain(first..begin).map(Ipv4Addr::from).find(|address| !taken.contains(address))
+        for address in (begin..end).chain(first..begin).map(Ipv4Addr::from) {
+            if !is_taken(address)? {
+                return Ok(Some(address));
+            }
+        }
+        Ok(None)
     }
 }
 

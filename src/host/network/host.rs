@@ -16,7 +16,7 @@ use nix::net::if_::if_nametoindex;
 use sys::tap::Tap;
 use tokio::sync::Mutex;
 
-use super::dnsmasq::{Dnsmasq, Files};
+use super::dnsmasq::{Dnsmasq, Served};
 use super::elements::Elements;
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
@@ -32,8 +32,8 @@ pub struct HostPlumbing {
     elements: Elements,
     checkpoint: Arc<dyn Checkpoint>,
     state: Mutex<State>,
-    /// What each dnsmasq was told by this daemon. Taken after `state` where both are needed.
-    served: Mutex<BTreeMap<NetworkId, Files>>,
+    /// Each dnsmasq that this daemon has told something. Taken after `state` where both are needed.
+    served: Mutex<BTreeMap<NetworkId, Served>>,
 }
 
 #[derive(Default)]
@@ -133,16 +133,25 @@ impl HostPlumbing {
 
     async fn ensure_served(&self, segment: &Segment, ports: &[Port]) -> Result<(), PlumbingError> {
         let mut served = self.served.lock().await;
-        let dnsmasq = self.dnsmasq(segment.id);
-        let files = dnsmasq.files(segment, ports);
-        if served.get(&segment.id) == Some(&files) && dnsmasq.is_running() {
-            return Ok(());
-        }
-        served.remove(&segment.id);
-        dnsmasq.serve(&files, ports).await?;
+        // After a failure nobody knows what it was told.
+        let before = served.remove(&segment.id);
+        let serving = self.dnsmasq(segment.id).serve(before, segment, ports).await?;
         self.did("network.dnsmasq_told");
-        served.insert(segment.id, files);
+        served.insert(segment.id, serving);
         Ok(())
+    }
+
+    async fn introduce_one(&self, segment: &Segment, port: &Port) -> Result<bool, PlumbingError> {
+        let mut served = self.served.lock().await;
+        // As above.
+        let Some(mut serving) = served.remove(&segment.id) else { return Ok(false) };
+        let introduced =
+            self.dnsmasq(segment.id).introduce(&mut serving, segment, std::slice::from_ref(port)).await?;
+        self.did("network.dnsmasq_told");
+        if introduced {
+            served.insert(segment.id, serving);
+        }
+        Ok(introduced)
     }
 
     async fn plug_in(&self, segment: Segment, port: Port) -> Result<OwnedFd, PlumbingError> {
@@ -229,6 +238,10 @@ impl Plumbing for HostPlumbing {
 
     fn serve(&self, segment: Segment, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
         async move { self.ensure_served(&segment, &ports).await }.boxed()
+    }
+
+    fn introduce(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<bool, PlumbingError>> {
+        async move { self.introduce_one(&segment, &port).await }.boxed()
     }
 
     fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {

@@ -282,7 +282,8 @@ impl Networks {
         };
         let mtu = segment.mtu;
         // Nobody asks for an address before both are done.
-        let (served, tap) = tokio::join!(self.inner.serve_one(id), self.inner.plumbing.plug(segment, port));
+        let served = self.inner.introduce(id, nic.mac.clone());
+        let (served, tap) = tokio::join!(served, self.inner.plumbing.plug(segment, port));
         served?;
         self.inner.core.checkpoint("network.served")?;
         tap.map(|tap| (mtu, tap)).map_err(refused)
@@ -317,14 +318,20 @@ impl Inner {
     /// somebody flushed and a DHCP server that died come back; DHCP and DNS alone after each [`Networks::wake`].
     async fn work(&self) {
         let mut due = Instant::now() + self.pause();
+        let mut gather = limits::SERVE_AFTER;
         loop {
             // However often it is woken, the time for everything comes.
             let _ = tokio::time::timeout_at(due, self.changed.notified()).await;
             let everything = self.settle_asked.swap(false, Ordering::SeqCst) || Instant::now() >= due;
             if !everything {
-                tokio::time::sleep(limits::SERVE_AFTER).await;
+                tokio::time::sleep(gather).await;
             }
+            let begun = Instant::now();
             let outcome = if everything { self.settle().await } else { self.serve_all().await };
+            if !everything {
+                let parts = begun.elapsed() * limits::SERVE_PARTS;
+                gather = parts.clamp(limits::SERVE_AFTER, limits::SERVE_AFTER_MAX);
+            }
             match outcome {
                 Ok(()) if everything => due = Instant::now() + self.pause(),
                 Ok(()) => {}
@@ -361,9 +368,19 @@ impl Inner {
         Ok(())
     }
 
-    /// DHCP and DNS of one network know its latest addresses when this returns.
-    async fn serve_one(&self, id: NetworkId) -> Result<()> {
+    /// DHCP and DNS of one network know this interface as it was recorded last when this returns.
+    async fn introduce(&self, id: NetworkId, mac: String) -> Result<()> {
         let _serving = self.serving.lock().await;
+        let look = move |connection: &Connection| {
+            let network: Network = records::one(connection, id.0)?;
+            Ok((segment(&network)?, addresses::of_interface(connection, id, &mac)?))
+        };
+        let (of, port) = self.core.store.glance(look).await?;
+        if let Some(port) = port
+            && self.plumbing.introduce(of, port).await.map_err(refused)?
+        {
+            return Ok(());
+        }
         let look = move |connection: &Connection| {
             let network: Network = records::one(connection, id.0)?;
             Ok((segment(&network)?, addresses::of_network(connection, id)?))

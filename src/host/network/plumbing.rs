@@ -30,6 +30,10 @@ pub trait Plumbing: Send + Sync + 'static {
     /// Makes DHCP and DNS of one network know exactly these interfaces.
     fn serve(&self, segment: Segment, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>>;
 
+    /// Makes DHCP and DNS of one network know this interface, too, in a time that does not grow with how many they know.
+    /// False, with nothing changed, when they know something else of its addresses or name: then only all of it will do.
+    fn introduce(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<bool, PlumbingError>>;
+
     /// Lets an interface speak and gives it a tap on the bridge, open as `wire::machine::Nic` wants it. The tap
     /// lives as long as a copy of the descriptor.
     fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>>;

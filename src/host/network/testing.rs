@@ -83,6 +83,22 @@ impl Plumbing for FakePlumbing {
         async { outcome }.boxed()
     }
 
+    fn introduce(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<bool, PlumbingError>> {
+        let outcome = self.able().map(|mut scene| {
+            let Some(known) = scene.served.get_mut(&segment.id) else { return false };
+            let shares =
+                |other: &Port| other.ipv4 == port.ipv4 || other.mac == port.mac || other.name == port.name;
+            match known.iter().find(|other| shares(other)) {
+                Some(other) => *other == port,
+                None => {
+                    known.push(port);
+                    true
+                }
+            }
+        });
+        async { outcome }.boxed()
+    }
+
     fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
         let outcome = self.able().and_then(|mut scene| {
             if !scene.segments.contains_key(&segment.id) {

@@ -9,8 +9,8 @@ fn segment(kind: NetworkKind) -> Segment {
 #[test]
 fn an_isolated_network_has_neither_router_nor_outer_names() {
     let dnsmasq = Dnsmasq::new("/run/toft/networks/x".into());
-    let nat = dnsmasq.files(&segment(NetworkKind::Nat), &[]).config;
-    let isolated = dnsmasq.files(&segment(NetworkKind::Isolated), &[]).config;
+    let nat = dnsmasq.config(&segment(NetworkKind::Nat));
+    let isolated = dnsmasq.config(&segment(NetworkKind::Isolated));
     assert!(nat.contains("dhcp-option=option:router,10.77.0.1\n") && !nat.contains("no-resolv"));
     assert!(isolated.contains("dhcp-option=option:router\n") && isolated.contains("no-resolv\n"));
     for config in [nat, isolated] {

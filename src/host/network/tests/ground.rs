@@ -19,7 +19,7 @@ use crate::network::plumbing::{Plumbing, Port, Segment, Wanted};
 use crate::network::{HostPlumbing, program};
 
 /// Longest wait for a frame that must come.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a guest waits before it asks again.
 const ASK_AGAIN: Duration = Duration::from_millis(200);

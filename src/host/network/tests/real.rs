@@ -1,5 +1,6 @@
 //! What the plumbing does on a real kernel. Each test has a network namespace of its own and needs root.
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::Instant;
 
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
@@ -7,12 +8,12 @@ use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 use sys::tap::Tap;
 
 use super::frames::{Arp, BROADCAST, DhcpAnswer, Udp, dhcp, dns_question, ethernet};
-use super::ground::{Guest, run};
+use super::ground::{Guest, PATIENCE, run};
 use super::port;
 use crate::network::elements::Elements;
 use crate::network::mac::Mac;
-use crate::network::plumbing::{Plumbing, PlumbingError};
-use crate::network::{firewall, nft};
+use crate::network::plumbing::{Plumbing, PlumbingError, Port};
+use crate::network::{HostPlumbing, firewall, nft};
 
 const STRANGER: Mac = Mac([0x52, 0x54, 0, 0xee, 0xee, 0xee]);
 
@@ -238,6 +239,70 @@ fn dhcp_gives_each_server_its_own_address_and_dns_knows_its_name() {
         assert_eq!(lease(&guest).address, web3.ipv4);
         assert_eq!(address_of(&guest, gateway, "web3.toft.internal"), Some(web3.ipv4));
         assert_eq!(address_of(&guest, gateway, "web2.toft.internal"), None);
+    });
+}
+
+#[test]
+fn one_server_more_is_known_without_telling_all_again_and_one_less_is_forgotten() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        let gateway = segment.cidr.gateway();
+        let directory = ground.dnsmasq(&segment).directory;
+        let pid = || std::fs::read_to_string(directory.join("pid")).unwrap();
+        let added = |name: &str| std::fs::read_dir(directory.join(name)).unwrap().count();
+        let (first, web2) = (pid(), port(&segment, 3, "web2"));
+        let introduce = async |plumbing: &HostPlumbing, port: &Port| {
+            plumbing.introduce(segment.clone(), port.clone()).await.unwrap()
+        };
+        // Twice, as after an answer that was lost.
+        assert!(introduce(&ground.plumbing, &web2).await && introduce(&ground.plumbing, &web2).await);
+        assert_eq!((added("hosts.d"), added("names.d")), (1, 1));
+        let web1 = ground.plug(&segment, &ports[0]).await;
+        // Told is soon known: dnsmasq may answer what was asked at the same time before.
+        let knows = |name: &str, address: Option<Ipv4Addr>| {
+            let end = Instant::now() + PATIENCE;
+            while address_of(&web1, gateway, &format!("{name}.toft.internal")) != address {
+                assert!(Instant::now() < end, "{name} does not become {address:?}");
+            }
+        };
+        let guest = ground.plug(&segment, &web2).await;
+        assert_eq!(lease(&guest).address, web2.ipv4);
+        knows("web2", Some(web2.ipv4));
+        knows("web1", Some(ports[0].ipv4));
+
+        // What it knows otherwise is not added to.
+        let renamed = Port { name: "web3".parse().unwrap(), ..web2.clone() };
+        assert!(!introduce(&ground.plumbing, &renamed).await);
+        ground.plumbing.serve(segment.clone(), vec![ports[0].clone(), renamed.clone()]).await.unwrap();
+        assert_eq!((added("hosts.d"), added("names.d")), (0, 0));
+        knows("web3", Some(web2.ipv4));
+        knows("web1", Some(ports[0].ipv4));
+
+        // Another daemon knows nothing of what this one told, and makes it exact.
+        let (web4, late) = (port(&segment, 4, "web4"), port(&segment, 5, "late"));
+        assert!(introduce(&ground.plumbing, &web4).await && introduce(&ground.plumbing, &late).await);
+        let successor = HostPlumbing::new(ground.run_dir());
+        assert!(!introduce(&successor, &web4).await);
+        let left = vec![ports[0].clone(), renamed, web4.clone()];
+        successor.serve(segment.clone(), left.clone()).await.unwrap();
+        assert_eq!((added("hosts.d"), added("names.d")), (0, 0));
+        knows("web4", Some(web4.ipv4));
+        knows("late", None);
+        assert_eq!(pid(), first, "it was started anew");
+
+        // An address that was somebody's, or a directory that dnsmasq watches no more, needs a new start.
+        let heir = Port { mac: Mac([0x52, 0x54, 0, 0, 0, 99]), name: "heir".parse().unwrap(), ..late };
+        assert!(!introduce(&successor, &heir).await);
+        successor.serve(segment.clone(), [left, vec![heir.clone()]].concat()).await.unwrap();
+        let second = pid();
+        assert_ne!(second, first);
+        std::fs::remove_dir_all(directory.join("names.d")).unwrap();
+        let web6 = port(&segment, 6, "web6");
+        assert!(!introduce(&successor, &web6).await);
+        successor.serve(segment.clone(), vec![ports[0].clone(), heir, web6.clone()]).await.unwrap();
+        assert_ne!(pid(), second);
+        knows("web6", Some(web6.ipv4));
+        knows("web4", None);
     });
 }
 
