@@ -18,7 +18,7 @@ pub const READERS_MAX: usize = 4;
 pub const DATABASE_CACHE_KB: i64 = 512;
 
 /// Statements that each connection keeps compiled: more than one journey of a server has, or each pass compiles all of them anew.
-pub const STATEMENTS_KEPT: usize = 64;
+pub const STATEMENTS_KEPT: usize = 96;
 
 /// How long a read or write waits for another process that holds the database, such as an operator's sqlite3.
 pub const DATABASE_BUSY: Duration = Duration::from_secs(5);

@@ -95,23 +95,21 @@ pub fn one(connection: &Connection, id: OperationId) -> Result<Operation> {
 
 /// Reports where it is. Percent never falls; an operation that has ended is left alone.
 pub fn progress(tx: &Tx<'_>, id: OperationId, progress: Progress) -> Result<()> {
-    let mut operation = one(tx, id)?;
+    advance(tx, one(tx, id)?, progress)
+}
+
+/// As [`progress`], with whether it can still be cancelled.
+pub fn report(tx: &Tx<'_>, id: OperationId, progress: Progress, cancellable: bool) -> Result<()> {
+    advance(tx, Operation { cancellable, ..one(tx, id)? }, progress)
+}
+
+fn advance(tx: &Tx<'_>, mut operation: Operation, progress: Progress) -> Result<()> {
     if operation.state.is_final() {
         return Ok(());
     }
     let percent = progress.percent.clamp(operation.progress.percent, 100);
     operation.progress = Progress { percent, ..progress };
     operation.state = OperationState::Running;
-    save(tx, &mut operation)
-}
-
-/// Sets whether it can still be cancelled.
-pub fn set_cancellable(tx: &Tx<'_>, id: OperationId, cancellable: bool) -> Result<()> {
-    let mut operation = one(tx, id)?;
-    if operation.state.is_final() || operation.cancellable == cancellable {
-        return Ok(());
-    }
-    operation.cancellable = cancellable;
     save(tx, &mut operation)
 }
 
@@ -163,11 +161,13 @@ pub fn is_cancel_asked(connection: &Connection, id: OperationId) -> Result<bool>
 
 fn save(tx: &Tx<'_>, operation: &mut Operation) -> Result<()> {
     operation.generation += 1;
-    tx.prepare_cached("UPDATE operations SET state = ?2, body = ?3 WHERE id = ?1")?.execute(params![
-        operation.id.to_string(),
-        state_text(operation.state),
-        serde_json::to_string(&operation)?
-    ])?;
+    let (id, body) = (operation.id.to_string(), serde_json::to_string(&operation)?);
+    let values = params![id, state_text(operation.state), body];
+    // Most of the time it is a matter of progress, and the index of states has not to be written.
+    let same = "UPDATE operations SET body = ?3 WHERE id = ?1 AND state = ?2";
+    if tx.prepare_cached(same)?.execute(values)? == 0 {
+        tx.prepare_cached("UPDATE operations SET state = ?2, body = ?3 WHERE id = ?1")?.execute(values)?;
+    }
     tx.operation_changed(operation.id);
     Ok(())
 }

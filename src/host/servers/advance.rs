@@ -300,8 +300,8 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
             return Ok(());
         }
     };
-    operations::progress(tx, job.id, Progress { phase: phase.to_owned(), percent, ..Progress::default() })?;
-    operations::set_cancellable(tx, job.id, record.life.cancel(job.id).is_ok())
+    let progress = Progress { phase: phase.to_owned(), percent, ..Progress::default() };
+    operations::report(tx, job.id, progress, record.life.cancel(job.id).is_ok())
 }
 
 fn outcome(verdict: Verdict) -> Outcome {

@@ -165,7 +165,9 @@ impl ServerRecord {
 /// Adds a server. Fails with `already_exists` when its name or reference is taken.
 pub(super) fn insert(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
     records::insert(tx, record)?;
-    refer(tx, record)?;
+    if record.external_ref.is_some() {
+        refer(tx, record)?;
+    }
     hold(tx, record)
 }
 
@@ -195,8 +197,12 @@ fn hold(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
     } else {
         (0, 0)
     };
-    tx.prepare_cached("UPDATE servers SET memory_held = ?2, vcpus_held = ?3 WHERE id = ?1")?
-        .execute(params![record.id.to_string(), memory, vcpus])?;
+    // What stays as it is leaves its index alone.
+    tx.prepare_cached(
+        "UPDATE servers SET memory_held = ?2, vcpus_held = ?3
+         WHERE id = ?1 AND (memory_held, vcpus_held) IS NOT (?2, ?3)",
+    )?
+    .execute(params![record.id.to_string(), memory, vcpus])?;
     Ok(())
 }
 

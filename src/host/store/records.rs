@@ -62,17 +62,18 @@ pub fn insert<R: Record>(tx: &Tx<'_>, record: &R) -> Result<()> {
 /// Touches and saves a record that exists. Fails with `already_exists` when its new name is taken.
 pub fn save<R: Record>(tx: &Tx<'_>, record: &mut R) -> Result<()> {
     record.touch();
+    let (id, labels, body) =
+        (record.id().to_string(), serde_json::to_string(record.labels())?, serde_json::to_string(record)?);
+    let values = params![id, record.name().as_str(), labels, body];
+    // With the name among what is set SQLite writes its index anew, which is a page of the disk more for each commit.
+    let sql = format!("UPDATE {} SET labels = ?3, body = ?4 WHERE id = ?1 AND name = ?2", R::TABLE);
+    if tx.prepare_cached(&sql)?.execute(values)? > 0 {
+        return Ok(());
+    }
     let sql = format!("UPDATE {} SET name = ?2, labels = ?3, body = ?4 WHERE id = ?1", R::TABLE);
-    let changed = tx
-        .prepare_cached(&sql)?
-        .execute(params![
-            record.id().to_string(),
-            record.name().as_str(),
-            serde_json::to_string(record.labels())?,
-            serde_json::to_string(record)?
-        ])
-        .map_err(|cause| name_taken::<R>(cause, record.name()))?;
-    if changed == 0 {
+    let renamed =
+        tx.prepare_cached(&sql)?.execute(values).map_err(|cause| name_taken::<R>(cause, record.name()))?;
+    if renamed == 0 {
         return Err(Error::not_found(R::NOUN, record.id()));
     }
     Ok(())
