@@ -13,6 +13,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 pub use kvm_bindings::kvm_cpuid_entry2 as Entry;
 
 mod features;
+pub mod offer;
 mod save_area;
 mod saved;
 mod topology;

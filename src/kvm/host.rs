@@ -74,6 +74,8 @@ pub const EXTENSIONS: &[Extension] = &[
 #[derive(Debug)]
 pub struct Host {
     pub(crate) fd: Kvm,
+    /// What somebody else was told that it offers.
+    offer: Option<Vec<kvm_cpuid_entry2>>,
 }
 
 impl Host {
@@ -82,9 +84,14 @@ impl Host {
         // SAFETY: `into_raw_fd` gives up the only owner of an open descriptor, which `Kvm` then closes.
         let fd = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
         match fd.get_api_version() {
-            API_VERSION => Ok(Host { fd }),
+            API_VERSION => Ok(Host { fd, offer: None }),
             other => Err(Error::NotKvm(other)),
         }
+    }
+
+    /// The same, which is not asked again for [`Host::supported_cpuid`]: somebody on this host was told this.
+    pub fn offering(self, offer: Vec<kvm_cpuid_entry2>) -> Host {
+        Host { offer: Some(offer), ..self }
     }
 
     /// Opens the device, for people at a terminal.
@@ -93,7 +100,7 @@ impl Host {
         let text = CString::new(path).map_err(|cause| open(cause.into()))?;
         let fd = Kvm::new_with_path(&text).map_err(|cause| open(cause.into()))?;
         match fd.get_api_version() {
-            API_VERSION => Ok(Host { fd }),
+            API_VERSION => Ok(Host { fd, offer: None }),
             other => Err(Error::NotKvm(other)),
         }
     }
@@ -127,6 +134,9 @@ impl Host {
 
     /// What CPUID KVM can virtualise on this host (KVM API, section 4.46).
     pub fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+        if let Some(offer) = &self.offer {
+            return Ok(offer.clone());
+        }
         let list: CpuId =
             self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         Ok(list.as_slice().to_vec())

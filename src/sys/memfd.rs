@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
@@ -18,6 +19,25 @@ pub fn create(name: &str, bytes: u64) -> io::Result<File> {
     fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
 }
+
+/// Makes a memfd of these bytes, which nobody can change any more, whoever holds it.
+pub fn constant(name: &str, content: &[u8]) -> io::Result<File> {
+    let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    file.write_all_at(content, 0)?;
+    fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(CONSTANT))?;
+    Ok(file)
+}
+
+/// Whether a file is one of those.
+pub fn is_constant(file: &File) -> bool {
+    let seals = fcntl(file.as_fd(), FcntlArg::F_GET_SEALS);
+    seals.is_ok_and(|seals| SealFlag::from_bits_retain(seals).contains(CONSTANT))
+}
+
+const CONSTANT: SealFlag = SealFlag::F_SEAL_WRITE
+    .union(SealFlag::F_SEAL_SHRINK)
+    .union(SealFlag::F_SEAL_GROW)
+    .union(SealFlag::F_SEAL_SEAL);
 
 /// Whether a file is a memfd that nobody can shrink or grow.
 pub fn is_sealed(file: &File) -> bool {

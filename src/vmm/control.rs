@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm::Host;
+use kvm::{Host, cpuid};
 use sys::seqpacket::Listener;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::control::{Message, Notice, Sandbox};
@@ -40,6 +41,8 @@ pub(crate) struct Inheritance {
     pub(crate) kvm: OwnedFd,
     /// File for the last will.
     pub(crate) will: OwnedFd,
+    /// What KVM offers, if that was asked before.
+    pub(crate) offer: Option<OwnedFd>,
 }
 
 /// Why a VMM cannot serve at all.
@@ -48,6 +51,9 @@ pub(crate) enum Error {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// What was said to be KVM's offer.
+    #[error("descriptor {}: not an offer of KVM in a file that nobody can change", wire::launch::fd::OFFER)]
+    Offer,
     /// Nobody came for it.
     #[error("no machine was asked for and nobody was connected for {FORSAKEN_MS} ms")]
     Forsaken,
@@ -86,15 +92,20 @@ struct Shell {
 /// Serves until the machine ends. Returns when the will is written and the peers were told.
 pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
     threads::enter(ThreadKind::Control);
-    let Inheritance { control, kvm, will } = inheritance;
+    let Inheritance { control, kvm, will, offer } = inheritance;
     // What it would win is time only.
     let _ = sys::inherited::make_room(&kvm, DESCRIPTORS_READY);
     let will = LastWill::arm(File::from(will));
+    let host = Host::from_fd(kvm)?;
+    let host = match offer {
+        Some(offer) => host.offering(read_offer(&File::from(offer))?),
+        None => host,
+    };
     kvm::install_handler()?;
     let sandbox = sandbox::close_process();
     let bell = Arc::new(Bell::new().map_err(Error::Serve)?);
     let mut shell = Shell {
-        host: Host::from_fd(kvm)?,
+        host,
         sandbox,
         will,
         bell,
@@ -118,6 +129,17 @@ pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
         machine.close();
     }
     Ok(())
+}
+
+/// Others have the same open file, so its position is nobody's.
+fn read_offer(file: &File) -> Result<Vec<cpuid::Entry>, Error> {
+    if !sys::memfd::is_constant(file) {
+        return Err(Error::Offer);
+    }
+    let length = file.metadata().map_or(0, |metadata| metadata.len()).min(cpuid::offer::BYTES_MAX as u64);
+    let mut bytes = vec![0; length as usize];
+    file.read_exact_at(&mut bytes, 0).map_err(Error::Serve)?;
+    cpuid::offer::decode(&bytes).ok_or(Error::Offer)
 }
 
 impl Shell {

@@ -1,9 +1,11 @@
 //! The launcher: a small process that starts VMMs, each with exactly the descriptors of [`wire::launch::fd`], and
 //! tells how they end. It serves one daemon; when that is gone it ends, and its children live on.
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use kvm::{Host, cpuid};
 use sys::pidfd::{Ended, PidFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::channel::{self, Channel};
@@ -35,6 +37,8 @@ const DAEMON: u64 = 0;
 struct Launcher {
     daemon: Channel,
     epoll: Epoll,
+    /// What KVM offers, when it was asked once.
+    offer: Option<File>,
     /// By process id, which is also the epoll token; init is nobody's child, so none is 0.
     children: HashMap<u64, Child>,
 }
@@ -49,7 +53,7 @@ pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
     threads::enter(ThreadKind::Control);
     let daemon = Channel::new(daemon.into());
     let epoll = Epoll::new().map_err(Error::Wait)?;
-    let mut launcher = Launcher { daemon, epoll, children: HashMap::new() };
+    let mut launcher = Launcher { daemon, epoll, offer: None, children: HashMap::new() };
     launcher.watch(launcher.daemon.as_fd(), DAEMON).map_err(Error::Wait)?;
     let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
     loop {
@@ -117,9 +121,16 @@ impl Launcher {
             ));
         }
         let cgroups = descriptors.split_off(4);
-        let descriptors = descriptors.try_into().map_err(|_| "four descriptors were counted".to_owned())?;
-        let children::Vmm { pid, pidfd, missing } = children::start_vmm(label, jail, &descriptors, &cgroups)
-            .map_err(|why| format!("cannot start a VMM: {why}"))?;
+        let descriptors: [OwnedFd; 4] =
+            descriptors.try_into().map_err(|_| "four descriptors were counted".to_owned())?;
+        let [_, kvm, ..] = &descriptors;
+        if self.offer.is_none() {
+            self.offer = offer(kvm);
+        }
+        let offer = self.offer.as_ref().map(AsFd::as_fd);
+        let children::Vmm { pid, pidfd, missing } =
+            children::start_vmm(label, jail, &descriptors, offer, &cgroups)
+                .map_err(|why| format!("cannot start a VMM: {why}"))?;
         let told = |error: io::Error| format!("cannot watch a VMM: {error}");
         let copy = pidfd.as_fd().try_clone_to_owned().map_err(told)?;
         self.adopt(pid, Child::Vmm { pid, pidfd }).map_err(told)?;
@@ -209,4 +220,10 @@ fn status(ended: Ended) -> ExitStatus {
         Ended::Code(code) => ExitStatus::Code(code),
         Ended::Signal(signal) => ExitStatus::Signal(signal),
     }
+}
+
+/// What KVM offers, for every VMM that is started; without it they ask themselves, and say what is wrong.
+fn offer(kvm: &OwnedFd) -> Option<File> {
+    let host = Host::from_fd(kvm.try_clone().ok()?).ok()?;
+    sys::memfd::constant("cpuid", &cpuid::offer::encode(&host.supported_cpuid().ok()?)).ok()
 }

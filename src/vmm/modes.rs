@@ -45,9 +45,10 @@ fn launch() -> Done {
 }
 
 fn machine() -> Done {
-    let inheritance =
-        control::Inheritance { control: take(fd::CONTROL)?, kvm: take(fd::KVM)?, will: take(fd::WILL)? };
-    Ok(control::run(inheritance)?)
+    let (control, kvm, will) = (take(fd::CONTROL)?, take(fd::KVM)?, take(fd::WILL)?);
+    // Nothing is there where nobody has given it.
+    let offer = inherited::take(fd::OFFER).ok();
+    Ok(control::run(control::Inheritance { control, kvm, will, offer })?)
 }
 
 fn probe_inherited() -> Done {

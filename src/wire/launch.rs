@@ -14,6 +14,9 @@ pub mod fd {
     pub const KVM: i32 = 4;
     /// File for the last will, empty, open for writing.
     pub const WILL: i32 = 5;
+    /// What KVM was found to offer as CPUID (`kvm::cpuid::offer`), in a memfd that nobody can change. A VMM that is
+    /// started without it asks by itself.
+    pub const OFFER: i32 = 6;
 }
 
 /// One request to the launcher.

@@ -11,6 +11,18 @@ fn a_memfd_keeps_its_length_whoever_asks() {
 }
 
 #[test]
+fn a_constant_stays_what_it_is_whoever_asks() {
+    let file = constant("test", b"as it is").unwrap();
+    for denied in [file.write_at(b"was", 0), file.set_len(0).map(|()| 0), file.set_len(9).map(|()| 0)] {
+        assert_eq!(denied.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    }
+    let mut content = [0; 8];
+    file.read_exact_at(&mut content, 0).unwrap();
+    assert_eq!(&content, b"as it is");
+    assert!(is_constant(&file) && !is_constant(&create("test", 8).unwrap()));
+}
+
+#[test]
 fn a_punched_hole_reads_zero_and_costs_nothing() {
     let file = create("test", 1 << 20).unwrap();
     file.write_all_at(&[7; 8192], 0).unwrap();

@@ -23,22 +23,24 @@ pub(super) struct Vmm {
     pub(super) missing: Vec<Missing>,
 }
 
-/// Starts a VMM with its control listener, KVM, will and log, in cgroups.
+/// Starts a VMM with its control listener, KVM, will and log, and with what KVM offers, in cgroups.
 pub(super) fn start_vmm(
     label: &str,
     wanted: &launch::Jail,
     descriptors: &[OwnedFd; 4],
+    offer: Option<BorrowedFd<'_>>,
     cgroups: &[OwnedFd],
 ) -> Result<Vmm, String> {
     let [control, kvm, will, log] = descriptors;
     let cgroups: Vec<_> = cgroups.iter().map(AsFd::as_fd).collect();
-    let placed = [
+    let mut placed = vec![
         (log.as_fd(), STDOUT),
         (log.as_fd(), STDERR),
         (control.as_fd(), fd::CONTROL),
         (kvm.as_fd(), fd::KVM),
         (will.as_fd(), fd::WILL),
     ];
+    placed.extend(offer.map(|offer| (offer, fd::OFFER)));
     let started = start(&["machine", "--label", label], &placed, &jail_of(wanted, &cgroups)?)?;
     let caller = (wanted.user == JailUser::Caller)
         .then(|| Missing { item: Item::Uid, why: "it runs with the ids of whoever started it".to_owned() });
