@@ -8,6 +8,7 @@ use std::time::Instant;
 use hyper::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rusqlite::{Connection, OpenFlags};
 use serde_json::{Value, json};
 
 use crate::api::text;
@@ -295,6 +296,17 @@ fn vmm_of(stage: &Stage, name: &str) -> Option<i32> {
     })
 }
 
+/// Waits until the source has heard what became of every move before: what it asks again is decided at points of the same names.
+async fn none_is_asked_about(hosts: &Hosts) -> Result<(), String> {
+    let database = hosts.source.scratch("state/toft.db");
+    let left = async || {
+        let opened = Connection::open_with_flags(&database, OpenFlags::SQLITE_OPEN_READ_ONLY).ok()?;
+        let count = "SELECT count(*) FROM moves WHERE body ->> 'side' = 'source'";
+        opened.query_row(count, [], |row| row.get::<_, u64>(0)).ok().filter(|left| *left == 0)
+    };
+    wait_for("the end of earlier moves", left).await.map(drop)
+}
+
 /// One move with one fault at one point of one daemon. Answers where the server is then.
 async fn falls_on_its_feet(
     hosts: &Hosts,
@@ -305,6 +317,7 @@ async fn falls_on_its_feet(
 ) -> Result<usize, String> {
     let server = counting(&hosts.source, name).await;
     hosts.target.knows(&server);
+    none_is_asked_about(hosts).await?;
     let (stage, address) = hosts.sides()[side];
     stage.kill().await;
     let flags = vec!["--migration-listen".to_owned(), format!("{address}:{PORT}")];
