@@ -62,6 +62,9 @@ const UNFINISHED: &str = "added.unfinished";
 /// What dnsmasq says when another socket has its address (strerror(3) of EADDRINUSE).
 const IN_USE: &str = "Address already in use";
 
+/// What dnsmasq says when root has all inotify instances that it may have (inotify(7)).
+const NO_INOTIFY: &str = "failed to create inotify";
+
 impl Dnsmasq {
     /// Its files are in `directory`, which every user can reach, because dnsmasq drops its privileges.
     pub(super) fn new(directory: PathBuf) -> Dnsmasq {
@@ -131,6 +134,12 @@ impl Dnsmasq {
                 Err(PlumbingError::Failed(detail)) if detail.contains(IN_USE) && tries < SOCKETS_TRIES => {
                     tries += 1;
                     tokio::time::sleep(SOCKETS_AGAIN).await;
+                }
+                Err(PlumbingError::Failed(detail)) if detail.contains(NO_INOTIFY) => {
+                    return Err(PlumbingError::Unprepared(format!(
+                        "root watches too much already for another dnsmasq ({detail}); allow more with `sysctl \
+                         fs.inotify.max_user_instances=8192`"
+                    )));
                 }
                 started => break started?,
             }

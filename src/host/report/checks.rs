@@ -15,6 +15,9 @@ pub(super) struct System {
     root: PathBuf,
 }
 
+/// Fewer inotify instances than Linux lets a user have by itself.
+const INOTIFY_INSTANCES_FEW: u32 = 128;
+
 /// How a check came out, before it has its name.
 type Finding = (CheckStatus, String);
 
@@ -48,6 +51,7 @@ impl System {
                 installed("nft", "nftables", "packets of servers cannot be filtered, so they get no network"),
             ),
             ("dnsmasq", installed("dnsmasq", "dnsmasq-base", "networks have neither DHCP nor DNS")),
+            ("inotify", self.inotify()),
             ("ip_forward", self.forwarding()),
             ("reflink", reflink(volumes)),
             ("clock_source", self.clock_source()),
@@ -186,6 +190,25 @@ impl System {
             false => {
                 lesser("/dev/net/tun is missing, so servers get no network; load it with `modprobe tun`")
             }
+        }
+    }
+
+    /// inotify(7): what root may have of it, of which each network's dnsmasq takes one.
+    fn inotify(&self) -> Finding {
+        let instances =
+            self.read("proc/sys/fs/inotify/max_user_instances").and_then(|text| text.parse().ok());
+        match instances.unwrap_or(0_u32) {
+            0 => lesser(
+                "the kernel has no inotify, by which networks are told of new servers; use another kernel",
+            ),
+            few if few < INOTIFY_INSTANCES_FEW => lesser(format!(
+                "all networks of this host together, and whatever else root runs, can watch {few} times, and each network does \
+                 once; allow more with `sysctl fs.inotify.max_user_instances=8192`"
+            )),
+            many => good(format!(
+                "{many} networks can be told of new servers, less what else root runs; more with `sysctl \
+                 fs.inotify.max_user_instances=8192`"
+            )),
         }
     }
 

@@ -34,6 +34,7 @@ fn each_check_tells_good_from_lesser() {
         ("seccomp", "proc/sys/kernel/seccomp/actions_avail", "kill_process kill_thread log\n", "\n"),
         ("io_uring", "proc/sys/kernel/io_uring_disabled", "0\n", "1\n"),
         ("cgroups", "sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n", "hugetlb\n"),
+        ("inotify", "proc/sys/fs/inotify/max_user_instances", "128\n", "16\n"),
         ("clock_source", clock, "tsc\n", "hpet\n"),
     ];
     for (name, path, well, ill) in cases {
@@ -94,7 +95,7 @@ fn compressed_memory_is_no_disk() {
 fn an_empty_host_has_every_check_and_a_remedy_for_each_that_is_not_good() {
     let fake = Fake::new(&[]);
     let checks = System::new(fake.0.path()).checks(fake.0.path());
-    assert_eq!(checks.len(), 16);
+    assert_eq!(checks.len(), 17);
     assert!(
         checks.iter().all(|check| check.status != CheckStatus::Failed && check.detail.len() > 15),
         "{checks:?}"
