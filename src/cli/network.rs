@@ -51,6 +51,9 @@ pub(crate) struct Create {
     /// How it reaches the world.
     #[arg(long, value_enum, default_value_t = Kind::Nat)]
     kind: Kind,
+    /// Network device of this host, such as eth1, that the network has for itself, to go on to other hosts behind it.
+    #[arg(long, value_name = "DEVICE")]
+    host_device: Option<String>,
     /// KEY=VALUE; may be given more than once.
     #[arg(long, value_parser = target::label)]
     label: Vec<(String, String)>,
@@ -78,6 +81,7 @@ impl Verb {
                         Kind::Isolated => NetworkKind::Isolated,
                     },
                     ipv4_cidr: create.cidr,
+                    host_device: create.host_device,
                     labels: target::labels(&create.label)?,
                 };
                 let body = serde_json::to_vec(&request).map_err(Error::Answer)?;

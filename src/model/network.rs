@@ -31,6 +31,9 @@ pub struct Network {
     pub addresses_used: u32,
     /// The host's bridge device.
     pub bridge: String,
+    /// The host's network device that is on the bridge, too: the network goes on behind it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_device: Option<String>,
     /// Largest packet in bytes.
     pub mtu: u16,
     /// Whether the host's devices and rules are in place.
@@ -82,6 +85,12 @@ pub struct CreateNetwork {
     /// absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv4_cidr: Option<String>,
+    /// A network device of the host, such as `eth1`, that the network is to have for itself: the network goes on behind it, to
+    /// other hosts that have a network of the same name and range on that cable or VLAN. The host uses it for nothing else,
+    /// and cannot be reached through it. Each host serves its own servers' DHCP, DNS and way out; which addresses
+    /// are taken on other hosts it does not know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_device: Option<String>,
     /// The caller's own pairs.
     #[serde(default)]
     pub labels: Labels,

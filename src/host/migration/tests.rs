@@ -142,6 +142,7 @@ async fn a_network_that_is_missing_or_of_another_range_is_in_the_way() {
     let pair = Pair::new(Stage::new()).await;
     stage::import(&pair.target).await;
     let network = |range: &str| CreateNetwork {
+        host_device: None,
         name: "lan".parse().unwrap(),
         kind: NetworkKind::Isolated,
         ipv4_cidr: Some(range.to_owned()),

@@ -49,6 +49,9 @@ pub const SERVE_AFTER_MAX: Duration = Duration::from_millis(500);
 /// Length of a DHCP lease in seconds. Addresses are fixed, so leases only say how often a guest asks again.
 pub const LEASE_S: u32 = 3600;
 
+/// Longest name of a network device (IFNAMSIZ of linux/if.h, with its NUL).
+pub(super) const DEVICE_NAME_MAX: usize = 15;
+
 /// Largest packet on a network in bytes: Ethernet's, which every uplink carries.
 pub const MTU: u16 = 1500;
 

@@ -6,6 +6,8 @@ use std::path::Path;
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
 use nix::net::if_::if_nametoindex;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
 use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
@@ -38,6 +40,10 @@ struct Device {
     index: u32,
     mac: Option<Mac>,
     is_bridge: bool,
+    /// Index of the bridge or bond that it is part of.
+    controller: Option<u32>,
+    /// Largest packet in bytes.
+    mtu: Option<u32>,
 }
 
 impl Links {
@@ -84,7 +90,7 @@ impl Links {
     /// there that Toft did not make.
     pub(super) async fn ensure_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
         let name = &segment.bridge;
-        let mac = Mac::of_bridge(segment.id);
+        let mac = segment.bridge_mac();
         if self.find(name).await?.is_none() {
             let bridge =
                 LinkBridge::new(name).address(mac.0.to_vec()).mtu(segment.mtu.into()).mcast_snooping(false);
@@ -111,7 +117,49 @@ impl Links {
         *request.message_mut() = address.build();
         request.execute().await.map_err(|cause| failed("give an address to", name, cause))?;
         let up = LinkUnspec::new_with_index(index).mtu(segment.mtu.into()).up().build();
-        self.handle.link().change(up).execute().await.map_err(|cause| failed("bring up", name, cause))
+        self.handle.link().change(up).execute().await.map_err(|cause| failed("bring up", name, cause))?;
+        match &segment.host_device {
+            Some(device) => self.ensure_joined(device, index, segment).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Puts a device of the host on the bridge of a network that goes on behind it, and brings it up. One that the host
+    /// uses itself is left alone: it would be cut off.
+    async fn ensure_joined(&self, name: &str, bridge: u32, segment: &Segment) -> Result<(), PlumbingError> {
+        let refuse = |detail: String| Err(PlumbingError::Unprepared(detail));
+        let Some(device) = self.find(name).await? else {
+            return refuse(format!(
+                "there is no device {name}, behind which the network goes on; connect or make it"
+            ));
+        };
+        match device.controller {
+            Some(controller) if controller == bridge => {}
+            Some(_) => {
+                return refuse(format!(
+                    "{name} is part of another bridge or bond; take it out with `ip link set {name} nomaster`"
+                ));
+            }
+            None => {
+                let addresses = self.handle.address().get().set_link_index_filter(device.index).execute();
+                let of_host = |message: &AddressMessage| message.header.family == AddressFamily::Inet;
+                let addresses: Result<Vec<AddressMessage>, _> = addresses.try_collect().await;
+                if addresses.map_err(|cause| failed("look at", name, cause))?.iter().any(of_host) {
+                    return refuse(format!(
+                        "{name} has an address of the host's, which nobody could reach any more; give the network a \
+                         device or a VLAN of its own, or remove the address with `ip address flush dev {name}`"
+                    ));
+                }
+            }
+        }
+        if device.mtu.is_some_and(|mtu| mtu < segment.mtu.into()) {
+            return refuse(format!(
+                "{name} carries no packets of {mtu} bytes, as servers send; allow it with `ip link set {name} mtu {mtu}`",
+                mtu = segment.mtu
+            ));
+        }
+        let joined = LinkUnspec::new_with_index(device.index).controller(bridge).up().build();
+        self.handle.link().change(joined).execute().await.map_err(|cause| failed("connect", name, cause))
     }
 
     /// Removes the bridge of a network, if it is there and Toft's.
@@ -156,7 +204,7 @@ impl Links {
     /// Index of the network's bridge; none when there is no device of its name.
     async fn own_bridge(&self, segment: &Segment) -> Result<Option<u32>, PlumbingError> {
         match self.find(&segment.bridge).await? {
-            Some(Device { index, mac, is_bridge: true }) if mac == Some(Mac::of_bridge(segment.id)) => {
+            Some(Device { index, mac, is_bridge: true, .. }) if mac == Some(segment.bridge_mac()) => {
                 Ok(Some(index))
             }
             Some(_) => Err(PlumbingError::Unprepared(format!(
@@ -212,10 +260,13 @@ fn name(message: &LinkMessage) -> Option<String> {
 }
 
 fn device(message: &LinkMessage) -> Device {
-    let mut device = Device { index: message.header.index, mac: None, is_bridge: false };
+    let index = message.header.index;
+    let mut device = Device { index, mac: None, is_bridge: false, controller: None, mtu: None };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Address(bytes) => device.mac = bytes.as_slice().try_into().ok().map(Mac),
+            LinkAttribute::Controller(index) => device.controller = Some(*index).filter(|index| *index > 0),
+            LinkAttribute::Mtu(bytes) => device.mtu = Some(*bytes),
             LinkAttribute::LinkInfo(infos) => {
                 device.is_bridge = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bridge)));
             }

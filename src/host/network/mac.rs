@@ -7,6 +7,7 @@ use std::str::FromStr;
 use model::{NetworkId, ServerId};
 use sha2::{Digest, Sha256};
 
+use super::cidr::Cidr;
 use super::limits::MAC_TRIES_MAX;
 
 /// A hardware address.
@@ -39,12 +40,23 @@ impl Mac {
         Mac([0x02, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]])
     }
 
+    /// The address of the bridge of a network that goes on to other hosts: the same on each of them, so that a server that moves
+    /// finds its gateway where it was. As many bits as [`Mac::of_bridge`], of the range, which no other network of a host
+    /// overlaps.
+    pub fn of_gateway(range: Cidr) -> Mac {
+        let bytes = Sha256::digest(range.to_string());
+        Mac([0x02, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]])
+    }
+
     /// Name of the tap of the interface that has this address. Addresses are unique on the host, so names are.
     pub fn tap_name(self) -> String {
         let [.., a, b, c] = self.0;
         format!("{TAP_PREFIX}{a:02x}{b:02x}{c:02x}")
     }
 }
+
+/// Every device's name begins with it that Toft makes.
+pub const OWN_PREFIX: &str = "toft";
 
 /// Every tap's name begins with it, and no bridge's does: the anti-spoofing rules catch taps by this prefix, so
 /// that a tap they do not know passes nothing.

@@ -419,11 +419,15 @@ fn steps(network: &Network) -> Vec<String> {
             "keep its servers from everything but each other and the host's DHCP and DNS"
         }
     };
-    vec![
-        format!("make the bridge {} with the address {}", network.bridge, network.ipv4_gateway),
-        reach.to_owned(),
-        format!("serve DHCP and DNS to {} addresses of {}", network.addresses_total, network.ipv4_cidr),
-    ]
+    let device = network.host_device.as_ref().map(|device| {
+        format!(
+            "put {device} on the bridge, behind which the network goes on, and keep the host itself from it"
+        )
+    });
+    let bridge = format!("make the bridge {} with the address {}", network.bridge, network.ipv4_gateway);
+    let serve =
+        format!("serve DHCP and DNS to {} addresses of {}", network.addresses_total, network.ipv4_cidr);
+    std::iter::once(bridge).chain(device).chain([reach.to_owned(), serve]).collect()
 }
 
 fn refused(trouble: PlumbingError) -> Error {

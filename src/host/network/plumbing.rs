@@ -76,6 +76,18 @@ pub struct Segment {
     pub kind: NetworkKind,
     /// Largest packet in bytes.
     pub mtu: u16,
+    /// The host's device that is on the bridge, too.
+    pub host_device: Option<String>,
+}
+
+impl Segment {
+    /// Hardware address of the bridge, by which it is known to be Toft's.
+    pub fn bridge_mac(&self) -> Mac {
+        match self.host_device {
+            Some(_) => Mac::of_gateway(self.cidr),
+            None => Mac::of_bridge(self.id),
+        }
+    }
 }
 
 /// One interface of one server: the only addresses it may speak with.

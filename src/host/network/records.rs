@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use super::addresses;
 use super::cidr::{self, Cidr};
-use super::limits::{BRIDGES_MAX, MTU};
-use super::mac::BRIDGE_PREFIX;
+use super::limits::{BRIDGES_MAX, DEVICE_NAME_MAX, MTU};
+use super::mac::{BRIDGE_PREFIX, OWN_PREFIX};
 use super::plumbing::{Segment, Surroundings, Wanted};
 use crate::call::Actor;
 use crate::error::{Error, Result};
@@ -61,7 +61,13 @@ pub(super) fn make_default(tx: &Tx<'_>, surroundings: &Surroundings) -> Result<(
     }
     let name =
         DEFAULT.parse().map_err(|cause| Error::internal("the default network's name is not one", cause))?;
-    let spec = CreateNetwork { name, kind: NetworkKind::Nat, ipv4_cidr: None, labels: Labels::default() };
+    let spec = CreateNetwork {
+        name,
+        kind: NetworkKind::Nat,
+        ipv4_cidr: None,
+        host_device: None,
+        labels: Labels::default(),
+    };
     let network = insert(tx, spec, surroundings)?;
     tx.execute("INSERT INTO host (key, value) VALUES (?1, ?2)", [DEFAULT_MADE, &network.id.to_string()])?;
     announce(tx, &network, "network.created", Some((&Actor::Host, None)))
@@ -71,6 +77,9 @@ pub(super) fn make_default(tx: &Tx<'_>, surroundings: &Surroundings) -> Result<(
 pub(super) fn insert(tx: &Tx<'_>, spec: CreateNetwork, surroundings: &Surroundings) -> Result<Network> {
     let networks: Vec<Network> = records::all(tx)?;
     let range = choose_range(spec.ipv4_cidr.as_deref(), &networks, surroundings)?;
+    if let Some(device) = &spec.host_device {
+        check_device(device, &networks)?;
+    }
     let now = Time::now();
     let network = Network {
         id: NetworkId::new(),
@@ -83,6 +92,7 @@ pub(super) fn insert(tx: &Tx<'_>, spec: CreateNetwork, surroundings: &Surroundin
         addresses_used: 0,
         bridge: choose_bridge(&networks, surroundings)?,
         mtu: MTU,
+        host_device: spec.host_device,
         state: NetworkState::Degraded,
         state_detail: Some(BEING_SET_UP.to_owned()),
         generation: 1,
@@ -117,6 +127,24 @@ fn choose_range(asked: Option<&str>, networks: &[Network], surroundings: &Surrou
         return refuse("overlaps", detail);
     }
     Ok(range)
+}
+
+/// Fails for what no device can be called, and for one that another network has. Whether it is there, its bridge finds out.
+fn check_device(device: &str, networks: &[Network]) -> Result<()> {
+    let refuse = |code, detail: String| Err(Error::invalid("/host_device", code, detail));
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let is_name = (1..=DEVICE_NAME_MAX).contains(&device.len()) && device.bytes().all(is_plain);
+    if !is_name || device.starts_with('.') || device.starts_with(OWN_PREFIX) {
+        let detail = format!(
+            "must be a network device of the host, such as eth1: at most {DEVICE_NAME_MAX} letters, digits, `-`, `_` \
+             and `.`, and none of Toft's own, which begin with `{OWN_PREFIX}`"
+        );
+        return refuse("invalid", detail);
+    }
+    match networks.iter().find(|network| network.host_device.as_deref() == Some(device)) {
+        Some(other) => refuse("in_use", format!("network {} has {device} for itself", other.name)),
+        None => Ok(()),
+    }
 }
 
 fn choose_bridge(networks: &[Network], surroundings: &Surroundings) -> Result<String> {
@@ -170,6 +198,7 @@ pub(super) fn segment(network: &Network) -> Result<Segment> {
         cidr: addresses::range(network)?,
         kind: network.kind,
         mtu: network.mtu,
+        host_device: network.host_device.clone(),
     })
 }
 

@@ -12,6 +12,10 @@
 //! port itself, without `prerouting`. `links` has ports send them through it; `to_bridge` catches what a port without
 //! that would let by, and `inet toft` drops whatever comes from a port. It also decides what may reach the host and pass
 //! through it.
+//!
+//! Where a network goes on behind a device of the host, the other hosts there have the same gateway, address for address,
+//! and each is its own servers' alone: what comes in through the device reaches servers, never the host, and what the host
+//! says, to DHCP's clients say, goes to servers, never out through the device.
 
 use std::fmt::Write;
 
@@ -25,7 +29,7 @@ use super::plumbing::{Port, Wanted};
 /// and to nothing else, as before.
 pub fn ruleset(wanted: &Wanted, uplinks: &[String]) -> String {
     let mut text = removal();
-    bridge_table(&mut text, &wanted.ports);
+    bridge_table(&mut text, wanted);
     inet_table(&mut text, wanted, uplinks);
     text
 }
@@ -42,7 +46,7 @@ fn elements(port: &Port) -> [(&'static str, String); 2] {
     [("senders", format!("\"{tap}\" . {}", port.mac)), ("addresses", format!("\"{tap}\" . {}", port.ipv4))]
 }
 
-fn bridge_table(text: &mut String, ports: &[Port]) {
+fn bridge_table(text: &mut String, Wanted { segments, ports }: &Wanted) {
     let mut sets = [String::new(), String::new()];
     for (at, separator) in ports.iter().zip(std::iter::once("").chain(std::iter::repeat(",\n            "))) {
         for (set, (_, element)) in sets.iter_mut().zip(elements(at)) {
@@ -54,7 +58,12 @@ fn bridge_table(text: &mut String, ports: &[Port]) {
         "" => String::new(),
         set => format!("\n        elements = {{\n            {set}\n        }}"),
     });
+    let (mut to_host, mut from_host) = (String::new(), String::new());
     // Writing to a String cannot fail.
+    for device in segments.iter().filter_map(|segment| segment.host_device.as_ref()) {
+        let _ = writeln!(to_host, "        iifname \"{device}\" counter drop");
+        let _ = writeln!(from_host, "        oifname \"{device}\" counter drop");
+    }
     let _ = write!(
         text,
         r#"
@@ -98,7 +107,10 @@ table bridge toft {{
     chain to_bridge {{
         type filter hook input priority -300; policy accept;
         iifname "{TAP_PREFIX}*" ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 counter drop
-    }}
+{to_host}    }}
+    chain from_host {{
+        type filter hook output priority -300; policy accept;
+{from_host}    }}
 }}
 "#
     );

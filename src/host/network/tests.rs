@@ -20,6 +20,7 @@ fn segment(number: u8, kind: NetworkKind) -> Segment {
         cidr: Cidr::for_network(&format!("10.77.{number}.0/24")).unwrap(),
         kind,
         mtu: 1500,
+        host_device: None,
     }
 }
 
@@ -31,7 +32,8 @@ fn port(segment: &Segment, last: u8, name: &str) -> Port {
 
 #[test]
 fn the_ruleset_is_the_one_on_record() {
-    let (nat, isolated) = (segment(0, NetworkKind::Nat), segment(1, NetworkKind::Isolated));
+    let (nat, mut isolated) = (segment(0, NetworkKind::Nat), segment(1, NetworkKind::Isolated));
+    isolated.host_device = Some("eth1".to_owned());
     let ports = vec![port(&nat, 2, "web1"), port(&nat, 3, "web2"), port(&isolated, 2, "db1")];
     let wanted = Wanted { segments: vec![nat, isolated], ports };
     let text = rules::ruleset(&wanted, &["eth0".to_owned()]);

@@ -61,6 +61,10 @@ pub(super) fn bounds() -> Vec<(&'static str, Value)> {
             "/CreateNetwork/properties/ipv4_cidr",
             json!({ "pattern": "^[0-9]{1,3}(\\.[0-9]{1,3}){3}/(1[6-9]|2[0-9])$" }),
         ),
+        (
+            "/CreateNetwork/properties/host_device",
+            json!({ "pattern": "^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,14}$" }),
+        ),
         ("/PatchServer/properties/nic_limits", json!({ "maxItems": NICS_MAX })),
         ("/PatchNicLimits/properties/index", json!({ "maximum": NICS_MAX - 1 })),
         ("/StopServer/properties/grace_s", json!({ "maximum": GRACE_S_MAX })),

@@ -63,6 +63,8 @@ async fn a_dry_run_says_what_would_be_made_or_why_not_and_makes_nothing() {
     plan(json!({ "name": "default" })).await.problem(Code::AlreadyExists);
     let overlaps = plan(json!({ "name": "a", "ipv4_cidr": known.items[0].ipv4_cidr })).await;
     assert_eq!(overlaps.problem(Code::Invalid).errors[0].pointer, "/ipv4_cidr");
+    let device = plan(json!({ "name": "a", "host_device": "eth*" })).await;
+    assert_eq!(device.problem(Code::Invalid).errors[0].pointer, "/host_device");
     let after: Page<Network> = served.call("GET", "/v1/networks", Sent::nothing()).await.json(200);
     assert_eq!((after.items.len(), after.watch_cursor), (known.items.len(), known.watch_cursor));
     served.stop().await;

@@ -3,7 +3,14 @@ use crate::network::cidr::Cidr;
 
 fn segment(kind: NetworkKind) -> Segment {
     let cidr = Cidr::for_network("10.77.0.0/24").unwrap();
-    Segment { id: model::NetworkId::new(), bridge: "toftbr0".to_owned(), cidr, kind, mtu: 1500 }
+    Segment {
+        id: model::NetworkId::new(),
+        bridge: "toftbr0".to_owned(),
+        cidr,
+        kind,
+        mtu: 1500,
+        host_device: None,
+    }
 }
 
 #[test]

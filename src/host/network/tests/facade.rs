@@ -39,6 +39,7 @@ fn spec(name: &str, ipv4_cidr: Option<&str>) -> CreateNetwork {
         name: name.parse().unwrap(),
         kind: NetworkKind::Nat,
         ipv4_cidr: ipv4_cidr.map(str::to_owned),
+        host_device: None,
         labels: Labels::default(),
     }
 }
@@ -90,6 +91,29 @@ async fn the_first_start_makes_a_default_network_and_only_the_first() {
     networks.close().await;
     let networks = stage.open().await;
     assert!(all(&networks).await.is_empty());
+    networks.close().await;
+}
+
+#[tokio::test]
+async fn a_device_of_the_host_is_of_one_network_and_has_a_devices_name() {
+    let stage = Stage::new();
+    let networks = stage.open().await;
+    let with =
+        |name: &str, device: &str| CreateNetwork { host_device: Some(device.to_owned()), ..spec(name, None) };
+    let lan = created(&networks, with("lan", "bond0.100")).await;
+    assert_eq!(lan.host_device.as_deref(), Some("bond0.100"));
+    assert_eq!(stage.plumbing.scene().segments[&lan.id].host_device, lan.host_device);
+    let refused = async |device: &str| {
+        let error = networks.create(&Call::by_host(), with("other", device)).await.unwrap_err();
+        (error.code, error.errors[0].pointer.clone(), error.errors[0].code.clone())
+    };
+    let said = |code: &str| (Code::Invalid, "/host_device".to_owned(), code.to_owned());
+    assert_eq!(refused("bond0.100").await, said("in_use"));
+    for device in
+        ["", "eth*", "eth 1", "eth1\"", "a/b", ".", "..", "toftbr0", "tofttap000001", "sixteen-letters-"]
+    {
+        assert_eq!(refused(device).await, said("invalid"), "{device}");
+    }
     networks.close().await;
 }
 

@@ -345,6 +345,90 @@ fn a_dnsmasq_that_a_dead_daemon_was_starting_gives_way() {
     });
 }
 
+/// A tap as the device of a host behind which a network goes on: whoever has its other end is on another host.
+fn cable(name: &str, mac: Mac, ipv4: Ipv4Addr) -> Guest {
+    Guest::new(Tap::create(name).unwrap().into(), mac, ipv4)
+}
+
+#[test]
+fn a_network_goes_on_behind_a_device_and_the_host_itself_does_not() {
+    run(|mut ground| async move {
+        let mut lan = super::segment(0, NetworkKind::Isolated);
+        lan.host_device = Some("cable0".to_owned());
+        // The second is known here and has moved: nobody here may answer it any more but servers.
+        let [near, far] = ["near", "far"].map(|name| port(&lan, if name == "near" { 2 } else { 3 }, name));
+        let away = cable("cable0", far.mac, far.ipv4);
+        ground.wanted.segments.push(lan.clone());
+        ground.wanted.ports.extend([near.clone(), far.clone()]);
+        ground.ensure().await;
+        let server = ground.plug(&lan, &near).await;
+        let gateway = lan.cidr.gateway();
+
+        // The gateway is each host's own, and called alike on all of them.
+        let host = server.resolve(gateway);
+        assert_eq!(host, Mac::of_gateway(lan.cidr));
+        // Servers on both hosts reach each other.
+        away.udp((near.mac, near.ipv4, 9), 9, b"from afar");
+        server.wait("a packet from afar", |frame| Udp::read(frame).filter(|udp| udp.data == b"from afar"));
+        server.udp((far.mac, far.ipv4, 9), 9, b"to afar");
+        away.wait("a packet to afar", |frame| Udp::read(frame).filter(|udp| udp.data == b"to afar"));
+
+        // What is asked of the host from afar, by ARP, DHCP, DNS or ping, gets no answer, and what the host says is not heard there.
+        away.send(&Arp::request((away.mac, away.ipv4), gateway).frame(BROADCAST, away.mac));
+        for kind in [1, 3] {
+            let data = dhcp(kind, away.mac, Some(away.ipv4));
+            let udp = Udp { from: (Ipv4Addr::UNSPECIFIED, 68), to: (Ipv4Addr::BROADCAST, 67), data };
+            away.send(&udp.frame(BROADCAST, away.mac));
+        }
+        let question = Udp { from: (away.ipv4, 4000), to: (gateway, 53), data: dns_question("near.toft") };
+        away.send(&question.frame(host, away.mac));
+        let socket = tokio::net::UdpSocket::bind("0.0.0.0:8080").await.unwrap();
+        socket.set_broadcast(true).unwrap();
+        for to in [away.ipv4, Ipv4Addr::new(10, 77, 0, 255)] {
+            socket.send_to(b"from the host", (to, 9)).await.unwrap();
+        }
+        // Broadcast, as all that asks for an address.
+        assert_eq!(lease(&server).address, near.ipv4);
+        server.udp((far.mac, far.ipv4, 9), 9, b"mark");
+        for frame in away.frames_before(b"mark") {
+            assert_ne!(frame[6..12], host.0, "the host was heard: {frame:02x?}");
+        }
+
+        // The device is the network's from then on, and nobody's when that is gone.
+        let mut other = super::segment(1, NetworkKind::Isolated);
+        other.host_device.clone_from(&lan.host_device);
+        ground.wanted.segments.push(other);
+        let troubles = ground.plumbing.ensure(ground.wanted.clone()).await;
+        assert!(
+            troubles
+                .values()
+                .eq(["cable0 is part of another bridge or bond; take it out with `ip link set cable0 \
+                                        nomaster`"]),
+            "{troubles:?}"
+        );
+        for segment in &ground.wanted.segments {
+            ground.plumbing.remove(segment.clone()).await.unwrap();
+        }
+        assert!(ground.plumbing.surroundings().await.devices.contains(&"cable0".to_owned()));
+    });
+}
+
+#[test]
+fn a_device_that_is_missing_or_the_hosts_own_is_not_taken() {
+    run(|mut ground| async move {
+        let world = uplink().await;
+        let mut lan = super::segment(0, NetworkKind::Isolated);
+        for (device, why) in [("absent0", "there is no device absent0"), ("up0", "up0 has an address")] {
+            lan.host_device = Some(device.to_owned());
+            ground.wanted.segments = vec![lan.clone()];
+            let troubles = ground.plumbing.ensure(ground.wanted.clone()).await;
+            assert!(troubles[&lan.id].starts_with(why), "{troubles:?}");
+        }
+        // The host is still reached there.
+        assert_ne!(world.resolve(Ipv4Addr::new(198, 51, 100, 1)), world.mac);
+    });
+}
+
 /// Another host behind a tap that is the default route of the test's host.
 async fn uplink() -> Guest {
     let tap = Tap::create("up0").unwrap();
