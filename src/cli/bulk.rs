@@ -67,7 +67,16 @@ pub(crate) async fn act(
         let answer: BulkActions = context.client.send("POST", &path, body, &[]).await?.json()?;
         return finish(context, answer).await;
     }
-    let id = target::resolve(&context.client, "servers", which.server.as_deref().unwrap_or_default()).await?;
+    of_one(context, which.server.as_deref().unwrap_or_default(), verb, body).await
+}
+
+/// The same on one server, of an action that says no more.
+pub(crate) async fn one(context: &Context, server: &str, verb: &str) -> Result<(), Error> {
+    of_one(context, server, verb, None).await
+}
+
+async fn of_one(context: &Context, server: &str, verb: &str, body: Option<Vec<u8>>) -> Result<(), Error> {
+    let id = target::resolve(&context.client, "servers", server).await?;
     let answer = context.client.send("POST", &format!("/v1/servers/{id}/actions/{verb}"), body, &[]).await?;
     wait::finish::<Server>(context, &answer, "servers", false).await
 }

@@ -17,7 +17,7 @@ use crate::migrate::{Migrate, Settle};
 use crate::output::{self, Format, Row};
 use crate::rates::{Limits, NewLimits};
 use crate::target::{self, ListOptions};
-use crate::{Context, bulk, console, upgrade, wait};
+use crate::{Context, bulk, console, wait};
 
 /// What can be done with servers.
 #[derive(Debug, Subcommand)]
@@ -61,6 +61,11 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
+    /// Give a clone memory of its own while it runs, in place of what it shares with its snapshot.
+    SettleMemory {
+        /// Name or id.
+        server: String,
+    },
     /// Give a running server a new VMM under its feet; its guest stands still for some milliseconds.
     UpgradeVmm {
         /// Name or id.
@@ -325,7 +330,8 @@ impl Verb {
             Verb::Pause(which) => bulk::act(context, &which, "pause", None).await,
             Verb::Resume(which) => bulk::act(context, &which, "resume", None).await,
             Verb::Hibernate(which) => bulk::act(context, &which, "hibernate", None).await,
-            Verb::UpgradeVmm { server } => upgrade::one(context, &server).await,
+            Verb::SettleMemory { server } => bulk::one(context, &server, "settle-memory").await,
+            Verb::UpgradeVmm { server } => bulk::one(context, &server, "upgrade-vmm").await,
             Verb::Migrate(migrate) => migrate.run(context).await,
             Verb::Restore { server, snapshot, stop } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;
@@ -551,10 +557,12 @@ fn isolation_text(found: &ServerIsolation) -> String {
 
 fn metrics_text(metrics: &ServerMetrics) -> String {
     let mut text = format!(
-        "running        {} s, {} resets\nmemory         {} resident, {} in the balloon, {} reported free\n",
+        "running        {} s, {} resets\n\
+         memory         {} resident, {} shared, {} in the balloon, {} reported free\n",
         metrics.running_ms / 1000,
         metrics.resets,
         output::bytes(metrics.memory_resident_bytes),
+        output::bytes(metrics.memory_shared_bytes),
         output::bytes(metrics.balloon_bytes),
         output::bytes(metrics.reported_bytes),
     );

@@ -1,10 +1,10 @@
-//! `toft server upgrade-vmm` and `toft host upgrade`: servers that run get a new VMM, the host's a first one alone, the others
+//! `toft host upgrade`: servers that run get a new VMM, the host's a first one alone, the others
 //! one by one behind it.
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use model::host::HostReport;
-use model::operation::Accepted;
+use model::operation::{Accepted, Operation};
 use model::server::{Server, ServerState};
 use model::{Code, ServerId, Time};
 use serde::Serialize;
@@ -67,13 +67,6 @@ enum Came {
     Upgraded,
     Skipped(String),
     Failed(Error),
-}
-
-/// `toft server upgrade-vmm`.
-pub(crate) async fn one(context: &Context, server: &str) -> Result<(), Error> {
-    let id = target::resolve(&context.client, "servers", server).await?;
-    let answer = context.client.send("POST", &path(&id), None, &[]).await?;
-    wait::finish::<Server>(context, &answer, "servers", false).await
 }
 
 fn path(id: &impl std::fmt::Display) -> String {
@@ -197,12 +190,28 @@ async fn upgrade(context: &Context, id: ServerId) -> Came {
     };
     match outcome.await {
         Ok(()) => Came::Upgraded,
-        // It does something else meanwhile, or its memory belongs to its VMM.
+        // It does something else meanwhile, or cannot be handed over as it is: whatever its guest does is not to keep the
+        // others from theirs.
         Err(Error::Problem(problem)) if matches!(problem.code, Code::WrongState | Code::NotFound) => {
             Came::Skipped(problem.detail)
         }
+        // A large clone takes its time, and does not need this command any more.
+        Err(cause @ Error::WaitTimeout { .. }) if is_settling(context, id).await => {
+            Came::Skipped(cause.to_string())
+        }
         Err(cause) => Came::Failed(cause),
     }
+}
+
+/// Whether the memory of a server is still to become its own.
+async fn is_settling(context: &Context, id: ServerId) -> bool {
+    let look = async {
+        let server: Server = context.client.get(&format!("/v1/servers/{id}")).await?;
+        let Some(operation) = server.operation_id else { return Ok(false) };
+        let operation: Operation = context.client.get(&format!("/v1/operations/{operation}")).await?;
+        Ok::<_, Error>(operation.progress.phase == "settling_memory")
+    };
+    look.await.unwrap_or(false)
 }
 
 /// Prints what became of each; fails with what went wrong.

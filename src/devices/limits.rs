@@ -5,6 +5,10 @@ use std::time::Duration;
 /// cannot be drained in this time is reported, not stopped for longer than a guest's own patience.
 pub const DRAIN_MS_MAX: u64 = 5_000;
 
+/// How long a device's thread may take to tell of that. It answers in time unless its handler is stuck in a call, for which the
+/// rest is.
+pub const PAUSE_MAX: Duration = Duration::from_millis(2 * DRAIN_MS_MAX);
+
 /// How long a stop (reset by the driver, end of the machine) waits for requests in flight. Longer than a pause,
 /// because memory that a late answer lands in may belong to something else by then; Linux gives a disk 30 s.
 pub const STOP_MS_MAX: u64 = 60_000;

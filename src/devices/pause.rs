@@ -3,7 +3,7 @@
 
 /// A pause that did not come to its end in time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{device}: {in_flight} requests did not end within {} ms", crate::limits::DRAIN_MS_MAX)]
+#[error("{device}: {in_flight} requests did not end in time")]
 pub struct NotDrained {
     /// The device's name.
     pub device: String,

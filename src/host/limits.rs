@@ -93,6 +93,10 @@ pub const VMM_NPROC: u64 = 512;
 /// cache of its disks, which the kernel takes back. With less, a guest that writes waits for the disk.
 pub const VMM_MEMORY_BYTES: u64 = 160 << 20;
 
+/// One part in so many of the guest's memory, which a server's group may hold besides: page tables of the VMM and of KVM, when all of
+/// it is in use by pages of 4 KiB, take a five-hundredth each.
+pub const VMM_TABLES_PART: u64 = 256;
+
 /// CPUs that a server may use besides those of its vCPUs: its devices' threads and io_uring's workers run there.
 pub const DEVICE_CPUS: u64 = 1;
 

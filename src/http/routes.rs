@@ -114,6 +114,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(servers::pause))
         .routes(routes!(servers::resume))
         .routes(routes!(servers::hibernate))
+        .routes(routes!(servers::settle_memory))
         .routes(routes!(servers::upgrade_vmm))
         .routes(routes!(servers::restore))
         .routes(routes!(bulk::start))

@@ -63,6 +63,24 @@ impl DirtyLog {
         Ok(())
     }
 
+    /// Adds what was written of `part`, which lies in one region and begins and ends with a multiple of 64 pages, to `pages`. Where
+    /// nothing has to be cleared, the log of that whole region is empty then.
+    pub fn collect_part(&self, part: Extent, pages: &mut Pages) -> Result<(), Error> {
+        let mut before = 0;
+        for (slot, region) in (0u32..).zip(self.vm.memory.iter()) {
+            let end = before + region.len();
+            if (before..end).contains(&part.offset) {
+                let words = self.vm.fd.get_dirty_log(slot, region.len() as usize);
+                let words = words.map_err(failed("KVM_GET_DIRTY_LOG"))?;
+                let word = |offset: u64| (offset / PAGE_BYTES / 64) as usize;
+                let (from, to) = (part.offset - before, (part.offset + part.bytes).min(end) - before);
+                pages.add_words(part.offset, words.get(word(from)..word(to)).unwrap_or_default());
+            }
+            before = end;
+        }
+        Ok(())
+    }
+
     /// Takes the pages of `part` that are in `pages` out of the log: who writes to them from now on is logged again, so
     /// they are read after this. `part` begins and ends with a multiple of 64 pages.
     pub fn clear(&self, part: Extent, pages: &Pages) -> Result<(), Error> {

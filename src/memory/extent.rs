@@ -3,10 +3,11 @@
 use std::io;
 
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileMemoryError,
-    WriteVolatile,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileMemory,
+    VolatileMemoryError, WriteVolatile,
 };
 
+use crate::ram::own;
 use crate::{Error, Ram};
 
 /// A part of memory.
@@ -25,17 +26,19 @@ pub fn touched(ram: &Ram) -> Result<Vec<Extent>, Error> {
     let mut offset = 0;
     for region in ram.iter() {
         let end = offset + region.len();
-        match region.file_offset() {
-            Some(file) if region.flags() & libc::MAP_PRIVATE == 0 => {
-                let mut at = offset;
-                while at < end {
-                    let next = sys::memfd::next_data(file.file(), at).map_err(Error::Copy)?;
-                    let Some((start, stop)) = next.filter(|(start, _)| *start < end) else { break };
-                    found.push(Extent { offset: start, bytes: stop.min(end) - start });
-                    at = stop;
-                }
+        let mut own_end = offset;
+        if let Some((file, own_bytes)) = own(region) {
+            own_end += own_bytes;
+            let mut at = offset;
+            while at < own_end {
+                let next = sys::memfd::next_data(file.file(), at).map_err(Error::Copy)?;
+                let Some((start, stop)) = next.filter(|(start, _)| *start < own_end) else { break };
+                found.push(Extent { offset: start, bytes: stop.min(own_end) - start });
+                at = stop;
             }
-            _ => found.push(Extent { offset, bytes: region.len() }),
+        }
+        if own_end < end {
+            found.push(Extent { offset: own_end, bytes: end - own_end });
         }
         offset = end;
     }
@@ -49,10 +52,17 @@ pub fn first_touched(ram: &Ram, part: Extent) -> Result<Option<u64>, Error> {
     let mut before = 0;
     for region in ram.iter() {
         let (from, to) = (part.offset.max(before), (part.offset + part.bytes).min(before + region.len()));
-        let first = match region.file_offset() {
+        let own = own(region);
+        let own_end = before + own.map_or(0, |(_, bytes)| bytes);
+        let first = match own {
             _ if from >= to => None,
-            Some(file) if region.flags() & libc::MAP_PRIVATE == 0 => {
-                sys::memfd::first_data(file.file(), from).map_err(Error::Copy)?.filter(|first| *first < to)
+            Some((file, _)) if from < own_end => {
+                let first = sys::memfd::first_data(file.file(), from).map_err(Error::Copy)?;
+                // Behind what is its own anything may be.
+                first
+                    .map(|first| first.min(own_end))
+                    .or((own_end < to).then_some(own_end))
+                    .filter(|first| *first < to)
             }
             _ => Some(from),
         };
@@ -77,6 +87,16 @@ pub fn receive(ram: &Ram, part: Extent, from: &mut impl ReadVolatile) -> Result<
     each_part(ram, part.offset, part.bytes as usize, |address, start, end| {
         let mut slice = ram.get_slice(address, end - start).map_err(copy_error)?;
         from.read_exact_volatile(&mut slice).map_err(volatile_error)
+    })
+}
+
+/// Copies a part to other memory, from byte `at` of that on, with no copy of ours in between.
+pub(crate) fn copy(from: &Ram, part: Extent, to: &impl VolatileMemory, at: u64) -> Result<(), Error> {
+    each_part(from, part.offset, part.bytes as usize, |address, start, end| {
+        let source = from.get_slice(address, end - start).map_err(copy_error)?;
+        let place = to.get_slice(at as usize + start, end - start).map_err(volatile_error)?;
+        source.copy_to_volatile_slice(place);
+        Ok(())
     })
 }
 

@@ -23,6 +23,7 @@ pub mod layout;
 pub mod marks;
 mod pages;
 mod ram;
+pub mod settling;
 
 mod extent;
 mod file;

@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
+use vm_memory::{FileOffset, GuestRegionMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::Ram;
+use crate::{Extent, Pages, Ram};
 
 /// Bytes that one mark stands for, the same as in KVM's log.
 pub const PAGE_BYTES: u64 = 4096;
@@ -22,6 +23,10 @@ pub struct Marks {
     held: Mutex<bool>,
     /// One bit a page, made when first turned on.
     words: OnceLock<Box<[AtomicU64]>>,
+    /// The memory file into which a region goes that was mapped privately, once that has begun.
+    own: OnceLock<FileOffset>,
+    /// How many bytes of the region lie there, from its beginning on.
+    own_bytes: AtomicU64,
 }
 
 /// Starts to mark, from no mark at all.
@@ -45,17 +50,56 @@ pub fn take(ram: &Ram) -> Vec<Vec<u64>> {
     ram.iter().map(marks_of).map(taken).collect()
 }
 
+/// Takes the marks of a part that begins and ends with a multiple of 64 pages, and adds them to `pages`. Marks elsewhere are
+/// not looked at.
+pub fn take_part(ram: &Ram, part: Extent, pages: &mut Pages) {
+    let mut before = 0;
+    for region in ram.iter() {
+        let end = before + region.len();
+        let (from, to) = (part.offset.max(before), (part.offset + part.bytes).min(end));
+        if from < to {
+            let word = |offset: u64| (offset / PAGE_BYTES / 64) as usize;
+            let marked = marks_of(region).words().get(word(from - before)..word(to - before));
+            let found = pages.words.get_mut(word(from)..word(to));
+            for (word, found) in marked.into_iter().flatten().zip(found.into_iter().flatten()) {
+                // Mostly there is none, and a look costs the other writers nothing.
+                if word.load(Ordering::SeqCst) != 0 {
+                    *found |= word.swap(0, Ordering::SeqCst);
+                }
+            }
+        }
+        before = end;
+    }
+}
+
 /// A part of a region has changed in another way than by being written through it.
-pub(crate) fn mark(region: &vm_memory::GuestRegionMmap<Marks>, inside: u64, bytes: u64) {
+pub(crate) fn mark(region: &GuestRegionMmap<Marks>, inside: u64, bytes: u64) {
     marks_of(region).mark_dirty(inside as usize, bytes as usize);
 }
 
 /// Whether pages may go back to the host, until the answer is dropped.
-pub(crate) fn held(region: &vm_memory::GuestRegionMmap<Marks>) -> MutexGuard<'_, bool> {
+pub(crate) fn held(region: &GuestRegionMmap<Marks>) -> MutexGuard<'_, bool> {
     marks_of(region).held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn marks_of(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {
+/// Where in a memory file of its own a region goes that was mapped privately, and how many of its bytes lie there, from the
+/// beginning on.
+pub(crate) fn own(region: &GuestRegionMmap<Marks>) -> Option<(&FileOffset, u64)> {
+    let marks = marks_of(region);
+    marks.own.get().map(|file| (file, marks.own_bytes.load(Ordering::SeqCst)))
+}
+
+/// Chooses that file, once and for all.
+pub(crate) fn set_own(region: &GuestRegionMmap<Marks>, file: FileOffset) {
+    let _ = marks_of(region).own.set(file);
+}
+
+/// So many bytes lie in it.
+pub(crate) fn set_own_bytes(region: &GuestRegionMmap<Marks>, bytes: u64) {
+    marks_of(region).own_bytes.store(bytes, Ordering::SeqCst);
+}
+
+fn marks_of(region: &GuestRegionMmap<Marks>) -> &Marks {
     // The mapping's own, not the slice that a region answers as guest memory.
     let mapping: &vm_memory::MmapRegion<Marks> = region;
     mapping.bitmap()

@@ -77,6 +77,21 @@ impl Pages {
         }
     }
 
+    /// Takes all pages of a part out that begins and ends with a word.
+    pub fn clear_part(&mut self, part: Extent) {
+        let word = |offset: u64| (offset / PAGE_BYTES / WORD) as usize;
+        let words = self.words.get_mut(word(part.offset)..word(part.offset + part.bytes));
+        words.unwrap_or_default().fill(0);
+    }
+
+    /// Adds what was found from `offset` on, which begins a word: words of 64 pages, the first page lowest.
+    pub fn add_words(&mut self, offset: u64, found: &[u64]) {
+        let from = (offset / PAGE_BYTES / WORD) as usize;
+        for (word, found) in self.words.iter_mut().skip(from).zip(found) {
+            *word |= found;
+        }
+    }
+
     /// The words of a part that begins and ends with a word.
     pub fn words_of(&self, part: Extent) -> &[u64] {
         let word = |offset: u64| (offset / PAGE_BYTES / WORD) as usize;

@@ -1,5 +1,5 @@
-//! Guest RAM: a sealed memfd of its own mapped shared, or somebody else's file mapped privately. Slots and dirty
-//! tracking are other matters.
+//! Guest RAM: a sealed memfd of its own mapped shared, or somebody else's file mapped privately, until it is settled
+//! (`settling`). Slots and dirty tracking are other matters.
 //! `vmm` builds it once per machine; everyone else holds it in an `Arc`.
 use std::fs::File;
 use std::io;
@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vm_memory::bitmap::NewBitmap;
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -20,6 +20,8 @@ use crate::marks::{self, Marks};
 
 /// The memory of one machine.
 pub type Ram = GuestMemoryMmap<Marks>;
+
+pub(crate) type Region = GuestRegionMmap<Marks>;
 
 /// Why guest memory cannot be made or changed.
 #[derive(Debug, thiserror::Error)]
@@ -97,34 +99,41 @@ pub enum Backing {
 
 /// Makes the RAM of a machine with what is in it.
 pub fn build(memory_bytes: u64, backing: Backing) -> Result<Arc<Ram>, Error> {
-    let (file, sharing) = match backing {
-        Backing::Fresh => {
-            let made = sys::memfd::create("guest-ram", memory_bytes);
-            (made.map_err(|cause| Error::File { bytes: memory_bytes, cause })?, libc::MAP_SHARED)
-        }
+    let file = match backing {
+        Backing::Fresh => fresh_file(memory_bytes)?,
         Backing::Adopted(file) => {
             check_length(&file, memory_bytes)?;
             if !sys::memfd::is_sealed(&file) {
                 return Err(Error::NotSealed);
             }
-            (file, libc::MAP_SHARED)
+            file
         }
-        Backing::Private(file) => {
-            check_length(&file, memory_bytes)?;
-            (file, libc::MAP_PRIVATE)
-        }
+        Backing::Private(file) => return replace(map(memory_bytes, None)?, file),
     };
-    let file = Arc::new(file);
+    map(memory_bytes, Some(file))
+}
+
+/// A memory file for so many bytes.
+pub(crate) fn fresh_file(memory_bytes: u64) -> Result<File, Error> {
+    let made = sys::memfd::create("guest-ram", memory_bytes);
+    made.map_err(|cause| Error::File { bytes: memory_bytes, cause })
+}
+
+/// Maps a memory file; without one there are addresses that nobody has used yet.
+fn map(memory_bytes: u64, file: Option<File>) -> Result<Arc<Ram>, Error> {
+    let file = file.map(Arc::new);
+    let sharing = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
     let mut offset = 0;
     let mut regions = Vec::new();
     for (start, bytes) in layout::ram_ranges(memory_bytes) {
         let size = usize::try_from(bytes).map_err(|_| Error::Size(bytes))?;
-        let mapping: MmapRegion<Marks> = MmapRegionBuilder::new_with_bitmap(size, Marks::with_len(size))
-            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+        let mut builder = MmapRegionBuilder::new_with_bitmap(size, Marks::with_len(size))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(sharing | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|cause| Error::Map { bytes, cause })?;
+            .with_mmap_flags(sharing | libc::MAP_NORESERVE);
+        if let Some(file) = &file {
+            builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
+        }
+        let mapping: MmapRegion<Marks> = builder.build().map_err(|cause| Error::Map { bytes, cause })?;
         advise(&mapping);
         regions.push(GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(Error::Size(bytes))?);
         offset += bytes;
@@ -134,20 +143,18 @@ pub fn build(memory_bytes: u64, backing: Backing) -> Result<Arc<Ram>, Error> {
 
 /// Makes RAM with what is in a file, as [`Backing::Private`] says, at the addresses of memory that nobody has used: a VM
 /// that knows these needs not be told others. Nobody is to use `unused` from here on. After a failure neither can be used.
+/// The file is held by the mapping alone, so that it is let go of piece by piece as memory is settled.
 pub fn replace(unused: Arc<Ram>, file: File) -> Result<Arc<Ram>, Error> {
     check_length(&file, unused.iter().map(|region| region.len()).sum())?;
     // Where a part could not be mapped anew there is nothing any more, and whatever the process maps next may come to lie
     // there: the mappings are never undone then.
     let unused = std::mem::ManuallyDrop::new(unused);
-    let file = Arc::new(file);
     let (mut offset, mut regions) = (0, Vec::new());
     for old in unused.iter() {
         let (start, size) = (old.as_ptr(), old.size());
-        map_over(old, &file, offset)
-            .map_err(|cause| Error::Map { bytes: old.len(), cause: MmapRegionError::Mmap(cause) })?;
+        map_over(old, (0, old.len()), libc::MAP_PRIVATE, (&file, offset))?;
         let marks = Marks::within(size, Arc::clone(&unused));
         let builder = MmapRegionBuilder::new_with_bitmap(size, marks)
-            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE);
         // SAFETY: the range was just mapped whole with these flags, and stays so until `unused` is dropped, which the
@@ -174,12 +181,13 @@ pub fn lay_over(ram: &Arc<Ram>, part: Extent, file: &File) -> Result<(), Error> 
     let (mut before, mut done) = (0, 0);
     for region in ram.iter() {
         let (from, to) = (offset.max(before), end.min(before + region.len()));
-        if from < to && region.flags() & libc::MAP_PRIVATE != 0 {
-            map_part(region, from - before, to - from, file, from).map_err(|cause| {
-                // A part may be unmapped, and the process have something else there before long.
-                std::mem::forget(Arc::clone(ram));
-                Error::Map { bytes: to - from, cause: MmapRegionError::Mmap(cause) }
-            })?;
+        if from < to && own(region).is_none() {
+            map_over(region, (from - before, to - from), libc::MAP_PRIVATE, (file, from)).inspect_err(
+                |_| {
+                    // A part may be unmapped, and the process have something else there before long.
+                    std::mem::forget(Arc::clone(ram));
+                },
+            )?;
             done += to - from;
         }
         before += region.len();
@@ -187,36 +195,39 @@ pub fn lay_over(ram: &Arc<Ram>, part: Extent, file: &File) -> Result<(), Error> 
     if done == bytes { Ok(()) } else { Err(Error::Range { start: offset, bytes }) }
 }
 
-/// Maps a part of a file, for itself alone, over a whole region.
-fn map_over(region: &GuestRegionMmap<Marks>, file: &File, offset: u64) -> io::Result<()> {
-    map_part(region, 0, region.len(), file, offset)
+/// Maps a file from an offset on over a part of a region, from the byte `inside` on.
+pub(crate) fn map_over(
+    region: &Region,
+    (inside, bytes): (u64, u64),
+    sharing: libc::c_int,
+    (file, offset): (&File, u64),
+) -> Result<(), Error> {
+    if inside.checked_add(bytes).is_none_or(|end| end > region.len()) {
+        return Err(Error::Range { start: region.start_addr().0.saturating_add(inside), bytes });
+    }
+    let failed = |cause| Error::Map { bytes, cause: MmapRegionError::Mmap(cause) };
+    let flags = sharing | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let offset = libc::off_t::try_from(offset).map_err(|cause| failed(io::Error::other(cause)))?;
+    let (start, size) = (region.as_ptr().wrapping_add(inside as usize), bytes as usize);
+    // SAFETY: the range was checked to lie in the one mapping that `region` owns; it stays readable and writable, and whoever
+    // points into it reads other bytes, which guest memory does at any time.
+    let mapped = unsafe { libc::mmap(start.cast(), size, protection, flags, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED { Err(failed(io::Error::last_os_error())) } else { Ok(()) }
 }
 
-/// Maps a part of a file, for itself alone, over so much of a region, in which it lies.
-fn map_part(
-    region: &GuestRegionMmap<Marks>,
-    inside: u64,
-    bytes: u64,
-    file: &File,
-    at: u64,
-) -> io::Result<()> {
-    let is_outside = inside.checked_add(bytes).is_none_or(|end| end > region.len());
-    if is_outside || !inside.is_multiple_of(4096) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
-    let (start, size) = (region.as_ptr().wrapping_add(inside as usize), bytes as usize);
-    // SAFETY: the range was just found to be in the one mapping that `region` owns; it stays readable and writable, and
-    // whoever points into it reads other bytes, which guest memory does at any time.
-    let mapped = unsafe { libc::mmap(start.cast(), size, protection, flags, file.as_raw_fd(), at) };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the range was just mapped; the advice changes nothing that the program can see.
-    let _ = unsafe { libc::madvise(mapped, size, libc::MADV_DONTDUMP) };
-    Ok(())
+/// The kernel has refused to map something else over memory that a guest uses. It may have unmapped what was there, which
+/// nothing can prove once other threads map things: the guest would see, and write to, whatever comes to lie there.
+#[expect(clippy::panic, reason = "nothing that uses this memory can go on")]
+pub(crate) fn lost(cause: &dyn std::error::Error) -> ! {
+    panic!("a part of guest memory may be gone: {cause} ({:?})", cause.source());
+}
+
+/// The memory file that a region lies in from its beginning on, and how many of its bytes do: all of one that never was
+/// anything else, and of one that was mapped privately what has been settled.
+pub(crate) fn own(region: &Region) -> Option<(&FileOffset, u64)> {
+    // Of what is mapped privately no region holds a file.
+    region.file_offset().map(|file| (file, region.len())).or_else(|| marks::own(region))
 }
 
 /// A descriptor of the memory itself, for another process that is to go on with it. Nothing when some of it is private to this
@@ -224,8 +235,10 @@ fn map_part(
 pub fn handle(ram: &Ram) -> Result<Option<File>, Error> {
     let mut found = None;
     for region in ram.iter() {
-        let shared = region.flags() & libc::MAP_SHARED != 0;
-        let Some(offset) = region.file_offset().filter(|_| shared) else { return Ok(None) };
+        let Some((offset, bytes)) = own(region) else { return Ok(None) };
+        if bytes < region.len() {
+            return Ok(None);
+        }
         found = Some(offset);
     }
     let copied = found.map(|offset| offset.file().try_clone()).transpose();
@@ -238,11 +251,19 @@ fn check_length(file: &File, wanted: u64) -> Result<(), Error> {
 }
 
 /// Both pieces of advice only help: a kernel without them runs the machine all the same.
-fn advise(mapping: &MmapRegion<Marks>) {
+pub(crate) fn advise<B: Bitmap>(mapping: &MmapRegion<B>) {
+    advise_part(mapping, 0, mapping.size());
+}
+
+/// The same of a part of a mapping.
+pub(crate) fn advise_part<B: Bitmap>(mapping: &MmapRegion<B>, inside: usize, bytes: usize) {
+    if inside.checked_add(bytes).is_none_or(|end| end > mapping.size()) {
+        return;
+    }
     for advice in [libc::MADV_DONTDUMP, libc::MADV_HUGEPAGE] {
-        // SAFETY: the range is the mapping just made and still owned by `mapping`; neither advice changes
+        // SAFETY: the range was checked to lie in the mapping, which is owned by `mapping`; neither advice changes
         // what the memory holds or whether it is mapped.
-        let _ = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+        let _ = unsafe { libc::madvise(mapping.as_ptr().wrapping_add(inside).cast(), bytes, advice) };
     }
 }
 
@@ -252,7 +273,6 @@ pub fn discard(ram: &Ram, start: GuestAddress, bytes: u64) -> Result<(), Error> 
     let refused = Error::Range { start: start.0, bytes };
     let Some(region) = ram.find_region(start) else { return Err(refused) };
     let inside = start.0 - region.start_addr().0;
-    let Some(file) = region.file_offset() else { return Err(refused) };
     if bytes == 0 || bytes > region.len() - inside {
         return Err(refused);
     }
@@ -260,11 +280,18 @@ pub fn discard(ram: &Ram, start: GuestAddress, bytes: u64) -> Result<(), Error> 
     if *held {
         return Err(Error::Discard(io::ErrorKind::ResourceBusy.into()));
     }
-    let done = if region.flags() & libc::MAP_PRIVATE != 0 {
-        renew(region, inside, bytes)
-    } else {
-        sys::memfd::punch_hole(file.file(), file.start() + inside, bytes)
+    // What lies in a memory file of its own comes first.
+    let settled = own(region).map(|(file, own_bytes)| (file, bytes.min(own_bytes.saturating_sub(inside))));
+    let own_bytes = settled.map_or(0, |(_, bytes)| bytes);
+    let mut done = match settled {
+        Some((file, own_bytes)) if own_bytes > 0 => {
+            sys::memfd::punch_hole(file.file(), file.start() + inside, own_bytes)
+        }
+        _ => Ok(()),
     };
+    if own_bytes < bytes {
+        done = done.and(renew(region, inside + own_bytes, bytes - own_bytes));
+    }
     // Also after a failure: a part may be zero already. Who copies memory has to see that it is.
     marks::mark(region, inside, bytes);
     done.map_err(Error::Discard)
@@ -280,7 +307,7 @@ const RENEWALS_MAX: u32 = 16_384;
 static RENEWALS: AtomicU32 = AtomicU32::new(0);
 
 /// Puts fresh zeroes in the place of a part of a private mapping. The pages behind it are the file's, which others use.
-fn renew(region: &GuestRegionMmap<Marks>, inside: u64, bytes: u64) -> io::Result<()> {
+fn renew(region: &Region, inside: u64, bytes: u64) -> io::Result<()> {
     let is_whole = inside.is_multiple_of(4096) && bytes.is_multiple_of(4096);
     if !is_whole || bytes < RENEW_BYTES_MIN || RENEWALS.load(Ordering::Relaxed) >= RENEWALS_MAX {
         return Err(io::ErrorKind::Unsupported.into());
@@ -293,7 +320,7 @@ fn renew(region: &GuestRegionMmap<Marks>, inside: u64, bytes: u64) -> io::Result
     // guest memory does at any time.
     let renewed = unsafe { libc::mmap(start.cast(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     if renewed == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+        lost(&io::Error::last_os_error());
     }
     // SAFETY: the range was just mapped; the advice changes nothing that the program can see.
     let _ = unsafe { libc::madvise(renewed, size, libc::MADV_DONTDUMP) };

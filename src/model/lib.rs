@@ -9,6 +9,7 @@ pub mod host;
 pub mod id;
 pub mod image;
 pub mod limits;
+pub mod metrics;
 pub mod migration;
 pub mod name;
 pub mod network;

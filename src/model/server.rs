@@ -4,12 +4,13 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::{ImageId, NetworkId, OperationId, ServerId, VolumeId};
+use crate::id::{ImageId, NetworkId, OperationId, ServerId, SnapshotId, VolumeId};
 use crate::name::{Labels, Name};
 use crate::snapshot::GuestIdentity;
 use crate::time::Time;
 
 pub use crate::bulk::{BulkAction, BulkActions};
+pub use crate::metrics::{DiskMetrics, NicMetrics, ServerMetrics, SettlingMetrics};
 
 /// A server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -62,6 +63,10 @@ pub struct Server {
     /// Of a clone that goes on from another server's memory: what became of who its guest was. Absent of any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<GuestIdentity>,
+    /// Of a clone: the snapshot from whose files its machine has memory. Absent once that is settled, and of any other. The snapshot
+    /// may have been deleted since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares_memory_of: Option<SnapshotId>,
     /// Which build of the VMM its machine runs in; absent without a machine, or where that was never recorded. Compare it with
     /// that of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -476,6 +481,8 @@ pub enum ServerAction {
     Resume,
     /// Save its memory to the disk and end its machine.
     Hibernate,
+    /// Have all memory of its machine be its own.
+    SettleMemory,
     /// Give its machine to a new VMM while it runs.
     UpgradeVmm,
 }
@@ -516,69 +523,4 @@ pub struct ServerPlan {
     pub steps: Vec<String>,
     /// Memory the host has left afterwards, in bytes.
     pub memory_bytes_left: u64,
-}
-
-/// Counters of a running server. All totals are since the machine's start and never fall.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ServerMetrics {
-    /// Time its vCPUs were allowed to run, in milliseconds.
-    pub running_ms: u64,
-    /// Resets by the guest or the API.
-    pub resets: u64,
-    /// CPU time of each vCPU, in milliseconds.
-    pub vcpu_cpu_ms: Vec<u64>,
-    /// Exits of each vCPU to the VMM.
-    pub vcpu_exits: Vec<u64>,
-    /// Memory of the VMM with the guest's, in bytes, as the host counts it.
-    pub memory_resident_bytes: u64,
-    /// By disk.
-    pub disks: Vec<DiskMetrics>,
-    /// By interface.
-    pub nics: Vec<NicMetrics>,
-    /// Bytes the balloon holds.
-    pub balloon_bytes: u64,
-    /// Bytes returned by free page reporting.
-    pub reported_bytes: u64,
-    /// Protocol errors of the guest on any device.
-    pub device_faults: u64,
-}
-
-/// Counters of one disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct DiskMetrics {
-    /// Requests.
-    pub reads: u64,
-    /// Bytes.
-    pub read_bytes: u64,
-    /// Requests.
-    pub writes: u64,
-    /// Bytes.
-    pub written_bytes: u64,
-    /// Requests.
-    pub flushes: u64,
-    /// Requests.
-    pub discards: u64,
-    /// Requests the host's storage failed.
-    pub errors: u64,
-    /// Times a request waited for the limits.
-    pub throttled: u64,
-}
-
-/// Counters of one interface, as the server sees directions.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct NicMetrics {
-    /// Packets received.
-    pub rx_packets: u64,
-    /// Bytes received.
-    pub rx_bytes: u64,
-    /// Packets sent.
-    pub tx_packets: u64,
-    /// Bytes sent.
-    pub tx_bytes: u64,
-    /// Packets dropped on the way in.
-    pub rx_dropped: u64,
-    /// Packets dropped on the way out.
-    pub tx_dropped: u64,
-    /// Times a direction waited for its limits.
-    pub throttled: u64,
 }

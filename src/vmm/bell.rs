@@ -36,6 +36,8 @@ pub(crate) struct News {
     pub(crate) save: bool,
     /// A move has got further, or left a chore.
     pub(crate) moving: bool,
+    /// A piece of memory is to be turned.
+    pub(crate) settling: bool,
 }
 
 /// Rung by any thread, answered by the main thread.
@@ -94,6 +96,12 @@ impl Bell {
     /// Tells that a move has got further, or has something to be done.
     pub(crate) fn moving(&self) {
         self.news().moving = true;
+        self.ring();
+    }
+
+    /// Tells that a piece of memory is to be turned, for which the machine has to stand still.
+    pub(crate) fn settling(&self) {
+        self.news().settling = true;
         self.ring();
     }
 

@@ -266,6 +266,9 @@ impl Shell {
             let status = machine.save_status();
             self.tell_all(&Notice::Save(status));
         }
+        if let (true, Some(machine)) = (news.settling, &mut self.machine) {
+            machine.turn_piece();
+        }
         match news.ending {
             None if news.moving => drop(self.move_on(true)),
             None => (),

@@ -40,6 +40,30 @@ pub(crate) const REARM_EVERY_MS: u64 = 20;
 /// which a process has 65 530, and what the guest gives back of them takes its share.
 pub(crate) const MAPPED_RUNS_MAX: usize = 8_192;
 
+/// Pages of a piece of memory that may be left to copy as the machine stands still for it: half a millisecond.
+pub(crate) const SETTLE_PAGES_MAX: u64 = 256;
+
+/// Rounds of copying what was just written before the machine stands still for a piece all the same. A guest that writes
+/// all of it again and again makes it stand still for as long as a copy of one piece takes.
+pub(crate) const SETTLE_ROUNDS_MAX: u32 = 4;
+
+/// Zeroes in a row, in bytes, that are written as the machine stands still, and not given back: a guest could make each of them a
+/// system call, and it has all this memory anyway.
+pub(crate) const SETTLE_ZEROES_MAX: u64 = 256 << 10;
+
+/// How long the machine may stand still for what its devices have in flight before a piece is turned, in milliseconds. Then it
+/// runs on, and the piece is due again later; twice as long after some tries, up to the longest.
+pub(crate) const SETTLE_DRAIN_MS: u64 = 50;
+/// See [`SETTLE_DRAIN_MS`].
+pub(crate) const SETTLE_DRAIN_MS_MAX: u64 = 400;
+/// See [`SETTLE_DRAIN_MS`].
+pub(crate) const SETTLE_TRIES_EACH: u32 = 4;
+/// How often a piece is tried: three quarters of a minute.
+pub(crate) const SETTLE_TRIES_MAX: u32 = 20;
+
+/// For how many times the length of a pause the machine runs before the next one.
+pub(crate) const SETTLE_RUNS_ON: u32 = 9;
+
 /// How often the progress of a move is told at most, in milliseconds.
 pub(crate) const MOVE_TOLD_EVERY_MS: u64 = 100;
 

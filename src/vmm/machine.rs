@@ -31,6 +31,7 @@ mod parts;
 mod plan;
 mod restore;
 mod save;
+mod settle;
 mod stats;
 mod translate;
 mod wiring;
@@ -41,6 +42,7 @@ use moving::Moving;
 use parts::Parts;
 use plan::Plan;
 use save::Save;
+use settle::Settle;
 use stats::Lasting;
 
 /// One machine, for the life of its process.
@@ -56,7 +58,9 @@ pub(crate) struct Machine {
     save: Option<Save>,
     /// The move that is under way, or the last one.
     moving: Option<Moving>,
-    /// Files that its memory is mapped from beside its own, behind all that may use memory still. A mapping alone does not tell
+    /// The settling of its memory that is under way, or the last one.
+    settle: Option<Settle>,
+    /// Files that its memory is mapped from, until it is settled, behind all that may use memory still. A mapping alone does not tell
     /// everywhere that a file is in use: on an overlay it is of the file below.
     below: Vec<File>,
 }
@@ -181,6 +185,7 @@ impl Machine {
             save: None,
             moving: None,
             below: Vec::new(),
+            settle: None,
         })
     }
 
@@ -204,6 +209,8 @@ impl Machine {
             save.cancel_before_moment();
         }
         self.abandon_move("the machine was reset");
+        // The next memory is its own.
+        self.settle = None;
         self.stop();
         // What the old guest still had to say is not the new one's; how a save stands is nobody's but the daemon's.
         let news = self.bell.take();
@@ -221,6 +228,7 @@ impl Machine {
 
     /// Ends vCPUs and devices; what is in flight is finished first.
     pub(crate) fn stop(&mut self) {
+        self.cancel_settle();
         if let Some(mut parts) = self.parts.take() {
             self.lasting.count_run(&self.run);
             self.run = Run::Paused { clock_ns: 0 };

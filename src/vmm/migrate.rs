@@ -18,7 +18,7 @@ mod disk;
 mod midway;
 mod pack;
 mod phase;
-mod ram;
+pub(crate) mod ram;
 mod shared;
 mod source;
 mod stream;

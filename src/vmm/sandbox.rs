@@ -40,6 +40,8 @@ pub enum Filter {
     Save,
     /// Moves memory over a stream.
     Move,
+    /// Copies memory into a file of its own.
+    Settle,
     /// Pretends that clone3 does not exist: its flags lie in memory, where a filter cannot look.
     NoClone3,
     /// Pretends that rings do not exist.
@@ -48,7 +50,7 @@ pub enum Filter {
 
 impl Filter {
     /// All of them.
-    pub const ALL: [Filter; 10] = [
+    pub const ALL: [Filter; 11] = [
         Filter::Control,
         Filter::Vcpu,
         Filter::Block,
@@ -57,6 +59,7 @@ impl Filter {
         Filter::Balloon,
         Filter::Save,
         Filter::Move,
+        Filter::Settle,
         Filter::NoClone3,
         Filter::NoRings,
     ];
@@ -73,7 +76,7 @@ impl Filter {
 
     /// The program for the kernel, made once.
     fn program(self) -> Result<&'static BpfProgram, seccompiler::Error> {
-        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 10];
+        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 11];
         let Some(kept) = PROGRAMS.get(self as usize) else { return Err(seccompiler::Error::EmptyFilter) };
         if kept.get().is_none() {
             // Two threads may both make it; it comes out the same.
@@ -131,6 +134,11 @@ pub fn close_save() {
 /// Closes the calling thread, which moves memory over a stream.
 pub(crate) fn close_move() {
     close_thread(Filter::Move);
+}
+
+/// Closes the calling thread, which settles memory.
+pub fn close_settle() {
+    close_thread(Filter::Settle);
 }
 
 /// Closes the calling thread, which serves a device.

@@ -17,6 +17,8 @@ pub(crate) enum ThreadKind {
     Save,
     /// Moves memory over a stream.
     Move,
+    /// Moves memory into a file of its own.
+    Settle,
     /// Serves a device; the name is the one the device room gave it.
     Device(&'static str),
 }
@@ -36,6 +38,10 @@ pub(crate) fn enter(kind: ThreadKind) {
         ThreadKind::Move => {
             sys::thread::set_name("move");
             sandbox::close_move();
+        }
+        ThreadKind::Settle => {
+            sys::thread::set_name("settle");
+            sandbox::close_settle();
         }
         ThreadKind::Device(name) => {
             sys::thread::set_name(name);

@@ -64,7 +64,7 @@ pub(crate) struct Brake {
 
 /// Not every vCPU parked in time.
 #[derive(Debug, thiserror::Error)]
-#[error("{running} of {all} vCPUs did not stop within {PARK_MS_MAX} ms")]
+#[error("{running} of {all} vCPUs did not stop in time")]
 pub(crate) struct NotParked {
     running: usize,
     all: usize,
@@ -100,9 +100,14 @@ impl Crew {
     /// Brings every vCPU out of the guest, with no access of the guest half done. When one does not come, all
     /// run on.
     pub(crate) fn park(&self) -> Result<(), NotParked> {
+        self.park_within(Duration::from_millis(PARK_MS_MAX))
+    }
+
+    /// The same for whoever can come again.
+    pub(crate) fn park_within(&self, patience: Duration) -> Result<(), NotParked> {
         self.gate.close();
         self.kick();
-        let deadline = Instant::now() + Duration::from_millis(PARK_MS_MAX);
+        let deadline = Instant::now() + patience;
         match self.gate.wait_until_parked(deadline) {
             0 => Ok(()),
             running => {

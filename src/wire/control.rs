@@ -5,13 +5,17 @@ use serde::{Deserialize, Serialize};
 use crate::machine::{Chassis, MachineSpec, RateLimits};
 use crate::migration::{MigrationStatus, Owner, ReceiveSpec, SendLimits, SendSpec};
 use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
+use crate::settling::MemoryStatus;
 use crate::will::Reason;
 
 /// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// From which version on a [`Command::Save`] can have a base.
 pub const PROTOCOL_OF_BASES: u32 = 2;
+
+/// The first version with [`Command::Settle`], [`Command::CancelSettle`] and [`Command::MemoryStatus`].
+pub const PROTOCOL_SETTLES: u32 = 3;
 
 /// One command with the number its reply will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,8 +58,16 @@ pub enum Command {
     CancelSave,
     /// How the save that is under way, or the last one, stands. Answered with [`Reply::Save`].
     SaveStatus,
+    /// Have all memory be the machine's own, whatever it was mapped from, while its guest runs. Answered when it has begun; how
+    /// it goes is told by [`Command::MemoryStatus`]. Done at once where it is so already, joined where it is under way. A save, a
+    /// move and a reset give it up. Refused while one of the first two is under way.
+    Settle,
+    /// Give up the settling that is under way. What was settled stays so. Repeatable.
+    CancelSettle,
+    /// Whose memory is. Answered with [`Reply::Memory`].
+    MemoryStatus,
     /// What nobody on this host can open again to take the machine over: its memory, its taps, and its disks, whose locks belong
-    /// to these openings. Answered with [`Reply::Handles`]. Refused for memory that is not all the machine's own, such as what was mapped from a snapshot.
+    /// to these openings. Answered with [`Reply::Handles`]. Refused for memory that is not all the machine's own: [`Command::Settle`] makes it so.
     Handles,
     /// Move the machine, which runs, to another VMM over streams that travel in the same packet. Answered when it has
     /// begun; how it goes is told by [`Notice::Migration`] and [`Command::MigrationStatus`]. Until it has ended, nothing
@@ -170,6 +182,8 @@ pub enum Reply {
     },
     /// Answer to [`Command::SaveStatus`].
     Save(SaveStatus),
+    /// Answer to [`Command::MemoryStatus`].
+    Memory(Box<MemoryStatus>),
     /// Answer to [`Command::MigrationStatus`]; nothing when there never was a move.
     Migration(Option<Box<MigrationStatus>>),
     /// Answer to [`Command::Handles`]: in the same packet come memory, then the tap of each interface, then each disk.

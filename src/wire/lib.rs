@@ -48,5 +48,6 @@ pub mod machine;
 pub mod migration;
 pub mod peer;
 pub mod saved;
+pub mod settling;
 pub mod transfer;
 pub mod will;

@@ -19,6 +19,7 @@ mod live;
 mod moves;
 mod reboots;
 mod restores;
+mod settles;
 mod shells;
 mod snapshots;
 mod sweep;

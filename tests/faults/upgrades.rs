@@ -44,20 +44,17 @@ fn all_servers_of_a_host() {
     let planned = stage.json(&["host", "upgrade", "--dry-run", "--canary", "one"]);
     assert_eq!(with(&planned, "planned"), ["one", "fork", "two"], "{planned}");
     assert!(planned.as_array().unwrap().iter().all(|line| line["build"] == first), "{planned}");
-    // A clone's memory is not its own; nobody else goes first in its place.
-    let said = stage.toft(&["-o", "json", "host", "upgrade", "--canary", "fork"]);
-    assert!(said.code == 1 && said.err.contains("did not go first"), "{said:?}");
-    let lines: Value = serde_json::from_str(&said.out).unwrap();
-    assert_eq!((with(&lines, "skipped"), with(&lines, "not_tried")), (vec!["fork"], vec!["two", "one"]));
+    // The clone is settled for it.
+    assert!(stage.json(&["server", "show", "fork"])["shares_memory_of"].is_string());
     let upgraded = stage.json(&["host", "upgrade", "--canary", "one", "--watch-s", "1"]);
-    assert_eq!(with(&upgraded, "upgraded"), ["one", "two"], "{upgraded}");
-    assert_eq!(with(&upgraded, "skipped"), ["fork"], "{upgraded}");
-    for name in ["one", "two"] {
+    assert_eq!(with(&upgraded, "upgraded"), ["one", "fork", "two"], "{upgraded}");
+    assert!(stage.json(&["server", "show", "fork"])["shares_memory_of"].is_null());
+    // The clone's console begins where it became one.
+    for (name, booted) in [("one", 1), ("two", 1), ("fork", 0)] {
         assert_eq!(stage.json(&["server", "show", name])["vmm_build"], second);
         beats_on(&stage, name);
-        assert_eq!(boots(&stage, name), 1);
+        assert_eq!(boots(&stage, name), booted);
     }
-    beats_on(&stage, "fork");
     stage.stop();
     // One that does not start.
     stage.install(Some("#!/bin/false\n"));

@@ -405,6 +405,9 @@ fn snapshots(cli: &Cli<'_>) {
     cli.fails(&["snapshot", "clone", "kept", "--name", "twin", "--count", "101"], 2);
     let cloned = cli.json(&["--wait", "server", "clone", "www", "--name", "fork"]);
     assert_eq!(cloned[0]["operation"]["state"], "succeeded", "{cloned}");
+    let settled = cli.json(&["--wait", "server", "settle-memory", "fork"]);
+    assert_eq!((&settled["state"], &settled["shares_memory_of"]), (&"running".into(), &Value::Null));
+    assert_eq!(cli.json(&["server", "metrics", "fork"])["memory_shared_bytes"], 0);
     assert_eq!(cli.json(&["server", "show", "www"])["state"], "running");
     cli.ok(&["--wait", "server", "delete", "fork"]);
     cli.fails(&["server", "clone", "reader", "--name", "fork"], 4);

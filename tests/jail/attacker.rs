@@ -72,6 +72,7 @@ fn close(thread: &str) {
         "main with a machine" => {}
         "vcpu" => sandbox::close_vcpu(),
         "save" => sandbox::close_save(),
+        "settle" => sandbox::close_settle(),
         // Started by the vCPU whose guest has set its driver to work.
         device => {
             sandbox::close_vcpu();

@@ -42,7 +42,8 @@ fn stopped_by(hole: &[Step], order: &Value) {
 }
 
 /// Kinds of threads of a VMM.
-const THREADS: [&str; 8] = ["main", "main with a machine", "vcpu", "save", "block", "net", "rng", "balloon"];
+const THREADS: [&str; 9] =
+    ["main", "main with a machine", "vcpu", "save", "settle", "block", "net", "rng", "balloon"];
 
 /// With the hole, but behind all that a VMM's thread has closed behind itself.
 #[track_caller]

@@ -19,7 +19,7 @@ fn pair() -> (OwnedFd, OwnedFd) {
 }
 
 /// Hands a machine over; answers the VMM that has it, and what both tell in the end.
-fn handed_over(vmm: &mut Vmm, machine: Machine) -> (Vmm, MigrationStatus, MigrationStatus) {
+pub(crate) fn handed_over(vmm: &mut Vmm, machine: Machine) -> (Vmm, MigrationStatus, MigrationStatus) {
     let handles = vmm.handles().unwrap();
     let (near, far) = pair();
     let mut next = Vmm::start();

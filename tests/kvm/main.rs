@@ -19,4 +19,5 @@ mod probe_guest;
 mod run;
 mod sandbox;
 mod saved;
+mod settle;
 mod torn;

@@ -26,7 +26,7 @@ use wire::channel::Channel;
 use wire::console::Ring;
 use wire::control::{
     Command, DiskStats, Fault, FaultCode, MachineState, MachineStats, Message, NicStats, Notice, PROTOCOL,
-    PROTOCOL_OF_BASES, Reply, Request, Sandbox, VcpuStats,
+    PROTOCOL_OF_BASES, PROTOCOL_SETTLES, Reply, Request, Sandbox, VcpuStats,
 };
 use wire::isolation::Item;
 use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
@@ -34,6 +34,7 @@ use wire::machine::{FdIndex, MachineSpec, RateLimits};
 use wire::migration::{MigrationStatus, Owner, Phase, ReceiveSpec, Side};
 use wire::saved::form::{self, Section};
 use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
+use wire::settling::{MemoryStatus, SettleStage, Settling};
 use wire::will::{Reason, Will};
 
 #[path = "fake_memory.rs"]
@@ -69,9 +70,11 @@ pub enum Guest {
     KeepsSaved,
     /// The VMM was started by a version that saves all of memory, whatever was saved before.
     KnowsNoBase,
+    /// Its VMM is of a build that settles no memory.
+    SettlesNothing,
     /// Its serial port takes no input.
     Deaf,
-    /// Its memory is private to its VMM.
+    /// It cannot be handed to another VMM.
     CannotHandOver,
 }
 
@@ -106,6 +109,22 @@ struct State {
     tsc_khz: Option<u32>,
     death: Option<Death>,
     violations: Vec<String>,
+}
+
+/// How its memory is settled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Settles {
+    /// In a few looks.
+    #[default]
+    Soon,
+    /// It comes to no end.
+    Never,
+    /// Its devices do not drain for a piece of it.
+    Cannot,
+    /// In a few looks, but the VMM closes its connection at so many of them instead.
+    Shy(u32),
+    /// It is never said how it goes.
+    Mute,
 }
 
 /// Where a VMM dies in a handover: of which side, as it enters which phase, and whether it has told of that.
@@ -151,6 +170,10 @@ struct Inside {
     /// Which guest its machine has.
     life: u64,
     moving: Option<MigrationStatus>,
+    /// How much of its memory is others', in quarters, and how the settling of it stands: each look finds a quarter done.
+    shared_quarters: u64,
+    settling: Option<SettleStage>,
+    settles: Settles,
     /// Of its move.
     streams: Vec<UnixStream>,
     violations: Vec<String>,
@@ -422,6 +445,17 @@ impl FakeVmm {
         self.order(Order::Notice(notice));
     }
 
+    /// Its guest resets the machine, which has other memory then.
+    pub fn reset_itself(&self) {
+        let resets = {
+            let mut inside = lock(&self.inside);
+            (inside.shared_quarters, inside.settling) = (0, None);
+            inside.resets += 1;
+            inside.resets
+        };
+        self.say(Notice::Booted { resets });
+    }
+
     /// Waits until it has ended.
     pub async fn wait_for_end(&self) {
         let mut ended = self.ended.subscribe();
@@ -466,6 +500,21 @@ impl FakeVmm {
     /// Whether its machine is one that was saved.
     pub fn is_restored(&self) -> bool {
         self.restored_how().is_some()
+    }
+
+    /// From here on its memory is settled so.
+    pub fn set_settles(&self, settles: Settles) {
+        lock(&self.inside).settles = settles;
+    }
+
+    /// Whether its memory is being settled.
+    pub fn is_settling(&self) -> bool {
+        lock(&self.inside).settling == Some(SettleStage::UnderWay)
+    }
+
+    /// How much of its memory is others', in quarters.
+    pub fn shared_quarters(&self) -> u64 {
+        lock(&self.inside).shared_quarters
     }
 
     /// What became of the memory that its machine was saved with, if it was.
@@ -641,7 +690,11 @@ impl Running {
         let mut handles: Vec<OwnedFd> = Vec::new();
         let result = match request.command {
             Command::Hello { .. } => Ok(Reply::Hello {
-                protocol: if self.guest == Guest::KnowsNoBase { PROTOCOL_OF_BASES - 1 } else { PROTOCOL },
+                protocol: match self.guest {
+                    Guest::KnowsNoBase => PROTOCOL_OF_BASES - 1,
+                    Guest::SettlesNothing => PROTOCOL_SETTLES - 1,
+                    _ => PROTOCOL,
+                },
                 version: "fake".to_owned(),
                 state: self.vmm.state(),
                 console_written: self.ring.as_ref().map_or(0, Ring::written),
@@ -684,6 +737,7 @@ impl Running {
                 let resets = {
                     let mut inside = lock(&self.vmm.inside);
                     inside.resets += 1;
+                    (inside.shared_quarters, inside.settling) = (0, None);
                     inside.resets
                 };
                 self.tell(&Notice::Booted { resets });
@@ -723,6 +777,7 @@ impl Running {
                 Ok(Reply::Migration(lock(&self.vmm.inside).moving.clone().map(Box::new)))
             }
             Command::Send(spec) => {
+                self.give_up_settling();
                 let disks =
                     lock(&self.vmm.inside).disks.iter().filter_map(|disk| disk.try_clone().ok()).collect();
                 self.vmm.send(&spec, &descriptors, disks)
@@ -736,9 +791,36 @@ impl Running {
             Command::SettleMigration { owner } => self.vmm.settle_move(owner),
             Command::LimitMigration { .. } => Ok(Reply::Done),
             Command::Handles if self.guest == Guest::CannotHandOver => {
-                let detail = "some of the machine's memory is private to its process".to_owned();
+                let detail = "a disk of the machine cannot be handed over".to_owned();
                 Err(Fault { code: FaultCode::WrongState, detail })
             }
+            Command::Handles if lock(&self.vmm.inside).shared_quarters > 0 => {
+                let detail = "some of the machine's memory is a file's that others have".to_owned();
+                Err(Fault { code: FaultCode::WrongState, detail })
+            }
+            Command::Settle | Command::CancelSettle | Command::MemoryStatus
+                if matches!(self.guest, Guest::SettlesNothing | Guest::KnowsNoBase) =>
+            {
+                lock(&self.vmm.inside).violations.push(format!("{:?} is of a later build", request.command));
+                Err(Fault { code: FaultCode::Invalid, detail: "there is no such command".to_owned() })
+            }
+            Command::Settle => {
+                let mut inside = lock(&self.vmm.inside);
+                inside.settling = Some(match inside.settles {
+                    Settles::Cannot => SettleStage::Failed { detail: "disk0 did not drain".to_owned() },
+                    _ => SettleStage::UnderWay,
+                });
+                Ok(Reply::Done)
+            }
+            Command::CancelSettle => {
+                self.give_up_settling();
+                Ok(Reply::Done)
+            }
+            Command::MemoryStatus if self.is_shy() => {
+                drop(self.connections.remove(at));
+                return Ok(());
+            }
+            Command::MemoryStatus => Ok(Reply::Memory(Box::new(self.memory_status()))),
             Command::Handles => {
                 let inside = lock(&self.vmm.inside);
                 let null = File::open("/dev/null").map(OwnedFd::from);
@@ -851,6 +933,7 @@ impl Running {
         if spec.live.is_none() && self.vmm.state() != MachineState::Paused {
             return Err(fault(FaultCode::WrongState, "the machine runs"));
         }
+        self.give_up_settling();
         let mut files: Vec<Option<File>> = descriptors.into_iter().map(|fd| Some(File::from(fd))).collect();
         let mut take = |at: FdIndex| files.get_mut(usize::from(at.0)).and_then(Option::take);
         let (Some(state), Some(memory)) = (take(spec.state), take(spec.memory)) else {
@@ -864,6 +947,9 @@ impl Running {
         let base = base.transpose().map_err(|detail| fault(FaultCode::Invalid, &detail))?;
         let files = SaveFiles { state, memory, base };
         match spec.live {
+            Some(_) if lock(&self.vmm.inside).shared_quarters > 0 => {
+                return Err(fault(FaultCode::Host, "cannot protect guest memory against writes"));
+            }
             Some(_) => {
                 lock(&self.vmm.inside).save = Some(SaveStatus::Armed);
                 self.armed = Some(files);
@@ -902,8 +988,11 @@ impl Running {
         let restored = fake_memory::restored(&spec, &descriptors).map_err(invalid)?;
         self.build(spec.machine, descriptors)?;
         self.begin().0?;
-        lock(&self.vmm.inside).memory = restored;
-        lock(&self.vmm.inside).restored = Some(spec.how);
+        let mut inside = lock(&self.vmm.inside);
+        inside.memory = restored;
+        inside.restored = Some(spec.how);
+        inside.shared_quarters = if spec.how == MemoryUse::Private { 4 } else { 0 };
+        drop(inside);
         self.turn_to(match spec.then {
             Then::Run => MachineState::Running,
             Then::Stay => MachineState::Paused,
@@ -967,6 +1056,44 @@ impl Running {
         lock(&self.vmm.inside).typed.extend_from_slice(&data[..taken]);
         self.print(&data[..taken]);
         taken as u64
+    }
+
+    fn give_up_settling(&self) {
+        let mut inside = lock(&self.vmm.inside);
+        if inside.settling == Some(SettleStage::UnderWay) {
+            inside.settling = Some(SettleStage::Failed { detail: "it was given up".to_owned() });
+        }
+    }
+
+    /// Whether it closes its connection instead of saying whose its memory is.
+    fn is_shy(&self) -> bool {
+        let mut inside = lock(&self.vmm.inside);
+        match inside.settles {
+            Settles::Shy(left @ 1..) => {
+                inside.settles = Settles::Shy(left - 1);
+                true
+            }
+            Settles::Mute => inside.settling == Some(SettleStage::UnderWay),
+            _ => false,
+        }
+    }
+
+    fn memory_status(&self) -> MemoryStatus {
+        let mut inside = lock(&self.vmm.inside);
+        let is_soon = matches!(inside.settles, Settles::Soon | Settles::Shy(_));
+        if inside.settling == Some(SettleStage::UnderWay) && is_soon {
+            inside.shared_quarters = inside.shared_quarters.saturating_sub(1);
+            if inside.shared_quarters == 0 {
+                inside.settling = Some(SettleStage::Settled);
+            }
+        }
+        let total_bytes = inside.spec.as_ref().map_or(0, |spec| spec.memory_bytes);
+        let of = |stage| Settling { stage, pauses: 1, longest_pause_us: 1, paused_us: 1, total_us: 1 };
+        MemoryStatus {
+            total_bytes,
+            shared_bytes: total_bytes / 4 * inside.shared_quarters,
+            settling: inside.settling.clone().map(of),
+        }
     }
 
     fn stats(&self) -> MachineStats {

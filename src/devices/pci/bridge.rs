@@ -1,5 +1,7 @@
 //! The host bridge at 00:00.0: an identity and nothing else. Guests look for a bridge before they believe that
 //! there is a bus.
+use std::time::Duration;
+
 use super::config::{ConfigSpace, Identity};
 use super::function::{Decoded, Function};
 use crate::pause::NotDrained;
@@ -43,7 +45,7 @@ impl Function for HostBridge {
         data.fill(0xFF);
     }
     fn write_memory(&self, _offset: u64, _data: &[u8]) {}
-    fn pause(&self) -> Result<(), NotDrained> {
+    fn pause(&self, _patience: Duration) -> Result<(), NotDrained> {
         Ok(())
     }
     fn resume(&self) {}

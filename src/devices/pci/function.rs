@@ -1,4 +1,6 @@
 //! What a slot of the bus holds. A trait only: the root calls it with accesses that are already cut to size.
+use std::time::Duration;
+
 use crate::pause::NotDrained;
 
 /// A function of the bus. Called by several vCPUs at once.
@@ -15,8 +17,8 @@ pub trait Function: Send + Sync {
     fn read_memory(&self, offset: u64, data: &mut [u8]);
     /// Writes at `offset` of the memory BAR.
     fn write_memory(&self, offset: u64, data: &[u8]);
-    /// Takes nothing new and waits until nothing is in flight.
-    fn pause(&self) -> Result<(), NotDrained>;
+    /// Takes nothing new and waits until nothing is in flight, for at most `patience`.
+    fn pause(&self, patience: Duration) -> Result<(), NotDrained>;
     /// Goes on after [`Function::pause`], whether that succeeded or not.
     fn resume(&self);
     /// Begins what [`Function::stop`] ends. Returns at once, so that several functions can end side by side.

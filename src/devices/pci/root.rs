@@ -2,12 +2,14 @@
 //! through memory BARs. Lookups take no lock. `vmm` puts the three regions on its buses and pauses through it.
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use memory::layout::PCI_MMIO_START;
 
 use super::bridge::HostBridge;
 use super::function::{Decoded, Function};
 use crate::bus::Region;
+use crate::limits::PAUSE_MAX;
 use crate::pause::NotDrained;
 
 /// Devices on a conventional bus.
@@ -80,8 +82,22 @@ impl Root {
 
     /// Pauses every function. When one cannot be drained, those before it go on and the error is returned.
     pub fn pause(&self) -> Result<(), NotDrained> {
+        // Each has as long as it may ever take.
+        self.pause_each(|| PAUSE_MAX)
+    }
+
+    /// The same, but waits for at most `patience` in all: what is in flight then may end later.
+    pub fn pause_within(&self, patience: Duration) -> Result<(), NotDrained> {
+        let deadline = Instant::now().checked_add(patience);
+        self.pause_each(|| {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            left.unwrap_or(PAUSE_MAX).min(PAUSE_MAX)
+        })
+    }
+
+    fn pause_each(&self, patience: impl Fn() -> Duration) -> Result<(), NotDrained> {
         for (count, function) in self.functions().enumerate() {
-            if let Err(error) = function.pause() {
+            if let Err(error) = function.pause(patience()) {
                 // The one that failed holds back new work too.
                 self.functions().take(count.saturating_add(1)).for_each(|function| function.resume());
                 return Err(error);

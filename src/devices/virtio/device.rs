@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Position, Queue};
 use crate::limiter::LimiterState;
-use crate::limits::DRAIN_MS_MAX;
+use crate::limits::PAUSE_MAX;
 use crate::pause::NotDrained;
 use crate::state::{Numbers, Refused};
 
@@ -130,8 +130,7 @@ pub trait Active: Send {
     /// Takes nothing new from the queues and waits, for at most [`crate::limits::DRAIN_MS_MAX`], until nothing is
     /// in flight. After an error the device is still paused; call [`Active::resume`] to let it go on.
     fn pause(&mut self) -> Result<(), NotDrained> {
-        // A thread answers within DRAIN_MS_MAX unless its handler is stuck in a call; twice that is for it.
-        self.pause_within(Duration::from_millis(DRAIN_MS_MAX.saturating_mul(2)))
+        self.pause_within(PAUSE_MAX)
     }
     /// As [`Active::pause`], but waits for at most `patience`: what is in flight then may end later.
     fn pause_within(&mut self, patience: Duration) -> Result<(), NotDrained>;

@@ -18,7 +18,7 @@ use super::lifecycle::{Event, Life, Phase, Work};
 use super::pace::Pace;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
-use super::{advance, effects, limits, recover, restore};
+use super::{advance, effects, limits, recover, restore, settle};
 use crate::call;
 use crate::error::Result;
 use crate::store::records;
@@ -107,6 +107,7 @@ impl Actor {
         let Some(record) = self.record().await? else { return Ok(()) };
         if let Some(event) = recover::look(&self.workshop, &self.entry, &record).await? {
             self.save(record.life.run, event).await?;
+            settle::look(&self.workshop, &self.entry, &record).await?;
         }
         loop {
             let Some(record) = beside(&mut busy, self.record()).await? else { return Ok(()) };
@@ -272,6 +273,10 @@ impl Actor {
                 ("server.device_fault", format!("{device}: {detail}"))
             }
         };
+        if kind == "server.reset" {
+            // With the old machine went its memory, whether that is told or not.
+            settle::forget_shared(&self.workshop, self.entry.id, None).await?;
+        }
         let Some(missed) = self.pace.takes(kind, std::time::Instant::now()) else { return Ok(()) };
         let reason =
             if missed == 0 { reason } else { format!("{reason} ({missed} more since the last such event)") };

@@ -75,6 +75,7 @@ fn verb(action: ServerAction) -> &'static str {
         ServerAction::Pause => "pause",
         ServerAction::Resume => "resume",
         ServerAction::Hibernate => "hibernate",
+        ServerAction::SettleMemory => "settle-memory",
         ServerAction::UpgradeVmm => "upgrade-vmm",
     }
 }

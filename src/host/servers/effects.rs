@@ -74,6 +74,7 @@ impl Doing {
             Work::TakeBack { to } => self.take_back(to).await,
             Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
             Work::Resume => self.resume().await,
+            Work::Settle { job } => self.settle(job).await,
             Work::SpawnNext => self.final_or(self.spawn_next().await, Event::HandOverFailed),
             Work::HandOver => self.hand_over().await,
             Work::Retire => self.retire().await,
@@ -364,7 +365,7 @@ impl Doing {
         }
     }
 
-    async fn ended_meanwhile(&self) -> Option<End> {
+    pub(super) async fn ended_meanwhile(&self) -> Option<End> {
         if self.entry.is_linked() {
             return None;
         }

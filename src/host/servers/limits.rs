@@ -80,6 +80,11 @@ pub const NOTICES_MAX: usize = 64;
 /// How often a save is looked at: it takes some milliseconds for a small memory.
 pub const SAVE_LOOK: Duration = Duration::from_millis(20);
 
+/// How often in a row a VMM that lives may leave the question for its memory without an answer, and the pause between.
+pub const SETTLE_ASKS: u32 = 5;
+/// See [`SETTLE_ASKS`].
+pub const SETTLE_ASK_AGAIN: Duration = Duration::from_millis(200);
+
 /// How often a move is looked at when its VMM says nothing: it tells of each phase, but not to a daemon that is new.
 pub const MOVE_LOOK: Duration = Duration::from_millis(50);
 

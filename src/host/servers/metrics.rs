@@ -1,13 +1,33 @@
 //! Counters of a machine as callers see them. It asks the VMM and keeps nothing.
-use model::server::{DiskMetrics, NicMetrics, ServerMetrics};
-use wire::control::MachineStats;
+use model::server::{DiskMetrics, NicMetrics, ServerMetrics, SettlingMetrics};
+use model::{Code, ServerId};
+use wire::control::{Command, MachineStats, Reply};
+use wire::settling::MemoryStatus;
 
+use super::{Servers, limits, settle};
+use crate::error::{Error, Result};
 use crate::vmms::ProcessId;
+
+impl Servers {
+    /// Counters of its machine. Fails with `wrong_state` when none runs.
+    pub async fn metrics(&self, id: ServerId) -> Result<ServerMetrics> {
+        let (entry, process) = self.machine(id, "measure").await?;
+        let link = entry.link(limits::COMMAND).await.map_err(Error::from)?;
+        match link.ask(Command::Stats, &[], limits::COMMAND).await.map_err(Error::from)? {
+            Reply::Stats(stats) => {
+                // One that cannot say shows what it can.
+                let memory = settle::memory(&link, limits::COMMAND).await.ok().flatten();
+                Ok(shown(&stats, memory.unwrap_or_default(), &process.id()))
+            }
+            other => Err(Error::new(Code::MachineFailed, format!("the VMM answered {other:?}"))),
+        }
+    }
+}
 
 const NS_PER_MS: u64 = 1_000_000;
 
 /// As callers see them.
-pub(super) fn shown(stats: &MachineStats, process: &ProcessId) -> ServerMetrics {
+fn shown(stats: &MachineStats, memory: MemoryStatus, process: &ProcessId) -> ServerMetrics {
     let disk_faults: u64 = stats.disks.iter().map(|disk| disk.malformed).sum();
     let nic_faults: u64 = stats.nics.iter().map(|nic| nic.malformed).sum();
     ServerMetrics {
@@ -16,6 +36,13 @@ pub(super) fn shown(stats: &MachineStats, process: &ProcessId) -> ServerMetrics 
         vcpu_cpu_ms: stats.vcpus.iter().map(|vcpu| vcpu.cpu_ns / NS_PER_MS).collect(),
         vcpu_exits: stats.vcpus.iter().map(|vcpu| vcpu.exits).collect(),
         memory_resident_bytes: resident_bytes(process.pid).unwrap_or_default(),
+        memory_shared_bytes: memory.shared_bytes,
+        settling: memory.settling.map(|settling| SettlingMetrics {
+            pauses: settling.pauses,
+            longest_pause_us: settling.longest_pause_us,
+            paused_us: settling.paused_us,
+            total_us: settling.total_us,
+        }),
         disks: stats
             .disks
             .iter()

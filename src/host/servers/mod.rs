@@ -9,12 +9,11 @@ use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
     CreateServer, DeleteServer, DiskLimits, PatchNicLimits, PatchServer, Server, ServerAction,
-    ServerIsolation, ServerMetrics, ServerPlan, StopServer,
+    ServerIsolation, ServerPlan, StopServer,
 };
 use model::snapshot::{CreateSnapshot, Snapshot};
 use model::{Code, ConsoleReaderId, OperationId, ServerId, SnapshotId, VolumeId};
 use rusqlite::Connection;
-use wire::control::{Command, Reply};
 
 use crate::call::{Actor, Answer, Call, Idempotency};
 use crate::error::{Error, Result};
@@ -47,6 +46,7 @@ mod recover;
 pub mod registry;
 mod restore;
 pub(crate) mod saved;
+mod settle;
 mod snapshot;
 mod telling;
 mod upgrade;
@@ -380,16 +380,6 @@ impl Servers {
         self.registry.find(id).map(|entry| entry.readers.list()).unwrap_or_default()
     }
 
-    /// Counters of its machine. Fails with `wrong_state` when none runs.
-    pub async fn metrics(&self, id: ServerId) -> Result<ServerMetrics> {
-        let (entry, process) = self.machine(id, "measure").await?;
-        let link = entry.link(limits::COMMAND).await.map_err(Error::from)?;
-        match link.ask(Command::Stats, &[], limits::COMMAND).await.map_err(Error::from)? {
-            Reply::Stats(stats) => Ok(metrics::shown(&stats, &process.id())),
-            other => Err(Error::new(Code::MachineFailed, format!("the VMM answered {other:?}"))),
-        }
-    }
-
     /// What keeps its machine apart, as found on the running process. Fails with `wrong_state` when none runs.
     pub async fn isolation(&self, id: ServerId) -> Result<ServerIsolation> {
         let (entry, _) = self.machine(id, "look at").await?;
@@ -499,6 +489,7 @@ fn asked(action: ServerAction) -> Result<Ask> {
         ServerAction::Pause => Ask::Pause,
         ServerAction::Resume => Ask::Resume,
         ServerAction::Hibernate => Ask::Hibernate,
+        ServerAction::SettleMemory => Ask::SettleMemory,
         ServerAction::UpgradeVmm => Ask::Upgrade,
     })
 }

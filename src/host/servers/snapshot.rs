@@ -300,8 +300,19 @@ impl Doing {
         let link = self.fresh_link().await?;
         // A daemon that has died may have left it parked.
         link.order(Command::Resume, limits::PAUSE).await?;
+        let device = File::options().read(true).write(true).open(USERFAULTFD).ok();
+        if device.is_some() {
+            // Of memory that is another file's the kernel tells no writes.
+            match self.own_memory(("settling_memory", 1, 8)).await {
+                Err(cause) if self.is_stopped() || cause.code == Code::Draining => return Err(cause),
+                Err(cause) => {
+                    tracing::info!(server = %self.record.id, "it stands still: {}", cause.chain());
+                }
+                Ok(()) => self.workshop.core.checkpoint("server.snapshot_settled")?,
+            }
+        }
         let files = self.disks_ahead(directory).await?;
-        let is_live = self.begin_live_save(&link, place).await?;
+        let is_live = self.begin_live_save(&link, place, device).await?;
         let moment = self.park(&link).await?;
         if is_live {
             let disks = self.copy_disks(directory, files).await?;
@@ -386,8 +397,8 @@ impl Doing {
 
     /// Begins to save memory while the machine runs, and waits until the moment can come. False where this host or this
     /// memory cannot: then the machine has to stand still for it.
-    async fn begin_live_save(&self, link: &Link, place: Place<'_>) -> Result<bool> {
-        let Ok(device) = File::options().read(true).write(true).open(USERFAULTFD) else { return Ok(false) };
+    async fn begin_live_save(&self, link: &Link, place: Place<'_>, device: Option<File>) -> Result<bool> {
+        let Some(device) = device else { return Ok(false) };
         match self.begin_save(link, place, Some(device)).await {
             Err(cause) if cause.code == Code::MachineFailed => {
                 tracing::info!(server = %self.record.id, "stands still for its memory: {}", cause.chain());

@@ -20,6 +20,7 @@ mod hibernate;
 mod hostile;
 mod limits;
 mod restore;
+mod settle;
 mod shells;
 mod snapshot;
 mod sweep;

@@ -48,6 +48,7 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         restart: restart(life),
         isolation: record.isolation,
         identity: record.identity,
+        shares_memory_of: life.shares.filter(|_| life.phase.has_machine()),
         vmm_build: record.vmm_build.clone().filter(|_| life.phase.has_machine()),
         generation: record.generation,
         created_at: record.created_at,

@@ -45,7 +45,8 @@ impl Controller {
     fn limit(self, version: Version, cell: &Cell) -> Vec<(&'static str, String)> {
         let period_us = limits::CPU_PERIOD_US;
         let quota_us = u64::from(cell.vcpus).saturating_add(limits::DEVICE_CPUS).saturating_mul(period_us);
-        let memory = cell.memory_bytes.saturating_add(limits::VMM_MEMORY_BYTES);
+        let tables = cell.memory_bytes / limits::VMM_TABLES_PART;
+        let memory = cell.memory_bytes.saturating_add(limits::VMM_MEMORY_BYTES).saturating_add(tables);
         match (self, version) {
             (Controller::Cpu, Version::V2) => vec![("cpu.max", format!("{quota_us} {period_us}"))],
             (Controller::Cpu, Version::V1) => {

@@ -12,6 +12,7 @@ const OF_SERVER: &[&str] = &[
     "pause_server",
     "resume_server",
     "hibernate_server",
+    "settle_memory_server",
     "upgrade_vmm_server",
     "snapshot_server",
     "clone_server",

@@ -51,3 +51,20 @@ fn what_is_given_back_has_changed() {
     crate::discard(&ram, GuestAddress(0x3000), 8192).unwrap();
     assert_eq!(pages(&take(&ram)), [(0, 3), (0, 4)]);
 }
+
+#[test]
+fn the_marks_of_a_part_are_taken_and_no_others() {
+    let ram = crate::new(SIZE).unwrap();
+    start(&ram);
+    let (piece, above) = (16 << 20, 4 << 30);
+    for address in [0x5000, piece, piece + 0x3_F000, 2 * piece - 1, 2 * piece, above, above + piece] {
+        ram.write_slice(&[1], GuestAddress(address)).unwrap();
+    }
+    let mut pages = Pages::of(SIZE / PAGE_BYTES);
+    pages.set(3);
+    take_part(&ram, Extent { offset: piece, bytes: piece }, &mut pages);
+    take_part(&ram, Extent { offset: 3 << 30, bytes: piece }, &mut pages);
+    let found: Vec<_> = (0..SIZE / PAGE_BYTES).filter(|page| pages.has(*page)).collect();
+    assert_eq!(found, [3, 4096, 4096 + 63, 8191, 3 << 18]);
+    assert_eq!(super::tests::pages(&take(&ram)), [(0, 5), (0, 8192), (1, 4096)]);
+}

@@ -33,3 +33,16 @@ fn logs_of_regions_lie_one_behind_the_other() {
     let beyond = Extent { offset: 256 * PAGE_BYTES, bytes: 64 * PAGE_BYTES };
     assert!(pages.words_of(beyond).is_empty());
 }
+
+#[test]
+fn a_part_is_added_and_taken_out_alone() {
+    let word = 64 * PAGE_BYTES;
+    let mut pages = Pages::all(256);
+    pages.clear_part(Extent { offset: word, bytes: 2 * word });
+    assert_eq!(pages.count(), 128);
+    pages.add_words(2 * word, &[1 << 5]);
+    let rest = Extent { offset: word, bytes: 2 * word };
+    assert_eq!(pages.words_of(rest), [0, 1 << 5]);
+    pages.clear_part(Extent { offset: 3 * word, bytes: 2 * word });
+    assert_eq!(pages.count(), 129);
+}

@@ -72,6 +72,12 @@ impl Shell {
                 Ok(Reply::Done)
             }
             Command::SaveStatus => Ok(Reply::Save(self.machine()?.save_status())),
+            Command::Settle => self.machine()?.settle().map(done).map_err(Fault::from),
+            Command::CancelSettle => {
+                self.machine()?.cancel_settle();
+                Ok(Reply::Done)
+            }
+            Command::MemoryStatus => Ok(Reply::Memory(Box::new(self.machine()?.memory_status()?))),
             Command::Handles => {
                 let count = |many: usize| u16::try_from(many).unwrap_or(u16::MAX);
                 let (opened, nics, disks) = self.machine()?.handles()?;

@@ -53,6 +53,7 @@ impl Machine {
             return Err(Error::State("the machine is paused; resume it first, or save it"));
         }
         let disks = self.moved_disks(&spec.disks)?;
+        self.cancel_settle();
         let mut files = Files::new(descriptors);
         let mut streams = streams(&mut files, &spec.streams)?;
         streams.iter_mut().for_each(Stream::expect_soon);
@@ -276,6 +277,13 @@ impl Machine {
         }
     }
 
+    /// Lets go of a move from here that has ended, and of its log with it.
+    pub(super) fn forget_sent(&mut self) {
+        if matches!(self.moving, Some(Moving::Source(_))) {
+            self.moving = None;
+        }
+    }
+
     pub(super) fn check_not_moving(&self) -> Result<(), Error> {
         match self.move_status().map(|status| (status.side, status.phase)) {
             None | Some((Side::Source, Phase::Returned) | (Side::Target, Phase::Moved)) => Ok(()),
@@ -300,8 +308,9 @@ impl Machine {
 
 /// A descriptor of all of a machine's memory.
 fn handle(parts: &Parts) -> Result<File, Error> {
-    memory::handle(&parts.ram)?
-        .ok_or(Error::State("some of the machine's memory is private to its process; move it over streams"))
+    memory::handle(&parts.ram)?.ok_or(Error::State(
+        "some of the machine's memory is a file's that others have; settle it first, or move it over streams",
+    ))
 }
 
 fn handed(memory: &File) -> Result<Handed, Error> {

@@ -67,7 +67,7 @@ impl Machine {
         }
         built.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
         if how == MemoryUse::Private {
-            built.below = memory.into_lower();
+            built.below = memory.into_files();
         }
         if let (Identity::New, Some(parts)) = (identity, &built.parts) {
             parts.power.tell_generation();

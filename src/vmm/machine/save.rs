@@ -36,6 +36,7 @@ impl Machine {
                 "the machine runs; pause it first, or send a descriptor of /dev/userfaultfd to save it as it runs",
             ));
         }
+        self.cancel_settle();
         let mut files = Files::new(descriptors);
         let memory_bytes = self.plan.spec.memory_bytes;
         let base = spec.base.map(|base| {

@@ -16,19 +16,19 @@ const PAGE_BYTES: u64 = memory::marks::PAGE_BYTES;
 const GLANCE_BYTES: usize = 64;
 
 /// Bytes of memory.
-pub(super) fn bytes(ram: &Ram) -> u64 {
+pub(crate) fn bytes(ram: &Ram) -> u64 {
     ram.iter().map(|region| region.len()).sum()
 }
 
 /// What became of one shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Sum {
-    pub(super) sent_bytes: u64,
-    pub(super) skipped_bytes: u64,
+pub(crate) struct Sum {
+    pub(crate) sent_bytes: u64,
+    pub(crate) skipped_bytes: u64,
 }
 
 /// Where what is sent goes, or a judge in its place.
-pub(super) trait Outlet {
+pub(crate) trait Outlet {
     /// A piece of memory that is not all zeroes.
     fn part(&mut self, part: Extent) -> Result<(), Error>;
     /// A piece of memory that is zero and may have been something else.
@@ -40,7 +40,7 @@ pub(super) trait Outlet {
 ///
 /// Holes are not looked at, which alone would make pages of them, as far as finding them is cheap: those that a row of
 /// pages begins with, or that follow a page in `touched`.
-pub(super) fn walk(
+pub(crate) fn walk(
     ram: &Ram,
     shard: Extent,
     pages: &Pages,

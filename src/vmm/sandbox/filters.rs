@@ -24,6 +24,8 @@ const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_GET_DIRTY_LOG: u64 = 0x4010_ae42;
 const KVM_CLEAR_DIRTY_LOG: u64 = 0xc018_aec0;
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+/// Asking for what was written, and no longer.
+const DIRTY_LOG: [u64; 3] = [KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_SET_USER_MEMORY_REGION];
 /// include/uapi/linux/userfaultfd.h.
 const UFFD_TYPE: u64 = 0xaa00;
 const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
@@ -132,8 +134,11 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
         }
         Filter::Move => {
             calls.extend(any(MOVE));
-            let requests = [KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_SET_USER_MEMORY_REGION];
-            calls.push((libc::SYS_ioctl, one_of(1, &requests)?));
+            calls.push((libc::SYS_ioctl, one_of(1, &DIRTY_LOG)?));
+        }
+        Filter::Settle => {
+            calls.extend(any(SETTLE));
+            calls.push((libc::SYS_ioctl, one_of(1, &DIRTY_LOG)?));
         }
         Filter::Rng | Filter::NoClone3 | Filter::NoRings => calls.extend(any(SHARED_BY_DEVICES)),
     }
@@ -236,6 +241,9 @@ const MOVE: &[libc::c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_shutdown,
 ];
+
+/// Giving pages back that are zero again, and finding where a piece holds something.
+const SETTLE: &[libc::c_long] = &[libc::SYS_fallocate, libc::SYS_lseek];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

@@ -58,9 +58,11 @@ impl MemoryFiles {
         Ok(MemoryFiles { own, lower, files })
     }
 
-    /// The lower files alone.
-    pub(crate) fn into_lower(self) -> Vec<File> {
-        self.files
+    /// All of them.
+    pub(crate) fn into_files(self) -> Vec<File> {
+        let mut files = self.files;
+        files.push(self.own);
+        files
     }
 
     /// Reads from wherever the bytes lie.

@@ -56,7 +56,7 @@ impl Function for Card {
     fn write_memory(&self, offset: u64, data: &[u8]) {
         self.memory.lock().unwrap().push((offset, data.to_vec()));
     }
-    fn pause(&self) -> Result<(), NotDrained> {
+    fn pause(&self, _patience: Duration) -> Result<(), NotDrained> {
         self.pauses.fetch_add(1, Ordering::SeqCst);
         if self.stuck { Err(NotDrained { device: "card".to_owned(), in_flight: 1 }) } else { Ok(()) }
     }
@@ -196,7 +196,7 @@ fn every_function_is_asked_to_stop_before_one_is_waited_for() {
         }
         fn read_memory(&self, _offset: u64, _data: &mut [u8]) {}
         fn write_memory(&self, _offset: u64, _data: &[u8]) {}
-        fn pause(&self) -> Result<(), NotDrained> {
+        fn pause(&self, _patience: Duration) -> Result<(), NotDrained> {
             Ok(())
         }
         fn resume(&self) {}

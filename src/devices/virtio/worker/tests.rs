@@ -138,6 +138,22 @@ fn a_pause_that_cannot_drain_says_so_and_can_be_undone() {
 }
 
 #[test]
+fn whoever_does_not_wait_so_long_lets_it_go_on_with_what_is_in_flight() {
+    let probe = Probe::new();
+    let (turns, busy) = (Arc::clone(&probe.turns), Arc::clone(&probe.busy));
+    busy.store(2, Ordering::SeqCst);
+    let (mut worker, kick, _) = start(probe);
+    let began = Instant::now();
+    assert!(worker.pause_within(Duration::from_millis(20)).is_err());
+    assert!(began.elapsed() < Duration::from_millis(DRAIN_MS_MAX / 2), "{:?}", began.elapsed());
+    kick.write(1).unwrap();
+    worker.resume();
+    reach(&turns, 1);
+    busy.store(0, Ordering::SeqCst);
+    worker.pause().unwrap();
+}
+
+#[test]
 fn a_fault_is_told_once_and_no_kick_is_heard_after_it() {
     let probe = Probe { fault: true, ..Probe::new() };
     let turns = Arc::clone(&probe.turns);

@@ -4,7 +4,6 @@ use model::server::Wanted;
 use model::{OperationId, SnapshotId};
 
 use super::{Back, Context, Job, JobKind, Life, Phase, Push, Return, Step, Then, Verdict};
-use crate::vmms::ProcessId;
 
 /// Something a caller asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +40,8 @@ pub enum Ask {
     },
     /// Be another host's.
     Migrate,
+    /// Have memory of its own.
+    SettleMemory,
     /// Run on in a new VMM.
     Upgrade,
     /// Be no more.
@@ -66,7 +67,7 @@ pub enum Asked {
 pub struct Refused;
 
 /// Every ask by the name of its action, as in `allowed_actions`.
-pub const ACTIONS: [(&str, Ask); 12] = [
+pub const ACTIONS: [(&str, Ask); 13] = [
     ("start", Ask::Start),
     ("stop", Ask::Stop { grace_ms: 1000 }),
     ("reboot", Ask::Reboot { grace_ms: 1000 }),
@@ -78,6 +79,7 @@ pub const ACTIONS: [(&str, Ask); 12] = [
     ("clone", Ask::Snapshot { id: SnapshotId(uuid::Uuid::nil()), memory: true }),
     ("restore", Ask::Restore { to: Return { snapshot: SnapshotId(uuid::Uuid::nil()), memory: false } }),
     ("migrate", Ask::Migrate),
+    ("settle-memory", Ask::SettleMemory),
     ("upgrade-vmm", Ask::Upgrade),
     ("delete", Ask::Delete { keep_volumes: false }),
 ];
@@ -95,6 +97,7 @@ impl Ask {
             Ask::Snapshot { .. } => JobKind::Snapshot,
             Ask::Restore { .. } => JobKind::Restore,
             Ask::Migrate => JobKind::Migrate,
+            Ask::SettleMemory => JobKind::SettleMemory,
             Ask::Upgrade => JobKind::Upgrade,
             Ask::Delete { .. } => JobKind::Delete,
         }
@@ -104,8 +107,11 @@ impl Ask {
 impl Life {
     /// Actions that would change something now.
     pub fn allowed_actions(&self, context: Context) -> Vec<&'static str> {
-        let changes =
-            |ask: Ask| matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)));
+        let changes = |ask: Ask| match ask {
+            // Its VMM is asked all the same when somebody wants it: a record may know less.
+            Ask::SettleMemory if self.shares.is_none() => false,
+            _ => matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_))),
+        };
         ACTIONS.into_iter().filter(|(_, ask)| changes(*ask)).map(|(name, _)| name).collect()
     }
 
@@ -122,6 +128,7 @@ impl Life {
             Ask::Snapshot { id, memory } => asking.snapshot(id, memory),
             Ask::Restore { to } => asking.restore(to),
             Ask::Migrate => asking.migrate(),
+            Ask::SettleMemory => asking.settle_memory(),
             Ask::Upgrade => asking.upgrade(),
             Ask::Delete { keep_volumes } => asking.delete(keep_volumes),
         }
@@ -160,6 +167,11 @@ impl Life {
                 life.give_up_restoring(vmm, back);
                 return Ok(Step { life, ended: vec![(id, undone())], gone: false });
             }
+            (JobKind::SettleMemory | JobKind::Upgrade, Phase::Settling { vmm, was_paused, .. }) => {
+                life.job = None;
+                life.give_up_settling(vmm, was_paused);
+                return Ok(Step { life, ended: vec![(id, undone())], gone: false });
+            }
             (JobKind::Migrate, Phase::Moving { given: false, .. }) => {
                 return life.kept(undone()).ok_or(Refused);
             }
@@ -170,39 +182,6 @@ impl Life {
             _ => life.wanted_at_rest(),
         };
         Ok(Step { life, ended: Vec::new(), gone: false })
-    }
-}
-
-impl Life {
-    /// What a server without a machine is to be: a memory that was saved is not given up.
-    pub(super) fn wanted_at_rest(&self) -> Wanted {
-        if self.saved.is_some() { Wanted::Hibernated } else { Wanted::Stopped }
-    }
-
-    /// Goes back to what the server did before. Its machine may have been parked for the moment.
-    pub(super) fn give_up_snapshotting(&mut self, vmm: Option<ProcessId>, back: Back) {
-        self.phase = match (vmm, back) {
-            (Some(vmm), Back::Running) => Phase::Resuming { vmm },
-            (Some(vmm), _) => Phase::Pausing { vmm },
-            (None, back) => Phase::at_rest(back),
-        };
-    }
-
-    /// What it did went on.
-    pub(super) fn give_up_restoring(&mut self, vmm: Option<ProcessId>, back: Back) {
-        self.phase = match (vmm, back) {
-            (Some(vmm), Back::Running) => Phase::Running { vmm },
-            (Some(vmm), _) => Phase::Paused { vmm },
-            (None, back) => Phase::at_rest(back),
-        };
-    }
-
-    /// Goes back to what the machine did before.
-    pub(super) fn give_up_hibernating(&mut self, vmm: ProcessId, was_paused: bool) {
-        (self.phase, self.wanted) = match was_paused {
-            true => (Phase::Pausing { vmm }, Wanted::Paused),
-            false => (Phase::Resuming { vmm }, Wanted::Running),
-        };
     }
 }
 
@@ -249,6 +228,7 @@ impl Asking {
             Phase::Starting { .. } if self.life.job.is_some() => self.join(),
             Phase::Starting { .. } => self.begin(Wanted::Running),
             Phase::Running { .. }
+            | Phase::Settling { was_paused: false, .. }
             | Phase::Upgrading { .. }
             | Phase::Retiring { .. }
             | Phase::Snapshotting { back: Back::Running, .. }
@@ -299,6 +279,7 @@ impl Asking {
             | Phase::Hibernating { vmm, .. }
             | Phase::Snapshotting { vmm: Some(vmm), .. }
             | Phase::Restoring { vmm: Some(vmm), .. }
+            | Phase::Settling { vmm, .. }
             | Phase::Resetting { vmm, .. } => {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Stop };
                 self.interrupt();
@@ -373,6 +354,15 @@ impl Asking {
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Start };
                 self.begin(Wanted::Running)
             }
+            // A guest that hangs is not to wait for minutes. The machine gives up the old memory with all that is done to it.
+            Phase::Settling { vmm, was_paused: false, .. } if push == Push::Force => {
+                self.life.phase = Phase::Resetting { vmm, resets: None };
+                self.begin(Wanted::Running)
+            }
+            Phase::Settling { vmm, .. } => {
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push, then: Then::Start };
+                self.begin(Wanted::Running)
+            }
             Phase::Resetting { .. } if self.life.job.is_some() => self.join(),
             Phase::Stopping { vmm, push: held, then: Then::Start } if self.life.job.is_some() => {
                 self.life.phase = Phase::Stopping { vmm, push: harder(held, push), then: Then::Start };
@@ -390,7 +380,9 @@ impl Asking {
             }
             Phase::Pausing { .. } if self.life.job.is_some() => self.join(),
             Phase::Pausing { .. } => self.begin(Wanted::Paused),
-            Phase::Paused { .. } | Phase::Snapshotting { back: Back::Paused, .. } => self.done(),
+            Phase::Paused { .. }
+            | Phase::Settling { was_paused: true, .. }
+            | Phase::Snapshotting { back: Back::Paused, .. } => self.done(),
             _ => Err(Refused),
         }
     }
@@ -403,7 +395,9 @@ impl Asking {
             }
             Phase::Resuming { .. } if self.life.job.is_some() => self.join(),
             Phase::Resuming { .. } => self.begin(Wanted::Running),
-            Phase::Running { .. } | Phase::Snapshotting { back: Back::Running, .. } => self.done(),
+            Phase::Running { .. }
+            | Phase::Settling { was_paused: false, .. }
+            | Phase::Snapshotting { back: Back::Running, .. } => self.done(),
             _ => Err(Refused),
         }
     }
@@ -478,13 +472,27 @@ impl Asking {
         self.begin(wanted)
     }
 
+    fn settle_memory(mut self) -> Result<Asked, Refused> {
+        let wanted = self.life.wanted;
+        let (vmm, was_paused) = match self.life.phase.clone() {
+            Phase::Running { vmm } => (vmm, false),
+            Phase::Paused { vmm } => (vmm, true),
+            Phase::Settling { upgrade: false, .. } => return self.join(),
+            _ => return Err(Refused),
+        };
+        self.life.phase = Phase::Settling { vmm, was_paused, upgrade: false };
+        self.begin(wanted)
+    }
+
     fn upgrade(mut self) -> Result<Asked, Refused> {
         let wanted = self.life.wanted;
         match self.life.phase.clone() {
-            Phase::Running { vmm } => {
-                self.life.phase = Phase::Upgrading { vmm, next: None };
+            // Memory that is somebody else's, too, cannot be handed over.
+            Phase::Running { vmm } | Phase::Settling { vmm, was_paused: false, upgrade: false } => {
+                self.life.phase = Phase::Settling { vmm, was_paused: false, upgrade: true };
                 self.begin(wanted)
             }
+            Phase::Settling { upgrade: true, .. } => self.join(),
             phase if phase.is_upgrading() => self.join(),
             _ => Err(Refused),
         }
@@ -531,6 +539,7 @@ impl Asking {
             | Phase::Hibernating { vmm, .. }
             | Phase::Snapshotting { vmm: Some(vmm), .. }
             | Phase::Restoring { vmm: Some(vmm), .. }
+            | Phase::Settling { vmm, .. }
             | Phase::Resetting { vmm, .. } => Phase::Stopping { vmm: Some(vmm), push: Push::Force, then },
         };
         self.life.saved = None;

@@ -20,6 +20,7 @@
 //!                        │   │     Snapshotting ──taken, failed──▶ as before; from Stopped, Failed and Paused too
 //!                        │   │     Hibernating ──saved──▶ Stopping, Releasing ──▶ Hibernated ──start──▶ Starting,
 //!                        │   │                                   │  │             memory restored ──▶ Resuming
+//!                        │   │     Settling ──settled, failed──▶ as before; ──settled──▶ Upgrading
 //!                        │   │     Upgrading ──handed over, failed──▶ Retiring ──▶ Running
 //!                        │   │     Restoring ──copied──▶ (Stopping, Releasing) ──▶ Returning ──▶ Starting, Stopped
 //!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
@@ -35,6 +36,7 @@ use super::limits;
 use crate::vmms::ProcessId;
 
 pub mod ask;
+mod back;
 pub mod end;
 mod moving;
 mod phase;
@@ -68,6 +70,9 @@ pub struct Life {
     /// it is forgotten before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved: Option<Saved>,
+    /// The snapshot from whose files its machine has memory that is not settled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares: Option<SnapshotId>,
     /// That another host has the server too, until it is started here anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clash: Option<StateReason>,
@@ -137,6 +142,8 @@ pub enum JobKind {
     Restore,
     /// To be another host's.
     Migrate,
+    /// Memory of its own.
+    SettleMemory,
     /// A new VMM for the machine.
     Upgrade,
     /// Nothing left.
@@ -157,6 +164,7 @@ impl JobKind {
             JobKind::Snapshot => "server.snapshot",
             JobKind::Restore => "server.restore",
             JobKind::Migrate => "server.migrate",
+            JobKind::SettleMemory => "server.settle_memory",
             JobKind::Upgrade => "server.upgrade",
             JobKind::Delete => "server.delete",
         }
@@ -259,6 +267,15 @@ pub enum Phase {
         doubt: Option<StateReason>,
         /// What it is once it is here.
         back: Back,
+    },
+    /// What of its memory is a snapshot's becomes the machine's own, while it does what it did.
+    Settling {
+        /// The process.
+        vmm: ProcessId,
+        /// Whether vCPUs are parked.
+        was_paused: bool,
+        /// Whether it is to go to another VMM then.
+        upgrade: bool,
     },
     /// Its machine, which runs on, is to go to another VMM of this host. Which of the two has it, they know.
     Upgrading {
@@ -469,6 +486,7 @@ impl Life {
             failures: 0,
             awaits: None,
             saved: None,
+            shares: None,
             clash: None,
         }
     }

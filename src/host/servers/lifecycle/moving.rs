@@ -22,6 +22,7 @@ impl Life {
             failures: 0,
             awaits: None,
             saved,
+            shares: None,
             clash: None,
         }
     }

@@ -15,9 +15,13 @@ impl Phase {
             Phase::Running { .. }
             | Phase::Pausing { .. }
             | Phase::Resetting { .. }
+            | Phase::Settling { was_paused: false, .. }
             | Phase::Upgrading { .. }
             | Phase::Retiring { .. } => ServerState::Running,
-            Phase::Paused { .. } | Phase::Resuming { .. } | Phase::Hibernating { .. } => ServerState::Paused,
+            Phase::Paused { .. }
+            | Phase::Settling { was_paused: true, .. }
+            | Phase::Resuming { .. }
+            | Phase::Hibernating { .. } => ServerState::Paused,
             Phase::Hibernated { .. } => ServerState::Hibernated,
             phase if phase.is_in_doubt() => ServerState::InDoubt,
             Phase::Moving { .. } => ServerState::Moving,
@@ -107,6 +111,7 @@ impl Phase {
             | Phase::Paused { vmm }
             | Phase::Resuming { vmm }
             | Phase::Hibernating { vmm, .. }
+            | Phase::Settling { vmm, .. }
             | Phase::Resetting { vmm, .. } => Some(vmm),
             _ => None,
         }

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use wire::control::{MachineState, Sandbox};
 
 use super::end::{End, EndKind};
-use super::{Back, Context, JobKind, Life, Phase, Push, Return, Saved, Step, Then, Trouble, Verdict};
+use super::{
+    Back, Context, JobKind, Life, Phase, Push, Return, Saved, SavedOf, Step, Then, Trouble, Verdict,
+};
 use crate::servers::limits;
 use crate::snapshots::Taken;
 use crate::vmms::ProcessId;
@@ -80,6 +82,10 @@ pub enum Event {
     WasReset,
     /// It was not.
     ResetFailed(Trouble),
+    /// All memory of the machine is its own, for this operation, or its VMM does not know whose it is.
+    Settled(OperationId),
+    /// Some of it is not.
+    SettleFailed(OperationId, Trouble),
     /// The VMM that is to have the machine has it.
     HandedOver,
     /// It has it not and never will; the machine runs on where it was.
@@ -140,6 +146,7 @@ impl Life {
         self.run += 1;
         self.booted_ms = None;
         self.clash = None;
+        self.shares = None;
         self.phase = Phase::Starting { vmm: None };
     }
 }
@@ -249,7 +256,13 @@ impl Stepping {
             (Phase::Resetting { vmm, resets: None }, Event::ResetsCounted(resets)) => {
                 self.life.phase = Phase::Resetting { vmm, resets: Some(resets) };
             }
-            (Phase::Resuming { vmm }, Event::Resumed) | (Phase::Resetting { vmm, .. }, Event::WasReset) => {
+            (Phase::Resuming { vmm }, Event::Resumed) => {
+                self.life.phase = Phase::Running { vmm };
+                self.end_job(Verdict::Succeeded);
+            }
+            (Phase::Resetting { vmm, .. }, Event::WasReset) => {
+                // With the old machine went its memory.
+                self.life.shares = None;
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Succeeded);
             }
@@ -269,6 +282,19 @@ impl Stepping {
             }
             (Phase::Resetting { vmm, .. }, Event::ResetFailed(trouble)) => {
                 self.life.phase = Phase::Running { vmm };
+                self.end_job(Verdict::Failed(trouble));
+            }
+            (Phase::Settling { vmm, upgrade: true, .. }, Event::Settled(id)) if self.is_for(id) => {
+                self.life.phase = Phase::Upgrading { vmm, next: None };
+            }
+            (Phase::Settling { vmm, was_paused, .. }, Event::Settled(id)) if self.is_for(id) => {
+                self.life.give_up_settling(vmm, was_paused);
+                self.end_job(Verdict::Succeeded);
+            }
+            (Phase::Settling { vmm, was_paused, .. }, Event::SettleFailed(id, trouble))
+                if self.is_for(id) =>
+            {
+                self.life.give_up_settling(vmm, was_paused);
                 self.end_job(Verdict::Failed(trouble));
             }
             (Phase::Upgrading { vmm, next: None }, Event::Spawned(next)) => {
@@ -329,6 +355,11 @@ impl Stepping {
         left_ms <= 0 || left_ms > furthest_ms
     }
 
+    /// Whether this is the operation that it works for, and not an earlier one.
+    fn is_for(&self, id: OperationId) -> bool {
+        self.life.job.is_some_and(|job| job.id == id)
+    }
+
     fn is_being_created(&self) -> bool {
         self.life.job.is_some_and(|job| job.kind == JobKind::Create)
     }
@@ -346,7 +377,12 @@ impl Stepping {
     /// The memory is used up before a vCPU runs: a daemon that follows one that died here finds a parked machine, and
     /// lets it run.
     fn restored(&mut self, vmm: ProcessId) {
-        self.life.saved = None;
+        let of = self.life.saved.take().map(|saved| saved.of);
+        self.life.shares = of.and_then(|of| match of {
+            SavedOf::Clone { snapshot } => Some(snapshot),
+            // Others are copied.
+            SavedOf::Hibernation | SavedOf::Snapshot { .. } => None,
+        });
         self.life.booted_ms = Some(self.context.now_ms);
         self.life.phase = Phase::Resuming { vmm };
     }
@@ -381,6 +417,7 @@ impl Stepping {
             | Phase::Hibernating { .. }
             | Phase::Snapshotting { vmm: Some(_), .. }
             | Phase::Restoring { vmm: Some(_), .. }
+            | Phase::Settling { .. }
             | Phase::Upgrading { .. }
             | Phase::Retiring { .. }
             | Phase::Resetting { .. } => {
@@ -533,6 +570,7 @@ impl Stepping {
                 | Phase::Paused { vmm }
                 | Phase::Resuming { vmm }
                 | Phase::Hibernating { vmm, .. }
+                | Phase::Settling { vmm, .. }
                 | Phase::Resetting { vmm, .. },
                 Found::Alive(MachineState::Shell),
             ) => {

@@ -122,6 +122,12 @@ impl World {
                 (self.saved, self.is_stale) = (None, true);
                 self.turn(MachineState::Running, Event::Resumed)
             }
+            Work::Settle { job } => {
+                if self.machine.is_none() {
+                    return Event::Ended(self.end());
+                }
+                Event::Settled(job)
+            }
             Work::SpawnNext => {
                 self.spawned += 1;
                 let vmm = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
@@ -343,7 +349,7 @@ impl Test {
         // The oracle: the last ask that was accepted says where it ends.
         self.oracle = match ask {
             // It goes back to what it was.
-            Ask::Snapshot { .. } | Ask::Migrate | Ask::Upgrade => self.oracle,
+            Ask::Snapshot { .. } | Ask::Migrate | Ask::SettleMemory | Ask::Upgrade => self.oracle,
             Ask::Restore { to } => match life.phase {
                 _ if to.memory => ServerState::Running,
                 Phase::Running { .. } => ServerState::Running,
@@ -382,6 +388,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
             .prop_map(|memory| Ask::Restore { to: Return { snapshot: SnapshotId::new(), memory } }),
         3 => Just(Ask::Migrate),
         3 => Just(Ask::Upgrade),
+        2 => Just(Ask::SettleMemory),
         1 => any::<bool>().prop_map(|keep_volumes| Ask::Delete { keep_volumes }),
     ];
     let happening = prop_oneof![
@@ -452,6 +459,7 @@ fn life(phase: Phase) -> Life {
         failures: 0,
         awaits: None,
         saved: None,
+        shares: None,
         clash: None,
     }
 }

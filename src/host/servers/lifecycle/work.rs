@@ -1,6 +1,6 @@
 //! The work of each phase, as data: what leads out of it. Pure; `effects` does it.
 use super::{Back, Life, Phase, Push, Return, Saved, Then};
-use model::SnapshotId;
+use model::{OperationId, SnapshotId};
 
 /// The one piece of work that leads out of a phase. Each can be repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +36,11 @@ pub enum Work {
     TakeBack {
         /// Of which.
         to: Return,
+    },
+    /// Have all memory of the machine be its own.
+    Settle {
+        /// For which operation.
+        job: OperationId,
     },
     /// Start a VMM process beside the one that has the machine.
     SpawnNext,
@@ -80,6 +85,7 @@ impl Life {
             Phase::Snapshotting { snapshot, .. } => Some(Work::Snapshot { id: *snapshot }),
             Phase::Restoring { to, .. } => Some(Work::CopyBack { to: *to }),
             Phase::Returning { to, .. } => Some(Work::TakeBack { to: *to }),
+            Phase::Settling { .. } => self.job.map(|job| Work::Settle { job: job.id }),
             Phase::Upgrading { next: None, .. } => Some(Work::SpawnNext),
             Phase::Upgrading { next: Some(_), .. } => Some(Work::HandOver),
             Phase::Retiring { .. } => Some(Work::Retire),

@@ -16,7 +16,7 @@ use crate::{Call, Checkpoint, Fate, Host};
 
 const UPGRADE: ServerAction = ServerAction::UpgradeVmm;
 
-async fn upgraded(host: &Host, id: ServerId) -> Operation {
+pub(super) async fn upgraded(host: &Host, id: ServerId) -> Operation {
     let asked = host.servers().act(&Call::by_host(), id, UPGRADE).await.unwrap();
     ended(host, asked.body.operation.id).await
 }
@@ -66,7 +66,7 @@ async fn what_cannot_be_handed_over_says_why_and_runs_on() {
     let vmm = stage.launch.only();
     let operation = upgraded(&host, id).await;
     let problem = operation.error.unwrap();
-    assert!(problem.code == Code::WrongState && problem.detail.contains("private"), "{problem:?}");
+    assert!(problem.code == Code::WrongState && problem.detail.contains("cannot be handed"), "{problem:?}");
     assert_eq!((stage.launch.only().pid, vmm.state()), (vmm.pid, MachineState::Running));
     // Only a machine that runs goes over.
     for (action, state) in [(ServerAction::Pause, "paused"), (stop(0), "stopped")] {
@@ -166,13 +166,25 @@ impl Checkpoint for StrikeAt {
     }
 }
 
-/// One upgrade with one strike. Answers whether it was struck, whether the machine lived, and whether it was in the new VMM.
+/// One upgrade with one strike. Answers whether it was struck, and whether the machine lived.
 async fn survives(number: u32, victims: (bool, bool), death: Option<Death>) -> (bool, bool) {
     let stage = Stage::new();
     let host = stage.open_with_image().await;
     let mut spec = server("web1");
     spec.restart_policy = RestartPolicy::Always;
     let id = created(&host, spec).await.id;
+    survives_of(&stage, host, id, number, victims, death).await
+}
+
+/// The same of a server that is there, the only one.
+pub(super) async fn survives_of(
+    stage: &Stage,
+    host: Host,
+    id: ServerId,
+    number: u32,
+    victims: (bool, bool),
+    death: Option<Death>,
+) -> (bool, bool) {
     host.close().await;
     drop(host);
     let old = stage.launch.only();
@@ -208,7 +220,7 @@ async fn survives(number: u32, victims: (bool, bool), death: Option<Death>) -> (
         host = stage.open().await;
     }
     let struck = died || strike.passed.load(Ordering::SeqCst) >= number;
-    let here = comes_to_rest(&stage, &host, id, &what).await;
+    let here = comes_to_rest(stage, &host, id, &what).await;
     let only = stage.launch.only();
     let is_new = only.pid != old.pid;
     let lived = !is_new || !only.has_booted();

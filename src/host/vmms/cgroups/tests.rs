@@ -79,7 +79,7 @@ fn written(version: Version, absent: Option<&str>) -> (BTreeMap<String, String>,
 
 #[test]
 fn memory_beyond_the_limit_does_not_go_to_swap() {
-    let bytes = ((64 << 20) + limits::VMM_MEMORY_BYTES).to_string();
+    let bytes = ((64 << 20) + (256 << 10) + limits::VMM_MEMORY_BYTES).to_string();
     let (contents, is_limited, refused) = written(Version::V2, None);
     assert_eq!(contents, BTreeMap::from([("memory.max", &*bytes), (SWAP_V2, "0")].map(owned)));
     assert_eq!((is_limited, refused), (true, 0));

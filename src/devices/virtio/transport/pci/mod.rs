@@ -394,13 +394,13 @@ impl Function for VirtioPci {
         }
     }
 
-    fn pause(&self) -> Result<(), NotDrained> {
+    fn pause(&self, patience: Duration) -> Result<(), NotDrained> {
         let mut state = locked(&self.state);
-        if !self.finish_reset(&mut state, Duration::from_millis(DRAIN_MS_MAX)) {
+        if !self.finish_reset(&mut state, patience.min(Duration::from_millis(DRAIN_MS_MAX))) {
             return Err(NotDrained { device: state.device.name().to_owned(), in_flight: 1 });
         }
         state.held = true;
-        state.active.as_mut().map_or(Ok(()), |active| active.pause())
+        state.active.as_mut().map_or(Ok(()), |active| active.pause_within(patience))
     }
 
     fn resume(&self) {

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::limits::PAUSE_MAX;
 use crate::virtio::bench::{PATIENCE, Part, Ring};
 
 mod rig;
@@ -99,10 +100,11 @@ fn a_device_that_hangs_in_its_reset_is_not_drained() {
     rig.start();
     rig.hung.begin();
     rig.write(20, 0, 1);
-    assert_eq!(rig.function.pause(), Err(NotDrained { device: "echo".to_owned(), in_flight: 1 }));
+    let patience = Duration::from_millis(50);
+    assert_eq!(rig.function.pause(patience), Err(NotDrained { device: "echo".to_owned(), in_flight: 1 }));
     rig.function.resume();
     rig.hung.end();
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     assert_eq!(rig.read(20, 1), 0);
     rig.function.stop();
 }
@@ -122,9 +124,9 @@ fn a_device_that_hangs_holds_no_vcpu_that_takes_its_memory_away() {
     ring.offer(head);
     rig.write(layout::NOTIFY, 0, 2);
     rig.hung.end();
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     rig.function.resume();
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     assert_eq!(ring.take_used(), None);
     rig.function.resume();
     rig.set_config(4, MEMORY | MASTER, 2);
@@ -330,7 +332,7 @@ fn any_event_takes_any_vector_or_none_and_a_reset_takes_it_away() {
         rig.write(layout::NOTIFY, 0, 2);
         rig.wait("used buffer", |_| ring.take_used().is_some());
         // The signal follows the buffer; a pause ends after both.
-        rig.function.pause().unwrap();
+        rig.function.pause(PAUSE_MAX).unwrap();
         rig.function.resume();
         std::mem::take(&mut *rig.around.raised.lock().unwrap())
     };
@@ -422,14 +424,14 @@ fn the_indirect_window_reaches_the_bar() {
 #[test]
 fn a_pause_reaches_the_device_and_work_goes_on_after_it() {
     let mut rig = Rig::new();
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     rig.function.resume();
     let [mut ring, _] = rig.start();
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     let head = ring.chain(&[Part::Write(0x1000, 5)]);
     ring.offer(head);
     rig.write(layout::NOTIFY, 0, 2);
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     assert_eq!(ring.take_used(), None);
     rig.function.resume();
     rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1]);
@@ -450,13 +452,13 @@ fn a_function_that_is_no_bus_master_leaves_memory_alone() {
     rig.set_config(4, MEMORY, 2);
     offer(&rig, &mut ring);
     // A pause of the machine ends after everything that the device would have begun.
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     rig.function.resume();
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     assert_eq!(ring.take_used(), None);
     // Mastering again does not undo the machine's pause, and the pause's end does not wait for another kick.
     rig.set_config(4, MEMORY | MASTER, 2);
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     assert_eq!(ring.take_used(), None);
     rig.function.resume();
     rig.wait("interrupt", |around| *around.raised.lock().unwrap() == [1]);

@@ -5,12 +5,13 @@ use proptest::prelude::*;
 
 use super::super::state::FunctionState;
 use super::rig::{BASE, Rig};
+use crate::limits::PAUSE_MAX;
 use crate::pci::Function;
 use crate::virtio::bench::Part;
 use crate::virtio::transport::pci::layout;
 
 fn saved(rig: &Rig) -> FunctionState {
-    rig.function.pause().unwrap();
+    rig.function.pause(PAUSE_MAX).unwrap();
     rig.function.save().unwrap()
 }
 
@@ -157,7 +158,7 @@ proptest! {
         let state = saved(&rig);
         let next = rig.beside();
         next.function.restore(&state).unwrap();
-        prop_assert_eq!(next.function.pause(), Ok(()));
+        prop_assert_eq!(next.function.pause(PAUSE_MAX), Ok(()));
         prop_assert_eq!(next.function.save(), Ok(state));
         for offset in (0..64).step_by(4) {
             prop_assert_eq!(rig.config(offset, 4), next.config(offset, 4));

@@ -1,0 +1,198 @@
+//! A machine that was made of a snapshot's memory shares that until it is settled: then all of it is the machine's own. It is so
+//! before it is handed to another VMM or saved while it runs, and when somebody asks for it. The VMM does it, and goes on with it
+//! whatever becomes of the daemon; whoever comes after finds how far it is.
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use model::{Code, OperationId, ServerId};
+use wire::control::{Command, PROTOCOL_SETTLES, Reply};
+use wire::settling::{MemoryStatus, SettleStage, Settling};
+
+use super::effects::Doing;
+use super::lifecycle::{Event, Phase, Trouble};
+use super::record::{self, ServerRecord};
+use super::registry::{Entry, Workshop};
+use super::telling::Part;
+use super::{advance, limits};
+use crate::call::Actor;
+use crate::error::{Error, Result};
+use crate::store::{Tx, records};
+use crate::vmms::Link;
+use crate::vmms::link::AskError;
+
+/// Whose the memory of a machine is; nothing when its VMM is of a build that cannot say.
+pub(super) async fn memory(
+    link: &Link,
+    patience: Duration,
+) -> std::result::Result<Option<MemoryStatus>, AskError> {
+    if link.protocol() < PROTOCOL_SETTLES {
+        return Ok(None);
+    }
+    match link.ask(Command::MemoryStatus, &[], patience).await? {
+        Reply::Memory(status) => Ok(Some(*status)),
+        other => Err(AskError::Protocol(format!("a question for memory was answered with {other:?}"))),
+    }
+}
+
+/// A guest may have reset itself as no daemon was there to hear it. Its machine is asked whether it shares what the record says.
+pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
+    if record.life.shares.is_none() || entry.machine().is_none() {
+        return Ok(());
+    }
+    let asked = async { memory(&entry.link(limits::COMMAND).await?, limits::COMMAND).await };
+    match asked.await {
+        Ok(Some(MemoryStatus { shared_bytes: 0, .. })) => {
+            forget_shared(workshop, record.id, Some(record.life.run)).await
+        }
+        // It is settled, or found out, when somebody needs it.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// The machine of a server, of this run if one is named, shares nothing any more.
+pub(super) async fn forget_shared(workshop: &Workshop, id: ServerId, run: Option<u64>) -> Result<()> {
+    let is_it = move |record: &ServerRecord| {
+        record.life.shares.is_some() && run.is_none_or(|run| record.life.run == run)
+    };
+    let found = workshop.core.store.glance(move |all| records::find::<ServerRecord>(all, id.0)).await?;
+    if !found.is_some_and(|record| is_it(&record)) {
+        return Ok(());
+    }
+    let forget = move |tx: &Tx<'_>| match records::find::<ServerRecord>(tx, id.0)? {
+        Some(mut record) if is_it(&record) => {
+            record.life.shares = None;
+            record::save(tx, &mut record)?;
+            advance::announce(tx, &record, "server.updated", Some(&Actor::Host))
+        }
+        _ => Ok(()),
+    };
+    workshop.core.store.write(forget).await
+}
+
+/// Why memory is not settled.
+enum Cause {
+    /// It is not wanted any more, or the daemon ends.
+    Given(Error),
+    /// The VMM has ended.
+    Ended,
+    Failed(String),
+}
+
+impl From<Error> for Cause {
+    fn from(cause: Error) -> Cause {
+        Cause::Given(cause)
+    }
+}
+
+impl Doing {
+    /// The whole of a phase.
+    pub(super) async fn settle(&self, job: OperationId) -> Result<Event> {
+        let span = if self.is_to_be_upgraded() { 38 } else { 98 };
+        let settled = async {
+            if !self.is_to_be_upgraded()
+                && self.entry.link(limits::COMMAND).await?.protocol() < PROTOCOL_SETTLES
+            {
+                let detail = "its VMM is of a build that settles no memory; a reboot with some grace gives it a new one";
+                return Err(Error::new(Code::WrongState, detail));
+            }
+            self.own_memory(("settling_memory", 1, span)).await
+        };
+        let outcome = settled.await;
+        self.workshop.core.checkpoint("server.settled")?;
+        match outcome {
+            Ok(()) => Ok(Event::Settled(job)),
+            Err(cause) if cause.code == Code::Draining => Err(cause),
+            Err(cause) => match self.ended_meanwhile().await {
+                Some(end) => Ok(Event::Ended(end)),
+                None => {
+                    tracing::warn!(server = %self.record.id, "{}", cause.chain());
+                    Ok(Event::SettleFailed(job, Trouble::from(&cause)))
+                }
+            },
+        }
+    }
+
+    fn is_to_be_upgraded(&self) -> bool {
+        matches!(self.record.life.phase, Phase::Settling { upgrade: true, .. })
+    }
+
+    /// Has all memory of the machine be its own, and waits for that. Nothing is done by a VMM that cannot, or when it is so
+    /// already. Fails with `wrong_state` when it cannot be done: the machine runs on as it was. Repeatable.
+    pub(super) async fn own_memory(&self, part: Part) -> Result<()> {
+        let cause = match self.try_own_memory(part).await {
+            Ok(()) => return Ok(()),
+            // The next daemon finds how far it is.
+            Err(Cause::Given(cause)) if cause.code == Code::Draining => return Err(cause),
+            Err(Cause::Ended) => return Err(AskError::Gone.into()),
+            Err(cause) => cause,
+        };
+        // Nobody looks after it from here on. A save, a move and a reset give it up, too.
+        let cancelled = async {
+            self.entry.link(limits::COMMAND).await?.order(Command::CancelSettle, limits::PAUSE).await
+        };
+        if let Err(cause) = cancelled.await {
+            tracing::warn!(server = %self.record.id, "its memory may be settled all the same: {cause}");
+        }
+        match cause {
+            Cause::Given(cause) => Err(cause),
+            Cause::Failed(why) => {
+                let detail = format!("the memory of server {} could not be settled: {why}", self.record.name);
+                Err(Error::new(Code::WrongState, detail))
+            }
+            Cause::Ended => Err(AskError::Gone.into()),
+        }
+    }
+
+    async fn try_own_memory(&self, part: Part) -> std::result::Result<(), Cause> {
+        let (mut has_begun, mut failures, mut told) = (false, 0, Instant::now());
+        loop {
+            let status = match self.look_at_memory().await {
+                Ok(Some(status)) => status,
+                Ok(None) => return Ok(()),
+                Err(cause) if self.end_of_gone(&cause).await.is_some() => return Err(Cause::Ended),
+                // It may just stand still, or have closed a connection that was too slow.
+                Err(_) if failures < limits::SETTLE_ASKS => {
+                    failures += 1;
+                    tokio::time::sleep(limits::SETTLE_ASK_AGAIN).await;
+                    continue;
+                }
+                Err(cause) => return Err(Cause::Failed(cause.to_string())),
+            };
+            failures = 0;
+            if status.shared_bytes == 0 {
+                let (id, run) = (self.record.id, self.record.life.run);
+                return Ok(forget_shared(&self.workshop, id, Some(run)).await?);
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                return Err(Error::new(Code::WrongState, "its memory is not to be settled any more").into());
+            }
+            match status.settling {
+                Some(Settling { stage: SettleStage::UnderWay, .. }) => {
+                    has_begun = true;
+                    if told.elapsed() >= limits::PROGRESS_EVERY {
+                        let own_bytes = status.total_bytes.saturating_sub(status.shared_bytes);
+                        self.tell(part, own_bytes, status.total_bytes).await?;
+                        told = Instant::now();
+                    }
+                    tokio::time::sleep(limits::SAVE_LOOK).await;
+                }
+                Some(Settling { stage: SettleStage::Failed { detail }, .. }) if has_begun => {
+                    return Err(Cause::Failed(detail));
+                }
+                _ => {
+                    let begun = async {
+                        self.entry.link(limits::COMMAND).await?.order(Command::Settle, limits::PAUSE).await
+                    };
+                    begun.await.map_err(|cause| Cause::Failed(cause.to_string()))?;
+                    has_begun = true;
+                    self.workshop.core.checkpoint("server.settling")?;
+                }
+            }
+        }
+    }
+
+    /// The VMM may stand still for as long as a pause may take.
+    async fn look_at_memory(&self) -> std::result::Result<Option<MemoryStatus>, AskError> {
+        memory(&self.entry.link(limits::COMMAND).await?, limits::PAUSE).await
+    }
+}

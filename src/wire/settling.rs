@@ -1,0 +1,45 @@
+//! Settling a machine's memory: what was mapped privately from a saved machine's file goes into memory of the machine's own
+//! while its guest runs. Then it can be handed over, saved without standing still, and the file is nobody's any more.
+use serde::{Deserialize, Serialize};
+
+/// Whose a machine's memory is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MemoryStatus {
+    /// Bytes of memory.
+    pub total_bytes: u64,
+    /// Bytes that are mapped from a file which others may have mapped too; what the guest has written of them is counted.
+    pub shared_bytes: u64,
+    /// How the settling that is under way, or the last one, stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settling: Option<Settling>,
+}
+
+/// One settling.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settling {
+    /// Whether it goes on.
+    pub stage: SettleStage,
+    /// How often the machine stood still for a piece of memory.
+    pub pauses: u32,
+    /// The longest time that it did, in microseconds.
+    pub longest_pause_us: u64,
+    /// All of these times, in microseconds.
+    pub paused_us: u64,
+    /// How long all of it took so far, in microseconds.
+    pub total_us: u64,
+}
+
+/// How a settling stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SettleStage {
+    /// It goes on.
+    UnderWay,
+    /// All memory is the machine's own.
+    Settled,
+    /// It came to no end. What was settled stays so, and the next one goes on from there.
+    Failed {
+        /// Why.
+        detail: String,
+    },
+}
