@@ -4,6 +4,7 @@ use model::host::{About, CheckStatus, Health, HostReport};
 use model::migration::{CreateMigrationTicket, MigrationTicket};
 
 use crate::Context;
+use crate::cpu::{self, Baseline};
 use crate::error::Error;
 use crate::output::{self, Format};
 use crate::upgrade::Upgrade;
@@ -23,6 +24,10 @@ pub(crate) enum Verb {
         #[arg(long)]
         lifetime_s: Option<u64>,
     },
+    /// Show what CPU guests can see here.
+    Cpu,
+    /// Compute what the CPUs of several hosts have in common, for servers that are to move between them while they run.
+    CpuBaseline(Baseline),
     /// Show the daemon's version and what it can do.
     About,
 }
@@ -60,6 +65,8 @@ impl Verb {
                     )),
                 }
             }
+            Verb::Cpu => cpu::show(context).await,
+            Verb::CpuBaseline(baseline) => baseline.run(context).await,
             Verb::About => {
                 let about: About = context.client.get("/v1").await?;
                 match context.format {

@@ -5,6 +5,7 @@
 mod bulk;
 mod client;
 mod console;
+mod cpu;
 mod error;
 mod event;
 mod host;

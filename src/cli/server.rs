@@ -5,8 +5,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use model::console::{ConsoleReader, ConsoleReaders};
 use model::limits::GRACE_S_MAX;
 use model::server::{
-    CacheMode, CpuTemplate, CreateNic, CreateServer, Isolation, NicLimits, PatchServer, RestartPolicy,
-    Server, ServerIsolation, ServerMetrics, ServerPlan,
+    CacheMode, CreateNic, CreateServer, Isolation, NicLimits, PatchServer, RestartPolicy, Server,
+    ServerIsolation, ServerMetrics, ServerPlan,
 };
 use model::snapshot::RestoreServer;
 use model::{ConsoleReaderId, Labels, Name};
@@ -17,7 +17,7 @@ use crate::migrate::{Migrate, Settle};
 use crate::output::{self, Format, Row};
 use crate::rates::{Limits, NewLimits};
 use crate::target::{self, ListOptions};
-use crate::{Context, bulk, console, wait};
+use crate::{Context, bulk, console, cpu, wait};
 
 /// What can be done with servers.
 #[derive(Debug, Subcommand)]
@@ -148,9 +148,8 @@ pub(crate) struct Create {
     /// Give it no interface.
     #[arg(long)]
     no_network: bool,
-    /// Which CPU the guest sees.
-    #[arg(long, value_enum, default_value_t = Cpu::Host)]
-    cpu: Cpu,
+    #[command(flatten)]
+    cpu: cpu::Choice,
     /// What a completed write of the root volume promises.
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
     cache: Cache,
@@ -205,9 +204,8 @@ pub(crate) struct Update {
     /// Memory, such as 1G.
     #[arg(long, value_parser = target::size)]
     memory: Option<u64>,
-    /// Which CPU the guest sees.
-    #[arg(long, value_enum)]
-    cpu: Option<Cpu>,
+    #[command(flatten)]
+    cpu: cpu::Choice,
     /// What happens when its machine ends unasked.
     #[arg(long, value_enum)]
     restart: Option<Restart>,
@@ -232,28 +230,6 @@ pub(crate) struct Stop {
     /// Seconds the guest has to shut down; 0 forces at once.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=GRACE_S_MAX))]
     grace_s: u64,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Cpu {
-    /// Every feature of this host.
-    Host,
-    /// The x86-64-v2 level.
-    #[value(name = "x86_64_v2")]
-    V2,
-    /// The x86-64-v3 level.
-    #[value(name = "x86_64_v3")]
-    V3,
-}
-
-impl From<Cpu> for CpuTemplate {
-    fn from(cpu: Cpu) -> CpuTemplate {
-        match cpu {
-            Cpu::Host => CpuTemplate::Host,
-            Cpu::V2 => CpuTemplate::X86_64V2,
-            Cpu::V3 => CpuTemplate::X86_64V3,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -428,7 +404,7 @@ impl Create {
             },
             disk_limits: self.limits.disk(),
             nics,
-            cpu: self.cpu.into(),
+            cpu: self.cpu.template()?.unwrap_or_default(),
             ssh_keys,
             user_data: self.user_data_file.as_deref().map(target::read_text).transpose()?,
             restart_policy: self.restart.into(),
@@ -470,7 +446,7 @@ impl Update {
             labels: (!self.label.is_empty()).then(|| self.label.into_iter().collect()),
             vcpus: self.vcpus,
             memory_bytes: self.memory,
-            cpu: self.cpu.map(CpuTemplate::from),
+            cpu: self.cpu.template()?,
             restart_policy: self.restart.map(RestartPolicy::from),
             isolation: self.isolation.map(Isolation::from),
             external_ref: self.external_ref.map(|text| (!text.is_empty()).then_some(text)),

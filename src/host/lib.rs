@@ -32,6 +32,8 @@ pub mod snapshots;
 
 pub mod vmms;
 
+pub mod cpu;
+
 pub mod servers;
 
 pub mod migration;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::call::{Answer, Call};
 use crate::config::{Config, Dirs};
 use crate::core::{Core, Shared};
+use crate::cpu::{self, Processor};
 use crate::error::{Error, Result};
 use crate::events::{self, Events};
 use crate::images::Images;
@@ -23,6 +24,7 @@ use crate::store::{Store, Tx, Version};
 use crate::tokens::Tokens;
 use crate::vmms::{Launch, Shells};
 use crate::volumes::Volumes;
+use model::cpu::{ComputeCpuBaseline, CpuBaseline};
 use model::host::{About, HostReport, KvmProbe};
 use model::operation::{Operation, Resource};
 
@@ -44,6 +46,7 @@ struct Inner {
     operations: Operations,
     tokens: Tokens,
     migrations: Migrations,
+    processor: Processor,
     report: Report,
 }
 
@@ -69,6 +72,7 @@ impl Host {
         let volumes = Volumes::new(core.clone(), images.clone());
         let snapshots = Snapshots::new(core.clone(), capacity.memory_bytes);
         let networks = Networks::new(core.clone(), plumbing);
+        let processor = Processor::new(launcher.clone());
         let servers = Servers::new(Workshop {
             core: core.clone(),
             images: images.clone(),
@@ -77,15 +81,22 @@ impl Host {
             networks: networks.clone(),
             launcher: launcher.clone(),
             shells: Shells::new(launcher.clone(), core.dirs.shells(), core.config.warm_shells),
+            processor: processor.clone(),
             capacity,
         });
         let cancels =
             Cancels { images: images.clone(), servers: servers.clone(), snapshots: snapshots.clone() };
         let operations = Operations::new(core.clone(), Arc::new(cancels));
         let tokens = Tokens::new(&core);
-        let migrations =
-            Migrations::new(core.clone(), servers.clone(), volumes.clone(), capacity, launcher.clone())
-                .await?;
+        let migrations = Migrations::new(
+            core.clone(),
+            servers.clone(),
+            volumes.clone(),
+            capacity,
+            launcher.clone(),
+            processor.clone(),
+        )
+        .await?;
         let report = Report::new(core.clone(), servers.clone(), networks.clone(), launcher);
         images.recover().await?;
         volumes.recover().await?;
@@ -105,6 +116,7 @@ impl Host {
                 operations,
                 tokens,
                 migrations,
+                processor,
                 report,
             }),
         })
@@ -195,6 +207,16 @@ impl Host {
     /// Answer to `GET /v1/host`.
     pub async fn report(&self) -> Result<HostReport> {
         self.inner.report.host().await
+    }
+
+    /// What guests see of the host's processor.
+    pub fn processor(&self) -> &Processor {
+        &self.inner.processor
+    }
+
+    /// What guests of all these hosts can see. Fails with `invalid`.
+    pub async fn cpu_baseline(&self, call: &Call, asked: ComputeCpuBaseline) -> Result<Answer<CpuBaseline>> {
+        self.inner.core.once(call, async { cpu::baseline(asked) }).await
     }
 
     /// Tries KVM with a small guest. Fails with `idempotency_running` while a call with the same key does.

@@ -148,6 +148,8 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(events::follow))
         .routes(routes!(host_paths::report))
         .routes(routes!(host_paths::probe))
+        .routes(routes!(host_paths::cpu))
+        .routes(routes!(host_paths::baseline))
         .routes(routes!(host_paths::ticket))
         .routes(routes!(metrics::scrape))
 }

@@ -7,6 +7,8 @@
 //! What the table does not name is hidden, so a feature of a future host reaches no guest before somebody has
 //! thought about its state. References: Intel SDM volume 2A (CPUID); AMD APM volume 3, appendix E;
 //! Documentation/virt/kvm/x86/cpuid.rst.
+use std::collections::BTreeSet;
+
 use kvm_bindings::kvm_cpuid_entry2;
 
 /// What one leaf answers.
@@ -18,11 +20,11 @@ mod save_area;
 mod saved;
 mod topology;
 
-use features::{Class, FEATURES, Register};
+use features::{Class, FEATURES, Feature, Register};
 pub use saved::{Saved, admit, save};
 
-/// A named set of CPU features.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A set of CPU features.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Template {
     /// Every feature that the table allows and KVM offers here.
     Host,
@@ -30,6 +32,8 @@ pub enum Template {
     X86_64V2,
     /// x86-64-v3 of the psABI, exactly.
     X86_64V3,
+    /// These by the names of the table, exactly: protections and KVM's own, too.
+    Features(BTreeSet<String>),
 }
 
 /// The processors of one machine: one socket, one thread per core, APIC ids from 0.
@@ -43,12 +47,12 @@ pub struct Processors {
 
 /// The host cannot show the CPU of a template.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("KVM on this host cannot show an {template} processor, it lacks {}; the template \"host\" takes what there is", .features.join(", "))]
+#[error("KVM on this host cannot show {template}, it lacks {}; the cpu \"host\" takes what there is", .features.join(", "))]
 pub struct Lacking {
-    /// The template's name.
+    /// What was to be shown.
     pub template: &'static str,
-    /// What is absent, by the names of the table.
-    pub features: Vec<&'static str>,
+    /// What is absent, by the names of the table, or what the table does not know.
+    pub features: Vec<String>,
 }
 
 const HYPERVISOR: u32 = 0x4000_0000;
@@ -87,12 +91,12 @@ const LEAVES: &[u32] = &[
 /// The whole machine's CPUID from what KVM offers; [`for_processor`] completes it for each vCPU.
 pub fn shape(
     offer: &[kvm_cpuid_entry2],
-    template: Template,
+    template: &Template,
     processors: Processors,
 ) -> Result<Vec<kvm_cpuid_entry2>, Lacking> {
     let mut entries: Vec<_> =
         offer.iter().filter(|entry| LEAVES.contains(&entry.function)).copied().collect();
-    check(&entries, template)?;
+    check(&entries, template, processors)?;
     for entry in &mut entries {
         filter(entry, template, processors);
     }
@@ -100,6 +104,25 @@ pub fn shape(
     topology::spread(&mut entries, processors.count);
     limit_leaves(&mut entries);
     Ok(entries)
+}
+
+/// Names of the features that these entries show, in their order.
+pub fn features(entries: &[kvm_cpuid_entry2]) -> BTreeSet<&'static str> {
+    FEATURES.iter().filter(|feature| feature.is_in(entries)).map(|feature| feature.name).collect()
+}
+
+/// Those of them that protect a guest from its own programs or from the processor's leaks.
+pub fn protections(entries: &[kvm_cpuid_entry2]) -> BTreeSet<&'static str> {
+    let guards = FEATURES.iter().filter(|feature| feature.class == Class::Guard);
+    guards.filter(|feature| feature.is_in(entries)).map(|feature| feature.name).collect()
+}
+
+/// The vendor as the processor names itself: twelve letters. Empty where it does not say.
+pub fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
+    let words =
+        entries.iter().find(|entry| entry.function == 0).map(|entry| [entry.ebx, entry.edx, entry.ecx]);
+    let bytes = words.into_iter().flatten().flat_map(u32::to_le_bytes);
+    bytes.filter(u8::is_ascii_graphic).map(char::from).collect()
 }
 
 /// Puts the number of one vCPU, which is its APIC id, wherever CPUID tells it.
@@ -110,40 +133,55 @@ pub fn for_processor(entries: &[kvm_cpuid_entry2], index: u8) -> Vec<kvm_cpuid_e
 }
 
 impl Template {
-    fn name(self) -> &'static str {
+    fn name(&self) -> &'static str {
         match self {
             Template::Host => "host",
             Template::X86_64V2 => "x86_64_v2",
             Template::X86_64V3 => "x86_64_v3",
+            Template::Features(_) => "baseline",
         }
     }
 
-    /// Whether a guest of this template may see a feature of this class.
-    fn allows(self, class: Class) -> bool {
-        match class {
-            Class::Base | Class::Platform | Class::Guard => true,
-            Class::V2 => true,
-            Class::V3 => matches!(self, Template::Host | Template::X86_64V3),
-            Class::Host => self == Template::Host,
+    /// Whether a guest of this template may see a feature.
+    fn allows(&self, feature: &Feature) -> bool {
+        match (self, feature.class) {
+            (Template::Features(names), _) => names.contains(feature.name),
+            (_, Class::Base | Class::Platform | Class::Guard | Class::V2) => true,
+            (_, Class::V3) => matches!(self, Template::Host | Template::X86_64V3),
+            (_, Class::Host) => *self == Template::Host,
         }
     }
 
-    /// Whether a template is a lie without the features of this class.
-    fn needs(self, class: Class) -> bool {
-        match class {
-            Class::Base | Class::V2 => self != Template::Host,
-            Class::V3 => self == Template::X86_64V3,
-            Class::Platform | Class::Guard | Class::Host => false,
+    /// Whether the template is a lie without a feature.
+    fn needs(&self, feature: &Feature) -> bool {
+        match (self, feature.class) {
+            (Template::Features(names), _) => names.contains(feature.name),
+            (_, Class::Base | Class::V2) => *self != Template::Host,
+            (_, Class::V3) => *self == Template::X86_64V3,
+            (_, Class::Platform | Class::Guard | Class::Host) => false,
         }
     }
 }
 
-fn check(entries: &[kvm_cpuid_entry2], template: Template) -> Result<(), Lacking> {
-    let absent = |feature: &&features::Feature| template.needs(feature.class) && !feature.is_in(entries);
-    let mut features: Vec<_> = FEATURES.iter().filter(absent).map(|feature| feature.name).collect();
-    features.sort_unstable();
-    features.dedup();
-    if features.is_empty() { Ok(()) } else { Err(Lacking { template: template.name(), features }) }
+fn check(entries: &[kvm_cpuid_entry2], template: &Template, processors: Processors) -> Result<(), Lacking> {
+    let is_shown = |feature: &Feature| match feature.name {
+        features::HYPERVISOR => true,
+        features::TSC_DEADLINE => processors.tsc_deadline || feature.is_in(entries),
+        _ => feature.is_in(entries),
+    };
+    let absent = FEATURES.iter().filter(|feature| template.needs(feature) && !is_shown(feature));
+    let mut lacks: BTreeSet<String> = absent.map(|feature| feature.name.to_owned()).collect();
+    let template = match template {
+        Template::Host => "the processor of a host",
+        Template::X86_64V2 => "an x86_64_v2 processor",
+        Template::X86_64V3 => "an x86_64_v3 processor",
+        Template::Features(names) => {
+            let is_known = |name: &String| FEATURES.iter().any(|feature| feature.name == name);
+            lacks.extend(names.iter().filter(|name| !is_known(name)).cloned());
+            "a processor with these features"
+        }
+    };
+    if lacks.is_empty() { Ok(()) } else { Err(Lacking { template, features: lacks.into_iter().collect() }) }
 }
 
 /// Registers whose bits are features. All others of the known leaves are numbers and texts.
@@ -184,29 +222,30 @@ const FEATURE_REGISTERS: &[(u32, u32, Register)] = &[
     (0x8000_0021, 0, Register::Edx),
 ];
 
-fn filter(entry: &mut kvm_cpuid_entry2, template: Template, processors: Processors) {
+fn filter(entry: &mut kvm_cpuid_entry2, template: &Template, processors: Processors) {
     for (leaf, subleaf, register) in FEATURE_REGISTERS {
         if (entry.function, entry.index) != (*leaf, *subleaf) {
             continue;
         }
         let here = FEATURES.iter().filter(|feature| feature.is_at(*leaf, *subleaf, *register));
-        let allowed = here.filter(|feature| template.allows(feature.class));
+        let allowed = here.filter(|feature| template.allows(feature));
         let mask = allowed.fold(0, |mask, feature| mask | 1 << feature.bit);
         *register.of_mut(entry) &= mask;
     }
     if entry.function == 1 {
         entry.ecx |= 1 << features::HYPERVISOR_BIT;
-        if processors.tsc_deadline {
+        let may_see = |names: &BTreeSet<String>| names.contains(features::TSC_DEADLINE);
+        if processors.tsc_deadline && !matches!(template, Template::Features(names) if !may_see(names)) {
             entry.ecx |= 1 << features::TSC_DEADLINE_BIT;
         }
     }
-    if template != Template::Host {
+    if *template != Template::Host {
         rename(entry, template);
     }
 }
 
 /// Gives a template's CPU the same name on every host: 48 bytes over three leaves.
-fn rename(entry: &mut kvm_cpuid_entry2, template: Template) {
+fn rename(entry: &mut kvm_cpuid_entry2, template: &Template) {
     let part = match entry.function {
         0x8000_0002..=0x8000_0004 => (entry.function - 0x8000_0002) as usize * 4,
         _ => return,

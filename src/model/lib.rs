@@ -4,6 +4,7 @@
 
 pub mod bulk;
 pub mod console;
+pub mod cpu;
 pub mod event;
 pub mod host;
 pub mod id;

@@ -48,6 +48,15 @@ pub const WAIT_S_MAX: u64 = 60;
 /// Longest grace of a stop, in seconds.
 pub const GRACE_S_MAX: u64 = 3600;
 
+/// Most features of a CPU that is a list of them.
+pub const CPU_FEATURES_MAX: usize = 512;
+
+/// Longest name of such a feature in characters.
+pub const CPU_FEATURE_CHARS_MAX: usize = 32;
+
+/// Most hosts of one baseline: what fits into a body.
+pub const BASELINE_HOSTS_MAX: usize = 64;
+
 /// Virtual CPUs of one server.
 pub const VCPUS_MAX: u8 = 32;
 

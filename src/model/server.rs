@@ -10,6 +10,7 @@ use crate::snapshot::GuestIdentity;
 use crate::time::Time;
 
 pub use crate::bulk::{BulkAction, BulkActions};
+pub use crate::cpu::CpuTemplate;
 pub use crate::metrics::{DiskMetrics, NicMetrics, ServerMetrics, SettlingMetrics};
 
 /// A server.
@@ -147,19 +148,6 @@ pub struct Restart {
     /// When it is due; absent once it has begun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<Time>,
-}
-
-/// A named set of CPU features.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum CpuTemplate {
-    /// Every feature KVM can virtualise on this host.
-    #[default]
-    Host,
-    /// The x86-64-v2 level.
-    X86_64V2,
-    /// The x86-64-v3 level.
-    X86_64V3,
 }
 
 /// What happens when a machine ends unasked.

@@ -33,7 +33,7 @@ mod restore;
 mod save;
 mod settle;
 mod stats;
-mod translate;
+pub(crate) mod translate;
 mod wiring;
 
 use build::Origin;

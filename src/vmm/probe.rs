@@ -1,12 +1,15 @@
 //! What KVM on this host can do, found by asking it and by running one tiny guest. It boots no kernel and opens
 //! no image. Run as a process of its own, because a guest that misbehaves must not take the launcher along.
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 
-use kvm::Host;
-use wire::launch::{KvmReport, LinuxSupport};
+use kvm::{Host, cpuid};
+use wire::launch::{CpuReport, KvmReport, LinuxSupport, ShownCpu};
+use wire::machine::CpuTemplate;
 
 use crate::limits::LINUX_IPS_MIN;
+use crate::machine::translate;
 use crate::sandbox;
 
 mod guest;
@@ -66,15 +69,35 @@ fn report(host: &Host) -> Result<KvmReport, Error> {
         exit_ns: 0,
         landlock_abi: 0,
         tsc_khz: None,
+        cpu: CpuReport::default(),
     };
     if !report.missing.is_empty() {
         return Ok(report);
     }
+    report.cpu = processors(host)?;
     let findings = guest::try_out(host)?;
     report.kernel_mode_ips = findings.loop_ips;
     report.exit_ns = findings.exit_ns;
     report.tsc_khz = findings.tsc_khz;
     report.linux = judge(&findings);
+    Ok(report)
+}
+
+/// What processors guests could see.
+fn processors(host: &Host) -> Result<CpuReport, Error> {
+    let offer = host.supported_cpuid()?;
+    let one = cpuid::Processors { count: 1, tsc_deadline: host.has("TSC_DEADLINE_TIMER") };
+    let owned = |names: BTreeSet<&str>| names.into_iter().map(str::to_owned).collect();
+    let mut report = CpuReport { vendor: cpuid::vendor(&offer), ..CpuReport::default() };
+    for template in [CpuTemplate::Host, CpuTemplate::X86_64V2, CpuTemplate::X86_64V3] {
+        let Ok(entries) = cpuid::shape(&offer, &translate::template(&template), one) else {
+            continue;
+        };
+        if template == CpuTemplate::Host {
+            report.protections = owned(cpuid::protections(&entries));
+        }
+        report.shown.push(ShownCpu { template, features: owned(cpuid::features(&entries)) });
+    }
     Ok(report)
 }
 

@@ -1,8 +1,11 @@
 //! What the daemon asks of the launcher: start a VMM, look at KVM. The launcher answers each request once,
 //! in any order, and tells every exit of its children.
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::isolation::Missing;
+use crate::machine::CpuTemplate;
 
 /// Descriptors a VMM is started with, by number. Anything else is closed before exec.
 pub mod fd {
@@ -162,6 +165,29 @@ pub struct KvmReport {
     /// Thousands of ticks a second of the time stamp counter that a guest sees unless it is scaled, where KVM tells it.
     #[serde(default)]
     pub tsc_khz: Option<u32>,
+    /// What processors guests can see.
+    #[serde(default)]
+    pub cpu: CpuReport,
+}
+
+/// What processors guests can see on a host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuReport {
+    /// Vendor, as the processor names it.
+    pub vendor: String,
+    /// The features of each template that can be shown, by the names of `kvm::cpuid`; those of `host` are all there are.
+    pub shown: Vec<ShownCpu>,
+    /// Those of all that protect a guest from its own programs or the processor's leaks.
+    pub protections: BTreeSet<String>,
+}
+
+/// What a guest of one template sees.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownCpu {
+    /// The template.
+    pub template: CpuTemplate,
+    /// The features.
+    pub features: BTreeSet<String>,
 }
 
 /// Whether Linux guests run here.

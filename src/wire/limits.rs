@@ -11,6 +11,12 @@ pub const DESCRIPTORS_MAX: usize = 64;
 /// Most virtual CPUs of one machine.
 pub const VCPUS_MAX: u8 = 32;
 
+/// Most features of a CPU that is a list of them: twice what the table of the VMM has.
+pub const CPU_FEATURES_MAX: usize = 512;
+
+/// Longest name of a feature in bytes.
+pub const CPU_FEATURE_BYTES_MAX: usize = 32;
+
 /// Least guest memory, in bytes: below this no stock kernel unpacks its initrd.
 pub const MEMORY_BYTES_MIN: u64 = 32 << 20;
 

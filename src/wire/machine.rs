@@ -1,5 +1,7 @@
 //! A machine as data: what one VMM process is to emulate. Files are indices into the descriptors that
 //! travel in the same packet; there is no path, name, tenant or address of the host in here.
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
@@ -39,7 +41,7 @@ pub struct MachineSpec {
 }
 
 /// What of a machine does not depend on its disks, interfaces and kernel, so that it can be built before they are known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Chassis {
     /// See [`MachineSpec::memory_bytes`].
@@ -50,9 +52,9 @@ pub struct Chassis {
     pub cpu: CpuTemplate,
 }
 
-/// A named set of CPU features. `host` passes the host's, filtered to what a guest may keep; `v2` and `v3`
-/// are the x86-64 psABI micro-architecture levels, for servers that must move between different hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// A set of CPU features. `host` passes the host's, filtered to what a guest may keep; `v2` and `v3`
+/// are the x86-64 psABI micro-architecture levels; a list is what several hosts have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CpuTemplate {
     /// Every feature that KVM can virtualise here.
@@ -62,6 +64,8 @@ pub enum CpuTemplate {
     X86_64V2,
     /// x86-64-v3: AVX2, BMI, FMA.
     X86_64V3,
+    /// Exactly these, by the names of `kvm::cpuid`: protections and what KVM adds, too.
+    Features(BTreeSet<String>),
 }
 
 /// What the boot processor starts with.
@@ -204,6 +208,12 @@ fn refuse(field: impl Into<String>, detail: impl Into<String>) -> Result<(), Spe
     Err(SpecError { field: field.into(), detail: detail.into() })
 }
 
+/// Whether a CPU feature could have this name.
+pub(crate) fn is_feature(name: &str) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    (1..=limits::CPU_FEATURE_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_letter)
+}
+
 impl Chassis {
     /// Fails with the first field that no machine can have.
     pub fn check(&self) -> Result<(), SpecError> {
@@ -223,6 +233,18 @@ impl Chassis {
         if !(1..=limits::VCPUS_MAX).contains(&self.vcpus) {
             return refuse("/vcpus", format!("{} is not between 1 and {}", self.vcpus, limits::VCPUS_MAX));
         }
+        if let CpuTemplate::Features(names) = &self.cpu
+            && (names.len() > limits::CPU_FEATURES_MAX || !names.iter().all(|name| is_feature(name)))
+        {
+            return refuse(
+                "/cpu/features",
+                format!(
+                    "must be at most {} names of at most {} lower case letters, digits and _",
+                    limits::CPU_FEATURES_MAX,
+                    limits::CPU_FEATURE_BYTES_MAX
+                ),
+            );
+        }
         Ok(())
     }
 }
@@ -230,7 +252,7 @@ impl Chassis {
 impl MachineSpec {
     /// What of it can be built ahead.
     pub fn chassis(&self) -> Chassis {
-        Chassis { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: self.cpu }
+        Chassis { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: self.cpu.clone() }
     }
 
     /// Checks every number against its limit and every [`FdIndex`] against the `descriptors` that came in

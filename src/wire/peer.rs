@@ -28,14 +28,16 @@
 //!    Say(Copying) … ──────────────────────▶   from time to time: the source is there
 //!    ◀──────────────────────── Say(Ready)     as above
 //! ```
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    CONSOLE_RING_BYTES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, STREAMS_MAX, VCPUS_MAX,
+    CONSOLE_RING_BYTES_MAX, CPU_FEATURES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX,
+    STREAMS_MAX, VCPUS_MAX,
 };
-use crate::machine::CpuTemplate;
+use crate::machine::{CpuTemplate, is_feature};
 use crate::saved::Digest;
 
 /// Version of this protocol. Both ends must speak the same one.
@@ -295,10 +297,10 @@ pub enum Power {
 pub struct OfferedCpu {
     /// The server's choice.
     pub template: CpuTemplate,
-    /// The source's vendor, as the processor names it.
+    /// Vendor of the source's processor, as that names it; empty when the server needs none of it.
     pub vendor: String,
-    /// The source's features, as its kernel names them.
-    pub features: Vec<String>,
+    /// What the guest was shown, by the names of `kvm::cpuid`; empty when it begins anew.
+    pub features: BTreeSet<String>,
     /// How fast the guest's time stamp counter runs, in thousands of ticks a second, if it has measured it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tsc_khz: Option<u32>,
@@ -385,9 +387,6 @@ const SAVED_STATE_BYTES_MAX: u64 = 64 << 20;
 /// Longest reference in bytes: 255 characters.
 const REFERENCE_BYTES_MAX: usize = 1024;
 
-/// Most CPU features of an offer: Linux names about 250 of x86.
-const FEATURES_MAX: usize = 1024;
-
 impl Offer {
     /// Checks every number and every length.
     pub fn check(&self) -> Result<(), OfferError> {
@@ -402,11 +401,14 @@ impl Offer {
         if self.memory_bytes == 0 || self.memory_bytes > MEMORY_BYTES_MAX {
             return fail("memory");
         }
-        let features = &self.cpu.features;
-        if self.cpu.vendor.len() > TEXT_BYTES_MAX
-            || features.len() > FEATURES_MAX
-            || !features.iter().all(|feature| short(feature))
-        {
+        let fits = |names: &BTreeSet<String>| {
+            names.len() <= CPU_FEATURES_MAX && names.iter().all(|name| is_feature(name))
+        };
+        let is_listed = match &self.cpu.template {
+            CpuTemplate::Features(names) => fits(names),
+            CpuTemplate::Host | CpuTemplate::X86_64V2 | CpuTemplate::X86_64V3 => true,
+        };
+        if self.cpu.vendor.len() > TEXT_BYTES_MAX || !fits(&self.cpu.features) || !is_listed {
             return fail("CPU");
         }
         if self.disks.len() > DISKS_MAX || !self.disks.iter().all(|disk| short(&disk.volume)) {

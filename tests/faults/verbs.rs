@@ -130,6 +130,24 @@ fn the_host(cli: &Cli<'_>) {
     assert_eq!(cli.json(&["api", "GET", "/v1"]), about);
     assert!(cli.ok(&["completion", "bash"]).contains("complete -F _toft"));
     assert!(cli.ok(&["completion", "zsh"]).contains("#compdef toft"));
+    let cpu = cli.json(&["host", "cpu"]);
+    assert!(cpu["features"].as_array().unwrap().contains(&"lm".into()), "{cpu}");
+    assert!(cli.ok(&["host", "cpu"]).contains("protections  "));
+    let mut other = cpu.clone();
+    let features = other["features"].as_array_mut().unwrap();
+    features.retain(|name| name != "nx");
+    (other["name"], other["protections"]) = ("other".into(), serde_json::json!([]));
+    let (here, there) = (cli.stage.path("here.json"), cli.stage.path("there.json"));
+    std::fs::write(&here, cpu.to_string()).unwrap();
+    std::fs::write(&there, other.to_string()).unwrap();
+    let files = [here.to_str().unwrap(), there.to_str().unwrap()];
+    let made = cli.json(&["host", "cpu-baseline", files[0], files[1]]);
+    assert_eq!(made["hidden"][0]["features"], serde_json::json!(["nx"]), "{made}");
+    let text = cli.ok(&["-o", "table", "host", "cpu-baseline", files[0], files[1]]);
+    assert!(text.contains("hidden       of other: nothing"), "{text}");
+    assert!(!cli.ok(&["-o", "name", "host", "cpu-baseline", files[0]]).is_empty());
+    cli.fails(&["host", "cpu-baseline", "/nonexistent"], 2);
+    std::fs::write(cli.stage.path("common.json"), made.to_string()).unwrap();
     let shown = cli.stage.toft(&["--show-http", "host", "about"]);
     assert!(shown.err.contains("curl") && shown.err.contains("200"), "{shown:?}");
 }
@@ -343,7 +361,20 @@ fn many_servers(cli: &Cli<'_>) {
 }
 
 fn consoles(cli: &Cli<'_>) {
-    cli.ok(&["--wait", "server", "create", "reader", "--image", "reader", "--memory", "64M", "--no-network"]);
+    let create =
+        ["--wait", "server", "create", "reader", "--image", "reader", "--memory", "64M", "--no-network"];
+    let baseline = |name: &str| {
+        let file = cli.stage.path(name);
+        [&create[..], &["--cpu-baseline-file", file.to_str().unwrap()]].concat().join("\n")
+    };
+    let said = cli.fails(&baseline("here.json").split('\n').collect::<Vec<_>>(), 2);
+    assert!(said.err.contains("is not what `toft host cpu-baseline` prints"), "{said:?}");
+    std::fs::write(cli.stage.path("more.json"), r#"{"cpu": {"features": ["lm", "warp_drive"]}}"#).unwrap();
+    let said = cli.fails(&baseline("more.json").split('\n').collect::<Vec<_>>(), 2);
+    assert!(said.err.contains("cannot show warp_drive"), "{said:?}");
+    let reader = cli.json(&baseline("common.json").split('\n').collect::<Vec<_>>());
+    let features = reader["cpu"]["features"].as_array().unwrap();
+    assert!(features.contains(&"lm".into()) && !features.contains(&"nx".into()), "{reader}");
     cli.stage.console("reader", "serial waiting");
     for (line, arguments) in
         [("typed", &["console", "reader"][..]), ("again", &["server", "console", "reader", "--no-replay"])]

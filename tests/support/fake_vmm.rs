@@ -1,7 +1,7 @@
 //! VMMs without KVM: each is a thread that speaks the real control protocol over the real listener it is given,
 //! with a guest that does what the test says. They live on when the daemon that started them has gone.
 //! Included by `#[path]` in tests of rooms above `vmms`; it needs no privilege.
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,8 +29,8 @@ use wire::control::{
     PROTOCOL_OF_BASES, PROTOCOL_SETTLES, Reply, Request, Sandbox, VcpuStats,
 };
 use wire::isolation::Item;
-use wire::launch::{ExitStatus, KvmReport, LinuxSupport};
-use wire::machine::{FdIndex, MachineSpec, RateLimits};
+use wire::launch::{CpuReport, ExitStatus, KvmReport, LinuxSupport, ShownCpu};
+use wire::machine::{CpuTemplate, FdIndex, MachineSpec, RateLimits};
 use wire::migration::{MigrationStatus, Owner, Phase, ReceiveSpec, Side};
 use wire::saved::form::{self, Section};
 use wire::saved::{Digest, MemoryUse, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
@@ -107,6 +107,8 @@ struct State {
     build: Option<String>,
     /// How fast the time stamp counters of its guests run.
     tsc_khz: Option<u32>,
+    /// What its guests can see of the processor beside what every one has.
+    features: BTreeSet<String>,
     death: Option<Death>,
     violations: Vec<String>,
 }
@@ -250,6 +252,11 @@ impl FakeLaunch {
         lock(&self.kernel.state).tsc_khz = Some(khz);
     }
 
+    /// From now on the host's probe finds a processor with these features, beside `lm` and `smep`.
+    pub fn shows(&self, features: &[&str]) {
+        lock(&self.kernel.state).features = features.iter().copied().map(str::to_owned).collect();
+    }
+
     /// What must never happen and did, such as two machines on one disk.
     pub fn violations(&self) -> Vec<String> {
         let state = lock(&self.kernel.state);
@@ -373,6 +380,8 @@ impl Launch for FakeLaunch {
     fn probe(&self) -> BoxFuture<'_, Result<KvmReport>> {
         async {
             self.check()?;
+            let more = lock(&self.kernel.state).features.clone();
+            let features = more.into_iter().chain(["lm", "smep"].map(str::to_owned)).collect();
             Ok(KvmReport {
                 api_version: 12,
                 extensions: vec![("KVM_CAP_IRQFD".to_owned(), 1)],
@@ -382,6 +391,11 @@ impl Launch for FakeLaunch {
                 exit_ns: 10_000,
                 landlock_abi: 4,
                 tsc_khz: lock(&self.kernel.state).tsc_khz,
+                cpu: CpuReport {
+                    vendor: "FakeVendor".to_owned(),
+                    shown: vec![ShownCpu { template: CpuTemplate::Host, features }],
+                    protections: ["smep".to_owned()].into(),
+                },
             })
         }
         .boxed()

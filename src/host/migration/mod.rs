@@ -20,7 +20,7 @@ use model::operation::Accepted;
 use model::server::Server;
 use model::{Code, FieldError, ServerId, Time};
 use tokio::net::TcpListener;
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
@@ -29,6 +29,7 @@ use wire::peer::Obstacle;
 
 use crate::call::{Answer, Call};
 use crate::core::Shared;
+use crate::cpu::Processor;
 use crate::error::{Error, Result};
 use crate::idempotency;
 use crate::servers::Servers;
@@ -41,7 +42,6 @@ use crate::vmms::Launch;
 use crate::volumes::Volumes;
 
 mod carry;
-mod cpu;
 mod identity;
 pub mod limits;
 mod link;
@@ -53,7 +53,6 @@ mod take;
 mod target;
 mod ticket;
 
-use cpu::{Clock, Cpu};
 use identity::Identity;
 use streams::Joining;
 use ticket::Ticket;
@@ -76,8 +75,8 @@ pub struct Migrations {
     joining: Arc<Joining>,
     /// Places of servers that come at once.
     coming: Arc<Semaphore>,
-    /// How fast guests' clocks run here, once it was asked for.
-    clock: Arc<OnceCell<Clock>>,
+    /// What guests see of this host's processor.
+    processor: Processor,
     /// What is carried away from here; ends with the daemon.
     carried: Arc<Mutex<JoinSet<()>>>,
 }
@@ -94,9 +93,10 @@ impl Migrations {
         volumes: Volumes,
         capacity: Capacity,
         launcher: Arc<dyn Launch>,
+        processor: Processor,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, joining, clock, carried) = Default::default();
+        let (listening, taking, joining, carried) = Default::default();
         let coming = Arc::new(Semaphore::new(limits::MOVES_MAX));
         Ok(Migrations {
             core,
@@ -109,7 +109,7 @@ impl Migrations {
             taking,
             joining,
             coming,
-            clock,
+            processor,
             carried,
         })
     }
@@ -193,9 +193,10 @@ impl Migrations {
     /// What a move would bring, and everything that is in its way on either host; changes nothing but that the ticket
     /// belongs to this host from then on.
     pub async fn plan(&self, id: ServerId, spec: MigrateServer) -> Result<MigrationPlan> {
-        let cpu = (Cpu::of_host()?, self.clock().await);
+        let processor = self.processor.known().await;
         let dirs = self.core.dirs.clone();
-        let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
+        let offer =
+            self.core.store.read(move |connection| source::offer(connection, &dirs, id, processor)).await?;
         let ticket: Ticket = spec.ticket.parse()?;
         source::ask(&self.identity, spec.target, ticket, offer, spec.mode).await
     }
@@ -225,9 +226,10 @@ impl Migrations {
         if let Some(body) = earlier {
             return Ok(Answer { body, replayed: true });
         }
-        let cpu = (Cpu::of_host()?, self.clock().await);
+        let processor = self.processor.known().await;
         let dirs = self.core.dirs.clone();
-        let offer = self.core.store.read(move |connection| source::offer(connection, &dirs, id, cpu)).await?;
+        let offer =
+            self.core.store.read(move |connection| source::offer(connection, &dirs, id, processor)).await?;
         let plan = source::ask(&self.identity, spec.target, ticket.clone(), offer.clone(), spec.mode).await?;
         if !plan.blocked_by.is_empty() {
             return Err(blocked(&plan));
@@ -292,18 +294,6 @@ impl Migrations {
         let answer = self.core.mutate(call, settle).await?;
         self.servers.wake(id);
         Ok(answer)
-    }
-
-    /// How fast guests' clocks run here. Where that cannot be found out nothing is judged by it: the VMM does so itself.
-    async fn clock(&self) -> Clock {
-        let probe = async || Ok::<_, Error>(Clock::of(&self.launcher.probe().await?));
-        match self.clock.get_or_try_init(probe).await {
-            Ok(clock) => *clock,
-            Err(cause) => {
-                tracing::warn!("how fast guests' clocks run here is not known: {}", cause.chain());
-                Clock::default()
-            }
-        }
     }
 
     fn carried(&self) -> std::sync::MutexGuard<'_, JoinSet<()>> {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use model::image::Image;
 use model::migration::{self, MigrationMode, MigrationPlan, ObstacleCode};
-use model::server::CpuTemplate;
 use model::{Code, ServerId};
 use rusqlite::Connection;
 use rustls::pki_types::ServerName;
@@ -13,15 +12,15 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedCpu, OfferedDisk, OfferedNic, Power};
+use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedDisk, OfferedNic, Power};
 use wire::saved::Digest;
 
-use super::cpu::{Clock, Cpu};
 use super::identity::Identity;
 use super::link::{Link, Wire, out_of_turn};
 use super::ticket::Ticket;
 use super::{limits, link};
 use crate::config::Dirs;
+use crate::cpu::Known;
 use crate::error::{Error, Result};
 use crate::servers::lifecycle::Phase;
 use crate::servers::moving::parcel::Packed;
@@ -30,12 +29,7 @@ use crate::store::records;
 use crate::volumes::used_bytes;
 
 /// What server `id` would bring.
-pub(super) fn offer(
-    connection: &Connection,
-    dirs: &Dirs,
-    id: ServerId,
-    (cpu, clock): (Cpu, Clock),
-) -> Result<Offer> {
+pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, processor: Known) -> Result<Offer> {
     let record: ServerRecord = records::one(connection, id.0)?;
     let image: Image = records::one(connection, record.image_id.0)?;
     let unreadable = |cause| Error::internal("a record of the host cannot be read", cause);
@@ -44,7 +38,7 @@ pub(super) fn offer(
         _ if record.life.is_off() => Power::Off,
         _ => Power::On,
     };
-    let held = record.held;
+    let held = record.held.clone();
     let runs = matches!(record.life.phase, Phase::Running { .. }) && !record.is_changed();
     let packed = Packed::of(connection, record)?;
     let disks = packed.disks.iter().map(|disk| OfferedDisk {
@@ -58,6 +52,14 @@ pub(super) fn offer(
         ipv4: nic.ipv4,
         mac: nic.mac.clone(),
     });
+    // That of a guest which came from elsewhere may be scaled, and it was shown what that host has.
+    let tsc_khz = held.tsc_khz.or(processor.clock.khz).filter(|_| power != Power::Off);
+    let cpu = match power {
+        Power::Off => processor.cpu.offered(&packed.cpu, None, tsc_khz),
+        Power::Saved | Power::On => {
+            processor.cpu.offered(held.cpu.as_ref().unwrap_or(&packed.cpu), held.features, tsc_khz)
+        }
+    };
     Ok(Offer {
         server: packed.id.to_string(),
         name: packed.name.to_string(),
@@ -68,26 +70,12 @@ pub(super) fn offer(
         vcpus: if power == Power::On { held.vcpus.max(1) } else { packed.vcpus },
         memory_bytes: if power == Power::On { held.memory_bytes.max(1) } else { packed.memory_bytes },
         saved_bytes: packed.saved.map_or(0, |saved| saved.stored_bytes),
-        cpu: OfferedCpu {
-            template: template(packed.cpu),
-            vendor: cpu.vendor,
-            features: cpu.features.into_iter().collect(),
-            // That of a guest which came from elsewhere may be scaled.
-            tsc_khz: held.tsc_khz.or(clock.khz).filter(|_| power != Power::Off),
-        },
+        cpu,
         image: image.sha256.parse().map_err(unreadable)?,
         image_name: image.name.to_string(),
         disks: disks.collect(),
         nics: nics.collect(),
     })
-}
-
-fn template(cpu: CpuTemplate) -> wire::machine::CpuTemplate {
-    match cpu {
-        CpuTemplate::Host => wire::machine::CpuTemplate::Host,
-        CpuTemplate::X86_64V2 => wire::machine::CpuTemplate::X86_64V2,
-        CpuTemplate::X86_64V3 => wire::machine::CpuTemplate::X86_64V3,
-    }
 }
 
 /// Connects to the host of this fingerprint and no other. Fails with `host_unreachable`, or `invalid` when something else

@@ -289,7 +289,7 @@ impl Migrations {
                 .into_iter()
                 .find(|image| image.state == ImageState::Ready && image.sha256 == digest);
             let image = image.ok_or_else(|| invalid("image"))?;
-            let (record, volumes) = sent.unpacked(tx, &image, offer.cpu.tsc_khz)?;
+            let (record, volumes) = sent.unpacked(tx, &image, &offer.cpu)?;
             moving::arrive(tx, &kept, &record, &volumes)
         };
         self.core.store.write(accept).await?;

@@ -9,11 +9,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use wire::machine::CpuTemplate;
 use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedNic, Power};
 use wire::saved::Digest;
 
-use super::cpu::Cpu;
 use super::link::Link;
 use super::strangers::{Stranger, Strangers};
 use super::{Migrations, identity, limits, link, ticket};
@@ -136,14 +134,11 @@ pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<O
     if let Err(cause) = migrations.launcher.check() {
         add(ObstacleKind::Kvm, cause.detail);
     }
-    // One that is off begins anew, with whatever its next processor has, unless it asks for a level.
-    let begins_anew = offer.power == Power::Off && offer.cpu.template == CpuTemplate::Host;
-    if !begins_anew && let Some(detail) = Cpu::of_host()?.misses(&offer.cpu) {
+    let here = migrations.processor.known().await;
+    if let Some(detail) = here.cpu.misses(&offer.cpu, offer.power == Power::Off) {
         add(ObstacleKind::CpuFeatures, detail);
     }
-    if offer.cpu.tsc_khz.is_some()
-        && let Some(detail) = migrations.clock().await.misfits(offer.cpu.tsc_khz)
-    {
+    if let Some(detail) = here.clock.misfits(offer.cpu.tsc_khz) {
         add(ObstacleKind::Tsc, detail);
     }
     let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));

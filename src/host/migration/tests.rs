@@ -1,8 +1,10 @@
 //! Two hosts in one process, each with a state directory of its own, over loopback.
+use model::cpu::ComputeCpuBaseline;
 use model::migration::{
     CreateMigrationTicket, MigrateServer, MigrationMode, MigrationPlan, MigrationTicket, ObstacleCode,
 };
 use model::network::{CreateNetwork, NetworkKind};
+use model::server::{CpuTemplate, CreateServer, PatchServer};
 use model::{Code, Labels, ServerId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -114,6 +116,57 @@ async fn a_clock_that_runs_faster_there_is_in_the_way() {
         assert_eq!(pair.obstacles().await, [more, &[ObstacleCode::State]].concat());
         pair.close().await;
     }
+}
+
+#[tokio::test]
+async fn a_feature_that_is_missing_there_is_in_the_way_unless_the_guest_was_not_shown_it() {
+    let target = Stage::new();
+    target.launch.shows(&["avx"]);
+    let pair = Pair::new(target).await;
+    pair._stages[0].launch.shows(&["aes", "avx"]);
+    stage::import(&pair.target).await;
+    assert_eq!(pair.obstacles().await, [ObstacleCode::CpuFeatures, ObstacleCode::State]);
+
+    let hosts =
+        vec![pair.source.processor().shown().await.unwrap(), pair.target.processor().shown().await.unwrap()];
+    let asked = ComputeCpuBaseline { hosts };
+    let made = pair.source.cpu_baseline(&Call::by_host(), asked).await.unwrap().body;
+    let hidden: Vec<_> = made.hidden.iter().map(|host| host.features.iter().collect::<Vec<_>>()).collect();
+    assert_eq!(hidden, [vec!["aes"], vec![]]);
+    let spec = CreateServer { cpu: made.cpu.clone(), ..stage::server("web2") };
+    let shown = stage::created(&pair.source, spec).await;
+    assert_eq!(shown.cpu, made.cpu);
+    let pair = Pair { server: shown.id, ..pair };
+    assert_eq!(pair.obstacles().await, [ObstacleCode::State]);
+
+    let patch = PatchServer { cpu: Some(CpuTemplate::Host), ..PatchServer::default() };
+    pair.source.servers().patch(&Call::by_host(), shown.id, patch).await.unwrap();
+    assert_eq!(pair.obstacles().await, [ObstacleCode::State], "its next machine is another one, not this");
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn features_that_a_host_cannot_show_are_refused_before_anything_is_made() {
+    let stage = Stage::new();
+    stage.launch.shows(&["avx"]);
+    let host = stage.open_with_image().await;
+    let listed = |names: &[&str]| CpuTemplate::Features(names.iter().copied().map(str::to_owned).collect());
+    let asked = |cpu| CreateServer { cpu, ..stage::server("web1") };
+    for (cpu, code) in [
+        (listed(&["aes", "avx"]), "not_available"),
+        (listed(&[]), "not_valid"),
+        (listed(&["A"]), "not_available"),
+    ] {
+        let refused = host.servers().create(&Call::by_host(), asked(cpu.clone())).await.unwrap_err();
+        assert_eq!(refused.errors[0].pointer, "/cpu/features");
+        assert_eq!(refused.errors[0].code, code, "{}", refused.detail);
+        assert!(host.servers().plan(&Call::by_host(), asked(cpu)).await.is_err());
+    }
+    let made = stage::created(&host, asked(listed(&["avx", "lm"]))).await;
+    let patch = PatchServer { cpu: Some(listed(&["aes"])), ..PatchServer::default() };
+    let refused = host.servers().patch(&Call::by_host(), made.id, patch).await.unwrap_err();
+    assert!(refused.errors[0].detail.contains("cannot show aes;"), "{}", refused.errors[0].detail);
+    host.close().await;
 }
 
 #[tokio::test]

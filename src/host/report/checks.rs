@@ -64,13 +64,6 @@ impl System {
             .collect()
     }
 
-    /// As the processor names itself.
-    pub(super) fn cpu_model(&self) -> String {
-        let text = self.read("proc/cpuinfo").unwrap_or_default();
-        let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-        model.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
-    }
-
     /// Documentation/admin-guide/hw-vuln: each file says `Not affected`, `Mitigation: …` or `Vulnerable…`, and for
     /// some parts of its own, such as `Mitigation: PTE Inversion; VMX: vulnerable`.
     fn mitigations(&self) -> Finding {

@@ -9,6 +9,7 @@ use rusqlite::{Connection, OptionalExtension};
 use wire::launch::{KvmReport, LinuxSupport};
 
 use crate::core::Shared;
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::network::mac::BRIDGE_PREFIX;
 use crate::network::{Networks, firewall};
@@ -85,7 +86,7 @@ impl Report {
             health: health(&checks),
             started_at: self.core.started_at,
             cpus: CpuCapacity {
-                model: System::new(Path::new("/")).cpu_model(),
+                model: cpu::model(),
                 total: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
                 used: usage.vcpus_used,
             },

@@ -1,4 +1,5 @@
 use model::Code;
+use wire::launch::CpuReport;
 
 use super::*;
 
@@ -12,6 +13,7 @@ fn report(missing: &[&str], linux: LinuxSupport) -> KvmReport {
         exit_ns: 8000,
         landlock_abi: 4,
         tsc_khz: None,
+        cpu: CpuReport::default(),
     }
 }
 

@@ -35,10 +35,16 @@ impl Capacity {
     /// Promises memory to the record's next machine. Fails with `no_capacity`.
     pub fn admit(&self, connection: &Connection, record: &mut ServerRecord) -> Result<()> {
         check(record.name.as_str(), record.memory_bytes, self.left(connection, record)?)?;
-        // The guest of a memory that came from elsewhere goes on with what it measured there.
-        let tsc_khz = record.held.tsc_khz.filter(|_| record.life.has_own_memory());
-        let ServerRecord { memory_bytes, vcpus, cpu, .. } = *record;
-        record.held = record::Held { memory_bytes, vcpus, cpu: Some(cpu), tsc_khz };
+        // The guest of a memory that came from elsewhere goes on with what it found there.
+        let goes_on = record.life.has_own_memory();
+        let record::Held { tsc_khz, features, .. } = std::mem::take(&mut record.held);
+        record.held = record::Held {
+            memory_bytes: record.memory_bytes,
+            vcpus: record.vcpus,
+            cpu: Some(record.cpu.clone()),
+            tsc_khz: tsc_khz.filter(|_| goes_on),
+            features: features.filter(|_| goes_on),
+        };
         Ok(())
     }
 

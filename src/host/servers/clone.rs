@@ -227,7 +227,7 @@ fn one(
         life,
         vcpus: shown.vcpus,
         memory_bytes: shown.memory_bytes,
-        cpu: shown.cpu,
+        cpu: shown.cpu.clone(),
         held: Held::default(),
         image_id: shown.image_id,
         default_user: origin.default_user.clone(),

@@ -2,7 +2,7 @@
 //! in one transaction. Called by the facade, which commits it or, for a plan, takes it back.
 use model::limits as bounds;
 use model::operation::{Operation, Resource};
-use model::server::{CreateNic, CreateServer, DiskLimits, NicLimits, Rate, ServerNic};
+use model::server::{CpuTemplate, CreateNic, CreateServer, DiskLimits, NicLimits, Rate, ServerNic};
 use model::{Code, FieldError, Labels, Name, OperationId, ServerId, Time};
 
 use super::advance;
@@ -10,6 +10,7 @@ use super::lifecycle::Life;
 use super::record::{self, Disk, Held, ServerRecord};
 use super::registry::Workshop;
 use crate::call::Actor;
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::images::Images;
 use crate::network::{Networks, Reservation};
@@ -176,7 +177,7 @@ pub(super) fn volume_name(server: &Name, id: ServerId) -> Result<Name> {
 
 fn check(spec: &CreateServer) -> Result<()> {
     let mut faults = Faults::default();
-    faults.machine(Some(spec.vcpus), spec.memory_bytes);
+    faults.machine(Some(spec.vcpus), spec.memory_bytes, Some(&spec.cpu));
     if let Some(size_bytes) = spec.disk_bytes {
         let sound = (bounds::VOLUME_BYTES_MIN..=bounds::VOLUME_BYTES_MAX).contains(&size_bytes)
             && size_bytes.is_multiple_of(VOLUME_STEP);
@@ -217,7 +218,12 @@ impl Faults {
         }
     }
 
-    pub(super) fn machine(&mut self, vcpus: Option<u8>, memory_bytes: Option<u64>) {
+    pub(super) fn machine(
+        &mut self,
+        vcpus: Option<u8>,
+        memory_bytes: Option<u64>,
+        cpu: Option<&CpuTemplate>,
+    ) {
         let sound = vcpus.is_none_or(|vcpus| (1..=bounds::VCPUS_MAX).contains(&vcpus));
         self.unless(sound, "/vcpus", "out_of_range", || {
             format!("must be between 1 and {}", bounds::VCPUS_MAX)
@@ -234,6 +240,8 @@ impl Faults {
                 bounds::MEMORY_BYTES_MAX
             )
         });
+        let fault = cpu.and_then(cpu::faults);
+        self.unless(fault.is_none(), "/cpu/features", "not_valid", || fault.unwrap_or_default());
     }
 
     pub(super) fn description(&mut self, text: &str) {

@@ -13,8 +13,8 @@ use sys::beneath;
 use tokio::task::JoinHandle;
 use wire::control::{Command, MachineState, Reply};
 use wire::machine::{
-    Access, Balloon, Boot, CacheMode, Chassis, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic,
-    OnReset, RateLimits, TokenBucket,
+    Access, Balloon, Boot, CacheMode, Chassis, Console, Disk, FdIndex, MachineSpec, Nic, OnReset, RateLimits,
+    TokenBucket,
 };
 
 use super::effects::open_ring;
@@ -23,6 +23,7 @@ use super::limits;
 use super::record::{self, ServerRecord};
 use super::registry::{Entry, Workshop};
 use crate::core::blocking;
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::images::BootFiles;
 use crate::network::{Lease, Networks};
@@ -222,8 +223,9 @@ pub(super) async fn describe_handed(
         ring: blocking(move || open_ring(&ring)).await?,
     };
     // What it is now: the next one may be of another size.
-    let record::Held { memory_bytes, vcpus, cpu, .. } = record.held;
-    let chassis = Chassis { memory_bytes, vcpus, cpu: cpu_template(cpu.unwrap_or(record.cpu)) };
+    let record::Held { memory_bytes, vcpus, cpu, .. } = &record.held;
+    let cpu = cpu::template(cpu.as_ref().unwrap_or(&record.cpu));
+    let chassis = Chassis { memory_bytes: *memory_bytes, vcpus: *vcpus, cpu };
     let mut description = assemble(record, chassis, parts)?;
     let memory = memory.ok_or_else(|| Error::new(Code::MachineFailed, "the VMM has no memory"))?;
     let memory = description.descriptors.add(memory);
@@ -279,15 +281,7 @@ fn assemble(record: &ServerRecord, chassis: Chassis, parts: Parts) -> Result<Des
 
 /// What of its machine does not depend on files.
 pub(super) fn chassis(record: &ServerRecord) -> Chassis {
-    Chassis { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu: cpu_template(record.cpu) }
-}
-
-fn cpu_template(cpu: server::CpuTemplate) -> CpuTemplate {
-    match cpu {
-        server::CpuTemplate::Host => CpuTemplate::Host,
-        server::CpuTemplate::X86_64V2 => CpuTemplate::X86_64V2,
-        server::CpuTemplate::X86_64V3 => CpuTemplate::X86_64V3,
-    }
+    Chassis { memory_bytes: record.memory_bytes, vcpus: record.vcpus, cpu: cpu::template(&record.cpu) }
 }
 
 /// Opens the record's volumes, in their order.

@@ -8,8 +8,7 @@ use model::console::{ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleT
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
 use model::server::{
-    CreateServer, DeleteServer, DiskLimits, PatchNicLimits, PatchServer, Server, ServerAction,
-    ServerIsolation, ServerPlan, StopServer,
+    CreateServer, DeleteServer, PatchServer, Server, ServerAction, ServerIsolation, ServerPlan, StopServer,
 };
 use model::snapshot::{CreateSnapshot, Snapshot};
 use model::{Code, ConsoleReaderId, OperationId, ServerId, SnapshotId, VolumeId};
@@ -18,8 +17,6 @@ use rusqlite::Connection;
 use crate::call::{Actor, Answer, Call, Idempotency};
 use crate::error::{Error, Result};
 use crate::idempotency;
-use crate::labels;
-use crate::network::Networks;
 use crate::store::{Tx, records};
 use crate::tokens;
 use crate::vmms::Process;
@@ -40,6 +37,7 @@ mod machine;
 mod metrics;
 pub(crate) mod moving;
 mod pace;
+mod patch;
 mod readers;
 pub mod record;
 mod recover;
@@ -55,7 +53,7 @@ mod view;
 pub(crate) use clone::users_of_snapshot;
 use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
-use lifecycle::{Ask, Phase};
+use lifecycle::Ask;
 pub(crate) use machine::make_directory;
 pub use readers::Kicked;
 use record::ServerRecord;
@@ -128,6 +126,7 @@ impl Servers {
     /// Accepts a new server. With `start`, the operation succeeds when its vCPUs run; when it fails, nothing of
     /// the server is left.
     pub async fn create(&self, call: &Call, spec: CreateServer) -> Result<Answer<Accepted<Server>>> {
+        self.workshop().processor.check(Some(&spec.cpu)).await?;
         let (workshop, actor) = (self.workshop().clone(), call.actor.clone());
         let answer = self
             .workshop()
@@ -144,6 +143,7 @@ impl Servers {
 
     /// What `create` would do; changes nothing. Fails as `create` would.
     pub async fn plan(&self, call: &Call, spec: CreateServer) -> Result<ServerPlan> {
+        self.workshop().processor.check(Some(&spec.cpu)).await?;
         let (workshop, actor) = (self.workshop().clone(), call.actor.clone());
         self.workshop()
             .core
@@ -183,6 +183,7 @@ impl Servers {
 
     /// Changes what can be changed: names, words and limits at once, CPUs and memory at the next start.
     pub async fn patch(&self, call: &Call, id: ServerId, patch: PatchServer) -> Result<Answer<Server>> {
+        self.workshop().processor.check(patch.cpu.as_ref()).await?;
         let conditions = call.clone();
         let (limits_disk, limits_nics) = (patch.disk_limits.is_some(), patch.nic_limits.is_some());
         let answer = self
@@ -191,7 +192,7 @@ impl Servers {
             .mutate(call, move |tx| {
                 let mut record: ServerRecord = records::one(tx, id.0)?;
                 conditions.check_match(record.generation)?;
-                apply(tx, &mut record, patch)?;
+                patch::apply(tx, &mut record, patch)?;
                 record::save(tx, &mut record)?;
                 record::refer(tx, &record)?;
                 advance::announce(tx, &record, "server.updated", Some(&conditions.actor))?;
@@ -500,68 +501,6 @@ fn grace_ms(how: StopServer) -> Result<i64> {
         return Err(Error::invalid("/grace_s", "out_of_range", format!("must be at most {most}")));
     }
     Ok(i64::try_from(how.grace_s).unwrap_or_default() * 1000)
-}
-
-fn apply(tx: &Tx<'_>, record: &mut ServerRecord, patch: PatchServer) -> Result<()> {
-    let mut faults = create::Faults::default();
-    faults.machine(patch.vcpus, patch.memory_bytes);
-    faults.description(patch.description.as_deref().unwrap_or_default());
-    if let Some(limits) = &patch.disk_limits {
-        faults.disk_limits("/disk_limits", &limits.applied_to(DiskLimits::default()));
-        faults.unless(!record.disks.is_empty(), "/disk_limits", "no_disk", || {
-            "the server has no root volume".to_owned()
-        });
-    }
-    let named = patch.nic_limits.as_deref().unwrap_or_default();
-    for (at, PatchNicLimits { index, limits }) in named.iter().enumerate() {
-        let pointer = format!("/nic_limits/{at}");
-        faults.nic_limits(&format!("{pointer}/limits"), limits);
-        let is_there = record.nics.iter().any(|nic| nic.index == *index);
-        faults.unless(is_there, &format!("{pointer}/index"), "not_found", || {
-            format!("the server has {} interfaces, counted from 0", record.nics.len())
-        });
-        let is_first = !named.iter().take(at).any(|other| other.index == *index);
-        faults.unless(is_first, &format!("{pointer}/index"), "repeated", || {
-            format!("interface {index} is named twice")
-        });
-    }
-    faults.external_ref(patch.external_ref.as_ref().and_then(Option::as_deref));
-    faults.end()?;
-    if record.life.phase.is_moving() {
-        let detail =
-            format!("server {} is moving to another host; change it when it has arrived", record.name);
-        return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));
-    }
-    let goes_on = record.life.saved.is_some() || record.life.awaited().is_some();
-    let is_saved = goes_on || matches!(record.life.phase, Phase::Hibernating { .. });
-    if is_saved && (patch.vcpus, patch.memory_bytes, patch.cpu) != (None, None, None) {
-        let detail = "the server goes on from a memory, which belongs to the machine it was: wait until it runs, or start \
-                      it, before its CPUs or memory are changed";
-        return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(record)));
-    }
-    if let Some(name) = patch.name {
-        Networks::rename(tx, record.id, &name)?;
-        record.name = name;
-    }
-    if let Some(changes) = patch.labels {
-        record.labels = labels::merge(&record.labels, changes)?;
-    }
-    if let (Some(limits), Some(disk)) = (patch.disk_limits, record.disks.first_mut()) {
-        disk.limits = limits.applied_to(disk.limits);
-    }
-    for PatchNicLimits { index, limits } in patch.nic_limits.into_iter().flatten() {
-        if let Some(nic) = record.nics.iter_mut().find(|nic| nic.index == index) {
-            nic.limits = limits;
-        }
-    }
-    record.external_ref = patch.external_ref.unwrap_or(record.external_ref.take());
-    record.description = patch.description.unwrap_or(std::mem::take(&mut record.description));
-    record.vcpus = patch.vcpus.unwrap_or(record.vcpus);
-    record.memory_bytes = patch.memory_bytes.unwrap_or(record.memory_bytes);
-    record.cpu = patch.cpu.unwrap_or(record.cpu);
-    record.restart_policy = patch.restart_policy.unwrap_or(record.restart_policy);
-    record.isolation = patch.isolation.unwrap_or(record.isolation);
-    Ok(())
 }
 
 /// What creating it would do, for people.

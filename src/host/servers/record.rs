@@ -5,6 +5,7 @@ use model::snapshot::GuestIdentity;
 use model::{Code, ImageId, Labels, Name, ServerId, Time, VolumeId};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use uuid::Uuid;
 use wire::control::Sandbox;
 
@@ -105,13 +106,14 @@ impl ServerRecord {
 
     /// Whether the next machine is to be another than the one at hand, so that the memory of this one fits no more.
     pub fn is_changed(&self) -> bool {
-        let Held { memory_bytes, vcpus, cpu, .. } = self.held;
-        (memory_bytes, vcpus) != (self.memory_bytes, self.vcpus) || cpu.is_some_and(|cpu| cpu != self.cpu)
+        let Held { memory_bytes, vcpus, cpu, .. } = &self.held;
+        (*memory_bytes, *vcpus) != (self.memory_bytes, self.vcpus)
+            || cpu.as_ref().is_some_and(|cpu| *cpu != self.cpu)
     }
 }
 
 /// What a machine was promised.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
     /// Guest memory in bytes.
     pub memory_bytes: u64,
@@ -123,6 +125,9 @@ pub struct Held {
     /// How fast its time stamp counter runs, in thousands of ticks a second, if its guest measured that on another host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tsc_khz: Option<u32>,
+    /// What its guest was shown of another host's processor, if it goes on from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub features: Option<BTreeSet<String>>,
 }
 
 /// A disk of a server.

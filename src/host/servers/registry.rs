@@ -18,6 +18,7 @@ use super::readers::Readers;
 use super::record::ServerRecord;
 use super::{actor, limits, machine};
 use crate::core::Shared;
+use crate::cpu::Processor;
 use crate::images::Images;
 use crate::network::Networks;
 use crate::snapshots::Snapshots;
@@ -41,6 +42,8 @@ pub struct Workshop {
     pub launcher: Arc<dyn Launch>,
     /// Those that are started already.
     pub shells: Shells,
+    /// What guests see of the host's processor.
+    pub processor: Processor,
     /// How much memory there is.
     pub capacity: Capacity,
 }

@@ -97,7 +97,7 @@ fn check_fits(found: &SnapshotRecord, record: &ServerRecord) -> Result<()> {
 
 /// The server with the machine of a snapshot.
 fn shaped(record: &ServerRecord, shown: &Snapshot) -> ServerRecord {
-    let (vcpus, memory_bytes, cpu) = (shown.vcpus, shown.memory_bytes, shown.cpu);
+    let (vcpus, memory_bytes, cpu) = (shown.vcpus, shown.memory_bytes, shown.cpu.clone());
     ServerRecord { vcpus, memory_bytes, cpu, ..record.clone() }
 }
 

@@ -97,7 +97,7 @@ pub(super) fn describe(
     });
     // Of a machine that runs, what it has; the record may already say what the next one gets.
     let has_machine = server.life.phase.vmm().is_some();
-    let held = Some(server.held).filter(|_| has_machine);
+    let held = Some(&server.held).filter(|_| has_machine);
     let base = spec.incremental.then(|| chain::base(tx, server.id, spec.memory)).transpose()?;
     let now = Time::now();
     let shown = Snapshot {
@@ -112,7 +112,7 @@ pub(super) fn describe(
         memory: spec.memory,
         vcpus: held.map_or(server.vcpus, |held| held.vcpus),
         memory_bytes: held.map_or(server.memory_bytes, |held| held.memory_bytes),
-        cpu: held.and_then(|held| held.cpu).unwrap_or(server.cpu),
+        cpu: held.and_then(|held| held.cpu.as_ref()).unwrap_or(&server.cpu).clone(),
         image_id: server.image_id,
         volumes: volumes.collect::<Result<_>>()?,
         stored_bytes: 0,

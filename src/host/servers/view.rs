@@ -40,7 +40,7 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         operation_id: life.job.map(|job| job.id),
         vcpus: record.vcpus,
         memory_bytes: record.memory_bytes,
-        cpu: record.cpu,
+        cpu: record.cpu.clone(),
         image_id: record.image_id,
         volumes: volumes.collect::<Result<_>>()?,
         nics: record.nics.clone(),

@@ -100,7 +100,7 @@ fn head(connection: &Connection, record: SnapshotRecord, state_bytes: u64) -> Re
         server_name: shown.server_name,
         vcpus: shown.vcpus,
         memory_bytes: shown.memory_bytes,
-        cpu: shown.cpu,
+        cpu: shown.cpu.clone(),
         image: HeadImage { name: image.name, sha256: image.sha256 },
         taken_at: shown.taken_at,
         paused_ms: shown.paused_ms,

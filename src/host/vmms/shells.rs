@@ -76,7 +76,7 @@ pub struct Shell {
 }
 
 /// What a VMM is started for. A shell serves only servers of exactly its own: its limits are theirs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Size {
     /// Memory and processors.
     pub chassis: Chassis,
@@ -114,7 +114,7 @@ impl Shells {
     /// [`Shell::lives`] tells.
     pub fn take(&self, size: Size) -> Option<Shell> {
         loop {
-            let shell = self.pool.fitting(size)?;
+            let shell = self.pool.fitting(&size)?;
             if !shell.link.is_closed() {
                 return Some(shell);
             }
@@ -189,9 +189,9 @@ impl Pool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fitting(&self, size: Size) -> Option<Shell> {
+    fn fitting(&self, size: &Size) -> Option<Shell> {
         let ready = &mut self.state().ready;
-        ready.iter().position(|shell| shell.size == size).and_then(|at| ready.remove(at))
+        ready.iter().position(|shell| shell.size == *size).and_then(|at| ready.remove(at))
     }
 
     fn dead(&self) -> Option<Shell> {
@@ -202,7 +202,7 @@ impl Pool {
     /// What is to be made next, and the shell in whose place it comes.
     fn next(&self) -> Option<(Size, Option<Shell>)> {
         let mut state = self.state();
-        let size = state.size.filter(|_| !state.closed)?;
+        let size = state.size.clone().filter(|_| !state.closed)?;
         if state.ready.len() < self.most {
             return Some((size, None));
         }
@@ -261,7 +261,7 @@ impl Pool {
             Ok((listener, will, create(&log, fs::File::options().append(true))?))
         })
         .await?;
-        let Size { chassis, file_bytes_max } = size;
+        let Size { chassis, file_bytes_max } = size.clone();
         let (memory_bytes, vcpus) = (chassis.memory_bytes, chassis.vcpus);
         let cell = Cell { key: key.to_owned(), memory_bytes, vcpus, file_bytes_max };
         // A strict server may take it, so it lacks nothing.

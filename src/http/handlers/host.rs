@@ -1,12 +1,13 @@
 //! `/v1/host`, and the tickets it gives to other hosts.
 use axum::extract::State;
 use axum::response::Response;
+use model::cpu::{ComputeCpuBaseline, CpuBaseline, HostCpu};
 use model::host::{HostReport, KvmProbe};
 use model::migration::{CreateMigrationTicket, MigrationTicket};
 
 use super::servers::Nothing;
 use crate::answer;
-use crate::call::{Mutation, Optional};
+use crate::call::{Json, Mutation, Optional};
 use crate::error::Failure;
 use crate::query::{NoParameters, Query};
 use crate::routes::Api;
@@ -29,6 +30,26 @@ pub(crate) async fn probe(
 ) -> Result<Response, Failure> {
     let probed = answer::undisturbed(async move { Ok(api.host.probe_kvm(&call).await?) }).await?;
     answer::done(&probed)
+}
+
+/// What processor guests can see here: what a server with the cpu `host` sees, by Toft's own names.
+#[utoipa::path(get, path = "/v1/host/cpu", tag = "host", operation_id = "read_host_cpu",
+    responses((status = 200, description = "The processor.", body = HostCpu)))]
+pub(crate) async fn cpu(State(api): State<Api>, _: Query<NoParameters>) -> Result<Response, Failure> {
+    answer::plain(&api.host.processor().shown().await?)
+}
+
+/// Computes what several hosts' processors have in common, as a `cpu` for servers that are to move between them while they run. It
+/// keeps nothing.
+#[utoipa::path(post, path = "/v1/host/actions/cpu-baseline", tag = "host", operation_id = "compute_cpu_baseline",
+    request_body = ComputeCpuBaseline,
+    responses((status = 200, description = "The baseline.", body = CpuBaseline)))]
+pub(crate) async fn baseline(
+    State(api): State<Api>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Json(asked), .. }: Mutation<Json<ComputeCpuBaseline>>,
+) -> Result<Response, Failure> {
+    answer::done(&api.host.cpu_baseline(&call, asked).await?)
 }
 
 /// Makes a ticket with which another host can ask to bring a server here. It belongs to the first host that presents

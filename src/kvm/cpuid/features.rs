@@ -76,6 +76,10 @@ impl Feature {
 pub(super) const HYPERVISOR_BIT: u32 = 31;
 pub(super) const TSC_DEADLINE_BIT: u32 = 24;
 
+/// What KVM does not offer in CPUID and a machine has all the same, by name.
+pub(super) const HYPERVISOR: &str = "hypervisor";
+pub(super) const TSC_DEADLINE: &str = "tsc_deadline";
+
 /// Features that the save area depends on, by name.
 pub(super) const XSAVE: &str = "xsave";
 pub(super) const AVX: &str = "avx";
@@ -139,13 +143,13 @@ pub(super) const FEATURES: &[Feature] = &[
     row(1, 0, Ecx, 21, "x2apic", Platform),
     row(1, 0, Ecx, 22, "movbe", V3),
     row(1, 0, Ecx, 23, "popcnt", V2),
-    row(1, 0, Ecx, TSC_DEADLINE_BIT, "tsc_deadline", Platform),
+    row(1, 0, Ecx, TSC_DEADLINE_BIT, TSC_DEADLINE, Platform),
     row(1, 0, Ecx, 25, "aes", Host),
     row(1, 0, Ecx, 26, XSAVE, V3),
     row(1, 0, Ecx, 28, AVX, V3),
     row(1, 0, Ecx, 29, "f16c", V3),
     row(1, 0, Ecx, 30, "rdrand", Host),
-    row(1, 0, Ecx, HYPERVISOR_BIT, "hypervisor", Platform),
+    row(1, 0, Ecx, HYPERVISOR_BIT, HYPERVISOR, Platform),
     // Leaf 6: the local timer does not stop.
     row(6, 0, Eax, 2, "arat", Platform),
     // Leaf 7.

@@ -74,5 +74,9 @@ fn lacking(entry: &kvm_cpuid_entry2, here: &[kvm_cpuid_entry2]) -> Vec<&'static 
     if (entry.function, entry.index) == (0xD, 0) && entry.eax & !other.eax != 0 {
         names.push("a part of the extended state");
     }
+    // How long it is and where: a guest lays out what it saves by it, and so does this host's processor by its own.
+    if entry.function == 0xD && entry.index >= 2 && (entry.eax, entry.ebx) != (other.eax, other.ebx) {
+        names.push("a part of the extended state in its place");
+    }
     names
 }

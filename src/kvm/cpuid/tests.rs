@@ -43,11 +43,6 @@ fn boastful(vendor: &[u8; 12]) -> Vec<kvm_cpuid_entry2> {
     ]
 }
 
-/// Every feature that the guest of these entries sees.
-fn names(entries: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
-    FEATURES.iter().filter(|feature| feature.is_in(entries)).map(|feature| feature.name).collect()
-}
-
 const TWO: Processors = Processors { count: 2, tsc_deadline: true };
 
 fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -58,7 +53,7 @@ fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_en
 #[test]
 fn no_guest_sees_what_is_not_virtualised() {
     for template in [Template::Host, Template::X86_64V2, Template::X86_64V3] {
-        let entries = shape(&boastful(b"GenuineIntel"), template, TWO).unwrap();
+        let entries = shape(&boastful(b"GenuineIntel"), &template, TWO).unwrap();
         let (one, seven, extended) =
             (find(&entries, 1, 0), find(&entries, 7, 0), find(&entries, 0x8000_0001, 0));
         let hidden = [
@@ -90,31 +85,31 @@ fn no_guest_sees_what_is_not_virtualised() {
 
 #[test]
 fn the_host_template_keeps_what_a_guest_can_use() {
-    let entries = shape(&boastful(b"GenuineIntel"), Template::Host, TWO).unwrap();
-    let names = names(&entries);
+    let entries = shape(&boastful(b"GenuineIntel"), &Template::Host, TWO).unwrap();
+    let names = features(&entries);
     for name in
         ["avx512f", "aes", "rdrand", "pku", "cx16", "kvmclock2", "kvm_steal_time", "x2apic", "tsc_deadline"]
     {
-        assert!(names.contains(&name), "{name}");
+        assert!(names.contains(name), "{name}");
     }
 }
 
 #[test]
 fn a_template_shows_the_same_programs_on_every_host() {
-    let rich = shape(&boastful(b"GenuineIntel"), Template::X86_64V2, TWO).unwrap();
-    let shown = names(&rich);
+    let rich = shape(&boastful(b"GenuineIntel"), &Template::X86_64V2, TWO).unwrap();
+    let shown = features(&rich);
     for name in ["sse4_2", "popcnt", "cx16", "lahf_lm"] {
-        assert!(shown.contains(&name), "{name}");
+        assert!(shown.contains(name), "{name}");
     }
     for name in ["avx", "avx2", "aes", "rdrand", "xsave", "bmi1", "pku", "erms"] {
-        assert!(!shown.contains(&name), "{name}");
+        assert!(!shown.contains(name), "{name}");
     }
     assert!(rich.iter().all(|entry| entry.function != 0xD), "no save area without xsave");
-    let third = names(&shape(&boastful(b"GenuineIntel"), Template::X86_64V3, TWO).unwrap());
+    let third = features(&shape(&boastful(b"GenuineIntel"), &Template::X86_64V3, TWO).unwrap());
     for name in ["avx2", "fma", "bmi2", "movbe", "lzcnt", "f16c", "xsave"] {
-        assert!(third.contains(&name), "{name}");
+        assert!(third.contains(name), "{name}");
     }
-    assert!(!third.contains(&"avx512f") && !third.contains(&"aes"));
+    assert!(!third.contains("avx512f") && !third.contains("aes"));
 }
 
 #[test]
@@ -125,21 +120,71 @@ fn a_template_the_host_cannot_show_is_refused_by_name() {
             entry.ecx &= !(1 << 0 | 1 << 13);
         }
     }
-    let lacking = shape(&offer, Template::X86_64V2, TWO).unwrap_err();
+    let lacking = shape(&offer, &Template::X86_64V2, TWO).unwrap_err();
     assert_eq!(lacking.features, ["cx16", "sse3"]);
     assert!(lacking.to_string().contains("it lacks cx16, sse3"), "{lacking}");
-    assert!(shape(&offer, Template::Host, TWO).is_ok());
+    assert!(shape(&offer, &Template::Host, TWO).is_ok());
+}
+
+#[test]
+fn a_list_of_features_is_shown_exactly_and_on_a_richer_host_the_same() {
+    let mut poor = boastful(b"GenuineIntel");
+    for entry in &mut poor {
+        match (entry.function, entry.index) {
+            (1, 0) => entry.ecx &= !(0b11 << 24),
+            (7, 0) => (entry.ebx, entry.edx) = (entry.ebx & !(0xD023 << 16), 0),
+            (KVM_FEATURES, 0) => entry.eax &= !(1 << 24),
+            _ => {}
+        }
+    }
+    let no_deadline = Processors { tsc_deadline: false, ..TWO };
+    let here = shape(&poor, &Template::Host, no_deadline).unwrap();
+    let list: BTreeSet<String> = features(&here).into_iter().map(str::to_owned).collect();
+    for name in ["aes", "avx512f", "spec_ctrl", "kvmclock_stable", "tsc_deadline"] {
+        assert!(!list.contains(name), "{name}");
+    }
+    let template = Template::Features(list.clone());
+    let there = shape(&boastful(b"GenuineIntel"), &template, TWO).unwrap();
+    assert_eq!(features(&there), features(&here));
+    assert_eq!(find(&there, 0xD, 0).eax, find(&here, 0xD, 0).eax, "the save area follows");
+    assert!(admit(&save(&there), &here).is_ok() && admit(&save(&here), &there).is_ok());
+    let mut elsewhere = here.clone();
+    elsewhere
+        .iter_mut()
+        .filter(|entry| (entry.function, entry.index) == (0xD, 2))
+        .for_each(|part| part.ebx += 64);
+    let refused = admit(&save(&there), &elsewhere).unwrap_err().to_string();
+    assert!(refused.contains("a part of the extended state in its place"), "{refused}");
+    let name = find(&there, 0x8000_0002, 0);
+    assert_eq!(name.eax.to_le_bytes(), *b"Toft");
+
+    let lists = [("aes", "aes"), ("tsc_deadline", "tsc_deadline"), ("warp_drive", "warp_drive")];
+    for (more, lacks) in lists {
+        let template = Template::Features(list.iter().cloned().chain([more.to_owned()]).collect());
+        let lacking = shape(&poor, &template, no_deadline).unwrap_err();
+        assert_eq!(lacking.features, [lacks]);
+        assert!(lacking.to_string().starts_with("KVM on this host cannot show a processor with these"));
+    }
+}
+
+#[test]
+fn a_processor_says_its_vendor_and_its_protections() {
+    let offer = boastful(b"AuthenticAMD");
+    assert_eq!((vendor(&offer).as_str(), vendor(&[]).as_str()), ("AuthenticAMD", ""));
+    let shown = shape(&offer, &Template::X86_64V2, TWO).unwrap();
+    assert!(protections(&shown).is_superset(&["ibpb", "smep", "spec_ctrl"].into()));
+    assert!(!protections(&shown).contains("sse3"));
 }
 
 #[test]
 fn the_save_area_holds_what_is_kept_and_no_tiles() {
-    let entries = shape(&boastful(b"GenuineIntel"), Template::Host, TWO).unwrap();
+    let entries = shape(&boastful(b"GenuineIntel"), &Template::Host, TWO).unwrap();
     let area = find(&entries, 0xD, 0);
     assert_eq!(area.eax, 0b10_1110_0111);
     assert_eq!(area.ecx, 2696);
     assert!(entries.iter().all(|entry| entry.function != 0xD || entry.index < 17));
     assert_eq!(find(&entries, 0xD, 1).ecx, 0, "no supervisor states");
-    let entries = shape(&boastful(b"GenuineIntel"), Template::X86_64V3, TWO).unwrap();
+    let entries = shape(&boastful(b"GenuineIntel"), &Template::X86_64V3, TWO).unwrap();
     assert_eq!((find(&entries, 0xD, 0).eax, find(&entries, 0xD, 0).ecx), (0b111, 832));
 }
 
@@ -147,7 +192,7 @@ fn the_save_area_holds_what_is_kept_and_no_tiles() {
 fn every_processor_finds_itself_in_one_socket_of_cores() {
     for count in [1, 2, 3, 4, 32] {
         let processors = Processors { count, tsc_deadline: true };
-        let entries = shape(&boastful(b"GenuineIntel"), Template::Host, processors).unwrap();
+        let entries = shape(&boastful(b"GenuineIntel"), &Template::Host, processors).unwrap();
         for index in [0, count - 1] {
             let own = for_processor(&entries, index);
             let one = find(&own, 1, 0);
@@ -168,7 +213,7 @@ fn every_processor_finds_itself_in_one_socket_of_cores() {
 #[test]
 fn an_amd_guest_finds_the_same_in_its_own_leaves() {
     let processors = Processors { count: 4, tsc_deadline: true };
-    let entries = shape(&boastful(b"AuthenticAMD"), Template::Host, processors).unwrap();
+    let entries = shape(&boastful(b"AuthenticAMD"), &Template::Host, processors).unwrap();
     let own = for_processor(&entries, 3);
     assert_eq!(find(&own, 0x8000_0008, 0).ecx, 3 | 2 << 12);
     assert_eq!(find(&own, 0x8000_0001, 0).ecx & 2, 2);
@@ -178,7 +223,7 @@ fn an_amd_guest_finds_the_same_in_its_own_leaves() {
 
 #[test]
 fn ranges_end_where_their_heads_say() {
-    let entries = shape(&boastful(b"GenuineIntel"), Template::Host, TWO).unwrap();
+    let entries = shape(&boastful(b"GenuineIntel"), &Template::Host, TWO).unwrap();
     for (head, last) in [(0, 0x1F), (HYPERVISOR, KVM_FEATURES), (EXTENDED, 0x8000_0008)] {
         assert_eq!(find(&entries, head, 0).eax, last);
     }
@@ -190,7 +235,7 @@ fn the_deadline_timer_shows_only_where_kvm_has_it() {
     let processors = Processors { count: 1, tsc_deadline: false };
     let mut offer = boastful(b"GenuineIntel");
     offer.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| entry.ecx &= !(1 << 24));
-    let entries = shape(&offer, Template::Host, processors).unwrap();
+    let entries = shape(&offer, &Template::Host, processors).unwrap();
     assert_eq!(find(&entries, 1, 0).ecx >> 24 & 1, 0);
     assert_eq!(find(&entries, 1, 0).ecx >> 31, 1);
 }

@@ -178,7 +178,7 @@ impl Shell {
             ));
         }
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
-        let ready = self.ready.take_if(|ready| ready.fits(spec.chassis()));
+        let ready = self.ready.take_if(|ready| ready.fits(&spec.chassis()));
         self.machine = Some(Machine::build(&self.host, spec, descriptors, &self.bell, ready)?);
         self.is_unbegun = true;
         Ok(())
@@ -200,7 +200,7 @@ impl Shell {
             ));
         }
         spec.check(descriptors.len()).map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
-        let ready = self.ready.take_if(|ready| ready.fits(spec.machine.chassis()));
+        let ready = self.ready.take_if(|ready| ready.fits(&spec.machine.chassis()));
         self.machine = Some(Machine::restore(&self.host, spec, descriptors, &self.bell, ready)?);
         self.has_built = true;
         self.tell_all(&Notice::Restored);

@@ -23,13 +23,14 @@ pub(crate) struct Chassis {
 impl Chassis {
     /// Builds one whose memory is all zeros. `size` has been checked.
     pub(crate) fn new(host: &Host, size: machine::Chassis) -> Result<Chassis, Error> {
-        Chassis::around(host, size, memory::new(size.memory_bytes)?)
+        let ram = memory::new(size.memory_bytes)?;
+        Chassis::around(host, size, ram)
     }
 
     /// Builds one around memory that is there.
     pub(super) fn around(host: &Host, size: machine::Chassis, ram: Arc<Ram>) -> Result<Chassis, Error> {
         let vm = Vm::new(host, Arc::clone(&ram), Irqchip::Kernel)?;
-        let shown = offered(host, size)?;
+        let shown = offered(host, &size)?;
         let mut vcpus = Vec::new();
         for index in 0..size.vcpus {
             let vcpu = Vcpu::new(&vm, index)?;
@@ -65,8 +66,8 @@ impl Chassis {
     }
 
     /// Whether a machine of this size can be built on it.
-    pub(crate) fn fits(&self, size: machine::Chassis) -> bool {
-        self.size == size
+    pub(crate) fn fits(&self, size: &machine::Chassis) -> bool {
+        self.size == *size
     }
 
     /// The guest's clock starts with its machine, however long this has waited.
@@ -77,12 +78,12 @@ impl Chassis {
 }
 
 /// What CPU a guest could see here.
-fn offered(host: &Host, size: machine::Chassis) -> Result<Vec<cpuid::Entry>, Error> {
+fn offered(host: &Host, size: &machine::Chassis) -> Result<Vec<cpuid::Entry>, Error> {
     if usize::from(size.vcpus) > host.vcpus_max() {
         let detail =
             format!("{} vCPUs; KVM on this host gives a machine at most {}", size.vcpus, host.vcpus_max());
         return Err(Error::Invalid { field: "/vcpus".to_owned(), detail });
     }
     let processors = cpuid::Processors { count: size.vcpus, tsc_deadline: host.has("TSC_DEADLINE_TIMER") };
-    cpuid::shape(&host.supported_cpuid()?, translate::template(size.cpu), processors).map_err(Error::Cpu)
+    cpuid::shape(&host.supported_cpuid()?, &translate::template(&size.cpu), processors).map_err(Error::Cpu)
 }

@@ -4,11 +4,12 @@ use devices::virtio::block;
 use kvm::cpuid::Template;
 use wire::machine::{Access, CacheMode, CpuTemplate, RateLimits, TokenBucket};
 
-pub(super) fn template(template: CpuTemplate) -> Template {
+pub(crate) fn template(template: &CpuTemplate) -> Template {
     match template {
         CpuTemplate::Host => Template::Host,
         CpuTemplate::X86_64V2 => Template::X86_64V2,
         CpuTemplate::X86_64V3 => Template::X86_64V3,
+        CpuTemplate::Features(names) => Template::Features(names.clone()),
     }
 }
 

@@ -13,7 +13,7 @@ fn offer() -> Offer {
         cpu: OfferedCpu {
             template: CpuTemplate::Host,
             vendor: "GenuineIntel".to_owned(),
-            features: vec!["sse4_2".to_owned()],
+            features: ["sse4_2".to_owned()].into(),
             tsc_khz: None,
         },
         image: Digest([7; 32]),
@@ -78,14 +78,16 @@ fn a_message_that_no_reader_would_take_is_not_sent() {
 #[test]
 fn an_offer_beyond_any_bound_is_no_message() {
     type Spoil = fn(&mut Offer);
-    let cases: [Spoil; 13] = [
+    let cases: [Spoil; 15] = [
         |o| o.server.clear(),
         |o| o.name = "x".repeat(200),
         |o| o.image_name.clear(),
         |o| o.vcpus = 0,
         |o| o.vcpus = VCPUS_MAX + 1,
         |o| o.memory_bytes = MEMORY_BYTES_MAX + 1,
-        |o| o.cpu.features = vec!["x".to_owned(); FEATURES_MAX + 1],
+        |o| o.cpu.features = (0..=CPU_FEATURES_MAX).map(|at| format!("f{at}")).collect(),
+        |o| o.cpu.features = ["sse 4".to_owned()].into(),
+        |o| o.cpu.template = CpuTemplate::Features([String::new()].into()),
         |o| o.cpu.vendor = "x".repeat(200),
         |o| o.disks = vec![o.disks[0].clone(); DISKS_MAX + 1],
         |o| o.nics = vec![o.nics[0].clone(); NICS_MAX + 1],

@@ -540,7 +540,7 @@ async fn taking(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<link:
     source::greet(&mut link, ticket.secret).await.unwrap();
     let (id, dirs) = (pair.server, pair.source.migrations().core.dirs.clone());
     let look = move |connection: &rusqlite::Connection| {
-        let offer = source::offer(connection, &dirs, id, (Cpu::of_host()?, Clock::default()))?;
+        let offer = source::offer(connection, &dirs, id, crate::cpu::Known::default())?;
         let record = crate::store::records::one(connection, id.0)?;
         Ok((offer, moving::parcel::Packed::of(connection, record)?))
     };

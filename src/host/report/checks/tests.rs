@@ -109,5 +109,4 @@ fn the_real_host_can_be_read_and_is_left_alone() {
     let names: Vec<String> = system.checks(directory.path()).into_iter().map(|check| check.name).collect();
     assert!(names.contains(&"reflink".to_owned()));
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
-    assert!(!system.cpu_model().is_empty());
 }

@@ -8,6 +8,7 @@ use model::{Labels, Name, ServerId, Time};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
+use wire::peer::OfferedCpu;
 
 use crate::error::{Error, Result};
 use crate::network::Networks;
@@ -174,7 +175,7 @@ impl Packed {
     pub(crate) fn check(&self) -> Result<()> {
         use model::limits as bounds;
         let mut faults = Faults::default();
-        faults.machine(Some(self.vcpus), Some(self.memory_bytes));
+        faults.machine(Some(self.vcpus), Some(self.memory_bytes), Some(&self.cpu));
         faults.description(&self.description);
         faults.external_ref(self.external_ref.as_deref());
         faults.keys(&self.ssh_keys);
@@ -222,20 +223,25 @@ impl Packed {
         faults.end()
     }
 
-    /// The records it becomes on this host, which has `image`. Its volumes are empty yet. `tsc_khz` is how fast its guest's time
-    /// stamp counter runs, if it has a memory.
+    /// The records it becomes on this host, which has `image`. Its volumes are empty yet. `shown` is the
+    /// processor that its guest goes on with, if it has a memory.
     pub(crate) fn unpacked(
         self,
         connection: &Connection,
         image: &Image,
-        tsc_khz: Option<u32>,
+        shown: &OfferedCpu,
     ) -> Result<(ServerRecord, Vec<Volume>)> {
         let (id, now) = (self.id, Time::now());
         let is_live = self.is_live();
         let booted_ms = self.started_at.filter(|_| is_live).map(|at| at.unix_ms());
-        let held = match is_live {
-            true => Held { memory_bytes: self.memory_bytes, vcpus: self.vcpus, cpu: Some(self.cpu), tsc_khz },
-            false => Held { tsc_khz, ..Held::default() },
+        let goes_on = is_live || self.saved.is_some();
+        let (memory_bytes, vcpus) = if is_live { (self.memory_bytes, self.vcpus) } else { (0, 0) };
+        let held = Held {
+            memory_bytes,
+            vcpus,
+            cpu: is_live.then(|| self.cpu.clone()),
+            tsc_khz: shown.tsc_khz,
+            features: goes_on.then(|| shown.features.clone()).filter(|features| !features.is_empty()),
         };
         let (mut disks, mut volumes) = (Vec::new(), Vec::new());
         for PackedDisk { volume, cache, limits } in self.disks {
