@@ -40,7 +40,7 @@ const CASES: [Case; 3] = [
 ];
 
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
-    let directory = tempfile::Builder::new().prefix("toft-bench").tempdir_in("/var/tmp").unwrap();
+    let directory = tempfile::tempdir_in(&ground.files).unwrap();
     let path = directory.path().join("disk");
     write_disk(&path);
     let words = CASES.map(|case| case.word);

@@ -27,13 +27,17 @@ pub(crate) struct Ground {
     pub(crate) kvm: KvmKind,
     /// The directory of `toft`, `toftd` and `toft-vmm`.
     pub(crate) binaries: PathBuf,
+    /// Where disks and daemons have their files: on a file system that nothing else uses, where scripts/lib/own-disk has
+    /// made one, else on the host's. Not `/tmp`, which may be memory and holds everybody's.
+    pub(crate) files: PathBuf,
 }
 
 impl Ground {
     pub(crate) fn new(effort: Effort) -> Ground {
         let binaries = given("TOFT_BIN");
         let kvm = kvm_kind(&binaries.join("toft-vmm"));
-        Ground { effort, kvm, binaries }
+        let files = std::env::var_os("TOFT_BENCH_DIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+        Ground { effort, kvm, binaries, files }
     }
 
     /// The probe guest's ELF file.
@@ -90,8 +94,9 @@ impl Ground {
             Effort::Full => "",
             Effort::Smoke => "\nA smoke run: these figures mean nothing.",
         };
+        let files = std::env::var("TOFT_BENCH_FILES").unwrap_or_else(|_| "the host's own".to_owned());
         format!(
-            "{model}, {} CPUs, {} GiB, Linux {}; KVM {kind}.{effort}",
+            "{model}, {} CPUs, {} GiB, Linux {}; KVM {kind}.\nFile system of disks and daemons: {files}.{effort}",
             cpuinfo.matches("processor\t:").count(),
             kib >> 20,
             read("/proc/sys/kernel/osrelease").trim()

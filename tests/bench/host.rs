@@ -23,9 +23,6 @@ const SOON: Duration = Duration::from_secs(60);
 /// instead costs more: closing it waits for the kernel's readers, some 10 ms.
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
-/// Where the daemon's directories are made: on a disk, where `/tmp` may be memory and holds everybody's files.
-const BASE: &str = "/var/tmp";
-
 /// Bytes of the image's disk.
 const DISK_BYTES: usize = 1 << 20;
 
@@ -67,8 +64,8 @@ impl Host {
     fn start_as(ground: &Ground, warm_shells: usize, waits: Option<(SocketAddr, Option<u32>)>) -> Host {
         // Every user must be able to reach dnsmasq's files.
         let everyone = std::fs::Permissions::from_mode(0o755);
-        let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in(BASE);
-        let base = base.expect("a directory below /var/tmp");
+        let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in(&ground.files);
+        let base = base.expect("a directory where scripts/bench says");
         let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells, waits };
         host.open();
         host.import(ground, "idle", "halt");

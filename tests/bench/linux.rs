@@ -42,7 +42,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         );
         return report.skipped("linux", &why);
     }
-    let directory = tempfile::Builder::new().prefix("toft-bench").tempdir_in("/var/tmp").unwrap();
+    let directory = tempfile::tempdir_in(&ground.files).unwrap();
     let peers: Vec<Vmm> = Vmm::PEERS.into_iter().filter(|vmm| ground.on_path(vmm.who()).is_some()).collect();
     let linux = Linux {
         ground,

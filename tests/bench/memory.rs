@@ -85,7 +85,7 @@ impl Server {
 type Start = fn(&Ground, &Path, usize) -> Server;
 
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
-    let directory = tempfile::Builder::new().prefix("toft-bench").tempdir_in("/var/tmp").unwrap();
+    let directory = tempfile::tempdir_in(&ground.files).unwrap();
     let disk = directory.path().join("disk");
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     // Pages of a program that was just built count as dirty until they are on the disk.
