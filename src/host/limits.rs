@@ -17,6 +17,10 @@ pub const READERS_MAX: usize = 4;
 /// What each connection keeps of the database, in KiB: the upper levels of its trees. The kernel keeps the rest for all of them.
 pub const DATABASE_CACHE_KB: i64 = 512;
 
+/// Length of the write-ahead log from the beginning, in bytes: SQLite begins again at its front after 1,000 pages of 4 KiB, each
+/// with a header of 24 bytes, and the transaction that passes that limit may be a large one.
+pub const LOG_BYTES: u64 = 5 << 20;
+
 /// Statements that each connection keeps compiled: more than one journey of a server has, or each pass compiles all of them anew.
 pub const STATEMENTS_KEPT: usize = 96;
 

@@ -82,10 +82,22 @@ fn a_full_disk_refuses_what_needs_room_and_nothing_else() {
         stage.fails(&import, 6, "disk_full", &["delete volumes or images, or add space"]);
         stage.same_as(&before, "an import that filled the disk");
 
-        // Not even the records can be written.
+        // Nothing is left, but records have their room.
         fill(&state, 0);
-        for refused in [&import[..], &create("late", &[]), &["--wait", "network", "create", "x"]] {
-            let words = ["delete volumes or images, or add space"];
+        let words = ["delete volumes or images, or add space"];
+        for refused in [&import[..], &create("late", &[])] {
+            stage.fails(refused, 6, "disk_full", &words);
+        }
+        stage.ok(&["--wait", "network", "create", "x"]);
+
+        // A daemon that begins on a full disk leaves what there is, and then not even the records can be written.
+        images::cut(&state.join("filler"), 0);
+        stage.stop();
+        fill(&state, 1 << 20);
+        stage.start();
+        fill(&state, 0);
+        let before = stage.look();
+        for refused in [&import[..], &create("late", &[]), &["--wait", "network", "create", "y"]] {
             stage.fails(refused, 6, "disk_full", &words);
         }
         assert_eq!(stage.json(&["server", "show", "runs"])["state"], "running");

@@ -5,7 +5,7 @@
 //! after the commit, never before.
 use std::cell::RefCell;
 use std::fs::{File, Permissions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use crate::core::{Checkpoint, Fate};
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::volumes::space;
 
 #[cfg(debug_assertions)]
 mod late;
@@ -105,6 +106,10 @@ impl Store {
             keep_to_owner(&path)?;
             let mut writer = connect(&path)?;
             schema::migrate(&mut writer)?;
+            // Without it the records are as safe.
+            if let Err(cause) = lengthen_log(&path) {
+                tracing::info!("the write-ahead log grows with each commit: {}", cause.chain());
+            }
             let last_event =
                 writer.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| row.get(0))?;
             let watcher = Watcher::open(&path)?;
@@ -340,9 +345,7 @@ fn keep_to_owner(path: &Path) -> Result<()> {
         .open(path)
         .map_err(|cause| failed(path, cause))?;
     for suffix in ["", "-wal", "-shm"] {
-        let mut name = path.as_os_str().to_owned();
-        name.push(suffix);
-        let path = PathBuf::from(name);
+        let path = beside(path, suffix);
         match std::fs::set_permissions(&path, Permissions::from_mode(OWNER_ONLY)) {
             Err(cause) if cause.kind() != ErrorKind::NotFound => return Err(failed(&path, cause)),
             _ => (),
@@ -352,6 +355,27 @@ fn keep_to_owner(path: &Path) -> Result<()> {
 }
 
 const OWNER_ONLY: u32 = 0o600;
+
+/// A file of SQLite's beside the database.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Makes the write-ahead log as long as it grows between two checkpoints, with zeroes: what is committed then goes where the
+/// file has room on the disk already. A file system with a journal would commit each time that the file got longer. Zeroes are
+/// the end of what SQLite takes for valid, since no frame has that checksum, and it begins again at the front without
+/// making the file shorter (sqlite.org/walformat.html). So records have room on a disk that is full, too, unless it is so
+/// from the beginning. Appended, so that nothing another process writes meanwhile is lost. Repeatable.
+fn lengthen_log(path: &Path) -> Result<()> {
+    let path = beside(path, "-wal");
+    let failed = |cause| Error::file(format!("cannot lengthen {}", path.display()), cause);
+    let mut log = File::options().append(true).open(&path).map_err(failed)?;
+    let missing = limits::LOG_BYTES.saturating_sub(log.metadata().map_err(failed)?.len());
+    space::check(path.parent().unwrap_or(&path), missing, 0)?;
+    io::copy(&mut io::repeat(0).take(missing), &mut log).and_then(|_| log.sync_all()).map_err(failed)
+}
 
 fn connect(path: &Path) -> Result<Connection> {
     let flags =

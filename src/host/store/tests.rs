@@ -108,6 +108,37 @@ async fn what_is_committed_is_there_after_a_restart() {
 }
 
 #[tokio::test]
+async fn the_log_is_as_long_as_it_gets_from_the_beginning_and_zeroes_behind_its_end_are_no_records() {
+    let (before, after) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let [path, later] = [&before, &after].map(|directory| directory.path().join("toft.db"));
+    let length = |path: &Path| std::fs::metadata(beside(path, "-wal")).unwrap().len();
+    let store = Store::open(&path, Arc::new(AlwaysLive)).await.unwrap();
+    assert_eq!(length(&path), limits::LOG_BYTES);
+    let things: Vec<Thing> = (0..50).map(|at| thing(&format!("thing-{at}"), &[])).collect();
+    for thing in things.clone() {
+        store.write(move |tx| records::insert(tx, &thing)).await.unwrap();
+    }
+    assert_eq!(length(&path), limits::LOG_BYTES);
+    // As a daemon leaves it that is killed.
+    for suffix in ["", "-wal"] {
+        std::fs::copy(beside(&path, suffix), beside(&later, suffix)).unwrap();
+    }
+    let store = Store::open(&later, Arc::new(AlwaysLive)).await.unwrap();
+    let mut found = store.read(records::all::<Thing>).await.unwrap();
+    found.sort_by_key(|thing| thing.id);
+    assert_eq!(found, things);
+    // A log that lost its end is made long again, and what it still has is kept.
+    drop(store);
+    std::fs::copy(&path, &later).unwrap();
+    std::fs::copy(beside(&path, "-wal"), beside(&later, "-wal")).unwrap();
+    let log = File::options().write(true).open(beside(&later, "-wal")).unwrap();
+    log.set_len(limits::LOG_BYTES / 2).unwrap();
+    let store = Store::open(&later, Arc::new(AlwaysLive)).await.unwrap();
+    assert_eq!(length(&later), limits::LOG_BYTES);
+    assert_eq!(store.read(records::all::<Thing>).await.unwrap().len(), 50);
+}
+
+#[tokio::test]
 async fn nobody_but_its_owner_reads_the_database_whatever_it_was_before() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("toft.db");

@@ -1,5 +1,5 @@
 //! Whether the disk has room, asked before anything is begun. The answer can be outdated at once, so a disk that
-//! fills up later is handled where it is written to. `volumes` and `images` ask.
+//! fills up later is handled where it is written to. `volumes`, `images` and `store` ask.
 use std::path::Path;
 
 use model::Code;
