@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::future;
 use model::server::Isolation;
 use model::{Code, ServerId, Time};
 use sys::beneath::Access;
@@ -120,21 +121,20 @@ impl Doing {
                 self.make_directory().await?;
                 // A daemon may have died here before the start was called off.
                 self.undo_vmm().await?;
-                return self.fill().await.map(|volumes| Event::Made { volumes, vmm: None });
+                return self.fill(Vec::new()).await.map(|volumes| Event::Made { volumes, vmm: None });
             }
-            // Only the machine needs both, and filling waits for the disk most of the time.
-            let (done, filled) = oneshot::channel();
-            let filling = async {
-                // Whoever failed meanwhile does not listen.
-                self.fill().await.inspect(|_| {
-                    let _ = done.send(Content::Filled);
-                })
-            };
+            // Only the machine needs both, and filling waits for the disk most of the time: until the volumes are flushed, when
+            // the machine may be built already. It does not run before all of that is recorded.
+            let disks = &self.record.disks;
+            let (placed, filled): (Vec<_>, Vec<_>) = disks.iter().map(|_| oneshot::channel()).unzip();
             let starting = async {
-                let unfilled = |_| Error::new(Code::Draining, "the volumes were not filled");
-                self.vmm(cell, async { filled.await.map_err(unfilled) }).await
+                let filled = async {
+                    let unfilled = |_| Error::new(Code::Draining, "the volumes were not filled");
+                    future::try_join_all(filled).await.map(|_| Content::Filled).map_err(unfilled)
+                };
+                self.vmm(cell, filled).await
             };
-            let (volumes, vmm) = tokio::join!(filling, starting);
+            let (volumes, vmm) = tokio::join!(self.fill(placed), starting);
             Ok(Event::Made { volumes: volumes?, vmm: Some(vmm?) })
         };
         let outcome = made.await;
@@ -155,14 +155,16 @@ impl Doing {
         self.workshop.core.checkpoint("server.directory_made")
     }
 
-    async fn fill(&self) -> Result<Vec<Filled>> {
-        let moved = Moved::default();
+    /// Fills the volumes; of each, `placed` is told when its file is whole.
+    async fn fill(&self, placed: Vec<oneshot::Sender<()>>) -> Result<Vec<Filled>> {
+        let (moved, mut placed) = (Moved::default(), placed.into_iter());
         let filling = async {
             let mut volumes = Vec::new();
             for disk in &self.record.disks {
                 let stopped = || self.stop.load(Ordering::SeqCst);
                 let note = |done: u64, total: u64| moved.note(done, total);
-                volumes.extend(self.workshop.volumes.fill(disk.volume_id, &stopped, &note).await?);
+                let filled = self.workshop.volumes.fill(disk.volume_id, &stopped, &note, placed.next());
+                volumes.extend(filled.await?);
                 self.workshop.core.checkpoint("server.volume_filled")?;
             }
             Ok(volumes)

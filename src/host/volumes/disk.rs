@@ -10,6 +10,7 @@ use std::time::Instant;
 use model::volume::FillMethod;
 use model::{Code, VolumeId};
 use sys::beneath::{self, Access};
+use tokio::sync::oneshot;
 
 use super::files::{Durability, Unfinished};
 use super::fill::{Watch, fill, share};
@@ -28,6 +29,8 @@ pub(super) struct NewFile {
     pub(super) size_bytes: u64,
     /// What it is to outlive.
     pub(super) durability: Durability,
+    /// Told when it lies there whole, which may be long before it outlives what it is to.
+    pub(super) placed: Option<oneshot::Sender<()>>,
 }
 
 /// Makes a file and says how it was filled. When this fails nothing lies there.
@@ -41,7 +44,7 @@ pub(super) async fn make(
     let _stop = StopOnDrop(watch.clone());
     let shared = watch.clone();
     let shown = new.place.display().to_string();
-    let mut work = tokio::task::spawn_blocking(move || make_now(&new, &shared));
+    let mut work = tokio::task::spawn_blocking(move || make_now(new, &shared));
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let outcome = loop {
         tokio::select! {
@@ -64,7 +67,7 @@ pub(super) async fn make(
     }
 }
 
-fn make_now(new: &NewFile, watch: &Watch) -> io::Result<FillMethod> {
+fn make_now(new: NewFile, watch: &Watch) -> io::Result<FillMethod> {
     let mut unfinished = Unfinished::create(&new.place)?;
     let method = match &new.source {
         Some(source) => fill(source, unfinished.file(), new.size_bytes, watch)?,
@@ -74,9 +77,15 @@ fn make_now(new: &NewFile, watch: &Watch) -> io::Result<FillMethod> {
         }
     };
     watch.check()?;
+    let placed = || {
+        if let Some(placed) = new.placed {
+            // Whoever waited may have gone.
+            let _ = placed.send(());
+        }
+    };
     match new.durability {
-        Durability::Power => unfinished.finish_in_place()?,
-        Durability::Process => unfinished.take_place()?,
+        Durability::Power => unfinished.finish_in_place(placed)?,
+        Durability::Process => unfinished.take_place().map(|()| placed())?,
     }
     Ok(method)
 }

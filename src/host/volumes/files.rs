@@ -89,11 +89,12 @@ impl Unfinished {
         sync_parent(&place)
     }
 
-    /// Gives it its place, then flushes both: for whoever looks at the file only when that is recorded. The file system
-    /// writes name and content down in one go, where [`Unfinished::finish`] waits for two.
-    pub(crate) fn finish_in_place(self) -> io::Result<()> {
+    /// Gives it its place, says so, then flushes both: for whoever vouches for the file only when that is done. The file
+    /// system writes name and content down in one go, where [`Unfinished::finish`] waits for two.
+    pub(crate) fn finish_in_place(self, placed: impl FnOnce()) -> io::Result<()> {
         let (file, place) = (self.file.try_clone()?, self.place.clone());
         self.take_place()?;
+        placed();
         file.sync_all().and_then(|()| sync_parent(&place)).inspect_err(|_| {
             // Whoever begins again replaces what cannot be removed now.
             let _ = fs::remove_file(&place);

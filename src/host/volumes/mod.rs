@@ -15,6 +15,7 @@ use model::snapshot::SnapshotVolume;
 use model::volume::{FillMethod, PatchVolume, Volume, VolumeFormat, VolumeState};
 use model::{Code, ImageId, Labels, Name, OperationId, ServerId, SnapshotId, Time, VolumeId};
 use rusqlite::Connection;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::call::{Answer, Call};
@@ -101,7 +102,7 @@ pub struct Filled {
 pub(crate) enum Content {
     /// Its record says so.
     Recorded,
-    /// The caller has just filled it, and records that before a guest writes to it.
+    /// The caller has just filled it, and records that before a guest writes to it; it may not be flushed yet.
     Filled,
 }
 
@@ -259,8 +260,9 @@ impl Volumes {
         if volume.state != VolumeState::Creating || place.exists() {
             return Ok(());
         }
-        let (source, size_bytes, durability) = (None, volume.size_bytes, files::Durability::Power);
-        disk::make(disk::NewFile { place, source, size_bytes, durability }, &|| false, &|_, _| {}).await?;
+        let size_bytes = volume.size_bytes;
+        let new = NewFile { place, source: None, size_bytes, durability: Durability::Power, placed: None };
+        disk::make(new, &|| false, &|_, _| {}).await?;
         self.core.checkpoint("volume.made_empty")
     }
 
@@ -314,15 +316,21 @@ impl Volumes {
     }
 
     /// For `servers`: makes the file, for [`Volumes::complete`]. Repeatable; does nothing when it is ready. Looks
-    /// at `cancelled` between pieces and then fails with `draining`; `progress` takes bytes done and in all.
+    /// at `cancelled` between pieces and then fails with `draining`; `progress` takes bytes done and in all. `placed` is told
+    /// when the file lies there whole; that it outlives a loss of power is only true when this has returned.
     pub(crate) async fn fill(
         &self,
         id: VolumeId,
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
+        placed: Option<oneshot::Sender<()>>,
     ) -> Result<Option<Filled>> {
         let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Creating {
+            if let Some(placed) = placed {
+                // Whoever waited may have gone.
+                let _ = placed.send(());
+            }
             return Ok(None);
         }
         let source = match (volume.snapshot_id, volume.image_id) {
@@ -331,7 +339,8 @@ impl Volumes {
             (None, None) => None,
         };
         let place = self.core.dirs.volume(id);
-        let new = NewFile { place, source, size_bytes: volume.size_bytes, durability: Durability::Power };
+        let (size_bytes, durability) = (volume.size_bytes, Durability::Power);
+        let new = NewFile { place, source, size_bytes, durability, placed };
         let method = disk::make(new, cancelled, progress).await?;
         self.core.checkpoint("volume.filled")?;
         Ok(Some(Filled { id, method }))
@@ -382,7 +391,7 @@ impl Volumes {
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<FillMethod> {
         let source = Some(Layers::one(source));
-        let new = NewFile { place, source, size_bytes, durability: Durability::Process };
+        let new = NewFile { place, source, size_bytes, durability: Durability::Process, placed: None };
         disk::make(new, cancelled, progress).await
     }
 
@@ -398,7 +407,8 @@ impl Volumes {
     ) -> Result<()> {
         let source = self.snapshot_disk(snapshot, index).await?;
         let place = files::beside(&self.core.dirs.volume(id));
-        let new = NewFile { place, source: Some(source), size_bytes, durability: Durability::Power };
+        let (source, durability) = (Some(source), Durability::Power);
+        let new = NewFile { place, source, size_bytes, durability, placed: None };
         disk::make(new, cancelled, progress).await.map(drop)
     }
 
