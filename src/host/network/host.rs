@@ -21,7 +21,7 @@ use super::elements::Elements;
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
 use super::nft::{self, Applied};
-use super::plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
 use crate::core::{AlwaysLive, Checkpoint};
 
@@ -42,6 +42,8 @@ struct State {
     wanted: Wanted,
     /// Uplinks of the rules in force.
     uplinks: Vec<String>,
+    /// Ports of bridges that these keep from the host.
+    foreign: Vec<Foreign>,
 }
 
 impl HostPlumbing {
@@ -89,7 +91,8 @@ impl HostPlumbing {
             let ready = match links.ensure_bridge(segment).await {
                 Ok(()) => {
                     self.did("network.bridge_made");
-                    self.ensure_served(segment, &ports).await
+                    let served = self.ensure_served(segment, &ports).await;
+                    served.and(links.ensure_device(segment).await)
                 }
                 Err(trouble) => Err(trouble),
             };
@@ -102,7 +105,9 @@ impl HostPlumbing {
 
     async fn ensure_rules(&self, state: &mut State, wanted: &Wanted) -> Result<Links, PlumbingError> {
         let links = Links::open()?;
-        if wanted.segments.is_empty() {
+        let foreign = links.foreign(&wanted.segments).await?;
+        // The bridge of a network that is being deleted may be there still.
+        if wanted.segments.is_empty() && foreign.is_empty() {
             self.clear_rules(state).await?;
             return Ok(links);
         }
@@ -113,11 +118,12 @@ impl HostPlumbing {
         let mut in_force = wanted.clone();
         // A server that is off has no tap, and nothing that speaks in its name; plugging it in lets it.
         in_force.ports.retain(|port| if_nametoindex(port.tap().as_str()).is_ok());
-        nft::apply(&rules::ruleset(&in_force, &planned)).await?;
+        nft::apply(&rules::ruleset(&in_force, &planned, &foreign)).await?;
         self.did("network.ruled");
         self.forwarding.switch_on(&planned).map_err(forwarding_trouble)?;
         state.wanted = in_force;
         state.uplinks = planned;
+        state.foreign = foreign;
         Ok(links)
     }
 
@@ -128,6 +134,7 @@ impl HostPlumbing {
         self.forwarding.restore().map_err(forwarding_trouble)?;
         state.wanted = Wanted::default();
         state.uplinks.clear();
+        state.foreign.clear();
         Ok(())
     }
 
@@ -177,7 +184,7 @@ impl HostPlumbing {
             let mut wanted = state.wanted.clone();
             wanted.ports.retain(|known| known.mac != port.mac);
             wanted.ports.push(port.clone());
-            nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
+            nft::apply(&rules::ruleset(&wanted, &state.uplinks, &state.foreign)).await?;
         }
         state.wanted.ports.retain(|known| known.mac != port.mac);
         state.wanted.ports.push(port.clone());
@@ -203,15 +210,17 @@ impl HostPlumbing {
         self.dnsmasq(segment.id).remove().await?;
         self.did("network.dnsmasq_removed");
         self.served.lock().await.remove(&segment.id);
-        Links::open()?.remove_bridge(&segment).await?;
+        let links = Links::open()?;
+        links.remove_bridge(&segment).await?;
         self.did("network.bridge_removed");
         let mut wanted = state.wanted.clone();
         wanted.segments.retain(|other| other.id != segment.id);
         wanted.ports.retain(|port| port.network != segment.id);
-        if wanted.segments.is_empty() {
+        state.foreign = links.foreign(&wanted.segments).await?;
+        if wanted.segments.is_empty() && state.foreign.is_empty() {
             return self.clear_rules(&mut state).await;
         }
-        nft::apply(&rules::ruleset(&wanted, &state.uplinks)).await?;
+        nft::apply(&rules::ruleset(&wanted, &state.uplinks, &state.foreign)).await?;
         state.wanted = wanted;
         Ok(())
     }

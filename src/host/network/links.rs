@@ -6,15 +6,14 @@ use std::path::Path;
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
 use nix::net::if_::if_nametoindex;
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::AddressMessage;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::address::{AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
 use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
 
 use super::cidr::Cidr;
-use super::mac::Mac;
-use super::plumbing::{PlumbingError, Segment, Surroundings};
+use super::mac::{BRIDGE_PREFIX, Mac, TAP_PREFIX};
+use super::plumbing::{Foreign, PlumbingError, Segment, Surroundings};
 
 /// Shorter prefixes than this are ways out by another name (VPNs split the default route in two), not ranges that
 /// a network must stay clear of.
@@ -38,8 +37,11 @@ impl Drop for Links {
 
 struct Device {
     index: u32,
+    /// The first of its names, by which rules know it.
+    name: String,
     mac: Option<Mac>,
     is_bridge: bool,
+    is_ethernet: bool,
     /// Index of the bridge or bond that it is part of.
     controller: Option<u32>,
     /// Largest packet in bytes.
@@ -64,7 +66,7 @@ impl Links {
                 .filter_map(destination)
                 .filter(|r| r.prefix() >= RANGE_PREFIX_MIN)
                 .collect(),
-            devices: links.iter().filter_map(|(_, name)| name.clone()).collect(),
+            devices: links.into_iter().map(|device| device.name).collect(),
         })
     }
 
@@ -80,7 +82,8 @@ impl Links {
                 RouteAttribute::Oif(index) => Some(*index),
                 _ => None,
             });
-            let name = links.iter().find(|(index, _)| Some(*index) == out).and_then(|(_, name)| name.clone());
+            let name =
+                links.iter().find(|device| Some(device.index) == out).map(|device| device.name.clone());
             uplinks.extend(name.filter(|name| !uplinks.contains(name)));
         }
         Ok(uplinks)
@@ -118,38 +121,74 @@ impl Links {
         request.execute().await.map_err(|cause| failed("give an address to", name, cause))?;
         let up = LinkUnspec::new_with_index(index).mtu(segment.mtu.into()).up().build();
         self.handle.link().change(up).execute().await.map_err(|cause| failed("bring up", name, cause))?;
-        match &segment.host_device {
-            Some(device) => self.ensure_joined(device, index, segment).await,
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    /// Puts a device of the host on the bridge of a network that goes on behind it, and brings it up. One that the host
-    /// uses itself is left alone: it would be cut off.
-    async fn ensure_joined(&self, name: &str, bridge: u32, segment: &Segment) -> Result<(), PlumbingError> {
+    /// Puts the device of the host, behind which a network goes on, on its bridge, and brings it up; what else got there that
+    /// is no server's is taken off. The rules that keep the device from the host are in force.
+    pub(super) async fn ensure_device(&self, segment: &Segment) -> Result<(), PlumbingError> {
+        let Some(name) = &segment.host_device else { return Ok(()) };
+        let Some(bridge) = self.own_bridge(segment).await? else { return Err(vanished(&segment.bridge)) };
+        let device = self.usable(name, segment).await?;
+        for port in self.all_links().await? {
+            let is_strange = port.controller == Some(bridge)
+                && port.index != device.index
+                && !port.name.starts_with(TAP_PREFIX);
+            if is_strange {
+                let alone = LinkUnspec::new_with_index(port.index).nocontroller().build();
+                let taken_off = self.handle.link().change(alone).execute().await;
+                taken_off.map_err(|cause| failed("disconnect", &port.name, cause))?;
+            }
+        }
+        // The host is to hear nothing on it, and say nothing: as on taps.
+        set_switch(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+        let joined = LinkUnspec::new_with_index(device.index).controller(bridge).build();
+        let watched = LinkBridgePort::new(device.index).group_fwd_mask(RESERVED_BUT_PAUSE).build();
+        let up = LinkUnspec::new_with_index(device.index).up().build();
+        for change in [joined, watched, up] {
+            let changed = self.handle.link().change(change).execute().await;
+            changed.map_err(|cause| failed("connect", name, cause))?;
+        }
+        Ok(())
+    }
+
+    /// The device of that name, if a network may have it for itself. One that the host uses is left alone: it would be cut off.
+    async fn usable(&self, name: &str, segment: &Segment) -> Result<Device, PlumbingError> {
         let refuse = |detail: String| Err(PlumbingError::Unprepared(detail));
         let Some(device) = self.find(name).await? else {
             return refuse(format!(
                 "there is no device {name}, behind which the network goes on; connect or make it"
             ));
         };
-        match device.controller {
-            Some(controller) if controller == bridge => {}
-            Some(_) => {
+        if device.name != name {
+            return refuse(format!(
+                "{name} is another name of {own}; make the network with {own}",
+                own = device.name
+            ));
+        }
+        if device.is_bridge || !device.is_ethernet {
+            return refuse(format!(
+                "{name} cannot be part of a bridge; choose a network card, or a VLAN of one"
+            ));
+        }
+        if let Some(controller) = device.controller {
+            let all = self.all_links().await?;
+            let of = all.iter().find(|other| other.index == controller).map_or("", |other| &other.name);
+            if of != segment.bridge {
                 return refuse(format!(
-                    "{name} is part of another bridge or bond; take it out with `ip link set {name} nomaster`"
+                    "{name} is part of {of}; choose another device, or a VLAN of {of}, or take it out with `ip link set \
+                     {name} nomaster`"
                 ));
             }
-            None => {
-                let addresses = self.handle.address().get().set_link_index_filter(device.index).execute();
-                let of_host = |message: &AddressMessage| message.header.family == AddressFamily::Inet;
-                let addresses: Result<Vec<AddressMessage>, _> = addresses.try_collect().await;
-                if addresses.map_err(|cause| failed("look at", name, cause))?.iter().any(of_host) {
-                    return refuse(format!(
-                        "{name} has an address of the host's, which nobody could reach any more; give the network a \
-                         device or a VLAN of its own, or remove the address with `ip address flush dev {name}`"
-                    ));
-                }
+        } else {
+            let addresses = self.handle.address().get().set_link_index_filter(device.index).execute();
+            let addresses: Result<Vec<AddressMessage>, _> = addresses.try_collect().await;
+            let addresses = addresses.map_err(|cause| failed("look at", name, cause))?;
+            if addresses.iter().any(|address| address.header.scope != AddressScope::Link) {
+                return refuse(format!(
+                    "{name} has an address of the host's, which nobody could reach any more; give the network a \
+                     device or a VLAN of its own, or remove the address with `ip address flush dev {name}`"
+                ));
             }
         }
         if device.mtu.is_some_and(|mtu| mtu < segment.mtu.into()) {
@@ -158,8 +197,38 @@ impl Links {
                 mtu = segment.mtu
             ));
         }
-        let joined = LinkUnspec::new_with_index(device.index).controller(bridge).up().build();
-        self.handle.link().change(joined).execute().await.map_err(|cause| failed("connect", name, cause))
+        Ok(device)
+    }
+
+    /// What is to be kept from the host: devices that networks go on behind, where those may have them, and whatever is on one of
+    /// Toft's bridges that is no server's. Only on the bridge of a network without such a device that is the operator's to know.
+    pub(super) async fn foreign(&self, segments: &[Segment]) -> Result<Vec<Foreign>, PlumbingError> {
+        let mut found: Vec<Foreign> = Vec::new();
+        for segment in segments {
+            let Some(name) = &segment.host_device else { continue };
+            match self.usable(name, segment).await {
+                Ok(Device { index, .. }) => {
+                    let gateway = Some((segment.bridge_mac(), segment.cidr.gateway()));
+                    found.push(Foreign { index, gateway });
+                }
+                Err(PlumbingError::Unprepared(_)) => {}
+                Err(trouble) => return Err(trouble),
+            }
+        }
+        let all = self.all_links().await?;
+        for bridge in all.iter().filter(|device| device.is_bridge && device.name.starts_with(BRIDGE_PREFIX)) {
+            let of = segments.iter().find(|segment| segment.bridge == bridge.name);
+            if of.is_some_and(|segment| segment.host_device.is_none()) {
+                continue;
+            }
+            for port in all.iter().filter(|port| port.controller == Some(bridge.index)) {
+                let is_known = found.iter().any(|foreign| foreign.index == port.index);
+                if !is_known && !port.name.starts_with(TAP_PREFIX) {
+                    found.push(Foreign { index: port.index, gateway: None });
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Removes the bridge of a network, if it is there and Toft's.
@@ -223,10 +292,10 @@ impl Links {
         }
     }
 
-    async fn all_links(&self) -> Result<Vec<(u32, Option<String>)>, PlumbingError> {
+    async fn all_links(&self) -> Result<Vec<Device>, PlumbingError> {
         let messages: Result<Vec<LinkMessage>, _> = self.handle.link().get().execute().try_collect().await;
         let messages = messages.map_err(|cause| failed("list", "devices", cause))?;
-        Ok(messages.iter().map(|message| (message.header.index, name(message))).collect())
+        Ok(messages.iter().map(device).collect())
     }
 
     /// IPv4 routes of the main table.
@@ -252,18 +321,20 @@ fn destination(route: &RouteMessage) -> Option<Cidr> {
     })
 }
 
-fn name(message: &LinkMessage) -> Option<String> {
-    message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
-        _ => None,
-    })
-}
-
 fn device(message: &LinkMessage) -> Device {
     let index = message.header.index;
-    let mut device = Device { index, mac: None, is_bridge: false, controller: None, mtu: None };
+    let mut device = Device {
+        index,
+        name: String::new(),
+        mac: None,
+        is_bridge: false,
+        is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        controller: None,
+        mtu: None,
+    };
     for attribute in &message.attributes {
         match attribute {
+            LinkAttribute::IfName(name) => device.name.clone_from(name),
             LinkAttribute::Address(bytes) => device.mac = bytes.as_slice().try_into().ok().map(Mac),
             LinkAttribute::Controller(index) => device.controller = Some(*index).filter(|index| *index > 0),
             LinkAttribute::Mtu(bytes) => device.mtu = Some(*bytes),

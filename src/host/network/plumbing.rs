@@ -90,6 +90,16 @@ impl Segment {
     }
 }
 
+/// A port of a bridge that is neither a server's tap nor the host's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Foreign {
+    /// Number of the device, which it keeps when it is renamed.
+    pub index: u32,
+    /// The gateway of the network that goes on behind it, which nobody there may claim to be; none when nothing is to
+    /// pass, because no network has it.
+    pub gateway: Option<(Mac, Ipv4Addr)>,
+}
+
 /// One interface of one server: the only addresses it may speak with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {

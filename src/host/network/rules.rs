@@ -15,22 +15,24 @@
 //!
 //! Where a network goes on behind a device of the host, the other hosts there have the same gateway, address for address,
 //! and each is its own servers' alone: what comes in through the device reaches servers, never the host, and what the host
-//! says, to DHCP's clients say, goes to servers, never out through the device.
+//! says, to DHCP's clients say, goes to servers, never out through the device. Nobody there is heard as a gateway or as a
+//! DHCP server, and no server's question for one goes there. Devices are named by their numbers: one that is renamed, or
+//! that has several names, is meant all the same. What else is on such a bridge passes nothing.
 
 use std::fmt::Write;
 
 use model::network::NetworkKind;
 
 use super::mac::{BRIDGE_PREFIX, TAP_PREFIX};
-use super::plumbing::{Port, Wanted};
+use super::plumbing::{Foreign, Port, Wanted};
 
 /// Both tables, complete, in place of what they were. One transaction: there is no moment without rules.
 /// `uplinks` are devices whose forwarding Toft switched on: through them the host forwards to Toft's networks
 /// and to nothing else, as before.
-pub fn ruleset(wanted: &Wanted, uplinks: &[String]) -> String {
+pub fn ruleset(wanted: &Wanted, uplinks: &[String], foreign: &[Foreign]) -> String {
     let mut text = removal();
-    bridge_table(&mut text, wanted);
-    inet_table(&mut text, wanted, uplinks);
+    bridge_table(&mut text, &wanted.ports, foreign);
+    inet_table(&mut text, wanted, uplinks, foreign);
     text
 }
 
@@ -46,7 +48,7 @@ fn elements(port: &Port) -> [(&'static str, String); 2] {
     [("senders", format!("\"{tap}\" . {}", port.mac)), ("addresses", format!("\"{tap}\" . {}", port.ipv4))]
 }
 
-fn bridge_table(text: &mut String, Wanted { segments, ports }: &Wanted) {
+fn bridge_table(text: &mut String, ports: &[Port], foreign: &[Foreign]) {
     let mut sets = [String::new(), String::new()];
     for (at, separator) in ports.iter().zip(std::iter::once("").chain(std::iter::repeat(",\n            "))) {
         for (set, (_, element)) in sets.iter_mut().zip(elements(at)) {
@@ -58,11 +60,20 @@ fn bridge_table(text: &mut String, Wanted { segments, ports }: &Wanted) {
         "" => String::new(),
         set => format!("\n        elements = {{\n            {set}\n        }}"),
     });
-    let (mut to_host, mut from_host) = (String::new(), String::new());
-    // Writing to a String cannot fail.
-    for device in segments.iter().filter_map(|segment| segment.host_device.as_ref()) {
-        let _ = writeln!(to_host, "        iifname \"{device}\" counter drop");
-        let _ = writeln!(from_host, "        oifname \"{device}\" counter drop");
+    let (mut in_through, mut to_host, mut out_through, mut from_host) = Default::default();
+    let line = |text: &mut String, rule: String| text.push_str(&format!("        {rule}\n"));
+    for Foreign { index, gateway } in foreign {
+        line(&mut to_host, format!("iif {index} counter drop"));
+        line(&mut from_host, format!("oif {index} counter drop"));
+        let Some((mac, ipv4)) = gateway else {
+            line(&mut in_through, format!("iif {index} counter drop"));
+            line(&mut out_through, format!("oif {index} counter drop"));
+            continue;
+        };
+        line(&mut in_through, format!("iif {index} ether saddr {mac} counter drop"));
+        line(&mut in_through, format!("iif {index} ether type arp arp saddr ip {ipv4} counter drop"));
+        line(&mut in_through, format!("iif {index} jump from_device"));
+        line(&mut out_through, format!("oif {index} ether type ip udp dport 67 counter drop"));
     }
     let _ = write!(
         text,
@@ -77,6 +88,14 @@ table bridge toft {{
     chain from_port {{
         type filter hook prerouting priority -300; policy accept;
         iifname "{TAP_PREFIX}*" jump from_guest
+{in_through}    }}
+    chain from_device {{
+        ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 counter drop
+        ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 accept
+        ether type ip ip frag-off & 0x1fff != 0 accept
+        ether type ip meta l4proto != udp accept
+        ether type ip udp sport != 67 accept
+        counter drop
     }}
     chain from_guest {{
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 counter drop
@@ -108,6 +127,9 @@ table bridge toft {{
         type filter hook input priority -300; policy accept;
         iifname "{TAP_PREFIX}*" ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 counter drop
 {to_host}    }}
+    chain through_bridge {{
+        type filter hook forward priority -300; policy accept;
+{out_through}    }}
     chain from_host {{
         type filter hook output priority -300; policy accept;
 {from_host}    }}
@@ -116,7 +138,7 @@ table bridge toft {{
     );
 }
 
-fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String]) {
+fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String], foreign: &[Foreign]) {
     let mut through = String::new();
     let mut masquerade = String::new();
     for segment in &wanted.segments {
@@ -134,6 +156,11 @@ fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String]) {
             );
         }
     }
+    // Writing to a String cannot fail.
+    let mut from_device = String::new();
+    for Foreign { index, .. } in foreign {
+        let _ = writeln!(from_device, "        iif {index} counter drop");
+    }
     for uplink in uplinks {
         let _ = writeln!(through, "        iifname \"{uplink}\" counter drop");
     }
@@ -144,7 +171,7 @@ table inet toft {{
     chain to_host {{
         type filter hook input priority 0; policy accept;
         iifname "{TAP_PREFIX}*" counter drop
-        iifname "{BRIDGE_PREFIX}*" goto guest_to_host
+{from_device}        iifname "{BRIDGE_PREFIX}*" goto guest_to_host
     }}
     chain guest_to_host {{
         ct state established,related accept
@@ -157,7 +184,7 @@ table inet toft {{
     chain through_host {{
         type filter hook forward priority 0; policy accept;
         iifname "{TAP_PREFIX}*" counter drop
-{through}        iifname "{BRIDGE_PREFIX}*" counter drop
+{from_device}{through}        iifname "{BRIDGE_PREFIX}*" counter drop
         oifname "{BRIDGE_PREFIX}*" counter drop
     }}
     chain leaving {{

@@ -10,7 +10,7 @@ use model::{Name, NetworkId};
 
 use super::cidr::Cidr;
 use super::mac::Mac;
-use super::plumbing::{Port, Segment, Wanted};
+use super::plumbing::{Foreign, Port, Segment, Wanted};
 use super::rules;
 
 fn segment(number: u8, kind: NetworkKind) -> Segment {
@@ -35,13 +35,15 @@ fn the_ruleset_is_the_one_on_record() {
     let (nat, mut isolated) = (segment(0, NetworkKind::Nat), segment(1, NetworkKind::Isolated));
     isolated.host_device = Some("eth1".to_owned());
     let ports = vec![port(&nat, 2, "web1"), port(&nat, 3, "web2"), port(&isolated, 2, "db1")];
+    let gateway = Some((isolated.bridge_mac(), isolated.cidr.gateway()));
+    let foreign = [Foreign { index: 7, gateway }, Foreign { index: 9, gateway: None }];
     let wanted = Wanted { segments: vec![nat, isolated], ports };
-    let text = rules::ruleset(&wanted, &["eth0".to_owned()]);
+    let text = rules::ruleset(&wanted, &["eth0".to_owned()], &foreign);
     assert_eq!(text, include_str!("tests/ruleset.nft"), "the text is:\n{text}");
 }
 
 #[test]
 fn without_ports_there_are_no_empty_element_lists() {
     let wanted = Wanted { segments: vec![segment(0, NetworkKind::Nat)], ports: Vec::new() };
-    assert!(!rules::ruleset(&wanted, &[]).contains("elements"));
+    assert!(!rules::ruleset(&wanted, &[], &[]).contains("elements"));
 }
