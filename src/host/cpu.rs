@@ -37,6 +37,10 @@ impl Processor {
     async fn look(&self) -> Result<&Known> {
         let probe = async || {
             let report = self.launcher.probe().await?;
+            if report.cpu.shown.is_empty() {
+                let detail = "KVM on this host lacks what machines need; `toft host check` says what";
+                return Err(Error::new(Code::KvmUnavailable, detail));
+            }
             Ok(Known { clock: Clock::of(&report), cpu: Cpu(report.cpu) })
         };
         self.known.get_or_try_init(probe).await
@@ -55,23 +59,23 @@ impl Processor {
 
     /// Answer to `GET /v1/host/cpu`. Fails with `kvm_unavailable` where no machine can be built.
     pub async fn shown(&self) -> Result<HostCpu> {
-        let Cpu(report) = &self.look().await?.cpu;
-        let Some(features) = self.look().await?.cpu.shows(&CpuTemplate::Host) else {
-            let detail = "KVM on this host lacks what machines need; `toft host check` says what";
-            return Err(Error::new(Code::KvmUnavailable, detail));
-        };
+        let cpu = &self.look().await?.cpu;
+        let Cpu(report) = cpu;
         Ok(HostCpu {
             name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             vendor: report.vendor.clone(),
             model: model(),
-            features: features.clone(),
+            features: cpu.shows(&CpuTemplate::Host).cloned().unwrap_or_default(),
             protections: report.protections.clone(),
         })
     }
 
     /// Refuses a list of features of which this host cannot show all. What cannot be judged is left to the VMM.
     pub(crate) async fn check(&self, cpu: Option<&CpuTemplate>) -> Result<()> {
-        let Some(CpuTemplate::Features(names)) = cpu else { return Ok(()) };
+        let Some(cpu @ CpuTemplate::Features(names)) = cpu else { return Ok(()) };
+        if let Some(detail) = faults(cpu) {
+            return Err(Error::invalid("/cpu/features", "not_valid", detail));
+        }
         let known = self.known().await;
         let Some(here) = known.cpu.shows(&CpuTemplate::Host) else { return Ok(()) };
         let lacks: Vec<&str> = names.difference(here).map(String::as_str).take(NAMED_MAX).collect();
@@ -121,6 +125,12 @@ pub fn baseline(asked: ComputeCpuBaseline) -> Result<CpuBaseline> {
             if let Some(detail) = faults(&CpuTemplate::Features(names.clone())).filter(|_| !is_empty_list) {
                 return Err(Error::invalid(format!("/hosts/{at}/{field}"), "not_valid", detail));
             }
+        }
+    }
+    for (at, host) in hosts.iter().enumerate() {
+        if !host.protections.is_subset(&host.features) {
+            let detail = "must be among its features; is this an answer to `GET /v1/host/cpu`?";
+            return Err(Error::invalid(format!("/hosts/{at}/protections"), "not_valid", detail));
         }
     }
     let mut rest = hosts.iter();

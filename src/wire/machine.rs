@@ -234,12 +234,13 @@ impl Chassis {
             return refuse("/vcpus", format!("{} is not between 1 and {}", self.vcpus, limits::VCPUS_MAX));
         }
         if let CpuTemplate::Features(names) = &self.cpu
-            && (names.len() > limits::CPU_FEATURES_MAX || !names.iter().all(|name| is_feature(name)))
+            && (!(1..=limits::CPU_FEATURES_MAX).contains(&names.len())
+                || !names.iter().all(|name| is_feature(name)))
         {
             return refuse(
                 "/cpu/features",
                 format!(
-                    "must be at most {} names of at most {} lower case letters, digits and _",
+                    "must be 1 to {} names of at most {} lower case letters, digits and _",
                     limits::CPU_FEATURES_MAX,
                     limits::CPU_FEATURE_BYTES_MAX
                 ),

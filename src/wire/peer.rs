@@ -41,7 +41,7 @@ use crate::machine::{CpuTemplate, is_feature};
 use crate::saved::Digest;
 
 /// Version of this protocol. Both ends must speak the same one.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Length of a frame's head in bytes: magic, version, kind and length, integers little endian.
 pub const HEAD_BYTES: usize = 12;
@@ -297,9 +297,9 @@ pub enum Power {
 pub struct OfferedCpu {
     /// The server's choice.
     pub template: CpuTemplate,
-    /// Vendor of the source's processor, as that names it; empty when the server needs none of it.
+    /// Vendor of the source's processor, as that names it; empty when the source does not know.
     pub vendor: String,
-    /// What the guest was shown, by the names of `kvm::cpuid`; empty when it begins anew.
+    /// What the guest was shown, or would be on the source, by the names of `kvm::cpuid`.
     pub features: BTreeSet<String>,
     /// How fast the guest's time stamp counter runs, in thousands of ticks a second, if it has measured it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -96,6 +96,7 @@ fn what_makes_no_baseline_is_refused_where_it_stands() {
         (vec![host("a", "A", "lm", ""), host("b", "A", "", "")], "/hosts/1/features"),
         (vec![host("a", "A", "LM", "")], "/hosts/0/features"),
         (vec![host("a", "A", "lm", "sm\u{e9}p")], "/hosts/0/protections"),
+        (vec![host("a", "A", "lm", "smep")], "/hosts/0/protections"),
         (vec![host("a", "A", "lm", ""), host("b", "A", "avx", "")], "/hosts"),
     ];
     for (hosts, pointer) in cases {

@@ -22,6 +22,7 @@ use super::strangers::Stranger;
 use super::target::{against_records, busy, judge};
 use super::{Migrations, limits, ticket};
 use crate::core::blocking;
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::servers::make_directory;
 use crate::servers::moving::parcel::Packed;
@@ -401,6 +402,7 @@ fn is_what_was_offered(packed: &Packed, offer: &Offer) -> bool {
         && packed.name.as_str() == offer.name
         && packed.external_ref == offer.external_ref
         && (packed.vcpus, packed.memory_bytes) == (offer.vcpus, offer.memory_bytes)
+        && cpu::template(&packed.cpu) == offer.cpu.template
         && offer.power == power
         && disks
         && nics

@@ -155,7 +155,7 @@ async fn features_that_a_host_cannot_show_are_refused_before_anything_is_made() 
     for (cpu, code) in [
         (listed(&["aes", "avx"]), "not_available"),
         (listed(&[]), "not_valid"),
-        (listed(&["A"]), "not_available"),
+        (listed(&["A"]), "not_valid"),
     ] {
         let refused = host.servers().create(&Call::by_host(), asked(cpu.clone())).await.unwrap_err();
         assert_eq!(refused.errors[0].pointer, "/cpu/features");

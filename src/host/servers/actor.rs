@@ -274,8 +274,8 @@ impl Actor {
             }
         };
         if kind == "server.reset" {
-            // With the old machine went its memory, whether that is told or not.
-            settle::forget_shared(&self.workshop, self.entry.id, None).await?;
+            // With the old machine went its memory and what it was shown elsewhere, whether that is told or not.
+            settle::forget_origin(&self.workshop, self.entry.id).await?;
         }
         let Some(missed) = self.pace.takes(kind, std::time::Instant::now()) else { return Ok(()) };
         let reason =

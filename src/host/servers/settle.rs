@@ -42,25 +42,44 @@ pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerReco
     let asked = async { memory(&entry.link(limits::COMMAND).await?, limits::COMMAND).await };
     match asked.await {
         Ok(Some(MemoryStatus { shared_bytes: 0, .. })) => {
-            forget_shared(workshop, record.id, Some(record.life.run)).await
+            forget_shared(workshop, record.id, record.life.run).await
         }
         // It is settled, or found out, when somebody needs it.
         Ok(_) | Err(_) => Ok(()),
     }
 }
 
-/// The machine of a server, of this run if one is named, shares nothing any more.
-pub(super) async fn forget_shared(workshop: &Workshop, id: ServerId, run: Option<u64>) -> Result<()> {
-    let is_it = move |record: &ServerRecord| {
-        record.life.shares.is_some() && run.is_none_or(|run| record.life.run == run)
+/// The machine of a server, of this run, shares nothing any more.
+async fn forget_shared(workshop: &Workshop, id: ServerId, run: u64) -> Result<()> {
+    let is_it = move |record: &ServerRecord| record.life.shares.is_some() && record.life.run == run;
+    forget(workshop, id, is_it, |record| record.life.shares = None).await
+}
+
+/// The machine of a server was reset: it has memory of its own and is shown what this host has, wherever the one before it was from.
+pub(super) async fn forget_origin(workshop: &Workshop, id: ServerId) -> Result<()> {
+    let is_it = |record: &ServerRecord| {
+        record.life.shares.is_some() || record.held.features.is_some() || record.held.tsc_khz.is_some()
     };
+    let anew = |record: &mut ServerRecord| {
+        record.life.shares = None;
+        (record.held.features, record.held.tsc_khz) = (None, None);
+    };
+    forget(workshop, id, is_it, anew).await
+}
+
+async fn forget(
+    workshop: &Workshop,
+    id: ServerId,
+    is_it: impl Fn(&ServerRecord) -> bool + Copy + Send + 'static,
+    change: impl FnOnce(&mut ServerRecord) + Send + 'static,
+) -> Result<()> {
     let found = workshop.core.store.glance(move |all| records::find::<ServerRecord>(all, id.0)).await?;
     if !found.is_some_and(|record| is_it(&record)) {
         return Ok(());
     }
     let forget = move |tx: &Tx<'_>| match records::find::<ServerRecord>(tx, id.0)? {
         Some(mut record) if is_it(&record) => {
-            record.life.shares = None;
+            change(&mut record);
             record::save(tx, &mut record)?;
             advance::announce(tx, &record, "server.updated", Some(&Actor::Host))
         }
@@ -161,7 +180,7 @@ impl Doing {
             failures = 0;
             if status.shared_bytes == 0 {
                 let (id, run) = (self.record.id, self.record.life.run);
-                return Ok(forget_shared(&self.workshop, id, Some(run)).await?);
+                return Ok(forget_shared(&self.workshop, id, run).await?);
             }
             if self.stop.load(Ordering::SeqCst) {
                 return Err(Error::new(Code::WrongState, "its memory is not to be settled any more").into());

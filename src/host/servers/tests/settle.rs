@@ -7,13 +7,17 @@ use model::snapshot::{CreateClones, Snapshot};
 use model::{Code, Labels, ServerId};
 use wire::control::MachineState;
 
+use rusqlite::Connection;
+
 use super::snapshot::{named, taken};
 use super::upgrade::{survives_of, upgraded};
 use super::{delete, delete_snapshot, stop};
 use crate::fake_vmm::{FakeVmm, Guest, Settles};
 use crate::servers::limits;
-use crate::servers::settle::forget_shared;
+use crate::servers::record::{self, ServerRecord};
+use crate::servers::settle::forget_origin;
 use crate::stage::{SOON, Stage, created, ended, server, succeeded, until};
+use crate::store::{Tx, records};
 use crate::{Call, Host};
 
 const SETTLE: ServerAction = ServerAction::SettleMemory;
@@ -138,7 +142,7 @@ async fn a_vmm_of_an_earlier_build_is_not_asked_for_what_it_does_not_know() {
     for knows in [true, false] {
         let (clone, vmm, snapshot) = clone(&stage, &host).await;
         if !knows {
-            forget_shared(host.servers().registry.workshop(), clone.id, None).await.unwrap();
+            forget_origin(host.servers().registry.workshop(), clone.id).await.unwrap();
         }
         let shares = host.servers().one(clone.id).await.unwrap().shares_memory_of;
         assert_eq!(shares, knows.then_some(snapshot.id));
@@ -176,8 +180,18 @@ async fn a_machine_that_was_reset_shares_nothing_whoever_heard_of_it() {
     let (clone, vmm, snapshot) = self::clone(&stage, &host).await;
     let shares = host.servers().one(clone.id).await.unwrap().shares_memory_of;
     assert_eq!(shares, Some(snapshot.id));
+    // As of one that came from another host: what it was shown there ends with the machine, too.
+    let came = move |tx: &Tx<'_>| {
+        let mut record: ServerRecord = records::one(tx, clone.id.0)?;
+        (record.held.features, record.held.tsc_khz) = (Some(["lm".to_owned()].into()), Some(1));
+        record::save(tx, &mut record)
+    };
+    host.store().write(came).await.unwrap();
     vmm.reset_itself();
     until(&host, clone.id, |server| server.shares_memory_of.is_none()).await;
+    let look = move |all: &Connection| records::one::<ServerRecord>(all, clone.id.0);
+    let held = host.store().read(look).await.unwrap().held;
+    assert_eq!((held.features, held.tsc_khz), (None, None));
     delete(&host, clone.id).await;
     let (clone, vmm, _) = self::clone(&stage, &host).await;
     host.close().await;
