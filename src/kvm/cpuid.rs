@@ -178,9 +178,13 @@ fn check(entries: &[kvm_cpuid_entry2], template: &Template, processors: Processo
         Template::Features(names) => {
             let is_known = |name: &String| FEATURES.iter().any(|feature| feature.name == name);
             lacks.extend(names.iter().filter(|name| !is_known(name)).cloned());
-            // No 64-bit guest runs without these.
             let base = FEATURES.iter().filter(|feature| feature.class == Class::Base);
-            lacks.extend(base.map(|feature| feature.name.to_owned()).filter(|name| !names.contains(name)));
+            let unlisted = base.map(|feature| feature.name.to_owned()).filter(|name| !names.contains(name));
+            let unlisted: Vec<String> = unlisted.collect();
+            if !unlisted.is_empty() {
+                let template = "what every 64-bit guest needs by a list of features that is incomplete";
+                return Err(Lacking { template, features: unlisted });
+            }
             "a processor with these features"
         }
     };

@@ -158,6 +158,11 @@ fn a_list_of_features_is_shown_exactly_and_on_a_richer_host_the_same() {
     let name = find(&there, 0x8000_0002, 0);
     assert_eq!(name.eax.to_le_bytes(), *b"Toft");
 
+    let mut few = list.clone();
+    few.remove("nx");
+    let lacking = shape(&poor, &Template::Features(few), no_deadline).unwrap_err();
+    assert_eq!(lacking.features, ["nx"]);
+    assert!(lacking.to_string().contains("a list of features that is incomplete, it lacks nx"));
     let lists = [("aes", "aes"), ("tsc_deadline", "tsc_deadline"), ("warp_drive", "warp_drive")];
     for (more, lacks) in lists {
         let template = Template::Features(list.iter().cloned().chain([more.to_owned()]).collect());
