@@ -122,7 +122,7 @@ impl Verb {
 
 impl Row for Network {
     const COLUMNS: &'static [&'static str] =
-        &["NAME", "STATE", "KIND", "CIDR", "GATEWAY", "USED", "BRIDGE", "ID", "DETAIL"];
+        &["NAME", "STATE", "KIND", "CIDR", "GATEWAY", "USED", "BRIDGE", "DEVICE", "ID", "DETAIL"];
 
     fn cells(&self) -> Vec<String> {
         vec![
@@ -133,6 +133,7 @@ impl Row for Network {
             self.ipv4_gateway.to_string(),
             format!("{} of {}", self.addresses_used, self.addresses_total),
             self.bridge.clone(),
+            self.host_device.clone().unwrap_or_default(),
             self.id.to_string(),
             self.state_detail.clone().unwrap_or_default(),
         ]

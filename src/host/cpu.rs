@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use model::Code;
 use model::cpu::{ComputeCpuBaseline, CpuBaseline, HiddenFeatures, HostCpu};
-use model::limits::{BASELINE_HOSTS_MAX, CPU_FEATURE_CHARS_MAX, CPU_FEATURES_MAX};
+use model::limits::BASELINE_HOSTS_MAX;
 use model::server::CpuTemplate;
 use tokio::sync::OnceCell;
 use wire::launch::{CpuReport, KvmReport};
@@ -73,7 +73,7 @@ impl Processor {
     /// Refuses a list of features of which this host cannot show all. What cannot be judged is left to the VMM.
     pub(crate) async fn check(&self, cpu: Option<&CpuTemplate>) -> Result<()> {
         let Some(cpu @ CpuTemplate::Features(names)) = cpu else { return Ok(()) };
-        if let Some(detail) = faults(cpu) {
+        if let Some(detail) = template(cpu).fault() {
             return Err(Error::invalid("/cpu/features", "not_valid", detail));
         }
         let known = self.known().await;
@@ -100,18 +100,6 @@ pub(crate) fn model() -> String {
 /// Most features that an error names: a caller's list may be long.
 const NAMED_MAX: usize = 16;
 
-/// What is wrong with the features of a template.
-pub(crate) fn faults(cpu: &CpuTemplate) -> Option<String> {
-    let CpuTemplate::Features(names) = cpu else { return None };
-    let is_letter = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
-    let is_name =
-        |name: &String| (1..=CPU_FEATURE_CHARS_MAX).contains(&name.len()) && name.chars().all(is_letter);
-    let is_sound = (1..=CPU_FEATURES_MAX).contains(&names.len()) && names.iter().all(is_name);
-    (!is_sound).then(|| {
-        format!("must be 1 to {CPU_FEATURES_MAX} names of 1 to {CPU_FEATURE_CHARS_MAX} lower case letters, digits and _")
-    })
-}
-
 /// What guests of every one of these hosts can see. Fails with `invalid` when a running guest can never go from one to another.
 pub fn baseline(asked: ComputeCpuBaseline) -> Result<CpuBaseline> {
     let hosts = asked.hosts;
@@ -120,17 +108,15 @@ pub fn baseline(asked: ComputeCpuBaseline) -> Result<CpuBaseline> {
         return Err(Error::invalid("/hosts", "out_of_range", detail));
     }
     for (at, host) in hosts.iter().enumerate() {
-        for (field, names) in [("features", &host.features), ("protections", &host.protections)] {
-            let is_empty_list = field == "protections" && names.is_empty();
-            if let Some(detail) = faults(&CpuTemplate::Features(names.clone())).filter(|_| !is_empty_list) {
-                return Err(Error::invalid(format!("/hosts/{at}/{field}"), "not_valid", detail));
-            }
+        let refuse = |field: &str, detail: String| {
+            Err(Error::invalid(format!("/hosts/{at}/{field}"), "not_valid", detail))
+        };
+        if let Some(detail) = machine::CpuTemplate::Features(host.features.clone()).fault() {
+            return refuse("features", detail);
         }
-    }
-    for (at, host) in hosts.iter().enumerate() {
         if !host.protections.is_subset(&host.features) {
             let detail = "must be among its features; is this an answer to `GET /v1/host/cpu`?";
-            return Err(Error::invalid(format!("/hosts/{at}/protections"), "not_valid", detail));
+            return refuse("protections", detail.to_owned());
         }
     }
     let mut rest = hosts.iter();
@@ -152,12 +138,11 @@ pub fn baseline(asked: ComputeCpuBaseline) -> Result<CpuBaseline> {
         return Err(Error::invalid("/hosts", "not_valid", detail));
     }
     let hidden = hosts.into_iter().map(|host| HiddenFeatures {
-        features: host.features.difference(&common).cloned().collect(),
-        protections: host.protections.difference(&common).cloned().collect(),
+        features: &host.features - &common,
+        protections: &host.protections - &common,
         host: host.name,
     });
-    let hidden = hidden.collect();
-    Ok(CpuBaseline { cpu: CpuTemplate::Features(common), vendor, hidden })
+    Ok(CpuBaseline { hidden: hidden.collect(), cpu: CpuTemplate::Features(common), vendor })
 }
 
 /// The same in the words that VMMs and other hosts are told.

@@ -241,8 +241,8 @@ fn filter(entry: &mut kvm_cpuid_entry2, template: &Template, processors: Process
     }
     if entry.function == 1 {
         entry.ecx |= 1 << features::HYPERVISOR_BIT;
-        let may_see = |names: &BTreeSet<String>| names.contains(features::TSC_DEADLINE);
-        if processors.tsc_deadline && !matches!(template, Template::Features(names) if !may_see(names)) {
+        let hides = matches!(template, Template::Features(names) if !names.contains(features::TSC_DEADLINE));
+        if processors.tsc_deadline && !hides {
             entry.ecx |= 1 << features::TSC_DEADLINE_BIT;
         }
     }

@@ -213,7 +213,13 @@ pub(crate) fn map_over(
     // SAFETY: the range was checked to lie in the one mapping that `region` owns; it stays readable and writable, and whoever
     // points into it reads other bytes, which guest memory does at any time.
     let mapped = unsafe { libc::mmap(start.cast(), size, protection, flags, file.as_raw_fd(), offset) };
-    if mapped == libc::MAP_FAILED { Err(failed(io::Error::last_os_error())) } else { Ok(()) }
+    if mapped == libc::MAP_FAILED {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    // What was said of the memory before went with it.
+    // SAFETY: the range was just mapped; the advice changes nothing that the program can see.
+    let _ = unsafe { libc::madvise(mapped, size, libc::MADV_DONTDUMP) };
+    Ok(())
 }
 
 /// The kernel has refused to map something else over memory that a guest uses. It may have unmapped what was there, which

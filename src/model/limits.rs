@@ -48,13 +48,7 @@ pub const WAIT_S_MAX: u64 = 60;
 /// Longest grace of a stop, in seconds.
 pub const GRACE_S_MAX: u64 = 3600;
 
-/// Most features of a CPU that is a list of them.
-pub const CPU_FEATURES_MAX: usize = 512;
-
-/// Longest name of such a feature in characters.
-pub const CPU_FEATURE_CHARS_MAX: usize = 32;
-
-/// Most hosts of one baseline: what fits into a body.
+/// Most hosts of one baseline: at some 3 KB each they fit into a body.
 pub const BASELINE_HOSTS_MAX: usize = 64;
 
 /// Virtual CPUs of one server.

@@ -208,10 +208,27 @@ fn refuse(field: impl Into<String>, detail: impl Into<String>) -> Result<(), Spe
     Err(SpecError { field: field.into(), detail: detail.into() })
 }
 
-/// Whether a CPU feature could have this name.
-pub(crate) fn is_feature(name: &str) -> bool {
+impl CpuTemplate {
+    /// What is wrong with the list of features, if it is one; whether a host knows them is another question.
+    pub fn fault(&self) -> Option<String> {
+        let CpuTemplate::Features(names) = self else { return None };
+        (names.is_empty() || !are_features(names)).then(|| {
+            format!(
+                "must be 1 to {} names of 1 to {} lower case letters, digits and _",
+                limits::CPU_FEATURES_MAX,
+                limits::CPU_FEATURE_BYTES_MAX
+            )
+        })
+    }
+}
+
+/// Whether these could be names of CPU features, and no more than there may be.
+pub(crate) fn are_features(names: &BTreeSet<String>) -> bool {
     let is_letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-    (1..=limits::CPU_FEATURE_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_letter)
+    let is_name = |name: &String| {
+        (1..=limits::CPU_FEATURE_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_letter)
+    };
+    names.len() <= limits::CPU_FEATURES_MAX && names.iter().all(is_name)
 }
 
 impl Chassis {
@@ -233,18 +250,8 @@ impl Chassis {
         if !(1..=limits::VCPUS_MAX).contains(&self.vcpus) {
             return refuse("/vcpus", format!("{} is not between 1 and {}", self.vcpus, limits::VCPUS_MAX));
         }
-        if let CpuTemplate::Features(names) = &self.cpu
-            && (!(1..=limits::CPU_FEATURES_MAX).contains(&names.len())
-                || !names.iter().all(|name| is_feature(name)))
-        {
-            return refuse(
-                "/cpu/features",
-                format!(
-                    "must be 1 to {} names of at most {} lower case letters, digits and _",
-                    limits::CPU_FEATURES_MAX,
-                    limits::CPU_FEATURE_BYTES_MAX
-                ),
-            );
+        if let Some(detail) = self.cpu.fault() {
+            return refuse("/cpu/features", detail);
         }
         Ok(())
     }

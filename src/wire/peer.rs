@@ -34,10 +34,9 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    CONSOLE_RING_BYTES_MAX, CPU_FEATURES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX,
-    STREAMS_MAX, VCPUS_MAX,
+    CONSOLE_RING_BYTES_MAX, DISKS_MAX, FRAME_BYTES_MAX, MEMORY_BYTES_MAX, NICS_MAX, STREAMS_MAX, VCPUS_MAX,
 };
-use crate::machine::{CpuTemplate, is_feature};
+use crate::machine::{CpuTemplate, are_features};
 use crate::saved::Digest;
 
 /// Version of this protocol. Both ends must speak the same one.
@@ -401,14 +400,8 @@ impl Offer {
         if self.memory_bytes == 0 || self.memory_bytes > MEMORY_BYTES_MAX {
             return fail("memory");
         }
-        let fits = |names: &BTreeSet<String>| {
-            names.len() <= CPU_FEATURES_MAX && names.iter().all(|name| is_feature(name))
-        };
-        let is_listed = match &self.cpu.template {
-            CpuTemplate::Features(names) => fits(names),
-            CpuTemplate::Host | CpuTemplate::X86_64V2 | CpuTemplate::X86_64V3 => true,
-        };
-        if self.cpu.vendor.len() > TEXT_BYTES_MAX || !fits(&self.cpu.features) || !is_listed {
+        let OfferedCpu { template, vendor, features, tsc_khz: _ } = &self.cpu;
+        if vendor.len() > TEXT_BYTES_MAX || !are_features(features) || template.fault().is_some() {
             return fail("CPU");
         }
         if self.disks.len() > DISKS_MAX || !self.disks.iter().all(|disk| short(&disk.volume)) {

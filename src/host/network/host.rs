@@ -92,7 +92,7 @@ impl HostPlumbing {
                 Ok(()) => {
                     self.did("network.bridge_made");
                     let served = self.ensure_served(segment, &ports).await;
-                    served.and(links.ensure_device(segment).await)
+                    served.and(links.ensure_device(segment, &state.foreign).await)
                 }
                 Err(trouble) => Err(trouble),
             };

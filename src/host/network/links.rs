@@ -125,11 +125,19 @@ impl Links {
     }
 
     /// Puts the device of the host, behind which a network goes on, on its bridge, and brings it up; what else got there that
-    /// is no server's is taken off. The rules that keep the device from the host are in force.
-    pub(super) async fn ensure_device(&self, segment: &Segment) -> Result<(), PlumbingError> {
+    /// is no server's is taken off. The rules that keep `ruled` from the host are in force.
+    pub(super) async fn ensure_device(
+        &self,
+        segment: &Segment,
+        ruled: &[Foreign],
+    ) -> Result<(), PlumbingError> {
         let Some(name) = &segment.host_device else { return Ok(()) };
         let Some(bridge) = self.own_bridge(segment).await? else { return Err(vanished(&segment.bridge)) };
         let device = self.usable(name, segment).await?;
+        // Another may have got the name since the rules were made.
+        if !ruled.iter().any(|foreign| foreign.index == device.index && foreign.gateway.is_some()) {
+            return Err(vanished(name));
+        }
         for port in self.all_links().await? {
             let is_strange = port.controller == Some(bridge)
                 && port.index != device.index

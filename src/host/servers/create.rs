@@ -240,7 +240,7 @@ impl Faults {
                 bounds::MEMORY_BYTES_MAX
             )
         });
-        let fault = cpu.and_then(cpu::faults);
+        let fault = cpu.and_then(|cpu| cpu::template(cpu).fault());
         self.unless(fault.is_none(), "/cpu/features", "not_valid", || fault.unwrap_or_default());
     }
 

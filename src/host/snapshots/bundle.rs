@@ -157,7 +157,7 @@ impl Head {
                 memory_range.contains(&self.memory_bytes)
                     && self.memory_bytes.is_multiple_of(bounds::MEMORY_STEP_BYTES),
             ),
-            ("its processor", crate::cpu::faults(&self.cpu).is_none()),
+            ("its processor", crate::cpu::template(&self.cpu).fault().is_none()),
             ("its state file's length", self.memory.as_ref().is_none_or(state)),
             ("its number of disks", self.disks.len() <= bounds::VOLUMES_MAX),
             ("a disk", self.disks.iter().all(disk)),

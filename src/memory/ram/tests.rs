@@ -90,6 +90,19 @@ fn a_file_of_another_length_replaces_nothing() {
     assert!(matches!(replace(new(2 * MIB).unwrap(), file), Err(Error::Length { .. })));
 }
 
+/// The kernel's flags of the mapping that a place lies in (proc(5), smaps).
+fn flags_of(place: usize) -> String {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut lines = smaps.lines();
+    let within = |line: &str| {
+        let (from, to) = line.split_once(' ')?.0.split_once('-')?;
+        let [from, to] = [from, to].map(|word| usize::from_str_radix(word, 16));
+        Some((from.ok()?..to.ok()?).contains(&place))
+    };
+    lines.find(|line| within(line) == Some(true)).expect("it is mapped");
+    lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap().to_owned()
+}
+
 #[test]
 fn parts_of_other_files_are_laid_over_and_no_file_is_written() {
     let bytes = 3 * GIB + 4 * MIB;
@@ -114,6 +127,10 @@ fn parts_of_other_files_are_laid_over_and_no_file_is_written() {
         for (address, value) in cases {
             assert_eq!(ram.read_obj::<u8>(GuestAddress(address)).unwrap(), value, "{address:#x}");
             ram.write_obj(9u8, GuestAddress(address)).unwrap();
+        }
+        for address in [0, MIB, 4 * GIB] {
+            let place = ram.get_host_address(GuestAddress(address)).unwrap() as usize;
+            assert!(flags_of(place).contains("dd"), "{address:#x} would be in a core file");
         }
         for (part, file) in [
             (Extent { offset: bytes - 4096, bytes: 8192 }, &files[1]),

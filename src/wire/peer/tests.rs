@@ -85,7 +85,7 @@ fn an_offer_beyond_any_bound_is_no_message() {
         |o| o.vcpus = 0,
         |o| o.vcpus = VCPUS_MAX + 1,
         |o| o.memory_bytes = MEMORY_BYTES_MAX + 1,
-        |o| o.cpu.features = (0..=CPU_FEATURES_MAX).map(|at| format!("f{at}")).collect(),
+        |o| o.cpu.features = (0..=crate::limits::CPU_FEATURES_MAX).map(|at| format!("f{at}")).collect(),
         |o| o.cpu.features = ["sse 4".to_owned()].into(),
         |o| o.cpu.template = CpuTemplate::Features([String::new()].into()),
         |o| o.cpu.vendor = "x".repeat(200),
