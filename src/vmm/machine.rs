@@ -8,13 +8,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::pause::NotDrained;
 use kvm::Host;
 use wire::console::Ring;
 use wire::control::{FaultCode, MachineStats};
 use wire::machine::{MachineSpec, OnReset, RateLimits};
+use wire::saved::Clock;
 
 use crate::bell::Bell;
 use crate::boot;
@@ -73,6 +74,8 @@ enum Run {
     Paused {
         /// The guest's paravirtual clock when it stopped.
         clock_ns: u64,
+        /// When that was.
+        since: Instant,
     },
 }
 
@@ -174,7 +177,7 @@ impl Machine {
             what: "the sandbox".to_owned(),
             cause: io::Error::other(error),
         })?;
-        let run = Run::Paused { clock_ns: 0 };
+        let run = Run::Paused { clock_ns: 0, since: Instant::now() };
         Ok(Machine {
             plan,
             console,
@@ -231,7 +234,7 @@ impl Machine {
         self.cancel_settle();
         if let Some(mut parts) = self.parts.take() {
             self.lasting.count_run(&self.run);
-            self.run = Run::Paused { clock_ns: 0 };
+            self.run = Run::Paused { clock_ns: 0, since: Instant::now() };
             parts.crew.leave();
             self.lasting.count_vcpus(&parts.crew);
             parts.root.stop();
@@ -266,6 +269,7 @@ impl Machine {
         }
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         parts.crew.park()?;
+        let since = Instant::now();
         let drained = match parts.vm.clock_ns() {
             Ok(clock_ns) => parts.root.pause().map(|()| clock_ns).map_err(Error::from),
             Err(error) => Err(error.into()),
@@ -273,7 +277,7 @@ impl Machine {
         match drained {
             Ok(clock_ns) => {
                 self.lasting.count_run(&self.run);
-                self.run = Run::Paused { clock_ns };
+                self.run = Run::Paused { clock_ns, since };
                 Ok(())
             }
             Err(error) => {
@@ -287,16 +291,22 @@ impl Machine {
     /// parked waits for no CPU, so none of the pause is stolen time either.
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
         self.check_not_moving()?;
-        self.go_on()
+        self.go_on(Clock::Continue)
     }
 
-    fn go_on(&mut self) -> Result<(), Error> {
-        let Run::Paused { clock_ns } = self.run else { return Ok(()) };
+    /// The guest's clock takes no notice of a pause that somebody asked for. A standstill that nobody wanted has passed for the
+    /// guest, too: it would fall behind a little more with each.
+    fn go_on(&mut self, clock: Clock) -> Result<(), Error> {
+        let Run::Paused { clock_ns, since } = self.run else { return Ok(()) };
         if self.save.as_ref().is_some_and(Save::needs_stillness) {
             return Err(Error::State("memory is being saved; wait for the end of that, or cancel it"));
         }
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
-        parts.vm.set_clock_ns(clock_ns)?;
+        let passed_ns = match clock {
+            Clock::Continue => 0,
+            Clock::Advance => nanoseconds(since.elapsed()),
+        };
+        parts.vm.set_clock_ns(clock_ns.saturating_add(passed_ns))?;
         parts.root.resume();
         parts.crew.open();
         self.run = Run::Running { since: Instant::now() };
@@ -366,6 +376,10 @@ impl Machine {
     pub(crate) fn stats(&self) -> MachineStats {
         self.lasting.report(&self.run, self.parts.as_ref(), &self.plan.spec, &self.console)
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn none_such(what: &str, number: u16, has: usize) -> Error {

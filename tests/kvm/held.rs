@@ -2,6 +2,7 @@
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use wire::control::{Command, MachineState, Reply};
 use wire::migration::{Owner, Phase, SendLimits};
@@ -102,4 +103,40 @@ fn a_guest_that_stands_still_for_too_long_runs_on_where_it_was() {
     let ended = target.wait_for_move("the end there", |status| status.phase == Phase::Dropped);
     assert!(ended.detail.is_some(), "{ended:?}");
     assert!(source.command(Command::CommitMigration).is_err());
+}
+
+/// What the guest's clock showed at each of its ticks, in nanoseconds.
+fn ticks(vmm: &mut Vmm) -> Vec<u64> {
+    let console = vmm.console();
+    // The last line may be told in part.
+    let (whole, _) = console.rsplit_once('\n').unwrap_or_default();
+    whole.split(" ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok()).collect()
+}
+
+#[test]
+fn a_standstill_has_passed_for_the_guest_wherever_it_goes_on() {
+    const STANDSTILL: Duration = Duration::from_secs(2);
+    for at_target in [true, false] {
+        let began = Instant::now();
+        let (mut source, mut target, _link) = held(60_000);
+        let standing = Instant::now();
+        // Time has to pass; nothing else is there to wait for.
+        while standing.elapsed() < STANDSTILL {
+            assert_eq!(target.migration().phase, Phase::Ready);
+        }
+        if at_target {
+            source.command(Command::CommitMigration).unwrap();
+            settle(&mut target, Owner::Here);
+        } else {
+            source.command(Command::CancelMigration).unwrap();
+        }
+        let survivor = if at_target { &mut target } else { &mut source };
+        let told = survivor.console().matches("tick ").count();
+        survivor.wait_for_times("tick ", told + 3);
+        let ticks = ticks(survivor);
+        let gaps = ticks.windows(2).map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards"));
+        let gap = Duration::from_nanos(gaps.max().unwrap());
+        assert!(gap >= STANDSTILL, "only {gap:?} passed for the guest, at the target: {at_target}");
+        assert!(gap < began.elapsed(), "{gap:?} passed for the guest in {:?}", began.elapsed());
+    }
 }

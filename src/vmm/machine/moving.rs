@@ -3,19 +3,21 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use devices::virtio::block::Disk;
 use kvm::{DirtyLog, Host};
 use memory::{Backing, marks};
 use wire::machine::{FdIndex, MachineSpec};
 use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+use wire::saved::Clock;
 use wire::transfer::Handed;
 
 use super::build::Origin;
 use super::chassis::Chassis;
 use super::parts::Parts;
-use super::save::{Files, shape};
-use super::{Error, Machine, Run, Save};
+use super::save::{Files, shape, wall_ns};
+use super::{Error, Machine, Run, Save, nanoseconds};
 use crate::bell::Bell;
 use crate::log;
 use crate::migrate::{Effect, Event, Shared, Source, Sources, Stream, Target, open_streams};
@@ -147,7 +149,7 @@ impl Machine {
         let done = match chore {
             Effect::Pause => self.stop_for_move(&shared),
             Effect::Build => self.build_moved(host, &shared),
-            Effect::Run | Effect::Resume => self.go_on(),
+            Effect::Run | Effect::Resume => self.go_on(Clock::Advance),
             Effect::Drop => {
                 if let Some(Moving::Target { chassis, .. }) = &mut self.moving {
                     *chassis = None;
@@ -175,7 +177,13 @@ impl Machine {
         if self.bell.has_ending() {
             return Err(Error::State("the guest came to an end as it was to be stopped"));
         }
-        shared.put(self.contents()?);
+        let mut contents = self.contents()?;
+        if let Run::Paused { since, .. } = self.run {
+            // To its wall clock belongs what the guest's clock would show now.
+            contents.machine.clock_ns =
+                contents.machine.clock_ns.saturating_add(nanoseconds(since.elapsed()));
+        }
+        shared.put(contents);
         Ok(())
     }
 
@@ -190,10 +198,13 @@ impl Machine {
             let caught_up = self.console.catch_up();
             caught_up.map_err(|cause| Error::File { field: "/machine/console/ring".to_owned(), cause })?;
         }
-        let clock_ns = contents.machine.clock_ns;
+        let by_wall = wall_ns().saturating_sub(contents.machine.wall_ns);
+        let stood_still = shared.stood_still(Duration::from_nanos(by_wall));
+        let since = Instant::now();
+        let clock_ns = contents.machine.clock_ns.saturating_add(nanoseconds(stood_still));
         self.lasting.before = contents.counted.stats;
         self.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
-        self.run = Run::Paused { clock_ns };
+        self.run = Run::Paused { clock_ns, since };
         Ok(())
     }
 

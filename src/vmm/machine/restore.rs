@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm::Host;
 use memory::{Backing, Ram};
@@ -73,7 +74,7 @@ impl Machine {
             parts.power.tell_generation();
             parts.functions.iter().for_each(|function| function.tell_new_owner());
         }
-        built.run = Run::Paused { clock_ns };
+        built.run = Run::Paused { clock_ns, since: Instant::now() };
         if then == Then::Run {
             built.resume()?;
         }

@@ -13,9 +13,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use memory::guard::Guard;
 use wire::machine::{FdIndex, MachineSpec};
-use wire::saved::{Moment, SaveSpec, SaveStatus};
+use wire::saved::{Clock, Moment, SaveSpec, SaveStatus};
 
-use super::{Error, Machine, Run};
+use super::{Error, Machine, Run, nanoseconds};
 use crate::snapshot::{self, Contents, Counted, MachineState, Shape};
 
 mod job;
@@ -93,7 +93,7 @@ impl Machine {
         let began = Instant::now();
         self.park()?;
         let taken = self.take();
-        self.go_on()?;
+        self.go_on(Clock::Advance)?;
         if let Some(save) = &self.save {
             save.stood_still(began.elapsed());
         }
@@ -116,7 +116,7 @@ impl Machine {
 
     /// Everything but memory, of a machine that is paused.
     pub(super) fn contents(&self) -> Result<Contents, Error> {
-        let Run::Paused { clock_ns } = self.run else { return Err(Error::State("the machine runs")) };
+        let Run::Paused { clock_ns, .. } = self.run else { return Err(Error::State("the machine runs")) };
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         let functions = parts.functions.iter().map(|function| function.save());
         Ok(Contents {
@@ -149,7 +149,7 @@ pub(super) fn shape(spec: &MachineSpec) -> Shape {
 /// The host's wall clock in nanoseconds since 1970.
 pub(super) fn wall_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    nanoseconds(since)
 }
 
 /// The descriptors of a packet, each taken once.

@@ -2,7 +2,6 @@
 //! live parts. Counters only grow.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 use devices::virtio::balloon::BalloonStats;
 use devices::virtio::block::{BlockStats, Disk};
@@ -11,8 +10,8 @@ use devices::virtio::rng::RngStats;
 use wire::control::{self, MachineStats, VcpuStats};
 use wire::machine::MachineSpec;
 
-use super::Run;
 use super::parts::Parts;
+use super::{Run, nanoseconds};
 use crate::console::Console;
 use crate::vcpu::Crew;
 
@@ -101,9 +100,7 @@ impl Lasting {
 
 fn current_ns(run: &Run) -> u64 {
     match run {
-        Run::Running { since } => {
-            u64::try_from(Instant::now().duration_since(*since).as_nanos()).unwrap_or(u64::MAX)
-        }
+        Run::Running { since } => nanoseconds(since.elapsed()),
         Run::Paused { .. } => 0,
     }
 }

@@ -44,6 +44,8 @@ struct Inner {
     due: Instant,
     told: Instant,
     stopped: Option<Instant>,
+    /// A target's: when it last heard that the guest runs.
+    ran: Instant,
     ended: Option<Instant>,
 }
 
@@ -68,6 +70,7 @@ impl Shared {
             due: now,
             told: now,
             stopped: None,
+            ran: now,
             ended: None,
         };
         Arc::new(Shared {
@@ -216,6 +219,25 @@ impl Shared {
         (from + Duration::from_millis(longest_ms.into()), longest_ms.into())
     }
 
+    /// A target's: a round begins, which is the last when the guest stands still.
+    pub(super) fn hear_of_round(&self, last: bool) {
+        let mut inner = self.inner();
+        let now = Instant::now();
+        if last {
+            inner.stopped.get_or_insert(now);
+        } else {
+            inner.ran = now;
+        }
+    }
+
+    /// For how long the guest has stood still, at a target that has its state. The hosts' wall clocks say so, and are believed as
+    /// far as they agree with what was heard here: it stood still before its last round came, and ran when the one before began.
+    pub(crate) fn stood_still(&self, by_wall: Duration) -> Duration {
+        let inner = self.inner();
+        let shortest = inner.stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
+        by_wall.min(inner.ran.elapsed()).max(shortest)
+    }
+
     /// Waits until so many bytes may go.
     pub(super) fn pace(&self, bytes: u64) {
         let mut inner = self.inner();
@@ -295,5 +317,43 @@ impl Inner {
         if next.is_end() {
             self.ended.get_or_insert_with(Instant::now);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lets some time pass.
+    fn pass() {
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(20) {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn wall_clocks_are_believed_as_far_as_a_target_can_know() {
+        let (hour, bell) = (Duration::from_secs(3600), Bell::new().unwrap());
+        let shared = Shared::new(Side::Target, true, SendLimits::default(), &Arc::new(bell), None);
+        let began = Instant::now();
+        // Memory that was handed over comes without rounds.
+        assert_eq!(shared.stood_still(Duration::ZERO), Duration::ZERO);
+        pass();
+        shared.hear_of_round(false);
+        let ran = Instant::now();
+        pass();
+        shared.hear_of_round(true);
+        pass();
+        // The source's clock is ahead, the target's is, and neither.
+        let shortest = shared.stood_still(Duration::ZERO);
+        assert!(shortest >= Duration::from_millis(20) && shortest < ran.elapsed());
+        let longest = shared.stood_still(hour);
+        assert!(longest >= Duration::from_millis(40) && longest < began.elapsed());
+        let between = (shared.stood_still(Duration::ZERO) + longest) / 2;
+        assert_eq!(shared.stood_still(between), between);
+        // Whatever a source says in whatever order.
+        shared.hear_of_round(false);
+        assert!(shared.stood_still(hour) >= shortest);
     }
 }

@@ -126,7 +126,8 @@ impl Listener {
         let contents = loop {
             match self.next(&mut order)? {
                 Came::Memory => {}
-                Came::Word(Word::Round { number, .. }) => {
+                Came::Word(Word::Round { number, last }) => {
+                    self.shared.hear_of_round(last);
                     self.shared.note(|progress| progress.rounds = number)
                 }
                 Came::Word(word) => return Err(self.unexpected(word)),
