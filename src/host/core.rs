@@ -1,10 +1,12 @@
 //! What every noun shares: the store, the directories, the wake-ups. It knows no noun.
 //! `open` makes one; every facade holds it.
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use model::Code;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::call::{Answer, Call};
 use crate::config::{Config, Dirs};
@@ -23,6 +25,22 @@ where
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or_else(|cause| Err(Error::internal("work on files ended badly", cause)))
+}
+
+/// Runs what may wait for the disk on the thread that asks, whose other tasks another one takes over: whoever asked goes on at
+/// once, instead of when a thread has been woken and has found a processor. For a commit, and for a few small files.
+pub(crate) async fn in_place<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => {
+            let done = tokio::task::block_in_place(|| catch_unwind(AssertUnwindSafe(work)));
+            done.unwrap_or_else(|_| Err(Error::new(Code::Internal, "work on files or records ended badly")))
+        }
+        _ => blocking(work).await,
+    }
 }
 
 /// What every noun shares.

@@ -49,22 +49,34 @@ impl PidFd {
 
     /// Reaps a child of the calling process; `None` while it lives. Fails with `ECHILD` for other processes.
     pub fn reap(&self) -> io::Result<Option<Ended>> {
-        // SAFETY: `siginfo_t` is plain data for which zeros are valid.
-        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        let id = self.0.as_raw_fd() as libc::id_t;
-        let flags = libc::WEXITED | libc::WNOHANG;
-        // SAFETY: `info` is valid for writes and outlives the call.
-        check(unsafe { libc::waitid(libc::P_PIDFD, id, &mut info, flags) }.into())?;
-        // SAFETY: waitid succeeded, so the fields of a child's siginfo are set or still zero.
-        let pid = unsafe { info.si_pid() };
-        // SAFETY: as above.
-        let status = unsafe { info.si_status() };
-        Ok(match (pid, info.si_code) {
-            (0, _) => None,
-            (_, libc::CLD_EXITED) => Some(Ended::Code(status)),
-            _ => Some(Ended::Signal(status)),
-        })
+        let reaped = reap(libc::P_PIDFD, self.0.as_raw_fd() as libc::id_t)?;
+        Ok(reaped.map(|(_, ended)| ended))
     }
+}
+
+/// Reaps whichever child of the calling process has ended, and answers its number; `None` when none has, or there is none.
+pub fn reap_any() -> io::Result<Option<(i32, Ended)>> {
+    match reap(libc::P_ALL, 0) {
+        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(None),
+        reaped => reaped,
+    }
+}
+
+fn reap(kind: libc::idtype_t, id: libc::id_t) -> io::Result<Option<(i32, Ended)>> {
+    // SAFETY: `siginfo_t` is plain data for which zeros are valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG;
+    // SAFETY: `info` is valid for writes and outlives the call.
+    check(unsafe { libc::waitid(kind, id, &mut info, flags) }.into())?;
+    // SAFETY: waitid succeeded, so the fields of a child's siginfo are set or still zero.
+    let pid = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
+    Ok(match (pid, info.si_code) {
+        (0, _) => None,
+        (_, libc::CLD_EXITED) => Some((pid, Ended::Code(status))),
+        _ => Some((pid, Ended::Signal(status))),
+    })
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {

@@ -164,8 +164,9 @@ impl Shell {
                     return Ok(reason);
                 }
             }
-            // Only now, when the guest runs and everybody was answered.
-            if std::mem::take(&mut self.has_built) {
+            // Only now, when the guest runs and everybody was answered. One that is parked would take it all back when it runs.
+            let runs = self.machine.as_ref().is_some_and(|machine| !machine.is_paused());
+            if runs && std::mem::take(&mut self.has_built) {
                 // A VM that nobody entered takes long to close.
                 self.ready = None;
                 sys::resident::give_back();

@@ -6,13 +6,14 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use kvm::{Host, cpuid};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sys::pidfd::{Ended, PidFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::channel::{self, Channel};
 use wire::launch::{CGROUPS_MAX, Command, ExitStatus, Jail, Message, Reply, Request};
 
 use crate::limits::{CHILDREN_MAX, EVENTS_PER_WAIT, LABEL_BYTES_MAX};
-use crate::log;
 use crate::threads::{self, ThreadKind};
 
 mod children;
@@ -33,18 +34,20 @@ pub(crate) enum Error {
 }
 
 const DAEMON: u64 = 0;
+const ENDS: u64 = 1;
 
 struct Launcher {
     daemon: Channel,
     epoll: Epoll,
     /// What KVM offers, when it was asked once.
     offer: Option<File>,
-    /// By process id, which is also the epoll token; init is nobody's child, so none is 0.
-    children: HashMap<u64, Child>,
+    /// By process id.
+    children: HashMap<i32, Child>,
 }
 
+/// There is no descriptor of a VMM: each process that is started copies the table of all, and closes what is in it.
 enum Child {
-    Vmm { pid: i32, pidfd: PidFd },
+    Vmm,
     Probe { pidfd: PidFd, probing: Probing },
 }
 
@@ -54,7 +57,9 @@ pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
     let daemon = Channel::new(daemon.into());
     let epoll = Epoll::new().map_err(Error::Wait)?;
     let mut launcher = Launcher { daemon, epoll, offer: None, children: HashMap::new() };
+    let ends = ends().map_err(Error::Wait)?;
     launcher.watch(launcher.daemon.as_fd(), DAEMON).map_err(Error::Wait)?;
+    launcher.watch(ends.as_fd(), ENDS).map_err(Error::Wait)?;
     let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
     loop {
         let timeout_ms = launcher.timeout_ms();
@@ -69,7 +74,11 @@ pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
                     Some((request, descriptors)) => launcher.answer(request, descriptors)?,
                     None => return Ok(()),
                 },
-                child => launcher.child_ended(child)?,
+                _ => {
+                    // One word may be for several ends.
+                    while ends.read_signal().map_err(|error| Error::Wait(error.into()))?.is_some() {}
+                    launcher.reap()?;
+                }
             }
         }
     }
@@ -131,10 +140,8 @@ impl Launcher {
         let children::Vmm { pid, pidfd, missing } =
             children::start_vmm(label, jail, &descriptors, offer, &cgroups)
                 .map_err(|why| format!("cannot start a VMM: {why}"))?;
-        let told = |error: io::Error| format!("cannot watch a VMM: {error}");
-        let copy = pidfd.as_fd().try_clone_to_owned().map_err(told)?;
-        self.adopt(pid, Child::Vmm { pid, pidfd }).map_err(told)?;
-        Ok((Reply::Spawned { pid, missing }, copy))
+        self.children.insert(pid, Child::Vmm);
+        Ok((Reply::Spawned { pid, missing }, pidfd.into()))
     }
 
     fn probe(&mut self, id: u64, descriptors: Vec<OwnedFd>) -> Result<(), String> {
@@ -143,51 +150,25 @@ impl Launcher {
             .map_err(|got: Vec<_>| format!("the probe needs 1 descriptor (KVM); {} came", got.len()))?;
         let (pid, pidfd, output) =
             children::start_probe(&kvm).map_err(|why| format!("cannot start the probe: {why}"))?;
-        self.adopt(pid, Child::Probe { pidfd, probing: Probing::new(id, output) })
-            .map_err(|error| format!("cannot watch the probe: {error}"))
+        self.children.insert(pid, Child::Probe { pidfd, probing: Probing::new(id, output) });
+        Ok(())
     }
 
-    fn adopt(&mut self, pid: i32, child: Child) -> io::Result<()> {
-        let token = pid.unsigned_abs().into();
-        let (Child::Vmm { pidfd, .. } | Child::Probe { pidfd, .. }) = &child;
-        let watched = self.watch(pidfd.as_fd(), token);
-        self.children.insert(token, child);
-        watched
-    }
-
-    fn child_ended(&mut self, token: u64) -> Result<(), Error> {
-        let Some(child) = self.children.get(&token) else { return Ok(()) };
-        let (Child::Vmm { pidfd, .. } | Child::Probe { pidfd, .. }) = child;
-        let ended = match pidfd.reap() {
-            Ok(Some(ended)) => ended,
-            Ok(None) => return Ok(()),
-            Err(error) => {
-                log::line(format_args!("cannot reap process {token}: {error}"));
-                self.forget(token);
-                return Ok(());
+    /// Tells of children that have ended.
+    fn reap(&mut self) -> Result<(), Error> {
+        while let Some((pid, ended)) = sys::pidfd::reap_any().map_err(Error::Wait)? {
+            match self.children.remove(&pid) {
+                Some(Child::Vmm) => {
+                    self.daemon.send(&Message::Exited { pid, status: status(ended) }, &[])?;
+                }
+                Some(Child::Probe { probing, .. }) => {
+                    let (id, result) = probing.finish(ended);
+                    self.send(id, result.map(Reply::Probed), &[])?;
+                }
+                None => (),
             }
-        };
-        match self.forget(token) {
-            Some(Child::Vmm { pid, .. }) => {
-                Ok(self.daemon.send(&Message::Exited { pid, status: status(ended) }, &[])?)
-            }
-            Some(Child::Probe { probing, .. }) => {
-                let (id, result) = probing.finish(ended);
-                self.send(id, result.map(Reply::Probed), &[])
-            }
-            None => Ok(()),
         }
-    }
-
-    /// The daemon has copies of a VMM's descriptor, so closing ours does not end the watch.
-    fn forget(&mut self, token: u64) -> Option<Child> {
-        let child = self.children.remove(&token)?;
-        let (Child::Vmm { pidfd, .. } | Child::Probe { pidfd, .. }) = &child;
-        let raw = pidfd.as_fd().as_raw_fd();
-        if let Err(error) = self.epoll.ctl(ControlOperation::Delete, raw, EpollEvent::default()) {
-            log::line(format_args!("process {token} is watched after its end: {error}"));
-        }
-        Some(child)
+        Ok(())
     }
 
     /// Ends probes that take too long; their end is then seen like any other.
@@ -204,7 +185,7 @@ impl Launcher {
     fn timeout_ms(&self) -> i32 {
         let left = self.children.values().filter_map(|child| match child {
             Child::Probe { probing, .. } => probing.left_ms(),
-            Child::Vmm { .. } => None,
+            Child::Vmm => None,
         });
         left.min().unwrap_or(-1)
     }
@@ -213,6 +194,13 @@ impl Launcher {
         let raw: RawFd = fd.as_raw_fd();
         self.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(EventSet::IN, token))
     }
+}
+
+/// Readable when a child has ended. Children begin with no signal kept from them.
+fn ends() -> io::Result<SignalFd> {
+    let ended = SigSet::from(Signal::SIGCHLD);
+    ended.thread_block()?;
+    Ok(SignalFd::with_flags(&ended, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
 }
 
 fn status(ended: Ended) -> ExitStatus {

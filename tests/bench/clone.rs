@@ -11,6 +11,7 @@ use wire::saved::lower::{Lower, Run};
 use wire::saved::table::Table;
 
 use crate::client::Local;
+use crate::create::NOT_BEFORE;
 use crate::ground::Ground;
 use crate::host::{Host, id};
 use crate::rows::{Report, Series};
@@ -23,8 +24,8 @@ const WRITTEN_MIB: u64 = 64;
 /// A line each millisecond, so that progress is seen when it is made.
 const TICKS: &str = "ticks=10000000,1";
 
-/// What guests do that are cloned: they wait to be told that a disk has changed, as a clone is, say what they see, and halt. A
-/// hundred that went on would be measured with each other's noise.
+/// What guests do that are cloned by the hundred: they wait to be told that a disk has changed, as a clone is, say what they
+/// see, and halt. A hundred that went on would be measured with each other's noise.
 const TOLD: &str = "changed=600000 halt";
 
 /// What the guest says before it waits.
@@ -106,12 +107,13 @@ fn scattered(saved: &Saved, memory_bytes: u64, files: u32) -> Below {
 fn through_the_api(ground: &Ground) -> Vec<f64> {
     let host = Host::start_with(ground, WARM_SHELLS);
     let mut client = host.local();
-    let snapshot = snapshot(&host, ground, 128 << 20);
+    let snapshot = snapshot(&host, ground, 128 << 20, (TICKS, "tick 3 "));
     let mut one = |at: usize| {
         // What the one before is followed by: its end, and another VMM that waits.
         std::thread::sleep(IDLE);
         let begun = Instant::now();
         let server = clones(&mut client, &snapshot, &format!("one-{at}"), 1).remove(0);
+        std::thread::sleep(NOT_BEFORE);
         host.first_word(&server);
         let took = begun.elapsed().as_secs_f64() * 1e3;
         client.call("DELETE", &format!("/v1/servers/{server}"), WAIT, None);
@@ -121,13 +123,13 @@ fn through_the_api(ground: &Ground) -> Vec<f64> {
     (1..=ground.samples(41, 3)).map(one).collect()
 }
 
-/// Takes a snapshot with memory of a server whose guest waits, and pauses that server.
-fn snapshot(host: &Host, ground: &Ground, memory_bytes: u64) -> String {
-    host.import(ground, "counting", &format!("dirty={WRITTEN_MIB},0,50 {TOLD}"));
+/// Takes a snapshot with memory of a server whose guest does what `words` say and has said `last`, and pauses that server.
+fn snapshot(host: &Host, ground: &Ground, memory_bytes: u64, (words, last): (&str, &str)) -> String {
+    host.import(ground, "counting", &format!("dirty={WRITTEN_MIB},0,50 {words}"));
     let mut client = host.local();
     let body = json!({ "name": "first", "image": "counting", "memory_bytes": memory_bytes });
     let first = id(&client.call("POST", "/v1/servers", WAIT, Some(&body)));
-    while !host.console_log(&first).contains(WAITING) {}
+    while !host.console_log(&first).contains(last) {}
     let path = format!("/v1/servers/{first}/actions/snapshot");
     let body = json!({ "name": "then", "memory": true });
     let snapshot = id(&client.call("POST", &path, WAIT, Some(&body)));
@@ -139,7 +141,7 @@ fn snapshot(host: &Host, ground: &Ground, memory_bytes: u64) -> String {
 fn hundred(ground: &Ground, report: &mut Report) {
     let count = ground.samples(100, 3);
     let host = Host::start(ground);
-    let snapshot = snapshot(&host, ground, MEMORY_BYTES);
+    let snapshot = snapshot(&host, ground, MEMORY_BYTES, (TOLD, WAITING));
     let mut client = host.local();
     let rounds = ground.samples(5, 1);
     let (mut took_s, mut dirty_kb, mut charged_kb) = (Vec::new(), Vec::new(), Vec::new());

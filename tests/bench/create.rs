@@ -14,7 +14,7 @@ const CLIENTS: usize = 8;
 const IDLE: Duration = Duration::from_millis(100);
 
 /// After its answer no server says its first word sooner than that: looking for it takes nothing from who makes it.
-const NOT_BEFORE: Duration = Duration::from_millis(2);
+pub(crate) const NOT_BEFORE: Duration = Duration::from_millis(2);
 
 /// VMMs that the daemon keeps ready where servers are asked for one after the other.
 const WARM_SHELLS: usize = 4;

@@ -123,6 +123,18 @@ fn command(channel: &Channel, command: control::Command) -> control::Message {
 }
 
 #[test]
+fn what_the_launcher_has_open_does_not_grow_with_its_vmms() {
+    let launcher = Launcher::start();
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", launcher.pid)).unwrap().count();
+    // What KVM offers is kept from here on.
+    let first = launcher.spawn("first");
+    let before = open();
+    let more = ["second", "third"].map(|name| launcher.spawn(name));
+    assert_eq!(open(), before);
+    drop((first, more));
+}
+
+#[test]
 fn a_vmm_has_its_descriptors_and_no_others() {
     let launcher = Launcher::start();
     let (pid, _pidfd, channel) = launcher.spawn("server");

@@ -25,6 +25,7 @@ use sys::beneath;
 use tokio::io::AsyncRead;
 
 use crate::call::{Answer, Call};
+use crate::config::Dirs;
 use crate::core::Shared;
 use crate::error::{Error, Result};
 use crate::operations::{self, Outcome};
@@ -255,28 +256,26 @@ impl Images {
         }
     }
 
-    /// For `servers`: what a machine of this image starts with.
-    pub(crate) async fn boot_files(&self, id: ImageId) -> Result<BootFiles> {
+    /// For `servers`: what a machine of this image starts with. Blocks.
+    pub(crate) fn boot_files(&self, id: ImageId) -> Result<BootFiles> {
         let directory = self.core.dirs.image(id);
-        let opened = self.blocking(move || {
+        let opened = || {
             let mut bytes = Vec::new();
             open(&directory, manifest::NAME)?.read_to_end(&mut bytes)?;
             let manifest = Manifest::read(&bytes).map_err(io::Error::other)?;
             let open = |role: Role| open(&directory, role.file_name());
             let initrd = manifest.initrd.as_ref().map(|_| open(Role::Initrd)).transpose()?;
             Ok(BootFiles { kernel: open(Role::Kernel)?, initrd, cmdline: manifest.cmdline })
-        });
-        opened.await.map_err(|cause| Error::file(format!("cannot open the boot files of image {id}"), cause))
+        };
+        opened().map_err(|cause| Error::file(format!("cannot open the boot files of image {id}"), cause))
     }
 
-    /// For `volumes`: the template of root disks, open for reading; none when the image has no disk.
-    pub(crate) async fn disk(&self, id: ImageId) -> Result<Option<File>> {
-        let directory = self.core.dirs.image(id);
-        let opened = self.blocking(move || match open(&directory, Role::Disk.file_name()) {
+    /// For `volumes`: the template of root disks, open for reading; none when the image has no disk. Blocks.
+    pub(crate) fn disk(dirs: &Dirs, id: ImageId) -> io::Result<Option<File>> {
+        match open(&dirs.image(id), Role::Disk.file_name()) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
             opened => opened.map(Some),
-        });
-        opened.await.map_err(|cause| Error::file(format!("cannot open the disk of image {id}"), cause))
+        }
     }
 
     /// For `volumes`: how much of the host's disk that template takes.

@@ -58,10 +58,10 @@ async fn an_uploaded_image_is_ready_when_it_is_answered() {
     assert_eq!((image.disk_bytes, image.memory_bytes_min), (1 << 20, 64 << 20));
     assert_eq!(image.sha256, sha256(&sample.manifest_bytes()));
     assert!(image.stored_bytes > 0 && image.stored_bytes < 1 << 20, "{}", image.stored_bytes);
-    let boot = images.boot_files(image.id).await.unwrap();
+    let boot = images.boot_files(image.id).unwrap();
     assert_eq!(boot.cmdline, "console=ttyS0");
     assert_eq!(boot.kernel.metadata().unwrap().len(), sample.files[1].1.len() as u64);
-    assert!(boot.initrd.is_some() && images.disk(image.id).await.unwrap().is_some());
+    assert!(boot.initrd.is_some() && Images::disk(&images.core.dirs, image.id).unwrap().is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -73,26 +73,26 @@ async fn what_was_put_in_the_place_of_an_images_files_is_not_opened() {
     let id = answer.body.resource.unwrap().id;
     let directory = images.core.dirs.image(id);
     let elsewhere = tempfile::tempdir().unwrap();
-    let refused = async |what: &str| {
-        let refused = images.boot_files(id).await.err().unwrap_or_else(|| panic!("{what} was opened"));
+    let refused = |what: &str| {
+        let refused = images.boot_files(id).err().unwrap_or_else(|| panic!("{what} was opened"));
         assert!(refused.detail.contains("cannot open the boot files of image"), "{what}: {refused:?}");
     };
     for role in [Role::Kernel, Role::Initrd] {
         let (file, away) = (directory.join(role.file_name()), elsewhere.path().join(role.file_name()));
         std::fs::rename(&file, &away).unwrap();
         std::os::unix::fs::symlink(&away, &file).unwrap();
-        refused("a symbolic link").await;
+        refused("a symbolic link");
         std::fs::remove_file(&file).unwrap();
         std::fs::hard_link(&away, &file).unwrap();
-        refused("a hard link").await;
+        refused("a hard link");
         std::fs::remove_file(&away).unwrap();
     }
-    images.boot_files(id).await.unwrap();
+    images.boot_files(id).unwrap();
     let away = elsewhere.path().join("image");
     std::fs::rename(&directory, &away).unwrap();
     std::os::unix::fs::symlink(&away, &directory).unwrap();
-    refused("a directory behind a link").await;
-    assert!(images.disk(id).await.is_err());
+    refused("a directory behind a link");
+    assert!(Images::disk(&images.core.dirs, id).is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -350,7 +350,7 @@ async fn a_crash_at_any_point_leaves_a_whole_image_or_nothing() {
             [image] => {
                 assert_eq!(image.state, ImageState::Ready, "point {point}");
                 assert_eq!(names, [image.id.to_string()], "point {point}");
-                images.boot_files(image.id).await.unwrap();
+                images.boot_files(image.id).unwrap();
             }
             more => panic!("{more:?}"),
         }

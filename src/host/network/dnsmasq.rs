@@ -82,7 +82,7 @@ impl Dnsmasq {
         format!(
             "interface={bridge}\nexcept-interface=lo\nbind-dynamic\nno-hosts\nno-ping\nquiet-dhcp\ndomain-needed\n\
              bogus-priv\ndomain={DOMAIN}\nlocal=/{DOMAIN}/\naddn-hosts={names}\nhostsdir={names}.d\n\
-             dhcp-authoritative\ndhcp-range={base},static,{netmask},{LEASE_S}\ndhcp-lease-max={places}\n\
+             dhcp-authoritative\ndhcp-ignore-names\ndhcp-range={base},static,{netmask},{LEASE_S}\ndhcp-lease-max={places}\n\
              dhcp-hostsfile={hosts}\ndhcp-hostsdir={hosts}.d\n\
              dhcp-leasefile={leases}\npid-file={pid}\ndhcp-option=option:dns-server,{gateway}\n\
              dhcp-option=option:mtu,{mtu}\n{outward}",
@@ -394,9 +394,10 @@ fn owner(Port { mac, ipv4, .. }: &Port) -> String {
     format!("{ipv4} {mac}\n")
 }
 
-/// Who gets which address, for dnsmasq.
-fn host(Port { mac, ipv4, name, .. }: &Port) -> String {
-    format!("{mac},{ipv4},{name},{LEASE_S}\n")
+/// Who gets which address, for dnsmasq. Guests are told the name that their address has: with names here, too, dnsmasq would look
+/// each of them up whenever there is one more.
+fn host(Port { mac, ipv4, .. }: &Port) -> String {
+    format!("{mac},{ipv4},{LEASE_S}\n")
 }
 
 /// Which name has which address, for dnsmasq.

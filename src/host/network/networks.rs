@@ -265,8 +265,7 @@ impl Networks {
         })
     }
 
-    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet; DHCP knows
-    /// the address when this returns.
+    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet.
     /// Repeatable: a tap that is left over is replaced. Fails with `host_unprepared` without privilege or tools.
     pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<(u16, OwnedFd)> {
         let _working = self.inner.working.read().await;
@@ -281,12 +280,15 @@ impl Networks {
             return Err(Error::new(Code::Internal, detail));
         };
         let mtu = segment.mtu;
-        // Nobody asks for an address before both are done.
-        let served = self.inner.introduce(id, nic.mac.clone());
-        let (served, tap) = tokio::join!(served, self.inner.plumbing.plug(segment, port));
-        served?;
-        self.inner.core.checkpoint("network.served")?;
-        tap.map(|tap| (mtu, tap)).map_err(refused)
+        self.inner.plumbing.plug(segment, port).await.map(|tap| (mtu, tap)).map_err(refused)
+    }
+
+    /// For `servers`: DHCP and DNS know the interface when this returns: before its machine runs, and so before anybody asks.
+    /// Repeatable.
+    pub(crate) async fn introduce(&self, nic: &ServerNic) -> Result<()> {
+        let _working = self.inner.working.read().await;
+        self.inner.introduce(nic.network_id, nic.mac.clone()).await?;
+        self.inner.core.checkpoint("network.served")
     }
 
     /// For `servers`: removes tap and rules when the machine has ended. Repeatable.

@@ -105,12 +105,21 @@ impl Actor {
         let mut busy: Option<Busy> = None;
         let mut pause = Pause::default();
         let Some(record) = self.record().await? else { return Ok(()) };
-        if let Some(event) = recover::look(&self.workshop, &self.entry, &record).await? {
-            self.save(record.life.run, event).await?;
-            settle::look(&self.workshop, &self.entry, &record).await?;
-        }
+        let mut known = match recover::look(&self.workshop, &self.entry, &record).await? {
+            Some(event) => {
+                self.save(record.life.run, event).await?;
+                settle::look(&self.workshop, &self.entry, &record).await?;
+                None
+            }
+            None => Some(record),
+        };
         loop {
-            let Some(record) = beside(&mut busy, self.record()).await? else { return Ok(()) };
+            // What was just saved need not be read. Whoever changes it meanwhile pokes.
+            let record = match known.take() {
+                Some(record) => Some(record),
+                None => beside(&mut busy, self.record()).await?,
+            };
+            let Some(record) = record else { return Ok(()) };
             let life = &record.life;
             if let Some(busy) = &busy
                 && life.work() != Some(busy.work)
@@ -126,7 +135,7 @@ impl Actor {
                     match busy.take().and_then(|busy| Some((busy.work, busy.run, busy.outcome?))) {
                         Some((work, run, Ok(event))) => {
                             pause = Pause::default();
-                            self.save(run, event).await?;
+                            known = self.save(run, event).await?;
                             self.tidy(work).await?;
                         }
                         Some((_, _, Err(cause))) if self.workshop.core.store.is_dead() => return Err(cause),
@@ -146,9 +155,11 @@ impl Actor {
                         let end = effects::end_of(&self.workshop, id, cage, status).await;
                         self.save(life.run, Event::Ended(end)).await
                     };
-                    beside(&mut busy, told).await?;
+                    known = beside(&mut busy, told).await?;
                 }
-                Woken::Deadline => beside(&mut busy, self.save(life.run, Event::DeadlinePassed)).await?,
+                Woken::Deadline => {
+                    known = beside(&mut busy, self.save(life.run, Event::DeadlinePassed)).await?
+                }
                 Woken::Notice(notice) => beside(&mut busy, self.take_notice(notice)).await?,
                 Woken::Disconnected => beside(&mut busy, self.reconnect()).await,
                 // Whoever pokes has a reason to try at once.
@@ -233,7 +244,8 @@ impl Actor {
         self.workshop.core.store.glance(move |connection| records::find(connection, id.0)).await
     }
 
-    async fn save(&self, run: u64, event: Event) -> Result<()> {
+    /// Answers the record as it was saved, or nothing when the server is no more.
+    async fn save(&self, run: u64, event: Event) -> Result<Option<ServerRecord>> {
         let (id, capacity, dirs) = (self.entry.id, self.workshop.capacity, self.workshop.core.dirs.clone());
         tracing::debug!(server = %id, run, "{event:?}");
         let saved = self
@@ -246,7 +258,7 @@ impl Actor {
             self.workshop.networks.wake();
         }
         self.entry.wake_readers();
-        Ok(())
+        Ok(saved)
     }
 
     /// A VMM that lives and has closed its connection, or was never reached, is greeted again.

@@ -168,7 +168,8 @@ fn refusal(record: &ServerRecord, ask: Ask) -> Error {
 }
 
 fn begins_run(record: &ServerRecord, next: &Step) -> bool {
-    next.life.run != record.life.run && matches!(next.life.phase, Phase::Starting { .. })
+    next.life.run != record.life.run
+        && matches!(next.life.phase, Phase::Starting { .. } | Phase::Resuming { .. })
 }
 
 /// Writes a step down.

@@ -5,14 +5,13 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use futures_util::future;
 use model::server::Isolation;
 use model::{Code, ServerId, Time};
 use sys::beneath::Access;
 use sys::seqpacket::Listener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use wire::console::Ring;
 use wire::control::{Command, Reply};
 use wire::launch::ExitStatus;
@@ -22,13 +21,12 @@ use super::lifecycle::{End, Event, JobKind, Phase, Saved, Spawned, Trouble, Work
 use super::machine::Building;
 use super::record::{Disk, ServerRecord};
 use super::registry::{Entry, Workshop};
-use super::telling::Moved;
 use super::{limits, machine, restore, saved};
-use crate::core::blocking;
+use crate::core::{blocking, in_place};
 use crate::error::{Error, Result};
 use crate::vmms::link::AskError;
 use crate::vmms::{Cell, Link, Shell, Size, Start, Walls};
-use crate::volumes::{Content, Filled, Volumes};
+use crate::volumes::{Content, Volumes};
 
 /// One piece of work on one server.
 pub(super) struct Doing {
@@ -51,7 +49,7 @@ enum Ends {
 pub(super) struct Needs {
     pub(super) cell: Cell,
     /// What is copied to fill them.
-    copied_bytes: u64,
+    pub(super) copied_bytes: u64,
 }
 
 /// Files that a VMM is started with.
@@ -96,7 +94,7 @@ impl Doing {
     }
 
     /// Makes an error an event that ends the phase, unless the daemon itself is ending.
-    fn final_or(&self, outcome: Result<Event>, failed: fn(Trouble) -> Event) -> Result<Event> {
+    pub(super) fn final_or(&self, outcome: Result<Event>, failed: fn(Trouble) -> Event) -> Result<Event> {
         match outcome {
             Err(cause) if cause.code == Code::Draining => Err(cause),
             Err(cause) => {
@@ -111,74 +109,22 @@ impl Doing {
         self.workshop.core.dirs.server(self.record.id).join(name)
     }
 
-    async fn make(&self) -> Result<Event> {
-        let Needs { cell, copied_bytes } = self.needs().await?;
-        let is_started = matches!(self.record.life.phase, Phase::Creating { start: true });
-        // A VMM that is started at once must not have long to wait for its disk: it ends by itself when nobody comes.
-        let is_quick = is_started && copied_bytes <= limits::QUICK_FILL_BYTES_MAX;
-        let made = async {
-            if !is_quick {
-                self.make_directory().await?;
-                // A daemon may have died here before the start was called off.
-                self.undo_vmm().await?;
-                return self.fill(Vec::new()).await.map(|volumes| Event::Made { volumes, vmm: None });
-            }
-            // Only the machine needs both, and filling waits for the disk most of the time: until the volumes are flushed, when
-            // the machine may be built already. It does not run before all of that is recorded.
-            let disks = &self.record.disks;
-            let (placed, filled): (Vec<_>, Vec<_>) = disks.iter().map(|_| oneshot::channel()).unzip();
-            let starting = async {
-                let filled = async {
-                    let unfilled = |_| Error::new(Code::Draining, "the volumes were not filled");
-                    future::try_join_all(filled).await.map(|_| Content::Filled).map_err(unfilled)
-                };
-                self.vmm(cell, filled).await
-            };
-            let (volumes, vmm) = tokio::join!(self.fill(placed), starting);
-            Ok(Event::Made { volumes: volumes?, vmm: Some(vmm?) })
-        };
-        let outcome = made.await;
-        if outcome.is_err() && !self.workshop.core.store.is_dead() {
-            self.undo_vmm().await?;
-        }
-        // Stopped because nobody wants it: what event it is matters no more, and it is no trouble.
-        if self.stop.load(Ordering::SeqCst) && !self.workshop.core.store.is_dead() {
-            let detail = "the work was stopped".to_owned();
-            return Ok(Event::MakeFailed(Trouble { code: Code::Draining, detail }));
-        }
-        self.final_or(outcome, Event::MakeFailed)
-    }
-
-    pub(super) async fn make_directory(&self) -> Result<()> {
-        let directory = self.workshop.core.dirs.server(self.record.id);
-        blocking(move || machine::make_directory(&directory)).await?;
-        self.workshop.core.checkpoint("server.directory_made")
-    }
-
-    /// Fills the volumes; of each, `placed` is told when its file is whole.
-    async fn fill(&self, placed: Vec<oneshot::Sender<()>>) -> Result<Vec<Filled>> {
-        let (moved, mut placed) = (Moved::default(), placed.into_iter());
-        let filling = async {
-            let mut volumes = Vec::new();
-            for disk in &self.record.disks {
-                let stopped = || self.stop.load(Ordering::SeqCst);
-                let note = |done: u64, total: u64| moved.note(done, total);
-                let filled = self.workshop.volumes.fill(disk.volume_id, &stopped, &note, placed.next());
-                volumes.extend(filled.await?);
-                self.workshop.core.checkpoint("server.volume_filled")?;
-            }
-            Ok(volumes)
-        };
-        self.telling(("filling_volumes", 1, 59), &moved, filling).await
-    }
-
     async fn spawn(&self) -> Result<Event> {
         let Needs { cell, .. } = self.needs().await?;
-        self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await.map(Event::Spawned)
+        let spawned = self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await?;
+        self.introduce().await.map(|()| Event::Spawned(spawned))
+    }
+
+    /// Has the networks know the machine, which may be built meanwhile. Repeatable.
+    pub(super) async fn introduce(&self) -> Result<()> {
+        for nic in &self.record.nics {
+            self.workshop.networks.introduce(nic).await?;
+        }
+        Ok(())
     }
 
     /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
-    /// both take a while. Repeatable.
+    /// both take a while. Its networks do not know it yet. Repeatable.
     pub(super) async fn vmm(
         &self,
         cell: Cell,
@@ -211,7 +157,7 @@ impl Doing {
     }
 
     /// Takes back what [`Doing::vmm`] has made of a server that is no more to be. Repeatable.
-    async fn undo_vmm(&self) -> Result<()> {
+    pub(super) async fn undo_vmm(&self) -> Result<()> {
         // The socket is the first thing that is made for a VMM, and the last that is removed.
         if self.entry.machine().is_none() && !self.file("control.sock").exists() {
             return Ok(());
@@ -235,7 +181,7 @@ impl Doing {
     pub(super) async fn bind_at(&self, socket: &str, will: &str) -> Result<Files> {
         let (socket, will, log) = (self.file(socket), self.file(will), self.file("vmm.log"));
         let directory = self.workshop.core.dirs.server(self.record.id);
-        let ends = blocking(move || {
+        let ends = in_place(move || {
             machine::make_directory(&directory)?;
             machine::remove_file(&socket)?;
             let listener = Listener::bind(&socket)
@@ -255,24 +201,26 @@ impl Doing {
         if std::fs::metadata(log).is_ok_and(|found| found.len() > 0) {
             return None;
         }
-        let shell = Arc::new(self.workshop.shells.take(self.size(cell))?);
-        let (moved, directory) = (shell.clone(), self.workshop.core.dirs.server(self.record.id));
-        let (lives, moved) = tokio::join!(
-            shell.lives(),
-            blocking(move || moved
-                .move_into(&directory)
-                .map_err(|cause| Error::file("it cannot be moved", cause)))
-        );
-        let shell = Arc::into_inner(shell)?;
-        match moved {
-            Ok(()) if lives => Some(shell),
-            moved => {
-                let why = moved.map_or_else(|cause| cause.chain(), |()| "it has ended".to_owned());
-                tracing::warn!(server = %self.record.id, "a VMM that was ready is not used: {why}");
-                self.workshop.shells.end(shell).await;
+        let shell = self.workshop.shells.take(self.size(cell))?;
+        // For people who look at processes; it is no trouble when it is not shown.
+        shell.tell(Command::Label { label: self.record.name.to_string() }).await;
+        let (files, directory) = (shell.files(), self.workshop.core.dirs.server(self.record.id));
+        let moved = in_place(move || {
+            files.move_into(&directory).map_err(|cause| Error::file("it cannot be moved", cause))
+        });
+        match moved.await {
+            Ok(()) => Some(shell),
+            Err(cause) => {
+                self.reject(shell, &cause).await;
                 None
             }
         }
+    }
+
+    /// Ends a shell that is of no use.
+    async fn reject(&self, shell: Shell, why: &Error) {
+        tracing::warn!(server = %self.record.id, "a VMM that was ready is not used: {}", why.chain());
+        self.workshop.shells.end(shell).await;
     }
 
     fn size(&self, cell: &Cell) -> Size {
@@ -280,36 +228,36 @@ impl Doing {
     }
 
     async fn start_vmm(&self, ends: Ends, cell: Cell) -> Result<Spawned> {
-        let (process, shell) = match ends {
+        let Files { listener, will, log } = match ends {
+            Ends::New(files) => files,
             Ends::Shell(shell) => {
+                let (vmm, cage) = (shell.process.id(), Some(shell.key.clone()));
                 self.entry.hold(shell.process.clone(), shell.key.clone());
-                (shell.process.clone(), Some(shell))
-            }
-            Ends::New(Files { listener, will, log }) => {
-                let walls = match self.record.isolation {
-                    Isolation::Strict => Walls::All,
-                    Isolation::Standard => Walls::AsFound,
-                };
-                let label = self.record.name.to_string();
-                let start = Start { label, listener: listener.into(), will, log, cell, walls };
-                (self.workshop.launcher.spawn(start).await?, None)
+                self.workshop.core.checkpoint("server.spawned")?;
+                match self.entry.greet(limits::SHELL_QUIT).await {
+                    Ok(_) => {
+                        let (sandbox, build) = (Some(shell.hello.sandbox), shell.process.build());
+                        return Ok(Spawned { vmm, sandbox, cage, build });
+                    }
+                    Err(cause) => self.reject(shell, &cause.into()).await,
+                }
+                self.entry.drop_machine();
+                self.bind().await?
             }
         };
+        let walls = match self.record.isolation {
+            Isolation::Strict => Walls::All,
+            Isolation::Standard => Walls::AsFound,
+        };
+        let label = self.record.name.to_string();
+        let start = Start { label, listener: listener.into(), will, log, cell, walls };
+        let process = self.workshop.launcher.spawn(start).await?;
         self.workshop.core.checkpoint("server.spawned")?;
-        let (vmm, cage) = (process.id(), shell.as_ref().map(|shell| shell.key.clone()));
-        if shell.is_none() {
-            self.entry.hold(process, self.record.id.to_string());
-        }
+        let (vmm, build) = (process.id(), process.build());
+        self.entry.hold(process, self.record.id.to_string());
         // Asked now, because later a guest may have taken it over. Whether it answers is seen when it is to boot.
-        let greeted = self.entry.greet(limits::BOOT).await.ok();
-        if let (Some((link, _)), Some(_)) = (&greeted, &shell) {
-            // For people who look at processes; it is no trouble when it is not shown.
-            let _ = link.order(Command::Label { label: self.record.name.to_string() }, limits::COMMAND).await;
-        }
-        let hello = greeted.and_then(|(_, hello)| hello);
-        let sandbox = shell.map_or(hello, |shell| Some(shell.hello)).map(|hello| hello.sandbox);
-        let build = self.entry.machine().and_then(|machine| machine.process.build());
-        Ok(Spawned { vmm, sandbox, cage, build })
+        let hello = self.entry.greet(limits::BOOT).await.ok().and_then(|(_, hello)| hello);
+        Ok(Spawned { vmm, sandbox: hello.map(|hello| hello.sandbox), cage: None, build })
     }
 
     pub(super) async fn needs(&self) -> Result<Needs> {
@@ -357,10 +305,14 @@ impl Doing {
         if saved.is_none() {
             self.replenish_shells().await;
         }
-        match booted {
-            Ok(()) => Ok(event),
+        self.or_end(booted).await.map(|()| event)
+    }
+
+    /// The last will of a VMM that has ended meanwhile says more than a connection that broke.
+    pub(super) async fn or_end(&self, outcome: Result<()>) -> Result<()> {
+        match outcome {
+            Ok(()) => Ok(()),
             Err(cause) => match self.ended_meanwhile().await {
-                // The last will says more than a connection that broke.
                 Some(end) => Err(Error::new(Code::MachineFailed, end.detail).caused_by(cause)),
                 None => Err(cause),
             },
@@ -459,7 +411,9 @@ impl Doing {
 
     /// A memory that the machine was restored from is of no use once it runs.
     async fn resume(&self) -> Result<Event> {
-        if let Some(ended) = self.reclaim().await? {
+        // One that is only being made has never moved.
+        let is_new = self.record.life.job.is_some_and(|job| job.kind == JobKind::Create);
+        if !is_new && let Some(ended) = self.reclaim().await? {
             return Ok(ended);
         }
         let ordered =

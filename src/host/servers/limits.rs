@@ -28,7 +28,7 @@ pub const QUIT: Duration = Duration::from_secs(2);
 /// How long the kernel may take to end a killed process: it frees the guest's memory meanwhile.
 pub const KILL: Duration = Duration::from_secs(30);
 
-pub use crate::limits::{FILE_BYTES_MIN, RETRY, RETRY_MAX};
+pub use crate::limits::{FILE_BYTES_MIN, RETRY, RETRY_MAX, SHELL_QUIT};
 
 /// Longest sleep for a deadline before the clock is read again: so long it may be behind a clock that was set.
 pub const CLOCK: Duration = Duration::from_secs(30);

@@ -207,7 +207,8 @@ impl Doing {
         }
         self.workshop.core.checkpoint("server.arrival_prepared")?;
         let cell = self.needs().await?.cell;
-        self.vmm(cell, std::future::ready(Ok(Content::Filled))).await.map(Event::Spawned)
+        let spawned = self.vmm(cell, std::future::ready(Ok(Content::Filled))).await?;
+        self.introduce().await.map(|()| Event::Spawned(spawned))
     }
 
     /// How the machine ended, if the VMM at hand says that it has none that could run here.

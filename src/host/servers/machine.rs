@@ -22,7 +22,7 @@ use super::isolation;
 use super::limits;
 use super::record::{self, ServerRecord};
 use super::registry::{Entry, Workshop};
-use crate::core::blocking;
+use crate::core::in_place;
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::images::BootFiles;
@@ -120,7 +120,12 @@ pub(super) async fn ready(
     }
     let prepared = match entry.take_prepared().filter(|kept| is_same(&kept.of, record)) {
         Some(prepared) => prepared,
-        None => prepare(workshop, record, std::future::ready(Ok(Content::Recorded))).await?,
+        None => {
+            for nic in &record.nics {
+                workshop.networks.introduce(nic).await?;
+            }
+            prepare(workshop, record, std::future::ready(Ok(Content::Recorded))).await?
+        }
     };
     Ok(Some((link, prepared.description)))
 }
@@ -129,7 +134,7 @@ pub(super) async fn ready(
 #[derive(Debug)]
 pub struct Prepared {
     of: ServerRecord,
-    description: Description,
+    pub(super) description: Description,
 }
 
 /// Whether what was made of one record is what another of the server asks for: limits and names may have changed since.
@@ -170,17 +175,14 @@ async fn describe(
     record: &ServerRecord,
     filled: impl Future<Output = Result<Content>>,
 ) -> Result<Description> {
-    let ring = workshop.core.dirs.server(record.id).join("console.ring");
     // None of them needs another, and each waits for something else. All are ended before an error is told: what goes on
     // behind it could make again what the next step removes.
-    let (files, volumes, seed, taps, ring) = tokio::join!(
-        workshop.images.boot_files(record.image_id),
-        open_volumes(workshop, record, filled),
-        write_seed(workshop, record),
+    let (taps, files, volumes) = tokio::join!(
         plug(workshop, record),
-        blocking(move || open_ring(&ring)),
+        write_files(workshop, record),
+        open_volumes(workshop, record, filled),
     );
-    let (files, volumes, seed, taps, ring) = (files?, volumes?, seed?, taps?, ring?);
+    let (taps, (files, seed, ring), volumes) = (taps?, files?, volumes?);
     workshop.core.checkpoint("server.seeded")?;
     let disks = volumes.into_iter().map(OwnedFd::from).chain([seed.into()]).collect();
     assemble(record, chassis(record), Parts { files, disks, taps, ring })
@@ -216,12 +218,9 @@ pub(super) async fn describe_handed(
         taps.push((lease(workshop, nic).await?.mtu, tap));
     }
     let ring = workshop.core.dirs.server(record.id).join("console.ring");
-    let parts = Parts {
-        files: workshop.images.boot_files(record.image_id).await?,
-        disks: handles.collect(),
-        taps,
-        ring: blocking(move || open_ring(&ring)).await?,
-    };
+    let (images, image) = (workshop.images.clone(), record.image_id);
+    let (files, ring) = in_place(move || Ok((images.boot_files(image)?, open_ring(&ring)?))).await?;
+    let parts = Parts { files, disks: handles.collect(), taps, ring };
     // What it is now: the next one may be of another size.
     let record::Held { memory_bytes, vcpus, cpu, .. } = &record.held;
     let cpu = cpu::template(cpu.as_ref().unwrap_or(&record.cpu));
@@ -312,7 +311,8 @@ async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {
     workshop.core.store.glance(move |connection| Networks::lease(connection, network)).await
 }
 
-async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> {
+/// What a machine starts with, its seed disk, and its console: small files, all of them done in one go.
+async fn write_files(workshop: &Workshop, record: &ServerRecord) -> Result<(BootFiles, File, File)> {
     let mut nics = Vec::new();
     for nic in &record.nics {
         let lease = lease(workshop, nic).await?;
@@ -325,9 +325,9 @@ async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> 
             routed: lease.routed,
         });
     }
-    let record = record.clone();
-    let path = workshop.core.dirs.server(record.id).join("seed.img");
-    blocking(move || {
+    let (record, images) = (record.clone(), workshop.images.clone());
+    let directory = workshop.core.dirs.server(record.id);
+    in_place(move || {
         let seed = Seed {
             server: record.id,
             name: &record.name,
@@ -337,7 +337,8 @@ async fn write_seed(workshop: &Workshop, record: &ServerRecord) -> Result<File> 
             nics,
             descent: record.descent,
         };
-        fresh_seed(&path, &seed)
+        let seed = fresh_seed(&directory.join("seed.img"), &seed)?;
+        Ok((images.boot_files(record.image_id)?, seed, open_ring(&directory.join("console.ring"))?))
     })
     .await
 }

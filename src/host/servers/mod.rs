@@ -34,6 +34,7 @@ pub mod lifecycle;
 pub mod limits;
 pub(crate) mod live;
 mod machine;
+mod make;
 mod metrics;
 pub(crate) mod moving;
 mod pace;

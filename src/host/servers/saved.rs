@@ -18,7 +18,7 @@ use super::effects::Doing;
 use super::lifecycle::{Event, Saved, SavedOf, Trouble};
 use super::limits;
 use super::machine::{self, Description};
-use crate::core::blocking;
+use crate::core::{blocking, in_place};
 use crate::error::{Error, Result};
 use crate::snapshots::{self, SnapshotRecord, chain};
 use crate::store::records;
@@ -91,11 +91,19 @@ impl Doing {
 
     /// Builds the machine as it was saved, and leaves it parked: the memory is used up only when that is recorded.
     pub(super) async fn restore(&self, saved: Saved) -> Result<()> {
-        let Some((link, Description { spec, mut descriptors })) =
-            machine::ready(&self.workshop, &self.entry, &self.record).await?
-        else {
-            return Ok(());
-        };
+        match machine::ready(&self.workshop, &self.entry, &self.record).await? {
+            Some((link, description)) => self.restore_in(&link, description, saved).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The same in a VMM that has no machine.
+    pub(super) async fn restore_in(
+        &self,
+        link: &Link,
+        Description { spec, mut descriptors }: Description,
+        saved: Saved,
+    ) -> Result<()> {
         let (directory, names) = match saved.of {
             SavedOf::Hibernation => (self.workshop.core.dirs.server(self.record.id), [STATE, MEMORY]),
             SavedOf::Snapshot { id } | SavedOf::Clone { snapshot: id } => {
@@ -103,7 +111,7 @@ impl Doing {
             }
         };
         let [state, memory] = names.map(|name| directory.join(name));
-        let (state, memory) = blocking(move || Ok((kept(&state)?, kept(&memory)?))).await?;
+        let (state, memory) = in_place(move || Ok((kept(&state)?, kept(&memory)?))).await?;
         let below = self.below(saved.of.snapshot()).await?;
         let timeout = limits::BOOT + limits::restoring(spec.memory_bytes);
         let restore = RestoreSpec {
@@ -168,7 +176,7 @@ impl Doing {
             Ok(Below { runs, digest: listed.digest, files: files.collect::<std::io::Result<_>>()? })
         };
         let failed = move |cause| Error::file(format!("the memory of snapshot {id} cannot be opened"), cause);
-        blocking(move || open().map_err(failed)).await.map(Some)
+        in_place(move || open().map_err(failed)).await.map(Some)
     }
 }
 

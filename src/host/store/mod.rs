@@ -7,7 +7,6 @@ use std::cell::RefCell;
 use std::fs::{File, Permissions};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,10 +14,9 @@ use std::time::Duration;
 
 use model::{Code, OperationId};
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
-use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::Semaphore;
 
-use crate::core::{Checkpoint, Fate};
+use crate::core::{Checkpoint, Fate, in_place};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::volumes::space;
@@ -388,22 +386,6 @@ fn connect(path: &Path) -> Result<Connection> {
     connection.pragma_update(None, "cache_size", -limits::DATABASE_CACHE_KB)?;
     connection.set_prepared_statement_cache_capacity(limits::STATEMENTS_KEPT);
     Ok(connection)
-}
-
-/// Waits for the disk on the thread that asks, whose other tasks another one takes over: whoever asked goes on at once,
-/// instead of when a thread has been woken and has found a processor.
-async fn in_place<T, F>(work: F) -> Result<T>
-where
-    T: Send + 'static,
-    F: FnOnce() -> Result<T> + Send + 'static,
-{
-    match Handle::current().runtime_flavor() {
-        RuntimeFlavor::MultiThread => {
-            let done = tokio::task::block_in_place(|| catch_unwind(AssertUnwindSafe(work)));
-            done.unwrap_or_else(|_| Err(Error::new(Code::Internal, "a transaction ended badly")))
-        }
-        _ => blocking(work).await,
-    }
 }
 
 async fn blocking<T, F>(work: F) -> Result<T>

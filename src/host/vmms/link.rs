@@ -163,6 +163,13 @@ impl Link {
         answer.unwrap_or(Err(AskError::Timeout(timeout)))
     }
 
+    /// Sends a command whose answer nobody waits for.
+    pub async fn tell(&self, command: Command, timeout: Duration) {
+        let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        // One that has gone is missed by whoever waits for it.
+        let _ = tokio::time::timeout(timeout, self.shared.send(&Request { id, command }, &[])).await;
+    }
+
     /// Sends a command whose only good answer is `Done`.
     pub async fn order(&self, command: Command, timeout: Duration) -> std::result::Result<(), AskError> {
         match self.ask(command, &[], timeout).await? {

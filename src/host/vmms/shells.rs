@@ -110,8 +110,8 @@ impl Shells {
         }
     }
 
-    /// A shell that is for servers of this size, if there is one. It may have died without having been missed yet:
-    /// [`Shell::lives`] tells.
+    /// A shell that is for servers of this size, if there is one. It may have died without having been missed yet, which is
+    /// seen when it does not greet.
     pub fn take(&self, size: Size) -> Option<Shell> {
         loop {
             let shell = self.pool.fitting(&size)?;
@@ -164,23 +164,33 @@ impl Drop for Shells {
 }
 
 impl Shell {
-    /// Whether it answers.
-    pub async fn lives(&self) -> bool {
-        self.link.greet(limits::SHELL_QUIT).await.is_ok()
+    /// Has it do something that nobody waits for. It does that before anything that it is asked over a later connection.
+    pub async fn tell(&self, command: Command) {
+        self.link.tell(command, limits::SHELL_QUIT).await;
     }
 
-    /// Makes its files those of the server whose directory this is or is to be. Blocks.
+    /// Its files.
+    pub fn files(&self) -> ShellFiles {
+        ShellFiles(self.directory.clone())
+    }
+}
+
+/// Files of a shell.
+pub struct ShellFiles(PathBuf);
+
+impl ShellFiles {
+    /// Makes them those of the server whose directory this is or is to be. Blocks.
     pub fn move_into(&self, directory: &Path) -> io::Result<()> {
-        match fs::rename(&self.directory, directory) {
+        match fs::rename(&self.0, directory) {
             // One that has something in it keeps that.
             Err(cause) if matches!(cause.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
             }
             moved => return moved,
         }
         for file in FILES {
-            fs::rename(self.directory.join(file), directory.join(file))?;
+            fs::rename(self.0.join(file), directory.join(file))?;
         }
-        files::remove_tree(&self.directory)
+        files::remove_tree(&self.0)
     }
 }
 

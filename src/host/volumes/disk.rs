@@ -16,21 +16,29 @@ use super::files::{Durability, Unfinished};
 use super::fill::{Watch, fill, share};
 use super::layers::Layers;
 use super::limits::{LET_GO, LET_GO_AGAIN, PROGRESS_EVERY};
-use crate::core::Shared;
+use crate::core::{Shared, in_place};
 use crate::error::{Error, Result};
 
 /// A file to make.
 pub(super) struct NewFile {
     /// Where it is to lie.
     pub(super) place: PathBuf,
-    /// What it is filled from; nothing makes it empty.
-    pub(super) source: Option<Layers>,
+    /// Opens what it is filled from; nothing makes it empty.
+    pub(super) source: Source,
     /// Its length.
     pub(super) size_bytes: u64,
     /// What it is to outlive.
     pub(super) durability: Durability,
     /// Told when it lies there whole, which may be long before it outlives what it is to.
     pub(super) placed: Option<oneshot::Sender<()>>,
+}
+
+/// Opens what a file is filled from, where waiting is allowed.
+pub(super) type Source = Box<dyn FnOnce() -> io::Result<Option<Layers>> + Send>;
+
+/// No source.
+pub(super) fn nothing() -> Source {
+    Box::new(|| Ok(None))
 }
 
 /// Makes a file and says how it was filled. When this fails nothing lies there.
@@ -68,8 +76,9 @@ pub(super) async fn make(
 }
 
 fn make_now(new: NewFile, watch: &Watch) -> io::Result<FillMethod> {
+    let source = (new.source)()?;
     let mut unfinished = Unfinished::create(&new.place)?;
-    let method = match &new.source {
+    let method = match &source {
         Some(source) => fill(source, unfinished.file(), new.size_bytes, watch)?,
         None => {
             unfinished.file().set_len(new.size_bytes)?;
@@ -130,17 +139,27 @@ impl Drop for StopOnDrop {
 /// or when there is no file. The lock belongs to the opening: it goes with the descriptor to the VMM and lasts until the last copy is closed, so
 /// it outlives the daemon and no disk is ever given to two machines.
 pub(super) async fn hold(core: &Shared, id: VolumeId) -> Result<Option<File>> {
-    let place = core.dirs.volume(id);
-    blocking(move || hold_now(&place))
-        .await
-        .map_err(|cause| Error::file(format!("cannot open the file of volume {id}"), cause))
+    hold_as_long(core, id, 0).await
 }
 
-/// As [`hold`], for a machine that follows another: a VMM that has ended may have the file for a moment still.
-pub(super) async fn hold_next(core: &Shared, id: VolumeId) -> Result<Option<File>> {
+/// As [`hold`], and makes the file at least `size_bytes` long.
+async fn hold_as_long(core: &Shared, id: VolumeId, size_bytes: u64) -> Result<Option<File>> {
+    let place = core.dirs.volume(id);
+    in_place(move || {
+        let held = hold_now(&place);
+        let held =
+            held.map_err(|cause| Error::file(format!("cannot open the file of volume {id}"), cause))?;
+        held.map(|file| grow_now(file, size_bytes)).transpose()
+    })
+    .await
+}
+
+/// As [`hold`], for a machine that follows another: a VMM that has ended may have the file for a moment still. Makes the file at
+/// least `size_bytes` long.
+pub(super) async fn hold_next(core: &Shared, id: VolumeId, size_bytes: u64) -> Result<Option<File>> {
     let end = Instant::now() + LET_GO;
     loop {
-        let held = hold(core, id).await?;
+        let held = hold_as_long(core, id, size_bytes).await?;
         if held.is_some() || Instant::now() > end || !core.dirs.volume(id).exists() {
             return Ok(held);
         }
@@ -164,16 +183,21 @@ fn hold_now(place: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Makes the file at least `size_bytes` long, and answers it.
-pub(super) async fn grow(file: File, size_bytes: u64) -> Result<File> {
-    let grown = blocking(move || {
+/// Makes the file at least `size_bytes` long.
+pub(super) async fn grow(file: File, size_bytes: u64) -> Result<()> {
+    in_place(move || grow_now(file, size_bytes).map(drop)).await
+}
+
+fn grow_now(file: File, size_bytes: u64) -> Result<File> {
+    let grow = || {
         if file.metadata()?.len() < size_bytes {
             file.set_len(size_bytes)?;
             file.sync_all()?;
         }
-        Ok(file)
-    });
-    grown.await.map_err(|cause| file_trouble("cannot grow the volume".to_owned(), cause))
+        Ok(())
+    };
+    grow().map_err(|cause| file_trouble("cannot grow the volume".to_owned(), cause))?;
+    Ok(file)
 }
 
 /// The disk being full has a code of its own, and so has a file that the file system cannot hold.

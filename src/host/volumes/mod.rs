@@ -37,7 +37,7 @@ pub mod limits;
 mod recover;
 pub(crate) mod space;
 
-use disk::NewFile;
+use disk::{NewFile, Source};
 use files::Durability;
 use layers::Layers;
 
@@ -261,7 +261,8 @@ impl Volumes {
             return Ok(());
         }
         let size_bytes = volume.size_bytes;
-        let new = NewFile { place, source: None, size_bytes, durability: Durability::Power, placed: None };
+        let source = disk::nothing();
+        let new = NewFile { place, source, size_bytes, durability: Durability::Power, placed: None };
         disk::make(new, &|| false, &|_, _| {}).await?;
         self.core.checkpoint("volume.made_empty")
     }
@@ -288,12 +289,12 @@ impl Volumes {
     }
 
     /// What a disk made of a snapshot is filled from.
-    async fn snapshot_disk(&self, id: SnapshotId, index: usize) -> Result<Layers> {
+    async fn snapshot_disk(&self, id: SnapshotId, index: usize) -> Result<Source> {
         let find = move |connection: &Connection| records::one::<SnapshotRecord>(connection, id.0);
         let (record, dirs) = (self.core.store.glance(find).await?, self.core.dirs.clone());
-        disk::blocking(move || snapshots::open_file(&dirs, id, &record.chain, &snapshots::disk_name(index)))
-            .await
-            .map_err(|cause| Error::file(format!("cannot open disk {index} of snapshot {id}"), cause))
+        let open = move || snapshots::open_file(&dirs, id, &record.chain, &snapshots::disk_name(index));
+        let failed = move |cause| unopened(format!("disk {index} of snapshot {id}"), cause);
+        Ok(Box::new(move || open().map(Some).map_err(failed)))
     }
 
     /// For `servers`: bytes that a disk of a snapshot takes, wherever they lie.
@@ -334,9 +335,13 @@ impl Volumes {
             return Ok(None);
         }
         let source = match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => Some(self.snapshot_disk(snapshot, 0).await?),
-            (None, Some(image)) => self.images.disk(image).await?.map(Layers::one),
-            (None, None) => None,
+            (Some(snapshot), _) => self.snapshot_disk(snapshot, 0).await?,
+            (None, Some(image)) => {
+                let dirs = self.core.dirs.clone();
+                let failed = move |cause| unopened(format!("the disk of image {image}"), cause);
+                Box::new(move || Ok(Images::disk(&dirs, image).map_err(failed)?.map(Layers::one)))
+            }
+            (None, None) => disk::nothing(),
         };
         let place = self.core.dirs.volume(id);
         let (size_bytes, durability) = (volume.size_bytes, Durability::Power);
@@ -364,10 +369,8 @@ impl Volumes {
         if volume.state != VolumeState::Ready && content == Content::Recorded {
             return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
         }
-        let Some(file) = disk::hold_next(&self.core, id).await? else {
-            return Err(attached(&volume));
-        };
-        disk::grow(file, volume.size_bytes).await
+        let held = disk::hold_next(&self.core, id, volume.size_bytes).await?;
+        held.ok_or_else(|| attached(&volume))
     }
 
     /// For `servers`: opens it for reading while its machine is parked or has ended.
@@ -390,7 +393,7 @@ impl Volumes {
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<FillMethod> {
-        let source = Some(Layers::one(source));
+        let source: Source = Box::new(|| Ok(Some(Layers::one(source))));
         let new = NewFile { place, source, size_bytes, durability: Durability::Process, placed: None };
         disk::make(new, cancelled, progress).await
     }
@@ -407,7 +410,7 @@ impl Volumes {
     ) -> Result<()> {
         let source = self.snapshot_disk(snapshot, index).await?;
         let place = files::beside(&self.core.dirs.volume(id));
-        let (source, durability) = (Some(source), Durability::Power);
+        let durability = Durability::Power;
         let new = NewFile { place, source, size_bytes, durability, placed: None };
         disk::make(new, cancelled, progress).await.map(drop)
     }
@@ -470,6 +473,11 @@ impl Volumes {
         self.core.checkpoint("volume.removed")?;
         self.core.store.write(move |tx| forget(tx, id)).await
     }
+}
+
+/// What a volume is to be filled from. Its name is told inside the error: what failed is the filling.
+fn unopened(what: String, cause: io::Error) -> io::Error {
+    io::Error::new(cause.kind(), format!("cannot open {what}: {cause}"))
 }
 
 fn attached(volume: &Volume) -> Error {

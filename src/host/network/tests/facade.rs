@@ -228,7 +228,7 @@ async fn addresses_are_given_once_kept_and_given_back() {
 }
 
 #[tokio::test]
-async fn a_plug_comes_after_dhcp_knows_the_address_and_can_be_repeated() {
+async fn an_interface_is_plugged_and_introduced_as_often_as_asked() {
     let stage = Stage::new();
     let networks = stage.open().await;
     let default = all(&networks).await.remove(0);
@@ -236,6 +236,7 @@ async fn a_plug_comes_after_dhcp_knows_the_address_and_can_be_repeated() {
     let nic = reserve(&networks, default.id, server, None).await.unwrap();
     for _ in 0..2 {
         networks.plug(server, &nic).await.unwrap();
+        networks.introduce(&nic).await.unwrap();
     }
     let scene = stage.plumbing.scene().clone();
     assert_eq!(scene.taps.len(), 1);
@@ -268,7 +269,7 @@ async fn names_and_labels_change_and_dns_follows_a_server() {
         .write(move |tx| Networks::rename(tx, server, &"web9".parse().unwrap()))
         .await
         .unwrap();
-    networks.plug(server, &nic).await.unwrap();
+    networks.introduce(&nic).await.unwrap();
     assert_eq!(stage.plumbing.scene().served[&default.id][0].name.as_str(), "web9");
     let labels = [("tier".to_owned(), Some("front".to_owned()))].into();
     let patch = PatchNetwork { name: Some("main".parse().unwrap()), labels: Some(labels) };

@@ -41,6 +41,8 @@ pub enum Event {
         volumes: Vec<Filled>,
         /// The VMM of the first machine, where one was started meanwhile.
         vmm: Option<Spawned>,
+        /// Whether the machine is in it as it was saved, and parked.
+        is_restored: bool,
     },
     /// They could not be made.
     MakeFailed(Trouble),
@@ -162,9 +164,12 @@ impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
         match (phase, event) {
-            (Phase::Creating { start: true }, Event::Made { vmm: spawned, .. }) => {
+            (Phase::Creating { start: true }, Event::Made { vmm: spawned, is_restored, .. }) => {
                 self.life.begin_run();
-                self.life.phase = Phase::Starting { vmm: spawned.map(|spawned| spawned.vmm) };
+                match spawned.map(|spawned| spawned.vmm) {
+                    Some(vmm) if is_restored => self.restored(vmm),
+                    vmm => self.life.phase = Phase::Starting { vmm },
+                }
             }
             // It was stopped before it had begun.
             (Phase::Creating { start: false }, Event::Made { vmm: Some(Spawned { vmm, .. }), .. }) => {
@@ -267,7 +272,9 @@ impl Stepping {
                 self.end_job(Verdict::Succeeded);
             }
             // What was to be made goes on from somebody's memory, and has not begun to.
-            (Phase::Resuming { vmm }, Event::ResumeFailed(trouble)) if self.is_being_created() => {
+            (Phase::Resuming { vmm }, Event::ResumeFailed(trouble) | Event::StartFailed(trouble))
+                if self.is_being_created() =>
+            {
                 let then = Then::Fail(trouble);
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
             }

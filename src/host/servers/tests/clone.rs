@@ -3,16 +3,20 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use model::operation::Resource;
-use model::server::{BulkActions, PatchServer, ServerState};
+use model::server::{BulkActions, PatchServer, RestartPolicy, ServerState};
 use model::snapshot::{CreateClones, GuestIdentity, Snapshot};
-use model::{Code, Labels};
+use model::{Code, Labels, OperationId, SnapshotId};
 use wire::control::MachineState;
-use wire::saved::MemoryUse;
+use wire::saved::{Digest, MemoryUse};
 
 use super::snapshot::{named, taken, volume};
 use super::{delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::{FakeVmm, Guest};
+use crate::servers::lifecycle::{
+    Context, Event, Life, Phase, Push, Saved, SavedOf, Spawned, Then, Trouble, step,
+};
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
+use crate::vmms::ProcessId;
 use crate::{Call, Host, Result};
 
 fn of(name: &str, count: u16) -> CreateClones {
@@ -21,6 +25,33 @@ fn of(name: &str, count: u16) -> CreateClones {
 
 async fn cloned(host: &Host, snapshot: &Snapshot, spec: CreateClones) -> Result<BulkActions> {
     Ok(host.servers().clone_snapshot(&Call::by_host(), snapshot.id, spec).await?.body)
+}
+
+#[test]
+fn a_memory_that_was_restored_beside_the_disk_is_used_up_with_the_record_of_both() {
+    let snapshot = SnapshotId::new();
+    let of = SavedOf::Clone { snapshot };
+    let saved = Some(Saved { root: Digest([1; 32]), stored_bytes: 1, of });
+    let life = Life { saved, ..Life::new(OperationId::new(), true) };
+    let context = Context { now_ms: 7, policy: RestartPolicy::Always };
+    let vmm = ProcessId { pid: 2, start_ticks: 0, boot_id: String::new() };
+    let made = |is_restored| {
+        let spawned = Spawned { vmm: vmm.clone(), sandbox: None, cage: None, build: None };
+        let made = Event::Made { volumes: Vec::new(), vmm: Some(spawned), is_restored };
+        step(&life, made, context).life
+    };
+    let restored = made(true);
+    assert_eq!(restored.phase, Phase::Resuming { vmm: vmm.clone() });
+    assert_eq!((restored.saved, restored.shares, restored.run), (None, Some(snapshot), life.run + 1));
+    let empty = made(false);
+    assert_eq!((&empty.phase, empty.saved), (&Phase::Starting { vmm: Some(vmm.clone()) }, saved));
+    // Where it cannot be admitted it comes to nothing, and has not run.
+    let trouble = Trouble { code: Code::NoCapacity, detail: "no memory".to_owned() };
+    for life in [restored, empty] {
+        let refused = step(&life, Event::StartFailed(trouble.clone()), context).life;
+        let then = Then::Fail(trouble.clone());
+        assert_eq!(refused.phase, Phase::Stopping { vmm: Some(vmm.clone()), push: Push::Force, then });
+    }
 }
 
 #[tokio::test]

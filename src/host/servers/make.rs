@@ -1,0 +1,96 @@
+//! Making a new server: its directory and volumes, and where it is started at once, beside them a VMM with its machine, which
+//! stands still until all of that is recorded. Called by `effects`.
+use std::sync::atomic::Ordering;
+
+use futures_util::future;
+use model::Code;
+use model::server::Isolation;
+use tokio::sync::oneshot;
+
+use super::effects::{Doing, Needs};
+use super::lifecycle::{Event, Phase, Trouble};
+use super::telling::Moved;
+use super::{limits, machine};
+use crate::core::in_place;
+use crate::error::{Error, Result};
+use crate::volumes::{Content, Filled};
+
+impl Doing {
+    pub(super) async fn make(&self) -> Result<Event> {
+        let Needs { cell, copied_bytes } = self.needs().await?;
+        let is_started = matches!(self.record.life.phase, Phase::Creating { start: true });
+        // A VMM that is started at once must not have long to wait for its disk: it ends by itself when nobody comes.
+        let is_quick = is_started && copied_bytes <= limits::QUICK_FILL_BYTES_MAX;
+        let made = async {
+            if !is_quick {
+                self.make_directory().await?;
+                // A daemon may have died here before the start was called off.
+                self.undo_vmm().await?;
+                let volumes = self.fill(Vec::new()).await?;
+                return Ok(Event::Made { volumes, vmm: None, is_restored: false });
+            }
+            // Only the machine needs both, and filling waits for the disk most of the time: until the volumes are flushed, when
+            // the machine may be built already. It does not run before all of that is recorded.
+            let disks = &self.record.disks;
+            let (placed, filled): (Vec<_>, Vec<_>) = disks.iter().map(|_| oneshot::channel()).unzip();
+            let starting = async {
+                let filled = async {
+                    let unfilled = |_| Error::new(Code::Draining, "the volumes were not filled");
+                    future::try_join_all(filled).await.map(|_| Content::Filled).map_err(unfilled)
+                };
+                let vmm = self.vmm(cell, filled).await?;
+                let (is_restored, introduced) = tokio::join!(self.restore_early(), self.introduce());
+                introduced.and(is_restored).map(|is_restored| (vmm, is_restored))
+            };
+            let (volumes, started) = tokio::join!(self.fill(placed), starting);
+            let (volumes, (vmm, is_restored)) = (volumes?, started?);
+            Ok(Event::Made { volumes, vmm: Some(vmm), is_restored })
+        };
+        let outcome = made.await;
+        if outcome.is_err() && !self.workshop.core.store.is_dead() {
+            self.undo_vmm().await?;
+        }
+        // Stopped because nobody wants it: what event it is matters no more, and it is no trouble.
+        if self.stop.load(Ordering::SeqCst) && !self.workshop.core.store.is_dead() {
+            let detail = "the work was stopped".to_owned();
+            return Ok(Event::MakeFailed(Trouble { code: Code::Draining, detail }));
+        }
+        self.final_or(outcome, Event::MakeFailed)
+    }
+
+    pub(super) async fn make_directory(&self) -> Result<()> {
+        let directory = self.workshop.core.dirs.server(self.record.id);
+        in_place(move || machine::make_directory(&directory)).await?;
+        self.workshop.core.checkpoint("server.directory_made")
+    }
+
+    /// Fills the volumes; of each, `placed` is told when its file is whole.
+    async fn fill(&self, placed: Vec<oneshot::Sender<()>>) -> Result<Vec<Filled>> {
+        let (moved, mut placed) = (Moved::default(), placed.into_iter());
+        let filling = async {
+            let mut volumes = Vec::new();
+            for disk in &self.record.disks {
+                let stopped = || self.stop.load(Ordering::SeqCst);
+                let note = |done: u64, total: u64| moved.note(done, total);
+                let filled = self.workshop.volumes.fill(disk.volume_id, &stopped, &note, placed.next());
+                volumes.extend(filled.await?);
+                self.workshop.core.checkpoint("server.volume_filled")?;
+            }
+            Ok(volumes)
+        };
+        self.telling(("filling_volumes", 1, 59), &moved, filling).await
+    }
+
+    /// Has a server that goes on from a memory do so while its volumes are on their way to the disk; its machine stays parked.
+    /// Of a strict one the walls are looked at first, which its record has to name.
+    async fn restore_early(&self) -> Result<bool> {
+        let (Some(saved), Isolation::Standard) = (self.record.life.saved, self.record.isolation) else {
+            return Ok(false);
+        };
+        let Some(prepared) = self.entry.take_prepared() else { return Ok(false) };
+        let link = self.entry.link(limits::BOOT).await?;
+        let restored = self.restore_in(&link, prepared.description, saved).await;
+        self.workshop.core.checkpoint("server.booted")?;
+        self.or_end(restored).await.map(|()| true)
+    }
+}
