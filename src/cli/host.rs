@@ -16,7 +16,7 @@ pub(crate) enum Verb {
     Show,
     /// Try KVM with a small guest and look at everything servers need; fails when servers cannot run.
     Check,
-    /// Give every running server a new VMM where its own is of another build than the host's: one first, the others behind it.
+    /// Give every server that runs or is paused a new VMM where its own is of another build than the host's: one first, the others behind it.
     Upgrade(Upgrade),
     /// Make a ticket with which another host can bring a server here; it is shown once.
     Ticket {

@@ -37,11 +37,11 @@ pub(crate) struct Migrate {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Mode {
-    /// With its machine if it runs, else as it is.
+    /// With its machine if it has one, else as it is.
     Auto,
     /// Only off or hibernated.
     Cold,
-    /// Only while it runs.
+    /// Only while it runs or is paused.
     Live,
 }
 

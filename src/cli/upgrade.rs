@@ -1,4 +1,4 @@
-//! `toft host upgrade`: servers that run get a new VMM, the host's a first one alone, the others
+//! `toft host upgrade`: servers that run or are paused get a new VMM, the host's a first one alone, the others
 //! one by one behind it.
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::{Context, operation, wait};
 pub(crate) struct Upgrade {
     #[command(flatten)]
     options: ListOptions,
-    /// Name or id of the server that goes first; the one that was made last when absent.
+    /// Name or id of the server that goes first; the one that runs and was made last when absent.
     #[arg(long)]
     canary: Option<String>,
     /// Seconds for which the first one is watched before the others follow.
@@ -58,6 +58,9 @@ struct Line {
     /// When its machine started, which an upgrade does not change.
     #[serde(skip)]
     started_at: Option<Time>,
+    /// Whether its guest can show that it goes on.
+    #[serde(skip)]
+    runs: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     detail: Option<String>,
 }
@@ -126,8 +129,8 @@ impl Upgrade {
 
     /// The one that is to show whether the new build is any good.
     async fn put_canary_first(&self, context: &Context, lines: &mut [Line]) -> Result<(), Error> {
-        // Who was made last has least to lose.
-        lines.sort_by_key(|line| std::cmp::Reverse(line.id.0));
+        // Who was made last has least to lose; one that is paused shows nothing.
+        lines.sort_by_key(|line| std::cmp::Reverse((line.runs, line.id.0)));
         let Some(canary) = &self.canary else { return Ok(()) };
         let id = target::resolve(&context.client, "servers", canary).await?;
         let at = lines.iter().position(|line| line.id.to_string() == id);
@@ -172,14 +175,17 @@ fn line(server: &Server, build: &str) -> Option<Line> {
             let state = output::word(&server.state);
             (
                 Outcome::Skipped,
-                Some(format!("it is {state}; only a server that runs and is at rest can be upgraded")),
+                Some(format!(
+                    "it is {state}; only a server that runs or is paused, and is at rest, can be upgraded"
+                )),
             )
         }
         (false, false) => return None,
     };
     let (id, name) = (server.id, server.name.to_string());
     let (build, started_at) = (server.vmm_build.clone(), server.started_at);
-    Some(Line { id, name, build, outcome, started_at, detail })
+    let runs = server.state == ServerState::Running;
+    Some(Line { id, name, build, outcome, started_at, runs, detail })
 }
 
 async fn upgrade(context: &Context, id: ServerId) -> Came {

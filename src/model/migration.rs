@@ -57,12 +57,12 @@ pub struct MigrateServer {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MigrationMode {
-    /// As it is: with its machine if it runs, else as `cold` does.
+    /// As it is: with its machine if it runs or is paused, else as `cold` does.
     #[default]
     Auto,
     /// Off or hibernated, with its disks and its memory if that is saved.
     Cold,
-    /// While it runs.
+    /// While it runs or is paused, which it stays.
     Live,
 }
 

@@ -34,6 +34,9 @@ pub struct SendSpec {
     /// the target's word. Both ends are held, or none.
     #[serde(default)]
     pub held: bool,
+    /// The machine is paused, and stays so at whichever end has it. Refused where it is not as said.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
 }
 
 /// How far a source goes to move its machine.
@@ -83,6 +86,9 @@ pub struct ReceiveSpec {
     /// As [`SendSpec::held`]: the machine runs by [`crate::control::Command::SettleMigration`] and not by the source's word.
     #[serde(default)]
     pub held: bool,
+    /// As [`SendSpec::paused`]: once the machine is here, it waits for [`crate::control::Command::Resume`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
 }
 
 /// A disk that is moved, and the stream that is its own. At the target its file is open for writing, whatever the guest may.

@@ -257,7 +257,7 @@ pub struct Offer {
     pub external_ref: Option<String>,
     /// Whether it has a machine, or a memory.
     pub power: Power,
-    /// Whether its machine, if it has one, runs and is the one that its record describes.
+    /// Whether its machine, if it has one, runs or is paused, and is the one that its record describes.
     #[serde(default)]
     pub runs: bool,
     /// Its machine's virtual CPUs.

@@ -91,9 +91,15 @@ async fn there_and_back() {
     let path = format!("/v1/servers/{server}");
     let first = hosts.source.api().get(&path).await;
     let mut ends = hosts.sides();
-    for hop in 0..3 {
+    for hop in 0..4 {
         let [(source, _), (target, address)] = ends;
         target.knows(&server);
+        // One that is paused goes as it is.
+        let is_paused = hop == 2;
+        if is_paused {
+            let answer = source.call(Method::POST, &format!("{path}/actions/pause"), "pause", None).await;
+            source.succeeded(&answer.operation()).await.unwrap();
+        }
         let before = count(source, &server);
         let mut body = hosts.body_to(target, address).await;
         body["downtime_ms"] = json!(100);
@@ -114,6 +120,12 @@ async fn there_and_back() {
             println!("{line}");
         }
         assert_eq!(source.api().read(&path).await.unwrap().status, 404);
+        if is_paused {
+            assert_eq!(target.api().get(&path).await["state"], "paused");
+            assert_eq!(count(target, &server).last, before.last);
+            let answer = target.call(Method::POST, &format!("{path}/actions/resume"), "resume", None).await;
+            target.succeeded(&answer.operation()).await.unwrap();
+        }
         goes_on(target, &server, before, "after its move").await;
         assert_eq!(count(target, &server).boots, 1);
         // Of a guest that has sent nothing: its host has.

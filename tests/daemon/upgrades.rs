@@ -85,12 +85,18 @@ async fn from_one_to_the_next() {
     // It is a server like any other, under a daemon that is new as well.
     stage.kill().await;
     stage.open_well().await;
-    for action in ["pause", "resume", "hibernate", "start", "upgrade-vmm", "reboot", "upgrade-vmm"] {
+    let actions =
+        ["pause", "upgrade-vmm", "resume", "hibernate", "start", "upgrade-vmm", "reboot", "upgrade-vmm"];
+    let mut is_paused = false;
+    for (at, action) in actions.into_iter().enumerate() {
         let body = (action == "reboot").then(|| json!({ "grace_s": 0 }));
-        let key = format!("{action}-{}", count(&stage, &server).last);
+        let key = format!("{action}-{at}");
         let answer = stage.call(Method::POST, &format!("{path}/actions/{action}"), &key, body).await;
         stage.succeeded(&answer.operation()).await.unwrap_or_else(|why| panic!("{action}: {why}"));
-        if !matches!(action, "pause" | "hibernate") {
+        is_paused = action == "pause" || is_paused && action == "upgrade-vmm";
+        if is_paused {
+            assert_eq!(stage.api().get(&path).await["state"], "paused", "after {action}");
+        } else if action != "hibernate" {
             goes_on(&stage, &server, count(&stage, &server), action).await;
         }
     }

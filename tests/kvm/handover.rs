@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use sys::pidfd::Signal;
 use wire::control::{Command, FaultCode, MachineState};
-use wire::migration::{MigrationStatus, Phase};
+use wire::migration::{MigrationStatus, Phase, SendLimits};
 use wire::saved::MemoryUse;
 
 use crate::devices::tap;
@@ -23,6 +23,7 @@ pub(crate) fn handed_over(vmm: &mut Vmm, machine: Machine) -> (Vmm, MigrationSta
     let handles = vmm.handles().unwrap();
     let (near, far) = pair();
     let mut next = Vmm::start();
+    next.is_paused = vmm.is_paused;
     next.try_take_over(machine, vmm, &handles, far).unwrap();
     vmm.try_hand_over(&near).unwrap();
     let sent = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
@@ -76,6 +77,64 @@ fn memory_that_is_being_written_is_whole_on_both_sides_of_the_hole() {
     let passes = next.console().matches("dirty pass").count();
     next.wait_for_times("dirty pass", passes + 2);
     assert!(!next.console().contains("FAILED"), "{}", next.console());
+}
+
+/// As often as it changes hands: whoever has it waits with it, and it goes on as if nothing had been.
+#[test]
+fn a_machine_that_is_paused_stays_so_wherever_it_is() {
+    let words = "dirty=16,100,300 ticks=100000";
+    let mut vmm = Vmm::boot(probe(words, 64));
+    vmm.wait_for_console("tick 3 ");
+    // Neither end goes by itself.
+    let handles = vmm.handles().unwrap();
+    for (runs, said) in [(true, "it cannot be sent as one that is paused"), (false, "is paused; resume it")] {
+        if !runs {
+            vmm.command(Command::Pause).unwrap();
+        }
+        vmm.is_paused = runs;
+        let fault = vmm.try_hand_over(&pair().0).unwrap_err();
+        assert!(fault.code == FaultCode::WrongState && fault.detail.contains(said), "{fault}");
+    }
+    let seen = vmm.console();
+    // A target that fails leaves it as it was.
+    vmm.is_paused = true;
+    let (near, far) = pair();
+    let mut next = Vmm::start();
+    next.is_paused = true;
+    let mut other = probe(words, 64);
+    other.spec.vcpus = 2;
+    next.try_take_over(other, &vmm, &handles, far).unwrap();
+    vmm.try_hand_over(&near).unwrap();
+    let told = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
+    assert_eq!((told.phase, state(&mut vmm)), (Phase::Returned, MachineState::Paused), "{told:?}");
+    for hop in 0..3 {
+        // Handed over, and over streams.
+        let (mut next, sent, came) = match hop % 2 {
+            0 => handed_over(&mut vmm, probe(words, 64)),
+            _ => moved_paused(&mut vmm, probe(words, 64)),
+        };
+        assert!(sent.phase == Phase::Moved && came.phase == Phase::Moved, "{sent:?}\n{came:?}");
+        check_given_away(&mut vmm);
+        assert_eq!((state(&mut next), next.console()), (MachineState::Paused, seen.clone()));
+        vmm = next;
+    }
+    vmm.command(Command::Resume).unwrap();
+    let ticks = seen.matches("tick ").count();
+    vmm.wait_for_times("tick ", ticks + 3);
+    let console = vmm.console();
+    assert!(console.starts_with(&seen) && !console.contains("FAILED"), "{console}");
+    check_clock(&console);
+}
+
+fn moved_paused(vmm: &mut Vmm, machine: Machine) -> (Vmm, MigrationStatus, MigrationStatus) {
+    let (near, far) = pair();
+    let mut next = Vmm::start();
+    next.is_paused = true;
+    next.try_receive(machine, vec![far]).unwrap();
+    vmm.try_send(vec![near], SendLimits::default()).unwrap();
+    let sent = vmm.wait_for_move("the end of the move", |status| status.phase.is_end());
+    let came = next.wait_for_move("arrival", |status| status.phase.is_end());
+    (next, sent, came)
 }
 
 #[test]

@@ -67,14 +67,16 @@ impl FakeVmm {
         descriptors: &[OwnedFd],
         disks: Vec<File>,
     ) -> Result<Reply, Fault> {
-        if self.state() != MachineState::Running {
-            return refuse("the machine does not run");
+        let here = if spec.paused { MachineState::Paused } else { MachineState::Running };
+        if self.state() != here {
+            return refuse("the machine is not as it was said to be");
         }
         let named = spec.streams.iter().map(|fd| fd.0).chain(spec.disks.iter().map(|disk| disk.stream.0));
         let Ok(streams) = streams(named, descriptors) else { return refuse("no streams") };
         {
             let mut inside = lock(&self.inside);
             inside.moving = Some(status(Side::Source));
+            inside.moves_paused = spec.paused;
             inside.handed = inside.disk.filter(|_| spec.handed);
         }
         let copies = streams.iter().map(|stream| stream.try_clone()).collect::<Result<_, _>>();
@@ -145,13 +147,20 @@ impl FakeVmm {
         }
     }
 
+    /// Whoever has the machine now lets it run, unless it is one that is paused.
+    fn goes_on(&self, inside: &mut super::Inside) {
+        if !inside.moves_paused {
+            self.turn(inside, MachineState::Running);
+        }
+    }
+
     fn returns(&self) {
         if self.goes_to(Phase::Returned).is_ok() {
             let mut inside = lock(&self.inside);
             if inside.state.is_some() {
                 inside.disk = inside.handed.take().or(inside.disk);
             }
-            self.turn(&mut inside, MachineState::Running);
+            self.goes_on(&mut inside);
         }
     }
 
@@ -185,7 +194,7 @@ impl FakeVmm {
             if inside.state.is_some() {
                 inside.disk = inside.handed.take();
             }
-            self.turn(&mut inside, MachineState::Running);
+            self.goes_on(&mut inside);
         }
         self.goes_to(Phase::Moved)?;
         let _ = stream.write_all(&[RELEASED]);
@@ -234,7 +243,7 @@ impl FakeVmm {
             _ => {
                 status.phase = Phase::Returned;
                 status.detail = Some("a stream is gone".to_owned());
-                self.turn(&mut inside, MachineState::Running);
+                self.goes_on(&mut inside);
             }
         }
         drop(inside);
@@ -259,6 +268,7 @@ impl FakeVmm {
         {
             let mut inside = lock(&self.inside);
             inside.moving = Some(status(Side::Target));
+            inside.moves_paused = spec.paused;
             inside.streams = copies.unwrap_or_default();
             inside.spec = Some(spec.machine.clone());
         }
@@ -314,7 +324,7 @@ impl FakeVmm {
             (Side::Target, _) => status.phase = Phase::Dropped,
             (Side::Source, _) => {
                 status.phase = Phase::Returned;
-                self.turn(&mut inside, MachineState::Running);
+                self.goes_on(&mut inside);
             }
         }
         shut(&inside.streams);
@@ -328,13 +338,13 @@ impl FakeVmm {
             (Side::Source, Phase::Commit, Owner::Here) => {
                 status.phase = Phase::Returned;
                 inside.disk = inside.handed.take().or(inside.disk);
-                self.turn(&mut inside, MachineState::Running);
+                self.goes_on(&mut inside);
             }
             (Side::Source, Phase::Commit, Owner::There) => status.phase = Phase::Moved,
             (Side::Target, Phase::Ready, Owner::Here) => {
                 status.phase = Phase::Moved;
                 inside.disk = inside.handed.take().or(inside.disk);
-                self.turn(&mut inside, MachineState::Running);
+                self.goes_on(&mut inside);
                 let _ = inside.streams.first().map(|mut stream| stream.write_all(&[1]));
             }
             (Side::Target, Phase::Ready, Owner::There) => status.phase = Phase::Dropped,

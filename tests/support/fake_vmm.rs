@@ -172,6 +172,7 @@ struct Inside {
     /// Which guest its machine has.
     life: u64,
     moving: Option<MigrationStatus>,
+    moves_paused: bool,
     /// How much of its memory is others', in quarters, and how the settling of it stands: each look finds a quarter done.
     shared_quarters: u64,
     settling: Option<SettleStage>,

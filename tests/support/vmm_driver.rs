@@ -58,6 +58,8 @@ pub(crate) struct Vmm {
     /// Whether its moves are decided by the test.
     #[allow(dead_code, reason = "benchmarks leave it to the ends")]
     pub(crate) is_held: bool,
+    /// Whether machines are moved as ones that are paused.
+    pub(crate) is_paused: bool,
 }
 
 /// A machine as files.
@@ -178,6 +180,7 @@ impl Vmm {
             next_id: 0,
             notices: VecDeque::new(),
             is_held: false,
+            is_paused: false,
         }
     }
 
@@ -323,7 +326,8 @@ impl Vmm {
             DiskStream { disk, stream }
         });
         let disks = disks.collect();
-        let spec = ReceiveSpec { machine: machine.spec, memory: None, streams, disks, held: self.is_held };
+        let (held, paused) = (self.is_held, self.is_paused);
+        let spec = ReceiveSpec { machine: machine.spec, memory: None, streams, disks, held, paused };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -346,7 +350,8 @@ impl Vmm {
         let of_disk = |disk| DiskStream { disk, stream: FdIndex(count + disk) };
         let of_disks = (0..disks.len() as u16).map(of_disk).collect();
         let descriptors: Vec<_> = streams.iter().chain(&disks).map(OwnedFd::as_fd).collect();
-        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits, held: self.is_held };
+        let (held, paused) = (self.is_held, self.is_paused);
+        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits, held, paused };
         self.begin_send(spec, &descriptors)
     }
 
@@ -394,8 +399,8 @@ impl Vmm {
         }
         let memory = Some(machine.add(copy(memory)));
         let streams = vec![machine.add(File::from(stream))];
-        let spec =
-            ReceiveSpec { machine: machine.spec, memory, streams, disks: Vec::new(), held: self.is_held };
+        let (disks, held, paused) = (Vec::new(), self.is_held, self.is_paused);
+        let spec = ReceiveSpec { machine: machine.spec, memory, streams, disks, held, paused };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -409,6 +414,7 @@ impl Vmm {
             handed: true,
             limits: SendLimits::default(),
             held: self.is_held,
+            paused: self.is_paused,
         };
         self.begin_send(spec, &[stream.as_fd()])
     }

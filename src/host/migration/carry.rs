@@ -191,7 +191,12 @@ impl Migrations {
         let look = move |connection: &rusqlite::Connection| {
             // One that moves, or moves once more, is nobody's business here.
             let record = records::find::<ServerRecord>(connection, server.0)?;
-            Ok(record.is_some_and(|record| matches!(record.life.phase, lifecycle::Phase::Running { .. })))
+            Ok(record.is_some_and(|record| {
+                matches!(
+                    record.life.phase,
+                    lifecycle::Phase::Running { .. } | lifecycle::Phase::Paused { .. }
+                )
+            }))
         };
         let taken = async {
             match self.core.store.read(look).await? {

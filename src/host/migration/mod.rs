@@ -201,7 +201,7 @@ impl Migrations {
         source::ask(&self.identity, spec.target, ticket, offer, spec.mode).await
     }
 
-    /// Moves a server with its disks, and with its machine if it runs. Fails with `migration_blocked`, which names everything that is in the way.
+    /// Moves a server with its disks, and with its machine if it has one. Fails with `migration_blocked`, which names everything that is in the way.
     /// The operation succeeds when the target has the server and nothing of it is left here.
     pub async fn migrate(
         &self,

@@ -39,7 +39,8 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, processo
         _ => Power::On,
     };
     let held = record.held.clone();
-    let runs = matches!(record.life.phase, Phase::Running { .. }) && !record.is_changed();
+    let is_at_rest = matches!(record.life.phase, Phase::Running { .. } | Phase::Paused { .. });
+    let runs = is_at_rest && !record.is_changed();
     let packed = Packed::of(connection, record)?;
     let disks = packed.disks.iter().map(|disk| OfferedDisk {
         volume: disk.volume.name.to_string(),
@@ -157,12 +158,12 @@ pub(super) async fn ask(
     let state = |detail: String| Some(Obstacle { kind: ObstacleKind::State, detail });
     let ours = match offer.power {
         Power::On if mode == MigrationMode::Cold => state(format!(
-            "server {} is not off; stop it first, or hibernate it, or let it move as it runs",
+            "server {} is not off; stop it first, or hibernate it, or let it move as it is",
             offer.name
         )),
         Power::On if !offer.runs => state(format!(
-            "server {} has a machine that does not run, or gets another one at its next start; resume it, wait for \
-             what is being done to it, or reboot it",
+            "server {} has a machine that is just changing, or gets another one at its next start; wait for what is \
+             being done to it, or reboot it",
             offer.name
         )),
         Power::Off | Power::Saved if mode == MigrationMode::Live => {

@@ -17,6 +17,7 @@ mod crowds;
 mod cuts;
 mod live;
 mod moves;
+mod paused;
 
 /// A source with the server `web1`, and a target that waits.
 struct Pair {

@@ -71,7 +71,7 @@ impl Doing {
             Work::Snapshot { id } => self.snapshot(id).await,
             Work::CopyBack { to } => self.copy_back(to).await,
             Work::TakeBack { to } => self.take_back(to).await,
-            Work::Pause => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
+            Work::Pause => self.pause().await,
             Work::Resume => self.resume().await,
             Work::Settle { job } => self.settle(job).await,
             Work::SpawnNext => self.final_or(self.spawn_next().await, Event::HandOverFailed),
@@ -336,7 +336,12 @@ impl Doing {
         Some(end_of(&self.workshop, self.record.id, self.cage(), status).await)
     }
 
-    async fn order(&self, command: Command, done: Event, failed: fn(Trouble) -> Event) -> Result<Event> {
+    pub(super) async fn order(
+        &self,
+        command: Command,
+        done: Event,
+        failed: fn(Trouble) -> Event,
+    ) -> Result<Event> {
         let ordered = async { self.entry.link(limits::COMMAND).await?.order(command, limits::PAUSE).await };
         let outcome = ordered.await;
         self.workshop.core.checkpoint("server.ordered")?;

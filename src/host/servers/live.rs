@@ -43,11 +43,13 @@ impl Streams {
 }
 
 impl Servers {
-    /// Has the machine of a server sent over these streams. It runs on until it is given up.
+    /// Has the machine of a server sent over these streams. It does on what it does until it is given up.
     pub(crate) async fn send_live(&self, id: ServerId, streams: Streams, limits: SendLimits) -> Result<()> {
         let mut packet = Packet::default();
         let (streams, disks) = streams.name(&mut packet);
-        let spec = SendSpec { streams, disks, handed: false, limits, held: true };
+        let look = move |connection: &rusqlite::Connection| records::one::<ServerRecord>(connection, id.0);
+        let paused = self.workshop().core.store.read(look).await?.life.phase.is_moving_paused();
+        let spec = SendSpec { streams, disks, handed: false, limits, held: true, paused };
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
         let link = self.live(id)?.link(limits::COMMAND).await?;
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
@@ -69,7 +71,8 @@ impl Servers {
         let taps: std::io::Result<Vec<OwnedFd>> = taps.map(OwnedFd::try_clone).collect();
         *entry.taps() = taps.map_err(|cause| Error::internal("a tap cannot be copied", cause))?;
         let (streams, disks) = streams.name(&mut packet);
-        let spec = ReceiveSpec { machine, memory: None, streams, disks, held: true };
+        let paused = record.life.phase.is_moving_paused();
+        let spec = ReceiveSpec { machine, memory: None, streams, disks, held: true, paused };
         spec.check(packet.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
@@ -84,7 +87,8 @@ impl Servers {
                 self.workshop().core.store.read(move |connection| records::find(connection, id.0)).await?;
             match record.map(|record| record.life.phase) {
                 Some(lifecycle::Phase::Arriving { vmm: Some(_), .. }) => return Ok(()),
-                Some(lifecycle::Phase::Arriving { back: Back::Running, .. }) if Instant::now() < end => {}
+                Some(lifecycle::Phase::Arriving { back: Back::Running | Back::Paused, .. })
+                    if Instant::now() < end => {}
                 Some(lifecycle::Phase::Arriving { back: Back::Failed { why }, .. }) => {
                     return Err(Error::new(Code::MachineFailed, why.detail));
                 }
@@ -215,6 +219,14 @@ impl Doing {
     pub(super) async fn end_elsewhere(&self) -> Option<End> {
         let found = async { status(&self.entry.link(limits::COMMAND).await?).await };
         not_here(&found.await.ok()??)
+    }
+
+    /// Parks its vCPUs. One that was moved as it was paused is claimed by it. Repeatable.
+    pub(super) async fn pause(&self) -> Result<Event> {
+        match self.reclaim().await? {
+            Some(ended) => Ok(ended),
+            None => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
+        }
     }
 
     /// The server is this host's, whatever its VMM waits for: a move that may still be under way ends here. Answers what

@@ -1,4 +1,4 @@
-//! A running machine gets another VMM of this host: a second process in the same control groups takes its memory, disks and taps
+//! A machine, running or paused, gets another VMM of this host: a second process in the same control groups takes its memory, disks and taps
 //! from the first. Which of the two has the machine, they decide; [`plan`] says what follows from what they say. A daemon that
 //! dies anywhere in it is followed by one that asks them again.
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -276,7 +276,7 @@ impl Doing {
 
     /// Has the machine go from one to the other, or finds out how far that came. Repeatable.
     pub(super) async fn hand_over(&self) -> Result<Event> {
-        let Phase::Upgrading { vmm, next: Some(spawned) } = &self.record.life.phase else {
+        let Phase::Upgrading { vmm, next: Some(spawned), was_paused } = &self.record.life.phase else {
             return Err(Error::new(Code::Internal, "there is no VMM to hand a machine to"));
         };
         let mut ends = (
@@ -304,7 +304,7 @@ impl Doing {
                     has_begun = true;
                     ends.0.begins();
                     ends.1.begins();
-                    self.begin(&ends).await
+                    self.begin(&ends, *was_paused).await
                 }
                 Deed::Wait => {
                     let _ = tokio::time::timeout(limits::MOVE_LOOK, async {
@@ -332,7 +332,7 @@ impl Doing {
                     // What an earlier try came to is of no interest.
                     let told = ends.0.detail.take().or(ends.1.detail.take()).filter(|_| has_begun);
                     let told = told.unwrap_or_else(|| "the new VMM did not take the machine".to_owned());
-                    let detail = format!("the machine runs on in its old VMM: {}", why.unwrap_or(told));
+                    let detail = format!("the machine stays in its old VMM: {}", why.unwrap_or(told));
                     return Ok(Event::HandOverFailed(Trouble { code: Code::MachineFailed, detail }));
                 }
                 Deed::Ended => return self.end_both(vmm, &ends).await,
@@ -351,7 +351,7 @@ impl Doing {
     }
 
     /// Gives each its end of a stream, and the next one what nobody can open again.
-    async fn begin(&self, ends: &(Party, Party)) -> Result<()> {
+    async fn begin(&self, ends: &(Party, Party), paused: bool) -> Result<()> {
         let (from, to) = (ends.0.link()?, ends.1.link()?);
         let (reply, handles) = from.ask_for(Command::Handles, &[], limits::COMMAND).await?;
         let Reply::Handles { nics, disks: Some(disks) } = reply else {
@@ -366,7 +366,8 @@ impl Doing {
         let (near, far): (OwnedFd, OwnedFd) =
             UnixStream::pair().map(|(near, far)| (near.into(), far.into())).map_err(unconnected)?;
         let streams = vec![packet.add(far)];
-        let receive = ReceiveSpec { machine, memory: Some(memory), streams, disks: Vec::new(), held: false };
+        let (memory, disks) = (Some(memory), Vec::new());
+        let receive = ReceiveSpec { machine, memory, streams, disks, held: false, paused };
         receive
             .check(packet.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
@@ -382,6 +383,7 @@ impl Doing {
             handed: true,
             limits: SendLimits { standstill_ms: limits::UPGRADE_STANDSTILL_MS, ..SendLimits::default() },
             held: false,
+            paused,
         };
         done(from.ask(Command::Send(send), &[near.as_fd()], limits::PAUSE).await?)?;
         self.workshop.core.checkpoint("server.hands_over")
@@ -422,7 +424,7 @@ impl Doing {
 
     /// Ends the VMM that has no machine any more, and makes the other one the server's. Repeatable.
     pub(super) async fn retire(&self) -> Result<Event> {
-        let Phase::Retiring { vmm, other, failed } = &self.record.life.phase else {
+        let Phase::Retiring { vmm, other, failed, .. } = &self.record.life.phase else {
             return Err(Error::new(Code::Internal, "there is no VMM to end"));
         };
         if let Some(process) = self.process(other)? {

@@ -25,21 +25,33 @@ use crate::snapshot;
 
 /// One move, at one of its ends.
 pub(super) enum Moving {
-    Source(Source),
+    Source {
+        source: Source,
+        /// Whether the machine was paused before, and stays so if it is not given up.
+        paused: bool,
+    },
     Target {
         target: Target,
         /// Until the machine is built on it.
         chassis: Option<Chassis>,
         /// Whether memory was handed over, and the console's ring with it.
         handed: bool,
+        /// Whether the machine stays paused.
+        paused: bool,
     },
 }
 
 impl Moving {
     fn shared(&self) -> &Arc<Shared> {
         match self {
-            Moving::Source(source) => &source.shared,
+            Moving::Source { source, .. } => &source.shared,
             Moving::Target { target, .. } => &target.shared,
+        }
+    }
+
+    fn stays_paused(&self) -> bool {
+        match self {
+            Moving::Source { paused, .. } | Moving::Target { paused, .. } => *paused,
         }
     }
 }
@@ -51,8 +63,16 @@ impl Machine {
         if self.save.as_ref().is_some_and(Save::is_under_way) {
             return Err(Error::State("the machine is being saved; wait for the end of that, or cancel it"));
         }
-        if self.is_paused() {
-            return Err(Error::State("the machine is paused; resume it first, or save it"));
+        match (self.is_paused(), spec.paused) {
+            (true, false) => {
+                return Err(Error::State(
+                    "the machine is paused; resume it first, or send it as one that is",
+                ));
+            }
+            (false, true) => {
+                return Err(Error::State("the machine runs; it cannot be sent as one that is paused"));
+            }
+            _ => {}
         }
         let disks = self.moved_disks(&spec.disks)?;
         self.cancel_settle();
@@ -79,8 +99,8 @@ impl Machine {
             brake: parts.crew.brake(),
             disks,
         };
-        self.moving =
-            Some(Moving::Source(Source::start(sources, streams, spec.held, spec.limits, &self.bell)?));
+        let source = Source::start(sources, streams, spec.held, spec.limits, &self.bell)?;
+        self.moving = Some(Moving::Source { source, paused: spec.paused });
         Ok(())
     }
 
@@ -104,7 +124,8 @@ impl Machine {
         // Now, while the guest runs on at the source: making its interrupt controllers waits for the whole kernel.
         let chassis = Some(Chassis::around(host, machine.plan.spec.chassis(), Arc::clone(&ram))?);
         let target = Target::start(&ram, &machine.console, disks, streams, spec.held, handed, bell)?;
-        machine.moving = Some(Moving::Target { target, chassis, handed: handed.is_some() });
+        let (handed, paused) = (handed.is_some(), spec.paused);
+        machine.moving = Some(Moving::Target { target, chassis, handed, paused });
         Ok(machine)
     }
 
@@ -149,6 +170,7 @@ impl Machine {
         let done = match chore {
             Effect::Pause => self.stop_for_move(&shared),
             Effect::Build => self.build_moved(host, &shared),
+            Effect::Run | Effect::Resume if self.moves_paused() => Ok(()),
             Effect::Run | Effect::Resume => self.go_on(Clock::Advance),
             Effect::Drop => {
                 if let Some(Moving::Target { chassis, .. }) = &mut self.moving {
@@ -172,13 +194,20 @@ impl Machine {
         }
     }
 
+    /// Whether it was paused before: none of the time that passes is its guest's.
+    fn moves_paused(&self) -> bool {
+        self.moving.as_ref().is_some_and(Moving::stays_paused)
+    }
+
     fn stop_for_move(&mut self, shared: &Shared) -> Result<(), Error> {
         self.park()?;
         if self.bell.has_ending() {
             return Err(Error::State("the guest came to an end as it was to be stopped"));
         }
         let mut contents = self.contents()?;
-        if let Run::Paused { since, .. } = self.run {
+        if let Run::Paused { since, .. } = self.run
+            && !self.moves_paused()
+        {
             // To its wall clock belongs what the guest's clock would show now.
             contents.machine.clock_ns =
                 contents.machine.clock_ns.saturating_add(nanoseconds(since.elapsed()));
@@ -199,7 +228,10 @@ impl Machine {
             caught_up.map_err(|cause| Error::File { field: "/machine/console/ring".to_owned(), cause })?;
         }
         let by_wall = wall_ns().saturating_sub(contents.machine.wall_ns);
-        let stood_still = shared.stood_still(Duration::from_nanos(by_wall));
+        let stood_still = match self.moves_paused() {
+            true => Duration::ZERO,
+            false => shared.stood_still(Duration::from_nanos(by_wall)),
+        };
         let since = Instant::now();
         let clock_ns = contents.machine.clock_ns.saturating_add(nanoseconds(stood_still));
         self.lasting.before = contents.counted.stats;
@@ -227,7 +259,7 @@ impl Machine {
     /// Gives the machine up for good, on the word of whoever holds both ends and knows that the target is ready. Repeatable.
     pub(crate) fn commit_move(&mut self) -> Result<(), Error> {
         let shared = match &self.moving {
-            Some(Moving::Source(source)) if source.shared.is_held => &source.shared,
+            Some(Moving::Source { source, .. }) if source.shared.is_held => &source.shared,
             _ => return Err(Error::State("no move from here is held")),
         };
         match shared.give(Event::Commit) {
@@ -267,7 +299,7 @@ impl Machine {
     /// Replaces the limits of the move.
     pub(crate) fn limit_move(&mut self, limits: SendLimits) -> Result<(), Error> {
         match &self.moving {
-            Some(Moving::Source(source)) if !source.shared.phase().is_end() => {
+            Some(Moving::Source { source, .. }) if !source.shared.phase().is_end() => {
                 source.shared.set_limits(limits);
                 Ok(())
             }
@@ -290,7 +322,7 @@ impl Machine {
 
     /// Lets go of a move from here that has ended, and of its log with it.
     pub(super) fn forget_sent(&mut self) {
-        if matches!(self.moving, Some(Moving::Source(_))) {
+        if matches!(self.moving, Some(Moving::Source { .. })) {
             self.moving = None;
         }
     }
@@ -310,7 +342,7 @@ impl Machine {
 
     /// The machine is about to be another one.
     pub(super) fn abandon_move(&mut self, why: &str) {
-        if let Some(Moving::Source(source)) = &self.moving {
+        if let Some(Moving::Source { source, .. }) = &self.moving {
             source.shared.fail(Event::Failed, why.to_owned());
             source.shut();
         }

@@ -2,7 +2,14 @@ use super::*;
 
 fn spec(streams: &[u16]) -> SendSpec {
     let streams = streams.iter().copied().map(FdIndex).collect();
-    SendSpec { streams, disks: Vec::new(), handed: false, limits: SendLimits::default(), held: false }
+    SendSpec {
+        streams,
+        disks: Vec::new(),
+        handed: false,
+        limits: SendLimits::default(),
+        held: false,
+        paused: false,
+    }
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::{Checkpoint, Fate};
 
 #[tokio::test]
 async fn a_server_that_runs_moves_with_all_it_has_and_back_again() {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let mut hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
     let id = ground.server;
     let descend = move |tx: &Tx<'_>| {
@@ -76,7 +76,7 @@ async fn restarting(host: &Host, id: ServerId, policy: RestartPolicy) {
     host.servers().patch(&Call::by_host(), id, patch).await.unwrap();
 }
 
-fn no_violations(ground: &Ground) {
+pub(super) fn no_violations(ground: &Ground) {
     for stage in &ground.stages {
         assert_eq!(stage.launch.violations(), Vec::<String>::new());
     }
@@ -104,13 +104,17 @@ impl Checkpoint for KillAt {
     }
 }
 
-/// Whether a host has one VMM, whose guest runs.
-fn runs(ground: &Ground, at: usize) -> bool {
+/// Whether a host has one VMM, whose guest does what it did.
+fn goes_on(ground: &Ground, at: usize) -> bool {
     let alive = ground.stages[at].launch.alive();
-    alive.len() == 1 && alive[0].state() == MachineState::Running
+    let state = match ground.state {
+        ServerState::Paused => MachineState::Paused,
+        _ => MachineState::Running,
+    };
+    alive.len() == 1 && alive[0].state() == state
 }
 
-/// In the end one host has the server, whole and alone, and it runs there. Answers which.
+/// In the end one host has the server, whole and alone, and it does there what it did. Answers which.
 async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
     let id = ground.server;
     let mut last = String::new();
@@ -118,12 +122,12 @@ async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
         loop {
             let states = [has(&hosts[0], id).await, has(&hosts[1], id).await];
             let at = match &states {
-                [Some(server), None] if server.state == ServerState::Running => Some(0),
-                [None, Some(server)] if server.state == ServerState::Running => Some(1),
+                [Some(server), None] if server.state == ground.state => Some(0),
+                [None, Some(server)] if server.state == ground.state => Some(1),
                 _ => None,
             };
             // The death of a VMM may not be noticed yet, and one that died is followed by another.
-            if let Some(at) = at.filter(|at| runs(ground, *at)) {
+            if let Some(at) = at.filter(|at| goes_on(ground, *at)) {
                 return at;
             }
             last =
@@ -139,15 +143,15 @@ async fn comes_to_rest(ground: &Ground, hosts: &[Host], what: &str) -> usize {
     assert!(!ground.disk(1 - at, volume).exists(), "{what}: a disk is left over");
     waited("the other's VMM to end", async || ground.stages[1 - at].launch.alive().is_empty()).await;
     // It may have died when all was over.
-    waited(&format!("the guest to run: {what}"), async || runs(ground, at)).await;
+    waited(&format!("the guest to go on: {what}"), async || goes_on(ground, at)).await;
     no_violations(ground);
     at
 }
 
 /// One move in which the daemon `victim` dies at its checkpoint `number`, and comes back. Answers whether it died, and which
 /// host had the server then.
-async fn survives(victim: usize, number: u32) -> Option<usize> {
-    let ground = Ground::with(true).await;
+async fn survives(state: ServerState, victim: usize, number: u32) -> Option<usize> {
+    let ground = Ground::with(state).await;
     let id = ground.server;
     let death = Arc::new(DieAt { number, ..DieAt::default() });
     let open = async |at: usize| match at == victim {
@@ -157,7 +161,7 @@ async fn survives(victim: usize, number: u32) -> Option<usize> {
     let mut hosts = vec![open(0).await, open(1).await];
     let address = listening(&hosts[1]).await;
     let made = ticket(&hosts[1], None).await.unwrap().ticket;
-    stage::until(&hosts[0], id, |server| server.state == ServerState::Running).await;
+    stage::until(&hosts[0], id, |server| server.state == state).await;
     death.armed.store(true, Ordering::SeqCst);
     let call = stage::keyed("move");
     let moved = hosts[0].migrations().migrate(&call, id, spec(address, made)).await;
@@ -191,10 +195,10 @@ async fn survives(victim: usize, number: u32) -> Option<usize> {
     died.then_some(at)
 }
 
-async fn sweep_daemons(victim: usize) {
+pub(super) async fn sweep_daemons(state: ServerState, victim: usize) {
     let mut found = [0, 0];
     let mut number = 1;
-    while let Some(at) = survives(victim, number).await {
+    while let Some(at) = survives(state, victim, number).await {
         found[at] += 1;
         number += 1;
     }
@@ -204,17 +208,17 @@ async fn sweep_daemons(victim: usize) {
 
 #[tokio::test]
 async fn wherever_the_source_dies_one_machine_runs() {
-    sweep_daemons(0).await;
+    sweep_daemons(ServerState::Running, 0).await;
 }
 
 #[tokio::test]
 async fn wherever_the_target_dies_one_machine_runs() {
-    sweep_daemons(1).await;
+    sweep_daemons(ServerState::Running, 1).await;
 }
 
 /// One move in which the VMM of `victim` dies as the daemon `watched` reaches its checkpoint `number`.
 async fn survives_without(victim: usize, watched: usize, number: u32) -> (bool, usize) {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let id = ground.server;
     let death = Arc::new(KillAt {
         number,
@@ -290,7 +294,7 @@ fn is_announced(ground: &Ground) -> bool {
 
 /// One move over a cable whose connection `number` is cut. Answers where the server is then.
 async fn moved_over(number: usize, is_to_source: bool, most: u64) -> usize {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
     stage::until(&hosts[0], ground.server, |server| server.state == ServerState::Running).await;
     let (address, passing) = cable(listening(&hosts[1]).await, number, is_to_source, most).await;
@@ -352,7 +356,7 @@ impl Checkpoint for HoldAt {
 
 /// One move that is cancelled when the source has reached a point, and goes on when the target has got as far as this.
 async fn cancelled_at(points: &'static [&'static str], target_phase: Option<Phase>) {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let (reached, mut held) = tokio::sync::mpsc::unbounded_channel();
     let (go, waiting) = std::sync::mpsc::channel();
     let hold = Arc::new(HoldAt { points, reached, go: std::sync::Mutex::new(waiting) });
@@ -490,7 +494,7 @@ fn vouched(owner: MigrationOwner) -> SettleMigration {
 
 #[tokio::test]
 async fn what_the_sources_vmm_knows_counts_more_than_what_an_operator_says() {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let [source, target] = both_in_doubt(&ground).await;
     let id = ground.server;
     // The target is not asked any more, and its VMM is let run.
@@ -509,7 +513,7 @@ async fn what_the_sources_vmm_knows_counts_more_than_what_an_operator_says() {
 
 #[tokio::test]
 async fn a_server_that_runs_on_both_hosts_says_so_while_it_runs() {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let [source, target] = both_in_doubt(&ground).await;
     let id = ground.server;
     for host in [&target, &source] {
@@ -534,7 +538,7 @@ async fn address_of(source: &Host, id: ServerId) -> SocketAddr {
 
 #[tokio::test]
 async fn a_machine_that_went_elsewhere_is_not_started_again_here_whatever_the_policy() {
-    let ground = Ground::with(true).await;
+    let ground = Ground::with(ServerState::Running).await;
     let id = ground.server;
     let host = ground.stages[0].open().await;
     restarting(&host, id, RestartPolicy::Always).await;
@@ -566,7 +570,7 @@ async fn a_machine_that_came_and_cannot_run_is_started_anew_as_after_a_failure()
     for (policy, state) in
         [(RestartPolicy::OnFailure, ServerState::Running), (RestartPolicy::Never, ServerState::Failed)]
     {
-        let ground = Ground::with(true).await;
+        let ground = Ground::with(ServerState::Running).await;
         let (source, target) = (ground.stages[0].open().await, ground.stages[1].open().await);
         let id = ground.server;
         restarting(&source, id, policy).await;

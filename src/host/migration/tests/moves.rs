@@ -11,19 +11,22 @@ use model::volume::VolumeState;
 use super::*;
 use crate::{Checkpoint, Fate};
 
-/// Two hosts, the server `web1` off on the source.
+/// Two hosts, the server `web1` on the source.
 pub(super) struct Ground {
     pub(super) stages: [Stage; 2],
     pub(super) server: ServerId,
+    /// What it does.
+    pub(super) state: ServerState,
 }
 
 impl Ground {
     pub(super) async fn new() -> Ground {
-        Ground::with(false).await
+        Ground::with(ServerState::Stopped).await
     }
 
-    /// With the server off, or running.
-    pub(super) async fn with(start: bool) -> Ground {
+    /// With the server off, running or paused.
+    pub(super) async fn with(state: ServerState) -> Ground {
+        let start = state != ServerState::Stopped;
         let stages = [Stage::new(), Stage::new()];
         let source = stages[0].open_with_image().await;
         let mut wanted = stage::server("web1");
@@ -31,10 +34,14 @@ impl Ground {
         wanted.user_data = Some("#!/bin/sh\nexit\n".to_owned());
         wanted.labels = serde_json::from_value(serde_json::json!({ "tier": "front" })).unwrap();
         let server = stage::created(&source, wanted).await.id;
+        if state == ServerState::Paused {
+            let asked = source.servers().act(&Call::by_host(), server, ServerAction::Pause).await.unwrap();
+            stage::succeeded(&source, asked.body.operation.id).await;
+        }
         source.close().await;
         let target = stages[1].open_with_image().await;
         target.close().await;
-        Ground { stages, server }
+        Ground { stages, server, state }
     }
 
     pub(super) fn disk(&self, at: usize, volume: model::VolumeId) -> std::path::PathBuf {

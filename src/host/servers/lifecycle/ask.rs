@@ -229,8 +229,8 @@ impl Asking {
             Phase::Starting { .. } => self.begin(Wanted::Running),
             Phase::Running { .. }
             | Phase::Settling { was_paused: false, .. }
-            | Phase::Upgrading { .. }
-            | Phase::Retiring { .. }
+            | Phase::Upgrading { was_paused: false, .. }
+            | Phase::Retiring { was_paused: false, .. }
             | Phase::Snapshotting { back: Back::Running, .. }
             | Phase::Restoring { back: Back::Running, .. } => self.done(),
             _ => Err(Refused),
@@ -382,6 +382,8 @@ impl Asking {
             Phase::Pausing { .. } => self.begin(Wanted::Paused),
             Phase::Paused { .. }
             | Phase::Settling { was_paused: true, .. }
+            | Phase::Upgrading { was_paused: true, .. }
+            | Phase::Retiring { was_paused: true, .. }
             | Phase::Snapshotting { back: Back::Paused, .. } => self.done(),
             _ => Err(Refused),
         }
@@ -456,16 +458,13 @@ impl Asking {
 
     fn migrate(mut self) -> Result<Asked, Refused> {
         let wanted = self.life.wanted;
-        let (mut vmm, phase) = (None, self.life.phase.clone());
-        let back = match phase {
-            Phase::Running { vmm: process } => {
-                vmm = Some(process);
-                Back::Running
-            }
-            Phase::Hibernated { why } if self.life.has_own_memory() => Back::Hibernated { why },
+        let (vmm, back) = match self.life.phase.clone() {
+            Phase::Running { vmm } => (Some(vmm), Back::Running),
+            Phase::Paused { vmm } => (Some(vmm), Back::Paused),
+            Phase::Hibernated { why } if self.life.has_own_memory() => (None, Back::Hibernated { why }),
             _ if self.life.saved.is_some() => return Err(Refused),
-            Phase::Stopped { why } => Back::Stopped { why },
-            Phase::Failed { why } => Back::Failed { why },
+            Phase::Stopped { why } => (None, Back::Stopped { why }),
+            Phase::Failed { why } => (None, Back::Failed { why }),
             _ => return Err(Refused),
         };
         self.life.phase = Phase::Moving { vmm, given: false, doubt: None, back };
@@ -486,16 +485,16 @@ impl Asking {
 
     fn upgrade(mut self) -> Result<Asked, Refused> {
         let wanted = self.life.wanted;
-        match self.life.phase.clone() {
-            // Memory that is somebody else's, too, cannot be handed over.
-            Phase::Running { vmm } | Phase::Settling { vmm, was_paused: false, upgrade: false } => {
-                self.life.phase = Phase::Settling { vmm, was_paused: false, upgrade: true };
-                self.begin(wanted)
-            }
-            Phase::Settling { upgrade: true, .. } => self.join(),
-            phase if phase.is_upgrading() => self.join(),
-            _ => Err(Refused),
-        }
+        let (vmm, was_paused) = match self.life.phase.clone() {
+            Phase::Running { vmm } => (vmm, false),
+            Phase::Paused { vmm } => (vmm, true),
+            Phase::Settling { vmm, was_paused, upgrade: false } => (vmm, was_paused),
+            Phase::Settling { .. } | Phase::Upgrading { .. } | Phase::Retiring { .. } => return self.join(),
+            _ => return Err(Refused),
+        };
+        // Memory that is somebody else's, too, cannot be handed over.
+        self.life.phase = Phase::Settling { vmm, was_paused, upgrade: true };
+        self.begin(wanted)
     }
 
     fn delete(mut self, keep_volumes: bool) -> Result<Asked, Refused> {

@@ -38,6 +38,13 @@ impl Life {
 
     /// It did on what it did.
     pub(super) fn give_up_settling(&mut self, vmm: ProcessId, was_paused: bool) {
-        self.phase = if was_paused { Phase::Paused { vmm } } else { Phase::Running { vmm } };
+        self.phase = Phase::with_machine(vmm, was_paused);
+    }
+}
+
+impl Phase {
+    /// With a machine that does as before.
+    pub(super) fn with_machine(vmm: ProcessId, is_paused: bool) -> Phase {
+        if is_paused { Phase::Paused { vmm } } else { Phase::Running { vmm } }
     }
 }

@@ -7,8 +7,8 @@
 //! ```text
 //!  Stopped, Failed, Hibernated ──migrate──▶ Moving ──returned──▶ as before, or ──moved──▶ Deleting
 //!  Arriving ──arrived──▶ as it was there, or ──dropped──▶ Deleting
-//!  Running ──migrate──▶ Moving ──returned──▶ Resuming, or ──moved──▶ Stopping, Deleting
-//!  Arriving ──VMM started, machine arrived──▶ Resuming, or ──dropped──▶ Stopping, Deleting
+//!  Running, Paused ──migrate──▶ Moving ──returned──▶ Resuming, Pausing, or ──moved──▶ Stopping, Deleting
+//!  Arriving ──VMM started, machine arrived──▶ Resuming, Pausing, or ──dropped──▶ Stopping, Deleting
 //!
 //!  Creating ──made──▶ Stopped ◀───────────────────────────────┐
 //!     │ (start)          │ start                              │ released: stop
@@ -21,7 +21,7 @@
 //!                        │   │     Hibernating ──saved──▶ Stopping, Releasing ──▶ Hibernated ──start──▶ Starting,
 //!                        │   │                                   │  │             memory restored ──▶ Resuming
 //!                        │   │     Settling ──settled, failed──▶ as before; ──settled──▶ Upgrading
-//!                        │   │     Upgrading ──handed over, failed──▶ Retiring ──▶ Running
+//!                        │   │     Upgrading ──handed over, failed──▶ Retiring ──▶ as before
 //!                        │   │     Restoring ──copied──▶ (Stopping, Releasing) ──▶ Returning ──▶ Starting, Stopped
 //!                        │   └─failed, stop──▶ Stopping ──ended──┼──┘
 //!                        │                        ▲ stop, reboot, delete from any phase with a machine
@@ -277,12 +277,15 @@ pub enum Phase {
         /// Whether it is to go to another VMM then.
         upgrade: bool,
     },
-    /// Its machine, which runs on, is to go to another VMM of this host. Which of the two has it, they know.
+    /// Its machine, which does on what it does, is to go to another VMM of this host. Which of the two has it, they know.
     Upgrading {
         /// The process that has it, or had it.
         vmm: ProcessId,
         /// The one that is to have it, once it is known.
         next: Option<Spawned>,
+        /// Whether vCPUs are parked, and stay so.
+        #[serde(default)]
+        was_paused: bool,
     },
     /// One VMM has the machine and another is there still.
     Retiring {
@@ -292,6 +295,9 @@ pub enum Phase {
         other: ProcessId,
         /// Why the machine stayed where it was, when it did.
         failed: Option<Trouble>,
+        /// Whether vCPUs are parked.
+        #[serde(default)]
+        was_paused: bool,
     },
     /// No machine; its memory is on the disk.
     Hibernated {
@@ -515,7 +521,7 @@ impl Life {
             | Phase::Failed { .. } => false,
             Phase::Returning { start, .. } => *start,
             // Before its VMM is there, too.
-            Phase::Arriving { back, .. } => matches!(back, Back::Running | Back::Ended(_)),
+            Phase::Arriving { back, .. } => matches!(back, Back::Running | Back::Paused | Back::Ended(_)),
             _ => true,
         }
     }

@@ -10,6 +10,7 @@ impl Life {
     pub(crate) fn arriving(back: Back, run: u64, booted_ms: Option<i64>, saved: Option<Saved>) -> Life {
         let wanted = match (&back, saved) {
             (Back::Running, _) => Wanted::Running,
+            (Back::Paused, _) => Wanted::Paused,
             (_, Some(_)) => Wanted::Hibernated,
             (_, None) => Wanted::Stopped,
         };
@@ -62,13 +63,14 @@ impl Life {
         step
     }
 
-    /// It is this host's, and does what it did. Its VMM is told so by the work of [`Phase::Resuming`].
+    /// It is this host's, and does what it did. Its VMM is told so by the work of the phase.
     pub(crate) fn kept(&self, verdict: Verdict) -> Option<Step> {
         let (Phase::Moving { vmm, back, .. } | Phase::Arriving { vmm, back, .. }) = &self.phase else {
             return None;
         };
         let mut step = self.at(match (vmm.clone(), back) {
             (Some(vmm), Back::Running) => Phase::Resuming { vmm },
+            (Some(vmm), Back::Paused) => Phase::Pausing { vmm },
             (_, back) => Phase::at_rest(back.clone()),
         });
         if let Some(job) = step.life.job.take() {
@@ -102,6 +104,11 @@ impl Phase {
     /// Whether it is on its way from here or to here.
     pub(crate) fn is_moving(&self) -> bool {
         matches!(self, Phase::Moving { .. } | Phase::Arriving { .. })
+    }
+
+    /// Whether it is on its way with a machine that is paused.
+    pub(crate) fn is_moving_paused(&self) -> bool {
+        matches!(self, Phase::Moving { back: Back::Paused, .. } | Phase::Arriving { back: Back::Paused, .. })
     }
 
     /// Whether it comes from another host.

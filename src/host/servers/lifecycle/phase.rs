@@ -16,10 +16,12 @@ impl Phase {
             | Phase::Pausing { .. }
             | Phase::Resetting { .. }
             | Phase::Settling { was_paused: false, .. }
-            | Phase::Upgrading { .. }
-            | Phase::Retiring { .. } => ServerState::Running,
+            | Phase::Upgrading { was_paused: false, .. }
+            | Phase::Retiring { was_paused: false, .. } => ServerState::Running,
             Phase::Paused { .. }
             | Phase::Settling { was_paused: true, .. }
+            | Phase::Upgrading { was_paused: true, .. }
+            | Phase::Retiring { was_paused: true, .. }
             | Phase::Resuming { .. }
             | Phase::Hibernating { .. } => ServerState::Paused,
             Phase::Hibernated { .. } => ServerState::Hibernated,

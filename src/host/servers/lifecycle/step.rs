@@ -283,7 +283,7 @@ impl Stepping {
                 self.life.wanted = Wanted::Paused;
                 self.end_job(Verdict::Failed(trouble));
             }
-            (Phase::Resuming { vmm }, Event::NotHere(end)) => {
+            (Phase::Resuming { vmm } | Phase::Pausing { vmm }, Event::NotHere(end)) => {
                 let then = Then::Decide(end);
                 self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
             }
@@ -291,8 +291,8 @@ impl Stepping {
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Failed(trouble));
             }
-            (Phase::Settling { vmm, upgrade: true, .. }, Event::Settled(id)) if self.is_for(id) => {
-                self.life.phase = Phase::Upgrading { vmm, next: None };
+            (Phase::Settling { vmm, upgrade: true, was_paused }, Event::Settled(id)) if self.is_for(id) => {
+                self.life.phase = Phase::Upgrading { vmm, next: None, was_paused };
             }
             (Phase::Settling { vmm, was_paused, .. }, Event::Settled(id)) if self.is_for(id) => {
                 self.life.give_up_settling(vmm, was_paused);
@@ -304,21 +304,22 @@ impl Stepping {
                 self.life.give_up_settling(vmm, was_paused);
                 self.end_job(Verdict::Failed(trouble));
             }
-            (Phase::Upgrading { vmm, next: None }, Event::Spawned(next)) => {
-                self.life.phase = Phase::Upgrading { vmm, next: Some(next) };
+            (Phase::Upgrading { vmm, next: None, was_paused }, Event::Spawned(next)) => {
+                self.life.phase = Phase::Upgrading { vmm, next: Some(next), was_paused };
             }
-            (Phase::Upgrading { vmm, next: Some(next) }, Event::HandedOver) => {
-                self.life.phase = Phase::Retiring { vmm: next.vmm, other: vmm, failed: None };
+            (Phase::Upgrading { vmm: other, next: Some(next), was_paused }, Event::HandedOver) => {
+                self.life.phase = Phase::Retiring { vmm: next.vmm, other, failed: None, was_paused };
             }
-            (Phase::Upgrading { vmm, next: Some(next) }, Event::HandOverFailed(trouble)) => {
-                self.life.phase = Phase::Retiring { vmm, other: next.vmm, failed: Some(trouble) };
+            (Phase::Upgrading { vmm, next: Some(next), was_paused }, Event::HandOverFailed(trouble)) => {
+                let failed = Some(trouble);
+                self.life.phase = Phase::Retiring { vmm, other: next.vmm, failed, was_paused };
             }
-            (Phase::Upgrading { vmm, next: None }, Event::HandOverFailed(trouble)) => {
-                self.life.phase = Phase::Running { vmm };
+            (Phase::Upgrading { vmm, next: None, was_paused }, Event::HandOverFailed(trouble)) => {
+                self.life.phase = Phase::with_machine(vmm, was_paused);
                 self.end_job(Verdict::Failed(trouble));
             }
-            (Phase::Retiring { vmm, failed, .. }, Event::Retired) => {
-                self.life.phase = Phase::Running { vmm };
+            (Phase::Retiring { vmm, failed, was_paused, .. }, Event::Retired) => {
+                self.life.phase = Phase::with_machine(vmm, was_paused);
                 self.end_job(failed.map_or(Verdict::Succeeded, Verdict::Failed));
             }
             (Phase::Stopping { vmm, push: Push::Button { deadline_ms, .. }, then }, Event::Pressed) => {

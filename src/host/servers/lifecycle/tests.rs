@@ -136,7 +136,7 @@ impl World {
                 Event::Spawned(Spawned { vmm, sandbox: None, cage: None, build: None })
             }
             Work::HandOver => {
-                let Phase::Upgrading { vmm, next: Some(next) } = &life.phase else { panic!("{life:?}") };
+                let Phase::Upgrading { vmm, next: Some(next), .. } = &life.phase else { panic!("{life:?}") };
                 let Some((held, _)) = &mut self.machine else { return Event::Ended(self.end()) };
                 let is_given = *held == next.vmm;
                 if !is_given && next.vmm.pid % 3 == 0 {
@@ -541,6 +541,7 @@ fn what_is_saved_is_read_back() {
         Phase::Upgrading {
             vmm: vmm(),
             next: Some(Spawned { vmm: vmm(), sandbox: None, cage: None, build: Some("b".to_owned()) }),
+            was_paused: true,
         },
         Phase::Deleting { keep_volumes: true, verdict: Verdict::Cancelled("by hand".to_owned()) },
     ];

@@ -77,7 +77,7 @@ impl Life {
             Phase::Creating { .. } if self.awaits.is_some() => None,
             Phase::Creating { .. } => Some(Work::Make),
             Phase::Starting { vmm: None } => Some(Work::Spawn),
-            Phase::Arriving { vmm: None, back: Back::Running, .. } => Some(Work::Await),
+            Phase::Arriving { vmm: None, back: Back::Running | Back::Paused, .. } => Some(Work::Await),
             Phase::Starting { vmm: Some(_) } => Some(Work::Boot { saved: self.saved }),
             Phase::Pausing { .. } => Some(Work::Pause),
             Phase::Resuming { .. } => Some(Work::Resume),

@@ -137,6 +137,7 @@ impl Packed {
             Phase::Failed { why } => Back::Failed { why },
             Phase::Hibernated { why } => Back::Hibernated { why },
             Phase::Running { .. } => Back::Running,
+            Phase::Paused { .. } => Back::Paused,
             Phase::Stopped { why } => Back::Stopped { why },
             _ => Back::Stopped { why: None },
         };
@@ -168,7 +169,7 @@ impl Packed {
 
     /// Whether its machine comes with it.
     pub(crate) fn is_live(&self) -> bool {
-        self.back == Back::Running
+        matches!(self.back, Back::Running | Back::Paused)
     }
 
     /// Checks everything that a caller's words are checked for. Fails with `invalid`.
@@ -216,8 +217,8 @@ impl Packed {
         let can_move = match self.back {
             Back::Stopped { .. } | Back::Failed { .. } => self.saved.is_none(),
             Back::Hibernated { .. } => self.saved.is_some_and(|saved| saved.of == SavedOf::Hibernation),
-            Back::Running => self.saved.is_none(),
-            Back::Paused | Back::Ended(_) => false,
+            Back::Running | Back::Paused => self.saved.is_none(),
+            Back::Ended(_) => false,
         };
         faults.unless(can_move, "/back", "cannot_move", || "the server cannot move as it is".to_owned());
         faults.end()

@@ -68,14 +68,37 @@ async fn what_cannot_be_handed_over_says_why_and_runs_on() {
     let problem = operation.error.unwrap();
     assert!(problem.code == Code::WrongState && problem.detail.contains("cannot be handed"), "{problem:?}");
     assert_eq!((stage.launch.only().pid, vmm.state()), (vmm.pid, MachineState::Running));
-    // Only a machine that runs goes over.
-    for (action, state) in [(ServerAction::Pause, "paused"), (stop(0), "stopped")] {
-        let done = host.servers().act(&Call::by_host(), id, action).await.unwrap();
-        succeeded(&host, done.body.operation.id).await;
-        let refused = host.servers().act(&Call::by_host(), id, UPGRADE).await.unwrap_err();
-        assert!(refused.code == Code::WrongState && refused.detail.contains(state), "{}", refused.detail);
-        assert!(!refused.allowed_actions.unwrap().contains(&"upgrade-vmm".to_owned()));
+    // Only a machine that is there goes over.
+    let done = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
+    succeeded(&host, done.body.operation.id).await;
+    let refused = host.servers().act(&Call::by_host(), id, UPGRADE).await.unwrap_err();
+    assert!(refused.code == Code::WrongState && refused.detail.contains("stopped"), "{}", refused.detail);
+    assert!(!refused.allowed_actions.unwrap().contains(&"upgrade-vmm".to_owned()));
+    host.close().await;
+}
+
+#[tokio::test]
+async fn one_that_is_paused_goes_over_and_stays_so() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let done = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap();
+    succeeded(&host, done.body.operation.id).await;
+    let mut last = stage.launch.only();
+    for refuses in [false, true, false] {
+        stage.launch.set_guest(if refuses { Guest::CannotBoot } else { Guest::Obeys });
+        let operation = upgraded(&host, id).await;
+        assert_eq!(operation.state == OperationState::Failed, refuses, "{operation:?}");
+        let (here, vmm) = (host.servers().one(id).await.unwrap(), stage.launch.only());
+        assert_eq!((here.state, vmm.state()), (ServerState::Paused, MachineState::Paused));
+        assert_eq!(vmm.pid == last.pid, refuses);
+        assert!(here.allowed_actions.contains(&"resume".to_owned()), "{here:?}");
+        last = vmm;
     }
+    let done = host.servers().act(&Call::by_host(), id, ServerAction::Resume).await.unwrap();
+    succeeded(&host, done.body.operation.id).await;
+    assert_eq!(stage.launch.only().state(), MachineState::Running);
+    assert_eq!(stage.launch.violations(), Vec::<String>::new());
     host.close().await;
 }
 
@@ -87,7 +110,7 @@ async fn a_new_vmm_that_is_no_good_is_sent_away_and_the_next_one_tried() {
     let vmm = stage.launch.only();
     stage.launch.set_guest(Guest::CannotBoot);
     let problem = upgraded(&host, id).await.error.unwrap();
-    assert!(problem.detail.contains("runs on in its old VMM"), "{problem:?}");
+    assert!(problem.detail.contains("stays in its old VMM"), "{problem:?}");
     assert!(problem.detail.contains("no space left"), "{problem:?}");
     stage.launch.set_guest(Guest::Obeys);
     stage.launch.set_trouble(Some(crate::Error::new(Code::KvmUnavailable, "load the kvm module")));
@@ -117,8 +140,13 @@ async fn comes_to_rest(stage: &Stage, host: &Host, id: ServerId, what: &str) -> 
         loop {
             let found = host.servers().one(id).await.unwrap();
             let alive = stage.launch.alive();
-            let is_one = alive.len() == 1 && alive[0].state() == MachineState::Running;
-            if found.state == ServerState::Running && found.operation_id.is_none() && is_one {
+            let state = (alive.len() == 1).then(|| alive[0].state());
+            let is_at_rest = matches!(
+                (found.state, state),
+                (ServerState::Running, Some(MachineState::Running))
+                    | (ServerState::Paused, Some(MachineState::Paused))
+            );
+            if is_at_rest && found.operation_id.is_none() {
                 return found;
             }
             last = format!("{found:?}, {} VMMs", alive.len());
@@ -176,6 +204,18 @@ async fn survives(number: u32, victims: (bool, bool), death: Option<Death>) -> (
     survives_of(&stage, host, id, number, victims, death).await
 }
 
+/// The same of one whose machine is paused: wherever it goes on, it waits there.
+async fn survives_paused(number: u32, victims: (bool, bool), death: Option<Death>) -> (bool, bool) {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let mut spec = server("web1");
+    spec.restart_policy = RestartPolicy::Always;
+    let id = created(&host, spec).await.id;
+    let done = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap();
+    succeeded(&host, done.body.operation.id).await;
+    survives_of(&stage, host, id, number, victims, death).await
+}
+
 /// The same of a server that is there, the only one.
 pub(super) async fn survives_of(
     stage: &Stage,
@@ -185,6 +225,7 @@ pub(super) async fn survives_of(
     victims: (bool, bool),
     death: Option<Death>,
 ) -> (bool, bool) {
+    let before = host.servers().one(id).await.unwrap().state;
     host.close().await;
     drop(host);
     let old = stage.launch.only();
@@ -192,7 +233,7 @@ pub(super) async fn survives_of(
     *strike.old.lock().unwrap() = Some(old.pid);
     *strike.launch.lock().unwrap() = Some(stage.launch.clone());
     let mut host = stage.open_watched(strike.clone()).await.unwrap();
-    until(&host, id, |server| server.state == ServerState::Running).await;
+    until(&host, id, |server| server.state == before).await;
     stage.launch.set_death(death);
     strike.armed.store(true, Ordering::SeqCst);
     let what = format!("{victims:?} at point {number}, {death:?}");
@@ -224,6 +265,7 @@ pub(super) async fn survives_of(
     let only = stage.launch.only();
     let is_new = only.pid != old.pid;
     let lived = !is_new || !only.has_booted();
+    assert!(!lived || here.state == before, "{what}: {before:?} became {here:?}");
     if let Ok(asked) = asked {
         let operation = ended(&host, asked.body.operation.id).await;
         let has_succeeded = operation.state == OperationState::Succeeded;
@@ -244,6 +286,26 @@ async fn wherever_the_daemon_dies_the_machine_lives_in_one_vmm() {
     }
     println!("the daemon died at {} points", number - 1);
     assert!(number > 10, "only {number} points");
+}
+
+#[tokio::test]
+async fn wherever_the_daemon_or_a_vmm_dies_one_that_is_paused_stays_so() {
+    for victims in [(false, false), (true, false), (false, true)] {
+        let (mut number, mut lived_count) = (1, 0);
+        loop {
+            let (struck, lived) = survives_paused(number, victims, None).await;
+            lived_count += u32::from(lived);
+            if !struck {
+                break;
+            }
+            number += 1;
+        }
+        assert!(number > 10 && lived_count > 3, "{victims:?}: {number} points, it lived at {lived_count}");
+    }
+    for (side, phase) in [(Side::Source, Phase::Commit), (Side::Target, Phase::Ready)] {
+        let (_, lived) = survives_paused(u32::MAX, (true, true), Some((side, phase, false))).await;
+        assert!(lived, "{side:?} dead at {phase:?}");
+    }
 }
 
 #[tokio::test]

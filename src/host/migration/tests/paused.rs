@@ -1,0 +1,50 @@
+//! Servers that move while they are paused: they stay so wherever they are in the end.
+use model::server::{ServerAction, ServerState};
+use wire::control::MachineState;
+
+use super::live::{no_violations, sweep_daemons};
+use super::moves::{Ground, has, listening, waited};
+use super::*;
+
+#[tokio::test]
+async fn a_server_that_is_paused_moves_and_back_again_and_then_runs() {
+    let ground = Ground::with(ServerState::Paused).await;
+    let mut hosts = [ground.stages[0].open().await, ground.stages[1].open().await];
+    let id = ground.server;
+    for hop in 0..2 {
+        let [source, target] = &hosts;
+        let address = listening(target).await;
+        let made = ticket(target, None).await.unwrap().ticket;
+        let cold = MigrateServer { mode: MigrationMode::Cold, ..spec(address, made.clone()) };
+        let plan = source.migrations().plan(id, cold).await.unwrap();
+        assert_eq!(
+            plan.blocked_by.iter().map(|obstacle| obstacle.code).collect::<Vec<_>>(),
+            [ObstacleCode::State]
+        );
+        let live = MigrateServer { mode: MigrationMode::Live, ..spec(address, made) };
+        let moved = source.migrations().migrate(&Call::by_host(), id, live).await.unwrap();
+        stage::succeeded(source, moved.body.operation.id).await;
+        assert!(has(source, id).await.is_none());
+        stage::until(target, id, |server| server.state == ServerState::Paused).await;
+        assert_eq!(ground.stages[1 - hop].launch.only().state(), MachineState::Paused);
+        waited("the source's VMM to end", async || ground.stages[hop].launch.alive().is_empty()).await;
+        hosts.reverse();
+    }
+    let done = hosts[0].servers().act(&Call::by_host(), id, ServerAction::Resume).await.unwrap();
+    stage::succeeded(&hosts[0], done.body.operation.id).await;
+    assert_eq!(ground.stages[0].launch.only().state(), MachineState::Running);
+    no_violations(&ground);
+    for host in hosts {
+        host.close().await;
+    }
+}
+
+#[tokio::test]
+async fn wherever_the_source_dies_it_is_paused_on_one_host() {
+    sweep_daemons(ServerState::Paused, 0).await;
+}
+
+#[tokio::test]
+async fn wherever_the_target_dies_it_is_paused_on_one_host() {
+    sweep_daemons(ServerState::Paused, 1).await;
+}
