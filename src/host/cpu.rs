@@ -13,6 +13,7 @@ use wire::machine;
 use wire::peer::OfferedCpu;
 
 use crate::error::{Error, Result};
+use crate::servers::record::Held;
 use crate::vmms::Launch;
 
 /// The processor of this host, which is asked for once. Cheap to clone.
@@ -70,6 +71,11 @@ impl Processor {
         })
     }
 
+    /// What has been found out by now, for who cannot wait.
+    pub(crate) fn found_out(&self) -> Known {
+        self.known.get().cloned().unwrap_or_default()
+    }
+
     /// Refuses a list of features of which this host cannot show all. What cannot be judged is left to the VMM.
     pub(crate) async fn check(&self, cpu: Option<&CpuTemplate>) -> Result<()> {
         let Some(cpu @ CpuTemplate::Features(names)) = cpu else { return Ok(()) };
@@ -87,6 +93,26 @@ impl Processor {
             lacks.join(", ")
         );
         Err(Error::invalid("/cpu/features", "not_available", detail))
+    }
+}
+
+impl Known {
+    /// The processor with which a guest goes on that has this.
+    pub(crate) fn of(&self, cpu: &CpuTemplate, held: &Held) -> OfferedCpu {
+        let cpu = held.cpu.as_ref().unwrap_or(cpu);
+        self.cpu.offered(cpu, held.features.clone(), held.tsc_khz.or(self.clock.khz))
+    }
+
+    /// Why a guest cannot go on here with the processor that it had.
+    pub(crate) fn refuses(&self, had: &OfferedCpu) -> Option<String> {
+        self.cpu.misses(had, false).or_else(|| self.clock.misfits(had.tsc_khz))
+    }
+
+    /// Notes what of it is another host's, for a guest that goes on here.
+    pub(crate) fn note(&self, had: &OfferedCpu, held: &mut Held) {
+        let is_own = self.cpu.0.shown.iter().any(|shown| shown.features == had.features);
+        held.features = (!is_own && !had.features.is_empty()).then(|| had.features.clone());
+        held.tsc_khz = had.tsc_khz.filter(|khz| self.clock.khz != Some(*khz));
     }
 }
 
@@ -195,28 +221,18 @@ impl Cpu {
                 level if self.0.shown.iter().any(|shown| shown.template == *level) => return None,
                 _ => "a feature of that level".to_owned(),
             };
-            return (!lacks.is_empty()).then(|| {
-                format!(
-                    "this host's processor lacks {lacks}, which the server's cpu asks for; choose another target, or give the \
-                     server a lesser cpu"
-                )
-            });
+            return (!lacks.is_empty())
+                .then(|| format!("this host's processor lacks {lacks}, which the server's cpu asks for"));
         }
         // Of a source that does not know its processor nothing can be said.
         if !offered.vendor.is_empty() && offered.vendor != self.0.vendor {
             return Some(format!(
-                "the guest runs on a {} processor and this host has one of {}, to which no running guest can go; shut the \
-                 server down, or choose another target",
+                "the guest runs on a {} processor and this host has one of {}, to which no running guest can go",
                 offered.vendor, self.0.vendor
             ));
         }
         let lacks = absent(&offered.features);
-        (!lacks.is_empty()).then(|| {
-            format!(
-                "this host's processor lacks {lacks}, which the guest was shown; choose another target, or give the server a \
-                 baseline of both hosts (`toft host cpu-baseline`) and start it anew"
-            )
-        })
+        (!lacks.is_empty()).then(|| format!("this host's processor lacks {lacks}, which the guest was shown"))
     }
 }
 
@@ -248,7 +264,7 @@ impl Clock {
         (!is_same && !self.can_scale && guest_khz < here_khz).then(|| {
             format!(
                 "the guest's time stamp counter runs at {guest_khz} kHz, this host's at {here_khz} kHz, and its processor \
-                 cannot scale it; choose another target, or shut the server down and move it while it is off"
+                 cannot scale it"
             )
         })
     }

@@ -305,6 +305,14 @@ pub struct OfferedCpu {
     pub tsc_khz: Option<u32>,
 }
 
+impl OfferedCpu {
+    /// Whether its names are such, and no more than there may be.
+    pub fn is_sound(&self) -> bool {
+        let OfferedCpu { template, vendor, features, tsc_khz: _ } = self;
+        vendor.len() <= TEXT_BYTES_MAX && are_features(features) && template.fault().is_none()
+    }
+}
+
 /// A disk that is to move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -400,8 +408,7 @@ impl Offer {
         if self.memory_bytes == 0 || self.memory_bytes > MEMORY_BYTES_MAX {
             return fail("memory");
         }
-        let OfferedCpu { template, vendor, features, tsc_khz: _ } = &self.cpu;
-        if vendor.len() > TEXT_BYTES_MAX || !are_features(features) || template.fault().is_some() {
+        if !self.cpu.is_sound() {
             return fail("CPU");
         }
         if self.disks.len() > DISKS_MAX || !self.disks.iter().all(|disk| short(&disk.volume)) {

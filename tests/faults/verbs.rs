@@ -395,8 +395,11 @@ fn consoles(cli: &Cli<'_>) {
     let mut follow = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains("serial got typed")));
-    let readers = cli.json(&["server", "console-readers", "reader"]);
-    assert_eq!((readers[0]["read_only"].as_bool(), readers[1]["id"].as_str()), (Some(true), None));
+    // The daemon may not have seen yet that the one before has left.
+    let readers = wait_for("one reader", || {
+        let readers = cli.json(&["server", "console-readers", "reader"]);
+        (readers[0]["read_only"] == true && readers[1].is_null()).then_some(readers)
+    });
     let reader = readers[0]["id"].as_str().unwrap();
     cli.three_forms(&["server", "console-readers", "reader"], reader, "OPENED BY");
     cli.fails(&["server", "console-kick", "reader", "--reader", &server_id(cli, "reader")], 3);

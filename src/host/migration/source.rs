@@ -54,12 +54,9 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, processo
         mac: nic.mac.clone(),
     });
     // That of a guest which came from elsewhere may be scaled, and it was shown what that host has.
-    let tsc_khz = held.tsc_khz.or(processor.clock.khz).filter(|_| power != Power::Off);
     let cpu = match power {
-        Power::Off => processor.cpu.offered(&packed.cpu, None, tsc_khz),
-        Power::Saved | Power::On => {
-            processor.cpu.offered(held.cpu.as_ref().unwrap_or(&packed.cpu), held.features, tsc_khz)
-        }
+        Power::Off => processor.cpu.offered(&packed.cpu, None, None),
+        Power::Saved | Power::On => processor.of(&packed.cpu, &held),
     };
     Ok(Offer {
         server: packed.id.to_string(),

@@ -135,11 +135,20 @@ pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<O
         add(ObstacleKind::Kvm, cause.detail);
     }
     let here = migrations.processor.known().await;
-    if let Some(detail) = here.cpu.misses(&offer.cpu, offer.power == Power::Off) {
-        add(ObstacleKind::CpuFeatures, detail);
+    let begins_anew = offer.power == Power::Off;
+    if let Some(detail) = here.cpu.misses(&offer.cpu, begins_anew) {
+        let advice = match begins_anew {
+            true => "choose another target, or give the server a lesser cpu",
+            false => {
+                "choose another target, shut the server down and move it while it is off, or give it a baseline of both \
+                 hosts (`toft host cpu-baseline`) and start it anew"
+            }
+        };
+        add(ObstacleKind::CpuFeatures, format!("{detail}; {advice}"));
     }
     if let Some(detail) = here.clock.misfits(offer.cpu.tsc_khz) {
-        add(ObstacleKind::Tsc, detail);
+        let advice = "choose another target, or shut the server down and move it while it is off";
+        add(ObstacleKind::Tsc, format!("{detail}; {advice}"));
     }
     let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));
     let written =

@@ -73,6 +73,10 @@ pub(super) fn event(
         }
         _ => {}
     }
+    let came_back = match &event {
+        Event::TakenBack(snapshot, Some(_)) => Some(*snapshot),
+        _ => None,
+    };
     let mut next = step(&record.life, event, record.context());
     if begins_run(&record, &next) {
         let mut admitted = record.clone();
@@ -83,6 +87,9 @@ pub(super) fn event(
                 next = Step { ended: [next.ended, failed.ended].concat(), ..failed };
             }
         }
+    }
+    if let Some(snapshot) = came_back {
+        restore::goes_on(tx, &mut record, snapshot)?;
     }
     save(tx, record, next, &Actor::Host)
 }

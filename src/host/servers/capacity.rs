@@ -36,7 +36,7 @@ impl Capacity {
     pub fn admit(&self, connection: &Connection, record: &mut ServerRecord) -> Result<()> {
         check(record.name.as_str(), record.memory_bytes, self.left(connection, record)?)?;
         // The guest of a memory that came from elsewhere goes on with what it found there.
-        let goes_on = record.life.has_own_memory();
+        let goes_on = record.life.saved.is_some();
         let record::Held { tsc_khz, features, .. } = std::mem::take(&mut record.held);
         record.held = record::Held {
             memory_bytes: record.memory_bytes,

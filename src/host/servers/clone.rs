@@ -30,6 +30,7 @@ impl Servers {
         spec: CreateClones,
     ) -> Result<Answer<BulkActions>> {
         let (workshop, conditions) = (self.workshop().clone(), call.clone());
+        workshop.processor.known().await;
         let make = move |tx: &Tx<'_>| {
             let found: SnapshotRecord = records::one(tx, id.0)?;
             conditions.check_match(found.shown.generation)?;
@@ -47,6 +48,7 @@ impl Servers {
         id: ServerId,
         spec: CreateClones,
     ) -> Result<Answer<BulkActions>> {
+        self.workshop().processor.known().await;
         let make = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
             of_server(tx, workshop, record, &spec, actor)
         };
@@ -95,6 +97,7 @@ fn all(
         );
         return Err(Error::new(Code::WrongState, detail));
     };
+    can_go_on(workshop, found)?;
     let disk_bytes = workshop.volumes.snapshot_bytes(tx, shown.id, 0)?;
     check_room(workshop, spec, disk_bytes)?;
     each(tx, workshop, found, spec, actor, |life| life.saved = Some(saved))
@@ -116,7 +119,7 @@ fn of_server(
         memory: true,
         ..CreateSnapshot::default()
     };
-    let mut found = snapshot::describe(tx, SnapshotId::new(), &server, taken)?;
+    let mut found = snapshot::describe(tx, workshop, SnapshotId::new(), &server, taken)?;
     // Counts from when it is ready, and while nobody needs it.
     found.shown.expires_at = Some(found.shown.created_at);
     found.origin.for_clones = true;
@@ -144,6 +147,23 @@ pub(super) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses a memory whose guest was shown another processor than this host has: no machine could go on from it. What cannot
+/// be judged is left to the VMM.
+pub(super) fn can_go_on(workshop: &Workshop, found: &SnapshotRecord) -> Result<()> {
+    let had = found.origin.processor.as_ref().filter(|_| found.shown.memory);
+    match had.and_then(|had| workshop.processor.found_out().refuses(had)) {
+        None => Ok(()),
+        Some(detail) => {
+            let detail = format!(
+                "what snapshot {} has in memory cannot go on here: {detail}; `POST /v1/servers` with `snapshot` makes a \
+                 server of its disk",
+                found.shown.name
+            );
+            Err(Error::new(Code::WrongState, detail))
+        }
+    }
 }
 
 /// What there is of a machine in a snapshot.
@@ -257,6 +277,9 @@ fn one(
         create::reserve(tx, &record, origin.nics.iter().map(again).collect()).map_err(without_network)?;
     create::before_start(workshop, &record)?;
     workshop.capacity.admit(tx, &mut record)?;
+    if let Some(had) = &origin.processor {
+        workshop.processor.found_out().note(had, &mut record.held);
+    }
     record::insert(tx, &record)?;
     let mut resources = vec![Resource::Server(id), Resource::Snapshot(shown.id)];
     resources.extend(record.disks.iter().map(|disk| Resource::Volume(disk.volume_id)));

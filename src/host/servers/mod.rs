@@ -109,6 +109,10 @@ impl Servers {
         id: ServerId,
         spec: CreateSnapshot,
     ) -> Result<Answer<Accepted<Snapshot>>> {
+        if spec.memory {
+            // What its guest was shown goes with its memory.
+            self.workshop().processor.known().await;
+        }
         let accept = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
             snapshot::accept(tx, workshop, record, spec, actor)
         };

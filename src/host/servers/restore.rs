@@ -18,7 +18,7 @@ use super::lifecycle::{Ask, Event, Return, Saved, SavedOf, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
 use super::telling::Moved;
-use super::{Servers, advance, create, saved, view};
+use super::{Servers, advance, clone, create, saved, view};
 use crate::call::{Actor, Answer, Call};
 use crate::core::blocking;
 use crate::error::{Error, Result};
@@ -34,6 +34,7 @@ impl Servers {
         id: ServerId,
         spec: RestoreServer,
     ) -> Result<Answer<Accepted<Server>>> {
+        self.workshop().processor.known().await;
         let accept = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
             accept(tx, workshop, record, &spec, actor)
         };
@@ -63,6 +64,8 @@ fn accept(
     }
     let to = Return { snapshot: shown.id, memory: shown.memory };
     if shown.memory {
+        // Before anything of what the server has is given up.
+        clone::can_go_on(workshop, &found)?;
         create::before_start(workshop, &record)?;
         workshop.capacity.admit(tx, &mut shaped(&record, shown))?;
     }
@@ -114,6 +117,15 @@ pub(super) fn taken_back(tx: &Tx<'_>, record: &mut ServerRecord, id: SnapshotId)
     let moment = shown.taken_at.map(|at| format!(" of {at}")).unwrap_or_default();
     let reason = format!("it went back to snapshot {}{moment}; what it wrote since then is lost", shown.name);
     advance::guest_event(tx, record, "server.restored", reason, &Actor::Host)
+}
+
+/// Its guest goes on from a snapshot's memory, with the processor that it had.
+pub(super) fn goes_on(tx: &Tx<'_>, record: &mut ServerRecord, id: SnapshotId) -> Result<()> {
+    if let Some(had) = records::one::<SnapshotRecord>(tx, id.0)?.origin.processor {
+        record.held.features = Some(had.features).filter(|features| !features.is_empty());
+        record.held.tsc_khz = had.tsc_khz;
+    }
+    Ok(())
 }
 
 /// Size of a disk that goes back. One that was made larger since stays so, unless its guest goes on and knows better.

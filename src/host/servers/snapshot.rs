@@ -52,7 +52,7 @@ pub(super) fn accept(
 ) -> Result<Accepted<Snapshot>> {
     crate::snapshots::check_description(&spec.description)?;
     crate::snapshots::check_expiry(spec.expires_at)?;
-    let record = describe(tx, SnapshotId::new(), &server, spec)?;
+    let record = describe(tx, workshop, SnapshotId::new(), &server, spec)?;
     let operation = begin(tx, workshop, server, &record, actor)?;
     Ok(Accepted { operation, resource: Some(record.shown) })
 }
@@ -87,6 +87,7 @@ pub(super) fn begin(
 /// A snapshot of a server that is about to be taken.
 pub(super) fn describe(
     tx: &Tx<'_>,
+    workshop: &Workshop,
     id: SnapshotId,
     server: &ServerRecord,
     spec: CreateSnapshot,
@@ -139,6 +140,7 @@ pub(super) fn describe(
             .map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits })
             .collect(),
         descent: server.descent,
+        processor: spec.memory.then(|| workshop.processor.found_out().of(&server.cpu, &server.held)),
         for_clones: false,
     };
     Ok(SnapshotRecord { shown, root: None, origin, chain: Chain::default() })

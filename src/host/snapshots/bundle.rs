@@ -15,6 +15,7 @@ use model::limits as bounds;
 use model::server::{CacheMode, CpuTemplate, DiskLimits, Isolation, NicLimits, RestartPolicy};
 use model::{Labels, Name, ServerId, Time};
 use serde::{Deserialize, Serialize};
+use wire::peer::OfferedCpu;
 use wire::saved::Digest;
 
 use super::limits::{HEAD_BYTES_MAX, TEXT_CHARS_MAX};
@@ -83,6 +84,9 @@ pub(super) struct Head {
     /// How many clones with memory led to the server: by it a clone's seed disk has another size than the one its guest knows.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(super) descent: u32,
+    /// What its guest was shown of a processor, where it has memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) processor: Option<OfferedCpu>,
     /// Bytes that all frames hold.
     pub(super) data_bytes: u64,
 }
@@ -158,6 +162,7 @@ impl Head {
                     && self.memory_bytes.is_multiple_of(bounds::MEMORY_STEP_BYTES),
             ),
             ("its processor", crate::cpu::template(&self.cpu).fault().is_none()),
+            ("the processor of its guest", self.processor.as_ref().is_none_or(OfferedCpu::is_sound)),
             ("its state file's length", self.memory.as_ref().is_none_or(state)),
             ("its number of disks", self.disks.len() <= bounds::VOLUMES_MAX),
             ("a disk", self.disks.iter().all(disk)),

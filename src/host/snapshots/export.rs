@@ -113,6 +113,7 @@ fn head(connection: &Connection, record: SnapshotRecord, state_bytes: u64) -> Re
         restart_policy: origin.restart_policy,
         isolation: origin.isolation,
         descent: origin.descent,
+        processor: origin.processor,
         data_bytes: 0,
     })
 }

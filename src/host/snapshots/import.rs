@@ -144,6 +144,7 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         nics,
         disks: head.disks.iter().map(|disk| OriginDisk { cache: disk.cache, limits: disk.limits }).collect(),
         descent: head.descent,
+        processor: head.processor.filter(|_| shown.memory),
         for_clones: false,
     };
     record::insert(

@@ -10,6 +10,7 @@ use model::{Code, Labels, Name, OperationId, SnapshotId, Time};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use wire::peer::OfferedCpu;
 use wire::saved::Digest;
 
 use super::chain::{self, Chain};
@@ -64,6 +65,9 @@ pub(crate) struct Origin {
     /// How many clones with memory led to the server.
     #[serde(default)]
     pub descent: u32,
+    /// What its guest was shown of a processor, where it has memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processor: Option<OfferedCpu>,
     /// It was asked for by a call that clones the server: servers wait for it.
     #[serde(default)]
     pub for_clones: bool,

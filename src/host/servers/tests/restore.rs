@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use model::operation::OperationState;
 use model::server::{PatchServer, Server, ServerAction, ServerState, Wanted};
-use model::snapshot::{CreateSnapshot, RestoreServer, Snapshot};
+use model::snapshot::{CreateClones, CreateSnapshot, RestoreServer, Snapshot};
 use model::volume::PatchVolume;
-use model::{Code, ServerId};
+use model::{Code, Labels, ServerId};
 use wire::control::MachineState;
 
 use super::snapshot::{DieAt, named, taken, volume};
 use super::{START, delete, delete_snapshot, nothing_left, stop};
+use crate::servers::record::ServerRecord;
 use crate::stage::{Stage, created, ended, keyed, server, succeeded, until};
+use crate::store::records;
 use crate::{Call, Host};
 
 fn back_to(snapshot: &Snapshot, stop: bool) -> RestoreServer {
@@ -166,6 +168,54 @@ async fn what_does_not_fit_is_refused_and_what_fails_changes_nothing() {
     assert!(server.state_reason.is_some());
     std::fs::write(&memory, good).unwrap();
     act(&host, first.id, START).await;
+    host.close().await;
+}
+
+/// The machine could not be built, and what the server had would be gone by then.
+#[tokio::test]
+async fn a_memory_of_another_processor_is_refused_before_anything_is_given_up() {
+    let stage = Stage::new();
+    stage.launch.shows(&["aes", "avx"]);
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    let snapshot = taken(&host, first.id, named("then", true)).await;
+    std::fs::write(volume(&stage, &first), b"as it is now").unwrap();
+    host.close().await;
+    drop(host);
+
+    stage.launch.shows(&["avx"]);
+    let host = stage.open().await;
+    until(&host, first.id, |server| server.state == ServerState::Running).await;
+    let clones = CreateClones { name: "twin".parse().unwrap(), count: 1, labels: Labels::default() };
+    let cloned = host.servers().clone_snapshot(&Call::by_host(), snapshot.id, clones.clone()).await;
+    for problem in [refused(&host, first.id, back_to(&snapshot, true)).await, cloned.unwrap_err()] {
+        assert_eq!(problem.code, Code::WrongState);
+        assert!(problem.detail.contains("lacks aes, which the guest was shown"), "{}", problem.detail);
+    }
+    assert_eq!(stage.launch.only().state(), MachineState::Running);
+    assert_eq!(std::fs::read(volume(&stage, &first)).unwrap(), b"as it is now");
+    host.close().await;
+    drop(host);
+
+    // A better one takes it, and knows that its guest was shown less: it may go back to where it came from.
+    stage.launch.shows(&["aes", "avx", "avx2"]);
+    let host = stage.open().await;
+    until(&host, first.id, |server| server.state == ServerState::Running).await;
+    restored(&host, first.id, back_to(&snapshot, true)).await;
+    let made = host.servers().clone_snapshot(&Call::by_host(), snapshot.id, clones).await.unwrap().body;
+    let twin = made.items[0].server_id;
+    until(&host, twin, |server| server.state == ServerState::Running).await;
+    for id in [first.id, twin] {
+        let look = move |all: &rusqlite::Connection| records::one::<ServerRecord>(all, id.0);
+        let shown = host.store().read(look).await.unwrap().held.features.expect("what its guest was shown");
+        assert!(shown.contains("aes") && !shown.contains("avx2"), "{shown:?}");
+    }
+    for action in [stop(0), START] {
+        act(&host, first.id, action).await;
+    }
+    let id = first.id;
+    let anew = host.store().read(move |all| records::one::<ServerRecord>(all, id.0)).await.unwrap();
+    assert_eq!(anew.held.features, None, "it has begun anew");
     host.close().await;
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use sha2::{Digest as _, Sha256};
+use wire::peer::OfferedCpu;
 use wire::saved::form::{self, Section};
 use wire::saved::table::{Part, Table};
 
@@ -58,6 +59,12 @@ fn files(directory: &Path) -> Head {
         restart_policy: RestartPolicy::default(),
         isolation: Isolation::default(),
         descent: 3,
+        processor: Some(OfferedCpu {
+            template: wire::machine::CpuTemplate::Host,
+            vendor: "GenuineIntel".to_owned(),
+            features: ["avx".to_owned()].into(),
+            tsc_khz: Some(2_000_000),
+        }),
         data_bytes: 0,
     }
 }
@@ -165,11 +172,14 @@ fn heads_that_cannot_be_are_refused() {
     let place = tempfile::tempdir().unwrap();
     let good = files(place.path());
     type Change = fn(&mut Head);
-    let changes: [(&str, Change); 12] = [
+    let changes: [(&str, Change); 13] = [
         ("description", |head| head.description = "x".repeat(2000)),
         ("vCPUs", |head| head.vcpus = 0),
         ("memory's size", |head| head.memory_bytes = 4096),
         ("memory's size", |head| head.memory_bytes += 1 << 20),
+        ("processor of its guest", |head| {
+            head.processor.as_mut().unwrap().features.insert("A B".to_owned());
+        }),
         ("state file", |head| head.memory.as_mut().unwrap().state_bytes = u64::MAX),
         ("number of disks", |head| head.disks = vec![head.disks[0].clone(); 15]),
         ("a disk", |head| head.disks[0].size_bytes += 1),
