@@ -12,6 +12,7 @@
 //! that works through memory lets others have its processor.
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,10 +20,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sys::userfaultfd::UserFault;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestMemoryBackend;
 
 use kept::Kept;
 
+use crate::mapped::Mapped;
 use crate::marks::{self, PAGE_BYTES};
 use crate::pages::{Pages, runs};
 use crate::{Error, Extent, Ram, extent};
@@ -43,16 +45,9 @@ const KEPT_PAGES_MAX: u32 = 16_384;
 pub struct Guard {
     fault: UserFault,
     ram: Arc<Ram>,
-    regions: Vec<Mapped>,
+    mapped: Mapped,
     state: Mutex<State>,
     ended: EventFd,
-}
-
-/// Where a region lies in this process, and what lies before it in memory.
-#[derive(Debug)]
-struct Mapped {
-    address: u64,
-    extent: Extent,
 }
 
 #[derive(Debug)]
@@ -86,14 +81,11 @@ impl Guard {
     /// private mapping of a disk's file.
     pub fn new(device: BorrowedFd<'_>, ram: &Arc<Ram>) -> Result<Guard, Error> {
         let fault = UserFault::new(device).map_err(Error::Protect)?;
-        let (mut regions, mut offset) = (Vec::new(), 0);
-        for region in ram.iter() {
-            let (address, bytes) = (region.as_ptr() as u64, region.len());
+        let mapped = Mapped::of(ram);
+        for (address, bytes) in mapped.pieces(u64::MAX) {
             fault.register(address, bytes).map_err(Error::Protect)?;
-            regions.push(Mapped { address, extent: Extent { offset, bytes } });
-            offset += bytes;
         }
-        let pages = Pages::of(offset / PAGE_BYTES);
+        let pages = Pages::of(mapped.bytes() / PAGE_BYTES);
         let state = State {
             phase: Phase::Arming,
             fresh: pages.clone(),
@@ -108,7 +100,7 @@ impl Guard {
         let ended = ended.map_err(|errno| Error::Protect(errno.into()))?;
         // A page that is given back loses its protection with it.
         ram.iter().for_each(|region| *marks::held(region) = true);
-        Ok(Guard { fault, ram: Arc::clone(ram), regions, state: Mutex::new(state), ended })
+        Ok(Guard { fault, ram: Arc::clone(ram), mapped, state: Mutex::new(state), ended })
     }
 
     /// What it guards.
@@ -141,7 +133,7 @@ impl Guard {
     /// served.
     pub fn end(&self) {
         self.state().phase = Phase::Ended;
-        for (address, bytes) in self.pieces() {
+        for (address, bytes) in self.mapped.pieces(PIECE_BYTES) {
             // What cannot be let go of now is so when the descriptor is closed.
             let _ = self.fault.unregister(address, bytes);
             give_way();
@@ -152,7 +144,7 @@ impl Guard {
 
     /// Protects all of memory, piece by piece; `step` ends it by answering no.
     pub fn arm(&self, mut step: impl FnMut() -> bool) -> Result<bool, Error> {
-        for (address, bytes) in self.pieces() {
+        for (address, bytes) in self.mapped.pieces(PIECE_BYTES) {
             // Without the lock: a page is written after it was protected only when `let_write` has noted it.
             self.fault.protect(address, bytes).map_err(Error::Protect)?;
             give_way();
@@ -161,14 +153,6 @@ impl Guard {
             }
         }
         Ok(true)
-    }
-
-    /// Addresses and bytes of all pieces.
-    fn pieces(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.regions.iter().flat_map(|Mapped { address, extent }| {
-            let starts = (0..extent.bytes).step_by(PIECE_BYTES as usize);
-            starts.map(move |done| (address + done, PIECE_BYTES.min(extent.bytes - done)))
-        })
     }
 
     /// Protects what was written since it was protected; answers how many pages that were.
@@ -260,10 +244,7 @@ impl Guard {
 
     fn let_write(&self, address: u64) -> Result<(), Error> {
         let address = address & !(PAGE_BYTES - 1);
-        let inside =
-            |mapped: &&Mapped| address.checked_sub(mapped.address).is_some_and(|at| at < mapped.extent.bytes);
-        let Some(mapped) = self.regions.iter().find(inside) else { return Ok(()) };
-        let offset = mapped.extent.offset + (address - mapped.address);
+        let Some(offset) = self.mapped.page_at(address) else { return Ok(()) };
         let page = offset / PAGE_BYTES;
         let mut state = self.state();
         match state.phase {
@@ -291,14 +272,8 @@ impl Guard {
         bytes: u64,
         mut change: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> Result<(), Error> {
-        let end = offset + bytes;
-        for Mapped { address, extent } in &self.regions {
-            let (from, to) = (offset.max(extent.offset), end.min(extent.offset + extent.bytes));
-            if from < to {
-                change(address + (from - extent.offset), to - from).map_err(Error::Protect)?;
-            }
-        }
-        Ok(())
+        let change = |address, range: Range<u64>| change(address, range.end - range.start);
+        self.mapped.each(Extent { offset, bytes }, change).map_err(Error::Protect)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -27,7 +27,10 @@ pub mod settling;
 
 mod extent;
 mod file;
+mod mapped;
+
 pub mod guard;
+pub mod owed;
 
 pub mod packet;
 pub mod ring;

@@ -98,6 +98,38 @@ impl Pages {
         self.words.get(word(part.offset)..word(part.offset + part.bytes)).unwrap_or_default()
     }
 
+    /// Adds those of another set.
+    pub fn join(&mut self, other: &Pages) {
+        self.add_words(0, &other.words);
+    }
+
+    /// Those that are not in another set.
+    pub fn without(&self, other: &Pages) -> Pages {
+        let others = other.words.iter().copied().chain(std::iter::repeat(0));
+        let words = self.words.iter().zip(others).map(|(word, other)| word & !other).collect();
+        Pages { words, pages: self.pages }
+    }
+
+    /// How many of a part are in it that begins and ends with a word.
+    pub fn count_of(&self, part: Extent) -> u64 {
+        self.words_of(part).iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// The first pages in a row of a part that are in it.
+    pub fn first(&self, part: Extent) -> Option<Extent> {
+        let (mut page, end) = (part.offset / PAGE_BYTES, (part.offset + part.bytes) / PAGE_BYTES);
+        while page < end && !self.has(page) {
+            // Whole words of nothing are the usual case.
+            let is_nothing = self.words.get((page / WORD) as usize).is_none_or(|word| *word == 0);
+            page = if is_nothing { (page / WORD + 1) * WORD } else { page + 1 };
+        }
+        let first = page;
+        while page < end && self.has(page) {
+            page += 1;
+        }
+        (page > first).then_some(Extent { offset: first * PAGE_BYTES, bytes: (page - first) * PAGE_BYTES })
+    }
+
     /// Pages in a row that are in it, ascending.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         runs(&self.words).map(|(offset, bytes)| Extent { offset, bytes })

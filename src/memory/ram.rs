@@ -75,6 +75,9 @@ pub enum Error {
     /// Memory cannot be protected against writes.
     #[error("cannot protect guest memory against writes")]
     Protect(#[source] io::Error),
+    /// Nobody can be made to wait for pages that are still to come.
+    #[error("cannot wait for pages of guest memory, or put them where they are waited for")]
+    Missing(#[source] io::Error),
     /// Pages could not be returned to the host.
     #[error("cannot return guest memory to the host")]
     Discard(#[source] io::Error),
@@ -270,6 +273,15 @@ pub(crate) fn advise_part<B: Bitmap>(mapping: &MmapRegion<B>, inside: usize, byt
         // SAFETY: the range was checked to lie in the mapping, which is owned by `mapping`; neither advice changes
         // what the memory holds or whether it is mapped.
         let _ = unsafe { libc::madvise(mapping.as_ptr().wrapping_add(inside).cast(), bytes, advice) };
+    }
+}
+
+/// Whether the kernel may make huge pages of memory, which fills what is missing with zeroes.
+pub(crate) fn allow_huge_pages(ram: &Ram, allowed: bool) {
+    let advice = if allowed { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    for region in ram.iter() {
+        // SAFETY: the range is the region's own mapping; the advice changes nothing that the program can see.
+        let _ = unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
     }
 }
 

@@ -1,6 +1,7 @@
-//! Write protection of this process's own memory that it serves itself (userfaultfd(2)): protect a range, and be told of
-//! each page that somebody is about to write, who waits meanwhile. It knows no machine; `memory` protects guest RAM.
-//! Closing it lets everybody go on and takes all protection away.
+//! Faults of this process's own memory that it serves itself (userfaultfd(2)), of one of two kinds. Protect a range, and be
+//! told of each page that somebody is about to write; or be told of each page that somebody touches and that is not there yet.
+//! Whoever it is waits meanwhile. It knows no machine; `memory` uses it on guest RAM. Closing it lets everybody go on: writers
+//! write, and what is missing is zero.
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -9,10 +10,15 @@ const API: u64 = 0xAA;
 const FEATURE_WRITE_PROTECT: u64 = 1 << 0;
 /// Also memory of files, and pages of them that this process has never touched.
 const FEATURE_SHARED_MEMORY: u64 = 1 << 12;
+/// Pages that memory of files lacks.
+const FEATURE_MISSING_SHARED: u64 = 1 << 5;
+const MODE_MISSING: u64 = 1 << 0;
 const MODE_WRITE_PROTECT: u64 = 1 << 1;
 const PROTECT: u64 = 1 << 0;
 const EVENT_PAGE_FAULT: u8 = 0x12;
 const EVENT_BYTES: usize = 32;
+
+const PAGE_BYTES: u64 = 4096;
 
 /// Most events read at once.
 const EVENTS_MAX: usize = 64;
@@ -49,15 +55,36 @@ struct WriteProtect {
     mode: u64,
 }
 
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct Copy {
+    to: u64,
+    from: u64,
+    bytes: u64,
+    mode: u64,
+    copied: i64,
+}
+
+/// `struct uffdio_zeropage`.
+#[repr(C)]
+struct Zero {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+    zeroed: i64,
+}
+
 mod request {
     //! The requests as functions.
-    use super::{Handshake, Range, Register, WriteProtect};
+    use super::{Copy, Handshake, Range, Register, WriteProtect, Zero};
 
     nix::ioctl_readwrite!(api, 0xAA, 0x3F, Handshake);
     nix::ioctl_readwrite!(register, 0xAA, 0x00, Register);
     // What the kernel's header has as reads, although nothing comes back.
     nix::ioctl_read!(unregister, 0xAA, 0x01, Range);
     nix::ioctl_read!(wake, 0xAA, 0x02, Range);
+    nix::ioctl_readwrite!(copy, 0xAA, 0x03, Copy);
+    nix::ioctl_readwrite!(zero, 0xAA, 0x04, Zero);
     nix::ioctl_readwrite!(write_protect, 0xAA, 0x06, WriteProtect);
 }
 
@@ -68,12 +95,22 @@ const NEW: u64 = 0xAA00;
 #[derive(Debug)]
 pub struct UserFault {
     file: std::fs::File,
+    mode: u64,
 }
 
 impl UserFault {
-    /// Makes one for this process with an open `/dev/userfaultfd`. Fails with `Unsupported` where the kernel cannot
-    /// protect memory of files (before 5.19).
+    /// Makes one that protects, for this process, with an open `/dev/userfaultfd`. Fails with `Unsupported` where the kernel
+    /// cannot protect memory of files (before 5.19).
     pub fn new(device: BorrowedFd<'_>) -> io::Result<UserFault> {
+        UserFault::open(device, FEATURE_WRITE_PROTECT | FEATURE_SHARED_MEMORY, MODE_WRITE_PROTECT)
+    }
+
+    /// Makes one that is told of missing pages, in the same way.
+    pub fn missing(device: BorrowedFd<'_>) -> io::Result<UserFault> {
+        UserFault::open(device, FEATURE_MISSING_SHARED, MODE_MISSING)
+    }
+
+    fn open(device: BorrowedFd<'_>, features: u64, mode: u64) -> io::Result<UserFault> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: the request takes flags and no pointer, and answers a new descriptor; `device` is open.
         let fd = unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) };
@@ -82,17 +119,16 @@ impl UserFault {
         }
         // SAFETY: the kernel has just made it, and nobody else has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let features = FEATURE_WRITE_PROTECT | FEATURE_SHARED_MEMORY;
         let mut handshake = Handshake { api: API, features, ioctls: 0 };
         // SAFETY: the structure is the request's, alive and writable.
         let agreed = unsafe { request::api(fd.as_raw_fd(), &raw mut handshake) };
         agreed.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
-        Ok(UserFault { file: fd.into() })
+        Ok(UserFault { file: fd.into(), mode })
     }
 
-    /// Makes a range of memory one that can be protected. Whole pages.
+    /// Makes a range of memory one that can be protected, or whose missing pages are waited for. Whole pages.
     pub fn register(&self, start: u64, bytes: u64) -> io::Result<()> {
-        let mut range = Register { start, bytes, mode: MODE_WRITE_PROTECT, ioctls: 0 };
+        let mut range = Register { start, bytes, mode: self.mode, ioctls: 0 };
         // SAFETY: the structure is the request's, alive and writable. A range that is not memory of this process is
         // refused; what is written to one that is waits, which breaks no promise of the language.
         unsafe { request::register(self.file.as_raw_fd(), &raw mut range) }?;
@@ -124,6 +160,57 @@ impl UserFault {
         }
     }
 
+    /// Puts `data` where pages are missing, and lets those who wait there go on. A page that is there stays as it is. Whole
+    /// pages.
+    ///
+    /// # Safety
+    /// What is missing in the range nobody takes for zeroes.
+    pub unsafe fn fill(&self, start: u64, data: &[u8]) -> io::Result<()> {
+        self.each_missing(start, data.len() as u64, |done, left| {
+            let from = data.as_ptr() as u64 + done;
+            let mut copy = Copy { to: start + done, from, bytes: left, mode: 0, copied: 0 };
+            // SAFETY: the structure is the request's, alive and writable; `left` bytes of `data` lie behind `from`. The kernel puts
+            // new pages where registered memory of this process has none, which is as the caller promises, and nowhere else.
+            let answer = unsafe { request::copy(self.file.as_raw_fd(), &raw mut copy) };
+            (answer.err(), copy.copied)
+        })
+    }
+
+    /// The same with zeroes.
+    pub fn fill_zero(&self, start: u64, bytes: u64) -> io::Result<()> {
+        self.each_missing(start, bytes, |done, left| {
+            let mut zero = Zero { start: start + done, bytes: left, mode: 0, zeroed: 0 };
+            // SAFETY: the structure is the request's, alive and writable; a page that is missing would be zero.
+            let answer = unsafe { request::zero(self.file.as_raw_fd(), &raw mut zero) };
+            (answer.err(), zero.zeroed)
+        })
+    }
+
+    /// Asks again for what a request has left: it stops at pages that are there.
+    fn each_missing(
+        &self,
+        start: u64,
+        bytes: u64,
+        mut put: impl FnMut(u64, u64) -> (Option<nix::errno::Errno>, i64),
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes {
+            let (error, count) = put(done, bytes - done);
+            let put = u64::try_from(count).unwrap_or(0);
+            match error {
+                None => done = bytes,
+                Some(nix::errno::Errno::EAGAIN) if put > 0 => done += put,
+                Some(nix::errno::Errno::EAGAIN) => std::thread::yield_now(),
+                Some(nix::errno::Errno::EEXIST) => {
+                    self.wake(start + done, PAGE_BYTES)?;
+                    done += PAGE_BYTES;
+                }
+                Some(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
     fn wake(&self, start: u64, bytes: u64) -> io::Result<()> {
         let mut range = Range { start, bytes };
         // SAFETY: the structure is the request's, alive and writable; whoever is woken looks again.
@@ -143,7 +230,7 @@ impl UserFault {
         }
     }
 
-    /// Addresses that somebody waits to write to; none when nobody does.
+    /// Addresses that somebody waits for; none when nobody does.
     pub fn waiting(&self) -> io::Result<Vec<u64>> {
         let mut events = [0; EVENTS_MAX * EVENT_BYTES];
         let bytes = match (&self.file).read(&mut events) {
