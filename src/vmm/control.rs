@@ -16,7 +16,7 @@ use kvm::{Host, cpuid};
 use sys::seqpacket::Listener;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::control::{Message, Notice, Sandbox};
-use wire::migration::{MigrationStatus, Phase};
+use wire::migration::{MigrationStatus, Phase, Side};
 use wire::will::Reason;
 
 use crate::bell::{Bell, Ending, News};
@@ -87,6 +87,8 @@ struct Shell {
     has_built: bool,
     /// Whether the machine has yet to run its first instruction.
     is_unbegun: bool,
+    /// Whether the guest wanted a reset before all of its memory was here.
+    resets_when_whole: bool,
 }
 
 /// Serves until the machine ends. Returns when the will is written and the peers were told.
@@ -119,14 +121,18 @@ pub(crate) fn run(inheritance: Inheritance) -> Result<(), Error> {
         reason: None,
         has_built: false,
         is_unbegun: false,
+        resets_when_whole: false,
     };
     shell.listener.set_nonblocking().map_err(Error::Serve)?;
     shell.watch(shell.listener.as_fd().as_raw_fd(), LISTENER).map_err(Error::Serve)?;
     shell.watch(shell.bell.event().as_raw_fd(), BELL).map_err(Error::Serve)?;
     let reason = shell.serve()?;
     shell.finish(reason);
-    if let Some(machine) = shell.machine.take() {
-        machine.close();
+    match shell.machine.take() {
+        // Its threads end with the process, and not before: those that wait for memory would go on with zeroes.
+        Some(machine) if machine.is_owed() => std::mem::forget(machine),
+        Some(machine) => machine.close(),
+        None => {}
     }
     Ok(())
 }
@@ -293,7 +299,13 @@ impl Shell {
             if std::mem::take(&mut is_news) {
                 self.tell_all(&Notice::Migration(Box::new(status.clone())));
             }
-            let Some(chore) = chore else { return Some(status) };
+            let Some(chore) = chore else {
+                let is_whole = (status.side, status.phase) == (Side::Target, Phase::Moved);
+                if is_whole && std::mem::take(&mut self.resets_when_whole) {
+                    self.reset_asked();
+                }
+                return Some(status);
+            };
             self.machine.as_mut()?.do_chore(chore, &self.host);
         }
     }
@@ -304,7 +316,9 @@ impl Shell {
         self.will.write(reason.clone());
         self.tell_all(&Notice::Exiting(reason.clone()));
         self.say_farewell();
-        if let (Some(machine), false) = (&mut self.machine, reason == Reason::Asked) {
+        if let (Some(machine), false) = (&mut self.machine, reason == Reason::Asked)
+            && !machine.is_owed()
+        {
             machine.stop();
         }
     }

@@ -71,6 +71,10 @@ pub(crate) const MOVE_TOLD_EVERY_MS: u64 = 100;
 /// sends a piece of memory in two seconds; a switch that fails over takes some.
 pub(crate) const LINK_PATIENCE_MS: u16 = 30_000;
 
+/// How much of memory that is owed is on its way over one stream without anybody waiting for it, in bytes: what comes in between for
+/// whoever waits, 2 ms at 1 Gbit/s, and what keeps a stream busy whose answer takes as long.
+pub(crate) const ASKED_AHEAD_BYTES: u64 = 256 << 10;
+
 /// How often vCPUs are held back that write too fast, in milliseconds: below what a guest's timers notice.
 pub(crate) const BRAKE_EVERY_MS: u64 = 10;
 

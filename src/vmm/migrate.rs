@@ -13,8 +13,10 @@ use wire::transfer::FrameError;
 
 use crate::snapshot;
 
+mod answers;
 mod converge;
 mod disk;
+mod gather;
 mod midway;
 mod pack;
 mod phase;
@@ -23,10 +25,11 @@ mod shared;
 mod source;
 mod stream;
 mod target;
+mod worker;
 
 pub(crate) use phase::{Effect, Event};
 pub(crate) use shared::Shared;
-pub(crate) use source::{Source, Sources, open as open_streams};
+pub(crate) use source::{Source, Sources, open as open_streams, open_again as open_streams_again};
 pub(crate) use stream::Stream;
 pub(crate) use target::Target;
 
@@ -105,14 +108,13 @@ pub(crate) fn take_stream(
     let wanted = wire::transfer::Open::new(index as u16, count as u16, ram::bytes(ram));
     let mut order = target::open_as(from, &wanted, index).map_err(told)?;
     let (mut words, mut unpacker) = (0, pack::Unpacker::new());
+    let mut place = target::Place { ram, gather: None, unpacker: &mut unpacker, stream: index };
     while !from.is_empty() {
         let put = |position, piece: &[u8]| {
             console(position, piece);
             Ok(())
         };
-        if let target::Came::Word(_) =
-            target::next(&mut order, from, ram, &mut unpacker, index, put).map_err(told)?
-        {
+        if let target::Came::Word(_) = target::next(&mut order, from, &mut place, put).map_err(told)? {
             words += 1;
         }
     }

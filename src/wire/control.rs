@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{Chassis, MachineSpec, RateLimits};
-use crate::migration::{MigrationStatus, Owner, ReceiveSpec, SendLimits, SendSpec};
+use crate::migration::{MigrationStatus, Owner, ReceiveSpec, ReconnectSpec, SendLimits, SendSpec};
 use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
 use crate::settling::MemoryStatus;
 use crate::will::Reason;
@@ -90,6 +90,8 @@ pub enum Command {
         /// Seen from the end that is told.
         owner: Owner,
     },
+    /// Go on with a move whose link broke while memory was owed, over these streams. To both ends.
+    Reconnect(ReconnectSpec),
     /// Replace the limits of the move that is under way.
     LimitMigration {
         /// In force from now on.

@@ -7,6 +7,7 @@
 //!  target  greet ─▶ rounds ─────────────────────▶ state ─▶ ready ═════▶ release ═▶ moved
 //!                └── any failure: dropped ──────────┘        │ abort, or its own refusal: dropped
 //! ```
+//! Where some of memory is owed when the target's machine runs, both are `owing` before they are `moved`.
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{BANDWIDTH_BYTES_MIN, DOWNTIME_MS_MAX, STANDSTILL_MS, STANDSTILL_MS_MAX, STREAMS_MAX};
@@ -30,6 +31,9 @@ pub struct SendSpec {
     /// How far to go for it.
     #[serde(default)]
     pub limits: SendLimits,
+    /// When memory comes in relation to the machine.
+    #[serde(default)]
+    pub mode: Mode,
     /// Whether whoever commands decides: the machine is given up by [`crate::control::Command::CommitMigration`] and not by
     /// the target's word. Both ends are held, or none.
     #[serde(default)]
@@ -37,6 +41,28 @@ pub struct SendSpec {
     /// The machine is paused, and stays so at whichever end has it. Refused where it is not as said.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
+}
+
+/// When memory comes in relation to the machine. What is owed comes as the machine runs at the target already, those pages first that it
+/// waits for: then neither end has all of it until that is over, and the death of either is the machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// All of it before the machine.
+    #[default]
+    PreCopy,
+    /// All of it before the machine, unless the guest writes too fast though it is held back as far as it goes: then the rest is
+    /// owed.
+    Auto,
+    /// Once all of it and disks are copied, what was written meanwhile is owed.
+    PostCopy,
+}
+
+impl Mode {
+    /// Whether some of memory may be owed.
+    pub fn may_owe(self) -> bool {
+        self != Mode::PreCopy
+    }
 }
 
 /// How far a source goes to move its machine.
@@ -83,12 +109,32 @@ pub struct ReceiveSpec {
     /// until the machine has come.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskStream>,
+    /// An open `/dev/userfaultfd`, with which some of memory may be owed. Without it a source that may owe is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub userfaultfd: Option<FdIndex>,
     /// As [`SendSpec::held`]: the machine runs by [`crate::control::Command::SettleMigration`] and not by the source's word.
     #[serde(default)]
     pub held: bool,
     /// As [`SendSpec::paused`]: once the machine is here, it waits for [`crate::control::Command::Resume`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
+}
+
+/// Streams in the place of those that broke when memory was owed, as many as there were for memory: connected as
+/// [`SendSpec::streams`], given to both ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReconnectSpec {
+    /// In the same order at both ends.
+    pub streams: Vec<FdIndex>,
+}
+
+impl ReconnectSpec {
+    /// Checks that `descriptors` came in the packet and each is named at most once.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        check_count(&self.streams)?;
+        crate::machine::check_descriptors(streams(&self.streams, &[]), descriptors)
+    }
 }
 
 /// A disk that is moved, and the stream that is its own. At the target its file is open for writing, whatever the guest may.
@@ -131,6 +177,9 @@ pub enum Phase {
     Commit,
     /// The target has it, and lets it run.
     Release,
+    /// The machine is the target's, which asks for what of memory is owed as it runs; the source keeps that for it, and never
+    /// runs again.
+    Owing,
     /// The end: the machine is the target's.
     Moved,
     /// The end: the machine stays the source's. Only the source says so.
@@ -141,7 +190,7 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in the order of a move that works.
-    pub const ALL: [Phase; 11] = [
+    pub const ALL: [Phase; 12] = [
         Phase::Greet,
         Phase::Rounds,
         Phase::Pause,
@@ -150,6 +199,7 @@ impl Phase {
         Phase::Ready,
         Phase::Commit,
         Phase::Release,
+        Phase::Owing,
         Phase::Moved,
         Phase::Returned,
         Phase::Dropped,
@@ -182,6 +232,13 @@ pub struct MigrationStatus {
     /// Whether this end cannot know which has the machine: its link broke between [`Phase::Ready`] and the other's
     /// answer. It stays paused until [`crate::control::Command::SettleMigration`].
     pub in_doubt: bool,
+    /// Whether some of memory is, or was, owed when the target's machine began to run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub owes: bool,
+    /// Whether the link broke while memory is owed: the guest waits wherever it needs some of that, until
+    /// [`crate::control::Command::Reconnect`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub link_lost: bool,
     /// What was moved.
     pub progress: Progress,
     /// Why it ended, when it failed.
@@ -195,7 +252,7 @@ pub struct MigrationStatus {
 pub struct Progress {
     /// Bytes of memory and disks that went over the streams, again ones counted again.
     pub sent_bytes: u64,
-    /// Bytes that still have to, as of the last look at what was written.
+    /// Bytes that still have to, as of the last look at what was written; once memory is owed, how much is.
     pub left_bytes: u64,
     /// Bytes that were only told to be zero, or not told at all.
     pub skipped_bytes: u64,
@@ -226,6 +283,10 @@ impl SendSpec {
         check_count(&self.streams)?;
         check_disks(&self.disks, None)?;
         check_handed(self.handed, &self.streams, &self.disks)?;
+        if self.handed && self.mode.may_owe() {
+            let detail = "must be pre_copy where memory is handed over".to_owned();
+            return Err(SpecError { field: "/mode".to_owned(), detail });
+        }
         self.limits.check()?;
         crate::machine::check_descriptors(self.descriptors(), descriptors)
     }
@@ -261,6 +322,7 @@ impl ReceiveSpec {
         check_handed(self.memory.is_some(), &self.streams, &self.disks)?;
         let mut named = self.machine.descriptors();
         named.extend(self.memory.map(|memory| ("/memory".to_owned(), memory)));
+        named.extend(self.userfaultfd.map(|device| ("/userfaultfd".to_owned(), device)));
         named.extend(streams(&self.streams, &self.disks));
         crate::machine::check_descriptors(named, descriptors)
     }

@@ -8,6 +8,11 @@
 //! stream n:  Open  (Part │ Packed │ Zero)*  End
 //! a disk's:  Open  (Block │ Hole │ Sync)*  End                            source to target; a Word for each Sync back
 //! ```
+//! A source that may owe memory says so as it opens, tells which pages with `Owed` before the `End` of the stream that they have, with
+//! `Sync` among them, and answers each `Ask` for some of them behind that end, also on a stream that resumes one that broke:
+//! ```text
+//! stream n:  Open  (Part │ Packed │ Zero │ Owed │ Sync)*  End  (Part │ Packed │ Zero)*    Ask* the other way, and a Word for each Sync
+//! ```
 //! Memory is sharded: each piece of [`SHARD_BYTES`] has one stream, so that a page that is sent again never overtakes
 //! itself.
 use std::fs::File;
@@ -58,11 +63,17 @@ pub enum Kind {
     /// `length` bytes of memory from `offset` on, packed: four bytes say how many follow, less than `length`, which are one frame of
     /// Zstandard (RFC 8878). Only on streams that were opened for it.
     Packed,
-    /// What came of a disk is to be made durable, and [`Word::Synced`] to be said then. Nothing follows.
+    /// What came of a disk is to be made durable, or what is owed of memory to be missing, and [`Word::Synced`] to be said then.
+    /// Nothing follows.
     Sync,
+    /// Pages of memory that will only come when they are asked for: eight bytes for 64 pages each, the first page lowest, from
+    /// `offset` on.
+    Owed,
+    /// Target: send these `length` bytes of memory from `offset` on that are owed. Nothing follows.
+    Ask,
 }
 
-const KINDS: [(u32, Kind); 11] = [
+const KINDS: [(u32, Kind); 13] = [
     (1, Kind::Open),
     (2, Kind::Part),
     (3, Kind::Zero),
@@ -74,6 +85,8 @@ const KINDS: [(u32, Kind); 11] = [
     (9, Kind::Hole),
     (10, Kind::Sync),
     (11, Kind::Packed),
+    (12, Kind::Owed),
+    (13, Kind::Ask),
 ];
 
 /// What a frame says of itself.
@@ -108,6 +121,12 @@ pub struct Open {
     /// Whether memory may come packed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub packs: bool,
+    /// Whether some of memory may be owed when the machine runs at the target.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub owes: bool,
+    /// Whether it stands in for a stream that broke when the machine was the target's already and memory was owed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resumes: bool,
 }
 
 /// Which memory was handed over, as both ends see it on one host. A machine that was reset has another than it had.
@@ -145,8 +164,10 @@ pub enum Word {
     Commit,
     /// Target: I have it, and it runs.
     Released,
-    /// Target, on a disk's stream: what came is durable.
+    /// Target, on the stream of a [`Kind::Sync`]: it is done.
     Synced,
+    /// Target: all that was owed is here.
+    Whole,
     /// Source: it stays mine.
     Abort {
         /// Why, for people.
@@ -212,6 +233,8 @@ impl Kind {
             Kind::State => STATE_BYTES_MAX as u32,
             Kind::Block => BLOCK_BYTES_MAX,
             Kind::Hole => HOLE_BYTES_MAX,
+            Kind::Owed => OWED_BYTES_MAX,
+            Kind::Ask => ASK_BYTES_MAX,
             Kind::End | Kind::Sync => 0,
         }
     }
@@ -219,6 +242,12 @@ impl Kind {
 
 /// Longest piece of memory in one packed frame, in bytes: both ends hold it twice.
 pub const PACKED_BYTES_MAX: u32 = 256 << 10;
+
+/// What says which pages of [`SHARD_BYTES`] are owed, in bytes.
+pub const OWED_BYTES_MAX: u32 = (SHARD_BYTES / PAGE_BYTES / 8) as u32;
+
+/// Most memory that is asked for at once, in bytes: whoever waits for another page waits for this to pass.
+pub const ASK_BYTES_MAX: u32 = 64 << 10;
 
 /// Longest piece of a disk in one frame, in bytes.
 pub const BLOCK_BYTES_MAX: u32 = 64 << 10;
@@ -251,7 +280,7 @@ impl Head {
             return Err(refused);
         }
         let holds = match kind {
-            Kind::Part | Kind::Zero | Kind::Packed => {
+            Kind::Part | Kind::Zero | Kind::Packed | Kind::Ask => {
                 let end = (offset % SHARD_BYTES).saturating_add(u64::from(length));
                 let whole = offset.is_multiple_of(PAGE_BYTES) && u64::from(length).is_multiple_of(PAGE_BYTES);
                 whole && length > 0 && end <= SHARD_BYTES
@@ -262,6 +291,7 @@ impl Head {
                 whole && u64::from(length).is_multiple_of(SECTOR_BYTES) && length > 0
             }
             Kind::Open | Kind::Word | Kind::State => offset == 0 && length > 0,
+            Kind::Owed => offset.is_multiple_of(SHARD_BYTES) && length.is_multiple_of(8) && length > 0,
             Kind::Sync => offset == 0,
             Kind::End => true,
         };
@@ -280,9 +310,12 @@ impl Head {
         to.write_all(&self.bytes()).map_err(FrameError::Link)
     }
 
-    /// Reads what follows the head into memory of its own: documents, console output and state, never memory.
+    /// Reads what follows the head into memory of its own: documents, console output and state; of memory, what was asked
+    /// for.
     pub fn read_body(&self, from: &mut impl Read) -> Result<Vec<u8>, FrameError> {
-        if matches!(self.kind, Kind::Part | Kind::Packed | Kind::Zero | Kind::Hole | Kind::Sync | Kind::End) {
+        let has_none =
+            matches!(self.kind, Kind::Packed | Kind::Zero | Kind::Hole | Kind::Sync | Kind::Ask | Kind::End);
+        if has_none || (self.kind == Kind::Part && self.length > ASK_BYTES_MAX) {
             return Err(FrameError::Order(self.kind));
         }
         read_exactly(from, self.length.into())
@@ -338,6 +371,8 @@ impl Open {
             disk: None,
             handed: None,
             packs: false,
+            owes: false,
+            resumes: false,
         }
     }
 
@@ -346,9 +381,19 @@ impl Open {
         Open { packs: true, ..Open::new(stream, streams, memory_bytes) }
     }
 
-    /// Whether this is the stream that was waited for. To pack or not is the source's choice.
+    /// The same, and some of it may be owed.
+    pub fn owing(stream: u16, streams: u16, memory_bytes: u64) -> Open {
+        Open { owes: true, ..Open::packing(stream, streams, memory_bytes) }
+    }
+
+    /// The same, in the place of one that broke.
+    pub fn resuming(stream: u16, streams: u16, memory_bytes: u64) -> Open {
+        Open { resumes: true, ..Open::owing(stream, streams, memory_bytes) }
+    }
+
+    /// Whether this is the stream that was waited for. To pack or not is the source's choice, and to owe where that is wanted.
     pub fn is_for(&self, wanted: &Open) -> bool {
-        *self == Open { packs: self.packs, ..wanted.clone() }
+        *self == Open { packs: self.packs, owes: self.owes && wanted.owes, ..wanted.clone() }
     }
 
     /// For the stream of a disk.
@@ -413,121 +458,15 @@ fn document<T: for<'de> Deserialize<'de>>(kind: Kind, body: &[u8]) -> Result<T, 
     serde_json::from_slice(body).map_err(|_| FrameError::Document(kind))
 }
 
-/// What may come next on a stream from the source, once it was opened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Order {
-    is_disk: bool,
-    is_handed: bool,
-    packs: bool,
-    stream: u64,
-    streams: u64,
-    memory_bytes: u64,
-    carried_bytes: u64,
-    /// Where the console goes on, once some of it has come.
-    console: Option<u64>,
-    stage: Stage,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Memory,
-    /// On the first stream the state may come.
-    Ended,
-    /// Only words.
-    Told,
-}
-
-impl Order {
-    /// For a stream that was opened as the receiver expected.
-    pub fn new(open: &Open) -> Order {
-        Order {
-            is_disk: open.disk.is_some(),
-            is_handed: open.handed.is_some(),
-            packs: open.packs,
-            stream: open.stream.into(),
-            streams: u64::from(open.streams).max(1),
-            memory_bytes: open.memory_bytes,
-            carried_bytes: 0,
-            console: None,
-            stage: Stage::Memory,
-        }
-    }
-
-    /// Whether all of memory has come.
-    pub fn has_ended(&self) -> bool {
-        self.stage != Stage::Memory
-    }
-
-    /// Bytes of memory, or of the disk, that came.
-    pub fn carried_bytes(&self) -> u64 {
-        self.carried_bytes
-    }
-
-    /// Judges the next head; what it says may be believed after that.
-    pub fn admit(&mut self, head: &Head) -> Result<(), FrameError> {
-        let Head { kind, length, offset } = *head;
-        let refused = FrameError::Bounds { kind, length, offset };
-        if self.is_disk {
-            return self.admit_of_disk(head);
-        }
-        let is_first = self.stream == 0;
-        match (kind, self.stage) {
-            (Kind::Part | Kind::Packed | Kind::Zero | Kind::Console, _) if self.is_handed => {
-                return Err(FrameError::Order(kind));
-            }
-            (Kind::Packed, _) if !self.packs => return Err(FrameError::Order(kind)),
-            (Kind::Part | Kind::Packed | Kind::Zero, Stage::Memory) => {
-                let end = offset.checked_add(u64::from(length));
-                let is_ours = stream_of(offset, self.streams) == self.stream;
-                if !is_ours || end.is_none_or(|end| end > self.memory_bytes) {
-                    return Err(refused);
-                }
-                if kind != Kind::Zero {
-                    self.carried_bytes = self.carried_bytes.saturating_add(u64::from(length));
-                }
-            }
-            (Kind::Console, Stage::Memory | Stage::Ended) if is_first => {
-                if self.console.is_some_and(|next| next != offset) {
-                    return Err(refused);
-                }
-                self.console = offset.checked_add(u64::from(length));
-            }
-            (Kind::End, Stage::Memory) if offset == self.carried_bytes => self.stage = Stage::Ended,
-            (Kind::End, Stage::Memory) => return Err(refused),
-            (Kind::State, Stage::Ended) if is_first => self.stage = Stage::Told,
-            (Kind::Word, _) if is_first => (),
-            _ => return Err(FrameError::Order(kind)),
-        }
-        Ok(())
-    }
-
-    fn admit_of_disk(&mut self, head: &Head) -> Result<(), FrameError> {
-        let Head { kind, length, offset } = *head;
-        let refused = FrameError::Bounds { kind, length, offset };
-        match (kind, self.stage) {
-            (Kind::Block | Kind::Hole, Stage::Memory) => {
-                let end = offset.checked_add(u64::from(length));
-                if end.is_none_or(|end| end > self.memory_bytes) {
-                    return Err(refused);
-                }
-                if kind == Kind::Block {
-                    self.carried_bytes = self.carried_bytes.saturating_add(u64::from(length));
-                }
-            }
-            (Kind::Sync, Stage::Memory) => (),
-            (Kind::End, Stage::Memory) if offset == self.carried_bytes => self.stage = Stage::Ended,
-            (Kind::End, Stage::Memory) => return Err(refused),
-            _ => return Err(FrameError::Order(kind)),
-        }
-        Ok(())
-    }
-}
-
 /// Which stream a piece of memory has.
 pub fn stream_of(offset: u64, streams: u64) -> u64 {
     let shard = offset.checked_div(SHARD_BYTES).unwrap_or(0);
     shard.checked_rem(streams).unwrap_or(0)
 }
+
+mod order;
+
+pub use order::Order;
 
 #[cfg(test)]
 mod tests;

@@ -18,12 +18,12 @@ pub(crate) fn probe(words: &str, mib: u64) -> Machine {
 }
 
 /// Both ends of connected streams.
-fn pairs(count: usize) -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+pub(crate) fn pairs(count: usize) -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     let pair = |_| UnixStream::pair().map(|(near, far)| (near.into(), far.into())).unwrap();
     (0..count).map(pair).unzip()
 }
 
-fn tcp_pairs(count: usize) -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+pub(crate) fn tcp_pairs(count: usize) -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let pair = |_| {
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

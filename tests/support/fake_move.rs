@@ -52,7 +52,15 @@ fn refuse(detail: &str) -> Result<Reply, Fault> {
 
 fn status(side: Side) -> MigrationStatus {
     let progress = Progress::default();
-    MigrationStatus { side, phase: Phase::Rounds, in_doubt: false, progress, detail: None }
+    MigrationStatus {
+        side,
+        phase: Phase::Rounds,
+        in_doubt: false,
+        owes: false,
+        link_lost: false,
+        progress,
+        detail: None,
+    }
 }
 
 /// Descriptors of the packet as streams, and those of disks with the disk's position.

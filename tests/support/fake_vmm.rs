@@ -805,6 +805,10 @@ impl Running {
             }
             Command::SettleMigration { owner } => self.vmm.settle_move(owner),
             Command::LimitMigration { .. } => Ok(Reply::Done),
+            Command::Reconnect(_) => {
+                let detail = "nothing of the machine's memory is owed".to_owned();
+                Err(Fault { code: FaultCode::WrongState, detail })
+            }
             Command::Handles if self.guest == Guest::CannotHandOver => {
                 let detail = "a disk of the machine cannot be handed over".to_owned();
                 Err(Fault { code: FaultCode::WrongState, detail })

@@ -20,7 +20,7 @@ use wire::control::{Command, Fault, MachineStats, Message, Notice, Reply, Reques
 use wire::launch::fd;
 use wire::limits::CONSOLE_RING_BYTES;
 use wire::machine::{Balloon, Boot, Console, CpuTemplate, Disk, FdIndex, MachineSpec, Nic, OnReset};
-use wire::migration::{DiskStream, MigrationStatus, ReceiveSpec, SendLimits, SendSpec};
+use wire::migration::{DiskStream, MigrationStatus, Mode, ReceiveSpec, ReconnectSpec, SendLimits, SendSpec};
 use wire::saved::{Base, Live, MemoryUse, Moment, RestoreSpec, SaveReport, SaveSpec, SaveStatus, Then};
 use wire::will::Will;
 
@@ -55,6 +55,9 @@ pub(crate) struct Vmm {
     ring: Option<File>,
     next_id: u64,
     notices: VecDeque<Notice>,
+    /// When memory comes in a move from here; a target is given what it takes to be owed some.
+    #[allow(dead_code, reason = "benchmarks of other things leave it alone")]
+    pub(crate) mode: Mode,
     /// Whether its moves are decided by the test.
     #[allow(dead_code, reason = "benchmarks leave it to the ends")]
     pub(crate) is_held: bool,
@@ -179,6 +182,7 @@ impl Vmm {
             ring: None,
             next_id: 0,
             notices: VecDeque::new(),
+            mode: Mode::PreCopy,
             is_held: false,
             is_paused: false,
         }
@@ -326,8 +330,12 @@ impl Vmm {
             DiskStream { disk, stream }
         });
         let disks = disks.collect();
-        let (held, paused) = (self.is_held, self.is_paused);
-        let spec = ReceiveSpec { machine: machine.spec, memory: None, streams, disks, held, paused };
+        let userfaultfd = self.mode.may_owe().then(|| {
+            let device = File::options().read(true).write(true).open("/dev/userfaultfd");
+            machine.add(device.expect("memory that is owed needs /dev/userfaultfd"))
+        });
+        let (memory, held, paused) = (None, self.is_held, self.is_paused);
+        let spec = ReceiveSpec { machine: machine.spec, memory, streams, disks, userfaultfd, held, paused };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -350,8 +358,8 @@ impl Vmm {
         let of_disk = |disk| DiskStream { disk, stream: FdIndex(count + disk) };
         let of_disks = (0..disks.len() as u16).map(of_disk).collect();
         let descriptors: Vec<_> = streams.iter().chain(&disks).map(OwnedFd::as_fd).collect();
-        let (held, paused) = (self.is_held, self.is_paused);
-        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits, held, paused };
+        let (mode, held, paused) = (self.mode, self.is_held, self.is_paused);
+        let spec = SendSpec { streams: named, disks: of_disks, handed: false, limits, mode, held, paused };
         self.begin_send(spec, &descriptors)
     }
 
@@ -399,8 +407,8 @@ impl Vmm {
         }
         let memory = Some(machine.add(copy(memory)));
         let streams = vec![machine.add(File::from(stream))];
-        let (disks, held, paused) = (Vec::new(), self.is_held, self.is_paused);
-        let spec = ReceiveSpec { machine: machine.spec, memory, streams, disks, held, paused };
+        let (disks, userfaultfd, held, paused) = (Vec::new(), None, self.is_held, self.is_paused);
+        let spec = ReceiveSpec { machine: machine.spec, memory, streams, disks, userfaultfd, held, paused };
         let descriptors: Vec<_> = machine.files.iter().map(File::as_fd).collect();
         let id = self.send(Command::Receive(Box::new(spec)), &descriptors);
         self.reply(id).map(drop)
@@ -413,10 +421,20 @@ impl Vmm {
             disks: Vec::new(),
             handed: true,
             limits: SendLimits::default(),
+            mode: Mode::PreCopy,
             held: self.is_held,
             paused: self.is_paused,
         };
         self.begin_send(spec, &[stream.as_fd()])
+    }
+
+    /// Goes on with a move whose link broke, over these streams.
+    #[allow(dead_code, reason = "benchmarks break no links")]
+    pub(crate) fn try_reconnect(&mut self, streams: &[OwnedFd]) -> Result<(), Fault> {
+        let descriptors: Vec<_> = streams.iter().map(OwnedFd::as_fd).collect();
+        let spec = ReconnectSpec { streams: (0..streams.len() as u16).map(FdIndex).collect() };
+        let id = self.send(Command::Reconnect(spec), &descriptors);
+        self.reply(id).map(drop)
     }
 
     /// How the move stands.

@@ -8,7 +8,9 @@ use model::server::ServerNic;
 use model::{Code, ServerId, Time};
 use wire::control::{Command, Reply};
 use wire::machine::FdIndex;
-use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+use wire::migration::{
+    DiskStream, MigrationStatus, Mode, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side,
+};
 
 use super::Servers;
 use super::effects::Doing;
@@ -49,7 +51,8 @@ impl Servers {
         let (streams, disks) = streams.name(&mut packet);
         let look = move |connection: &rusqlite::Connection| records::one::<ServerRecord>(connection, id.0);
         let paused = self.workshop().core.store.read(look).await?.life.phase.is_moving_paused();
-        let spec = SendSpec { streams, disks, handed: false, limits, held: true, paused };
+        let mode = Mode::PreCopy;
+        let spec = SendSpec { streams, disks, handed: false, limits, mode, held: true, paused };
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
         let link = self.live(id)?.link(limits::COMMAND).await?;
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
@@ -71,8 +74,8 @@ impl Servers {
         let taps: std::io::Result<Vec<OwnedFd>> = taps.map(OwnedFd::try_clone).collect();
         *entry.taps() = taps.map_err(|cause| Error::internal("a tap cannot be copied", cause))?;
         let (streams, disks) = streams.name(&mut packet);
-        let paused = record.life.phase.is_moving_paused();
-        let spec = ReceiveSpec { machine, memory: None, streams, disks, held: true, paused };
+        let (memory, userfaultfd, paused) = (None, None, record.life.phase.is_moving_paused());
+        let spec = ReceiveSpec { machine, memory, streams, disks, userfaultfd, held: true, paused };
         spec.check(packet.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
@@ -175,7 +178,7 @@ fn not_here(status: &MigrationStatus) -> Option<End> {
             let why = status.detail.as_deref().unwrap_or("its VMM does not say why");
             (EndKind::DidNotArrive, format!("the machine that came could not run here: {why}"))
         }
-        (Side::Source, Phase::Moved) => {
+        (Side::Source, Phase::Owing | Phase::Moved) => {
             let detail = "the machine goes on at the other host, though it was settled that the server is here; delete it on one \
                           of the two";
             (EndKind::WentElsewhere, detail.to_owned())
@@ -236,10 +239,10 @@ impl Doing {
             let link = self.entry.link(limits::COMMAND).await?;
             let Some(found) = status(&link).await? else { return Ok(None) };
             match (found.side, found.phase) {
-                (Side::Source, Phase::Returned | Phase::Moved)
+                (Side::Source, Phase::Returned | Phase::Owing | Phase::Moved)
                 | (Side::Target, Phase::Moved | Phase::Dropped) => return Ok(Some(found)),
                 (Side::Source, _) => keep(&link).await?,
-                (Side::Target, Phase::Release) => {}
+                (Side::Target, Phase::Release | Phase::Owing) => {}
                 (Side::Target, _) => {
                     let here = Command::SettleMigration { owner: Owner::Here };
                     link.order(here, limits::PAUSE).await?;

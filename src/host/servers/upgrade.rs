@@ -13,7 +13,9 @@ use tokio::sync::{mpsc, watch};
 use wire::control::{Command, Notice, Reply};
 use wire::launch::ExitStatus;
 use wire::machine::FdIndex;
-use wire::migration::{MigrationStatus, Owner, Phase as Stage, ReceiveSpec, SendLimits, SendSpec, Side};
+use wire::migration::{
+    MigrationStatus, Mode, Owner, Phase as Stage, ReceiveSpec, SendLimits, SendSpec, Side,
+};
 
 use super::effects::{self, Doing, Files};
 use super::lifecycle::{End, Event, Phase, Spawned, Trouble};
@@ -366,8 +368,8 @@ impl Doing {
         let (near, far): (OwnedFd, OwnedFd) =
             UnixStream::pair().map(|(near, far)| (near.into(), far.into())).map_err(unconnected)?;
         let streams = vec![packet.add(far)];
-        let (memory, disks) = (Some(memory), Vec::new());
-        let receive = ReceiveSpec { machine, memory, streams, disks, held: false, paused };
+        let (memory, disks, userfaultfd) = (Some(memory), Vec::new(), None);
+        let receive = ReceiveSpec { machine, memory, streams, disks, userfaultfd, held: false, paused };
         receive
             .check(packet.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
@@ -382,6 +384,7 @@ impl Doing {
             disks: Vec::new(),
             handed: true,
             limits: SendLimits { standstill_ms: limits::UPGRADE_STANDSTILL_MS, ..SendLimits::default() },
+            mode: Mode::PreCopy,
             held: false,
             paused,
         };

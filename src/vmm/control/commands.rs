@@ -96,6 +96,11 @@ impl Shell {
             Command::SettleMigration { owner } => {
                 self.machine()?.settle_move(owner).map(done).map_err(Fault::from)
             }
+            Command::Reconnect(spec) => {
+                let checked = spec.check(descriptors.len());
+                checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
+                self.machine()?.reconnect(&spec, descriptors).map(done).map_err(Fault::from)
+            }
             Command::LimitMigration { limits } => {
                 let checked = limits.check();
                 checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
@@ -224,6 +229,10 @@ impl Shell {
     pub(super) fn reset_asked(&mut self) {
         match self.machine.as_ref().map(Machine::on_reset) {
             None => (),
+            // Some of its threads may wait for memory of which it is not known when it comes.
+            Some(OnReset::Rebuild) if self.machine.as_ref().is_some_and(Machine::is_owed) => {
+                self.resets_when_whole = true;
+            }
             Some(OnReset::Exit) => self.reason = Some(Reason::Reset),
             Some(OnReset::Rebuild) => {
                 // A failure has set the reason to exit.

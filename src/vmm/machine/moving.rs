@@ -1,15 +1,18 @@
 //! What a move does to the machine, by the main thread: its begin at both ends, and the chores that the phase table leaves.
 //! Threads, streams and the table are `migrate`'s.
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::virtio::block::Disk;
 use kvm::{DirtyLog, Host};
+use memory::owed::Owed;
 use memory::{Backing, marks};
 use wire::machine::{FdIndex, MachineSpec};
-use wire::migration::{DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side};
+use wire::migration::{
+    DiskStream, MigrationStatus, Owner, Phase, ReceiveSpec, ReconnectSpec, SendLimits, SendSpec, Side,
+};
 use wire::saved::Clock;
 use wire::transfer::Handed;
 
@@ -20,8 +23,14 @@ use super::save::{Files, shape, wall_ns};
 use super::{Error, Machine, Run, Save, nanoseconds};
 use crate::bell::Bell;
 use crate::log;
-use crate::migrate::{Effect, Event, Shared, Source, Sources, Stream, Target, open_streams};
+use crate::migrate::{
+    Effect, Event, Shared, Source, Sources, Stream, Target, open_streams, open_streams_again,
+};
 use crate::snapshot;
+
+/// What may not be done yet to a machine that runs, and why.
+const OWED: &str =
+    "some of the machine's memory is still on its way from where it was; wait until all of it is here";
 
 /// One move, at one of its ends.
 pub(super) enum Moving {
@@ -82,7 +91,7 @@ impl Machine {
         streams.extend(disk_streams(&mut files, &spec.disks)?);
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         let handed = if spec.handed { Some(handed(&handle(parts)?)?) } else { None };
-        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks, handed)?;
+        open_streams(&mut streams, self.plan.spec.memory_bytes, &disks, handed, spec.mode)?;
         // The one before is let go of first: two must not log the same memory.
         self.moving = None;
         let log = if spec.handed {
@@ -99,7 +108,8 @@ impl Machine {
             brake: parts.crew.brake(),
             disks,
         };
-        let source = Source::start(sources, streams, spec.held, spec.limits, &self.bell)?;
+        let how = (spec.limits, spec.mode);
+        let source = Source::start(sources, streams, spec.held, how, &self.bell)?;
         self.moving = Some(Moving::Source { source, paused: spec.paused });
         Ok(())
     }
@@ -117,20 +127,59 @@ impl Machine {
         streams.extend(disk_streams(&mut files, &spec.disks)?);
         let memory = spec.memory.map(|memory| files.take("/memory", memory)).transpose()?;
         let handed = memory.as_ref().map(handed).transpose()?;
+        let device = spec.userfaultfd.map(|device| files.take("/userfaultfd", device)).transpose()?;
         let backing = memory.map_or(Backing::Fresh, Backing::Adopted);
         let ram = memory::build(spec.machine.memory_bytes, backing)?;
         let mut machine = Machine::prepare(host, spec.machine, files.0, bell)?;
         let disks = machine.moved_disks(&spec.disks)?;
         // Now, while the guest runs on at the source: making its interrupt controllers waits for the whole kernel.
         let chassis = Some(Chassis::around(host, machine.plan.spec.chassis(), Arc::clone(&ram))?);
-        let target = Target::start(&ram, &machine.console, disks, streams, spec.held, handed, bell)?;
+        let owed = device.map(|device| Owed::new(device.as_fd(), &ram)).transpose()?;
+        let place = (&ram, &machine.console);
+        let target = Target::start(place, disks, streams, spec.held, (handed, owed), bell)?;
         let (handed, paused) = (handed.is_some(), spec.paused);
         machine.moving = Some(Moving::Target { target, chassis, handed, paused });
         Ok(machine)
     }
 
+    /// Goes on with a move whose link broke while memory was owed, over the streams of the packet.
+    pub(crate) fn reconnect(&mut self, spec: &ReconnectSpec, descriptors: Vec<OwnedFd>) -> Result<(), Error> {
+        let mut files = Files::new(descriptors);
+        let mut streams = streams(&mut files, &spec.streams)?;
+        let memory_bytes = self.plan.spec.memory_bytes;
+        let Some(moving) = self.moving.as_mut().filter(|moving| moving.shared().phase() == Phase::Owing)
+        else {
+            return Err(Error::State("nothing of the machine's memory is owed"));
+        };
+        let count = match moving {
+            Moving::Source { source, .. } => source.count(),
+            Moving::Target { target, .. } => target.count(),
+        };
+        if streams.len() != count {
+            let detail = format!("must be {count}, as there were");
+            return Err(Error::Invalid { field: "/streams".to_owned(), detail });
+        }
+        match moving {
+            Moving::Source { source, .. } => {
+                open_streams_again(&mut streams, memory_bytes)?;
+                Ok(source.resume(streams)?)
+            }
+            Moving::Target { target, .. } => Ok(target.resume(streams)?),
+        }
+    }
+
+    /// Whether it runs, or will, with some of its memory still to come. Who waits for that cannot be stopped, and must not go on
+    /// without it: a device would write something else to a disk.
+    pub(crate) fn is_owed(&self) -> bool {
+        let status = self.move_status();
+        status.is_some_and(|status| (status.side, status.phase) == (Side::Target, Phase::Owing))
+    }
+
     /// Memory, taps and disks, for a VMM on this host; how many taps and disks there are.
     pub(crate) fn handles(&self) -> Result<(Vec<OwnedFd>, usize, usize), Error> {
+        if self.is_owed() {
+            return Err(Error::State(OWED));
+        }
         let MachineSpec { nics, disks, .. } = &self.plan.spec;
         let taps = nics.iter().enumerate().map(|(at, nic)| (format!("/nics/{at}/tap"), nic.tap));
         let files = disks.iter().enumerate().map(|(at, disk)| (format!("/disks/{at}/file"), disk.file));
@@ -274,10 +323,11 @@ impl Machine {
         let none = Error::State("no move of this machine is in doubt");
         let status = self.move_status().ok_or(none)?;
         let agrees = match (status.side, status.phase) {
-            (Side::Source, Phase::Moved) | (Side::Target, Phase::Dropped) => owner == Owner::There,
-            (Side::Source, Phase::Returned) | (Side::Target, Phase::Release | Phase::Moved) => {
-                owner == Owner::Here
+            (Side::Source, Phase::Owing | Phase::Moved) | (Side::Target, Phase::Dropped) => {
+                owner == Owner::There
             }
+            (Side::Source, Phase::Returned)
+            | (Side::Target, Phase::Release | Phase::Owing | Phase::Moved) => owner == Owner::Here,
             _ if status.in_doubt || self.is_held_at(status.side, status.phase) => {
                 let shared = self.moving.as_ref().map(|moving| Arc::clone(moving.shared()));
                 return match shared.and_then(|shared| shared.give(Event::Settled(owner))) {
@@ -330,7 +380,10 @@ impl Machine {
     pub(super) fn check_not_moving(&self) -> Result<(), Error> {
         match self.move_status().map(|status| (status.side, status.phase)) {
             None | Some((Side::Source, Phase::Returned) | (Side::Target, Phase::Moved)) => Ok(()),
-            Some((Side::Source, Phase::Moved)) => Err(Error::State("the machine has moved to another VMM")),
+            Some((Side::Source, Phase::Owing | Phase::Moved)) => {
+                Err(Error::State("the machine has moved to another VMM"))
+            }
+            Some((Side::Target, Phase::Owing)) => Err(Error::State(OWED)),
             Some((Side::Target, Phase::Dropped)) => {
                 Err(Error::State("the machine did not come; start another VMM for another"))
             }
@@ -344,7 +397,7 @@ impl Machine {
     pub(super) fn abandon_move(&mut self, why: &str) {
         if let Some(Moving::Source { source, .. }) = &self.moving {
             source.shared.fail(Event::Failed, why.to_owned());
-            source.shut();
+            source.shared.shut();
         }
     }
 }

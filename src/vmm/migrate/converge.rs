@@ -2,7 +2,7 @@
 //! how much was written meanwhile.
 use std::time::Duration;
 
-use wire::migration::SendLimits;
+use wire::migration::{Mode, SendLimits};
 
 use super::midway::Glimpse;
 
@@ -53,9 +53,13 @@ const THROTTLE_PERCENT_STEP: u8 = 10;
 /// Rounds at the most throttle before it is given up.
 const ROUNDS_AT_MOST_MAX: u32 = 20;
 
+/// The same where the rest can be owed: each of them takes as long as the first one.
+const ROUNDS_AT_MOST_AUTO: u32 = 1;
+
 /// What remembers one move's rounds.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Convergence {
+    rounds_at_most: u32,
     rate: u64,
     left_before: Option<u64>,
     throttle_percent: u8,
@@ -63,6 +67,12 @@ pub(crate) struct Convergence {
 }
 
 impl Convergence {
+    /// As long as there is hope.
+    pub(crate) fn patient(mode: Mode) -> Convergence {
+        let rounds_at_most = if mode == Mode::Auto { ROUNDS_AT_MOST_AUTO } else { ROUNDS_AT_MOST_MAX };
+        Convergence { rounds_at_most, rate: 0, left_before: None, throttle_percent: 0, at_most: 0 }
+    }
+
     /// What follows a round.
     pub(crate) fn after(&mut self, round: Round, limits: SendLimits) -> Decision {
         let per_s = |bytes: u64| {
@@ -107,7 +117,7 @@ impl Convergence {
         }
         if self.throttle_percent == THROTTLE_PERCENT_MAX {
             self.at_most += 1;
-            if self.at_most > ROUNDS_AT_MOST_MAX {
+            if self.at_most > self.rounds_at_most {
                 return Next::GiveUp;
             }
         }

@@ -125,6 +125,11 @@ impl Unpacker {
         packed: &[u8],
         stream: usize,
     ) -> Result<(), Error> {
+        Ok(memory::fill(ram, head.offset, self.unpacked(head, packed, stream)?)?)
+    }
+
+    /// What came packed. The head was admitted.
+    pub(super) fn unpacked(&mut self, head: &Head, packed: &[u8], stream: usize) -> Result<&[u8], Error> {
         let wanted = head.length.min(PACKED_BYTES_MAX) as usize;
         self.memory.resize(wanted, 0);
         // Into memory of exactly that length, beyond which nothing is written.
@@ -132,7 +137,7 @@ impl Unpacker {
         if unpacked != Ok(wanted) {
             return Err(Error::at(stream)(FrameError::Document(head.kind)));
         }
-        Ok(memory::fill(ram, head.offset, &self.memory)?)
+        Ok(&self.memory)
     }
 }
 

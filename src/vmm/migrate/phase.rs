@@ -9,7 +9,17 @@
 //! Ends that are *held* go on from `ready` only when they are told from outside: the words of `commit` are not theirs then, a
 //! source enters it by [`Event::Commit`], and a target has the machine by [`Event::Settled`]. Until it is told, a source may
 //! return by itself; from then on it does not.
+//!
+//! Where some of memory is *owed* as the machine begins to run at the target, both go through `owing`: whose the machine is is no
+//! question there, and a link that breaks decides nothing. The source keeps memory until the target says that it has all of it.
 use wire::migration::{Owner, Phase, Side};
+
+/// Whether the target's machine has all of its memory when it begins to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Course {
+    Copied,
+    Owing,
+}
 
 /// What happens to an end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,6 +50,7 @@ pub(crate) enum Said {
     Released,
     Abort,
     Refused,
+    Whole,
 }
 
 /// What an end does.
@@ -72,14 +83,27 @@ pub(crate) fn in_doubt(side: Side, phase: Phase) -> bool {
 
 /// The next phase of an end and what to do in it. Nothing when the event means nothing in this phase: words come late, and
 /// everything may be said twice.
-pub(crate) fn step(side: Side, phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+pub(crate) fn step(
+    side: Side,
+    course: Course,
+    phase: Phase,
+    event: Event,
+) -> Option<(Phase, &'static [Effect])> {
     match side {
-        Side::Source => source(phase, event),
-        Side::Target => target(phase, event),
+        Side::Source => source(course, phase, event),
+        Side::Target => target(course, phase, event),
     }
 }
 
-fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+/// What follows when the target has the machine.
+fn given(course: Course) -> Phase {
+    match course {
+        Course::Copied => Phase::Moved,
+        Course::Owing => Phase::Owing,
+    }
+}
+
+fn source(course: Course, phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
     use Effect::{CopyRest, CopyRounds, Pause, Resume, Say, SendState};
     use Event::{Cancel, Commit, Done, Failed, Heard, Lost, Settled};
     Some(match (phase, event) {
@@ -96,15 +120,17 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
             Failed | Cancel | Lost | Heard(Said::Refused) | Settled(Owner::Here),
         ) => (Phase::Returned, &[Resume, Say(Said::Abort)]),
 
-        (Phase::Commit, Heard(Said::Released) | Settled(Owner::There)) => (Phase::Moved, &[]),
+        (Phase::Commit, Heard(Said::Released) | Settled(Owner::There)) => (given(course), &[]),
         (Phase::Commit, Heard(Said::Refused) | Settled(Owner::Here)) => (Phase::Returned, &[Resume]),
+
+        (Phase::Owing, Heard(Said::Whole)) => (Phase::Moved, &[]),
 
         (Phase::Returned, Heard(Said::Prepared | Said::Ready)) => (Phase::Returned, &[Say(Said::Abort)]),
         _ => return None,
     })
 }
 
-fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
+fn target(course: Course, phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
     use Effect::{Build, Drop, Run, Say};
     use Event::{Cancel, Done, Failed, Heard, Lost, Settled};
     Some(match (phase, event) {
@@ -120,8 +146,10 @@ fn target(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
         (Phase::Ready, Heard(Said::Abort) | Settled(Owner::There)) => (Phase::Dropped, &[Drop]),
         (Phase::Ready, Failed | Cancel) => (Phase::Dropped, &[Drop, Say(Said::Refused)]),
 
-        (Phase::Release, Done) => (Phase::Moved, &[Say(Said::Released)]),
+        (Phase::Release, Done) => (given(course), &[Say(Said::Released)]),
         (Phase::Release, Failed) => (Phase::Dropped, &[Drop, Say(Said::Refused)]),
+
+        (Phase::Owing, Done) => (Phase::Moved, &[Say(Said::Whole)]),
         _ => return None,
     })
 }

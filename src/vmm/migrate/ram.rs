@@ -48,6 +48,23 @@ pub(crate) fn walk(
     first: bool,
     outlet: &mut impl Outlet,
 ) -> Result<Sum, Error> {
+    let mut all = Sum::default();
+    for wanted in pages.extents_of(shard) {
+        let sum = walk_row(ram, wanted, touched, first, outlet)?;
+        all.sent_bytes += sum.sent_bytes;
+        all.skipped_bytes += sum.skipped_bytes;
+    }
+    Ok(all)
+}
+
+/// The same of pages in a row.
+pub(super) fn walk_row(
+    ram: &Ram,
+    wanted: Extent,
+    touched: &Pages,
+    first: bool,
+    outlet: &mut impl Outlet,
+) -> Result<Sum, Error> {
     let mut sum = Sum::default();
     let mut flush = |run: Option<(bool, Extent)>| match run {
         None => Ok(()),
@@ -60,32 +77,30 @@ pub(crate) fn walk(
             if first { Ok(()) } else { outlet.zero(extent) }
         }
     };
-    for wanted in pages.extents_of(shard) {
-        let end = wanted.offset + wanted.bytes;
-        let mut run: Option<(bool, Extent)> = None;
-        // Where the hole ends that was last asked for.
-        let mut hole_end = None;
-        for offset in (wanted.offset..end).step_by(PAGE_BYTES as usize) {
-            let may_hold = if touched.has(offset / PAGE_BYTES) {
-                hole_end = None;
-                true
-            } else {
-                let rest = Extent { offset, bytes: end - offset };
-                let until = match hole_end {
-                    Some(until) => until,
-                    None => memory::first_touched(ram, rest)?.unwrap_or(end),
-                };
-                hole_end = Some(until);
-                offset >= until
+    let end = wanted.offset + wanted.bytes;
+    let mut run: Option<(bool, Extent)> = None;
+    // Where the hole ends that was last asked for.
+    let mut hole_end = None;
+    for offset in (wanted.offset..end).step_by(PAGE_BYTES as usize) {
+        let may_hold = if touched.has(offset / PAGE_BYTES) {
+            hole_end = None;
+            true
+        } else {
+            let rest = Extent { offset, bytes: end - offset };
+            let until = match hole_end {
+                Some(until) => until,
+                None => memory::first_touched(ram, rest)?.unwrap_or(end),
             };
-            let goes = may_hold && !is_zero(ram, offset)?;
-            match &mut run {
-                Some((kind, extent)) if *kind == goes => extent.bytes += PAGE_BYTES,
-                _ => flush(run.replace((goes, Extent { offset, bytes: PAGE_BYTES })))?,
-            }
+            hole_end = Some(until);
+            offset >= until
+        };
+        let goes = may_hold && !is_zero(ram, offset)?;
+        match &mut run {
+            Some((kind, extent)) if *kind == goes => extent.bytes += PAGE_BYTES,
+            _ => flush(run.replace((goes, Extent { offset, bytes: PAGE_BYTES })))?,
         }
-        flush(run)?;
     }
+    flush(run)?;
     Ok(sum)
 }
 

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use memory::marks::PAGE_BYTES;
+use memory::owed::Owed;
 use wire::migration::{MigrationStatus, Phase, Progress, SendLimits, Side};
-use wire::transfer::Word;
+use wire::transfer::{Head, Word};
 
-use super::phase::{self, Effect, Event, Said};
+use super::phase::{self, Course, Effect, Event, Said};
 use super::{Error, Stream};
 use crate::bell::Bell;
 use crate::limits::MOVE_TOLD_EVERY_MS;
@@ -25,12 +27,18 @@ pub(crate) struct Shared {
     bell: Arc<Bell>,
     pub(super) sent_bytes: AtomicU64,
     pub(super) skipped_bytes: AtomicU64,
-    /// What a target says, from whatever thread. A source's words go between its frames, by the thread that decides.
-    mouth: Option<Mutex<Stream>>,
+    /// Every stream once more: to shut them, and for what a target says and asks for, from whatever thread. A source's words go
+    /// between its frames, by the thread that decides.
+    streams: Mutex<Vec<Stream>>,
+    /// What a target may be owed.
+    pub(super) owed: Option<Arc<Owed>>,
 }
 
 struct Inner {
     phase: Phase,
+    course: Course,
+    /// A target: all that was owed has come.
+    whole: bool,
     /// A stream is gone.
     lost: bool,
     chores: VecDeque<Effect>,
@@ -46,6 +54,8 @@ struct Inner {
     stopped: Option<Instant>,
     /// A target's: when it last heard that the guest runs.
     ran: Instant,
+    /// Since when the target's machine runs, before all of it is there.
+    owing: Option<Instant>,
     ended: Option<Instant>,
 }
 
@@ -55,11 +65,14 @@ impl Shared {
         is_held: bool,
         limits: SendLimits,
         bell: &Arc<Bell>,
-        mouth: Option<Stream>,
+        streams: Vec<Stream>,
+        owed: Option<Arc<Owed>>,
     ) -> Arc<Shared> {
         let now = Instant::now();
         let inner = Inner {
             phase: Phase::Greet,
+            course: Course::Copied,
+            whole: false,
             lost: false,
             chores: VecDeque::new(),
             contents: None,
@@ -71,6 +84,7 @@ impl Shared {
             told: now,
             stopped: None,
             ran: now,
+            owing: None,
             ended: None,
         };
         Arc::new(Shared {
@@ -82,7 +96,8 @@ impl Shared {
             bell: Arc::clone(bell),
             sent_bytes: AtomicU64::new(0),
             skipped_bytes: AtomicU64::new(0),
-            mouth: mouth.map(Mutex::new),
+            streams: Mutex::new(streams),
+            owed,
         })
     }
 
@@ -102,11 +117,12 @@ impl Shared {
         if event == Event::Lost && !inner.phase.is_end() {
             inner.lost = true;
         }
-        let found = phase::step(self.side, inner.phase, event);
-        if inner.detail.is_none() && (found.is_some() || event == Event::Lost) {
+        let mut found = phase::step(self.side, inner.course, inner.phase, event);
+        if inner.detail.is_none() && (found.is_some() || event == Event::Lost && !inner.phase.is_end()) {
             inner.detail = why;
         }
-        if let Some((next, effects)) = found {
+        let answer = found.map(|(next, _)| next);
+        while let Some((next, effects)) = found {
             inner.enter(next);
             let machines = |effect: &&Effect| {
                 matches!(effect, Effect::Pause | Effect::Build | Effect::Run | Effect::Resume | Effect::Drop)
@@ -118,11 +134,23 @@ impl Shared {
                     self.say(*said, inner.detail.as_deref());
                 }
             }
+            let has_all = self.side == Side::Target && next == Phase::Owing && inner.whole;
+            found = if has_all { phase::step(self.side, inner.course, next, Event::Done) } else { None };
         }
+        let is_dropped = inner.phase == Phase::Dropped;
+        // What one stream does not carry is lost on all of them: they are replaced together.
+        let is_cut = event == Event::Lost && inner.phase == Phase::Owing;
         drop(inner);
+        if let (true, Some(owed)) = (is_dropped, &self.owed) {
+            // The main thread may wait for some of it, building what nobody will run.
+            owed.end();
+        }
+        if is_cut {
+            self.shut();
+        }
         self.changed.notify_all();
         self.bell.moving();
-        found.map(|(next, _)| next)
+        answer
     }
 
     /// The same of something that went wrong. The first reason is kept.
@@ -135,22 +163,75 @@ impl Shared {
         if matches!(error, Error::Over) {
             return;
         }
-        let event = if error.is_link() { Event::Lost } else { Event::Failed };
+        // Whose the machine is is no question any more where memory is owed: other streams may do better.
+        let is_lost = error.is_link() || self.phase() == Phase::Owing;
+        let event = if is_lost { Event::Lost } else { Event::Failed };
         self.fail(event, crate::log::chain(error));
     }
 
     fn say(&self, said: Said, detail: Option<&str>) {
-        let Some(mouth) = &self.mouth else { return };
         let word = match said {
+            _ if self.side == Side::Source => return,
             Said::Prepared => Word::Prepared,
             Said::Ready => Word::Ready,
             Said::Released => Word::Released,
+            Said::Whole => Word::Whole,
             Said::Refused => Word::Refused { detail: detail.unwrap_or_default().to_owned() },
             Said::State | Said::Commit | Said::Abort => return,
         };
-        let mut mouth = mouth.lock().unwrap_or_else(PoisonError::into_inner);
         // Who does not hear it finds the link broken.
-        let _ = word.write(&mut *mouth);
+        if let Some(first) = self.streams().first_mut() {
+            let _ = word.write(first);
+        }
+    }
+
+    /// A target asks for something on a stream, or says that something there is done. Who does not hear it finds the link
+    /// broken.
+    pub(super) fn ask(&self, stream: usize, ask: &Head) {
+        if let Some(stream) = self.streams().get_mut(stream) {
+            let _ = ask.write(stream);
+        }
+    }
+
+    /// See [`Shared::ask`].
+    pub(super) fn synced(&self, stream: usize) -> Result<(), Error> {
+        match self.streams().get_mut(stream) {
+            Some(told) => Word::Synced.write(told).map_err(Error::at(stream)),
+            None => Err(Error::Over),
+        }
+    }
+
+    /// Ends the streams, so that nobody waits for the other end.
+    pub(crate) fn shut(&self) {
+        self.streams().iter().for_each(Stream::shut);
+    }
+
+    /// Puts others in their place.
+    pub(super) fn relink(&self, streams: Vec<Stream>) {
+        *self.streams() = streams;
+        let mut inner = self.inner();
+        (inner.lost, inner.detail) = (false, None);
+    }
+
+    fn streams(&self) -> MutexGuard<'_, Vec<Stream>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on some of memory is owed when the machine begins to run at the target.
+    pub(super) fn owes(&self) {
+        self.inner().course = Course::Owing;
+    }
+
+    pub(super) fn is_owing(&self) -> bool {
+        self.inner().course == Course::Owing
+    }
+
+    /// All that was owed has come.
+    pub(super) fn is_whole(&self) {
+        self.inner().whole = true;
+        if self.phase() == Phase::Owing {
+            self.give(Event::Done);
+        }
     }
 
     /// The next chore for the main thread, and how the move stands with it: without a chore, everything that the phase
@@ -283,14 +364,17 @@ impl Shared {
     fn status_of(&self, inner: &Inner) -> MigrationStatus {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let end = inner.ended.unwrap_or_else(Instant::now);
+        let went_on = inner.owing.unwrap_or(end);
+        let carried = self.carried_bytes().saturating_sub(inner.carried_bytes);
+        let left_bytes = match &self.owed {
+            Some(owed) if inner.course == Course::Owing => owed.count() * PAGE_BYTES,
+            _ => inner.progress.left_bytes.saturating_sub(carried),
+        };
         let progress = Progress {
             sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
             skipped_bytes: self.skipped_bytes.load(Ordering::Relaxed),
-            left_bytes: inner
-                .progress
-                .left_bytes
-                .saturating_sub(self.carried_bytes().saturating_sub(inner.carried_bytes)),
-            downtime_us: inner.stopped.map_or(0, |stopped| us(end.duration_since(stopped))),
+            left_bytes,
+            downtime_us: inner.stopped.map_or(0, |stopped| us(went_on.duration_since(stopped))),
             total_us: us(end.duration_since(self.began)),
             ..inner.progress
         };
@@ -298,6 +382,8 @@ impl Shared {
             side: self.side,
             phase: inner.phase,
             in_doubt: inner.lost && phase::in_doubt(self.side, inner.phase),
+            owes: inner.course == Course::Owing,
+            link_lost: inner.lost && inner.phase == Phase::Owing,
             progress,
             detail: inner.detail.clone(),
         }
@@ -313,6 +399,9 @@ impl Inner {
         self.phase = next;
         if next == Phase::Pause {
             self.stopped = Some(Instant::now());
+        }
+        if next == Phase::Owing {
+            self.owing.get_or_insert_with(Instant::now);
         }
         if next.is_end() {
             self.ended.get_or_insert_with(Instant::now);
@@ -335,7 +424,8 @@ mod tests {
     #[test]
     fn wall_clocks_are_believed_as_far_as_a_target_can_know() {
         let (hour, bell) = (Duration::from_secs(3600), Bell::new().unwrap());
-        let shared = Shared::new(Side::Target, true, SendLimits::default(), &Arc::new(bell), None);
+        let shared =
+            Shared::new(Side::Target, true, SendLimits::default(), &Arc::new(bell), Vec::new(), None);
         let began = Instant::now();
         // Memory that was handed over comes without rounds.
         assert_eq!(shared.stood_still(Duration::ZERO), Duration::ZERO);

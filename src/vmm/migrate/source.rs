@@ -1,7 +1,6 @@
 //! The end that has the machine. One thread decides and speaks on the first stream; one for each stream sends memory. They
 //! end when the move does.
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -9,16 +8,17 @@ use std::time::{Duration, Instant};
 use devices::virtio::block::Disk;
 use kvm::DirtyLog;
 use memory::{Pages, Ram, marks};
-use wire::migration::{Phase, SendLimits, Side};
+use wire::migration::{Mode, Phase, SendLimits, Side};
 use wire::saved::table::Table;
-use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, FrameError, Handed, Head, Kind, Open, Word};
+use wire::transfer::{self, CONSOLE_PIECE_BYTES_MAX, Handed, Kind, Open, Word};
 
+use super::answers::{Answers, hear, see_out, unexpected};
 use super::converge::{Convergence, Decision, Next, Round};
-use super::disk::Blocks;
 use super::midway::Midway;
 use super::pack::Packer;
 use super::phase::{Event, Said};
-use super::ram::{self, Frames, Sum};
+use super::ram::{self, Sum};
+use super::worker::{Job, Share, Worker};
 use super::{Error, Shared, Stream};
 use crate::bell::Bell;
 use crate::console::Console;
@@ -41,7 +41,9 @@ pub(crate) struct Sources {
 /// A source from its begin on. Dropped, its streams are shut and its threads waited for.
 pub(crate) struct Source {
     pub(crate) shared: Arc<Shared>,
-    streams: Vec<Stream>,
+    ram: Arc<Ram>,
+    /// Streams of memory.
+    count: usize,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -51,20 +53,17 @@ impl Source {
         sources: Sources,
         streams: Vec<Stream>,
         is_held: bool,
-        limits: SendLimits,
+        (limits, mode): (SendLimits, Mode),
         bell: &Arc<Bell>,
     ) -> Result<Source, Error> {
-        let shared = Shared::new(Side::Source, is_held, limits, bell, None);
-        let copies = |streams: &[Stream]| -> Result<Vec<Stream>, Error> {
-            let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>();
-            copies.map_err(|cause| Error::Host { doing: "copy a stream", cause })
-        };
-        let mut source = Source { shared, streams: copies(&streams)?, threads: Vec::new() };
         let Sources { ram, log, console, brake, disks } = sources;
+        let shared = Shared::new(Side::Source, is_held, limits, bell, copies(&streams)?, None);
+        let count = streams.len().saturating_sub(disks.len());
+        let memory_pages = ram::bytes(&ram) / marks::PAGE_BYTES;
+        let mut source = Source { shared, ram: Arc::clone(&ram), count, threads: Vec::new() };
         let log = log.map(Arc::new);
         let (told, results) = channel();
         let mut jobs = Vec::new();
-        let count = streams.len().saturating_sub(disks.len());
         let first = streams.first().map(Stream::copy).transpose();
         let first = first.map_err(|cause| Error::Host { doing: "copy a stream", cause })?;
         for (index, stream) in streams.into_iter().enumerate() {
@@ -99,7 +98,10 @@ impl Source {
             first,
             jobs,
             results,
-            convergence: Convergence::default(),
+            mode,
+            count,
+            owed: Pages::of(memory_pages),
+            convergence: Convergence::patient(mode),
             console_sent: None,
             standstill_ends: None,
         };
@@ -119,16 +121,33 @@ impl Source {
 }
 
 impl Source {
-    /// Ends the streams, so that nobody waits for the other end.
-    pub(crate) fn shut(&self) {
-        self.streams.iter().for_each(Stream::shut);
+    /// Goes on over other streams, which have been opened, with what is still owed.
+    pub(crate) fn resume(&mut self, streams: Vec<Stream>) -> Result<(), Error> {
+        self.shared.shut();
+        self.join();
+        self.shared.relink(copies(&streams)?);
+        for (index, mut stream) in streams.into_iter().enumerate() {
+            let mut answers = Answers::new(&self.shared, &self.ram, index, self.count);
+            let shared = Arc::clone(&self.shared);
+            self.spawn(move || {
+                let ended = match index {
+                    0 => see_out(&mut answers, &mut stream),
+                    _ => answers.all(&mut stream),
+                };
+                if let Err(error) = ended {
+                    shared.fail_with(&error);
+                }
+            })?;
+        }
+        Ok(())
     }
-}
 
-impl Drop for Source {
-    fn drop(&mut self) {
-        self.shared.give(Event::Failed);
-        self.shut();
+    /// How many streams memory has.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    fn join(&mut self) {
         for thread in self.threads.drain(..) {
             // A panic has aborted the process before it could get here.
             let _ = thread.join();
@@ -136,141 +155,17 @@ impl Drop for Source {
     }
 }
 
-/// What a stream's thread is to do.
-#[derive(Clone)]
-enum Job {
-    Round {
-        pages: Arc<Pages>,
-        /// See [`ram::walk`].
-        touched: Arc<Pages>,
-        midway: Arc<Midway>,
-        first: bool,
-        /// The guest stands still: nothing is held up, and nothing has to be logged again.
-        last: bool,
-    },
-    End,
+/// Another of each.
+pub(super) fn copies(streams: &[Stream]) -> Result<Vec<Stream>, Error> {
+    let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>();
+    copies.map_err(|cause| Error::Host { doing: "copy a stream", cause })
 }
 
-/// What goes over one stream.
-enum Share {
-    /// Each so manieth piece of memory.
-    Memory {
-        count: usize,
-    },
-    Disk(Disk),
-}
-
-/// Sends memory, or a disk, over one stream.
-struct Worker {
-    shared: Arc<Shared>,
-    ram: Arc<Ram>,
-    log: Option<Arc<DirtyLog>>,
-    stream: Stream,
-    packer: Packer,
-    index: usize,
-    share: Share,
-    work: Receiver<Job>,
-    told: Sender<Result<Sum, Error>>,
-}
-
-impl Worker {
-    fn run(mut self) {
-        let mut carried_bytes = 0;
-        while let Ok(job) = self.work.recv() {
-            let result = self.work(&job, &mut carried_bytes);
-            if let Err(error) = &result {
-                // At once, so that nobody waits for the others of this round.
-                self.shared.fail_with(error);
-            }
-            if self.told.send(result).is_err() {
-                return;
-            }
-        }
-    }
-
-    fn work(&mut self, job: &Job, carried_bytes: &mut u64) -> Result<Sum, Error> {
-        match job {
-            Job::Round { pages, touched, midway, first, last } => {
-                let sum = match &self.share {
-                    Share::Memory { count } => self.round(*count, (pages, touched), midway, *first, *last)?,
-                    Share::Disk(disk) => self.disk_round(&disk.clone(), *first, *last)?,
-                };
-                *carried_bytes += sum.sent_bytes;
-                Ok(sum)
-            }
-            Job::End => {
-                let end = Head { kind: Kind::End, length: 0, offset: *carried_bytes };
-                end.write(&mut self.stream).map_err(Error::at(self.index))?;
-                Ok(Sum::default())
-            }
-        }
-    }
-
-    fn disk_round(&mut self, disk: &Disk, first: bool, last: bool) -> Result<Sum, Error> {
-        let shared = Arc::clone(&self.shared);
-        let before = |bytes| {
-            if !last {
-                shared.pace(bytes);
-            }
-            shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
-            if shared.is_over() { Err(Error::Over) } else { Ok(()) }
-        };
-        let mut blocks = Blocks { disk, stream: &mut self.stream, index: self.index, before: &before };
-        let sum = if first { blocks.send_all()? } else { blocks.send_changes()? };
-        self.shared.skipped_bytes.fetch_add(sum.skipped_bytes, Ordering::Relaxed);
-        // The last changes are made durable at the end, and little is left to do then.
-        if !last && sum.sent_bytes + sum.skipped_bytes > 0 {
-            let sync = Head { kind: Kind::Sync, length: 0, offset: 0 };
-            sync.write(&mut self.stream).map_err(Error::at(self.index))?;
-            match hear(&mut self.stream, self.index)? {
-                Word::Synced => (),
-                other => return Err(Error::Unexpected(other)),
-            }
-        }
-        Ok(sum)
-    }
-
-    fn round(
-        &mut self,
-        count: usize,
-        (pages, touched): (&Pages, &Pages),
-        midway: &Midway,
-        first: bool,
-        last: bool,
-    ) -> Result<Sum, Error> {
-        let mut all = Sum::default();
-        let shared = Arc::clone(&self.shared);
-        let pace = |bytes| {
-            if !last {
-                shared.pace(bytes)
-            }
-        };
-        let mut frames = Frames {
-            ram: &self.ram,
-            stream: &mut self.stream,
-            packer: &mut self.packer,
-            index: self.index,
-            before: &pace,
-        };
-        for shard in ram::shards(ram::bytes(&self.ram), self.index, count) {
-            if pages.words_of(shard).iter().all(|word| *word == 0) {
-                continue;
-            }
-            if self.shared.is_over() {
-                return Err(Error::Over);
-            }
-            if let (false, Some(log)) = (last, &self.log) {
-                // Before it is read: what is written from now on is found again.
-                log.clear(shard, pages)?;
-            }
-            let sum = ram::walk(&self.ram, shard, pages, touched, first, &mut frames)?;
-            self.shared.sent_bytes.fetch_add(sum.sent_bytes, Ordering::Relaxed);
-            self.shared.skipped_bytes.fetch_add(sum.skipped_bytes, Ordering::Relaxed);
-            all.sent_bytes += sum.sent_bytes;
-            all.skipped_bytes += sum.skipped_bytes;
-            midway.has_gone(shard);
-        }
-        Ok(all)
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.shared.give(Event::Failed);
+        self.shared.shut();
+        self.join();
     }
 }
 
@@ -285,6 +180,11 @@ struct Conductor {
     first: Stream,
     jobs: Vec<Sender<Job>>,
     results: Receiver<Result<Sum, Error>>,
+    mode: Mode,
+    /// Streams of memory.
+    count: usize,
+    /// What the target was told that it is owed.
+    owed: Pages,
     convergence: Convergence,
     /// Where the console goes on that was sent.
     console_sent: Option<u64>,
@@ -313,7 +213,10 @@ impl Conductor {
 
     fn conduct(&mut self) -> Result<(), Error> {
         self.expect_prepared()?;
-        let left = if self.log.is_some() { Some(self.rounds()?) } else { None };
+        let mut left = if self.log.is_some() { Some(self.rounds()?) } else { None };
+        if let (Some(left), true) = (&mut left, self.shared.is_owing()) {
+            self.announce(left)?;
+        }
         self.shared.done(Phase::Pause)?;
         // The main thread stops the machine and gives what it is beside its memory.
         if self.shared.wait_through(Phase::Pause) != Phase::LastRound {
@@ -329,13 +232,17 @@ impl Conductor {
         self.shared.done(Phase::State)?;
         self.state()?;
         self.shared.done(Phase::Ready)?;
+        if self.shared.is_owing() {
+            let mut answers = Answers::new(&self.shared, &self.ram, 0, self.count);
+            return see_out(&mut answers, &mut self.first);
+        }
         self.hand_over()
     }
 
     fn expect_prepared(&mut self) -> Result<(), Error> {
         match self.hear()? {
             Word::Prepared => self.shared.go_to(Phase::Rounds, Event::Heard(Said::Prepared)),
-            other => Err(self.unexpected(other)),
+            other => Err(unexpected(&self.shared, other)),
         }
     }
 
@@ -366,7 +273,8 @@ impl Conductor {
             self.collect(&mut pages)?;
             let took = began.elapsed();
             self.console()?;
-            let left_bytes = self.left_bytes(&pages);
+            // What memory will be owed does not hold the guest up.
+            let left_bytes = if self.will_owe() { self.disks_bytes() } else { self.left_bytes(&pages) };
             let round = Round { number, took, sent_bytes: sum.sent_bytes, left_bytes };
             let Decision { next, bytes_per_s, dirtied_bytes_per_s, expected_downtime } =
                 self.convergence.after(round, self.shared.limits());
@@ -379,13 +287,44 @@ impl Conductor {
             });
             match next {
                 Next::Stop => break,
+                Next::GiveUp if self.mode == Mode::Auto => {
+                    // Held back as far as it goes, it has not come near: the rest will be owed.
+                    (self.mode, self.convergence) = (Mode::PostCopy, Convergence::patient(Mode::PostCopy));
+                    if self.disks.is_empty() {
+                        break;
+                    }
+                }
                 Next::GiveUp => return Err(Error::DoesNotConverge),
                 Next::Again { throttle_percent } => {
                     self.shared.note(|progress| progress.throttle_percent = throttle_percent);
                 }
             }
         }
+        if self.will_owe() {
+            self.shared.owes();
+        }
         Ok(pages)
+    }
+
+    fn will_owe(&self) -> bool {
+        self.mode == Mode::PostCopy
+    }
+
+    /// Tells what is owed so far, as the guest runs: to have it go takes the target a while. Then what was written meanwhile,
+    /// which is little.
+    fn announce(&mut self, left: &mut Pages) -> Result<(), Error> {
+        for _ in 0..2 {
+            self.collect(left)?;
+            self.owe(left)?;
+        }
+        Ok(())
+    }
+
+    /// Tells of these pages that they are owed, as far as that is news.
+    fn owe(&mut self, pages: &Pages) -> Result<(), Error> {
+        let fresh = pages.without(&self.owed);
+        self.owed.join(&fresh);
+        self.dispatch(&Job::Owe(Arc::new(fresh))).map(drop)
     }
 
     fn last_round(&mut self, mut left: Pages) -> Result<(), Error> {
@@ -397,12 +336,16 @@ impl Conductor {
         });
         self.shared.note_left(self.left_bytes(&left));
         self.say(&Word::Round { number, last: true })?;
+        if self.shared.is_owing() {
+            // Disks are all that goes now.
+            self.owe(&std::mem::take(&mut left))?;
+        }
         let pages = Arc::new(left);
         let midway = Arc::new(Midway::new(&self.ram, pages.clone()));
         self.dispatch(&Job::Round { pages, touched: Arc::default(), midway, first: false, last: true })?;
         self.console()?;
         self.dispatch(&Job::End)?;
-        self.shared.note_left(0);
+        self.shared.note_left(self.owed.count() * marks::PAGE_BYTES);
         Ok(())
     }
 
@@ -422,11 +365,11 @@ impl Conductor {
                 self.shared.go_to(Phase::Commit, Event::Heard(Said::Ready))?;
                 self.say(&Word::Commit)?;
             }
-            other => return Err(self.unexpected(other)),
+            other => return Err(unexpected(&self.shared, other)),
         }
         match self.hear()? {
             Word::Released => self.shared.go_to(Phase::Moved, Event::Heard(Said::Released)),
-            other => Err(self.unexpected(other)),
+            other => Err(unexpected(&self.shared, other)),
         }
     }
 
@@ -437,7 +380,7 @@ impl Conductor {
         }
         let slot = Duration::from_millis(BRAKE_EVERY_MS);
         let midway = match job {
-            Job::Round { midway, last: false, .. } => Some(Arc::clone(midway)),
+            Job::Round { midway, last: false, .. } if !self.will_owe() => Some(Arc::clone(midway)),
             _ => None,
         };
         let mut glanced = Instant::now();
@@ -500,8 +443,12 @@ impl Conductor {
 
     /// What was written since it was last sent, to memory and to disks.
     fn left_bytes(&self, pages: &Pages) -> u64 {
-        let disks: u64 = self.disks.iter().map(Disk::changed_bytes).sum();
-        pages.count() * marks::PAGE_BYTES + disks
+        pages.count() * marks::PAGE_BYTES + self.disks_bytes()
+    }
+
+    /// The same of disks alone.
+    fn disks_bytes(&self) -> u64 {
+        self.disks.iter().map(Disk::changed_bytes).sum()
     }
 
     /// What was written since it was last sent, by vCPUs and by devices.
@@ -537,28 +484,6 @@ impl Conductor {
     fn hear(&mut self) -> Result<Word, Error> {
         hear(&mut self.first, 0)
     }
-
-    /// A refusal counts in every phase; anything else is nonsense.
-    fn unexpected(&self, word: Word) -> Error {
-        match word {
-            Word::Refused { detail } => {
-                let why = format!("the other end refused: {detail}");
-                self.shared.fail(Event::Heard(Said::Refused), why);
-                Error::Over
-            }
-            other => Error::Unexpected(other),
-        }
-    }
-}
-
-/// What the other end says on a stream.
-fn hear(stream: &mut Stream, index: usize) -> Result<Word, Error> {
-    let at = Error::at(index);
-    let head = Head::read(stream).map_err(&at)?;
-    if head.kind != Kind::Word {
-        return Err(at(FrameError::Order(head.kind)));
-    }
-    Word::parse(&head.read_body(stream).map_err(&at)?).map_err(&at)
 }
 
 /// Opens every stream towards the target, before any thread has them; the last ones are the disks'.
@@ -567,6 +492,7 @@ pub(crate) fn open(
     memory_bytes: u64,
     disks: &[(u16, Disk)],
     handed: Option<Handed>,
+    mode: Mode,
 ) -> Result<(), Error> {
     let count = streams.len().saturating_sub(disks.len());
     for (index, stream) in streams.iter_mut().enumerate() {
@@ -574,9 +500,20 @@ pub(crate) fn open(
             Some((number, disk)) => Open::of_disk(*number, disk.bytes()),
             None => match handed {
                 Some(memory) => Open::of_handed(memory_bytes, memory),
+                None if mode.may_owe() => Open::owing(index as u16, count as u16, memory_bytes),
                 None => Open::packing(index as u16, count as u16, memory_bytes),
             },
         };
+        open.write(stream).map_err(Error::at(index))?;
+    }
+    Ok(())
+}
+
+/// The same of streams in the place of others that broke.
+pub(crate) fn open_again(streams: &mut [Stream], memory_bytes: u64) -> Result<(), Error> {
+    let count = streams.len() as u16;
+    for (index, stream) in streams.iter_mut().enumerate() {
+        let open = Open::resuming(index as u16, count, memory_bytes);
         open.write(stream).map_err(Error::at(index))?;
     }
     Ok(())

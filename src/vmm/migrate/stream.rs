@@ -51,9 +51,19 @@ impl Stream {
         self.patience_ms = Some(LINK_PATIENCE_MS);
     }
 
+    /// From now on, whoever reads here waits for ever again.
+    pub(crate) fn expect_whenever(&mut self) {
+        self.patience_ms = None;
+    }
+
     /// From now on, nobody waits here beyond this, whatever the patience.
     pub(crate) fn hurry(&mut self, until: Instant) {
         self.until = Some(until);
+    }
+
+    /// From now on, there is time again.
+    pub(crate) fn take_time(&mut self) {
+        self.until = None;
     }
 
     /// How long was waited until more could be written.

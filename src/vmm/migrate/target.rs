@@ -9,12 +9,15 @@ use std::thread::JoinHandle;
 
 use devices::virtio::block::Disk;
 use memory::Ram;
+use memory::owed::Owed;
 use vm_memory::ReadVolatile;
 use wire::migration::{Phase, SendLimits, Side};
 use wire::transfer::{FrameError, Handed, Head, Kind, Open, Order, Word};
 
+use super::gather::Gather;
 use super::pack::Unpacker;
 use super::phase::{Event, Said};
+use super::source::copies;
 use super::{Error, Shared, Stream, disk, ram};
 use crate::bell::Bell;
 use crate::console::Console;
@@ -24,67 +27,127 @@ use crate::threads::{self, ThreadKind};
 /// A target from its begin on. Dropped, its streams are shut and its threads waited for.
 pub(crate) struct Target {
     pub(crate) shared: Arc<Shared>,
-    streams: Vec<Stream>,
+    ram: Arc<Ram>,
+    console: Arc<Console>,
+    /// Streams of memory.
+    count: usize,
+    gather: Option<Arc<Gather>>,
     threads: Vec<JoinHandle<()>>,
+    /// Serves whoever touches what is owed.
+    server: Option<JoinHandle<()>>,
 }
 
 impl Target {
     /// Begins to receive a machine into `ram`, which is all zeroes or was `handed` over, and these disks. The last of
-    /// `streams` are the disks', in their order.
+    /// `streams` are the disks', in their order. Without `owed` all of memory comes before the machine.
     pub(crate) fn start(
-        ram: &Arc<Ram>,
-        console: &Arc<Console>,
+        (ram, console): (&Arc<Ram>, &Arc<Console>),
         disks: Vec<(u16, Disk)>,
         streams: Vec<Stream>,
         is_held: bool,
-        handed: Option<Handed>,
+        (handed, owed): (Option<Handed>, Option<Owed>),
         bell: &Arc<Bell>,
     ) -> Result<Target, Error> {
-        let copying = |cause| Error::Host { doing: "copy a stream", cause };
-        let first = streams.first().ok_or(Error::Streams { stream: 0 })?;
-        let mouth = Some(first.copy().map_err(copying)?);
-        let shared = Shared::new(Side::Target, is_held, SendLimits::default(), bell, mouth);
-        let copies = streams.iter().map(Stream::copy).collect::<Result<_, _>>().map_err(copying)?;
-        let mut target = Target { shared, streams: copies, threads: Vec::new() };
-        let others_count = streams.len().saturating_sub(1);
+        if streams.is_empty() {
+            return Err(Error::Streams { stream: 0 });
+        }
+        let owed = owed.map(Arc::new);
+        let copied = copies(&streams)?;
+        let shared = Shared::new(Side::Target, is_held, SendLimits::default(), bell, copied, owed.clone());
         let count = streams.len().saturating_sub(disks.len());
+        let gather = owed.map(|owed| Arc::new(Gather::new(&shared, owed, ram::bytes(ram), count)));
+        let mut target = Target {
+            shared,
+            ram: Arc::clone(ram),
+            console: Arc::clone(console),
+            count,
+            gather,
+            threads: Vec::new(),
+            server: None,
+        };
+        if let Some(gather) = &target.gather {
+            let gather = Arc::clone(gather);
+            target.server = Some(spawn(move || gather.serve())?);
+        }
+        let others_count = streams.len().saturating_sub(1);
         let mut disks = disks.into_iter();
         let (told, others) = channel();
         let mut others = Some(others);
         for (index, stream) in streams.into_iter().enumerate() {
-            let listener = Listener {
-                shared: Arc::clone(&target.shared),
-                ram: Arc::clone(ram),
-                console: Arc::clone(console),
-                stream,
-                unpacker: Unpacker::new(),
-                index,
-                count,
-                handed,
-                others_count,
-                told: told.clone(),
-            };
+            let listener = target.listener(stream, index, handed, (others_count, &told));
             let disk = if index < count { None } else { disks.next() };
             let others = others.take();
-            let run = move || {
-                threads::enter(ThreadKind::Move);
-                listener.run(others, disk);
-            };
-            let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
-            target.threads.push(thread.map_err(|cause| Error::Host { doing: "start a thread", cause })?);
+            target.threads.push(spawn(move || listener.run(others, disk))?);
         }
         Ok(target)
     }
+
+    fn listener(
+        &self,
+        stream: Stream,
+        index: usize,
+        handed: Option<Handed>,
+        (others_count, told): (usize, &Sender<()>),
+    ) -> Listener {
+        Listener {
+            shared: Arc::clone(&self.shared),
+            ram: Arc::clone(&self.ram),
+            console: Arc::clone(&self.console),
+            gather: self.gather.clone(),
+            stream,
+            unpacker: Unpacker::new(),
+            index,
+            count: self.count,
+            handed,
+            others_count,
+            told: told.clone(),
+        }
+    }
+
+    /// Goes on over other streams with what is still owed.
+    pub(crate) fn resume(&mut self, streams: Vec<Stream>) -> Result<(), Error> {
+        self.shared.shut();
+        self.join();
+        self.shared.relink(copies(&streams)?);
+        let (told, _) = channel();
+        for (index, stream) in streams.into_iter().enumerate() {
+            let listener = self.listener(stream, index, None, (0, &told));
+            self.threads.push(spawn(move || listener.resume())?);
+        }
+        Ok(())
+    }
+
+    /// How many streams memory has.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            // A panic has aborted the process before it could get here.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn spawn(run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
+    let run = move || {
+        threads::enter(ThreadKind::Move);
+        run();
+    };
+    let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
+    thread.map_err(|cause| Error::Host { doing: "start a thread", cause })
 }
 
 impl Drop for Target {
     fn drop(&mut self) {
         self.shared.give(Event::Failed);
-        self.streams.iter().for_each(Stream::shut);
-        for thread in self.threads.drain(..) {
-            // A panic has aborted the process before it could get here.
-            let _ = thread.join();
+        self.shared.shut();
+        self.join();
+        if let Some(owed) = &self.shared.owed {
+            owed.end();
         }
+        let _ = self.server.take().map(JoinHandle::join);
     }
 }
 
@@ -93,6 +156,7 @@ struct Listener {
     shared: Arc<Shared>,
     ram: Arc<Ram>,
     console: Arc<Console>,
+    gather: Option<Arc<Gather>>,
     stream: Stream,
     unpacker: Unpacker,
     index: usize,
@@ -134,9 +198,12 @@ impl Listener {
                 Came::State(contents) => break contents,
             }
         };
+        self.shared.put(*contents);
+        if self.shared.is_owing() {
+            return self.decide_owing(&mut order, others);
+        }
         self.wait_for_others(others)?;
         self.stream.expect_soon();
-        self.shared.put(*contents);
         self.shared.give(Event::Heard(Said::State));
         // The main thread builds the machine, and says that it is ready.
         if self.shared.wait_through(Phase::State) != Phase::Ready {
@@ -150,6 +217,48 @@ impl Listener {
         Ok(())
     }
 
+    /// The rest of it where some of memory is owed: whoever builds the machine, or runs it, may wait for what comes here.
+    fn decide_owing(&mut self, order: &mut Order, others: &Receiver<()>) -> Result<(), Error> {
+        self.wait_for_others(others)?;
+        if let Some(gather) = &self.gather {
+            gather.is_told();
+        }
+        self.shared.give(Event::Heard(Said::State));
+        self.gather(order)
+    }
+
+    /// Asks for what is owed of this stream's memory until all of it is here; on the first one, until nothing more is to be heard.
+    fn gather(&mut self, order: &mut Order) -> Result<(), Error> {
+        let Some(gather) = self.gather.clone() else { return Ok(()) };
+        gather.begin(self.index);
+        while !self.shared.is_over() && (self.index == 0 || gather.lacks(self.index)) {
+            match gather.awaits(self.index) {
+                true => self.stream.expect_soon(),
+                // Only the link itself tells that it is gone.
+                false => self.stream.expect_whenever(),
+            }
+            match self.next(order)? {
+                Came::Memory => gather.ask(self.index),
+                Came::Word(Word::Commit) if !self.shared.is_held => {
+                    self.shared.give(Event::Heard(Said::Commit));
+                }
+                Came::Word(word) => return Err(self.unexpected(word)),
+                Came::State(_) => return Err(Error::Streams { stream: self.index }),
+            }
+        }
+        Ok(())
+    }
+
+    /// All that a stream is for that stands in for one that broke.
+    fn resume(mut self) {
+        let wanted = Open::resuming(self.index as u16, self.count as u16, ram::bytes(&self.ram));
+        let gathered =
+            open_as(&mut self.stream, &wanted, self.index).and_then(|mut order| self.gather(&mut order));
+        if let Err(error) = gathered {
+            self.shared.fail_with(&error);
+        }
+    }
+
     /// The threads of all others.
     fn take_memory(&mut self) -> Result<(), Error> {
         let mut order = self.open()?;
@@ -159,7 +268,7 @@ impl Listener {
             self.next(&mut order)?;
         }
         let _ = self.told.send(());
-        Ok(())
+        self.gather(&mut order)
     }
 
     /// The thread of a disk.
@@ -196,6 +305,7 @@ impl Listener {
         let memory_bytes = ram::bytes(&self.ram);
         let wanted = match self.handed {
             Some(memory) => Open::of_handed(memory_bytes, memory),
+            None if self.gather.is_some() => Open::owing(self.index as u16, self.count as u16, memory_bytes),
             None => Open::new(self.index as u16, self.count as u16, memory_bytes),
         };
         open_as(&mut self.stream, &wanted, self.index)
@@ -205,8 +315,14 @@ impl Listener {
         if self.shared.is_over() {
             return Err(Error::Over);
         }
-        let (ram, console, before) = (&self.ram, &self.console, order.carried_bytes());
-        let came = next(order, &mut self.stream, ram, &mut self.unpacker, self.index, |position, data| {
+        let (console, before) = (&self.console, order.carried_bytes());
+        let mut place = Place {
+            ram: &self.ram,
+            gather: self.gather.as_deref(),
+            unpacker: &mut self.unpacker,
+            stream: self.index,
+        };
+        let came = next(order, &mut self.stream, &mut place, |position, data| {
             let put = console.adopt(position, data);
             put.map_err(|cause| Error::Host { doing: "write the console", cause })
         })?;
@@ -259,30 +375,51 @@ pub(super) fn open_as(from: &mut impl Read, wanted: &Open, index: usize) -> Resu
     Ok(Order::new(&open))
 }
 
+/// Where memory belongs that comes over a stream.
+pub(super) struct Place<'a> {
+    pub(super) ram: &'a Ram,
+    /// Where some of it may be owed.
+    pub(super) gather: Option<&'a Gather>,
+    pub(super) unpacker: &'a mut Unpacker,
+    pub(super) stream: usize,
+}
+
+impl Place<'_> {
+    fn take(&mut self, head: &Head, from: &mut (impl Read + ReadVolatile)) -> Result<(), Error> {
+        ram::take(self.ram, head, from, self.unpacker, self.stream)
+    }
+}
+
 /// Reads one frame and puts memory where it belongs. This is all that ever reads what a source sends.
 pub(super) fn next(
     order: &mut Order,
     from: &mut (impl Read + ReadVolatile),
-    ram: &Ram,
-    unpacker: &mut Unpacker,
-    stream: usize,
+    place: &mut Place<'_>,
     mut console: impl FnMut(u64, &[u8]) -> Result<(), Error>,
 ) -> Result<Came, Error> {
+    let stream = place.stream;
     let at = Error::at(stream);
     let head = Head::read(from).map_err(&at)?;
     order.admit(&head).map_err(&at)?;
-    match head.kind {
-        Kind::Part | Kind::Packed | Kind::Zero => ram::take(ram, &head, from, unpacker, stream)?,
-        Kind::Console => console(head.offset, &head.read_body(from).map_err(&at)?)?,
-        Kind::Word => return Ok(Came::Word(Word::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?)),
-        Kind::State => {
+    match (head.kind, place.gather) {
+        (Kind::Part | Kind::Packed | Kind::Zero, Some(gather)) if order.has_ended() => {
+            gather.take(&head, from, place.unpacker, stream)?;
+        }
+        (Kind::Part | Kind::Packed | Kind::Zero, _) => place.take(&head, from)?,
+        (Kind::Console, _) => console(head.offset, &head.read_body(from).map_err(&at)?)?,
+        (Kind::Word, _) => {
+            return Ok(Came::Word(Word::parse(&head.read_body(from).map_err(&at)?).map_err(&at)?));
+        }
+        (Kind::State, _) => {
             let (contents, table) = snapshot::parse(&head.read_body(from).map_err(&at)?)?;
             // Memory came by itself.
-            if !table.parts.is_empty() || table.memory_bytes != ram::bytes(ram) {
+            if !table.parts.is_empty() || table.memory_bytes != ram::bytes(place.ram) {
                 return Err(Error::Streams { stream });
             }
             return Ok(Came::State(Box::new(contents)));
         }
+        (Kind::Owed, Some(gather)) => gather.expect(&head, &head.read_body(from).map_err(&at)?)?,
+        (Kind::Sync, Some(gather)) => gather.synced(stream)?,
         // Of the others the order admits only the end.
         _ => {}
     }

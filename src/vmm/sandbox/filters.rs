@@ -28,9 +28,14 @@ const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
 const DIRTY_LOG: [u64; 3] = [KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_SET_USER_MEMORY_REGION];
 /// include/uapi/linux/userfaultfd.h.
 const UFFD_TYPE: u64 = 0xaa00;
+const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+const UFFDIO_COPY: u64 = 0xc028_aa03;
+const UFFDIO_ZEROPAGE: u64 = 0xc020_aa04;
 const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
 const UFFDIO_WAKE: u64 = 0x8010_aa02;
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
+/// Having pages waited for that are owed, and putting them there.
+const OWED: [u64; 5] = [UFFDIO_REGISTER, UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_UNREGISTER, UFFDIO_WAKE];
 /// include/uapi/linux/if_tun.h.
 const TUNGETIFF: u64 = 0x8004_54d2;
 const TUNGETVNETHDRSZ: u64 = 0x8004_54d7;
@@ -134,7 +139,7 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
         }
         Filter::Move => {
             calls.extend(any(MOVE));
-            calls.push((libc::SYS_ioctl, one_of(1, &DIRTY_LOG)?));
+            calls.push((libc::SYS_ioctl, one_of(1, &[&DIRTY_LOG[..], &OWED].concat())?));
         }
         Filter::Settle => {
             calls.extend(any(SETTLE));

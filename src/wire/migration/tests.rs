@@ -2,14 +2,8 @@ use super::*;
 
 fn spec(streams: &[u16]) -> SendSpec {
     let streams = streams.iter().copied().map(FdIndex).collect();
-    SendSpec {
-        streams,
-        disks: Vec::new(),
-        handed: false,
-        limits: SendLimits::default(),
-        held: false,
-        paused: false,
-    }
+    let (limits, mode) = Default::default();
+    SendSpec { streams, disks: Vec::new(), handed: false, limits, mode, held: false, paused: false }
 }
 
 #[test]
@@ -65,6 +59,17 @@ fn what_is_handed_over_needs_one_stream_and_no_disks() {
     let handed = |streams: &[u16]| SendSpec { handed: true, ..spec(streams) };
     assert!(handed(&[0]).check(1).is_ok());
     assert_eq!(handed(&[0, 1]).check(2).unwrap_err().field, "/streams");
+    let owing = SendSpec { mode: Mode::Auto, ..handed(&[0]) };
+    assert_eq!(owing.check(1).unwrap_err().field, "/mode");
     let disks = vec![DiskStream { disk: 0, stream: FdIndex(1) }];
     assert_eq!(SendSpec { disks, ..handed(&[0]) }.check(2).unwrap_err().field, "/disks");
+}
+
+#[test]
+fn streams_in_the_place_of_others_are_counted_too() {
+    let reconnect =
+        |streams: &[u16]| ReconnectSpec { streams: streams.iter().copied().map(FdIndex).collect() };
+    assert!(reconnect(&[0, 1]).check(2).is_ok());
+    assert_eq!(reconnect(&[]).check(0).unwrap_err().field, "/streams");
+    assert_eq!(reconnect(&[0, 0]).check(2).unwrap_err().field, "/streams/1");
 }

@@ -52,6 +52,14 @@ fn heads_that_no_honest_end_writes_are_refused() {
         (Kind::Block, 512, 1),
         (Kind::Block, BLOCK_BYTES_MAX + 512, 0),
         (Kind::Hole, HOLE_BYTES_MAX + 512, 0),
+        (Kind::Owed, 0, 0),
+        (Kind::Owed, 7, 0),
+        (Kind::Owed, OWED_BYTES_MAX + 8, 0),
+        (Kind::Owed, 8, 4096),
+        (Kind::Ask, 0, 0),
+        (Kind::Ask, 4095, 0),
+        (Kind::Ask, ASK_BYTES_MAX + 4096, 0),
+        (Kind::Ask, 8192, SHARD_BYTES - 4096),
     ] {
         let bytes = head(kind, length, offset).bytes();
         assert!(matches!(Head::parse(bytes), Err(FrameError::Bounds { .. })), "{kind:?} {length} {offset}");
@@ -170,4 +178,41 @@ fn packed_memory_comes_only_where_it_may_and_is_shorter_than_what_it_is() {
     }
     let cut = [&100_u32.to_le_bytes()[..], &[7; 99]].concat();
     assert!(matches!(head(Kind::Packed, 4096, 0).read_packed(&mut cut.as_slice()), Err(FrameError::Link(_))));
+}
+
+#[test]
+fn what_is_owed_comes_behind_the_end_and_only_where_that_was_agreed() {
+    const ALL: u64 = 64 << 20;
+    for kind in [Kind::Owed, Kind::Sync, Kind::Ask] {
+        assert!(matches!(open(0, 1).admit(&head(kind, 64, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
+    let mut order = Order::new(&Open::owing(1, 2, ALL));
+    assert!(order.admit(&head(Kind::Owed, 64, SHARD_BYTES)).is_ok());
+    assert!(order.admit(&head(Kind::Owed, 64, 0)).is_err(), "another stream's");
+    assert!(order.admit(&head(Kind::Owed, 64, ALL + SHARD_BYTES)).is_err());
+    assert!(order.admit(&head(Kind::Sync, 0, 0)).is_ok());
+    assert!(order.admit(&head(Kind::Part, SHARD_BYTES as u32, SHARD_BYTES)).is_ok());
+    assert!(order.admit(&head(Kind::End, 0, SHARD_BYTES)).is_ok());
+    for kind in [Kind::Owed, Kind::Sync, Kind::Ask, Kind::Word] {
+        assert!(matches!(order.admit(&head(kind, 64, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
+    assert!(order.admit(&head(Kind::Part, 4096, SHARD_BYTES)).is_ok());
+    assert!(order.admit(&head(Kind::Part, ASK_BYTES_MAX + 4096, SHARD_BYTES)).is_err());
+    assert!(order.admit(&head(Kind::Packed, 4096, 0)).is_err());
+    assert!(order.admit(&head(Kind::Zero, 4096, ALL + SHARD_BYTES)).is_err());
+
+    assert!(order.admit_ask(&head(Kind::Ask, 4096, SHARD_BYTES)).is_ok());
+    assert!(order.admit_ask(&head(Kind::Ask, 4096, 0)).is_err());
+    assert!(order.admit_ask(&head(Kind::Ask, 4096, ALL + SHARD_BYTES)).is_err());
+    assert!(order.admit_ask(&head(Kind::Part, 4096, SHARD_BYTES)).is_err());
+
+    let mut order = Order::new(&Open::resuming(0, 1, ALL));
+    assert!(order.has_ended() && order.admit(&head(Kind::Part, 4096, 0)).is_ok());
+    for kind in [Kind::End, Kind::State, Kind::Owed, Kind::Console] {
+        assert!(matches!(order.admit(&head(kind, 64, 0)), Err(FrameError::Order(_))), "{kind:?}");
+    }
+    assert!(Open::owing(0, 1, ALL).is_for(&Open::owing(0, 1, ALL)));
+    assert!(Open::packing(0, 1, ALL).is_for(&Open::owing(0, 1, ALL)), "it need not");
+    assert!(!Open::owing(0, 1, ALL).is_for(&Open::new(0, 1, ALL)), "it must not");
+    assert!(!Open::resuming(0, 1, ALL).is_for(&Open::owing(0, 1, ALL)));
 }

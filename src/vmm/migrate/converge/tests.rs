@@ -23,7 +23,7 @@ struct Outcome {
 
 impl Model {
     fn run(&self, limits: SendLimits) -> Outcome {
-        let mut convergence = Convergence::default();
+        let mut convergence = Convergence::patient(Mode::PreCopy);
         let wire = limits.bandwidth_bytes_per_s.unwrap_or(u64::MAX).min(self.wire);
         let (mut to_send, mut sent, mut throttle_percent) = (self.memory, 0, 0);
         for number in 1..1000 {
@@ -141,7 +141,7 @@ fn a_guest_that_outruns_the_wire_over_most_of_its_memory_is_held_back_before_all
 #[test]
 fn a_round_that_is_not_over_tells_only_when_the_better_half_has_gone_and_most_was_written_again() {
     for (gone, again, throttle_percent) in [(500, 499, 0), (512, 256, 0), (512, 257, 99), (900, 450, 0)] {
-        let mut convergence = Convergence::default();
+        let mut convergence = Convergence::patient(Mode::PreCopy);
         let glimpse = Glimpse { all_bytes: 1024 * MIB, gone_bytes: gone * MIB, again_bytes: again * MIB };
         convergence.midway(glimpse);
         assert_eq!(convergence.throttle_percent(), throttle_percent, "{glimpse:?}");

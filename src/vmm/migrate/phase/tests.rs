@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use super::*;
 
-type Table = fn(Side, Phase, Event) -> Option<(Phase, &'static [Effect])>;
+type Table = fn(Side, Course, Phase, Event) -> Option<(Phase, &'static [Effect])>;
 
 const SIDES: [Side; 2] = [Side::Source, Side::Target];
 
@@ -24,6 +24,7 @@ struct End {
 struct World {
     ends: [End; 2],
     linked: bool,
+    course: Course,
     /// Both ends are held at `ready` by somebody who sees both.
     held: bool,
     /// To the source, to the target.
@@ -36,7 +37,7 @@ struct World {
 }
 
 impl World {
-    fn new(held: bool) -> World {
+    fn new(course: Course, held: bool) -> World {
         let end = |runs| End {
             phase: Phase::Greet,
             alive: true,
@@ -51,6 +52,7 @@ impl World {
         World {
             ends,
             linked: true,
+            course,
             held,
             in_flight: [VecDeque::new(), VecDeque::new()],
             kills: 1,
@@ -61,7 +63,7 @@ impl World {
     }
 
     fn give(&mut self, table: Table, at: usize, event: Event) {
-        if let Some((next, effects)) = table(SIDES[at], self.ends[at].phase, event) {
+        if let Some((next, effects)) = table(SIDES[at], self.course, self.ends[at].phase, event) {
             let end = &mut self.ends[at];
             (end.phase, end.working) = (next, false);
             end.to_do.extend(effects);
@@ -143,6 +145,12 @@ impl World {
                     world.give(table, at, Event::Cancel);
                 });
             }
+            // All that was owed has come, which it does from a source that still has it.
+            let [source, target] = &self.ends;
+            let comes = self.linked && source.alive && !target.working && target.to_do.is_empty();
+            if at == 1 && target.phase == Phase::Owing && comes {
+                add(&|world| world.give(table, 1, Event::Done));
+            }
             // A word is heard between any two effects.
             if !self.in_flight[at].is_empty() {
                 add(&|world| {
@@ -195,12 +203,23 @@ impl World {
         if self.held && can_commit {
             add(&|world| world.give(table, 0, Event::Commit));
         }
+        // Streams in the place of those that broke, when both ends say what they are for.
+        let are_owing = self.ends.iter().all(|end| end.alive && end.phase == Phase::Owing);
+        if !self.linked && are_owing {
+            add(&|world| {
+                world.linked = true;
+                world.in_flight.iter_mut().for_each(VecDeque::clear);
+                world.ends.iter_mut().for_each(|end| end.lost = false);
+            });
+        }
         if self.cuts > 0 && self.linked {
             add(&|world| {
                 world.cuts -= 1;
                 world.cut();
             });
         }
+        // What changes nothing does not happen.
+        all.retain(|next| next != self);
         all
     }
 
@@ -213,6 +232,10 @@ impl World {
         if source.runs && target.ever_ran {
             return Some("the source runs on after the target has run");
         }
+        let needs = target.alive && matches!(target.phase, Phase::Ready | Phase::Release | Phase::Owing);
+        if self.course == Course::Owing && needs && source.alive && source.phase == Phase::Moved {
+            return Some("the source has let go of what it owes");
+        }
         None
     }
 
@@ -221,6 +244,7 @@ impl World {
         let [source, target] = &self.ends;
         match (source.alive, target.alive) {
             (true, true) if source.runs == target.runs => Some("not exactly one runs"),
+            (true, true) if target.phase == Phase::Owing => Some("what is owed does not come"),
             (true, false) if !source.runs && !target.ever_ran => Some("the source does not run on"),
             (false, true) if target.phase == Phase::Ready => Some("the target is left in doubt"),
             (false, true) if target.phase == Phase::Release && !target.runs => Some("the target waits"),
@@ -230,9 +254,9 @@ impl World {
 }
 
 /// Walks every world; answers how many there are, or what went wrong in one of them.
-fn walk(table: Table, held: bool) -> Result<usize, String> {
-    let mut seen = HashSet::from([World::new(held)]);
-    let mut open = vec![World::new(held)];
+fn walk(table: Table, course: Course, held: bool) -> Result<usize, String> {
+    let mut seen = HashSet::from([World::new(course, held)]);
+    let mut open = vec![World::new(course, held)];
     while let Some(world) = open.pop() {
         if let Some(what) = world.broken() {
             return Err(format!("{what}: {world:?}"));
@@ -256,19 +280,21 @@ fn walk(table: Table, held: bool) -> Result<usize, String> {
 
 #[test]
 fn never_two_and_one_in_the_end_whatever_breaks() {
-    for held in [false, true] {
-        let worlds = walk(step, held).unwrap();
-        println!("{worlds} worlds, held: {held}");
-        assert!(worlds > 1_000);
+    for course in [Course::Copied, Course::Owing] {
+        for held in [false, true] {
+            let worlds = walk(step, course, held).unwrap();
+            println!("{worlds} worlds, {course:?}, held: {held}");
+            assert!(worlds > 1_000);
+        }
     }
 }
 
 /// A table with one mistake, in front of the real one.
 macro_rules! mistaken {
     ($pattern:pat => $answer:expr) => {
-        |side, phase, event| match (side, phase, event) {
+        |side, course, phase, event| match (side, phase, event) {
             $pattern => $answer,
-            _ => step(side, phase, event),
+            _ => step(side, course, phase, event),
         }
     };
 }
@@ -316,8 +342,9 @@ fn every_broken_commit_rule_is_caught() {
         }),
     ];
     for (what, table) in mistakes {
-        let caught = walk(table, false);
-        assert!(caught.is_err(), "not caught: {what}");
+        for course in [Course::Copied, Course::Owing] {
+            assert!(walk(table, course, false).is_err(), "not caught: {what}, {course:?}");
+        }
     }
 }
 
@@ -336,6 +363,35 @@ fn every_broken_rule_of_ends_that_are_held_is_caught() {
         }),
     ];
     for (what, table) in mistakes {
-        assert!(walk(table, true).is_err(), "not caught: {what}");
+        for course in [Course::Copied, Course::Owing] {
+            assert!(walk(table, course, true).is_err(), "not caught: {what}, {course:?}");
+        }
+    }
+}
+
+#[test]
+fn every_broken_rule_of_what_is_owed_is_caught() {
+    use Side::{Source, Target};
+    let mistakes: [(&str, Table); 5] = [
+        ("the source lets go of memory as soon as the target runs", {
+            mistaken!((Source, Phase::Commit, Event::Heard(Said::Released)) => Some((Phase::Moved, &[])))
+        }),
+        ("the source takes a link that broke for the end of it", {
+            mistaken!((Source, Phase::Owing, Event::Lost) => Some((Phase::Moved, &[])))
+        }),
+        ("the source runs on when it is cancelled while it owes", {
+            mistaken!((Source, Phase::Owing, Event::Cancel) => Some((Phase::Returned, &[Effect::Resume])))
+        }),
+        ("the target does not care for what is owed", {
+            mistaken!((Target, Phase::Owing, Event::Done) => None)
+        }),
+        ("the source runs on when the link breaks while it owes", {
+            mistaken!((Source, Phase::Owing, Event::Lost) => Some((Phase::Returned, &[Effect::Resume])))
+        }),
+    ];
+    for (what, table) in mistakes {
+        for held in [false, true] {
+            assert!(walk(table, Course::Owing, held).is_err(), "not caught: {what}, held: {held}");
+        }
     }
 }
