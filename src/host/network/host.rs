@@ -22,8 +22,8 @@ use super::forwarding::Forwarding;
 use super::links::{self, Links};
 use super::nft::{self, Applied};
 use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
-use super::{ports, rules};
-use crate::core::{AlwaysLive, Checkpoint, in_place};
+use super::rules;
+use crate::core::{AlwaysLive, Checkpoint};
 
 /// [`Plumbing`] on a real host.
 pub struct HostPlumbing {
@@ -166,20 +166,15 @@ impl HostPlumbing {
         self.admit(&mut state, &port).await?;
         drop(state);
         self.did("network.port_admitted");
+        let links = Links::open()?;
         let name = port.tap();
         if if_nametoindex(name.as_str()).is_ok() {
-            Links::open()?.remove(&name).await?;
+            links.remove(&name).await?;
         }
-        let checkpoint = self.checkpoint.clone();
-        let plugged = in_place(move || {
-            let plug = || {
-                let tap = Tap::create(&name).map_err(|cause| tap_trouble(&name, cause))?;
-                let _ = checkpoint.reached("network.tap_made");
-                ports::join(&name, &segment).map(|()| tap.into())
-            };
-            Ok(plug())
-        });
-        plugged.await.unwrap_or_else(|cause| Err(PlumbingError::Failed(cause.chain())))
+        let tap = Tap::create(&name).map_err(|cause| tap_trouble(&name, cause))?;
+        self.did("network.tap_made");
+        links.enslave(&name, &segment).await?;
+        Ok(tap.into())
     }
 
     /// Somebody may have flushed the tables; then they are made again before anything is let through.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
+use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::address::{AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
@@ -20,7 +21,7 @@ const RANGE_PREFIX_MIN: u8 = 8;
 
 /// The reserved addresses 01:80:C2:00:00:0x by their last digit (IEEE 802.1D, table 7-10). Only pause frames, which
 /// the kernel drops, cannot be among them (`BR_GROUPFWD_MACPAUSE`).
-pub(super) const RESERVED_BUT_PAUSE: u16 = !(1 << 1);
+const RESERVED_BUT_PAUSE: u16 = !(1 << 1);
 
 /// A netlink socket.
 pub(super) struct Links {
@@ -34,7 +35,7 @@ impl Drop for Links {
     }
 }
 
-pub(super) struct Device {
+struct Device {
     index: u32,
     /// The first of its names, by which rules know it.
     name: String,
@@ -247,6 +248,21 @@ impl Links {
         }
     }
 
+    /// Puts a tap on a bridge and brings it up. Frames to reserved addresses go the way of all others, past the rules
+    /// of `bridge toft`, instead of to the port itself, which no rule of a bridge would see of LLDP's.
+    pub(super) async fn enslave(&self, tap: &str, segment: &Segment) -> Result<(), PlumbingError> {
+        let bridge = self.own_bridge(segment).await?.ok_or_else(|| vanished(&segment.bridge))?;
+        let port = if_nametoindex(tap).map_err(|_| vanished(tap))?;
+        set_switch(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")?;
+        let joined = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).build();
+        let watched = LinkBridgePort::new(port).group_fwd_mask(RESERVED_BUT_PAUSE).build();
+        let up = LinkUnspec::new_with_index(port).up().build();
+        // The kernel does them in this order; what it answers to each is heard together.
+        let change = |wanted| self.handle.link().change(wanted).execute();
+        let (joined, watched, up) = tokio::join!(change(joined), change(watched), change(up));
+        joined.and(watched).and(up).map_err(|cause| failed("connect", tap, cause))
+    }
+
     /// Removes a device, if it is there.
     pub(super) async fn remove(&self, name: &str) -> Result<(), PlumbingError> {
         match self.find(name).await? {
@@ -264,7 +280,16 @@ impl Links {
 
     /// Index of the network's bridge; none when there is no device of its name.
     async fn own_bridge(&self, segment: &Segment) -> Result<Option<u32>, PlumbingError> {
-        bridge_of(segment, self.find(&segment.bridge).await?)
+        match self.find(&segment.bridge).await? {
+            Some(Device { index, mac, is_bridge: true, .. }) if mac == Some(segment.bridge_mac()) => {
+                Ok(Some(index))
+            }
+            Some(_) => Err(PlumbingError::Unprepared(format!(
+                "a device named {} is there that Toft did not make; remove it with `ip link delete {}`",
+                segment.bridge, segment.bridge
+            ))),
+            None => Ok(None),
+        }
     }
 
     async fn find(&self, name: &str) -> Result<Option<Device>, PlumbingError> {
@@ -304,21 +329,7 @@ fn destination(route: &RouteMessage) -> Option<Cidr> {
     })
 }
 
-/// Index of the network's bridge, if it is this device that has its name.
-pub(super) fn bridge_of(segment: &Segment, found: Option<Device>) -> Result<Option<u32>, PlumbingError> {
-    match found {
-        Some(Device { index, mac, is_bridge: true, .. }) if mac == Some(segment.bridge_mac()) => {
-            Ok(Some(index))
-        }
-        Some(_) => Err(PlumbingError::Unprepared(format!(
-            "a device named {} is there that Toft did not make; remove it with `ip link delete {}`",
-            segment.bridge, segment.bridge
-        ))),
-        None => Ok(None),
-    }
-}
-
-pub(super) fn device(message: &LinkMessage) -> Device {
+fn device(message: &LinkMessage) -> Device {
     let index = message.header.index;
     let mut device = Device {
         index,
@@ -345,7 +356,7 @@ pub(super) fn device(message: &LinkMessage) -> Device {
 }
 
 /// Kernel without IPv6 has no such switch, and needs none.
-pub(super) fn set_switch(name: &str, value: &str) -> Result<(), PlumbingError> {
+fn set_switch(name: &str, value: &str) -> Result<(), PlumbingError> {
     match std::fs::write(Path::new("/proc/sys/net").join(name), value) {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => Err(unprivileged()),
@@ -355,7 +366,7 @@ pub(super) fn set_switch(name: &str, value: &str) -> Result<(), PlumbingError> {
 }
 
 const EPERM: i32 = 1;
-pub(super) const ENODEV: i32 = 19;
+const ENODEV: i32 = 19;
 
 fn code(cause: &rtnetlink::Error) -> Option<i32> {
     match cause {
@@ -371,7 +382,7 @@ fn failed(what: &str, name: &str, cause: rtnetlink::Error) -> PlumbingError {
     PlumbingError::Failed(format!("cannot {what} {name}: {cause}"))
 }
 
-pub(super) fn vanished(name: &str) -> PlumbingError {
+fn vanished(name: &str) -> PlumbingError {
     PlumbingError::Failed(format!("the device {name} is gone; it comes back within a minute"))
 }
 

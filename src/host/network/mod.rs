@@ -19,7 +19,6 @@ pub mod mac;
 mod networks;
 mod nft;
 pub mod plumbing;
-mod ports;
 pub(crate) mod program;
 mod records;
 pub mod rules;
