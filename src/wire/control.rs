@@ -9,13 +9,16 @@ use crate::settling::MemoryStatus;
 use crate::will::Reason;
 
 /// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// From which version on a [`Command::Save`] can have a base.
 pub const PROTOCOL_OF_BASES: u32 = 2;
 
 /// The first version with [`Command::Settle`], [`Command::CancelSettle`] and [`Command::MemoryStatus`].
 pub const PROTOCOL_SETTLES: u32 = 3;
+
+/// From which version on a machine can be sent that is paused.
+pub const PROTOCOL_SENDS_PAUSED: u32 = 4;
 
 /// One command with the number its reply will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,13 +72,13 @@ pub enum Command {
     /// What nobody on this host can open again to take the machine over: its memory, its taps, and its disks, whose locks belong
     /// to these openings. Answered with [`Reply::Handles`]. Refused for memory that is not all the machine's own: [`Command::Settle`] makes it so.
     Handles,
-    /// Move the machine, which runs, to another VMM over streams that travel in the same packet. Answered when it has
+    /// Move the machine to another VMM over streams that travel in the same packet. Answered when it has
     /// begun; how it goes is told by [`Notice::Migration`] and [`Command::MigrationStatus`]. Until it has ended, nothing
     /// else pauses, resumes, resets or saves the machine.
     Send(SendSpec),
     /// Receive a machine, instead of [`Command::Boot`]. Once per process: one that was dropped is followed by another VMM.
     Receive(Box<ReceiveSpec>),
-    /// Give up the move that is under way: the machine runs on at the source. Refused by a source that has given the
+    /// Give up the move that is under way: the machine stays the source's. Refused by a source that has given the
     /// machine up, and by a target that has it.
     CancelMigration,
     /// How the move that is under way, or the last one, stands. Answered with [`Reply::Migration`].

@@ -246,7 +246,7 @@ pub struct MigrationStatus {
     pub detail: Option<String>,
 }
 
-/// What was moved so far. A target knows only what came.
+/// What was moved so far. A target knows what came, and since when the guest stands still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Progress {

@@ -139,7 +139,7 @@ pub struct Worker {
     /// Disconnected when the thread has dropped its handler. Nothing is ever sent.
     ended: Receiver<()>,
     thread: Option<JoinHandle<()>>,
-    /// What the last pause told.
+    /// What the last pause told, or where it began.
     stand: Option<Stand>,
 }
 
@@ -167,6 +167,11 @@ impl Worker {
         let command = EpollEvent::new(EventSet::IN, DATA_COMMAND);
         sources.epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), command).map_err(failed)?;
         let (commands, inbox) = channel();
+        // One that goes on from elsewhere is paused there until it is let run.
+        let stand = match &begin {
+            Begin::Restored(stand) => Some(stand.clone()),
+            Begin::Serving | Begin::Paused => None,
+        };
         let turns = vec![false; kicks.len()];
         let service = Service {
             handler,
@@ -183,7 +188,7 @@ impl Worker {
         #[cfg(any(test, fuzzing))]
         let service = match by_hand::keep(service) {
             Some(service) => service,
-            None => return Ok(Worker { device, commands, wake, ended, thread: None, stand: None }),
+            None => return Ok(Worker { device, commands, wake, ended, thread: None, stand }),
         };
         let run = move || {
             threads(kind);
@@ -191,7 +196,7 @@ impl Worker {
             drop(ending);
         };
         let thread = std::thread::Builder::new().name(kind.to_owned()).spawn(run).map_err(failed)?;
-        Ok(Worker { device, commands, wake, ended, thread: Some(thread), stand: None })
+        Ok(Worker { device, commands, wake, ended, thread: Some(thread), stand })
     }
 
     /// A thread that has ended takes no command and holds nothing, so a failed send needs no answer.

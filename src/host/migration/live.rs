@@ -1,4 +1,4 @@
-//! A move of a machine that runs, as the daemons of its two ends carry it: streams for the VMMs, progress, and when the two
+//! A move of a machine that runs or is paused, as the daemons of its two ends carry it: streams for the VMMs, progress, and when the two
 //! are told what `servers::moving` has decided. The order is everything:
 //!
 //! ```text

@@ -74,7 +74,9 @@ pub(super) fn event(
         _ => {}
     }
     let came_back = match &event {
-        Event::TakenBack(snapshot, Some(_)) => Some(*snapshot),
+        Event::TakenBack(snapshot, Some(_)) if record.life.phase.returns_to() == Some(*snapshot) => {
+            Some(*snapshot)
+        }
         _ => None,
     };
     let mut next = step(&record.life, event, record.context());

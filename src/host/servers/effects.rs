@@ -336,12 +336,7 @@ impl Doing {
         Some(end_of(&self.workshop, self.record.id, self.cage(), status).await)
     }
 
-    pub(super) async fn order(
-        &self,
-        command: Command,
-        done: Event,
-        failed: fn(Trouble) -> Event,
-    ) -> Result<Event> {
+    async fn order(&self, command: Command, done: Event, failed: fn(Trouble) -> Event) -> Result<Event> {
         let ordered = async { self.entry.link(limits::COMMAND).await?.order(command, limits::PAUSE).await };
         let outcome = ordered.await;
         self.workshop.core.checkpoint("server.ordered")?;

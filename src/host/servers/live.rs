@@ -1,4 +1,4 @@
-//! The VMM's part in a move of a machine that runs, at either end. What the two daemons say to each other and whose the
+//! The VMM's part in a move of a machine that runs or is paused, at either end. What the two daemons say to each other and whose the
 //! server is are not decided here: `migration` and `servers::moving` do, and ask for what is to be done to a VMM.
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use model::server::ServerNic;
 use model::{Code, ServerId, Time};
-use wire::control::{Command, Reply};
+use wire::control::{Command, PROTOCOL_SENDS_PAUSED, Reply};
 use wire::machine::FdIndex;
 use wire::migration::{
     DiskStream, MigrationStatus, Mode, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side,
@@ -14,7 +14,7 @@ use wire::migration::{
 
 use super::Servers;
 use super::effects::Doing;
-use super::lifecycle::{self, Back, End, EndKind, Event};
+use super::lifecycle::{self, Back, End, EndKind, Event, Trouble};
 use super::limits;
 use super::machine::{self, Packet};
 use super::record::ServerRecord;
@@ -50,11 +50,12 @@ impl Servers {
         let mut packet = Packet::default();
         let (streams, disks) = streams.name(&mut packet);
         let look = move |connection: &rusqlite::Connection| records::one::<ServerRecord>(connection, id.0);
-        let paused = self.workshop().core.store.read(look).await?.life.phase.is_moving_paused();
-        let mode = Mode::PreCopy;
+        let record = self.workshop().core.store.read(look).await?;
+        let (mode, paused) = (Mode::PreCopy, record.life.phase.is_moving_paused());
         let spec = SendSpec { streams, disks, handed: false, limits, mode, held: true, paused };
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
         let link = self.live(id)?.link(limits::COMMAND).await?;
+        check_sends_paused(&link, &record)?;
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
     }
 
@@ -188,6 +189,17 @@ fn not_here(status: &MigrationStatus) -> Option<End> {
     Some(End { kind, detail, at_ms: Time::now().unix_ms() })
 }
 
+/// Whether the VMM of a server can give up a machine that is paused, where it is.
+pub(super) fn check_sends_paused(link: &Link, record: &ServerRecord) -> Result<()> {
+    let is_paused = matches!(record.life.phase, lifecycle::Phase::Upgrading { was_paused: true, .. })
+        || record.life.phase.is_moving_paused();
+    if is_paused && link.protocol() < PROTOCOL_SENDS_PAUSED {
+        let detail = "its VMM is of a build that gives up no machine that is paused; resume it first";
+        return Err(Error::new(Code::WrongState, detail));
+    }
+    Ok(())
+}
+
 /// Has a source's VMM keep its machine, whatever it has promised. Repeatable.
 pub(super) async fn keep(link: &Link) -> std::result::Result<(), AskError> {
     let under_way =
@@ -226,9 +238,28 @@ impl Doing {
 
     /// Parks its vCPUs. One that was moved as it was paused is claimed by it. Repeatable.
     pub(super) async fn pause(&self) -> Result<Event> {
-        match self.reclaim().await? {
-            Some(ended) => Ok(ended),
-            None => self.order(Command::Pause, Event::Paused, Event::PauseFailed).await,
+        if let Some(ended) = self.reclaim().await? {
+            return Ok(ended);
+        }
+        let ordered = async {
+            let link = self.entry.link(limits::COMMAND).await?;
+            let paused = link.order(Command::Pause, limits::PAUSE).await;
+            let moves = matches!(paused, Err(AskError::Refused(_)))
+                && status(&link).await?.is_some_and(|found| !found.phase.is_end());
+            Ok((paused, moves))
+        };
+        let outcome: std::result::Result<_, AskError> = ordered.await;
+        self.workshop.core.checkpoint("server.ordered")?;
+        match outcome {
+            Ok((Ok(()), _)) => Ok(Event::Paused),
+            // Only who says so has not parked them: of others it is not known, and what was paused must not come to run by it.
+            Ok((Err(cause @ AskError::Refused(_)), false)) => {
+                Ok(Event::PauseFailed(Trouble::from(&Error::from(cause))))
+            }
+            Ok((Err(cause), _)) | Err(cause) => match self.end_of_gone(&cause).await {
+                Some(end) => Ok(Event::Ended(end)),
+                None => Err(cause.into()),
+            },
         }
     }
 

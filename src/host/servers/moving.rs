@@ -61,7 +61,7 @@ pub(crate) struct Given {
     pub(crate) effects: &'static [Effect],
 }
 
-/// Begins a move away. Fails with `wrong_state` unless the server is off, hibernated or runs.
+/// Begins a move away. Fails with `wrong_state` unless the server is off, hibernated, paused or runs.
 pub(crate) fn depart(
     tx: &Tx<'_>,
     capacity: Capacity,

@@ -227,6 +227,7 @@ impl Doing {
         }
         // Asked first, because a machine that cannot be handed over is to be left in peace.
         let link = self.entry.link(limits::COMMAND).await?;
+        live::check_sends_paused(&link, &self.record)?;
         match link.ask_for(Command::Handles, &[], limits::COMMAND).await {
             Ok((Reply::Handles { disks: Some(_), .. }, _)) => {}
             Ok(_) => {

@@ -217,8 +217,8 @@ async fn wherever_the_target_dies_one_machine_runs() {
 }
 
 /// One move in which the VMM of `victim` dies as the daemon `watched` reaches its checkpoint `number`.
-async fn survives_without(victim: usize, watched: usize, number: u32) -> (bool, usize) {
-    let ground = Ground::with(ServerState::Running).await;
+async fn survives_without(state: ServerState, victim: usize, watched: usize, number: u32) -> (bool, usize) {
+    let ground = Ground::with(state).await;
     let id = ground.server;
     let death = Arc::new(KillAt {
         number,
@@ -233,7 +233,7 @@ async fn survives_without(victim: usize, watched: usize, number: u32) -> (bool, 
     };
     let hosts = [open(0).await, open(1).await];
     restarting(&hosts[0], id, RestartPolicy::Always).await;
-    stage::until(&hosts[0], id, |server| server.state == ServerState::Running).await;
+    stage::until(&hosts[0], id, |server| server.state == state).await;
     let address = listening(&hosts[1]).await;
     let made = ticket(&hosts[1], None).await.unwrap().ticket;
     death.armed.store(true, Ordering::SeqCst);
@@ -251,11 +251,11 @@ async fn survives_without(victim: usize, watched: usize, number: u32) -> (bool, 
     (death.passed.load(Ordering::SeqCst) >= number, at)
 }
 
-async fn sweep_vmms(victim: usize) {
+pub(super) async fn sweep_vmms(state: ServerState, victim: usize) {
     for watched in [0, 1] {
         let (mut number, mut found) = (1, [0, 0]);
         loop {
-            let (is_reached, at) = survives_without(victim, watched, number).await;
+            let (is_reached, at) = survives_without(state, victim, watched, number).await;
             found[at] += 1;
             if !is_reached {
                 break;
@@ -269,12 +269,12 @@ async fn sweep_vmms(victim: usize) {
 
 #[tokio::test]
 async fn wherever_the_sources_vmm_dies_one_machine_runs() {
-    sweep_vmms(0).await;
+    sweep_vmms(ServerState::Running, 0).await;
 }
 
 #[tokio::test]
 async fn wherever_the_targets_vmm_dies_one_machine_runs() {
-    sweep_vmms(1).await;
+    sweep_vmms(ServerState::Running, 1).await;
 }
 
 /// Whether the target's network was told where the machine is.

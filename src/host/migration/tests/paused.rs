@@ -2,7 +2,7 @@
 use model::server::{ServerAction, ServerState};
 use wire::control::MachineState;
 
-use super::live::{no_violations, sweep_daemons};
+use super::live::{no_violations, sweep_daemons, sweep_vmms};
 use super::moves::{Ground, has, listening, waited};
 use super::*;
 
@@ -47,4 +47,15 @@ async fn wherever_the_source_dies_it_is_paused_on_one_host() {
 #[tokio::test]
 async fn wherever_the_target_dies_it_is_paused_on_one_host() {
     sweep_daemons(ServerState::Paused, 1).await;
+}
+
+/// The policy starts it again, and it is paused as before.
+#[tokio::test]
+async fn wherever_the_sources_vmm_dies_it_is_paused_on_one_host() {
+    sweep_vmms(ServerState::Paused, 0).await;
+}
+
+#[tokio::test]
+async fn wherever_the_targets_vmm_dies_it_is_paused_on_one_host() {
+    sweep_vmms(ServerState::Paused, 1).await;
 }
