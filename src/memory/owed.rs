@@ -57,6 +57,8 @@ impl Owed {
         let state = State { stage: Stage::Nothing, pages, count: 0, wanted: Vec::new() };
         let ended = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let ended = ended.map_err(|errno| Error::Missing(errno.into()))?;
+        // A hole in a huge page may leave its zeroes in place, which nobody would wait for.
+        allow_huge_pages(ram, false);
         Ok(Owed { fault, ram: Arc::clone(ram), mapped, state: Mutex::new(state), ended })
     }
 
@@ -71,7 +73,6 @@ impl Owed {
         {
             let mut state = self.state();
             if state.stage == Stage::Nothing {
-                allow_huge_pages(&self.ram, false);
                 for (address, bytes) in self.mapped.pieces(u64::MAX) {
                     self.fault.register(address, bytes).map_err(Error::Missing)?;
                 }
@@ -122,6 +123,10 @@ impl Owed {
             for address in self.fault.waiting().map_err(Error::Missing)? {
                 let Some(offset) = self.mapped.page_at(address) else { continue };
                 let mut state = self.state();
+                if state.stage == Stage::Ended {
+                    // Nobody waits any longer, and nothing is missing that could be filled.
+                    return Ok(());
+                }
                 if !state.pages.has(offset / PAGE_BYTES) {
                     // Under the lock: a page that is about to be owed is not made zero behind it.
                     self.fault.fill_zero(address & !(PAGE_BYTES - 1), PAGE_BYTES).map_err(Error::Missing)?;
@@ -199,11 +204,6 @@ impl Owed {
         self.state().count
     }
 
-    /// Whether anything ever was.
-    pub fn has_begun(&self) -> bool {
-        self.state().stage != Stage::Nothing
-    }
-
     /// Has nobody wait any longer, and ends [`Owed::serve`]. What is still owed is zero from then on: only for memory of which
     /// nothing is, or that no machine will run on.
     pub fn end(&self) {
@@ -214,6 +214,8 @@ impl Owed {
                 let _ = self.fault.unregister(address, bytes);
             }
             self.ram.iter().for_each(|region| *marks::held(region) = false);
+        }
+        if state.stage != Stage::Ended {
             allow_huge_pages(&self.ram, true);
         }
         state.stage = Stage::Ended;

@@ -32,7 +32,7 @@ pub struct SendSpec {
     #[serde(default)]
     pub limits: SendLimits,
     /// When memory comes in relation to the machine.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Mode::owes_nothing")]
     pub mode: Mode,
     /// Whether whoever commands decides: the machine is given up by [`crate::control::Command::CommitMigration`] and not by
     /// the target's word. Both ends are held, or none.
@@ -62,6 +62,11 @@ impl Mode {
     /// Whether some of memory may be owed.
     pub fn may_owe(self) -> bool {
         self != Mode::PreCopy
+    }
+
+    /// A VMM of before there were others is not told of it.
+    fn owes_nothing(&self) -> bool {
+        !self.may_owe()
     }
 }
 

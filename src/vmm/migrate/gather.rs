@@ -57,6 +57,8 @@ impl Gather {
 
     /// What the source says that it owes.
     pub(super) fn expect(&self, head: &Head, bits: &[u8]) -> Result<(), Error> {
+        // Whatever is said of it later: the machine is not one that has all of its memory.
+        self.shared.owes();
         let (words, _) = bits.as_chunks::<8>();
         let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         Ok(self

@@ -163,8 +163,8 @@ impl Shared {
         if matches!(error, Error::Over) {
             return;
         }
-        // Whose the machine is is no question any more where memory is owed: other streams may do better.
-        let is_lost = error.is_link() || self.phase() == Phase::Owing;
+        // Whose the machine is is no question any more: it runs, or is about to. Where memory is owed other streams may do better.
+        let is_lost = error.is_link() || matches!(self.phase(), Phase::Release | Phase::Owing);
         let event = if is_lost { Event::Lost } else { Event::Failed };
         self.fail(event, crate::log::chain(error));
     }

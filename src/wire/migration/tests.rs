@@ -73,3 +73,12 @@ fn streams_in_the_place_of_others_are_counted_too() {
     assert_eq!(reconnect(&[]).check(0).unwrap_err().field, "/streams");
     assert_eq!(reconnect(&[0, 0]).check(2).unwrap_err().field, "/streams/1");
 }
+
+/// Builds refuse what they do not know: one of before is told nothing that it need not do.
+#[test]
+fn what_is_as_ever_is_not_said() {
+    let text = serde_json::to_string(&spec(&[0])).unwrap();
+    for new in ["mode", "paused", "handed", "disks"] {
+        assert!(!text.contains(new), "{text}");
+    }
+}
