@@ -442,7 +442,7 @@ fn a_target_that_is_killed_at_any_word_leaves_the_source_what_it_had_not_begun()
 }
 
 #[test]
-#[ignore = "no daemon asks for memory that is owed yet; one run in some ten does not come to its end"]
+#[ignore = "no daemon asks for memory that is owed yet, and it does not always come to its end"]
 fn where_memory_is_owed_there_is_one_machine_whatever_breaks() {
     cut(&[Way::Owed]);
     without_source(&[Way::Owed]);
