@@ -107,18 +107,6 @@ impl Known {
     pub(crate) fn refuses(&self, had: &OfferedCpu) -> Option<String> {
         self.cpu.misses(had, false).or_else(|| self.clock.misfits(had.tsc_khz))
     }
-
-    /// Notes what of it is another host's, for a guest that goes on here.
-    pub(crate) fn note(&self, had: &OfferedCpu, held: &mut Held) {
-        let is_own = match &had.template {
-            machine::CpuTemplate::Features(names) => *names == had.features,
-            template => {
-                self.cpu.0.shown.iter().any(|it| it.template == *template && it.features == had.features)
-            }
-        };
-        held.features = (!is_own && !had.features.is_empty()).then(|| had.features.clone());
-        held.tsc_khz = had.tsc_khz.filter(|khz| self.clock.khz != Some(*khz));
-    }
 }
 
 /// The host's processor, as it names itself.

@@ -13,11 +13,9 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sys::userfaultfd::UserFault;
 use vm_memory::GuestMemoryBackend;
@@ -111,22 +109,12 @@ impl Guard {
     /// Serves everybody who writes to a protected page, until [`Guard::end`]. Run by a thread that writes no guest
     /// memory.
     pub fn serve(&self) -> Result<(), Error> {
-        loop {
-            let mut asked = [
-                PollFd::new(self.fault.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.ended.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut asked, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(Error::Protect(errno.into())),
-            }
-            if self.ended.read().is_ok() {
-                return Ok(());
-            }
-            for address in self.fault.waiting().map_err(Error::Protect)? {
+        while let Some(addresses) = self.fault.next(&self.ended).map_err(Error::Protect)? {
+            for address in addresses {
                 self.let_write(address)?;
             }
         }
+        Ok(())
     }
 
     /// Protects memory no longer, piece by piece, and ends [`Guard::serve`] then: until the last piece, who writes is

@@ -5,11 +5,9 @@
 //! ```text
 //! new ─▶ expect, expect … (nobody runs; what is there of it goes) ─▶ (machine runs) put, put … ─▶ nothing is owed ─▶ end
 //! ```
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sys::userfaultfd::UserFault;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -108,19 +106,8 @@ impl Owed {
     /// Serves everybody who touches a missing page, until [`Owed::end`]: one that is owed is told to `ask` by its offset, once,
     /// whatever comes of it; any other is zero.
     pub fn serve(&self, mut ask: impl FnMut(u64)) -> Result<(), Error> {
-        loop {
-            let mut asked = [
-                PollFd::new(self.fault.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.ended.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut asked, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(Error::Missing(errno.into())),
-            }
-            if self.ended.read().is_ok() {
-                return Ok(());
-            }
-            for address in self.fault.waiting().map_err(Error::Missing)? {
+        while let Some(addresses) = self.fault.next(&self.ended).map_err(Error::Missing)? {
+            for address in addresses {
                 let Some(offset) = self.mapped.page_at(address) else { continue };
                 let mut state = self.state();
                 if state.stage == Stage::Ended {
@@ -137,6 +124,7 @@ impl Owed {
                 }
             }
         }
+        Ok(())
     }
 
     /// Puts what has come of a part, whole pages: of them those that are owed, once.

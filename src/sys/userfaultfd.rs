@@ -5,6 +5,10 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+
 /// include/uapi/linux/userfaultfd.h.
 const API: u64 = 0xAA;
 const FEATURE_WRITE_PROTECT: u64 = 1 << 0;
@@ -227,6 +231,20 @@ impl UserFault {
                 Err(nix::errno::Errno::EAGAIN) => std::thread::yield_now(),
                 other => return other.map(drop).map_err(io::Error::from),
             }
+        }
+    }
+
+    /// Waits until somebody does, and answers the addresses; nothing once `ended` has been told.
+    pub fn next(&self, ended: &EventFd) -> io::Result<Option<Vec<u64>>> {
+        let mut asked =
+            [PollFd::new(self.as_fd(), PollFlags::POLLIN), PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut asked, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        match ended.read() {
+            Ok(_) => Ok(None),
+            Err(_) => self.waiting().map(Some),
         }
     }
 

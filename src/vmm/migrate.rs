@@ -25,6 +25,7 @@ mod shared;
 mod source;
 mod stream;
 mod target;
+mod threads;
 mod worker;
 
 pub(crate) use phase::{Effect, Event};

@@ -278,7 +278,7 @@ fn one(
     create::before_start(workshop, &record)?;
     workshop.capacity.admit(tx, &mut record)?;
     if let Some(had) = &origin.processor {
-        workshop.processor.found_out().note(had, &mut record.held);
+        record.held.go_on_with(had);
     }
     record::insert(tx, &record)?;
     let mut resources = vec![Resource::Server(id), Resource::Snapshot(shown.id)];

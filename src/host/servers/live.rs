@@ -55,7 +55,7 @@ impl Servers {
         let spec = SendSpec { streams, disks, handed: false, limits, mode, held: true, paused };
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
         let link = self.live(id)?.link(limits::COMMAND).await?;
-        check_sends_paused(&link, &record)?;
+        check_sends_paused(&link, paused)?;
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
     }
 
@@ -189,10 +189,8 @@ fn not_here(status: &MigrationStatus) -> Option<End> {
     Some(End { kind, detail, at_ms: Time::now().unix_ms() })
 }
 
-/// Whether the VMM of a server can give up a machine that is paused, where it is.
-pub(super) fn check_sends_paused(link: &Link, record: &ServerRecord) -> Result<()> {
-    let is_paused = matches!(record.life.phase, lifecycle::Phase::Upgrading { was_paused: true, .. })
-        || record.life.phase.is_moving_paused();
+/// Fails where a machine is paused and its VMM gives up none that is.
+pub(super) fn check_sends_paused(link: &Link, is_paused: bool) -> Result<()> {
     if is_paused && link.protocol() < PROTOCOL_SENDS_PAUSED {
         let detail = "its VMM is of a build that gives up no machine that is paused; resume it first";
         return Err(Error::new(Code::WrongState, detail));

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use uuid::Uuid;
 use wire::control::Sandbox;
+use wire::peer::OfferedCpu;
 
 use super::lifecycle::{Context, Life};
 use super::limits;
@@ -122,12 +123,20 @@ pub struct Held {
     /// CPU that the guest sees; absent in records of machines that were started before it was kept.
     #[serde(default)]
     pub cpu: Option<CpuTemplate>,
-    /// How fast its time stamp counter runs, in thousands of ticks a second, if its guest measured that on another host.
+    /// How fast its time stamp counter runs, in thousands of ticks a second, if its guest measured that before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tsc_khz: Option<u32>,
-    /// What its guest was shown of another host's processor, if it goes on from there.
+    /// What its guest was shown of a processor, here or on another host, if it goes on from there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub features: Option<BTreeSet<String>>,
+}
+
+impl Held {
+    /// Notes what processor its guest had, and goes on with.
+    pub(crate) fn go_on_with(&mut self, had: &OfferedCpu) {
+        self.tsc_khz = had.tsc_khz;
+        self.features = Some(had.features.clone()).filter(|features| !features.is_empty());
+    }
 }
 
 /// A disk of a server.

@@ -122,8 +122,7 @@ pub(super) fn taken_back(tx: &Tx<'_>, record: &mut ServerRecord, id: SnapshotId)
 /// Its guest goes on from a snapshot's memory, with the processor that it had.
 pub(super) fn goes_on(tx: &Tx<'_>, record: &mut ServerRecord, id: SnapshotId) -> Result<()> {
     if let Some(had) = records::one::<SnapshotRecord>(tx, id.0)?.origin.processor {
-        record.held.features = Some(had.features).filter(|features| !features.is_empty());
-        record.held.tsc_khz = had.tsc_khz;
+        record.held.go_on_with(&had);
     }
     Ok(())
 }

@@ -218,7 +218,7 @@ impl Doing {
     /// Starts a VMM beside the one that has the machine, in the same groups: guest memory stays counted where it is.
     /// Repeatable.
     pub(super) async fn spawn_next(&self) -> Result<Event> {
-        let Phase::Upgrading { vmm, .. } = &self.record.life.phase else {
+        let Phase::Upgrading { vmm, was_paused, .. } = &self.record.life.phase else {
             return Err(Error::new(Code::Internal, "the server gets no other VMM"));
         };
         if self.process_at_hand(vmm)?.is_none() {
@@ -227,7 +227,7 @@ impl Doing {
         }
         // Asked first, because a machine that cannot be handed over is to be left in peace.
         let link = self.entry.link(limits::COMMAND).await?;
-        live::check_sends_paused(&link, &self.record)?;
+        live::check_sends_paused(&link, *was_paused)?;
         match link.ask_for(Command::Handles, &[], limits::COMMAND).await {
             Ok((Reply::Handles { disks: Some(_), .. }, _)) => {}
             Ok(_) => {

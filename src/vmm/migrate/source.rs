@@ -2,7 +2,6 @@
 //! end when the move does.
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::virtio::block::Disk;
@@ -18,13 +17,13 @@ use super::midway::Midway;
 use super::pack::Packer;
 use super::phase::{Event, Said};
 use super::ram::{self, Sum};
+use super::threads::Threads;
 use super::worker::{Job, Share, Worker};
 use super::{Error, Shared, Stream};
 use crate::bell::Bell;
 use crate::console::Console;
 use crate::limits::{BRAKE_EVERY_MS, GLANCE_EVERY_MS, THROTTLED_BYTES_MIN, THROTTLED_MS_MAX};
 use crate::snapshot;
-use crate::threads::{self, ThreadKind};
 use crate::vcpu::Brake;
 
 /// What of a machine a source needs.
@@ -44,7 +43,7 @@ pub(crate) struct Source {
     ram: Arc<Ram>,
     /// Streams of memory.
     count: usize,
-    threads: Vec<JoinHandle<()>>,
+    threads: Threads,
 }
 
 impl Source {
@@ -60,7 +59,7 @@ impl Source {
         let shared = Shared::new(Side::Source, is_held, limits, bell, copies(&streams)?, None);
         let count = streams.len().saturating_sub(disks.len());
         let memory_pages = ram::bytes(&ram) / marks::PAGE_BYTES;
-        let mut source = Source { shared, ram: Arc::clone(&ram), count, threads: Vec::new() };
+        let mut source = Source { shared, ram: Arc::clone(&ram), count, threads: Threads::default() };
         let log = log.map(Arc::new);
         let (told, results) = channel();
         let mut jobs = Vec::new();
@@ -83,7 +82,7 @@ impl Source {
                 work,
                 told: told.clone(),
             };
-            source.spawn(move || worker.run())?;
+            source.threads.start(move || worker.run())?;
         }
         let Some(first) = first else { return Err(Error::Streams { stream: 0 }) };
         let shared = Arc::clone(&source.shared);
@@ -105,18 +104,8 @@ impl Source {
             console_sent: None,
             standstill_ends: None,
         };
-        source.spawn(move || conductor.run())?;
+        source.threads.start(move || conductor.run())?;
         Ok(source)
-    }
-
-    fn spawn(&mut self, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-        let run = move || {
-            threads::enter(ThreadKind::Move);
-            run();
-        };
-        let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
-        self.threads.push(thread.map_err(|cause| Error::Host { doing: "start a thread", cause })?);
-        Ok(())
     }
 }
 
@@ -124,12 +113,12 @@ impl Source {
     /// Goes on over other streams, which have been opened, with what is still owed.
     pub(crate) fn resume(&mut self, streams: Vec<Stream>) -> Result<(), Error> {
         self.shared.shut();
-        self.join();
+        self.threads.join();
         self.shared.relink(copies(&streams)?);
         for (index, mut stream) in streams.into_iter().enumerate() {
             let mut answers = Answers::new(&self.shared, &self.ram, index, self.count);
             let shared = Arc::clone(&self.shared);
-            self.spawn(move || {
+            self.threads.start(move || {
                 let ended = match index {
                     0 => see_out(&mut answers, &mut stream),
                     _ => answers.all(&mut stream),
@@ -146,13 +135,6 @@ impl Source {
     pub(crate) fn count(&self) -> usize {
         self.count
     }
-
-    fn join(&mut self) {
-        for thread in self.threads.drain(..) {
-            // A panic has aborted the process before it could get here.
-            let _ = thread.join();
-        }
-    }
 }
 
 /// Another of each.
@@ -165,7 +147,7 @@ impl Drop for Source {
     fn drop(&mut self) {
         self.shared.give(Event::Failed);
         self.shared.shut();
-        self.join();
+        self.threads.join();
     }
 }
 

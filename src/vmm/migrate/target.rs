@@ -5,7 +5,6 @@ use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
 
 use devices::virtio::block::Disk;
 use memory::Ram;
@@ -18,11 +17,11 @@ use super::gather::Gather;
 use super::pack::Unpacker;
 use super::phase::{Event, Said};
 use super::source::copies;
+use super::threads::Threads;
 use super::{Error, Shared, Stream, disk, ram};
 use crate::bell::Bell;
 use crate::console::Console;
 use crate::snapshot::{self, Contents};
-use crate::threads::{self, ThreadKind};
 
 /// A target from its begin on. Dropped, its streams are shut and its threads waited for.
 pub(crate) struct Target {
@@ -32,9 +31,9 @@ pub(crate) struct Target {
     /// Streams of memory.
     count: usize,
     gather: Option<Arc<Gather>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Threads,
     /// Serves whoever touches what is owed.
-    server: Option<JoinHandle<()>>,
+    server: Threads,
 }
 
 impl Target {
@@ -62,12 +61,12 @@ impl Target {
             console: Arc::clone(console),
             count,
             gather,
-            threads: Vec::new(),
-            server: None,
+            threads: Threads::default(),
+            server: Threads::default(),
         };
         if let Some(gather) = &target.gather {
             let gather = Arc::clone(gather);
-            target.server = Some(spawn(move || gather.serve())?);
+            target.server.start(move || gather.serve())?;
         }
         let others_count = streams.len().saturating_sub(1);
         let mut disks = disks.into_iter();
@@ -77,7 +76,7 @@ impl Target {
             let listener = target.listener(stream, index, handed, (others_count, &told));
             let disk = if index < count { None } else { disks.next() };
             let others = others.take();
-            target.threads.push(spawn(move || listener.run(others, disk))?);
+            target.threads.start(move || listener.run(others, disk))?;
         }
         Ok(target)
     }
@@ -107,12 +106,12 @@ impl Target {
     /// Goes on over other streams with what is still owed.
     pub(crate) fn resume(&mut self, streams: Vec<Stream>) -> Result<(), Error> {
         self.shared.shut();
-        self.join();
+        self.threads.join();
         self.shared.relink(copies(&streams)?);
         let (told, _) = channel();
         for (index, stream) in streams.into_iter().enumerate() {
             let listener = self.listener(stream, index, None, (0, &told));
-            self.threads.push(spawn(move || listener.resume())?);
+            self.threads.start(move || listener.resume())?;
         }
         Ok(())
     }
@@ -121,33 +120,17 @@ impl Target {
     pub(crate) fn count(&self) -> usize {
         self.count
     }
-
-    fn join(&mut self) {
-        for thread in self.threads.drain(..) {
-            // A panic has aborted the process before it could get here.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn spawn(run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
-    let run = move || {
-        threads::enter(ThreadKind::Move);
-        run();
-    };
-    let thread = std::thread::Builder::new().name("move".to_owned()).spawn(run);
-    thread.map_err(|cause| Error::Host { doing: "start a thread", cause })
 }
 
 impl Drop for Target {
     fn drop(&mut self) {
         self.shared.give(Event::Failed);
         self.shared.shut();
-        self.join();
+        self.threads.join();
         if let Some(owed) = &self.shared.owed {
             owed.end();
         }
-        let _ = self.server.take().map(JoinHandle::join);
+        self.server.join();
     }
 }
 

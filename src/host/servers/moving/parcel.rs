@@ -237,13 +237,11 @@ impl Packed {
         let booted_ms = self.started_at.filter(|_| is_live).map(|at| at.unix_ms());
         let goes_on = is_live || self.saved.is_some();
         let (memory_bytes, vcpus) = if is_live { (self.memory_bytes, self.vcpus) } else { (0, 0) };
-        let held = Held {
-            memory_bytes,
-            vcpus,
-            cpu: is_live.then(|| self.cpu.clone()),
-            tsc_khz: shown.tsc_khz,
-            features: goes_on.then(|| shown.features.clone()).filter(|features| !features.is_empty()),
-        };
+        let cpu = is_live.then(|| self.cpu.clone());
+        let mut held = Held { memory_bytes, vcpus, cpu, ..Held::default() };
+        if goes_on {
+            held.go_on_with(shown);
+        }
         let (mut disks, mut volumes) = (Vec::new(), Vec::new());
         for PackedDisk { volume, cache, limits } in self.disks {
             disks.push(Disk { volume_id: volume.id, cache, limits });

@@ -194,26 +194,39 @@ impl Checkpoint for StrikeAt {
     }
 }
 
-/// One upgrade with one strike. Answers whether it was struck, and whether the machine lived.
-async fn survives(number: u32, victims: (bool, bool), death: Option<Death>) -> (bool, bool) {
+/// One upgrade of a server in this state with one strike. Answers whether it was struck, and whether the machine lived.
+async fn survives(
+    state: ServerState,
+    number: u32,
+    victims: (bool, bool),
+    death: Option<Death>,
+) -> (bool, bool) {
     let stage = Stage::new();
     let host = stage.open_with_image().await;
     let mut spec = server("web1");
     spec.restart_policy = RestartPolicy::Always;
     let id = created(&host, spec).await.id;
+    if state == ServerState::Paused {
+        let done = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap();
+        succeeded(&host, done.body.operation.id).await;
+    }
     survives_of(&stage, host, id, number, victims, death).await
 }
 
-/// The same of one whose machine is paused: wherever it goes on, it waits there.
-async fn survives_paused(number: u32, victims: (bool, bool), death: Option<Death>) -> (bool, bool) {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let mut spec = server("web1");
-    spec.restart_policy = RestartPolicy::Always;
-    let id = created(&host, spec).await.id;
-    let done = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap();
-    succeeded(&host, done.body.operation.id).await;
-    survives_of(&stage, host, id, number, victims, death).await
+/// Strikes these at every point. Answers how many points there are, and at how many the machine lived.
+async fn sweep(state: ServerState, victims: (bool, bool)) -> (u32, u32) {
+    let (mut number, mut lived_count) = (1, 0);
+    loop {
+        let (struck, lived) = survives(state, number, victims, None).await;
+        lived_count += u32::from(lived);
+        if !struck {
+            break;
+        }
+        number += 1;
+    }
+    println!("{state:?}, {victims:?}: {} points, the machine lived at {lived_count}", number - 1);
+    assert!(number > 10, "only {number} points");
+    (number - 1, lived_count)
 }
 
 /// The same of a server that is there, the only one.
@@ -280,30 +293,21 @@ pub(super) async fn survives_of(
 
 #[tokio::test]
 async fn wherever_the_daemon_dies_the_machine_lives_in_one_vmm() {
-    let mut number = 1;
-    while survives(number, (false, false), None).await.0 {
-        number += 1;
-    }
-    println!("the daemon died at {} points", number - 1);
-    assert!(number > 10, "only {number} points");
+    let (points, lived_count) = sweep(ServerState::Running, (false, false)).await;
+    assert_eq!(lived_count, points + 1, "and once when nobody dies");
 }
 
 #[tokio::test]
 async fn wherever_the_daemon_or_a_vmm_dies_one_that_is_paused_stays_so() {
-    for victims in [(false, false), (true, false), (false, true)] {
-        let (mut number, mut lived_count) = (1, 0);
-        loop {
-            let (struck, lived) = survives_paused(number, victims, None).await;
-            lived_count += u32::from(lived);
-            if !struck {
-                break;
-            }
-            number += 1;
-        }
-        assert!(number > 10 && lived_count > 3, "{victims:?}: {number} points, it lived at {lived_count}");
+    let (points, lived_count) = sweep(ServerState::Paused, (false, false)).await;
+    assert_eq!(lived_count, points + 1, "and once when nobody dies");
+    for victims in [(true, false), (false, true)] {
+        let (_, lived_count) = sweep(ServerState::Paused, victims).await;
+        assert!(lived_count > 3, "{victims:?}: it lived at {lived_count} only");
     }
     for (side, phase) in [(Side::Source, Phase::Commit), (Side::Target, Phase::Ready)] {
-        let (_, lived) = survives_paused(u32::MAX, (true, true), Some((side, phase, false))).await;
+        let death = Some((side, phase, false));
+        let (_, lived) = survives(ServerState::Paused, u32::MAX, (true, true), death).await;
         assert!(lived, "{side:?} dead at {phase:?}");
     }
 }
@@ -311,19 +315,9 @@ async fn wherever_the_daemon_or_a_vmm_dies_one_that_is_paused_stays_so() {
 #[tokio::test]
 async fn wherever_a_vmm_dies_there_is_one_machine() {
     for victims in [(true, false), (false, true), (true, true)] {
-        let (mut number, mut lived_count) = (1, 0);
-        loop {
-            let (struck, lived) = survives(number, victims, None).await;
-            lived_count += u32::from(lived);
-            if !struck {
-                break;
-            }
-            number += 1;
-        }
-        println!("{victims:?}: {} points, the machine lived at {lived_count}", number - 1);
+        let (_, lived_count) = sweep(ServerState::Running, victims).await;
         // Whoever dies alone takes the machine along only while it has it.
         assert!(lived_count > 3 || victims == (true, true), "{victims:?}: it lived at {lived_count} only");
-        assert!(number > 10, "only {number} points");
     }
 }
 
@@ -343,7 +337,7 @@ async fn a_vmm_that_dies_in_any_phase_costs_the_machine_only_if_it_had_it() {
         ((Side::Target, Phase::Moved, false), false),
         ((Side::Target, Phase::Moved, true), false),
     ] {
-        let (_, lived) = survives(u32::MAX, (true, true), Some(death)).await;
+        let (_, lived) = survives(ServerState::Running, u32::MAX, (true, true), Some(death)).await;
         assert_eq!(lived, lives, "{death:?}");
     }
 }
@@ -355,7 +349,8 @@ async fn a_vmm_and_the_daemon_that_die_leave_one_machine() {
     for side in [Side::Source, Side::Target] {
         for phase in phases {
             for number in 3..9 {
-                let _ = survives(number, (false, false), Some((side, phase, false))).await;
+                let _ =
+                    survives(ServerState::Running, number, (false, false), Some((side, phase, false))).await;
             }
         }
     }
