@@ -54,6 +54,10 @@ pub struct Snapshot {
     /// Why one that was to be incremental is full.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_because: Option<FullReason>,
+    /// Memory that the first server that was cloned from it had used after two seconds, in bytes: for the next ones that is read
+    /// ahead. Absent until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set_bytes: Option<u64>,
     /// The moment it shows; absent while it is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub taken_at: Option<Time>,

@@ -1,9 +1,10 @@
 //! `clone`: how long a machine that was saved takes to go on, by the size of its memory; how long a hundred servers take that
-//! go on from one snapshot, and what each holds of its own.
+//! go on from one snapshot, and what each holds of its own; what reading ahead is worth to one whose memory is in no cache.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde_json::{Value, json};
 use wire::control::Command;
 use wire::saved::form;
@@ -30,6 +31,10 @@ const TOLD: &str = "changed=600000 halt";
 
 /// What the guest says before it waits.
 const WAITING: &str = "changed waiting";
+
+/// What guests use that are cloned with nothing in the page cache: 64 MiB in two places.
+const USED: &str = "mem=32";
+const TOLD_USED: &str = "changed=600000 mem=32 halt";
 
 /// Memory of the servers that are cloned, in bytes.
 const MEMORY_BYTES: u64 = 512 << 20;
@@ -61,6 +66,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     );
     report.bar(&format!("restore_ms through the API {took:.2}, at most 5"), took <= 5.0);
     hundred(ground, report);
+    from_the_disk(ground, report);
 }
 
 /// Milliseconds from the exec of a VMM to the first line of its guest, whose memory lies in so many files.
@@ -161,6 +167,47 @@ fn hundred(ground: &Ground, report: &mut Report) {
     report.add(series("cgroup_kb", "kB"), &charged_kb);
     let kb = report.add(series("private_dirty_kb", "kB"), &dirty_kb);
     report.bar(&format!("private dirty of a clone {kb:.0} kB, at most {DIRTY_KB_MAX}"), kb <= DIRTY_KB_MAX);
+}
+
+/// Milliseconds from the request for one clone until its guest has written all over [`USED`], when nothing of the snapshot's memory
+/// is in the page cache: with what the first clone used read ahead, and without.
+fn from_the_disk(ground: &Ground, report: &mut Report) {
+    let host = Host::start_with(ground, WARM_SHELLS);
+    let mut client = host.local();
+    let snapshot = snapshot(&host, ground, 128 << 20, (&format!("{USED} {TOLD_USED}"), WAITING));
+    let directory = host.snapshot(&snapshot);
+    let (list, hidden) = (directory.join("machine.used"), directory.join("hidden"));
+    let memory = File::open(directory.join("machine.memory")).expect("its memory");
+    let mut number = 0;
+    let mut one = |client: &mut Local, before_the_end: &mut dyn FnMut(&mut Local)| {
+        memory.sync_all().expect("written pages");
+        posix_fadvise(&memory, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).expect("an empty cache");
+        std::thread::sleep(IDLE);
+        number += 1;
+        let begun = Instant::now();
+        let server = clones(client, &snapshot, &format!("cold-{number}"), 1).remove(0);
+        while !host.console(&server).contains("mem ok") {
+            std::thread::sleep(NOT_BEFORE);
+        }
+        let took = begun.elapsed().as_secs_f64() * 1e3;
+        before_the_end(client);
+        client.call("DELETE", &format!("/v1/servers/{server}"), WAIT, None);
+        took
+    };
+    one(&mut client, &mut |client| {
+        let path = format!("/v1/snapshots/{snapshot}");
+        while client.call("GET", &path, None, None)["working_set_bytes"].is_null() {
+            std::thread::sleep(IDLE);
+        }
+    });
+    let samples = ground.samples(15, 1);
+    let mut nothing = |_: &mut Local| {};
+    let ahead: Vec<f64> = (0..samples).map(|_| one(&mut client, &mut nothing)).collect();
+    std::fs::rename(&list, &hidden).expect("the list");
+    let without: Vec<f64> = (0..samples).map(|_| one(&mut client, &mut nothing)).collect();
+    for (case, took) in [("64 MiB used, read ahead", ahead), ("64 MiB used, not read ahead", without)] {
+        report.add(Series { bench: "cold_ms", case, who: "toft", unit: "ms" }, &took);
+    }
 }
 
 fn series<'a>(bench: &'a str, unit: &'a str) -> Series<'a> {

@@ -205,6 +205,11 @@ impl Host {
         self.base.path().join("state/servers").join(id).join("console.ring")
     }
 
+    /// Where the files of a snapshot lie.
+    pub(crate) fn snapshot(&self, id: &str) -> PathBuf {
+        self.base.path().join("state/snapshots").join(id)
+    }
+
     fn log(&self) -> PathBuf {
         self.base.path().join("toftd.log")
     }

@@ -1,9 +1,14 @@
 //! Servers that go on from the memory of another, with the real daemon and VMM: each has what that one had at one moment,
 //! in memory and on its disk, nobody sees what another writes, and what nobody has written is there once.
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::IoSliceMut;
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use hyper::Method;
+use rustix::fs::{Advice, SeekFrom, fadvise};
+use rustix::io::{ReadWriteFlags, preadv2};
 use serde_json::{Value, json};
 
 use crate::api::text;
@@ -110,4 +115,82 @@ async fn many_from_one() {
 #[test]
 fn clones_share_a_moment_and_nothing_after_it() {
     inside("clones::clones_share_a_moment_and_nothing_after_it", many_from_one());
+}
+
+/// Memory that its guest has written and will not look at again.
+const WRITTEN_BYTES: u64 = 8 << 20;
+
+/// Whether a page of a file can be read without the disk. To look brings it in: each can be looked at once.
+fn is_cached(file: &File, at: u64) -> bool {
+    preadv2(file, &mut [IoSliceMut::new(&mut [0])], at, ReadWriteFlags::NOWAIT).is_ok()
+}
+
+async fn what_was_used() {
+    let stage = Stage::new();
+    stage.open_well().await;
+    stage.import_another(IMAGE, "mem=8 ledger=20").await;
+    let spec = json!({ "name": "web1", "image": IMAGE, "memory_bytes": MEMORY_BYTES });
+    let accepted = stage.call(Method::POST, "/v1/servers", "make", Some(spec)).await;
+    stage.succeeded(&accepted.operation()).await.unwrap();
+    let first = text(&accepted.body["resource"]["id"]);
+    reaches(&stage, &first, 5, 5).await;
+    act(&stage, &first, "snapshot", "take", json!({ "name": "then", "memory": true })).await;
+    let snapshot = async || stage.api().get("/v1/snapshots?name=then").await["items"][0].clone();
+    let id = text(&snapshot().await["id"]);
+    assert_eq!(snapshot().await["working_set_bytes"], Value::Null, "nobody has gone on from it");
+
+    let path = format!("/v1/snapshots/{id}/actions/clone");
+    let clone = async |name: &str| {
+        let answer = stage.call(Method::POST, &path, name, Some(json!({ "name": name, "count": 1 }))).await;
+        stage.succeeded(&answer.operation()).await.unwrap();
+        stage.knows(&text(&answer.body["items"][0]["server_id"]));
+    };
+    clone("one").await;
+    let known = async || snapshot().await["working_set_bytes"].as_u64();
+    let used_bytes = wait_for("what the first clone used", known).await.unwrap();
+    println!("a clone has used {used_bytes} bytes");
+    assert!((4096..WRITTEN_BYTES / 2).contains(&used_bytes), "{used_bytes}");
+
+    // Whether what the list says was read ahead for the next one is seen by pages that no clone looks at by itself.
+    let directory = stage.scratch("state/snapshots").join(&id);
+    let memory = File::open(directory.join("machine.memory")).expect("its memory");
+    memory.sync_all().expect("written pages");
+    fadvise(&memory, 0, None, Advice::Random).expect("a file that is read page by page");
+    // What is being read is not forgotten, so that is waited for.
+    let forget = |looked_at: &[u64]| {
+        looked_at.iter().for_each(|at| memory.read_exact_at(&mut [0], *at).expect("a page"));
+        fadvise(&memory, 0, None, Advice::DontNeed).expect("a cache to be emptied");
+    };
+    let holds_data = |at: &u64| rustix::fs::seek(&memory, SeekFrom::Data(*at)).is_ok_and(|data| data == *at);
+    let pages = (0..MEMORY_BYTES).step_by(4096).filter(holds_data);
+    forget(&[]);
+    let cold: Vec<u64> = pages.filter(|at| !is_cached(&memory, *at)).collect();
+    assert!(cold.len() as u64 * 4096 >= WRITTEN_BYTES / 2, "only {} pages are out of the cache", cold.len());
+
+    forget(&cold);
+    clone("two").await;
+    let read = cold.iter().filter(|at| is_cached(&memory, **at)).count();
+    assert!(read * 10 < cold.len(), "{read} of {} pages that nobody used were read", cold.len());
+
+    let list = json!({ "runs": [[0, MEMORY_BYTES]] });
+    std::fs::write(directory.join("machine.used"), list.to_string()).expect("a list of everything");
+    forget(&cold);
+    clone("three").await;
+    let mut unseen = cold.iter();
+    let last_come = async || unseen.next_back().filter(|at| is_cached(&memory, **at));
+    wait_for("memory that is read ahead", last_come).await.unwrap();
+    // Every other page is waited for; what was asked for with it is there, too, then.
+    unseen.clone().step_by(2).for_each(|at| memory.read_exact_at(&mut [0], *at).expect("a page"));
+    let (read, seen) = (
+        unseen.clone().skip(1).step_by(2).filter(|at| is_cached(&memory, **at)).count(),
+        unseen.skip(1).step_by(2).count(),
+    );
+    assert!(read * 10 > seen * 9, "{read} of {seen} pages were read ahead");
+    assert_eq!(known().await, Some(used_bytes), "it is found out once");
+    stage.close().await;
+}
+
+#[test]
+fn what_the_first_clone_has_used_is_read_ahead_for_the_next() {
+    inside("clones::what_the_first_clone_has_used_is_read_ahead_for_the_next", what_was_used());
 }

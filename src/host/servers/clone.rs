@@ -37,6 +37,9 @@ impl Servers {
             all(tx, &workshop, &found, &spec, &conditions.actor)
         };
         let answer = self.workshop().core.mutate(call, make).await?;
+        if !answer.replayed {
+            self.workshop().snapshots.read_ahead(id);
+        }
         Ok(self.made(answer))
     }
 

@@ -435,6 +435,9 @@ impl Doing {
             let directory = self.workshop.core.dirs.server(self.record.id);
             blocking(move || saved::discard(&directory)).await?;
             self.workshop.core.checkpoint("server.saved_discarded")?;
+            if let (true, Some(of), Some(machine)) = (is_new, self.record.life.shares, self.entry.machine()) {
+                self.workshop.snapshots.observe(of, machine.process);
+            }
             // Whatever else is done, it ends a start from what was saved.
             if self.record.life.job.is_some_and(|job| job.kind != JobKind::Resume) {
                 self.replenish_shells().await;

@@ -120,6 +120,7 @@ pub(super) fn describe(
         parent_id: base.and_then(std::result::Result::ok),
         inherited_bytes: 0,
         full_because: base.and_then(std::result::Result::err),
+        working_set_bytes: None,
         taken_at: None,
         paused_ms: None,
         expires_at: spec.expires_at,

@@ -128,6 +128,7 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         parent_id: None,
         inherited_bytes: 0,
         full_because: None,
+        working_set_bytes: None,
         taken_at: None,
         paused_ms: None,
         expires_at: None,

@@ -36,3 +36,19 @@ pub const EXPORT_PIECES_MAX: usize = 4;
 
 /// Longest silence of whoever reads an export.
 pub const EXPORT_SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// After how long what a machine has used of a snapshot's memory is looked at: a guest that was woken has answered by then,
+/// and does what it does.
+pub const USED_AFTER: Duration = Duration::from_secs(2);
+
+/// Room between what was used that is read along with it: as much as the kernel maps around a page that is read.
+pub const USED_GAP_BYTES: u64 = 64 << 10;
+
+/// Most runs of what was used that are kept; more are joined over wider gaps.
+pub const USED_RUNS_MAX: usize = 4096;
+
+/// Longest list of them in bytes: each is two numbers of up to twenty digits.
+pub const USED_BYTES_MAX: u64 = 48 * USED_RUNS_MAX as u64;
+
+/// Bytes that the kernel is asked to read ahead at once: what it does for a reader by itself, unless told otherwise.
+pub const AHEAD_PIECE_BYTES: u64 = 128 << 10;

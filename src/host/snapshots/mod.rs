@@ -24,6 +24,7 @@ use crate::store::Tx;
 use crate::store::records;
 use crate::volumes::files;
 
+mod ahead;
 mod bundle;
 pub(crate) mod chain;
 mod export;
@@ -53,6 +54,8 @@ pub struct Snapshots {
     memory_bytes: u64,
     /// Held by who takes away what nobody needs.
     sweeping: Arc<tokio::sync::Mutex<()>>,
+    /// Those of which a machine is being looked at.
+    observed: Arc<Mutex<BTreeSet<SnapshotId>>>,
 }
 
 /// The task that deletes what has expired.
@@ -80,6 +83,7 @@ impl Snapshots {
             ends: watch::Sender::new(()),
             memory_bytes,
             sweeping: Arc::default(),
+            observed: Arc::default(),
         }
     }
 

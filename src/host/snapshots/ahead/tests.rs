@@ -1,0 +1,120 @@
+use std::io::IoSliceMut;
+use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use wire::saved::lower::{Lower, Run};
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+/// A file of so many bytes of which nothing is in the cache, and which is read page by page.
+fn cold(directory: &Path, name: &str, bytes: u64) -> File {
+    let path = directory.join(name);
+    std::fs::write(&path, vec![1; bytes as usize]).unwrap();
+    let file = File::open(&path).unwrap();
+    file.sync_all().unwrap();
+    fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+    fadvise(&file, 0, None, Advice::Random).unwrap();
+    file
+}
+
+/// Whether a page is there to be read without the disk. To look brings it in: each can be looked at once.
+fn is_cached(file: &File, offset: u64) -> bool {
+    match preadv2(file, &mut [IoSliceMut::new(&mut [0])], offset, ReadWriteFlags::NOWAIT) {
+        Ok(_) => true,
+        Err(Errno::AGAIN) => false,
+        Err(cause) => panic!("{cause}"),
+    }
+}
+
+#[test]
+fn what_was_used_is_read_from_whichever_file_it_lies_in_and_nothing_else() {
+    // Beside the test's program, which lies on a disk: what lies in memory cannot be out of the cache.
+    let directory = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let (mine, theirs) = (cold(directory.path(), "own", 16 * MIB), cold(directory.path(), "below", 16 * MIB));
+    let lower =
+        Lower { bytes: 16 * MIB, files: 1, runs: vec![Run { offset: 8 * MIB, bytes: 4 * MIB, file: 0 }] };
+    let again = |name: &str| File::open(directory.path().join(name)).unwrap();
+    let layers = Layers::new(again("own"), lower, vec![again("below")]).unwrap();
+    // The last ends beyond the file, as only a damaged list could say.
+    let used = Used { runs: vec![(0, 2 * MIB), (7 * MIB, 2 * MIB), (15 * MIB, u64::MAX)] };
+    read_ahead(&layers, &used).unwrap();
+    for (file, at, wanted) in [
+        (&mine, 0, true),
+        (&mine, 1, true),
+        (&mine, 4, false),
+        (&mine, 7, true),
+        (&mine, 8, false),
+        (&mine, 13, false),
+        (&mine, 15, true),
+        (&theirs, 7, false),
+        (&theirs, 8, true),
+        (&theirs, 10, false),
+    ] {
+        // Every other page is waited for, as nobody has yet; what was asked for with it is there, too, then.
+        for page in (at * MIB..(at + 1) * MIB).step_by(8192) {
+            file.read_exact_at(&mut [0], page).unwrap();
+        }
+        let pages = (at * MIB..(at + 1) * MIB).step_by(8192).map(|page| page + 4096);
+        let cached = pages.filter(|page| is_cached(file, *page)).count();
+        assert!(
+            if wanted { cached > 120 } else { cached < 8 },
+            "{cached} of 128 pages of MiB {at} of {file:?}"
+        );
+    }
+}
+
+#[test]
+fn what_was_used_is_a_bounded_list_of_runs() {
+    let page = |index: u64| index * 4096..(index + 1) * 4096;
+    // Sixteen pages in between are read along, more are not.
+    let used = Used::of(vec![page(100), page(0), page(1), page(18), page(60)]);
+    assert_eq!(used.runs, [(0, 19 * 4096), (60 * 4096, 4096), (100 * 4096, 4096)]);
+    assert_eq!(used.bytes(), 21 * 4096);
+
+    let scattered = (0..3 * USED_RUNS_MAX as u64).map(|index| page(index * 20)).collect();
+    let used = Used::of(scattered);
+    assert!((1..=USED_RUNS_MAX).contains(&used.runs.len()), "{}", used.runs.len());
+    assert_eq!(used.bytes(), ((3 * USED_RUNS_MAX as u64 - 1) * 20 + 1) * 4096, "something was left out");
+
+    let longest = Used { runs: vec![(u64::MAX, u64::MAX); USED_RUNS_MAX] };
+    let bytes = serde_json::to_vec(&longest).unwrap();
+    assert!(bytes.len() as u64 <= USED_BYTES_MAX, "{}", bytes.len());
+}
+
+#[test]
+fn a_damaged_list_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let dirs = Dirs::prepare(directory.path()).unwrap();
+    let id = SnapshotId::new();
+    std::fs::create_dir_all(dirs.snapshot(id)).unwrap();
+    assert_eq!(Used::read(&dirs, id).unwrap_err().kind(), io::ErrorKind::NotFound);
+    let used = Used::of(vec![0..4096, 5 * MIB..6 * MIB]);
+    used.write(&dirs.snapshot(id)).unwrap();
+    assert_eq!(Used::read(&dirs, id).unwrap(), used);
+    let path = dirs.snapshot(id).join(USED);
+    let whole = std::fs::read(&path).unwrap();
+    for bad in [&whole[..whole.len() - 1], b"", b"{\"runs\":[[1]]}", b"{\"runs\":[[-1,1]]}", &[b' '; 1 << 20]]
+    {
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).truncate(true).mode(0o600);
+        std::io::Write::write_all(&mut options.open(&path).unwrap(), bad).unwrap();
+        assert_eq!(Used::read(&dirs, id).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}
+
+#[test]
+fn a_line_of_a_process_s_mappings_is_taken_apart() {
+    let line = "7f0a40000000-7f0a48000000 rw-p 00200000 fe:00 131                        /state/snapshots/x/machine.memory";
+    let found = Mapping::parse(line).unwrap();
+    assert_eq!(found.name, "7f0a40000000-7f0a48000000");
+    assert_eq!(
+        (found.addresses, found.offset, found.inode),
+        (0x7f0a_4000_0000..0x7f0a_4800_0000, 2 * MIB, 131)
+    );
+    for none in ["", "x", "1-2", "1-2 rw-p 0 0:0 0", "1-2 rw-p 0 0:0 x", "1 rw-p 0 0:0 5", "1-2 rw-p z 0:0 5"]
+    {
+        assert!(Mapping::parse(none).is_none(), "{none}");
+    }
+}
