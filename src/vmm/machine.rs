@@ -76,6 +76,8 @@ enum Run {
         clock_ns: u64,
         /// When that was.
         since: Instant,
+        /// Whether the time since then is the guest's.
+        clock: Clock,
     },
 }
 
@@ -177,7 +179,7 @@ impl Machine {
             what: "the sandbox".to_owned(),
             cause: io::Error::other(error),
         })?;
-        let run = Run::Paused { clock_ns: 0, since: Instant::now() };
+        let run = Run::Paused { clock_ns: 0, since: Instant::now(), clock: Clock::Continue };
         Ok(Machine {
             plan,
             console,
@@ -234,7 +236,7 @@ impl Machine {
         self.cancel_settle();
         if let Some(mut parts) = self.parts.take() {
             self.lasting.count_run(&self.run);
-            self.run = Run::Paused { clock_ns: 0, since: Instant::now() };
+            self.run = Run::Paused { clock_ns: 0, since: Instant::now(), clock: Clock::Continue };
             parts.crew.leave();
             self.lasting.count_vcpus(&parts.crew);
             parts.root.stop();
@@ -255,14 +257,19 @@ impl Machine {
     }
 
     /// Stops vCPUs, then drains devices. When that fails, the machine runs on. A save that waits for this moment has
-    /// it then; when that fails, the save tells.
-    pub(crate) fn pause(&mut self) -> Result<(), Error> {
+    /// it then; when that fails, the save tells. A pause that somebody asked for is none of the guest's time, of one that is
+    /// parked already what is left of it.
+    pub(crate) fn pause(&mut self, clock: Clock) -> Result<(), Error> {
         self.check_not_moving()?;
         self.park()?;
+        if let (Clock::Continue, Some(clock_ns)) = (clock, self.stopped_ns()) {
+            self.run = Run::Paused { clock_ns, since: Instant::now(), clock };
+        }
         let _ = self.take_moment();
         Ok(())
     }
 
+    /// The same for ourselves: the time passes for the guest, which would fall behind a little more each time.
     fn park(&mut self) -> Result<(), Error> {
         if self.is_paused() {
             return Ok(());
@@ -277,7 +284,7 @@ impl Machine {
         match drained {
             Ok(clock_ns) => {
                 self.lasting.count_run(&self.run);
-                self.run = Run::Paused { clock_ns, since };
+                self.run = Run::Paused { clock_ns, since, clock: Clock::Advance };
                 Ok(())
             }
             Err(error) => {
@@ -287,26 +294,30 @@ impl Machine {
         }
     }
 
-    /// Lets devices and then vCPUs go on. The guest's clock goes on from where it stopped: a thread that is
-    /// parked waits for no CPU, so none of the pause is stolen time either.
-    pub(crate) fn resume(&mut self) -> Result<(), Error> {
-        self.check_not_moving()?;
-        self.go_on(Clock::Continue)
+    /// What the clock of a guest that stands still would show now, if it went on. Nothing while it runs.
+    fn stopped_ns(&self) -> Option<u64> {
+        match self.run {
+            Run::Running { .. } => None,
+            Run::Paused { clock_ns, clock: Clock::Continue, .. } => Some(clock_ns),
+            Run::Paused { clock_ns, since, clock: Clock::Advance } => {
+                Some(clock_ns.saturating_add(nanoseconds(since.elapsed())))
+            }
+        }
     }
 
-    /// The guest's clock takes no notice of a pause that somebody asked for. A standstill that nobody wanted has passed for the
-    /// guest, too: it would fall behind a little more with each.
-    fn go_on(&mut self, clock: Clock) -> Result<(), Error> {
-        let Run::Paused { clock_ns, since } = self.run else { return Ok(()) };
+    /// Lets devices and then vCPUs go on. A thread that is parked waits for no CPU, so none of the time is stolen either.
+    pub(crate) fn resume(&mut self) -> Result<(), Error> {
+        self.check_not_moving()?;
+        self.go_on()
+    }
+
+    fn go_on(&mut self) -> Result<(), Error> {
+        let Some(clock_ns) = self.stopped_ns() else { return Ok(()) };
         if self.save.as_ref().is_some_and(Save::needs_stillness) {
             return Err(Error::State("memory is being saved; wait for the end of that, or cancel it"));
         }
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
-        let passed_ns = match clock {
-            Clock::Continue => 0,
-            Clock::Advance => nanoseconds(since.elapsed()),
-        };
-        parts.vm.set_clock_ns(clock_ns.saturating_add(passed_ns))?;
+        parts.vm.set_clock_ns(clock_ns)?;
         parts.root.resume();
         parts.crew.open();
         self.run = Run::Running { since: Instant::now() };

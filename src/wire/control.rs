@@ -9,7 +9,7 @@ use crate::settling::MemoryStatus;
 use crate::will::Reason;
 
 /// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// From which version on a [`Command::Save`] can have a base.
 pub const PROTOCOL_OF_BASES: u32 = 2;
@@ -19,6 +19,9 @@ pub const PROTOCOL_SETTLES: u32 = 3;
 
 /// From which version on a machine can be sent that is paused.
 pub const PROTOCOL_SENDS_PAUSED: u32 = 4;
+
+/// The first version with [`Command::Park`].
+pub const PROTOCOL_PARKS: u32 = 5;
 
 /// One command with the number its reply will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +105,9 @@ pub enum Command {
     },
     /// Stop the vCPUs and drain the devices; answered when no I/O is in flight. Repeatable.
     Pause,
+    /// As [`Command::Pause`], for whoever has something to do that nobody notices: when the machine goes on, the time has passed for
+    /// its guest, too. One that is paused stays as it is. Repeatable.
+    Park,
     /// Let the vCPUs run again. Repeatable.
     Resume,
     /// Press the ACPI power button once.

@@ -115,6 +115,43 @@ fn a_template_the_host_cannot_show_is_refused_by_name_or_boots() {
 }
 
 #[test]
+fn a_guest_clock_goes_on_while_it_is_parked_until_somebody_pauses_it() {
+    let mut vmm = Vmm::boot(probe("ticks=1000 clock"));
+    vmm.wait_for_console("tick 3 ");
+    let stand = |vmm: &mut Vmm, command: Command| {
+        vmm.command(command).unwrap();
+        let (before, began) = (vmm.stats(), std::time::Instant::now());
+        while began.elapsed() < std::time::Duration::from_secs(1) {
+            assert_eq!(vmm.stats().console_written, before.console_written);
+        }
+        began.elapsed().as_nanos() as u64
+    };
+    // One that is paused stays as it is when it is parked.
+    for (words, of_guest) in
+        [(&[Command::Park, Command::Pause][..], 1), (&[Command::Pause, Command::Park], 0)]
+    {
+        let stood: Vec<u64> = words.iter().map(|command| stand(&mut vmm, command.clone())).collect();
+        let told = vmm.console().matches("tick ").count();
+        vmm.command(Command::Resume).unwrap();
+        vmm.wait_for_times("tick ", told + 3);
+        let console = vmm.console();
+        let lines: Vec<&str> = console.split(" ns=").skip(told).collect();
+        let times = lines.iter().filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+        let times: Vec<u64> = times.collect();
+        let gap = times
+            .windows(2)
+            .map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards"))
+            .max()
+            .unwrap();
+        let least = if of_guest == 1 { stood[0] } else { 0 };
+        assert!(
+            gap >= least && gap < least + 900_000_000,
+            "{gap} ns passed for the guest, after {words:?} of {stood:?} ns"
+        );
+    }
+}
+
+#[test]
 fn a_guest_clock_does_not_live_through_a_pause() {
     let mut vmm = Vmm::boot(probe("ticks=1000 clock"));
     vmm.wait_for_console("tick 3 ");

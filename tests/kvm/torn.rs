@@ -453,8 +453,8 @@ fn cut(ways: &[Way]) {
     let found = sweep(ways, Fault::Cut);
     // Once the source has committed, and never before, it is the target's.
     for (way, word, when, owner) in found {
-        // What the target builds meanwhile waits for memory, or is there already.
-        let is_chance = (way, word, when) == (Way::Owed, "state", When::After);
+        // A target that has its memory may be built, and both may have said so, before the link is cut.
+        let is_chance = way != Way::Copied && (word, when) == ("state", When::After);
         let committed =
             matches!(word, "commit" | "released" | "whole") || (word, when) == ("ready", When::After);
         let expected = if committed { Owner::There } else { Owner::Here };

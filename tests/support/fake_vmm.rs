@@ -730,10 +730,10 @@ impl Running {
                 follows = ended;
                 begun
             }
-            Command::Pause if self.guest == Guest::CannotPause => {
+            Command::Pause | Command::Park if self.guest == Guest::CannotPause => {
                 Err(Fault { code: FaultCode::Timeout, detail: "disk0 did not drain".to_owned() })
             }
-            Command::Pause => {
+            Command::Pause | Command::Park => {
                 let turned = self.turn_to(MachineState::Paused);
                 if let Some(files) = self.armed.take() {
                     self.write_save(files);

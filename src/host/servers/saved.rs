@@ -42,7 +42,7 @@ impl Doing {
 
     async fn try_save(&self) -> Result<Saved> {
         let link = self.entry.link(limits::COMMAND).await?;
-        link.order(Command::Pause, limits::PAUSE).await?;
+        link.park(limits::PAUSE).await?;
         self.workshop.core.checkpoint("server.parked")?;
         // One that a daemon began that has died: its files are not ours.
         link.order(Command::CancelSave, limits::COMMAND).await?;

@@ -351,7 +351,7 @@ impl Doing {
     async fn park(&self, link: &Link) -> Result<(Instant, i64)> {
         self.check_wanted()?;
         let began = Instant::now();
-        link.order(Command::Pause, limits::PAUSE).await?;
+        link.park(limits::PAUSE).await?;
         let at_ms = Time::now().unix_ms();
         self.workshop.core.checkpoint("server.snapshot_parked")?;
         Ok((began, at_ms))

@@ -13,7 +13,9 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use wire::channel::Channel;
-use wire::control::{Command, Fault, MachineState, Message, Notice, PROTOCOL, Reply, Request, Sandbox};
+use wire::control::{
+    Command, Fault, MachineState, Message, Notice, PROTOCOL, PROTOCOL_PARKS, Reply, Request, Sandbox,
+};
 
 use super::watched::{Watched, watch};
 use crate::error::Error;
@@ -176,6 +178,13 @@ impl Link {
             Reply::Done => Ok(()),
             other => Err(AskError::Protocol(format!("a command was answered with {other:?}"))),
         }
+    }
+
+    /// Has the machine stand still for something that its guest does not notice. A VMM of before knows only a pause that somebody asked
+    /// for: its guest's clock falls behind by it.
+    pub async fn park(&self, timeout: Duration) -> std::result::Result<(), AskError> {
+        let parks = self.protocol() >= PROTOCOL_PARKS;
+        self.order(if parks { Command::Park } else { Command::Pause }, timeout).await
     }
 
     /// Whether the VMM has closed it.

@@ -7,7 +7,7 @@ use wire::control::{Command, Fault, FaultCode, MachineState, Notice, PROTOCOL, R
 use wire::limits::CONSOLE_INPUT_BYTES_MAX;
 use wire::machine::{MachineSpec, OnReset};
 use wire::migration::ReceiveSpec;
-use wire::saved::RestoreSpec;
+use wire::saved::{Clock, RestoreSpec};
 use wire::will::Reason;
 
 use super::Shell;
@@ -106,7 +106,8 @@ impl Shell {
                 checked.map_err(|error| fault(FaultCode::Invalid, error.to_string()))?;
                 self.machine()?.limit_move(limits).map(done).map_err(Fault::from)
             }
-            Command::Pause => self.machine()?.pause().map(done).map_err(Fault::from),
+            Command::Pause => self.machine()?.pause(Clock::Continue).map(done).map_err(Fault::from),
+            Command::Park => self.machine()?.pause(Clock::Advance).map(done).map_err(Fault::from),
             Command::Resume if self.is_unbegun => self.begin(),
             Command::Resume => self.machine()?.resume().map(done).map_err(Fault::from),
             Command::PressPowerButton => {

@@ -220,7 +220,7 @@ impl Machine {
             Effect::Pause => self.stop_for_move(&shared),
             Effect::Build => self.build_moved(host, &shared),
             Effect::Run | Effect::Resume if self.moves_paused() => Ok(()),
-            Effect::Run | Effect::Resume => self.go_on(Clock::Advance),
+            Effect::Run | Effect::Resume => self.go_on(),
             Effect::Drop => {
                 if let Some(Moving::Target { chassis, .. }) = &mut self.moving {
                     *chassis = None;
@@ -253,15 +253,7 @@ impl Machine {
         if self.bell.has_ending() {
             return Err(Error::State("the guest came to an end as it was to be stopped"));
         }
-        let mut contents = self.contents()?;
-        if let Run::Paused { since, .. } = self.run
-            && !self.moves_paused()
-        {
-            // To its wall clock belongs what the guest's clock would show now.
-            contents.machine.clock_ns =
-                contents.machine.clock_ns.saturating_add(nanoseconds(since.elapsed()));
-        }
-        shared.put(contents);
+        shared.put(self.contents()?);
         Ok(())
     }
 
@@ -277,15 +269,15 @@ impl Machine {
             caught_up.map_err(|cause| Error::File { field: "/machine/console/ring".to_owned(), cause })?;
         }
         let by_wall = wall_ns().saturating_sub(contents.machine.wall_ns);
-        let stood_still = match self.moves_paused() {
-            true => Duration::ZERO,
-            false => shared.stood_still(Duration::from_nanos(by_wall)),
+        let (clock, stood_still) = match self.moves_paused() {
+            true => (Clock::Continue, Duration::ZERO),
+            false => (Clock::Advance, shared.stood_still(Duration::from_nanos(by_wall))),
         };
         let since = Instant::now();
         let clock_ns = contents.machine.clock_ns.saturating_add(nanoseconds(stood_still));
         self.lasting.before = contents.counted.stats;
         self.begin(host, Origin::Saved { chassis, state: &contents.machine, clock_ns })?;
-        self.run = Run::Paused { clock_ns, since };
+        self.run = Run::Paused { clock_ns, since, clock };
         Ok(())
     }
 

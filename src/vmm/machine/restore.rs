@@ -74,7 +74,7 @@ impl Machine {
             parts.power.tell_generation();
             parts.functions.iter().for_each(|function| function.tell_new_owner());
         }
-        built.run = Run::Paused { clock_ns, since: Instant::now() };
+        built.run = Run::Paused { clock_ns, since: Instant::now(), clock };
         if then == Then::Run {
             built.resume()?;
         }

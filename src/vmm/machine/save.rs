@@ -13,9 +13,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use memory::guard::Guard;
 use wire::machine::{FdIndex, MachineSpec};
-use wire::saved::{Clock, Moment, SaveSpec, SaveStatus};
+use wire::saved::{Moment, SaveSpec, SaveStatus};
 
-use super::{Error, Machine, Run, nanoseconds};
+use super::{Error, Machine, nanoseconds};
 use crate::snapshot::{self, Contents, Counted, MachineState, Shape};
 
 mod job;
@@ -93,7 +93,7 @@ impl Machine {
         let began = Instant::now();
         self.park()?;
         let taken = self.take();
-        self.go_on(Clock::Advance)?;
+        self.go_on()?;
         if let Some(save) = &self.save {
             save.stood_still(began.elapsed());
         }
@@ -116,7 +116,8 @@ impl Machine {
 
     /// Everything but memory, of a machine that is paused.
     pub(super) fn contents(&self) -> Result<Contents, Error> {
-        let Run::Paused { clock_ns, .. } = self.run else { return Err(Error::State("the machine runs")) };
+        // To the wall clock belongs what the guest's clock would show now.
+        let clock_ns = self.stopped_ns().ok_or(Error::State("the machine runs"))?;
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         let functions = parts.functions.iter().map(|function| function.save());
         Ok(Contents {
