@@ -4,7 +4,7 @@
 //! read is left, and the machines go on without.
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -15,9 +15,12 @@ use model::SnapshotId;
 use model::snapshot::SnapshotState;
 use rusqlite::Connection;
 use rustix::fs::{Advice, fadvise};
+use rustix::io::{ReadWriteFlags, preadv2};
 use serde::{Deserialize, Serialize};
 
-use super::limits::{AHEAD_PIECE_BYTES, USED_AFTER, USED_BYTES_MAX, USED_GAP_BYTES, USED_RUNS_MAX};
+use super::limits::{
+    AHEAD_LONG_BYTES, AHEAD_PIECE_BYTES, USED_AFTER, USED_BYTES_MAX, USED_GAP_BYTES, USED_RUNS_MAX,
+};
 use super::{MEMORY, SnapshotRecord, Snapshots, chain, record};
 use crate::config::Dirs;
 use crate::core::blocking;
@@ -174,22 +177,42 @@ fn is_unobserved(record: &SnapshotRecord) -> bool {
         && !record.origin.for_clones
 }
 
-/// Has the kernel read what was used, from whichever files it lies in. It does not wait for the disk but where the queue is full.
+/// Reads what was used, from whichever files it lies in. Short runs first, for all of which the kernel is asked before it is waited
+/// for any; it reads long ones faster for a reader, in larger pieces.
 fn read_ahead(layers: &Layers, used: &Used) -> io::Result<()> {
     let length = layers.own.metadata()?.len();
-    for (offset, bytes) in &used.runs {
-        let end = offset.saturating_add(*bytes).min(length);
-        for (piece, file) in layers.lower().pieces(*offset..end) {
-            let file = layers.file(file)?;
-            let mut at = piece.start;
-            // The kernel takes no more of one call than it would read ahead for a reader.
-            while let Some(left) = NonZeroU64::new(piece.end.saturating_sub(at).min(AHEAD_PIECE_BYTES)) {
-                fadvise(file, at, Some(left), Advice::WillNeed)?;
-                at += left.get();
-            }
+    let is_long = |run: &&(u64, u64)| run.1 >= AHEAD_LONG_BYTES;
+    for (file, piece) in
+        pieces(layers, used.runs.iter().filter(|run| !is_long(run)), length, AHEAD_PIECE_BYTES)
+    {
+        fadvise(file?, piece.start, NonZeroU64::new(piece.end - piece.start), Advice::WillNeed)?;
+    }
+    let mut read = vec![0; AHEAD_LONG_BYTES as usize];
+    for (file, piece) in pieces(layers, used.runs.iter().filter(is_long), length, AHEAD_LONG_BYTES) {
+        let file = file?;
+        // Where its end is in the cache, so is the rest.
+        let last = &mut [IoSliceMut::new(&mut read[..1])];
+        if preadv2(file, last, piece.end - 1, ReadWriteFlags::NOWAIT) != Ok(1) {
+            file.read_exact_at(&mut read[..(piece.end - piece.start) as usize], piece.start)?;
         }
     }
     Ok(())
+}
+
+/// Cuts runs into pieces of at most so many bytes of one file each, none of them empty or beyond `length`.
+fn pieces<'a>(
+    layers: &'a Layers,
+    runs: impl Iterator<Item = &'a (u64, u64)>,
+    length: u64,
+    most: u64,
+) -> impl Iterator<Item = (io::Result<&'a File>, Range<u64>)> {
+    runs.flat_map(move |(offset, bytes)| {
+        let end = offset.saturating_add(*bytes).min(length);
+        layers.lower().pieces(*offset..end).flat_map(move |(part, lower)| {
+            let starts = (part.start..part.end).step_by(most as usize);
+            starts.map(move |at| (layers.file(lower), at..part.end.min(at + most)))
+        })
+    })
 }
 
 /// Which parts of files a process has in its page tables: what it has read or written, and what the kernel has mapped with that.

@@ -1,7 +1,6 @@
-use std::io::IoSliceMut;
 use std::os::unix::fs::OpenOptionsExt;
 
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::io::Errno;
 use wire::saved::lower::{Lower, Run};
 
 use super::*;
@@ -38,12 +37,14 @@ fn what_was_used_is_read_from_whichever_file_it_lies_in_and_nothing_else() {
     let again = |name: &str| File::open(directory.path().join(name)).unwrap();
     let layers = Layers::new(again("own"), lower, vec![again("below")]).unwrap();
     // The last ends beyond the file, as only a damaged list could say.
-    let used = Used { runs: vec![(0, 2 * MIB), (7 * MIB, 2 * MIB), (15 * MIB, u64::MAX)] };
+    let used =
+        Used { runs: vec![(0, 2 * MIB), (3 * MIB, MIB - 4096), (7 * MIB, 2 * MIB), (15 * MIB, u64::MAX)] };
     read_ahead(&layers, &used).unwrap();
     for (file, at, wanted) in [
         (&mine, 0, true),
         (&mine, 1, true),
-        (&mine, 4, false),
+        (&mine, 3, true),
+        (&mine, 5, false),
         (&mine, 7, true),
         (&mine, 8, false),
         (&mine, 13, false),
