@@ -1,8 +1,9 @@
-"""Runs a command on the lab: a bare-metal host emulated by QEMU, with a real KVM (SVM) inside, made anew for each run.
+"""Runs a command on the lab: a bare-metal host emulated by QEMU, with a real KVM (SVM) inside, made anew for each run; or two.
 It is no test runner and knows nothing of Toft: what to run and which files to bring is its caller's.
 Started by scripts/lab."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
@@ -51,7 +52,11 @@ def arguments():
                "124 means that the time was up, 125 that the lab itself failed. One such failure is that the emulated host\n"
                f"stopped: it gave no sign of life for {SILENCE_S} s. The lab says so and ends at once, or starts over with --again.\n"
                "The command reads no standard input, and the host has no network beyond its loopback.\n"
+               "With --hosts 2 it is run on two alike, with LAB_HOST in its environment: 0 on the first, 1 on the second. The lab ends\n"
+               "with the first one's command, whose status and files it takes. Two wires join them and lead nowhere else: eth0, where\n"
+               "they are 192.0.2.1 and 192.0.2.2, and eth1, which is left to the command.\n"
                "`shell` opens a shell on the host's console; nobody watches whether that host lives.")
+    parser.add_argument("--hosts", type=int, default=1, choices=(1, 2), help="how many hosts (1)")
     parser.add_argument("--memory-mib", type=int, default=3072, metavar="N", help="memory of the host (3072)")
     parser.add_argument("--disk-mib", type=int, default=0, metavar="N", help="add an empty ext4 disk of this size, mounted on /space")
     parser.add_argument("--timeout", type=int, default=1200, metavar="S", help="end the command after so many seconds (1200)")
@@ -68,6 +73,8 @@ def arguments():
         del wanted.command[0]
     if not wanted.command:
         parser.error("say which command to run, or `shell`")
+    if wanted.hosts > 1 and (wanted.restarts or wanted.command == ["shell"]):
+        parser.error("--hosts 2 goes with neither --restarts nor `shell`")
     if wanted.memory_mib < 512 or wanted.timeout < 1 or wanted.disk_mib < 0 or wanted.again < 0:
         parser.error("--memory-mib needs 512 or more, --timeout 1 or more, --disk-mib and --again 0 or more")
     for name in ("put", "get"):
@@ -145,15 +152,17 @@ def _replacement(text):
 class Host:
     """One emulated host: a QEMU process and the streams that come out of it."""
 
-    def __init__(self, wanted, image, directory):
+    def __init__(self, wanted, image, files, directory, number, wires):
+        """`files` is what `pack` made, `wires` are the ends of the host's own sockets to the others."""
+        directory.mkdir()
         self.console = directory / "console.log"
         self.errors = directory / "qemu.log"
         self.results = directory / "results.raw"
         self.shell = wanted.command == ["shell"]
         self.restarts = wanted.restarts
         self.stopped = None
-        disks = [f"file={image / 'root.raw'},snapshot=on", f"file={pack(wanted, directory)},serial=put,readonly=on"]
-        if wanted.get:
+        disks = [f"file={image / 'root.raw'},snapshot=on", f"file={files},serial=put,readonly=on"]
+        if wanted.get and number == 0:
             _sparse(self.results, RESULTS_BYTES)
             disks.append(f"file={self.results},serial=get")
         if wanted.disk_mib:
@@ -167,7 +176,7 @@ class Host:
             "-m", str(wanted.memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
             *([] if wanted.restarts else ["-no-reboot"]),
             "-kernel", image / "vmlinuz", "-initrd", image / "initrd",
-            "-append", f"console=ttyS0 panic=-1 loglevel=4 net.ifnames=0 {STABLE}",
+            "-append", f"console=ttyS0 panic=-1 loglevel=4 net.ifnames=0 {STABLE} LAB_HOST={number}",
             *serial, "-serial", "chardev:console", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
         ]
         for disk in disks:
@@ -178,7 +187,10 @@ class Host:
             command += ["-drive", f"{file},format=raw,if=none,id={drive},cache=unsafe,discard=unmap{drive_options}",
                         "-device", f"virtio-blk-pci,drive={drive}{serial_option}"]
         ours, theirs = socket.socketpair()
-        self.monitor, ends = ours, [theirs]
+        self.monitor, ends = ours, [theirs, *wires]
+        for at, wire in enumerate(wires):
+            command += ["-netdev", f"socket,id=wire{at},fd={wire.fileno()}",
+                        "-device", f"virtio-net-pci,netdev=wire{at},mac=52:54:00:00:{at:02}:{number:02}"]
         command += ["-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"]
         self.streams = {}
         for name in ("stdout", "stderr", "status", "beat"):
@@ -285,18 +297,39 @@ def _end_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def relay_all(hosts, deadline, verbose):
+    """Copies the streams of all hosts until the first one's command has ended, or a host is lost: the first host's last words, and the
+    host to blame for it."""
+    with concurrent.futures.ThreadPoolExecutor(len(hosts)) as pool:
+        words = {pool.submit(host.relay, deadline, verbose): host for host in hosts}
+        first = next(iter(words))
+        try:
+            for done in concurrent.futures.as_completed(words):
+                if done is first or not done.result():
+                    break
+        finally:
+            for host in hosts:
+                host.process.kill()
+        return first.result(), words[done]
+
+
 def run(wanted):
     image = lab_image.find_or_build()
     with workplace() as directory:
-        host = Host(wanted, image, directory)
-        deadline = time.monotonic() + (float("inf") if host.shell else wanted.timeout + GRACE_S)
+        files = pack(wanted, directory)
+        wires = [socket.socketpair() for _ in range(2)] if wanted.hosts > 1 else []
+        hosts = []
         try:
-            ended = host.relay(deadline, wanted.verbose)
+            for number in range(wanted.hosts):
+                hosts.append(Host(wanted, image, files, directory / f"host{number}", number, [wire[number] for wire in wires]))
+            deadline = time.monotonic() + (float("inf") if hosts[0].shell else wanted.timeout + GRACE_S)
+            ended, host = relay_all(hosts, deadline, wanted.verbose)
         finally:
-            host.end()
+            for host_left in hosts:
+                host_left.end()
         timed_out = ended[:1] == ["timeout"] or (not ended and time.monotonic() > deadline)
         if ended and wanted.get and "get-failed" not in ended:
-            unpack(wanted, host.results)
+            unpack(wanted, hosts[0].results)
         if timed_out:
             print(f"lab: the command did not end within {wanted.timeout} s and was ended", file=sys.stderr)
             return STATUS_TIMEOUT

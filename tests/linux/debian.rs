@@ -1,35 +1,12 @@
 //! The reference guest: Debian 12 with systemd, from its first boot to its deletion. Few stories with few boots,
 //! because each boot takes a minute or more in the lab.
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
+use crate::ssh::{self, Ssh};
 use crate::toft::{Daemon, wait_for};
 
 const BOOT: Duration = Duration::from_secs(300);
-
-/// A way into the server.
-struct Ssh {
-    key: PathBuf,
-    target: String,
-}
-
-impl Ssh {
-    fn run(&self, line: &str) -> Option<String> {
-        let output = Command::new("ssh")
-            .arg("-i")
-            .arg(&self.key)
-            .args(["-n", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
-            .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10", "-o", "BatchMode=yes"])
-            // A server that is gone in the middle of a command says no more.
-            .args(["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"])
-            .args([&self.target, line])
-            .stderr(Stdio::null())
-            .output()
-            .unwrap();
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    }
-}
 
 fn page(address: &str) -> Option<String> {
     let url = format!("http://{address}/");
@@ -56,28 +33,20 @@ impl Life {
     fn begin() -> Life {
         let daemon = Daemon::start();
         daemon.import("debian-12");
-        let key = daemon.scratch().join("key");
-        let made = Command::new("ssh-keygen")
-            .args(["-q", "-t", "ed25519", "-N", "", "-f"])
-            .arg(&key)
-            .status()
-            .unwrap();
-        assert!(made.success());
+        let (key, public) = ssh::make_key(daemon.scratch());
         let interfaces_before = interfaces();
-        let public = key.with_extension("pub");
-        let public = public.to_str().unwrap();
         let user_data = daemon.scratch().join("user-data");
         let words = "#cloud-config\nwrite_files:\n- path: /etc/of-the-customer\n  content: theirs\n";
         std::fs::write(&user_data, words).unwrap();
         let create = ["--wait", "server", "create", "web1", "--image", "debian-12"];
-        let shape = ["--vcpus", "2", "--memory", "1G", "--disk", "3G", "--ssh-key-file", public];
+        let shape = ["--vcpus", "2", "--memory", "1G", "--disk", "3G", "--ssh-key-file", &public];
         let more = ["--user-data-file", user_data.to_str().unwrap(), "--restart", "never"];
         let created = daemon.json(&[&create[..], &shape, &more].concat());
         assert_eq!(created["state"], "running");
         let address = created["nics"][0]["ipv4"].as_str().unwrap().to_owned();
         let volume = created["volumes"][0]["volume_id"].as_str().unwrap().to_owned();
         let user = daemon.json(&["image", "show", "debian-12"])["default_user"].as_str().unwrap().to_owned();
-        let ssh = Ssh { key, target: format!("{user}@{address}") };
+        let ssh = Ssh { from: &[], key, target: format!("{user}@{address}") };
         Life { daemon, ssh, address, volume, interfaces_before }
     }
 }

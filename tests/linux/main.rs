@@ -5,4 +5,6 @@ mod toft;
 
 mod debian;
 mod power_cut;
+mod ssh;
 mod tiny;
+mod two_hosts;

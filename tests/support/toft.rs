@@ -16,6 +16,8 @@ pub(crate) struct Daemon {
     /// Holds the state and the run directory. Every user may enter it, because dnsmasq gives up its privileges.
     base: PathBuf,
     images: PathBuf,
+    /// More that it is told.
+    flags: Vec<String>,
     /// Removes `base` at the end.
     _scratch: Option<tempfile::TempDir>,
 }
@@ -40,19 +42,29 @@ pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() ->
 impl Daemon {
     /// Starts a daemon with an empty state and waits until it answers.
     pub(crate) fn start() -> Daemon {
+        Daemon::start_with(&[])
+    }
+
+    /// The same with more flags.
+    pub(crate) fn start_with(flags: &[&str]) -> Daemon {
         let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         let scratch = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir().unwrap();
-        let mut daemon = Daemon::start_in(scratch.path(), &directory("TOFT_IMAGES"));
+        let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let mut daemon = Daemon::start_as(scratch.path(), &directory("TOFT_IMAGES"), flags);
         daemon._scratch = Some(scratch);
         daemon
     }
 
     /// Starts a daemon with the state that is below `base`, and waits until it answers. What is there stays.
     pub(crate) fn start_in(base: &Path, images: &Path) -> Daemon {
+        Daemon::start_as(base, images, Vec::new())
+    }
+
+    fn start_as(base: &Path, images: &Path, flags: Vec<String>) -> Daemon {
         let bin = directory("TOFT_BIN");
-        let process = spawn(&bin, base, images);
+        let process = spawn(&bin, base, images, &flags);
         let daemon =
-            Daemon { process, bin, base: base.to_owned(), images: images.to_owned(), _scratch: None };
+            Daemon { process, bin, base: base.to_owned(), images: images.to_owned(), flags, _scratch: None };
         daemon.wait_until_it_answers();
         daemon
     }
@@ -61,7 +73,7 @@ impl Daemon {
     pub(crate) fn die_and_start_again(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
-        self.process = spawn(&self.bin, &self.base, &self.images);
+        self.process = spawn(&self.bin, &self.base, &self.images, &self.flags);
         self.wait_until_it_answers();
     }
 
@@ -155,7 +167,7 @@ pub(crate) fn wait_for_quietly<T>(limit: Duration, mut look: impl FnMut() -> Opt
     None
 }
 
-fn spawn(bin: &Path, base: &Path, images: &Path) -> Child {
+fn spawn(bin: &Path, base: &Path, images: &Path, flags: &[String]) -> Child {
     let log = std::fs::File::options().create(true).append(true).open(base.join("toftd.log")).unwrap();
     Command::new(bin.join("toftd"))
         .arg("--state-dir")
@@ -166,6 +178,7 @@ fn spawn(bin: &Path, base: &Path, images: &Path) -> Child {
         .arg(bin.join("toft-vmm"))
         .arg("--import-dir")
         .arg(images)
+        .args(flags)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
