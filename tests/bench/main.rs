@@ -28,6 +28,7 @@ mod process;
 mod rows;
 mod snapshot;
 mod start;
+mod stock;
 mod toft;
 mod upgrade;
 mod witness;
