@@ -180,8 +180,11 @@ fn count_default() -> u16 {
 #[serde(rename_all = "snake_case")]
 pub enum GuestIdentity {
     /// It has the name, addresses, machine id and host keys of the server it was cloned from
-    /// until somebody changes them. Its hardware addresses and vmgenid are new.
+    /// until somebody changes them. Its hardware addresses and vmgenid are new. Also of a guest that
+    /// cannot say more, or has not yet.
     Unchanged,
+    /// By its own word it has what this server has: name, addresses, machine id, host keys, and random numbers of its own.
+    Renewed,
 }
 
 /// Body of `PATCH /v1/snapshots/{id}`.

@@ -4,6 +4,7 @@
 mod toft;
 
 mod debian;
+mod identity;
 mod power_cut;
 mod ssh;
 mod tiny;

@@ -8,8 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use model::snapshot::GuestIdentity;
 use model::{Code, Time};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use wire::control::Notice;
 use wire::launch::ExitStatus;
@@ -18,7 +20,7 @@ use super::lifecycle::{Event, Life, Phase, Work};
 use super::pace::Pace;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
-use super::{advance, effects, limits, recover, restore, settle};
+use super::{advance, effects, identity, limits, recover, restore, settle};
 use crate::call;
 use crate::error::Result;
 use crate::store::records;
@@ -32,6 +34,8 @@ pub(super) struct Actor {
     snapshots: watch::Receiver<()>,
     /// When events that a guest causes at will may be recorded again.
     pace: Pace,
+    /// Ends with the word of a clone's guest that it is a server of its own. A task, since it may hold what the actor waits for.
+    word: JoinSet<()>,
 }
 
 /// A piece of work in progress.
@@ -75,6 +79,7 @@ enum Woken {
     Ended(Option<ExitStatus>),
     Deadline,
     Notice(Notice),
+    Renewed,
     Poked,
     Disconnected,
 }
@@ -82,7 +87,7 @@ enum Woken {
 impl Actor {
     pub(super) fn new(workshop: Arc<Workshop>, entry: Arc<Entry>, notices: mpsc::Receiver<Notice>) -> Actor {
         let snapshots = workshop.snapshots.ends();
-        Actor { workshop, entry, notices, snapshots, pace: Pace::default() }
+        Actor { workshop, entry, notices, snapshots, pace: Pace::default(), word: JoinSet::new() }
     }
 
     /// Acts until the server is no more, or the records are closed. When they cannot be read or written for a while,
@@ -130,6 +135,7 @@ impl Actor {
             if let (None, Some(work), true) = (&busy, life.work(), pause.is_over()) {
                 busy = Some(self.start(work, &record));
             }
+            self.listen(&record);
             match self.wait(life, &mut busy, &pause).await {
                 Woken::Done => {
                     match busy.take().and_then(|busy| Some((busy.work, busy.run, busy.outcome?))) {
@@ -161,10 +167,22 @@ impl Actor {
                     known = beside(&mut busy, self.save(life.run, Event::DeadlinePassed)).await?
                 }
                 Woken::Notice(notice) => beside(&mut busy, self.take_notice(notice)).await?,
+                Woken::Renewed => beside(&mut busy, identity::renewed(&self.workshop, self.entry.id)).await?,
                 Woken::Disconnected => beside(&mut busy, self.reconnect()).await,
                 // Whoever pokes has a reason to try at once.
                 Woken::Poked => pause = Pause::default(),
             }
+        }
+    }
+
+    /// Listens from when a clone's machine runs until it is gone.
+    fn listen(&mut self, record: &ServerRecord) {
+        let phase = &record.life.phase;
+        if record.identity != Some(GuestIdentity::Unchanged) || phase.vmm().is_none() {
+            self.word = JoinSet::new();
+        } else if self.word.is_empty() && matches!(phase, Phase::Running { .. } | Phase::Paused { .. }) {
+            let ring = self.workshop.core.dirs.server(self.entry.id).join("console.ring");
+            self.word.spawn(identity::word(self.entry.clone(), ring));
         }
     }
 
@@ -235,6 +253,7 @@ impl Actor {
             () = deadline => Woken::Deadline,
             () = pause.over() => Woken::Poked,
             Some(notice) = self.notices.recv() => Woken::Notice(notice),
+            Some(Ok(())) = self.word.join_next() => Woken::Renewed,
             () = disconnected(&self.entry, &life.phase) => Woken::Disconnected,
         }
     }

@@ -42,11 +42,16 @@ pub struct ConsoleStream {
     pub read_only: bool,
     /// Which server.
     pub server: ServerId,
+    output: Output,
+    place: Place,
+}
+
+/// The output of a console, followed from a position.
+pub(super) struct Output {
     entry: Arc<Entry>,
     ring: Arc<Mutex<Ring>>,
     position: u64,
     wake: watch::Receiver<u64>,
-    place: Place,
 }
 
 /// Types on a console.
@@ -73,22 +78,37 @@ impl ConsoleStream {
         ticket: Ticket,
     ) -> Result<ConsoleStream> {
         place.seat(ticket.read_only, ticket.actor);
-        let ring = Arc::new(Mutex::new(open(path).await?));
-        let wake = entry.console.subscribe();
-        Ok(ConsoleStream {
-            read_only: ticket.read_only,
-            server: entry.id,
-            entry,
-            ring,
-            position: ticket.from.unwrap_or_default(),
-            wake,
-            place,
-        })
+        let server = entry.id;
+        let output = Output::open(entry, path, ticket.from.unwrap_or_default()).await?;
+        Ok(ConsoleStream { read_only: ticket.read_only, server, output, place })
     }
 
     /// The next piece of output: at least one byte, as soon as there is one; `None` when the server is gone. A
     /// start beyond the end of the piece before it means that output was overwritten in between. Cancel-safe.
     pub async fn next(&mut self) -> Result<Option<ConsolePiece>> {
+        self.output.next().await
+    }
+
+    /// Ends when this reader is to leave. Reading and typing do not look at it.
+    pub fn kicked(&self) -> Kicked {
+        self.place.kicked()
+    }
+
+    /// A keyboard for this console that can be used beside [`ConsoleStream::next`].
+    pub fn keyboard(&self) -> Keyboard {
+        Keyboard { entry: self.output.entry.clone(), read_only: self.read_only }
+    }
+}
+
+impl Output {
+    pub(super) async fn open(entry: Arc<Entry>, path: &Path, position: u64) -> Result<Output> {
+        let ring = Arc::new(Mutex::new(open(path).await?));
+        let wake = entry.console.subscribe();
+        Ok(Output { entry, ring, position, wake })
+    }
+
+    /// As [`ConsoleStream::next`].
+    pub(super) async fn next(&mut self) -> Result<Option<ConsolePiece>> {
         loop {
             self.wake.borrow_and_update();
             let piece = read(self.ring.clone(), self.position, limits::CONSOLE_PIECE_BYTES).await?;
@@ -108,16 +128,6 @@ impl ConsoleStream {
         }
     }
 
-    /// Ends when this reader is to leave. Reading and typing do not look at it.
-    pub fn kicked(&self) -> Kicked {
-        self.place.kicked()
-    }
-
-    /// A keyboard for this console that can be used beside [`ConsoleStream::next`].
-    pub fn keyboard(&self) -> Keyboard {
-        Keyboard { entry: self.entry.clone(), read_only: self.read_only }
-    }
-
     /// Without a connection there is nothing to wait for: a new one wakes every reader.
     async fn ask_for_word(&self) {
         if !self.entry.is_linked() {
@@ -128,7 +138,7 @@ impl ConsoleStream {
             link.order(Command::WatchConsole { seen: self.position }, limits::COMMAND).await
         };
         if let Err(cause) = asked.await {
-            tracing::debug!(server = %self.server, "its console cannot be watched: {cause}");
+            tracing::debug!(server = %self.entry.id, "its console cannot be watched: {cause}");
         }
     }
 }

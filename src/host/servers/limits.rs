@@ -131,3 +131,6 @@ pub const CONSOLE_TOKENS_MAX: usize = 256;
 
 /// Pauses before a machine that has come from another host is announced once more.
 pub const ANNOUNCE_AFTER: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(500)];
+
+/// Pause between two looks at what the guest of a clone prints, for word of its identity: the whole ring takes three seconds.
+pub const IDENTITY_EVERY: Duration = Duration::from_millis(100);

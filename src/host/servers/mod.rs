@@ -29,6 +29,7 @@ mod clone;
 mod console;
 mod create;
 mod effects;
+mod identity;
 mod isolation;
 pub mod lifecycle;
 pub mod limits;

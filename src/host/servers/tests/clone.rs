@@ -97,6 +97,44 @@ async fn clones_go_on_from_the_memory_and_are_servers_of_their_own() {
 }
 
 #[tokio::test]
+async fn a_clone_is_renewed_by_its_guests_own_word() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    let snapshot = taken(&host, first.id, named("then", true)).await;
+    let made = cloned(&host, &snapshot, of("twin", 2)).await.unwrap();
+    for item in &made.items {
+        succeeded(&host, item.operation.as_ref().unwrap().id).await;
+    }
+    let [one, two] = [0, 1].map(|at: usize| made.items[at].server_id);
+    // All say all of it: only what a guest says of itself counts, and a server that is no clone has nothing to say.
+    for machine in stage.launch.alive() {
+        machine.print(&format!("\r\ntoft: identity renewed {}\r\n", first.id));
+        machine.print(&format!("\r\ntoft: identity renewed {one}\r\n"));
+    }
+    until(&host, one, |clone| clone.identity == Some(GuestIdentity::Renewed)).await;
+    let identities = async |host: &Host| {
+        let mut found = Vec::new();
+        for id in [first.id, one, two] {
+            found.push(host.servers().one(id).await.unwrap().identity);
+        }
+        found
+    };
+    let wanted = [None, Some(GuestIdentity::Renewed), Some(GuestIdentity::Unchanged)];
+    assert_eq!(identities(&host).await, wanted);
+    // What is said while no daemon listens is heard by the next one.
+    host.close().await;
+    drop(host);
+    for machine in stage.launch.alive() {
+        machine.print(&format!("\r\ntoft: identity renewed {two}\r\n"));
+    }
+    let host = stage.open().await;
+    until(&host, two, |clone| clone.identity == Some(GuestIdentity::Renewed)).await;
+    assert_eq!(identities(&host).await[..2], wanted[..2]);
+    host.close().await;
+}
+
+#[tokio::test]
 async fn all_clones_of_a_call_are_recorded_or_none_and_one_that_fails_leaves_nothing() {
     let stage = Stage::new();
     let host = stage.open_with_image().await;
