@@ -216,6 +216,7 @@ fn pieces<'a>(
 }
 
 /// Which parts of files a process has in its page tables: what it has read or written, and what the kernel has mapped with that.
+/// The process may have been taken over by its guest, so it is looked at no longer than one that has each page mapped twice.
 /// Source: proc(5), `/proc/pid/maps` and `map_files`.
 fn used_of(pid: i32, layers: &Layers) -> io::Result<Used> {
     let lower = (0..layers.lower().files).map(|index| layers.file(Some(index)));
@@ -223,7 +224,8 @@ fn used_of(pid: i32, layers: &Layers) -> io::Result<Used> {
         [layers.file(None)].into_iter().chain(lower).map(identity).collect::<io::Result<_>>()?;
     let process = PathBuf::from(format!("/proc/{pid}"));
     let pages = File::open(process.join("pagemap"))?;
-    let mut ranges = Vec::new();
+    let length = layers.own.metadata()?.len();
+    let mut found = Found { length, left: length / PAGE_BYTES * 2, ranges: Vec::new() };
     for line in std::fs::read_to_string(process.join("maps"))?.lines() {
         let Some(mapping) = Mapping::parse(line) else { continue };
         if !files.iter().any(|(_, inode)| *inode == mapping.inode) {
@@ -232,10 +234,10 @@ fn used_of(pid: i32, layers: &Layers) -> io::Result<Used> {
         // Some file systems have numbers of their own in the line, and several the same ones.
         let mapped = std::fs::metadata(process.join("map_files").join(mapping.name))?;
         if files.contains(&(mapped.dev(), mapped.ino())) {
-            present(&pages, &mapping, &mut ranges)?;
+            found.look(&pages, &mapping)?;
         }
     }
-    Ok(Used::of(ranges))
+    Ok(Used::of(found.ranges))
 }
 
 fn identity(file: io::Result<&File>) -> io::Result<(u64, u64)> {
@@ -266,28 +268,56 @@ impl Mapping<'_> {
     }
 }
 
-/// Adds where in its file a mapping has pages. Source: the kernel's `admin-guide/mm/pagemap.rst`, bits 63 (present) and 62
-/// (swapped) of an entry of eight bytes a page.
-fn present(pages: &File, mapping: &Mapping<'_>, ranges: &mut Vec<Range<u64>>) -> io::Result<()> {
-    const ENTRIES: usize = 8192;
-    let mut entries = vec![0; ENTRIES * 8];
-    let mut at = mapping.addresses.start;
-    while at < mapping.addresses.end {
-        let count = ((mapping.addresses.end - at) / PAGE_BYTES).min(ENTRIES as u64) as usize;
-        let entries = &mut entries[..count * 8];
-        pages.read_exact_at(entries, at / PAGE_BYTES * 8)?;
-        for entry in entries.as_chunks().0 {
-            if u64::from_ne_bytes(*entry) >> 62 != 0 {
-                let start = mapping.offset.saturating_add(at - mapping.addresses.start);
-                match ranges.last_mut().filter(|last| last.end == start) {
-                    Some(last) => last.end += PAGE_BYTES,
-                    None => ranges.push(start..start + PAGE_BYTES),
+/// What has been found of one process.
+struct Found {
+    /// Of the memory's file, in bytes.
+    length: u64,
+    /// Pages that may still be looked at.
+    left: u64,
+    /// In the order of the mappings, joined where little lies in between.
+    ranges: Vec<Range<u64>>,
+}
+
+impl Found {
+    /// Adds where in its file a mapping has pages. Source: the kernel's `admin-guide/mm/pagemap.rst`, bits 63 (present) and 62
+    /// (swapped) of an entry of eight bytes a page.
+    fn look(&mut self, pages: &File, mapping: &Mapping<'_>) -> io::Result<()> {
+        const ENTRIES: u64 = 8192;
+        let mut entries = vec![0; ENTRIES as usize * 8];
+        let (start, end) = (mapping.addresses.start, mapping.addresses.end);
+        // A mapping may go on beyond its file.
+        let end = end.min(start.saturating_add(self.length.saturating_sub(mapping.offset)));
+        let mut at = start;
+        while at < end {
+            let count = (end - at).div_ceil(PAGE_BYTES).min(ENTRIES);
+            let Some(left) = self.left.checked_sub(count) else {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "it has mapped memory again and again",
+                ));
+            };
+            self.left = left;
+            let entries = &mut entries[..count as usize * 8];
+            pages.read_exact_at(entries, at / PAGE_BYTES * 8)?;
+            for entry in entries.as_chunks().0 {
+                if u64::from_ne_bytes(*entry) >> 62 != 0 {
+                    self.add(mapping.offset.saturating_add(at - start));
                 }
+                at = at.saturating_add(PAGE_BYTES);
             }
-            at += PAGE_BYTES;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, page: u64) {
+        let near =
+            |last: &&mut Range<u64>| (last.start..=last.end.saturating_add(USED_GAP_BYTES)).contains(&page);
+        let end = page.saturating_add(PAGE_BYTES);
+        match self.ranges.last_mut().filter(near) {
+            Some(last) => last.end = last.end.max(end),
+            None => self.ranges.push(page..end),
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -119,3 +119,39 @@ fn a_line_of_a_process_s_mappings_is_taken_apart() {
         assert!(Mapping::parse(none).is_none(), "{none}");
     }
 }
+
+#[test]
+fn a_process_is_looked_at_within_its_file_and_not_for_ever() {
+    const PRESENT: u64 = 1 << 63;
+    let (first, length) = (0x1000u64, 64u64);
+    let mut pages = tempfile::tempfile().unwrap();
+    let mut entries = vec![0u64; (first + 4 * length) as usize];
+    for page in [3, 4, 30, 63, 64, 100] {
+        entries[(first + page) as usize] = PRESENT;
+    }
+    let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_ne_bytes()).collect();
+    std::io::Write::write_all(&mut pages, &bytes).unwrap();
+    let mapping = |count: u64, offset: u64| Mapping {
+        name: "",
+        addresses: first * PAGE_BYTES..(first + count) * PAGE_BYTES,
+        offset: offset * PAGE_BYTES,
+        inode: 1,
+    };
+    let found = || Found { length: length * PAGE_BYTES, left: 2 * length, ranges: Vec::new() };
+    let page = |from: u64, to: u64| from * PAGE_BYTES..to * PAGE_BYTES;
+
+    // What lies beyond the end of the file is not looked at, however far the mapping goes on.
+    let mut all = found();
+    all.look(&pages, &mapping(1 << 36, 0)).unwrap();
+    assert_eq!(all.ranges, [page(3, 5), page(30, 31), page(63, 64)]);
+    // Nor is what is mapped of a part.
+    let mut part = found();
+    part.look(&pages, &mapping(10, 40)).unwrap();
+    part.look(&pages, &mapping(10, 60)).unwrap();
+    part.look(&pages, &mapping(10, 70)).unwrap();
+    assert_eq!(part.ranges, [page(43, 45), page(63, 64)]);
+    // The whole file twice, and no third time.
+    all.look(&pages, &mapping(length, 0)).unwrap();
+    let cause = all.look(&pages, &mapping(length, 0)).unwrap_err();
+    assert_eq!(cause.kind(), io::ErrorKind::InvalidData);
+}
