@@ -161,6 +161,8 @@ class Host:
         self.shell = wanted.command == ["shell"]
         self.restarts = wanted.restarts
         self.stopped = None
+        # Whoever counts what is said counts what the first host says.
+        self.mark = b"the other host: " if number else b""
         disks = [f"file={image / 'root.raw'},snapshot=on", f"file={files},serial=put,readonly=on"]
         if wanted.get and number == 0:
             _sparse(self.results, RESULTS_BYTES)
@@ -211,7 +213,7 @@ class Host:
     def relay(self, deadline, verbose):
         """Copies the streams until the host tells how the command ended; the words of its last line, or None."""
         outputs = {"stdout": sys.stdout.fileno(), "stderr": sys.stderr.fileno()}
-        status, shown = b"", 0
+        status, shown, begun = b"", 0, dict.fromkeys(outputs, True)
         silence = None if self.shell else Silence(GRACE_S if self.restarts else SILENCE_S)
         with selectors.DefaultSelector() as selector:
             for name, stream in self.streams.items():
@@ -226,7 +228,10 @@ class Host:
                     elif key.data == "status":
                         status += data
                     else:
-                        _write_all(outputs[key.data], data)
+                        lines = data.splitlines(keepends=True)
+                        marks = [begun[key.data], *[True] * (len(lines) - 1)]
+                        _write_all(outputs[key.data], b"".join(self.mark * mark + line for mark, line in zip(marks, lines)))
+                        begun[key.data] = data.endswith(b"\n")
                 if verbose and self.console.exists():
                     text = self.console.read_bytes()
                     _write_all(sys.stderr.fileno(), text[shown:])

@@ -257,8 +257,8 @@ impl Machine {
     }
 
     /// Stops vCPUs, then drains devices. When that fails, the machine runs on. A save that waits for this moment has
-    /// it then; when that fails, the save tells. A pause that somebody asked for is none of the guest's time, of one that is
-    /// parked already what is left of it.
+    /// it then; when that fails, the save tells. `clock` says whether the time is the guest's: that of a pause that somebody
+    /// asked for is not, and of a machine that is parked already it is not from here on.
     pub(crate) fn pause(&mut self, clock: Clock) -> Result<(), Error> {
         self.check_not_moving()?;
         self.park()?;

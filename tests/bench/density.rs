@@ -7,7 +7,6 @@ use serde_json::json;
 use crate::ground::Ground;
 use crate::host::{Host, id, server};
 use crate::rows::{Report, Series};
-use crate::stock::Stock;
 
 /// Servers at most.
 const SERVERS: usize = 1000;
@@ -30,19 +29,15 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     client.call("POST", "/v1/networks", Some("wait=30"), Some(&network));
     let mut took = Vec::new();
     let before_kb = available_kb();
-    let mut stock = Stock::of(most);
-    let again_us = stock.again_us();
     while took.len() < most && available_kb() > LEFT_KB {
         let mut body = server(&format!("idle-{}", took.len()));
         body["nics"] = json!([{ "network": "wide" }]);
-        stock.give();
         let begun = Instant::now();
         let server = id(&client.call("POST", "/v1/servers", None, Some(&body)));
         host.first_word(&server);
         took.push(begun.elapsed().as_secs_f64() * 1e3);
     }
-    let (count, new_us) = (took.len(), std::mem::take(&mut stock.new_us));
-    drop(stock);
+    let count = took.len();
     let each_kb = before_kb.saturating_sub(available_kb()) as f64 / count as f64;
     let (first, last) = (took[..part].to_vec(), took[count - part..].to_vec());
     let rss_kb = host.status_kb("VmRSS");
@@ -56,9 +51,6 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         std::thread::sleep(LOOK_AGAIN);
     }
     let adopted_s = begun.elapsed().as_secs_f64();
-    for (case, us) in [("page_us, new", new_us), ("page_us, again", again_us)] {
-        report.add(Series { bench: "density", case, who: "the machine", unit: "us" }, &us);
-    }
     let mut add = |case: &str, unit, samples: &[f64]| {
         report.add(Series { bench: "density", case, who: "toft", unit }, samples)
     };

@@ -28,7 +28,6 @@ mod process;
 mod rows;
 mod snapshot;
 mod start;
-mod stock;
 mod toft;
 mod upgrade;
 mod witness;

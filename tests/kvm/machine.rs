@@ -128,7 +128,7 @@ fn a_guest_clock_goes_on_while_it_is_parked_until_somebody_pauses_it() {
     };
     // One that is paused stays as it is when it is parked.
     for (words, of_guest) in
-        [(&[Command::Park, Command::Pause][..], 1), (&[Command::Pause, Command::Park], 0)]
+        [(&[Command::Park, Command::Pause][..], true), (&[Command::Pause, Command::Park], false)]
     {
         let stood: Vec<u64> = words.iter().map(|command| stand(&mut vmm, command.clone())).collect();
         let told = vmm.console().matches("tick ").count();
@@ -143,7 +143,7 @@ fn a_guest_clock_goes_on_while_it_is_parked_until_somebody_pauses_it() {
             .map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards"))
             .max()
             .unwrap();
-        let least = if of_guest == 1 { stood[0] } else { 0 };
+        let least = if of_guest { stood[0] } else { 0 };
         assert!(
             gap >= least && gap < least + 900_000_000,
             "{gap} ns passed for the guest, after {words:?} of {stood:?} ns"

@@ -453,7 +453,7 @@ fn cut(ways: &[Way]) {
     let found = sweep(ways, Fault::Cut);
     // Once the source has committed, and never before, it is the target's.
     for (way, word, when, owner) in found {
-        // A target that has its memory may be built, and both may have said so, before the link is cut.
+        // The way back is open until the cut. A target whose memory is there may be built by then, and the source may have heard it.
         let is_chance = way != Way::Copied && (word, when) == ("state", When::After);
         let committed =
             matches!(word, "commit" | "released" | "whole") || (word, when) == ("ready", When::After);

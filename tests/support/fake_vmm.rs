@@ -241,9 +241,14 @@ impl FakeLaunch {
         self.alive().into_iter().filter(|vmm| vmm.is_shell()).collect()
     }
 
+    /// Those that live and are servers'.
+    pub fn of_servers(&self) -> Vec<Arc<FakeVmm>> {
+        self.alive().into_iter().filter(|vmm| !vmm.is_shell()).collect()
+    }
+
     /// The only VMM of a server that lives.
     pub fn only(&self) -> Arc<FakeVmm> {
-        let alive: Vec<_> = self.alive().into_iter().filter(|vmm| !vmm.is_shell()).collect();
+        let alive = self.of_servers();
         assert_eq!(alive.len(), 1, "one VMM should live");
         alive[0].clone()
     }

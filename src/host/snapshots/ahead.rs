@@ -178,7 +178,7 @@ fn is_unobserved(record: &SnapshotRecord) -> bool {
 }
 
 /// Reads what was used, from whichever files it lies in. Short runs first, for all of which the kernel is asked before it is waited
-/// for any; it reads long ones faster for a reader, in larger pieces.
+/// for any; it reads long ones faster for a reader, in larger pieces, and some way on, as for whoever reads.
 fn read_ahead(layers: &Layers, used: &Used) -> io::Result<()> {
     let length = layers.own.metadata()?.len();
     let is_long = |run: &&(u64, u64)| run.1 >= AHEAD_LONG_BYTES;

@@ -161,7 +161,8 @@ async fn live(number: u32, warm_shells: usize, points: Arc<Mutex<BTreeSet<&'stat
         if let (Some(state), Some(id)) = (state, id)
             && rests(&host, id, *state).await
         {
-            let machines = stage.launch.alive().len() - stage.launch.shells().len();
+            // In one look: more are made ready meanwhile.
+            let machines = stage.launch.of_servers().len();
             let is_off = matches!(state, ServerState::Stopped | ServerState::Hibernated);
             let wanted = if is_off { 0 } else { 1 };
             assert_eq!(machines, wanted, "checkpoint {number}, after {verb}");
