@@ -194,6 +194,11 @@ impl Conductor {
     }
 
     fn conduct(&mut self) -> Result<(), Error> {
+        if self.log.is_some() {
+            // Before the rounds begin: who looks then is told of a whole.
+            let disks_bytes: u64 = self.disks.iter().map(Disk::bytes).sum();
+            self.shared.note_left(ram::bytes(&self.ram) + disks_bytes);
+        }
         self.expect_prepared()?;
         let mut left = if self.log.is_some() { Some(self.rounds()?) } else { None };
         if let (Some(left), true) = (&mut left, self.shared.is_owing()) {
@@ -239,8 +244,6 @@ impl Conductor {
             touched.set_range(first, first + extent.bytes / marks::PAGE_BYTES);
         }
         let mut touched = Arc::new(touched);
-        let disks_bytes: u64 = self.disks.iter().map(Disk::bytes).sum();
-        self.shared.note_left(ram::bytes(&self.ram) + disks_bytes);
         for number in 1_u32.. {
             self.say(&Word::Round { number, last: false })?;
             self.shared.note(|progress| progress.rounds = number);
