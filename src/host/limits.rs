@@ -84,6 +84,9 @@ pub const LABEL_BYTES: usize = 64;
 /// How long a VMM without a machine may take to end, when it is told to and when it is killed.
 pub const SHELL_QUIT: Duration = Duration::from_secs(2);
 
+/// Pause before a VMM that was kept ready and has died is replaced.
+pub const SHELL_AGAIN: Duration = Duration::from_secs(1);
+
 /// Most open descriptors of a VMM: at every device limit a machine uses about 300, most of them eventfds.
 pub const VMM_NOFILE: u64 = 1_024;
 
@@ -104,7 +107,8 @@ pub const VMM_TABLES_PART: u64 = 256;
 /// CPUs that a server may use besides those of its vCPUs: its devices' threads and io_uring's workers run there.
 pub const DEVICE_CPUS: u64 = 1;
 
-/// The span in which CPU time is counted, in microseconds: the kernel's own default.
+/// The span in which CPU time is counted, in microseconds: what a new group has (kernel documentation, sched-bwc,
+/// "Management").
 pub const CPU_PERIOD_US: u64 = 100_000;
 
 /// How often the removal of a group is tried while the last thread of its process ends, and the pause between.

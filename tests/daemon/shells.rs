@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use hyper::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::api::text;
 use crate::daemon::{Orders, Stage, server_body, wait_for};
@@ -32,6 +32,21 @@ async fn ready(stage: &Stage, count: usize) -> Vec<i32> {
     let look = async || Some(shells(stage)).filter(|found| found.len() == count);
     let found = wait_for(&format!("{count} VMMs that are ready"), look).await;
     found.unwrap_or_else(|late| panic!("{late}\n{}", stage.log()))
+}
+
+/// Makes servers until one takes a process that waited: that is seen before it is whole, and then it is the server after which
+/// takes it.
+async fn on_a_shell(stage: &Stage, name: &str, mut body: impl FnMut(&str) -> Value) -> String {
+    for number in 0..10 {
+        let waiting = ready(stage, SHELLS).await;
+        let name = format!("{name}-{number}");
+        let answer = stage.call(Method::POST, "/v1/servers", &name, Some(body(&name))).await;
+        stage.succeeded(&answer.operation()).await.unwrap();
+        if waiting.contains(&stage.vmms()[&name]) {
+            return text(&answer.body["resource"]["id"]);
+        }
+    }
+    panic!("no server takes one of those that wait\n{}", stage.log());
 }
 
 async fn none_left(stage: &Stage) {
@@ -66,9 +81,7 @@ fn a_daemon_that_is_killed_leaves_its_shells_to_the_next_one() {
         stage.end(Signal::SIGTERM).await;
         stage.open_well_with(orders()).await;
         stage.create("two").await;
-        let waiting = ready(&stage, SHELLS).await;
-        let three = stage.create("three").await;
-        assert!(waiting.contains(&stage.vmms()["three"]), "it has none of those that waited");
+        let three = on_a_shell(&stage, "three", server_body).await;
         stage.kill().await;
         stage.open_well_with(orders()).await;
         let (beats, boots) = stage.beats(&three).await;
@@ -91,7 +104,6 @@ fn a_server_on_a_shell_has_every_wall_and_limit_of_its_own() {
         stage.open_well_with(orders()).await;
         stage.import().await;
         let plain = stage.create("plain").await;
-        let waiting = ready(&stage, SHELLS).await;
         let walls = async |id: &str| -> Vec<String> {
             let report = stage.api().read(&format!("/v1/servers/{id}/isolation")).await.unwrap().body;
             let items = report["items"].as_array().expect("items").iter();
@@ -99,13 +111,13 @@ fn a_server_on_a_shell_has_every_wall_and_limit_of_its_own() {
         };
         // A strict server asks more than a kernel without Landlock has.
         let lacks = walls(&plain).await;
-        let mut body = server_body("other");
-        body["isolation"] = json!(if lacks.is_empty() { "strict" } else { "standard" });
-        let answer = stage.call(Method::POST, "/v1/servers", "other", Some(body)).await;
-        let other = text(&answer.body["resource"]["id"]);
-        stage.succeeded(&answer.operation()).await.unwrap();
-        let pid = stage.vmms()["other"];
-        assert!(waiting.contains(&pid), "{pid} is none of {waiting:?}");
+        let isolation = if lacks.is_empty() { "strict" } else { "standard" };
+        let other = on_a_shell(&stage, "other", |name| {
+            let mut body = server_body(name);
+            body["isolation"] = json!(isolation);
+            body
+        });
+        let other = other.await;
         assert_eq!(walls(&other).await, lacks);
         // A server of another size has no use for those that wait, and the next of its size has one.
         let mut body = server_body("large");
@@ -119,20 +131,11 @@ fn a_server_on_a_shell_has_every_wall_and_limit_of_its_own() {
             (now.len() == SHELLS && now.iter().any(|pid| !before.contains(pid))).then_some(now)
         };
         wait_for("one for servers of that size", changed).await.unwrap();
-        // It is there before it is whole, and then it is the server after that which takes it.
-        let mut has_taken = false;
-        for number in 0..10 {
-            let before = shells(&stage);
-            let name = format!("next-{number}");
+        on_a_shell(&stage, "next", |name| {
             body["name"] = json!(name);
-            let answer = stage.call(Method::POST, "/v1/servers", &name, Some(body.clone())).await;
-            stage.succeeded(&answer.operation()).await.unwrap();
-            has_taken = before.contains(&stage.vmms()[&name]);
-            if has_taken {
-                break;
-            }
-        }
-        assert!(has_taken, "no server of that size takes one");
+            body.clone()
+        })
+        .await;
         // Whatever dies among them, servers start.
         let doomed = ready(&stage, SHELLS).await;
         for pid in &doomed {

@@ -110,6 +110,8 @@ struct State {
     /// What its guests can see of the processor beside what every one has.
     features: BTreeSet<String>,
     death: Option<Death>,
+    launcher_dies: Option<Error>,
+    untold: Option<Arc<FakeVmm>>,
     violations: Vec<String>,
 }
 
@@ -202,6 +204,16 @@ impl FakeLaunch {
     /// From here on no VMM can be started, for this reason; or again.
     pub fn set_trouble(&self, trouble: Option<Error>) {
         lock(&self.kernel.state).trouble = trouble;
+    }
+
+    /// The launcher starts one more VMM and dies before it has said so, which is told as this.
+    pub fn let_launcher_die(&self, cause: Error) {
+        lock(&self.kernel.state).launcher_dies = Some(cause);
+    }
+
+    /// The VMM that a launcher died of starting.
+    pub fn untold(&self) -> Option<Arc<FakeVmm>> {
+        lock(&self.kernel.state).untold.clone()
     }
 
     /// The host cannot build this wall.
@@ -332,7 +344,18 @@ impl Launch for FakeLaunch {
     }
 
     fn spawn(&self, start: Start) -> BoxFuture<'_, Result<Arc<dyn Process>>> {
-        async move { Ok(self.start(start)? as Arc<dyn Process>) }.boxed()
+        async move {
+            let vmm = self.start(start)?;
+            let dies = lock(&self.kernel.state).launcher_dies.take();
+            match dies {
+                Some(cause) => {
+                    lock(&self.kernel.state).untold = Some(vmm);
+                    Err(cause)
+                }
+                None => Ok(vmm as Arc<dyn Process>),
+            }
+        }
+        .boxed()
     }
 
     fn sweep(&self, prefix: &str, kept: &HashSet<String>) -> Result<()> {

@@ -49,7 +49,7 @@ struct Pool {
     directory: PathBuf,
     most: usize,
     state: Mutex<State>,
-    wanted: Notify,
+    wanted: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -87,7 +87,7 @@ pub struct Size {
 impl Shells {
     /// Keeps up to `most` shells in `directory`, from the first start of a server on.
     pub fn new(launcher: Arc<dyn Launch>, directory: PathBuf, most: usize) -> Shells {
-        let (state, wanted) = (Mutex::default(), Notify::new());
+        let (state, wanted) = (Mutex::default(), Arc::default());
         Shells { pool: Arc::new(Pool { launcher, directory, most, state, wanted }), keeper: Mutex::default() }
     }
 
@@ -250,7 +250,10 @@ impl Pool {
         let directory = self.directory.join(&key);
         let made = self.start(&key, &directory, size).await;
         if made.is_err() {
-            self.remove(key, directory).await;
+            // A launcher that died may have started it and not said so: whatever is in its groups is nobody's.
+            let launcher = self.launcher.clone();
+            let groups = key.clone();
+            self.remove(directory, move || launcher.sweep(&groups, &HashSet::new())).await;
         }
         made
     }
@@ -280,7 +283,7 @@ impl Pool {
         let label = format!("{key:<0$}", limits::LABEL_BYTES);
         let start = Start { label, listener: listener.into(), will, log, cell, walls };
         let process = self.launcher.spawn(start).await?;
-        let (console, (notices, _)) = (watch::Sender::new(0), mpsc::channel(1));
+        let (console, (notices, mut told)) = (watch::Sender::new(0), mpsc::channel(1));
         let greeted = Link::connect(&directory.join(SOCKET), console, notices, limits::SPAWN).await;
         match greeted {
             Ok((link, hello)) => {
@@ -288,6 +291,13 @@ impl Pool {
                 if let Err(cause) = link.order(Command::Prepare(chassis), limits::SPAWN).await {
                     tracing::info!("no machine can be built ahead: {cause}");
                 }
+                let wanted = self.wanted.clone();
+                tokio::spawn(async move {
+                    while told.recv().await.is_some() {}
+                    // One that has died is replaced. What dies at once does not keep the host busy.
+                    tokio::time::sleep(limits::SHELL_AGAIN).await;
+                    wanted.notify_one();
+                });
                 let (key, directory) = (key.to_owned(), directory.to_owned());
                 Ok(Shell { key, process, hello, link, directory, size })
             }
@@ -304,7 +314,8 @@ impl Pool {
         let _ = link.order(Command::Quit, limits::SHELL_QUIT).await;
         let _ = tokio::time::timeout(limits::SHELL_QUIT, process.ended()).await;
         self.kill(&process).await;
-        self.remove(key, directory).await;
+        let launcher = self.launcher.clone();
+        self.remove(directory, move || launcher.release(&key)).await;
     }
 
     async fn kill(&self, process: &Arc<dyn Process>) {
@@ -314,10 +325,10 @@ impl Pool {
         let _ = tokio::time::timeout(limits::SHELL_QUIT, process.ended()).await;
     }
 
-    async fn remove(&self, key: String, directory: PathBuf) {
-        let launcher = self.launcher.clone();
+    /// Removes what is left of one whose groups this `release`s.
+    async fn remove(&self, directory: PathBuf, release: impl FnOnce() -> Result<()> + Send + 'static) {
         let removed = blocking(move || {
-            launcher.release(&key)?;
+            release()?;
             remove_tree(&directory)
         });
         if let Err(cause) = removed.await {

@@ -1,8 +1,9 @@
 //! VMMs that are kept ready, on fakes, through the facade.
-use model::ServerId;
 use model::server::{Isolation, ServerAction, ServerState};
+use model::{Code, ServerId};
 
 use super::{START, delete, nothing_left, stop};
+use crate::error::Error;
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, server, succeeded, until};
 use crate::{Call, Host};
@@ -109,6 +110,12 @@ async fn one_that_has_died_or_does_not_fit_costs_no_server() {
         vmm.kill();
         vmm.wait_for_end().await;
     }
+    // They are replaced though nobody asks for a server.
+    ready(&stage, 2).await;
+    for vmm in stage.launch.shells() {
+        vmm.kill();
+        vmm.wait_for_end().await;
+    }
     let server2 = created(&host, server("web2")).await;
     assert_eq!(server2.state, ServerState::Running);
     ready(&stage, 2).await;
@@ -125,6 +132,28 @@ async fn one_that_has_died_or_does_not_fit_costs_no_server() {
     }
     ready(&stage, 2).await;
     assert_eq!(stage.launch.alive().len(), 4);
+    host.close().await;
+    assert!(shells_directory_is_empty(&stage));
+}
+
+#[tokio::test]
+async fn one_that_a_dying_launcher_has_not_told_of_is_ended() {
+    let (stage, host) = warm(1).await;
+    created(&host, server("web1")).await;
+    ready(&stage, 1).await;
+    stage.launch.let_launcher_die(Error::new(Code::MachineFailed, "the launcher has ended"));
+    created(&host, server("web2")).await;
+    let untold = async {
+        loop {
+            match stage.launch.untold() {
+                Some(vmm) => return vmm.wait_for_end().await,
+                None => tokio::task::yield_now().await,
+            }
+        }
+    };
+    tokio::time::timeout(SOON, untold).await.expect("the end of what nobody knows");
+    created(&host, server("web3")).await;
+    ready(&stage, 1).await;
     host.close().await;
     assert!(shells_directory_is_empty(&stage));
 }
