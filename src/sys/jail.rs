@@ -45,6 +45,9 @@ pub struct Jail<'a> {
     pub cgroups: &'a [BorrowedFd<'a>],
     /// Limits of the process.
     pub rlimits: Rlimits,
+    /// The mount namespace it enters, with the root that is in it. Each gets one of its own without this, in a user namespace,
+    /// which has no rights to another's, and where the kernel refuses.
+    pub root: Option<&'a EmptyRoot>,
     /// What becomes of steps that the kernel refuses.
     pub refused: Refused,
     /// Steps that are not done at all. Empty but in tests, which show that a missing wall is noticed.
@@ -89,6 +92,42 @@ pub enum Refused {
     Fails,
     /// It is started without them.
     LeftOut,
+}
+
+/// A mount namespace in which there is an empty, read-only directory and nothing else, for any number of jails. What they share
+/// cannot be changed by anybody in it, who would need CAP_SYS_ADMIN outside of their own user namespace. Each could make its
+/// own; but to replace a root the kernel looks at every thread of the host, in case it used the old one (pivot_root(2)).
+#[derive(Debug)]
+pub struct EmptyRoot(OwnedFd);
+
+impl EmptyRoot {
+    /// Makes it, in a child that ends at once. Needs CAP_SYS_ADMIN.
+    pub fn make() -> io::Result<EmptyRoot> {
+        let mut seed = Seed { namespace: -1, result: Ok(()) };
+        let argument: *mut Seed = &raw mut seed;
+        // With the caller's descriptors, so that the one it opens stays.
+        // SAFETY: `plant` gets the seed, which nothing else touches until the child has ended.
+        let (_, child) = unsafe { borrow(plant, argument.cast(), libc::CLONE_FILES) }?;
+        let _ = child.reap();
+        if seed.namespace < 0 {
+            return Err(seed.result.err().unwrap_or_else(|| io::ErrorKind::Other.into()));
+        }
+        // SAFETY: the child has opened it, and nothing else knows it.
+        let namespace = unsafe { OwnedFd::from_raw_fd(seed.namespace) };
+        seed.result.map(|()| EmptyRoot(namespace))
+    }
+}
+
+struct Seed {
+    namespace: RawFd,
+    result: io::Result<()>,
+}
+
+extern "C" fn plant(seed: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: `make` passes a seed that it does not touch until this child is gone.
+    let seed = unsafe { &mut *seed.cast::<Seed>() };
+    seed.result = child::open_empty_root(&mut seed.namespace);
+    0
 }
 
 /// A program that runs in its jail.
@@ -148,21 +187,33 @@ pub fn spawn(program: &Program<'_>, jail: &Jail<'_>) -> Result<Started, Error> {
     }
 }
 
-/// Runs `plan` in a child that borrows this process's memory until it executes or ends, as vfork(2) does: copying
-/// the page tables of the caller would cost more than most steps of the jail.
+/// Runs `plan` in a child of [`borrow`].
 fn start(plan: &mut Child, namespaces: libc::c_int) -> io::Result<(i32, PidFd)> {
+    plan.user_namespace = namespaces & libc::CLONE_NEWUSER != 0;
+    let argument: *mut Child = plan;
+    // SAFETY: `run` gets the plan, which is borrowed mutably until the child executes or ends.
+    unsafe { borrow(run, argument.cast(), namespaces) }
+}
+
+/// Runs `body` in a child that borrows this process's memory until it executes or ends, as vfork(2) does: copying the page
+/// tables of the caller would cost more than most steps of the jail. This thread waits until then.
+///
+/// # Safety
+/// `argument` is what `body` takes, and `body` makes system calls only.
+unsafe fn borrow(
+    body: extern "C" fn(*mut libc::c_void) -> libc::c_int,
+    argument: *mut libc::c_void,
+    more: libc::c_int,
+) -> io::Result<(i32, PidFd)> {
     // The child is shallow; a page at the lower end that nobody may touch stops it if it is not.
     let mut stack = Stack::new()?;
     let mut pidfd: RawFd = -1;
-    let flags = namespaces | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
-    plan.user_namespace = namespaces & libc::CLONE_NEWUSER != 0;
-    let argument: *mut Child = plan;
+    let flags = more | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
     // No handler of ours may run in the child, where it would act on memory that is the parent's.
     let signals = block_signals()?;
-    // SAFETY: `run` gets the plan, which outlives the call because CLONE_VFORK suspends this thread until the
-    // child executes or ends; `stack` is memory of its own that outlives the child likewise; `pidfd` is where
-    // CLONE_PIDFD stores a descriptor.
-    let pid = unsafe { libc::clone(run, stack.top(), flags, argument.cast(), &raw mut pidfd) };
+    // SAFETY: the argument outlives the call because CLONE_VFORK suspends this thread until the child executes or ends;
+    // `stack` is memory of its own that outlives the child likewise; `pidfd` is where CLONE_PIDFD stores a descriptor.
+    let pid = unsafe { libc::clone(body, stack.top(), flags, argument, &raw mut pidfd) };
     let result = if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) };
     restore_signals(&signals);
     let pid = result?;

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use kvm::{Host, cpuid};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use sys::jail::EmptyRoot;
 use sys::pidfd::{Ended, PidFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::channel::{self, Channel};
@@ -41,6 +42,8 @@ struct Launcher {
     epoll: Epoll,
     /// What KVM offers, when it was asked once.
     offer: Option<File>,
+    /// What VMMs are put into, where it can be had.
+    root: Option<EmptyRoot>,
     /// By process id.
     children: HashMap<i32, Child>,
 }
@@ -56,7 +59,9 @@ pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
     threads::enter(ThreadKind::Control);
     let daemon = Channel::new(daemon.into());
     let epoll = Epoll::new().map_err(Error::Wait)?;
-    let mut launcher = Launcher { daemon, epoll, offer: None, children: HashMap::new() };
+    // Without it each VMM makes its own, or is told what it lacks.
+    let root = EmptyRoot::make().ok();
+    let mut launcher = Launcher { daemon, epoll, offer: None, root, children: HashMap::new() };
     let ends = ends().map_err(Error::Wait)?;
     launcher.watch(launcher.daemon.as_fd(), DAEMON).map_err(Error::Wait)?;
     launcher.watch(ends.as_fd(), ENDS).map_err(Error::Wait)?;
@@ -138,7 +143,7 @@ impl Launcher {
         }
         let offer = self.offer.as_ref().map(AsFd::as_fd);
         let children::Vmm { pid, pidfd, missing } =
-            children::start_vmm(label, jail, &descriptors, offer, &cgroups)
+            children::start_vmm(label, jail, &descriptors, offer, &cgroups, self.root.as_ref())
                 .map_err(|why| format!("cannot start a VMM: {why}"))?;
         self.children.insert(pid, Child::Vmm);
         Ok((Reply::Spawned { pid, missing }, pidfd.into()))

@@ -55,6 +55,7 @@ impl Process {
             user: User::Own { uid: 0, gid: 0 },
             cgroups: &[],
             rlimits: RLIMITS,
+            root: None,
             refused: Refused::Fails,
             left_out: &WALLS,
         };

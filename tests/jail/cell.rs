@@ -5,12 +5,13 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use serde_json::Value;
-use sys::jail::{Jail, Program, Refused, Started, Step, spawn};
+use sys::jail::{EmptyRoot, Jail, Program, Refused, Started, Step, spawn};
 use sys::pidfd::{Ended, Signal};
 use vmm::jail_of;
 use wire::launch::{JailUser, Rlimits};
@@ -44,6 +45,8 @@ pub(crate) struct Plan<'p> {
     /// Walls that are left out.
     pub(crate) left_out: &'p [Step],
     pub(crate) cgroups: &'p [BorrowedFd<'p>],
+    /// The root it shares with others.
+    pub(crate) root: Option<&'p EmptyRoot>,
     /// What becomes of walls that the kernel refuses.
     pub(crate) refused: Refused,
     /// A file of the host that it is given at [`GIVEN`].
@@ -53,7 +56,9 @@ pub(crate) struct Plan<'p> {
 impl<'p> Plan<'p> {
     /// Every wall but these, and each must stand.
     pub(crate) fn without(left_out: &'p [Step]) -> Plan<'p> {
-        Plan { uid: fresh_id(), left_out, cgroups: &[], refused: Refused::Fails, given: None }
+        static ROOT: LazyLock<EmptyRoot> = LazyLock::new(|| EmptyRoot::make().expect("an empty root"));
+        let root = Some(&*ROOT);
+        Plan { uid: fresh_id(), left_out, cgroups: &[], root, refused: Refused::Fails, given: None }
     }
 }
 
@@ -83,14 +88,14 @@ impl Cell {
             arguments: &ARGUMENTS.map(OsStr::new),
             descriptors: &descriptors,
         };
-        let Plan { uid, left_out, cgroups, refused, .. } = *plan;
+        let Plan { uid, left_out, cgroups, root, refused, .. } = *plan;
         let wanted = wire::launch::Jail {
             user: JailUser::Own { uid, gid: uid },
             cgroups: u8::try_from(cgroups.len()).unwrap(),
             rlimits: RLIMITS,
             required: refused == Refused::Fails,
         };
-        let jail = Jail { left_out, ..jail_of(&wanted, cgroups).unwrap() };
+        let jail = Jail { left_out, ..jail_of(&wanted, cgroups, root).unwrap() };
         Ok(Cell { started: spawn(&program, &jail)?, socket })
     }
 

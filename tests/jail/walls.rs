@@ -497,9 +497,26 @@ fn status(pid: i32) -> BTreeMap<String, String> {
 
 #[test]
 fn the_jail_looks_from_outside_as_it_should() {
-    let uid = fresh_id();
-    let cell = Cell::start(uid, &[], &[]);
-    let pid = cell.started.pid;
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+    let plans = || {
+        let shared = Plan::without(&[]);
+        [shared.root, None].map(|root| Plan { root, ..Plan::without(&[]) })
+    };
+    let mut namespaces = BTreeMap::new();
+    for plan in plans().iter().chain(&plans()) {
+        let cell = Cell::of(plan).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
+        assert!(cell.started.refused.is_empty(), "{:?}", cell.started.refused);
+        looks_as_it_should(cell.started.pid, plan.uid);
+        namespaces
+            .entry(plan.root.is_some())
+            .or_insert_with(Vec::new)
+            .push((namespace(cell.started.pid), cell));
+    }
+    let is_same = |shared| namespaces[&shared][0].0 == namespaces[&shared][1].0;
+    assert!(is_same(true) && !is_same(false));
+}
+
+fn looks_as_it_should(pid: i32, uid: u32) {
     let status = status(pid);
     assert_eq!(status["Uid"], format!("{uid} {uid} {uid} {uid}"));
     assert_eq!(status["Gid"], format!("{uid} {uid} {uid} {uid}"));

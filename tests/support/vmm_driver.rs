@@ -168,7 +168,7 @@ impl Vmm {
         // Ids that no process on this host has.
         let id = 0x7000_0000 + std::process::id() * 64 + STARTED.fetch_add(1, Ordering::Relaxed) % 64;
         let user = if root { User::Own { uid: id, gid: id } } else { User::Caller };
-        let jail = Jail { user, cgroups: &[], rlimits, refused: Refused::LeftOut, left_out: &[] };
+        let jail = Jail { user, cgroups: &[], rlimits, root: None, refused: Refused::LeftOut, left_out: &[] };
         let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
         let (pid, pidfd, executed_at) = (started.pid, started.pidfd, started.executed_at);
         let channel = Channel::new(Socket::connect(&path("control.sock")).unwrap());

@@ -17,6 +17,8 @@ pub(super) struct Child {
     moved: Vec<RawFd>,
     cgroups: Vec<RawFd>,
     user: User,
+    /// The mount namespace to enter.
+    root: Option<RawFd>,
     /// Whether the child was made in a user namespace of its own.
     pub(super) user_namespace: bool,
     uid_map: String,
@@ -48,6 +50,7 @@ impl Child {
             wanted,
             cgroups: raw(jail.cgroups),
             user: jail.user,
+            root: jail.root.map(|root| root.0.as_raw_fd()).filter(|_| enters_root(jail)),
             user_namespace: false,
             uid_map: format!("{uid} {uid} 1\n"),
             gid_map: format!("{gid} {gid} 1\n"),
@@ -82,11 +85,17 @@ impl Child {
         if self.user_namespace {
             self.step(Step::UserNamespace, Child::map_caller)?;
         }
-        let mounts = self.step(Step::MountNamespace, |_| unshare(libc::CLONE_NEWNS))?;
+        let has_root = self.enter_made_root();
+        let mounts = if has_root {
+            Done::Yes
+        } else {
+            self.step(Step::MountNamespace, |_| unshare(libc::CLONE_NEWNS))?
+        };
         self.step(Step::NetNamespace, |_| unshare(libc::CLONE_NEWNET))?;
         self.step(Step::IpcNamespace, |_| unshare(libc::CLONE_NEWIPC))?;
         self.step(Step::UtsNamespace, |_| unshare(libc::CLONE_NEWUTS).and_then(|()| forget_host_name()))?;
         match mounts {
+            _ if has_root => (),
             Done::Yes => self.step(Step::Root, |_| enter_empty_root()).map(drop)?,
             // Without a mount namespace the host itself would lose its root.
             Done::No if self.left_out.contains(&Step::Root) => (),
@@ -163,7 +172,18 @@ impl Child {
         // SAFETY: the caller borrows the executable until spawn returns.
         let copy = unsafe { libc::fcntl(self.executable, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) };
         self.executable = check(copy)?;
+        if let Some(root) = self.root {
+            // SAFETY: as above.
+            self.root = Some(check(unsafe { libc::fcntl(root, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) })?);
+        }
         place(&self.wanted, &mut self.moved)
+    }
+
+    /// Whether it is in the namespace that was made for it, and so in its empty root: both root and working directory are those
+    /// of the namespace (setns(2)).
+    fn enter_made_root(&self) -> bool {
+        // SAFETY: two integers; the child shares no root with its parent, which the kernel demands.
+        self.root.is_some_and(|root| unsafe { libc::setns(root, libc::CLONE_NEWNS) } == 0)
     }
 
     /// One user and one group, as an unprivileged process may write them (user_namespaces(7)).
@@ -240,6 +260,22 @@ fn forget_host_name() -> io::Result<()> {
     check(unsafe { libc::sethostname(c"-".as_ptr(), 1) })?;
     // SAFETY: as above.
     check(unsafe { libc::setdomainname(c"-".as_ptr(), 1) }).map(drop)
+}
+
+/// Whether a jail has the walls that a namespace made for it consists of.
+fn enters_root(jail: &Jail<'_>) -> bool {
+    let left_out = |step| jail.left_out.contains(&step);
+    jail.user != User::Caller && !left_out(Step::MountNamespace) && !left_out(Step::Root)
+}
+
+/// Makes a mount namespace with an empty root, and opens it. Runs in a child that ends then.
+pub(super) fn open_empty_root(namespace: &mut RawFd) -> io::Result<()> {
+    unshare(libc::CLONE_NEWNS)?;
+    // Before the root: it has no `/proc`.
+    // SAFETY: a string that ends with NUL.
+    *namespace =
+        check(unsafe { libc::open(c"/proc/self/ns/mnt".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })?;
+    enter_empty_root()
 }
 
 /// A file system of one directory takes the place of the root, and the old root goes out of reach with everything

@@ -13,7 +13,14 @@ use crate::pidfd::Ended;
 const RLIMITS: Rlimits = Rlimits { nofile: 64, fsize_bytes: 1 << 20, nproc: 10_000 };
 
 fn caller(left_out: &[Step]) -> Jail<'_> {
-    Jail { user: User::Caller, cgroups: &[], rlimits: RLIMITS, refused: Refused::LeftOut, left_out }
+    Jail {
+        user: User::Caller,
+        cgroups: &[],
+        rlimits: RLIMITS,
+        root: None,
+        refused: Refused::LeftOut,
+        left_out,
+    }
 }
 
 /// This test program, which is static, lists its tests to the writer.

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use sys::jail::{self, Jail, Program, Refused, Started, Step};
+use sys::jail::{self, EmptyRoot, Jail, Program, Refused, Started, Step};
 use sys::pidfd::PidFd;
 use wire::isolation::{Item, Missing};
 use wire::launch::{self, JailUser, fd};
@@ -30,6 +30,7 @@ pub(super) fn start_vmm(
     descriptors: &[OwnedFd; 4],
     offer: Option<BorrowedFd<'_>>,
     cgroups: &[OwnedFd],
+    root: Option<&EmptyRoot>,
 ) -> Result<Vmm, String> {
     let [control, kvm, will, log] = descriptors;
     let cgroups: Vec<_> = cgroups.iter().map(AsFd::as_fd).collect();
@@ -41,7 +42,7 @@ pub(super) fn start_vmm(
         (will.as_fd(), fd::WILL),
     ];
     placed.extend(offer.map(|offer| (offer, fd::OFFER)));
-    let started = start(&["machine", "--label", label], &placed, &jail_of(wanted, &cgroups)?)?;
+    let started = start(&["machine", "--label", label], &placed, &jail_of(wanted, &cgroups, root)?)?;
     let caller = (wanted.user == JailUser::Caller)
         .then(|| Missing { item: Item::Uid, why: "it runs with the ids of whoever started it".to_owned() });
     let refused = started.refused.iter().flat_map(|(step, cause)| {
@@ -62,6 +63,7 @@ pub(super) fn start_probe(kvm: &OwnedFd) -> Result<(i32, PidFd, File), String> {
         user: jail::User::Caller,
         cgroups: &[],
         rlimits: PROBE_RLIMITS,
+        root: None,
         refused: Refused::LeftOut,
         left_out: &[],
     };
@@ -92,7 +94,11 @@ fn start(arguments: &[&str], placed: &[(BorrowedFd<'_>, i32)], jail: &Jail<'_>) 
 }
 
 /// The jail that a VMM gets of what was asked for.
-pub fn jail_of<'a>(wanted: &launch::Jail, cgroups: &'a [BorrowedFd<'a>]) -> Result<Jail<'a>, String> {
+pub fn jail_of<'a>(
+    wanted: &launch::Jail,
+    cgroups: &'a [BorrowedFd<'a>],
+    root: Option<&'a EmptyRoot>,
+) -> Result<Jail<'a>, String> {
     let user = match wanted.user {
         // With the ids of root it could do what root can wherever capabilities do not matter: open root's files.
         JailUser::Own { uid: 0, .. } | JailUser::Own { gid: 0, .. } => {
@@ -106,7 +112,8 @@ pub fn jail_of<'a>(wanted: &launch::Jail, cgroups: &'a [BorrowedFd<'a>]) -> Resu
     };
     let launch::Rlimits { nofile, fsize_bytes, nproc } = wanted.rlimits;
     let refused = if wanted.required { Refused::Fails } else { Refused::LeftOut };
-    Ok(Jail { user, cgroups, rlimits: jail::Rlimits { nofile, fsize_bytes, nproc }, refused, left_out: &[] })
+    let rlimits = jail::Rlimits { nofile, fsize_bytes, nproc };
+    Ok(Jail { user, cgroups, rlimits, root, refused, left_out: &[] })
 }
 
 /// What a VMM is without when this step was refused.
