@@ -260,7 +260,14 @@ impl Links {
         // The kernel does them in this order; what it answers to each is heard together.
         let change = |wanted| self.handle.link().change(wanted).execute();
         let (joined, watched, up) = tokio::join!(change(joined), change(watched), change(up));
-        joined.and(watched).and(up).map_err(|cause| failed("connect", tap, cause))
+        joined.and(watched).and(up).map_err(|cause| match code(&cause) {
+            Some(EXFULL) => PlumbingError::Failed(format!(
+                "the bridge {} has as many interfaces as Linux gives one (1,023); stop servers of this network, or use \
+                 another network for more",
+                segment.bridge
+            )),
+            _ => failed("connect", tap, cause),
+        })
     }
 
     /// Removes a device, if it is there.
@@ -367,6 +374,7 @@ fn set_switch(name: &str, value: &str) -> Result<(), PlumbingError> {
 
 const EPERM: i32 = 1;
 const ENODEV: i32 = 19;
+const EXFULL: i32 = 54;
 
 fn code(cause: &rtnetlink::Error) -> Option<i32> {
     match cause {

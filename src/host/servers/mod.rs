@@ -134,6 +134,7 @@ impl Servers {
     pub async fn create(&self, call: &Call, spec: CreateServer) -> Result<Answer<Accepted<Server>>> {
         self.workshop().processor.check(Some(&spec.cpu)).await?;
         let (workshop, actor) = (self.workshop().clone(), call.actor.clone());
+        let is_started = spec.start;
         let answer = self
             .workshop()
             .core
@@ -142,7 +143,10 @@ impl Servers {
                 Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
             })
             .await?;
-        self.workshop().networks.wake();
+        // A machine that is started is made known before it runs.
+        if !is_started {
+            self.workshop().networks.wake();
+        }
         self.poke(&answer);
         Ok(answer)
     }

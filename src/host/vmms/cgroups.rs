@@ -49,9 +49,8 @@ impl Controller {
         let memory = cell.memory_bytes.saturating_add(limits::VMM_MEMORY_BYTES).saturating_add(tables);
         match (self, version) {
             (Controller::Cpu, Version::V2) => vec![("cpu.max", format!("{quota_us} {period_us}"))],
-            (Controller::Cpu, Version::V1) => {
-                vec![("cpu.cfs_period_us", period_us.to_string()), ("cpu.cfs_quota_us", quota_us.to_string())]
-            }
+            // The period is what it is in every new group. For each write the kernel walks through all groups.
+            (Controller::Cpu, Version::V1) => vec![("cpu.cfs_quota_us", quota_us.to_string())],
             // Without a word on swap, memory beyond the limit goes there, until the host has none left.
             (Controller::Memory, Version::V2) => {
                 vec![("memory.max", memory.to_string()), (SWAP_V2, "0".to_owned())]

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
-use rtnetlink::{LinkUnspec, RouteMessageBuilder};
+use nix::net::if_::if_nametoindex;
+use rtnetlink::{LinkUnspec, LinkVeth, RouteMessageBuilder};
 use sys::tap::Tap;
 
 use super::frames::{Arp, BROADCAST, DhcpAnswer, Udp, dhcp, dns_question, ethernet};
@@ -467,6 +468,29 @@ fn a_plug_into_a_bridge_that_is_gone_is_refused() {
         let refused = ground.plumbing.plug(segment, ports[0].clone()).await.unwrap_err();
         assert!(matches!(refused, PlumbingError::Failed(_)), "{refused}");
         assert_eq!(ground.plumbing.surroundings().await.devices, ["lo"]);
+    });
+}
+
+#[test]
+fn a_bridge_that_is_full_says_so() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        let connection = tokio::spawn(connection);
+        let bridge = if_nametoindex(segment.bridge.as_str()).unwrap();
+        // One is left over.
+        for pair in 0..512 {
+            let ends = [format!("left{pair}"), format!("right{pair}")];
+            handle.link().add(LinkVeth::new(&ends[0], &ends[1]).build()).execute().await.unwrap();
+            for end in ends.iter().skip(usize::from(pair == 0)) {
+                let index = if_nametoindex(end.as_str()).unwrap();
+                let joins = LinkUnspec::new_with_index(index).controller(bridge).build();
+                handle.link().change(joins).execute().await.unwrap();
+            }
+        }
+        connection.abort();
+        let refused = ground.plumbing.plug(segment, ports[0].clone()).await.unwrap_err();
+        assert!(refused.to_string().contains("another network"), "{refused}");
     });
 }
 
