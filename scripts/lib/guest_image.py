@@ -41,7 +41,14 @@ def read_recipe(name):
     catalogue = tomllib.loads((IMAGES / "catalogue.toml").read_text())
     if name not in catalogue:
         raise debian.Failure(f"there is no recipe {name!r}; guest-images/catalogue.toml has: {', '.join(catalogue)}")
-    return {**catalogue[name], "name": name, "directory": IMAGES / "recipes" / name}
+    recipe = {**catalogue[name], "name": name}
+    # One that is like another has that one's settings and files, but for what it states, and a lock of its own.
+    recipe = {**catalogue.get(recipe.get("like"), {}), **recipe}
+    return {**recipe, "directory": IMAGES / "recipes" / recipe.get("like", name)}
+
+
+def lock_file_of(recipe):
+    return IMAGES / "recipes" / recipe["name"] / "packages.lock"
 
 
 def key_of(recipe, lock):
@@ -57,7 +64,7 @@ def key_of(recipe, lock):
 
 def find_or_build(recipe, locked):
     """The image directory in the cache, built when it is not there."""
-    lock = debian.Lock.read(recipe["directory"] / "packages.lock")
+    lock = debian.Lock.read(lock_file_of(recipe))
     cache = debian.cache_directory() / "images"
     cache.mkdir(exist_ok=True)
     result = cache / f"{recipe['name']}-{key_of(recipe, lock)[:24]}"
@@ -233,7 +240,7 @@ def arguments():
 def main():
     wanted = arguments()
     recipe = read_recipe(wanted.recipe)
-    lock_file = recipe["directory"] / "packages.lock"
+    lock_file = lock_file_of(recipe)
     if wanted.lock:
         lock = resolve(recipe, debian.Archive(recipe["suite"]))
         unchanged = lock_file.exists() and debian.Lock.read(lock_file).packages == lock.packages
