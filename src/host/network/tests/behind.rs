@@ -93,7 +93,8 @@ fn a_network_goes_on_behind_a_device_and_the_host_itself_does_not() {
             troubles.len() == 1 && troubles.values().all(|why| why.starts_with("cable0 is part of toftbr0;")),
             "{troubles:?}"
         );
-        ground.wanted.segments.pop();
+        let other = ground.wanted.segments.pop().unwrap();
+        ground.plumbing.remove(other).await.unwrap();
         // One that is called otherwise is not the network's any more, nor is it the host's.
         rename("cable0", "rope0").await;
         let troubles = ground.plumbing.ensure(ground.wanted.clone()).await;
