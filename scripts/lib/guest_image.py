@@ -41,10 +41,11 @@ def read_recipe(name):
     catalogue = tomllib.loads((IMAGES / "catalogue.toml").read_text())
     if name not in catalogue:
         raise debian.Failure(f"there is no recipe {name!r}; guest-images/catalogue.toml has: {', '.join(catalogue)}")
-    recipe = {**catalogue[name], "name": name}
     # One that is like another has that one's settings and files, but for what it states, and a lock of its own.
-    recipe = {**catalogue.get(recipe.get("like"), {}), **recipe}
-    return {**recipe, "directory": IMAGES / "recipes" / recipe.get("like", name)}
+    like = catalogue[name].get("like", name)
+    if like not in catalogue:
+        raise debian.Failure(f"recipe {name} is like {like!r}, which guest-images/catalogue.toml does not have")
+    return {**catalogue[like], **catalogue[name], "name": name, "directory": IMAGES / "recipes" / like}
 
 
 def lock_file_of(recipe):

@@ -103,18 +103,21 @@ pub struct EmptyRoot(OwnedFd);
 impl EmptyRoot {
     /// Makes it, in a child that ends at once. Needs CAP_SYS_ADMIN.
     pub fn make() -> io::Result<EmptyRoot> {
-        let mut seed = Seed { namespace: -1, result: Ok(()) };
+        EmptyRoot::made_by(plant)
+    }
+
+    fn made_by(body: extern "C" fn(*mut libc::c_void) -> libc::c_int) -> io::Result<EmptyRoot> {
+        // A child that is killed midway has not said how it went, and its root is still the host's.
+        let mut seed = Seed { namespace: -1, result: Err(io::ErrorKind::UnexpectedEof.into()) };
         let argument: *mut Seed = &raw mut seed;
         // With the caller's descriptors, so that the one it opens stays.
-        // SAFETY: `plant` gets the seed, which nothing else touches until the child has ended.
-        let (_, child) = unsafe { borrow(plant, argument.cast(), libc::CLONE_FILES) }?;
+        // SAFETY: the body gets the seed, which nothing else touches until the child has ended.
+        let (_, child) = unsafe { borrow(body, argument.cast(), libc::CLONE_FILES) }?;
         let _ = child.reap();
-        if seed.namespace < 0 {
-            return Err(seed.result.err().unwrap_or_else(|| io::ErrorKind::Other.into()));
-        }
         // SAFETY: the child has opened it, and nothing else knows it.
-        let namespace = unsafe { OwnedFd::from_raw_fd(seed.namespace) };
-        seed.result.map(|()| EmptyRoot(namespace))
+        let namespace = (seed.namespace >= 0).then(|| unsafe { OwnedFd::from_raw_fd(seed.namespace) });
+        seed.result?;
+        namespace.map(EmptyRoot).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 }
 

@@ -42,6 +42,20 @@ fn end(started: &Started) -> Ended {
     started.pidfd.reap().unwrap().expect("it has ended")
 }
 
+/// Opens the namespace that it is in, with the host's root, and gets no further.
+extern "C" fn ends_midway(seed: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: `made_by` passes a seed that it does not touch until this child is gone.
+    let seed = unsafe { &mut *seed.cast::<Seed>() };
+    // SAFETY: a string that ends with NUL.
+    seed.namespace = unsafe { libc::open(c"/proc/self/ns/mnt".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    1
+}
+
+#[test]
+fn a_root_whose_making_ended_midway_is_none() {
+    assert!(EmptyRoot::made_by(ends_midway).is_err());
+}
+
 #[test]
 fn a_program_runs_with_what_it_was_given() {
     let (mut output, input) = io::pipe().unwrap();
