@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use wire::control::{Command, MachineState, Reply};
 use wire::migration::{Owner, Phase, SendLimits};
 
-use crate::probe_guest;
+use crate::probe_guest::{self, numbers};
 use crate::vmm_driver::{Machine, Vmm};
 
 fn machine() -> Machine {
@@ -105,14 +105,6 @@ fn a_guest_that_stands_still_for_too_long_runs_on_where_it_was() {
     assert!(source.command(Command::CommitMigration).is_err());
 }
 
-/// What the guest's clock showed at each of its ticks, in nanoseconds.
-fn ticks(vmm: &mut Vmm) -> Vec<u64> {
-    let console = vmm.console();
-    // The last line may be told in part.
-    let (whole, _) = console.rsplit_once('\n').unwrap_or_default();
-    whole.split(" ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok()).collect()
-}
-
 #[test]
 fn a_standstill_has_passed_for_the_guest_wherever_it_goes_on() {
     const STANDSTILL: Duration = Duration::from_secs(2);
@@ -133,7 +125,7 @@ fn a_standstill_has_passed_for_the_guest_wherever_it_goes_on() {
         let survivor = if at_target { &mut target } else { &mut source };
         let told = survivor.console().matches("tick ").count();
         survivor.wait_for_times("tick ", told + 3);
-        let ticks = ticks(survivor);
+        let ticks = numbers(&survivor.console(), "ns");
         let gaps = ticks.windows(2).map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards"));
         let gap = Duration::from_nanos(gaps.max().unwrap());
         assert!(gap >= STANDSTILL, "only {gap:?} passed for the guest, at the target: {at_target}");

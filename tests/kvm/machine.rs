@@ -4,7 +4,7 @@ use wire::control::{Command, FaultCode, MachineState, Notice, PROTOCOL, Reply};
 use wire::machine::{CpuTemplate, FdIndex, OnReset};
 use wire::will::Reason;
 
-use crate::probe_guest;
+use crate::probe_guest::{self, numbers};
 use crate::vmm_driver::{Machine, Vmm};
 
 fn probe(words: &str) -> Machine {
@@ -131,14 +131,12 @@ fn a_guest_clock_goes_on_while_it_is_parked_until_somebody_pauses_it() {
         [(&[Command::Park, Command::Pause][..], true), (&[Command::Pause, Command::Park], false)]
     {
         let stood: Vec<u64> = words.iter().map(|command| stand(&mut vmm, command.clone())).collect();
-        let told = vmm.console().matches("tick ").count();
+        let ticks = vmm.console().matches("tick ").count();
         vmm.command(Command::Resume).unwrap();
-        vmm.wait_for_times("tick ", told + 3);
+        vmm.wait_for_times("tick ", ticks + 3);
         let console = vmm.console();
-        let lines: Vec<&str> = console.split(" ns=").skip(told).collect();
-        let times = lines.iter().filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok());
-        let times: Vec<u64> = times.collect();
-        let gap = times
+        // From the last tick before the standstill on.
+        let gap = numbers(&console, "ns")[ticks - 1..]
             .windows(2)
             .map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards"))
             .max()
@@ -172,14 +170,11 @@ fn a_guest_clock_does_not_live_through_a_pause() {
     }
     let console = vmm.console();
     // The pause is neither time that passed nor time that somebody stole.
-    for field in [" ns=", " steal="] {
-        let times: Vec<u64> = console
-            .split(field)
-            .skip(1)
-            .filter_map(|text| text.split_whitespace().next()?.parse().ok())
-            .collect();
-        let longest =
-            times.windows(2).map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards")).max();
+    for field in ["ns", "steal"] {
+        let longest = numbers(&console, field)
+            .windows(2)
+            .map(|pair| pair[1].checked_sub(pair[0]).expect("never backwards"))
+            .max();
         assert!(longest.unwrap() < 1_000_000_000, "{field} jumped by {longest:?}\n{console}");
     }
     assert!(console.contains("stopped=1"), "the guest was not told of the pause\n{console}");

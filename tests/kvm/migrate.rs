@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use wire::control::{Command, FaultCode, MachineState, Reply};
 use wire::migration::{MigrationStatus, Owner, Phase, SendLimits};
 
-use crate::probe_guest;
+use crate::probe_guest::{self, numbers};
 use crate::vmm_driver::{Machine, Vmm};
 
 pub(crate) fn probe(words: &str, mib: u64) -> Machine {
@@ -64,11 +64,7 @@ pub(crate) fn state(vmm: &mut Vmm) -> MachineState {
 
 /// The guest's clock has gone on, and never far at once.
 pub(crate) fn check_clock(console: &str) {
-    // The last line may be told in part.
-    let (whole, _) = console.rsplit_once('\n').unwrap_or_default();
-    let ticks = whole.split("ns=").skip(1).filter_map(|text| text.split_whitespace().next()?.parse().ok());
-    let ticks: Vec<u64> = ticks.collect();
-    for pair in ticks.windows(2) {
+    for pair in numbers(console, "ns").windows(2) {
         let gap = pair[1].checked_sub(pair[0]).expect("the clock does not go back");
         assert!(gap < 1_000_000_000, "the clock jumped by {gap} ns");
     }

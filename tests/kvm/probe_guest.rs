@@ -15,3 +15,11 @@ fn build() -> PathBuf {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().trim().into()
 }
+
+/// The numbers that a guest told after each ` field=`, such as `ns`. One that is only told in part is none: a guest is
+/// paused, saved and looked at in the midst of its lines, whose rest comes later or on another console.
+pub(crate) fn numbers(console: &str, field: &str) -> Vec<u64> {
+    let field = format!(" {field}=");
+    let texts = console.split(&field).skip(1);
+    texts.filter_map(|text| text.split_once(char::is_whitespace)?.0.parse().ok()).collect()
+}

@@ -188,7 +188,8 @@ impl Conductor {
             // Only between frames; where a worker died within one, the other end finds that out.
             let _ = Word::Abort { detail }.write(&mut self.first);
         }
-        self.first.shut();
+        // Those of disks, too: what waits for more of one at the other end would wait for ever.
+        self.shared.shut();
         self.disks.iter().for_each(Disk::forget_changes);
         marks::stop(&self.ram);
     }
