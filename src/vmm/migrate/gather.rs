@@ -78,7 +78,8 @@ impl Gather {
         self.is_told.store(true, Ordering::SeqCst);
     }
 
-    /// Whether something that was asked for on a stream has yet to come.
+    /// Whether something that was asked for on a stream has yet to come. Where all was asked for that there is room for, nothing of
+    /// this stream's memory is owed any more when it has.
     pub(super) fn awaits(&self, stream: usize) -> bool {
         self.lane(stream).is_some_and(|lane| !lane.on_their_way.is_empty())
     }
@@ -106,9 +107,9 @@ impl Gather {
         }
     }
 
-    /// Whether anything is owed that this stream has.
-    pub(super) fn lacks(&self, stream: usize) -> bool {
-        shards(self.memory_bytes, stream, self.lanes.len()).any(|shard| self.owed.first(shard).is_some())
+    /// Whether some of a part is owed.
+    pub(super) fn owes(&self, part: Extent) -> bool {
+        self.owed.first(part).is_some()
     }
 
     /// Takes what came. The head was admitted.

@@ -104,11 +104,13 @@ impl Shared {
     /// Something has happened: the table says what follows. Chores are left to the main thread, and a target speaks. Answers
     /// the phase that follows, if it meant anything; others may have gone on from there.
     pub(crate) fn give(&self, event: Event) -> Option<Phase> {
-        self.give_with(event, None)
+        self.give_with(|_| event, None)
     }
 
-    fn give_with(&self, event: Event, why: Option<String>) -> Option<Phase> {
+    /// What the event is may depend on the phase that it meets.
+    fn give_with(&self, event: impl FnOnce(Phase) -> Event, why: Option<String>) -> Option<Phase> {
         let mut inner = self.inner();
+        let event = event(inner.phase);
         // What was promised to whoever holds it is taken back on no other word: that one may have been told more.
         let event = match event {
             Event::Heard(Said::Refused) if self.is_held && inner.phase == Phase::Commit => Event::Lost,
@@ -155,7 +157,7 @@ impl Shared {
 
     /// The same of something that went wrong. The first reason is kept.
     pub(crate) fn fail(&self, event: Event, why: String) -> Option<Phase> {
-        self.give_with(event, Some(why))
+        self.give_with(|_| event, Some(why))
     }
 
     /// How an error is told to the table.
@@ -164,9 +166,12 @@ impl Shared {
             return;
         }
         // Whose the machine is is no question any more: it runs, or is about to. Where memory is owed other streams may do better.
-        let is_lost = error.is_link() || matches!(self.phase(), Phase::Release | Phase::Owing);
-        let event = if is_lost { Event::Lost } else { Event::Failed };
-        self.fail(event, crate::log::chain(error));
+        let event = |phase| match phase {
+            _ if error.is_link() => Event::Lost,
+            Phase::Release | Phase::Owing => Event::Lost,
+            _ => Event::Failed,
+        };
+        self.give_with(event, Some(crate::log::chain(error)));
     }
 
     fn say(&self, said: Said, detail: Option<&str>) {

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use devices::virtio::block::Disk;
-use memory::Ram;
 use memory::owed::Owed;
+use memory::{Extent, Ram};
 use vm_memory::ReadVolatile;
 use wire::migration::{Phase, SendLimits, Side};
 use wire::transfer::{FrameError, Handed, Head, Kind, Open, Order, Word};
@@ -182,10 +182,11 @@ impl Listener {
             }
         };
         self.shared.put(*contents);
-        if self.shared.is_owing() {
-            return self.decide_owing(&mut order, others);
-        }
+        // Any stream may say that memory is owed, until it has ended.
         self.wait_for_others(others)?;
+        if self.shared.is_owing() {
+            return self.decide_owing(&mut order);
+        }
         self.stream.expect_soon();
         self.shared.give(Event::Heard(Said::State));
         // The main thread builds the machine, and says that it is ready.
@@ -201,8 +202,7 @@ impl Listener {
     }
 
     /// The rest of it where some of memory is owed: whoever builds the machine, or runs it, may wait for what comes here.
-    fn decide_owing(&mut self, order: &mut Order, others: &Receiver<()>) -> Result<(), Error> {
-        self.wait_for_others(others)?;
+    fn decide_owing(&mut self, order: &mut Order) -> Result<(), Error> {
         if let Some(gather) = &self.gather {
             gather.is_told();
         }
@@ -214,7 +214,7 @@ impl Listener {
     fn gather(&mut self, order: &mut Order) -> Result<(), Error> {
         let Some(gather) = self.gather.clone() else { return Ok(()) };
         gather.begin(self.index);
-        while !self.shared.is_over() && (self.index == 0 || gather.lacks(self.index)) {
+        while !self.shared.is_over() && (self.index == 0 || gather.awaits(self.index)) {
             match gather.awaits(self.index) {
                 true => self.stream.expect_soon(),
                 // Only the link itself tells that it is gone.
@@ -387,6 +387,12 @@ pub(super) fn next(
     match (head.kind, place.gather) {
         (Kind::Part | Kind::Packed | Kind::Zero, Some(gather)) if order.has_ended() => {
             gather.take(&head, from, place.unpacker, stream)?;
+        }
+        // Whoever puts memory that is owed would wait for itself.
+        (Kind::Part | Kind::Packed | Kind::Zero, Some(gather))
+            if gather.owes(Extent { offset: head.offset, bytes: head.length.into() }) =>
+        {
+            return Err(at(FrameError::Order(head.kind)));
         }
         (Kind::Part | Kind::Packed | Kind::Zero, _) => place.take(&head, from)?,
         (Kind::Console, _) => console(head.offset, &head.read_body(from).map_err(&at)?)?,

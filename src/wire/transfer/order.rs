@@ -14,6 +14,8 @@ pub struct Order {
     carried_bytes: u64,
     /// Where the console goes on, once some of it has come.
     console: Option<u64>,
+    /// Whether some of memory was said to be owed since it was last waited for that it goes.
+    owed_goes: bool,
     stage: Stage,
 }
 
@@ -39,6 +41,7 @@ impl Order {
             memory_bytes: open.memory_bytes,
             carried_bytes: 0,
             console: None,
+            owed_goes: false,
             stage: if open.resumes { Stage::Told } else { Stage::Memory },
         }
     }
@@ -81,14 +84,16 @@ impl Order {
                 if !self.is_ours(offset, u64::from(length).saturating_mul(8 * PAGE_BYTES)) {
                     return Err(refused);
                 }
+                self.owed_goes = true;
             }
-            (Kind::Sync, Stage::Memory) if self.owes => (),
+            (Kind::Sync, Stage::Memory) if self.owes => self.owed_goes = false,
             (Kind::Console, Stage::Memory | Stage::Ended) if is_first => {
                 if self.console.is_some_and(|next| next != offset) {
                     return Err(refused);
                 }
                 self.console = offset.checked_add(u64::from(length));
             }
+            (Kind::End, Stage::Memory) if self.owed_goes => return Err(FrameError::Order(kind)),
             (Kind::End, Stage::Memory) if offset == self.carried_bytes => self.stage = Stage::Ended,
             (Kind::End, Stage::Memory) => return Err(refused),
             (Kind::State, Stage::Ended) if is_first => self.stage = Stage::Told,

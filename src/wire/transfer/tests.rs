@@ -190,7 +190,9 @@ fn what_is_owed_comes_behind_the_end_and_only_where_that_was_agreed() {
     assert!(order.admit(&head(Kind::Owed, 64, SHARD_BYTES)).is_ok());
     assert!(order.admit(&head(Kind::Owed, 64, 0)).is_err(), "another stream's");
     assert!(order.admit(&head(Kind::Owed, 64, ALL + SHARD_BYTES)).is_err());
+    assert!(order.clone().admit(&head(Kind::End, 0, 0)).is_err(), "nobody waited until it was gone");
     assert!(order.admit(&head(Kind::Sync, 0, 0)).is_ok());
+    assert!(order.clone().admit(&head(Kind::End, 0, 0)).is_ok());
     assert!(order.admit(&head(Kind::Part, SHARD_BYTES as u32, SHARD_BYTES)).is_ok());
     assert!(order.admit(&head(Kind::End, 0, SHARD_BYTES)).is_ok());
     for kind in [Kind::Owed, Kind::Sync, Kind::Ask, Kind::Word] {
