@@ -2,15 +2,18 @@
 //! what comes over the streams of a move. No part of a machine.
 //! `tests/fuzz` calls it with new bytes, and the test here with the seeds kept there.
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use kvm::Start;
-use memory::{Ram, layout};
+use memory::{Extent, Ram, layout};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use wire::saved::lower::Lower;
+use wire::transfer::Kind;
 
 use crate::boot::{Source, prepare};
-use crate::migrate;
+use crate::migrate::fuzz as migrate;
 use crate::snapshot;
 
 const MEMORY_BYTES: u64 = 24 << 20;
@@ -118,19 +121,59 @@ pub fn moved(data: &[u8]) {
         came = came.checked_sub(piece.len() as u64).expect("no more of the console than came");
     }
     for extent in memory::touched(&ram).expect("a memory file") {
-        let pages = (extent.offset..extent.offset + extent.bytes).step_by(4096);
-        for offset in pages {
-            assert_eq!(
-                wire::transfer::stream_of(offset, count as u64),
-                index as u64,
-                "memory at {offset:#x}"
-            );
-        }
+        judge_place(extent, index, count);
         came = match came.checked_sub(extent.bytes.saturating_sub(4096)) {
             None if may_pack => 0,
             left => left.expect("no more of memory than came"),
         };
     }
+}
+
+/// What comes over a stream belongs to it.
+fn judge_place(extent: Extent, index: usize, count: usize) {
+    for offset in (extent.offset..extent.offset + extent.bytes).step_by(4096) {
+        assert_eq!(wire::transfer::stream_of(offset, count as u64), index as u64, "memory at {offset:#x}");
+    }
+}
+
+/// Takes `data` as what goes over one stream of a move that owes memory: a byte that says over which of how many, and the frames
+/// that come from its source, or what is asked of that. Memory comes to lie only in this stream's shards, and nobody waits for what
+/// nobody will bring; of a source comes what was asked for, in order, and no more.
+pub fn owed(data: &[u8]) {
+    let Some((which, mut frames)) = data.split_first() else { return };
+    let (index, count) = (usize::from(which & 3), usize::from(which >> 2 & 3) + 1);
+    let ram = Arc::new(memory::new(MOVED_BYTES).expect("memory for a small machine"));
+    if which & 16 != 0 {
+        return asked(frames, &ram, index, count);
+    }
+    // Where there is none, nothing is ever owed.
+    let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") else { return };
+    match migrate::gather_stream(&mut frames, &ram, device.as_fd(), index, count) {
+        Ok(left) => assert!(left <= MOVED_BYTES / 4096, "{left} pages are owed"),
+        Err(refused) => {
+            assert!(!refused.is_empty() && refused.len() < 2048, "told in {} bytes", refused.len());
+        }
+    }
+    for extent in memory::touched(&ram).expect("a memory file") {
+        judge_place(extent, index, count);
+    }
+}
+
+fn asked(asks: &[u8], ram: &Arc<Ram>, index: usize, count: usize) {
+    for offset in (0..MOVED_BYTES).step_by(5 * 4096) {
+        memory::fill(ram, offset, &[7]).expect("memory that can be written");
+    }
+    let wanted = migrate::asked_for(asks, MOVED_BYTES, index, count);
+    let mut pages = wanted.iter().flat_map(|part| (part.offset..part.offset + part.bytes).step_by(4096));
+    migrate::answer_stream(asks, ram, index, count, |head| {
+        let holds = head.offset.is_multiple_of(5 * 4096);
+        let part = head.offset..head.offset + u64::from(head.length);
+        assert_eq!(head.kind == Kind::Part, holds, "what was answered with {head:?}");
+        for offset in part.step_by(4096) {
+            assert_eq!(pages.next(), Some(offset), "what was not asked for came in {head:?}");
+        }
+    });
+    assert_eq!(pages.next(), None, "what was asked for did not come");
 }
 
 fn moved_disk(mut frames: &[u8]) {
@@ -194,6 +237,11 @@ mod tests {
     #[test]
     fn seeds_of_the_streams_of_a_move_hold() {
         replay("moved", super::moved);
+    }
+
+    #[test]
+    fn seeds_of_a_move_that_owes_memory_hold() {
+        replay("owed", super::owed);
     }
 
     #[test]

@@ -16,6 +16,8 @@ use crate::snapshot;
 mod answers;
 mod converge;
 mod disk;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod gather;
 mod midway;
 mod pack;
@@ -83,41 +85,4 @@ impl Error {
     fn is_link(&self) -> bool {
         matches!(self, Error::Frame { cause: FrameError::Link(_), .. })
     }
-}
-
-/// Takes everything that comes over the stream of a disk, as its thread does.
-#[cfg(any(test, fuzzing))]
-pub(crate) fn take_disk(from: &mut &[u8], file: &std::fs::File, bytes: u64) -> Result<(), String> {
-    let told = |error: Error| crate::log::chain(&error);
-    let mut order = target::open_as(from, &wire::transfer::Open::of_disk(0, bytes), 0).map_err(told)?;
-    while !from.is_empty() {
-        target::next_of_disk(&mut order, from, file, 0).map_err(told)?;
-    }
-    Ok(())
-}
-
-/// Takes everything that comes over one stream, as its thread does. Answers the words that were said.
-#[cfg(any(test, fuzzing))]
-pub(crate) fn take_stream(
-    from: &mut &[u8],
-    ram: &memory::Ram,
-    index: usize,
-    count: usize,
-    mut console: impl FnMut(u64, &[u8]),
-) -> Result<usize, String> {
-    let told = |error: Error| crate::log::chain(&error);
-    let wanted = wire::transfer::Open::new(index as u16, count as u16, ram::bytes(ram));
-    let mut order = target::open_as(from, &wanted, index).map_err(told)?;
-    let (mut words, mut unpacker) = (0, pack::Unpacker::new());
-    let mut place = target::Place { ram, gather: None, unpacker: &mut unpacker, stream: index };
-    while !from.is_empty() {
-        let put = |position, piece: &[u8]| {
-            console(position, piece);
-            Ok(())
-        };
-        if let target::Came::Word(_) = target::next(&mut order, from, &mut place, put).map_err(told)? {
-            words += 1;
-        }
-    }
-    Ok(words)
 }

@@ -4,4 +4,5 @@ mod claims;
 mod conformance;
 mod map;
 mod panics;
+mod plants;
 mod walls;
