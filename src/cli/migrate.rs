@@ -43,6 +43,10 @@ enum Mode {
     Cold,
     /// Only while it runs or is paused.
     Live,
+    /// The same, with all of its memory before the machine or not at all.
+    PreCopy,
+    /// The same, and what is written while its memory is sent follows the machine.
+    PostCopy,
 }
 
 impl Migrate {
@@ -56,6 +60,8 @@ impl Migrate {
                 Mode::Auto => MigrationMode::Auto,
                 Mode::Cold => MigrationMode::Cold,
                 Mode::Live => MigrationMode::Live,
+                Mode::PreCopy => MigrationMode::PreCopy,
+                Mode::PostCopy => MigrationMode::PostCopy,
             },
             bandwidth_bytes_per_s: self.bandwidth,
             downtime_ms: self.downtime_ms,

@@ -57,13 +57,19 @@ pub struct MigrateServer {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MigrationMode {
-    /// As it is: with its machine if it runs or is paused, else as `cold` does.
+    /// As it is: as `live` does if it runs or is paused, else as `cold` does.
     #[default]
     Auto,
     /// Off or hibernated, with its disks and its memory if that is saved.
     Cold,
-    /// While it runs or is paused, which it stays.
+    /// While it runs or is paused, which it stays. All of its memory goes before the machine, unless the guest writes faster than it can
+    /// be sent though it is held back as far as it goes: then the rest follows, as with `post_copy`.
     Live,
+    /// As `live`, with all of its memory before the machine, or not at all.
+    PreCopy,
+    /// As `live`, but what was written while its memory was sent follows the machine: what the guest needs is sent first. Until all
+    /// of it is there, the end of either host's VMM is the machine's, which starts anew from its disks.
+    PostCopy,
 }
 
 /// Body of `POST /v1/servers/{id}/actions/settle-migration`.

@@ -307,6 +307,10 @@ impl Machine {
 
     /// Lets devices and then vCPUs go on. A thread that is parked waits for no CPU, so none of the time is stolen either.
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
+        // It goes on already, though not all of its memory is here.
+        if self.is_owed() && !self.is_paused() {
+            return Ok(());
+        }
         self.check_not_moving()?;
         self.go_on()
     }

@@ -20,6 +20,9 @@ pub const PROTOCOL_SETTLES: u32 = 3;
 /// From which version on a machine can be sent that is paused.
 pub const PROTOCOL_SENDS_PAUSED: u32 = 4;
 
+/// From which version on a machine can be sent of which some memory is owed.
+pub const PROTOCOL_OWES: u32 = 4;
+
 /// The first version with [`Command::Park`].
 pub const PROTOCOL_PARKS: u32 = 5;
 

@@ -28,6 +28,16 @@
 //!    Say(Copying) … ──────────────────────▶   from time to time: the source is there
 //!    ◀──────────────────────── Say(Ready)     as above
 //! ```
+//! Where some of its memory is still owed when it runs at the target, the last word comes later:
+//! ```text
+//!    Say(Commit) ─────────────────────────▶
+//!    ◀────────────────────── Say(Holding) …   the source keeps what it has for it
+//!    ◀──────────────────────── Say(Taken)     all of it is there
+//!
+//!    Again { transfer } ──────────────────▶   after a connection or a stream was lost meanwhile
+//!    ◀────────────────────── Say(Holding)
+//!    Join { transfer, stream } ───────────▶   for each stream of memory
+//! ```
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
@@ -40,7 +50,7 @@ use crate::machine::{CpuTemplate, are_features};
 use crate::saved::Digest;
 
 /// Version of this protocol. Both ends must speak the same one.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Length of a frame's head in bytes: magic, version, kind and length, integers little endian.
 pub const HEAD_BYTES: usize = 12;
@@ -157,6 +167,8 @@ pub enum Message {
         host: String,
         /// Version of the daemon, for people.
         program: String,
+        /// Whether memory can be owed here.
+        may_owe: bool,
     },
     /// Could this server come?
     Ask(Box<Offer>),
@@ -173,6 +185,8 @@ pub enum Message {
     Again {
         /// Which move, as in its [`Parcel`].
         transfer: String,
+        /// Over how many streams it would go on with memory that is owed.
+        streams: u16,
     },
     /// The first word on a connection that is to carry a stream between the two VMMs of a move. After [`Saying::Copying`] as
     /// the answer, nothing on it is a frame.
@@ -204,6 +218,10 @@ pub enum Saying {
     Ready,
     /// The source: it is yours.
     Commit,
+    /// The target: I have it, and some of its memory is still to come from you.
+    Holding,
+    /// The source: what of its memory I owed is lost.
+    Lost,
     /// The target: I have it.
     Taken,
     /// The source: it stays mine.
@@ -232,6 +250,9 @@ pub struct Parcel {
     /// Over how many streams its memory comes, if its machine comes with it. Of its files none follow then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live_streams: Option<u16>,
+    /// Whether some of that memory may still be owed when its machine runs at the target.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub may_owe: bool,
 }
 
 /// Lengths of the files of a memory that was saved, in bytes.
@@ -445,6 +466,9 @@ impl Parcel {
         }
         if self.live_streams.is_some_and(|count| !(1..=STREAMS_MAX).contains(&usize::from(count))) {
             return Err(OfferError("number of streams"));
+        }
+        if self.may_owe && self.live_streams.is_none() {
+            return Err(OfferError("memory"));
         }
         Ok(())
     }

@@ -51,9 +51,13 @@ pub(crate) fn count(stage: &Stage, server: &str) -> Count {
 }
 
 async fn ledger_hosts() -> Hosts {
+    hosts_of("ledger=20").await
+}
+
+async fn hosts_of(words: &str) -> Hosts {
     let hosts = Hosts::new().await;
     for (stage, _) in hosts.sides() {
-        stage.import_another(IMAGE, "ledger=20").await;
+        stage.import_another(IMAGE, words).await;
     }
     hosts
 }
@@ -225,6 +229,19 @@ const POINTS: [&[&str]; 2] = [
     ],
 ];
 
+/// The same of a move that owes memory, from the commit on.
+const POINTS_OF_OWING: [&[&str]; 2] = [
+    &["move.promised:1", "move.decided:1", "move.said:1", "move.heard:2", "move.decided:2", RECONNECTED],
+    &["move.heard:1", "move.decided:2", "move.run:1", "move.said:2", RECONNECTED, "move.whole:1"],
+];
+
+/// Comes only when the connections are cut while memory is owed.
+const RECONNECTED: &str = "move.reconnected:1";
+
+/// A guest that rewrites memory with each count, and how fast that goes: some of it is owed for a second and more.
+const OWING_WORDS: &str = "ledger=20,6";
+const OWING_BYTES_PER_S: u64 = 4 << 20;
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     /// The daemon at whose point it is.
@@ -234,6 +251,10 @@ enum Fault {
     /// Every connection between the two.
     Link,
 }
+
+/// Modes of moves.
+const ALL_FIRST: &str = "pre_copy";
+const OWING: &str = "post_copy";
 
 /// What must never be: neither host's.
 const BOTH: usize = 2;
@@ -280,7 +301,9 @@ fn cut(hosts: &Hosts) {
     }
 }
 
-fn mend(hosts: &Hosts) {
+async fn mend(hosts: &Hosts) {
+    // When the one that sends has noticed.
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     for side in 0..2 {
         hosts.run_at(side, &["nft", "delete", "table", "inet", "cut"]);
     }
@@ -324,7 +347,7 @@ async fn falls_on_its_feet(
     hosts: &Hosts,
     (side, point): (usize, &str),
     fault: Fault,
-    name: &str,
+    (name, mode): (&str, &str),
     late_commits: bool,
 ) -> Result<usize, String> {
     let server = counting(&hosts.source, name).await;
@@ -342,10 +365,23 @@ async fn falls_on_its_feet(
         return Err(format!("the daemon ended with {status}:\n{}", stage.log()));
     }
     let mut witness = Witness::new(hosts, &server);
-    let body = hosts.body().await;
+    let mut body = hosts.body().await;
+    body["mode"] = json!(mode);
+    if mode == OWING {
+        body["bandwidth_bytes_per_s"] = json!(OWING_BYTES_PER_S);
+    }
     let moved = asked(&hosts.source, &server, "", &body).await;
     if moved.status != 202 {
         return Err(format!("{}", moved.body));
+    }
+    if point == RECONNECTED {
+        let path = format!("/v1/operations/{}", moved.operation());
+        let owes = async || {
+            (hosts.source.api().get(&path).await["progress"]["phase"] == "sending_owed").then_some(())
+        };
+        wait_for("memory that is owed", owes).await?;
+        cut(hosts);
+        mend(hosts).await;
     }
     let mut broken = Ok(());
     let reached = async || {
@@ -367,9 +403,7 @@ async fn falls_on_its_feet(
         _ => stage.release(),
     }
     if fault == Fault::Link {
-        // Until the one that sends has noticed.
-        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
-        mend(hosts);
+        mend(hosts).await;
     }
     let one = async || {
         broken = broken.clone().and_then(|()| witness.look(hosts, &server));
@@ -411,15 +445,17 @@ async fn falls_on_its_feet(
     Ok(at)
 }
 
-async fn sweep(fault: Fault) {
-    let hosts = ledger_hosts().await;
+async fn sweep(fault: Fault, mode: &str) {
+    let is_owing = mode == OWING;
+    let hosts = if is_owing { hosts_of(OWING_WORDS).await } else { ledger_hosts().await };
     // One whose VMM is killed is started again.
     let mut outcomes = BTreeMap::new();
-    for (side, points) in POINTS.into_iter().enumerate() {
+    let all = if is_owing { POINTS_OF_OWING } else { POINTS };
+    for (side, points) in all.into_iter().enumerate() {
         for (number, point) in points.iter().enumerate() {
             let name = format!("web-{side}-{number}");
             let (stage, address) = hosts.sides()[side];
-            match falls_on_its_feet(&hosts, (side, point), fault, &name, false).await {
+            match falls_on_its_feet(&hosts, (side, point), fault, (&name, mode), false).await {
                 Ok(at) => outcomes.insert(format!("{fault:?} {side} {point}"), at),
                 Err(why) => panic!("{fault:?} at {point} of {side}: {why}\n{outcomes:#?}"),
             };
@@ -429,35 +465,72 @@ async fn sweep(fault: Fault) {
     }
     println!("{outcomes:#?}");
     let at_target = outcomes.values().filter(|at| **at == 1).count();
-    assert!(at_target > 2 && at_target < outcomes.len() - 2, "{outcomes:?}");
+    assert!(at_target > 2 && (is_owing || at_target < outcomes.len() - 2), "{outcomes:?}");
     hosts.close().await;
 }
 
 #[test]
 fn a_daemon_that_is_killed_at_any_phase_leaves_one_guest_that_goes_on() {
-    inside("live::a_daemon_that_is_killed_at_any_phase_leaves_one_guest_that_goes_on", sweep(Fault::Daemon));
+    inside(
+        "live::a_daemon_that_is_killed_at_any_phase_leaves_one_guest_that_goes_on",
+        sweep(Fault::Daemon, ALL_FIRST),
+    );
 }
 
 #[test]
 fn a_source_vmm_that_is_killed_at_any_phase_leaves_one_guest() {
-    inside("live::a_source_vmm_that_is_killed_at_any_phase_leaves_one_guest", sweep(Fault::SourceVmm));
+    inside(
+        "live::a_source_vmm_that_is_killed_at_any_phase_leaves_one_guest",
+        sweep(Fault::SourceVmm, ALL_FIRST),
+    );
 }
 
 #[test]
 fn a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest() {
-    inside("live::a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest", sweep(Fault::TargetVmm));
+    inside(
+        "live::a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest",
+        sweep(Fault::TargetVmm, ALL_FIRST),
+    );
 }
 
 #[test]
 fn connections_that_are_cut_at_any_phase_leave_one_guest_that_goes_on() {
-    inside("live::connections_that_are_cut_at_any_phase_leave_one_guest_that_goes_on", sweep(Fault::Link));
+    inside(
+        "live::connections_that_are_cut_at_any_phase_leave_one_guest_that_goes_on",
+        sweep(Fault::Link, ALL_FIRST),
+    );
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_memory_is_owed_leaves_one_guest_that_goes_on() {
+    let name = "live::a_daemon_that_is_killed_while_memory_is_owed_leaves_one_guest_that_goes_on";
+    inside(name, sweep(Fault::Daemon, OWING));
+}
+
+#[test]
+fn a_source_vmm_that_is_killed_while_memory_is_owed_leaves_one_guest() {
+    let name = "live::a_source_vmm_that_is_killed_while_memory_is_owed_leaves_one_guest";
+    inside(name, sweep(Fault::SourceVmm, OWING));
+}
+
+#[test]
+fn a_target_vmm_that_is_killed_while_memory_is_owed_leaves_one_guest() {
+    let name = "live::a_target_vmm_that_is_killed_while_memory_is_owed_leaves_one_guest";
+    inside(name, sweep(Fault::TargetVmm, OWING));
+}
+
+#[test]
+fn connections_that_are_cut_while_memory_is_owed_leave_one_guest_that_goes_on() {
+    let name = "live::connections_that_are_cut_while_memory_is_owed_leave_one_guest_that_goes_on";
+    inside(name, sweep(Fault::Link, OWING));
 }
 
 /// A daemon whose commits come after what is to follow them gives a machine away without having said so to its records: it
 /// has it back when it starts again, and the target has it too.
 async fn a_broken_rule() {
     let hosts = ledger_hosts().await;
-    let outcome = falls_on_its_feet(&hosts, (0, "move.said:1"), Fault::Daemon, "web1", true).await;
+    let outcome =
+        falls_on_its_feet(&hosts, (0, "move.said:1"), Fault::Daemon, ("web1", ALL_FIRST), true).await;
     let why = outcome.expect_err("the sweep did not notice that two guests went on");
     assert!(why.starts_with("both hosts run it") || why.starts_with("the source counts on"), "{why}");
     hosts.close().await;

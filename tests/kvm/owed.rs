@@ -206,6 +206,8 @@ fn a_link_that_breaks_holds_the_guest_up_until_there_is_another() {
                 "{fault}"
             );
         }
+        // It goes on, as whoever lets it run says again.
+        next.command(Command::Resume).unwrap();
         for end in [&mut vmm, &mut next] {
             assert!(end.command(Command::CancelMigration).is_err());
         }

@@ -19,8 +19,9 @@ use wire::limits::PIECE_BYTES_MAX;
 use wire::peer::{Message, Parcel, Piece, SavedFiles, Saying};
 
 use super::link::{Link, Wire, out_of_turn};
-use super::live::memory_streams;
-use super::source::{connect, greet};
+use super::live::{memory_streams, word};
+use super::source::{connect, greet, memory_mode};
+use super::streams::Pumps;
 use super::ticket::Ticket;
 use super::{Migrations, limits, obstacles_text};
 use crate::core::blocking;
@@ -117,33 +118,37 @@ impl Migrations {
     async fn ask_again(&self, held: &Move) -> Result<()> {
         let address = held.address.ok_or_else(out_of_turn)?;
         let mut link = connect(&self.identity, address, held.peer).await?;
-        link.send(&Message::Again { transfer: held.id.to_string() }).await?;
-        self.listen_to(&mut link, held.id, limits::SILENCE).await
+        let (transfer, streams) = (held.id.to_string(), memory_streams());
+        link.send(&Message::Again { transfer, streams }).await?;
+        self.listen_to(&mut link, held, None, limits::SILENCE).await
     }
 
     /// Hears what the target says and answers it, until the move needs no more of it.
     pub(super) async fn listen_to<S>(
         &self,
         link: &mut Link<S>,
-        id: Uuid,
+        held: &Move,
+        mut pumps: Option<Pumps>,
         mut patience: Duration,
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        let mut next = None;
         loop {
-            let word = match link.message(patience).await? {
-                Message::Say(word) => word,
-                Message::Refuse { detail } => return Err(Error::new(Code::HostUnreachable, detail)),
-                _ => return Err(out_of_turn()),
+            let word = match next.take() {
+                Some(word) => word,
+                None => word(link.message(patience).await?)?,
             };
             patience = limits::SILENCE;
             self.core.checkpoint("move.heard")?;
-            let heeded = self.heed(link, id, word).await?;
+            let heeded = self.heed(link, held.id, word).await?;
             if heeded.is_forgotten {
                 return Ok(());
             }
-            if !heeded.has_answered {
+            if word == Saying::Holding && !heeded.has_answered {
+                next = Some(self.hold(link, held, &mut pumps).await?);
+            } else if !heeded.has_answered {
                 return Err(Error::new(Code::HostUnreachable, "the other host does not know more yet"));
             }
         }
@@ -270,7 +275,8 @@ impl Migrations {
             .map(|[state, memory]| SavedFiles { state_bytes: state.length, memory_bytes: memory.length });
         let loads = disks.into_iter().chain(console).chain(saved.into_iter().flatten()).collect();
         let mut link = connect(&self.identity, spec.target, ticket.host).await?;
-        greet(&mut link, ticket.secret).await?;
+        let welcome = greet(&mut link, ticket.secret).await?;
+        let mode = memory_mode(spec.mode, welcome.may_owe);
         let record = serde_json::to_value(&packed)?;
         let parcel = Parcel {
             transfer: begun.id.to_string(),
@@ -279,6 +285,7 @@ impl Migrations {
             console_bytes,
             saved: saved_files,
             live_streams,
+            may_owe: live_streams.is_some() && mode.may_owe(),
         };
         link.send(&Message::Take(Box::new(parcel))).await?;
         match link.message(limits::SILENCE).await? {
@@ -291,12 +298,12 @@ impl Migrations {
         }
         self.core.checkpoint("move.accepted")?;
         if let Some(streams) = live_streams {
-            return self.send_machine(&mut link, begun, spec, (&packed, streams, job)).await;
+            return self.send_machine(&mut link, begun, (spec, mode), (&packed, streams, job)).await;
         }
         self.send_all(&mut link, loads, begun, job, spec.bandwidth_bytes_per_s).await?;
         link.send(&Message::Copied).await?;
         self.core.checkpoint("move.copied")?;
-        self.listen_to(&mut link, begun.id, limits::FLUSH).await
+        self.listen_to(&mut link, begun, None, limits::FLUSH).await
     }
 
     /// Opens everything that is sent: disks with their locks, so that no machine gets them, the console, and the memory.

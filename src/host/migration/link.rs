@@ -181,7 +181,7 @@ fn plain(mut message: Message) -> Message {
             .collect();
     };
     match &mut message {
-        Message::Greet { host, program, .. } | Message::Welcome { host, program } => {
+        Message::Greet { host, program, .. } | Message::Welcome { host, program, .. } => {
             clean(host);
             clean(program);
         }

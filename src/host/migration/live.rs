@@ -5,13 +5,16 @@
 //!  source  VMM at ready ── VMM promises to stand still ── commit is saved ── said ─▶ ... taken ─▶ VMM ends
 //!  target  VMM at ready ── ready is saved ── said ─▶ ... commit heard ── moved is saved ── VMM runs ── said
 //! ```
+//! Where the machine runs there while some of its memory is owed, *taken* is said when all of it is there, and the source's VMM
+//! answers for it until then, over other streams when those break.
 use std::time::Instant;
 
 use model::migration::MigrateServer;
 use model::operation::Progress;
-use model::{Code, OperationId};
+use model::{Code, OperationId, ServerId};
 use tokio::io::{AsyncRead, AsyncWrite};
-use wire::migration::{MigrationStatus, Phase as VmmPhase, SendLimits, Side};
+use tokio::time::timeout;
+use wire::migration::{MigrationStatus, Mode, Phase as VmmPhase, SendLimits, Side};
 use wire::peer::{Message, Saying};
 
 use super::link::{Link, Received, out_of_turn};
@@ -19,9 +22,12 @@ use super::streams::Pumps;
 use super::take::Pace;
 use super::{Migrations, limits};
 use crate::error::{Error, Result};
+use crate::operations;
 use crate::servers::moving::Move;
 use crate::servers::moving::parcel::Packed;
 use crate::servers::moving::plan::{Event, Phase};
+use crate::servers::record::ServerRecord;
+use crate::store::records;
 
 /// How many streams the memory of a machine takes: each costs a processor at either end.
 pub(super) fn memory_streams() -> u16 {
@@ -35,13 +41,13 @@ impl Migrations {
         &self,
         link: &mut Link<S>,
         begun: &Move,
-        spec: &MigrateServer,
+        (spec, mode): (&MigrateServer, Mode),
         (packed, streams, job): (&Packed, u16, Option<OperationId>),
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let (sockets, _pumps) = self.open_streams(begun, usize::from(streams), packed.disks.len()).await?;
+        let (sockets, pumps) = self.open_streams(begun, usize::from(streams), packed.disks.len()).await?;
         self.core.checkpoint("move.joined")?;
         let aims = SendLimits::default();
         let limits = SendLimits {
@@ -53,7 +59,7 @@ impl Migrations {
         let preparing = Progress { phase: "preparing".to_owned(), percent: 1, ..Progress::default() };
         self.write_progress(begun, job, preparing).await?;
         self.core.checkpoint("move.begun")?;
-        self.servers.send_live(begun.server, sockets, limits).await?;
+        self.servers.send_live(begun.server, sockets, (limits, mode)).await?;
         self.core.checkpoint("move.sending")?;
         let word = self.follow(link, begun, job).await?;
         self.core.checkpoint("move.heard")?;
@@ -66,7 +72,7 @@ impl Migrations {
             return Ok(());
         }
         // A target that was told answers at once: what does not come is asked for again on a new connection.
-        self.listen_to(link, begun.id, limits::CONNECT).await
+        self.listen_to(link, begun, Some(pumps), limits::CONNECT).await
     }
 
     /// What the other host says, or nothing when it is time to look at the VMM here.
@@ -117,7 +123,7 @@ impl Migrations {
         link: &mut Link<S>,
         begun: &Move,
         packed: &Packed,
-        streams: u16,
+        (streams, may_owe): (u16, bool),
     ) -> Result<(Phase, Pumps)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -128,7 +134,7 @@ impl Migrations {
         self.core.checkpoint("move.awaited")?;
         link.say(Saying::Copying).await?;
         let (sockets, pumps) = awaited.all(of_memory).await?;
-        self.servers.receive_live(begun.server, sockets).await?;
+        self.servers.receive_live(begun.server, sockets, may_owe).await?;
         self.core.checkpoint("move.receiving")?;
         if let Some(word) = self.wait_for_arrival(link, begun).await? {
             return Ok((self.give(link, begun.id, Event::Heard(word)).await?, pumps));
@@ -164,6 +170,124 @@ impl Migrations {
     }
 }
 
+impl Migrations {
+    /// Keeps what the target is owed for it, until it says more. Streams that are not there, or not any more, are opened.
+    pub(super) async fn hold<S>(
+        &self,
+        link: &mut Link<S>,
+        held: &Move,
+        pumps: &mut Option<Pumps>,
+    ) -> Result<Saying>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let server = held.server;
+        let look =
+            move |connection: &rusqlite::Connection| records::find::<ServerRecord>(connection, server.0);
+        let job = self.core.store.read(look).await?.and_then(|record| record.life.job).map(|job| job.id);
+        let (mut told, end) = (None::<Instant>, Instant::now() + limits::SILENCE);
+        loop {
+            let Some(status) = self.servers.owing(server).await? else {
+                link.say(Saying::Lost).await?;
+                return word(link.message(limits::SILENCE).await?);
+            };
+            let is_owing = status.phase == VmmPhase::Owing;
+            if pumps.is_none() && is_owing {
+                let (sockets, opened) = self.open_streams(held, usize::from(memory_streams()), 0).await?;
+                self.servers.reconnect(server, sockets).await?;
+                self.core.checkpoint("move.reconnected")?;
+                *pumps = Some(opened);
+            }
+            if told.is_none_or(|told| told.elapsed() >= crate::servers::limits::PROGRESS_EVERY) {
+                told = Some(Instant::now());
+                let shown = progress(&status);
+                self.core
+                    .store
+                    .write(move |tx| job.map_or(Ok(()), |job| operations::progress(tx, job, shown)))
+                    .await?;
+            }
+            let broke = async {
+                match pumps {
+                    Some(pumps) if is_owing && !pumps.is_empty() => drop(pumps.join_next().await),
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                message = link.message(end.saturating_duration_since(Instant::now())) => return word(message?),
+                () = broke => {
+                    if self.servers.owing(server).await?.is_some_and(|status| status.phase == VmmPhase::Owing) {
+                        return Err(Error::new(Code::HostUnreachable, "a stream of the machine's memory broke"));
+                    }
+                    // The end of all of them: it has all.
+                    *pumps = Some(Pumps::new());
+                }
+                () = self.servers.move_told(server) => {}
+            }
+        }
+    }
+
+    /// What a source may say that answers for memory. Answers whether that is lost: the machine that waits for it is ended then.
+    pub(super) fn heed_owing(&self, server: ServerId, received: Received) -> Result<bool> {
+        match received {
+            Received::Message(Message::Say(Saying::Lost)) => {
+                tracing::warn!(%server, "the memory that it was owed is lost; it starts anew from its disks");
+                self.servers.end_owed(server).map(|()| true)
+            }
+            // Said before it had heard that the machine runs.
+            Received::Message(Message::Say(Saying::Commit | Saying::Copying)) => Ok(false),
+            _ => Err(out_of_turn()),
+        }
+    }
+
+    /// Stays with a machine that has come and is owed memory, until all of that is here or the connection is lost: then the source
+    /// asks again.
+    pub(super) async fn see_whole<S>(&self, link: &mut Link<S>, held: &Move, mut pumps: Pumps) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let server = held.server;
+        let mut said = Instant::now();
+        while self.servers.is_owed(server).await? {
+            if said.elapsed() >= limits::BEAT {
+                said = Instant::now();
+                link.say(Saying::Holding).await?;
+            }
+            let broke = async {
+                match pumps.is_empty() {
+                    true => std::future::pending().await,
+                    false => drop(pumps.join_next().await),
+                }
+            };
+            tokio::select! {
+                biased;
+                received = link.receive() => drop(self.heed_owing(server, received?)?),
+                () = broke => {
+                    if self.servers.is_owed(server).await? {
+                        return Err(Error::new(Code::HostUnreachable, "a stream of the machine's memory broke"));
+                    }
+                }
+                () = self.servers.move_told(server) => {}
+            }
+        }
+        self.core.checkpoint("move.whole")?;
+        link.say(Saying::Taken).await?;
+        // What its VMM says last is carried to the source's.
+        let ended = async { while pumps.join_next().await.is_some() {} };
+        let _ = timeout(limits::CONVERSATION, ended).await;
+        Ok(())
+    }
+}
+
+/// A word of the other host about a move.
+pub(super) fn word(message: Message) -> Result<Saying> {
+    match message {
+        Message::Say(word) => Ok(word),
+        Message::Refuse { detail } => Err(Error::new(Code::HostUnreachable, detail)),
+        _ => Err(out_of_turn()),
+    }
+}
+
 /// Why a move has ended before anybody had decided it.
 fn ended(status: &MigrationStatus) -> Error {
     let why = status.detail.as_deref().unwrap_or("it was given up");
@@ -184,6 +308,7 @@ fn progress(status: &MigrationStatus) -> Progress {
         (VmmPhase::Greet, _) => ("preparing", 1),
         (VmmPhase::Rounds, 0 | 1) => ("copying", 1_u8.saturating_add(share(39)).min(40)),
         (VmmPhase::Rounds, _) => ("copying_changes", 40_u8.saturating_add(share(45)).min(85)),
+        (VmmPhase::Owing, _) => ("sending_owed", 89_u8.saturating_add(share(10)).min(99)),
         _ => ("standing_still", 88),
     };
     Progress { phase: phase.to_owned(), percent, bytes_done: Some(sent), bytes_total: Some(total) }

@@ -276,7 +276,7 @@ impl Migrations {
             MigrationOwner::Here => Owner::Here,
             MigrationOwner::There => Owner::There,
         };
-        let is_elsewhere = owner == Owner::Here && self.servers.has_moved(id).await;
+        let is_elsewhere = owner == Owner::Here && self.servers.has_left(id).await;
         let conditions = call.clone();
         let settle = move |tx: &Tx<'_>| {
             let record: ServerRecord = records::one(tx, id.0)?;

@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use wire::migration::Mode;
 use wire::peer::{Message, Obstacle, ObstacleKind, Offer, OfferedDisk, OfferedNic, Power};
 use wire::saved::Digest;
 
@@ -122,6 +123,8 @@ pub(super) struct Welcome {
     pub(super) host: String,
     /// Version of its daemon.
     pub(super) program: String,
+    /// Whether memory can be owed there.
+    pub(super) may_owe: bool,
 }
 
 /// Shows the ticket. Fails with `invalid` when it is not good.
@@ -129,7 +132,7 @@ pub(super) async fn greet(link: &mut Link<TlsStream<Wire>>, secret: String) -> R
     let (host, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
     link.send(&Message::Greet { host, program, ticket: secret }).await?;
     match link.message(limits::CONVERSATION).await? {
-        Message::Welcome { host, program } => Ok(Welcome { host, program }),
+        Message::Welcome { host, program, may_owe } => Ok(Welcome { host, program, may_owe }),
         Message::Refuse { detail } => Err(Error::invalid("/ticket", "refused", detail)),
         _ => Err(out_of_turn()),
     }
@@ -149,7 +152,7 @@ pub(super) async fn ask(
         return Err(Error::invalid("/target", "not_valid", detail));
     }
     let mut link = connect(identity, target, ticket.host).await?;
-    let Welcome { host, program } = greet(&mut link, ticket.secret).await?;
+    let Welcome { host, program, may_owe } = greet(&mut link, ticket.secret).await?;
     let (memory_bytes, disk_bytes) =
         (offer.memory_bytes, offer.disks.iter().map(|disk| disk.written_bytes).sum());
     let state = |detail: String| Some(Obstacle { kind: ObstacleKind::State, detail });
@@ -163,7 +166,11 @@ pub(super) async fn ask(
              being done to it, or reboot it",
             offer.name
         )),
-        Power::Off | Power::Saved if mode == MigrationMode::Live => {
+        Power::On if mode == MigrationMode::PostCopy && !may_owe => state(
+            "the kernel of the target has no /dev/userfaultfd, by which memory could follow a machine; let it move as it is"
+                .to_owned(),
+        ),
+        Power::Off | Power::Saved if needs_machine(mode) => {
             state(format!("server {} does not run; start it first, or let it move as it is", offer.name))
         }
         Power::On | Power::Saved if program != env!("CARGO_PKG_VERSION") => Some(Obstacle {
@@ -193,6 +200,25 @@ pub(super) async fn ask(
         saved_bytes,
         blocked_by,
     })
+}
+
+/// Whether it is a way for machines that run or are paused, and no other.
+fn needs_machine(mode: MigrationMode) -> bool {
+    match mode {
+        MigrationMode::Auto | MigrationMode::Cold => false,
+        MigrationMode::Live | MigrationMode::PreCopy | MigrationMode::PostCopy => true,
+    }
+}
+
+/// When memory comes in relation to the machine, to a target where it may be owed or not.
+pub(super) fn memory_mode(mode: MigrationMode, may_owe: bool) -> Mode {
+    match mode {
+        MigrationMode::PostCopy => Mode::PostCopy,
+        MigrationMode::Auto | MigrationMode::Live if may_owe => Mode::Auto,
+        MigrationMode::Auto | MigrationMode::Live | MigrationMode::PreCopy | MigrationMode::Cold => {
+            Mode::PreCopy
+        }
+    }
 }
 
 fn shown(obstacle: Obstacle) -> migration::Obstacle {

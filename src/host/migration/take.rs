@@ -2,9 +2,8 @@
 //! source has let go. Whoever sends has shown a ticket, or is the host that this very move began with.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-
-use std::sync::PoisonError;
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use model::image::{Image, ImageState};
@@ -19,6 +18,7 @@ use wire::saved::Digest;
 
 use super::link::{Link, Received, out_of_turn};
 use super::strangers::Stranger;
+use super::streams::Pumps;
 use super::target::{against_records, busy, judge};
 use super::{Migrations, limits, ticket};
 use crate::core::blocking;
@@ -26,7 +26,7 @@ use crate::cpu;
 use crate::error::{Error, Result};
 use crate::servers::make_directory;
 use crate::servers::moving::parcel::Packed;
-use crate::servers::moving::plan::{Effect, Event, Phase, Side};
+use crate::servers::moving::plan::{Effect, Event, Phase, Side, said};
 use crate::servers::moving::{self, Move};
 use crate::servers::saved;
 use crate::store::{Tx, records};
@@ -46,6 +46,7 @@ struct Lengths {
     console_bytes: u64,
     saved: Option<SavedFiles>,
     live_streams: Option<u16>,
+    may_owe: bool,
 }
 
 /// Whether what comes from another host comes fast enough to be worth waiting for.
@@ -123,15 +124,23 @@ impl Migrations {
         let id = begun.id;
         if let Some(streams) = lengths.live_streams {
             self.core.checkpoint("move.recorded")?;
-            let (arrived, pumps) = match self.receive_machine(link, &begun, &packed, streams).await {
-                Ok((phase, pumps)) => (Ok(phase), Some(pumps)),
-                Err(cause) => (Err(cause), None),
-            };
+            let (arrived, pumps) =
+                match self.receive_machine(link, &begun, &packed, (streams, lengths.may_owe)).await {
+                    Ok((phase, pumps)) => (Ok(phase), Some(pumps)),
+                    Err(cause) => (Err(cause), None),
+                };
             // Its actor removes what there is of a machine that was dropped.
             self.hear_out(arrived, link, id).await?;
             // It may leave again at once.
             drop((taking, coming));
             if let Some(mut pumps) = pumps {
+                let look = move |connection: &rusqlite::Connection| moving::find(connection, id);
+                let has_come =
+                    self.core.store.read(look).await?.is_some_and(|held| held.phase == Phase::Moved);
+                // Of one that has not come there is nothing to say but what has been said.
+                if has_come && self.servers.is_owed(begun.server).await? {
+                    return self.see_whole(link, &begun, pumps).await;
+                }
                 // What its VMM says last is carried to the source's.
                 let ended = async { while pumps.join_next().await.is_some() {} };
                 let _ = timeout(limits::CONVERSATION, ended).await;
@@ -173,7 +182,7 @@ impl Migrations {
         &self,
         link: &mut Link<S>,
         (source, stranger): (Digest, Stranger),
-        transfer: &str,
+        (transfer, streams): (&str, u16),
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -183,12 +192,45 @@ impl Migrations {
         match held {
             Some(held) if held.side == Side::Target && held.peer == source => {
                 drop(stranger);
+                if held.phase == Phase::Moved
+                    && (1..=limits::LIVE_STREAMS_MAX).contains(&streams)
+                    && self.servers.is_owed(held.server).await?
+                {
+                    return self.go_on(link, &held, usize::from(streams)).await;
+                }
                 let asked = self.give(link, id, Event::Asked).await;
                 self.hear_out(asked, link, id).await
             }
             // Whoever asks for another's move learns no more than for one that never was.
             _ => link.say(Saying::Unknown).await,
         }
+    }
+
+    /// Goes on with memory that is owed to a machine that has come, over streams that the source opens when it hears of it.
+    async fn go_on<S>(&self, link: &mut Link<S>, held: &Move, streams: usize) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let awaited = self.await_streams(held, streams);
+        self.give(link, held.id, Event::Asked).await?;
+        if !self.servers.is_owed(held.server).await? {
+            return Ok(());
+        }
+        let mut opened = pin!(awaited.all(streams));
+        let (sockets, pumps) = loop {
+            tokio::select! {
+                biased;
+                received = link.receive() => {
+                    if self.heed_owing(held.server, received?)? {
+                        return self.see_whole(link, held, Pumps::new()).await;
+                    }
+                }
+                opened = &mut opened => break opened?,
+            }
+        };
+        self.servers.reconnect(held.server, sockets).await?;
+        self.core.checkpoint("move.reconnected")?;
+        self.see_whole(link, held, pumps).await
     }
 
     /// Hears what the source decides, until the move has ended here.
@@ -239,7 +281,8 @@ impl Migrations {
         }
         for effect in given.effects {
             if let Effect::Say(word) = effect {
-                link.say(*word).await?;
+                let is_owed = *word == Saying::Taken && self.servers.is_owed(given.now.server).await?;
+                link.say(said(*word, is_owed)).await?;
                 self.core.checkpoint("move.said")?;
             }
         }
@@ -254,7 +297,7 @@ impl Migrations {
         secret: String,
         parcel: Parcel,
     ) -> Result<(Move, Lengths, Packed)> {
-        let Parcel { transfer, offer, record, console_bytes, saved, live_streams } = parcel;
+        let Parcel { transfer, offer, record, console_bytes, saved, live_streams, may_owe } = parcel;
         let invalid =
             |what: &str| Error::new(Code::InvalidRequest, format!("the server's {what} is not valid"));
         let packed: Packed =
@@ -295,7 +338,7 @@ impl Migrations {
         };
         self.core.store.write(accept).await?;
         self.servers.arrived(begun.server);
-        Ok((begun, Lengths { console_bytes, saved, live_streams }, packed))
+        Ok((begun, Lengths { console_bytes, saved, live_streams, may_owe }, packed))
     }
 
     async fn begin_files(&self, packed: &Packed, lengths: Lengths) -> Result<Vec<Filling>> {

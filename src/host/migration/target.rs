@@ -18,6 +18,7 @@ use super::{Migrations, identity, limits, link, ticket};
 use crate::error::{Error, Result};
 use crate::network::{self, cidr::Cidr};
 use crate::servers::capacity::Capacity;
+use crate::servers::live;
 use crate::servers::record::ServerRecord;
 use crate::store::records;
 use crate::volumes::space;
@@ -86,8 +87,8 @@ where
 {
     let (host, secret) = match first {
         Message::Greet { host, ticket, .. } => (host, ticket),
-        Message::Again { transfer } => {
-            return migrations.take_up(link, (source, stranger), &transfer).await;
+        Message::Again { transfer, streams } => {
+            return migrations.take_up(link, (source, stranger), (&transfer, streams)).await;
         }
         _ => return Err(out_of_turn()),
     };
@@ -95,8 +96,8 @@ where
     migrations.core.store.write(move |tx| ticket::present(tx, &shown, source)).await?;
     drop(stranger);
     link.trust();
-    link.send(&Message::Welcome { host: super::host_name(), program: env!("CARGO_PKG_VERSION").to_owned() })
-        .await?;
+    let (host_here, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
+    link.send(&Message::Welcome { host: host_here, program, may_owe: live::may_owe() }).await?;
     match link.message(limits::CONVERSATION).await? {
         Message::Ask(offer) => {
             let blocked_by = judge(migrations, *offer).await?;

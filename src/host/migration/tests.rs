@@ -16,6 +16,7 @@ use crate::stage::{self, SOON, Stage};
 mod crowds;
 mod cuts;
 mod live;
+mod modes;
 mod moves;
 mod paused;
 

@@ -1,15 +1,16 @@
 //! The VMM's part in a move of a machine that runs or is paused, at either end. What the two daemons say to each other and whose the
 //! server is are not decided here: `migration` and `servers::moving` do, and ask for what is to be done to a VMM.
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::server::ServerNic;
 use model::{Code, ServerId, Time};
-use wire::control::{Command, PROTOCOL_SENDS_PAUSED, Reply};
+use wire::control::{Command, PROTOCOL_OWES, PROTOCOL_SENDS_PAUSED, Reply};
 use wire::machine::FdIndex;
 use wire::migration::{
-    DiskStream, MigrationStatus, Mode, Owner, Phase, ReceiveSpec, SendLimits, SendSpec, Side,
+    DiskStream, MigrationStatus, Mode, Owner, Phase, ReceiveSpec, ReconnectSpec, SendLimits, SendSpec, Side,
 };
 
 use super::Servers;
@@ -19,6 +20,7 @@ use super::limits;
 use super::machine::{self, Packet};
 use super::record::ServerRecord;
 use super::registry::Entry;
+use super::snapshot::USERFAULTFD;
 use crate::error::{Error, Result};
 use crate::network::announce;
 use crate::store::records;
@@ -46,21 +48,27 @@ impl Streams {
 
 impl Servers {
     /// Has the machine of a server sent over these streams. It does on what it does until it is given up.
-    pub(crate) async fn send_live(&self, id: ServerId, streams: Streams, limits: SendLimits) -> Result<()> {
+    pub(crate) async fn send_live(
+        &self,
+        id: ServerId,
+        streams: Streams,
+        (limits, mode): (SendLimits, Mode),
+    ) -> Result<()> {
         let mut packet = Packet::default();
         let (streams, disks) = streams.name(&mut packet);
         let look = move |connection: &rusqlite::Connection| records::one::<ServerRecord>(connection, id.0);
         let record = self.workshop().core.store.read(look).await?;
-        let (mode, paused) = (Mode::PreCopy, record.life.phase.is_moving_paused());
-        let spec = SendSpec { streams, disks, handed: false, limits, mode, held: true, paused };
+        let paused = record.life.phase.is_moving_paused();
         let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
         let link = self.live(id)?.link(limits::COMMAND).await?;
         check_sends_paused(&link, paused)?;
+        let mode = mode_of(&link, mode)?;
+        let spec = SendSpec { streams, disks, handed: false, limits, mode, held: true, paused };
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
     }
 
-    /// Has the VMM of a server that comes receive its machine over these streams.
-    pub(crate) async fn receive_live(&self, id: ServerId, streams: Streams) -> Result<()> {
+    /// Has the VMM of a server that comes receive its machine over these streams. `may_owe` as the source has said.
+    pub(crate) async fn receive_live(&self, id: ServerId, streams: Streams, may_owe: bool) -> Result<()> {
         let (entry, workshop) = (self.live(id)?, self.workshop());
         let record: ServerRecord =
             workshop.core.store.read(move |connection| records::one(connection, id.0)).await?;
@@ -75,7 +83,12 @@ impl Servers {
         let taps: std::io::Result<Vec<OwnedFd>> = taps.map(OwnedFd::try_clone).collect();
         *entry.taps() = taps.map_err(|cause| Error::internal("a tap cannot be copied", cause))?;
         let (streams, disks) = streams.name(&mut packet);
-        let (memory, userfaultfd, paused) = (None, None, record.life.phase.is_moving_paused());
+        let (memory, paused) = (None, record.life.phase.is_moving_paused());
+        let userfaultfd =
+            may_owe.then(|| File::options().read(true).write(true).open(USERFAULTFD)).transpose();
+        let userfaultfd =
+            userfaultfd.map_err(|cause| Error::file(format!("cannot open {USERFAULTFD}"), cause))?;
+        let userfaultfd = userfaultfd.map(|device| packet.add(OwnedFd::from(device)));
         let spec = ReceiveSpec { machine, memory, streams, disks, userfaultfd, held: true, paused };
         spec.check(packet.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
@@ -109,11 +122,72 @@ impl Servers {
         status(&link).await?.ok_or_else(none)
     }
 
+    /// Whether the machine of a server that has come here still waits for some of its memory. While its VMM cannot be asked it does:
+    /// whoever has that memory keeps it.
+    pub(crate) async fn is_owed(&self, id: ServerId) -> Result<bool> {
+        if !self.has_vmm(id).await? {
+            return Ok(false);
+        }
+        let asked = async { status(&self.live(id)?.link(limits::COMMAND).await?).await.map_err(Error::from) };
+        Ok(asked.await.map_or(true, |found| found.is_some_and(|found| owes(&found))))
+    }
+
+    /// How a source's VMM stands that answers for memory, on word that the target has the machine. Nothing when there is no such VMM any
+    /// more, and no such memory. Fails when that cannot be known.
+    pub(crate) async fn owing(&self, id: ServerId) -> Result<Option<MigrationStatus>> {
+        if !self.has_vmm(id).await? {
+            return Ok(None);
+        }
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        // It may not have heard of it by itself.
+        let there = Command::SettleMigration { owner: Owner::There };
+        match link.order(there, limits::PAUSE).await {
+            Ok(()) | Err(AskError::Refused(_)) => {}
+            Err(cause) => return Err(cause.into()),
+        }
+        Ok(status(&link).await?.filter(|found| found.side == Side::Source))
+    }
+
+    /// Whether the VMM that a server's record names lives, known to this daemon or not yet.
+    async fn has_vmm(&self, id: ServerId) -> Result<bool> {
+        let record: Option<ServerRecord> =
+            self.workshop().core.store.read(move |connection| records::find(connection, id.0)).await?;
+        match record.and_then(|record| record.life.phase.vmm().cloned()) {
+            Some(vmm) => Ok(self.workshop().launcher.adopt(&vmm)?.is_some()),
+            None => Ok(false),
+        }
+    }
+
+    /// Has a VMM at either end go on with memory that is owed, over these streams.
+    pub(crate) async fn reconnect(&self, id: ServerId, streams: Streams) -> Result<()> {
+        let mut packet = Packet::default();
+        let (streams, _) = streams.name(&mut packet);
+        let borrowed: Vec<BorrowedFd<'_>> = packet.0.iter().map(AsFd::as_fd).collect();
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        done(link.ask(Command::Reconnect(ReconnectSpec { streams }), &borrowed, limits::PAUSE).await?)
+    }
+
+    /// Ends a machine that will never have all of its memory. What follows is as when its VMM dies.
+    pub(crate) fn end_owed(&self, id: ServerId) -> Result<()> {
+        match self.registry.find(id).and_then(|entry| entry.machine()) {
+            Some(machine) => machine.process.kill(),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a source's VMM has heard from the target's that the machine runs there: that is proof, for it is let run only
     /// when its host has the server. A VMM that is gone knows nothing.
     pub(crate) async fn has_moved(&self, id: ServerId) -> bool {
         let status = self.move_status(id).await;
         status.is_ok_and(|status| (status.side, status.phase) == (Side::Source, Phase::Moved))
+    }
+
+    /// The same, though some of its memory may still be here.
+    pub(crate) async fn has_left(&self, id: ServerId) -> bool {
+        let status = self.move_status(id).await;
+        status.is_ok_and(|status| {
+            status.side == Side::Source && matches!(status.phase, Phase::Owing | Phase::Moved)
+        })
     }
 
     /// Waits until the VMM has told more of its move, but not for long. Cancel-safe.
@@ -172,6 +246,16 @@ fn done(reply: Reply) -> Result<()> {
     }
 }
 
+/// Whether a target's machine has, or will have when it runs, less than all of its memory.
+fn owes(status: &MigrationStatus) -> bool {
+    status.side == Side::Target && status.owes && !status.phase.is_end()
+}
+
+/// Whether memory can be owed here.
+pub(crate) fn may_owe() -> bool {
+    nix::unistd::access(USERFAULTFD, nix::unistd::AccessFlags::R_OK | nix::unistd::AccessFlags::W_OK).is_ok()
+}
+
 /// How a machine ended here that has moved, or has not come, against what is recorded; nothing of one that is here.
 fn not_here(status: &MigrationStatus) -> Option<End> {
     let (kind, detail) = match (status.side, status.phase) {
@@ -196,6 +280,19 @@ pub(super) fn check_sends_paused(link: &Link, is_paused: bool) -> Result<()> {
         return Err(Error::new(Code::WrongState, detail));
     }
     Ok(())
+}
+
+/// What of this mode a source's VMM can do. Fails where that is not what was asked for.
+fn mode_of(link: &Link, mode: Mode) -> Result<Mode> {
+    match mode {
+        Mode::PostCopy if link.protocol() < PROTOCOL_OWES => {
+            let detail = "its VMM is of a build that owes no memory; give it a new one with upgrade-vmm, or have all of its \
+                          memory go first (pre_copy)";
+            Err(Error::new(Code::WrongState, detail))
+        }
+        Mode::Auto if link.protocol() < PROTOCOL_OWES => Ok(Mode::PreCopy),
+        mode => Ok(mode),
+    }
 }
 
 /// Has a source's VMM keep its machine, whatever it has promised. Repeatable.

@@ -10,6 +10,7 @@ use model::{Code, ServerId, Time};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use wire::peer::Saying;
 use wire::saved::Digest;
 
 use super::capacity::Capacity;
@@ -149,8 +150,13 @@ pub(crate) fn give(tx: &Tx<'_>, id: Uuid, event: Event, trouble: Option<Trouble>
             Volumes::arrived(tx, disk.volume_id)?;
         }
     }
-    if before != next && next == Phase::Commit {
-        with_server(tx, &held, |record| record.life.given_away())?;
+    // Who says that it runs there, and owes nothing but memory, is not in doubt.
+    let is_known = event == Event::Heard(Saying::Holding);
+    if next == Phase::Commit && (before != next || is_known) {
+        with_server(tx, &held, |record| {
+            let is_news = before != next || record.life.phase.is_in_doubt();
+            if is_news { record.life.given_away() } else { None }
+        })?;
     }
     for effect in effects {
         match effect {

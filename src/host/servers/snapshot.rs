@@ -39,8 +39,8 @@ use crate::vmms::Link;
 use crate::vmms::link::AskError;
 use crate::volumes::{Content, Volumes, space};
 
-/// Where the kernel hands out descriptors that tell of writes to memory.
-const USERFAULTFD: &str = "/dev/userfaultfd";
+/// Where the kernel hands out descriptors that tell of accesses to memory.
+pub(super) const USERFAULTFD: &str = "/dev/userfaultfd";
 
 /// Records a snapshot and the operation that takes it.
 pub(super) fn accept(

@@ -136,6 +136,7 @@ fn a_parcel_whose_numbers_are_beyond_any_bound_is_no_message() {
             console_bytes: 4096,
             saved: None,
             live_streams: None,
+            may_owe: false,
         };
         spoil(&mut parcel);
         Message::read(&serde_json::to_vec(&Message::Take(Box::new(parcel))).unwrap())
@@ -150,6 +151,8 @@ fn a_parcel_whose_numbers_are_beyond_any_bound_is_no_message() {
     assert!(parcel(|parcel| parcel.live_streams = Some(16)).is_ok());
     assert!(parcel(|parcel| parcel.live_streams = Some(17)).is_err());
     assert!(parcel(|parcel| parcel.live_streams = Some(0)).is_err());
+    assert!(parcel(|parcel| (parcel.live_streams, parcel.may_owe) = (Some(1), true)).is_ok());
+    assert!(parcel(|parcel| parcel.may_owe = true).is_err());
     for files in [(u64::MAX, 1), (1, u64::MAX)] {
         let (state_bytes, memory_bytes) = files;
         let parcel = Parcel {
@@ -159,6 +162,7 @@ fn a_parcel_whose_numbers_are_beyond_any_bound_is_no_message() {
             console_bytes: 0,
             saved: Some(SavedFiles { state_bytes, memory_bytes }),
             live_streams: None,
+            may_owe: false,
         };
         assert!(parcel.check().is_err());
     }

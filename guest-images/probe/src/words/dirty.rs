@@ -84,7 +84,7 @@ impl Gaps {
 
 /// Checks what the previous pass left at both ends of the page, then leaves this pass's mark. The first pass leaves noise between
 /// them: a page that packs to nothing would make any link a quick one.
-fn visit(page: u64, pass: u64) -> Outcome {
+pub fn visit(page: u64, pass: u64) -> Outcome {
     let (first, last) = (page, page + memory::PAGE_BYTES - 8);
     if pass > 0 {
         let expected = memory::pattern(pass - 1, page);

@@ -1,11 +1,12 @@
-//! `ledger[=<ms>]`: counts in memory and on a disk, and expects both to agree before each count. Memory of one moment
-//! with a disk of another does not: the disk lacks what was counted, or holds what memory knows nothing of.
+//! `ledger[=<ms>[,<mib>]]`: counts in memory and on a disk, and expects both to agree before each count. Memory of one moment
+//! with a disk of another does not: the disk lacks what was counted, or holds what memory knows nothing of. With each count it
+//! rewrites so much memory beside that, and expects to find what it wrote there last.
 
 use crate::console::Line;
 use crate::failure::{Outcome, out_of_memory};
 use crate::memory::{self, fill, first_difference};
 use crate::virtio::disk::{Disk, SECTOR_BYTES};
-use crate::words::{beat, button, note};
+use crate::words::{beat, button, dirty, note};
 use crate::{Machine, check, clock, fail, say};
 
 /// Where entries lie, one after the other, round and round.
@@ -15,7 +16,7 @@ const LOOKED_BACK: u64 = 8;
 /// What entries are told by from anything else on a disk.
 const SEED: u64 = 0x1ed6e2;
 
-pub fn run(machine: &Machine, disk: usize, interval_ms: u64, report: &mut Line) -> Outcome {
+pub fn run(machine: &Machine, disk: usize, interval_ms: u64, mib: u64, report: &mut Line) -> Outcome {
     let mut disk = Disk::require(disk)?;
     let buffer = memory::allocate(1).ok_or_else(out_of_memory)?;
     let mut button = button::listen(machine)?;
@@ -24,6 +25,7 @@ pub fn run(machine: &Machine, disk: usize, interval_ms: u64, report: &mut Line) 
         fill(buffer, SECTOR_BYTES, !SEED, sector);
         disk.write(sector, buffer, SECTOR_BYTES as u32)?;
     }
+    let pages = (mib << 8).min(machine.free.pages());
     let mut count = 0u64;
     while !button.was_pressed() {
         for entry in count.saturating_sub(LOOKED_BACK)..count {
@@ -33,6 +35,10 @@ pub fn run(machine: &Machine, disk: usize, interval_ms: u64, report: &mut Line) 
         // In memory first: whoever stops us between the two finishes what we have sent to the disk.
         let entry = count;
         count += 1;
+        for index in 0..pages {
+            let Some(page) = machine.free.page(index) else { fail!("page {index} does not exist") };
+            dirty::visit(page, entry)?;
+        }
         fill(buffer, SECTOR_BYTES, SEED, entry);
         disk.write(entry % SECTORS, buffer, SECTOR_BYTES as u32)?;
         disk.flush()?;

@@ -151,7 +151,7 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "timer" => time::timer(first.unwrap_or(100), report),
         "pause" => time::wait(first.unwrap_or(1000)),
         "dirty" => dirty::run(machine, first.unwrap_or(16), second.unwrap_or(0), third, report),
-        "ledger" => ledger::run(machine, settings.disk, first.unwrap_or(100), report),
+        "ledger" => ledger::run(machine, settings.disk, first.unwrap_or(100), second.unwrap_or(0), report),
         "beat" => beat::run(machine, first.unwrap_or(500), report),
         "button" => button::run(machine, first.unwrap_or(30_000), report),
         "evil-blk" => evil::block(settings.disk, report),

@@ -554,8 +554,15 @@ async fn taking(pair: &Pair) -> link::Link<tokio_rustls::client::TlsStream<link:
     let (offer, packed) = pair.source.store().read(look).await.unwrap();
     let record = serde_json::to_value(packed).unwrap();
     let transfer = Uuid::now_v7().to_string();
-    let parcel =
-        wire::peer::Parcel { transfer, offer, record, console_bytes: 0, saved: None, live_streams: None };
+    let parcel = wire::peer::Parcel {
+        transfer,
+        offer,
+        record,
+        console_bytes: 0,
+        saved: None,
+        live_streams: None,
+        may_owe: false,
+    };
     link.send(&wire::peer::Message::Take(Box::new(parcel))).await.unwrap();
     let begun = link.message(SOON).await.unwrap();
     assert!(matches!(begun, wire::peer::Message::Say(wire::peer::Saying::Copying)), "{begun:?}");
@@ -571,7 +578,7 @@ async fn another_host_learns_nothing_of_a_move_that_is_not_its_own() {
     let stranger = stage.open().await;
     let fingerprint = target.migrations().identity.fingerprint();
     let mut link = source::connect(&stranger.migrations().identity, address, fingerprint).await.unwrap();
-    link.send(&wire::peer::Message::Again { transfer: held.id.to_string() }).await.unwrap();
+    link.send(&wire::peer::Message::Again { transfer: held.id.to_string(), streams: 1 }).await.unwrap();
     let said = link.message(SOON).await.unwrap();
     assert!(matches!(said, wire::peer::Message::Say(wire::peer::Saying::Unknown)), "{said:?}");
     let _ = link.say(wire::peer::Saying::Commit).await;

@@ -33,7 +33,7 @@ impl Life {
         self.saved.is_some_and(|saved| saved.of == SavedOf::Hibernation)
     }
 
-    /// The other host may have it from now on; nothing when it does not move.
+    /// The other host may have it from now on, and is not in doubt; nothing when it does not move.
     pub(crate) fn given_away(&self) -> Option<Step> {
         let Phase::Moving { vmm, back, .. } = &self.phase else { return None };
         Some(self.at(Phase::Moving { vmm: vmm.clone(), given: true, doubt: None, back: back.clone() }))

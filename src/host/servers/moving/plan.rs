@@ -17,6 +17,10 @@
 //! saved, the target's is let run after *moved* is. What of a promise is not followed by a commit is taken back when the
 //! server is kept, and a VMM that died before *moved* was saved has run nothing. A target takes what it is given all the same, and
 //! boots its machine anew from the disks: the operator may have had the source remove what it had.
+//!
+//! A target whose machine runs while some of its memory is still owed says *holding* where it would say *taken* ([`said`]). The source
+//! stays in *commit* then, with its VMM, which answers for that memory and never runs: what it removes on *taken* it must
+//! still have until all of it is there.
 use serde::{Deserialize, Serialize};
 use wire::peer::Saying as Word;
 
@@ -106,6 +110,11 @@ pub(crate) fn step(side: Side, phase: Phase, event: Event) -> Option<(Phase, &'s
     }
 }
 
+/// The word in place of this one, of a target whose machine is owed memory or is not.
+pub(crate) fn said(word: Word, is_owed: bool) -> Word {
+    if word == Word::Taken && is_owed { Word::Holding } else { word }
+}
+
 fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
     use Effect::{Clash, Doubt, Forget, Keep, Reconnect, Remove, Say};
     use Event::{Cancel, Failed, Heard, Lost, Restarted, Settled};
@@ -117,6 +126,7 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
         }
 
         (Phase::Commit, Heard(Word::Taken)) => (Phase::Moved, &[Remove, Forget]),
+        (Phase::Commit, Heard(Word::Holding)) => (Phase::Commit, &[]),
         (Phase::Commit, Heard(Word::Dropped)) => (Phase::Returned, &[Keep, Forget]),
         // The other host may come back one day, and is told then.
         (Phase::Commit, Settled(Owner::There)) => (Phase::Moved, &[Remove, Reconnect]),
@@ -129,11 +139,13 @@ fn source(phase: Phase, event: Event) -> Option<(Phase, &'static [Effect])> {
         (Phase::Returned, Heard(Word::Ready | Word::Copying)) => (Phase::Returned, &[Say(Word::Abort)]),
         (Phase::Returned, Heard(Word::Dropped | Word::Unknown)) => (Phase::Returned, &[Forget]),
         // Somebody vouched for what was not so.
-        (Phase::Returned, Heard(Word::Taken)) => (Phase::Returned, &[Clash, Forget]),
+        (Phase::Returned, Heard(Word::Taken | Word::Holding)) => (Phase::Returned, &[Clash, Forget]),
         (Phase::Returned, Lost | Failed | Restarted) => (Phase::Returned, &[Reconnect]),
 
         // Only after an operator's word: else nothing is left to be said.
         (Phase::Moved, Heard(Word::Ready)) => (Phase::Moved, &[Say(Word::Commit)]),
+        // What it owed went with it.
+        (Phase::Moved, Heard(Word::Holding)) => (Phase::Moved, &[Say(Word::Lost)]),
         (Phase::Moved, Heard(Word::Taken | Word::Dropped | Word::Unknown)) => (Phase::Moved, &[Forget]),
         (Phase::Moved, Lost | Failed | Restarted) => (Phase::Moved, &[Reconnect]),
         _ => return None,

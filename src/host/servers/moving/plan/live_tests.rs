@@ -20,6 +20,10 @@ struct Rules {
     takes_what_is_given: bool,
     /// A VMM that has promised does not mind what the other one says.
     minds_its_daemon: bool,
+    /// A target says that it has a machine only when it has all of its memory.
+    says_holding: bool,
+    /// A source tells the target when what it owed is lost.
+    tells_loss: bool,
 }
 
 const RIGHT: Rules = Rules {
@@ -29,6 +33,8 @@ const RIGHT: Rules = Rules {
     keeps_promise: true,
     takes_what_is_given: true,
     minds_its_daemon: true,
+    says_holding: true,
+    tells_loss: true,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,6 +74,12 @@ struct World {
     returned: bool,
     /// The target's guest has run.
     has_run: bool,
+    /// Some of its memory follows the machine, and is not all there.
+    is_owed: bool,
+    /// The source's daemon looks after what it owes, on this connection.
+    is_held: bool,
+    /// What was removed at the source was needed still, by no fault of its VMM's.
+    is_robbed: bool,
     /// The source's daemon has had the promise, and is about to save the commit.
     is_promised: bool,
     in_flight: [VecDeque<Event>; 2],
@@ -77,12 +89,14 @@ struct World {
     cancels: u8,
     /// How often an operator may vouch, who has looked at the other end.
     vouches: u8,
+    /// One has.
+    is_vouched: bool,
 }
 
 const SIDES: [Side; 2] = [Side::Source, Side::Target];
 
 impl World {
-    fn new(faults: u8) -> World {
+    fn new(faults: u8, owes: bool) -> World {
         let end = |vmm| End {
             phase: Phase::Copy,
             alive: true,
@@ -98,6 +112,9 @@ impl World {
             streams: true,
             returned: false,
             has_run: false,
+            is_owed: owes,
+            is_held: false,
+            is_robbed: false,
             is_promised: false,
             in_flight: [VecDeque::new(), VecDeque::new()],
             crashes: faults,
@@ -105,6 +122,7 @@ impl World {
             deaths: faults,
             cancels: faults.min(1),
             vouches: faults.min(1),
+            is_vouched: false,
         }
     }
 
@@ -126,15 +144,32 @@ impl World {
         self.ends[at].phase = next;
         for effect in effects {
             match effect {
-                Effect::Say(word) => self.ends[at].to_say.push_back(*word),
+                Effect::Say(word) => {
+                    let is_owed = at == 1 && self.waits() && rules.says_holding;
+                    self.ends[at].to_say.push_back(said(*word, is_owed));
+                }
                 Effect::Forget => self.ends[at].forgotten = true,
                 _ => {}
             }
         }
     }
 
+    /// Whether the target's machine, or the one that is to run there, lacks memory that the source has.
+    fn waits(&self) -> bool {
+        self.is_owed && self.ends[1].vmm != Vmm::Dead
+    }
+
+    /// The target's machine has all of its memory, of which its daemon tells whoever it talks with.
+    fn is_whole(&mut self) {
+        let tells = self.is_owed && self.connected && self.ends[1].alive;
+        if tells && self.ends[1].phase == Phase::Moved {
+            self.ends[1].to_say.push_back(Word::Taken);
+        }
+        self.is_owed = false;
+    }
+
     fn cut(&mut self) {
-        (self.connected, self.streams) = (false, false);
+        (self.connected, self.streams, self.is_held) = (false, false, false);
         self.ends.iter_mut().for_each(|end| end.lost = end.alive);
     }
 
@@ -237,13 +272,26 @@ impl World {
         if target.alive && target.phase == Phase::Copy && target.vmm == Vmm::Ready {
             add(&|world| world.give(rules, 1, Event::Done));
         }
+        if source.alive && self.is_held && source.vmm == Vmm::Dead && rules.tells_loss {
+            add(&|world| {
+                world.is_held = false;
+                world.ends[0].to_say.push_back(Word::Lost);
+            });
+        }
         // What the daemons tell the VMMs once it is saved, again until it is done.
         if source.alive && source.phase == Phase::Returned && matches!(source.vmm, Vmm::Still | Vmm::Promised)
         {
             add(&|world| (world.ends[0].vmm, world.returned) = (Vmm::Runs, true));
         }
         if source.alive && source.phase == Phase::Moved && source.vmm != Vmm::Dead {
-            add(&|world| world.ends[0].vmm = Vmm::Dead);
+            add(&|world| {
+                world.ends[0].vmm = Vmm::Dead;
+                world.is_robbed |= world.waits() && !world.is_vouched;
+            });
+        }
+        // What is owed comes over the streams; the target's daemon tells of the end, if it is there and talks with the source.
+        if self.streams && self.is_owed && target.vmm == Vmm::Runs && source.vmm != Vmm::Dead {
+            add(&World::is_whole);
         }
         let may_run = target.phase == Phase::Moved || target.phase == Phase::Ready && !rules.runs_last;
         if target.alive && may_run && target.vmm == Vmm::Ready {
@@ -257,7 +305,11 @@ impl World {
             add(&|world| world.ends[0].vmm = Vmm::Runs);
         }
         if target.alive && target.phase == Phase::Moved && target.is_seen_dead && target.vmm == Vmm::Dead {
-            add(&|world| (world.ends[1].vmm, world.has_run) = (Vmm::Runs, true));
+            add(&|world| {
+                (world.ends[1].vmm, world.has_run) = (Vmm::Runs, true);
+                // From its disks.
+                world.is_whole();
+            });
         }
         if faults && self.connected && self.cuts > 0 {
             add(&|world| {
@@ -281,6 +333,7 @@ impl World {
                 if self.ends[at].alive && self.ends[at].to_say.is_empty() {
                     add(&|world| {
                         world.vouches -= 1;
+                        world.is_vouched = true;
                         world.give(rules, at, Event::Settled(owner));
                     });
                 }
@@ -303,6 +356,15 @@ impl World {
 
     /// A source that hears that all is there asks its VMM to promise, and saves the commit after that.
     fn hear(&mut self, rules: Rules, at: usize, event: Event) {
+        match (at, event) {
+            (0, Event::Heard(Word::Holding)) if self.ends[0].phase == Phase::Commit => {
+                self.is_held = true;
+                // New ones, in the place of those that broke.
+                self.streams |= self.ends.iter().all(|end| end.vmm != Vmm::Dead);
+            }
+            (1, Event::Heard(Word::Lost)) if self.waits() => self.ends[1].vmm = Vmm::Dead,
+            _ => {}
+        }
         let is_offer = (at, event, self.ends[0].phase) == (0, Event::Heard(Word::Ready), Phase::Copy);
         if !is_offer || !rules.promises_first {
             return self.give(rules, at, event);
@@ -315,13 +377,19 @@ impl World {
 
     fn broken(&self) -> Option<&'static str> {
         let source_runs = self.ends[0].vmm == Vmm::Runs;
-        (source_runs && self.has_run).then_some("the source runs after the target has run")
+        match () {
+            () if source_runs && self.has_run => Some("the source runs after the target has run"),
+            () if self.is_robbed => Some("memory that was owed was removed"),
+            () => None,
+        }
     }
 
     fn ends_well(&self) -> bool {
         let [source, target] = &self.ends;
         match (source.phase, target.phase) {
-            (Phase::Moved, Phase::Moved) => target.vmm == Vmm::Runs && source.vmm == Vmm::Dead,
+            (Phase::Moved, Phase::Moved) => {
+                target.vmm == Vmm::Runs && source.vmm == Vmm::Dead && !self.is_owed
+            }
             (Phase::Returned, Phase::Dropped) => source.vmm == Vmm::Runs && target.vmm == Vmm::Dead,
             _ => false,
         }
@@ -329,8 +397,8 @@ impl World {
 }
 
 /// Walks everything that can happen; answers how many worlds there are, or the first that is wrong.
-fn walk(rules: Rules, faults: u8) -> Result<usize, String> {
-    let first = World::new(faults);
+fn walk(rules: Rules, faults: u8, owes: bool) -> Result<usize, String> {
+    let first = World::new(faults, owes);
     let mut seen = HashSet::from([first.clone()]);
     let mut ahead = vec![first];
     while let Some(world) = ahead.pop() {
@@ -370,9 +438,9 @@ fn settles(world: &World, rules: Rules, rests: &mut HashMap<World, bool>) -> boo
 
 #[test]
 fn one_machine_runs_whatever_dies_and_never_two() {
-    for faults in 0..=1 {
-        match walk(RIGHT, faults) {
-            Ok(worlds) => println!("{faults} of each fault: {worlds} worlds"),
+    for (faults, owes) in [(0, false), (1, false), (0, true), (1, true)] {
+        match walk(RIGHT, faults, owes) {
+            Ok(worlds) => println!("{faults} of each fault, memory owed {owes}: {worlds} worlds"),
             Err(what) => panic!("{what}"),
         }
     }
@@ -405,6 +473,13 @@ fn every_broken_rule_is_found() {
         ("a target that refuses what it is given", Rules { takes_what_is_given: false, ..RIGHT }),
     ];
     for (what, rules) in mistakes {
-        assert!(walk(rules, 1).is_err(), "not found: {what}");
+        assert!(walk(rules, 1, false).is_err(), "not found: {what}");
+    }
+    let mistakes_of_owing = [
+        ("a target that says it has what it lacks", Rules { says_holding: false, ..RIGHT }),
+        ("a source that does not tell what is lost", Rules { tells_loss: false, ..RIGHT }),
+    ];
+    for (what, rules) in mistakes_of_owing {
+        assert!(walk(rules, 1, true).is_err(), "not found: {what}");
     }
 }
