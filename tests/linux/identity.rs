@@ -9,6 +9,9 @@ use crate::toft::{Daemon, wait_for, wait_for_quietly};
 /// Longest time for a boot, in the lab on a machine that has other work.
 const BOOT: Duration = Duration::from_secs(600);
 
+/// Longest time for a hook that ends by itself after 300 s, and for what leads to it.
+const HOOK: Duration = Duration::from_secs(420);
+
 /// Draws random numbers of both kinds all the time, from before the moment that the clones go on from, and keeps them in memory.
 const DRAWER: &str = "python3 -c '
 import os, time
@@ -78,7 +81,7 @@ fn clones_become_servers_of_their_own(image: &str, has_vmgenid: bool) {
     let names = ["web1", "twin-1", "twin-2"];
     for name in &names[1..] {
         let id = daemon.json(&["server", "show", name])["id"].as_str().unwrap().to_owned();
-        daemon.wait_for_console(name, &format!("toft: identity renewed {id}"), BOOT);
+        daemon.wait_for_console(name, &format!("toft: identity renewed {id}"), HOOK);
         wait_for("word of it", Duration::from_secs(20), || {
             (daemon.json(&["server", "show", name])["identity"] == "renewed").then_some(())
         });

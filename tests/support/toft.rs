@@ -134,10 +134,14 @@ impl Daemon {
     pub(crate) fn wait_for_console(&self, server: &str, text: &str, limit: Duration) -> String {
         let found = wait_for_quietly(limit, || Some(self.console(server)).filter(|log| log.contains(text)));
         found.unwrap_or_else(|| {
+            // What its guest still does tells where it waits.
+            let counters = self.command(&["server", "metrics", server]).output().unwrap().stdout;
             panic!(
-                "{text:?} did not come within {} s; the console:\n{}",
+                "{text:?} did not come within {} s; the console:\n{}\ncounters:\n{}\nthe daemon:\n{}",
                 limit.as_secs(),
-                self.console(server)
+                self.console(server),
+                String::from_utf8_lossy(&counters),
+                self.log()
             )
         })
     }
