@@ -260,6 +260,10 @@ impl Machine {
     /// it then; when that fails, the save tells. `clock` says whether the time is the guest's: that of a pause that somebody
     /// asked for is not, and of a machine that is parked already it is not from here on.
     pub(crate) fn pause(&mut self, clock: Clock) -> Result<(), Error> {
+        // It came paused, though not all of its memory is here.
+        if self.is_owed() && self.is_paused() {
+            return Ok(());
+        }
         self.check_not_moving()?;
         self.park()?;
         if let (Clock::Continue, Some(clock_ns)) = (clock, self.stopped_ns()) {

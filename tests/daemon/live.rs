@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use rusqlite::{Connection, OpenFlags};
 use serde_json::{Value, json};
 
-use crate::api::text;
+use crate::api::{Answer, text};
 use crate::daemon::{MEMORY_BYTES, Orders, Stage, wait_for};
 use crate::moves::{Hosts, NEAR, PORT, asked};
 use crate::world::inside;
@@ -342,6 +342,14 @@ async fn none_is_asked_about(hosts: &Hosts) -> Result<(), String> {
     wait_for("the end of earlier moves", left).await.map(drop)
 }
 
+/// Waits until the machine of a move runs at the target, and some of its memory is still here.
+async fn until_it_owes(hosts: &Hosts, moved: &Answer) -> Result<(), String> {
+    let path = format!("/v1/operations/{}", moved.operation());
+    let owes =
+        async || (hosts.source.api().get(&path).await["progress"]["phase"] == "sending_owed").then_some(());
+    wait_for("memory that is owed", owes).await
+}
+
 /// One move with one fault at one point of one daemon. Answers where the server is then.
 async fn falls_on_its_feet(
     hosts: &Hosts,
@@ -375,11 +383,7 @@ async fn falls_on_its_feet(
         return Err(format!("{}", moved.body));
     }
     if point == RECONNECTED {
-        let path = format!("/v1/operations/{}", moved.operation());
-        let owes = async || {
-            (hosts.source.api().get(&path).await["progress"]["phase"] == "sending_owed").then_some(())
-        };
-        wait_for("memory that is owed", owes).await?;
+        until_it_owes(hosts, &moved).await?;
         cut(hosts);
         mend(hosts).await;
     }
@@ -539,4 +543,50 @@ async fn a_broken_rule() {
 #[test]
 fn a_commit_that_comes_too_late_is_caught_by_the_sweep() {
     inside("live::a_commit_that_comes_too_late_is_caught_by_the_sweep", a_broken_rule());
+}
+
+/// A machine that lacks memory takes no order for which all is needed, and can be started anew without the host that has it.
+async fn without_its_source() {
+    let hosts = hosts_of(OWING_WORDS).await;
+    let server = counting(&hosts.source, "web1").await;
+    hosts.target.knows(&server);
+    let mut body = hosts.body().await;
+    (body["mode"], body["bandwidth_bytes_per_s"]) = (json!(OWING), json!(OWING_BYTES_PER_S));
+    let moved = asked(&hosts.source, &server, "", &body).await;
+    until_it_owes(&hosts, &moved).await.unwrap();
+    hosts.source.kill().await;
+    kill_vmm(&hosts.source, "web1");
+    let order = async |action: &str, body: Option<Value>| {
+        let path = format!("/v1/servers/{server}/actions/{action}");
+        let answer = hosts.target.call(Method::POST, &path, action, body).await;
+        hosts.target.finished(&answer.operation()).await.unwrap()
+    };
+    let no_grace = Some(json!({ "grace_s": 0 }));
+    for (action, body) in [
+        ("pause", None),
+        ("reboot", no_grace.clone()),
+        ("hibernate", None),
+        ("upgrade-vmm", None),
+        ("clone", Some(json!({ "name": "twin" }))),
+    ] {
+        let refused = order(action, body).await;
+        assert!(refused["error"]["detail"].to_string().contains("still on its way"), "{action}: {refused}");
+        let runs = async || (hosts.states(&server).await[1].as_deref() == Some("running")).then_some(());
+        wait_for(&format!("the guest to go on after {action}"), runs).await.unwrap();
+    }
+    let before = count(&hosts.target, &server);
+    for (action, body) in [("stop", no_grace), ("start", None)] {
+        let done = order(action, body).await;
+        assert_eq!(done["state"], "succeeded", "{done}");
+    }
+    goes_on(&hosts.target, &server, before, "from its disks").await;
+    hosts.open(&hosts.source, NEAR).await;
+    let one = async || (hosts.states(&server).await == [None, Some("running".to_owned())]).then_some(());
+    wait_for("the source to hear of it", one).await.unwrap();
+    hosts.close().await;
+}
+
+#[test]
+fn a_machine_that_lacks_memory_is_started_anew_when_its_source_is_gone() {
+    inside("live::a_machine_that_lacks_memory_is_started_anew_when_its_source_is_gone", without_its_source());
 }

@@ -191,7 +191,11 @@ pub(super) fn save(
     if let Some(snapshot) = record.life.phase.snapshot()
         && next.life.phase.snapshot() != Some(snapshot)
     {
-        clone::settle(tx, snapshot)?;
+        let why = next.ended.iter().find_map(|(_, verdict)| match verdict {
+            Verdict::Failed(trouble) => Some(trouble),
+            _ => None,
+        });
+        clone::settle(tx, snapshot, why)?;
         Snapshots::settle(tx, snapshot)?;
     }
     for (id, verdict) in next.ended {

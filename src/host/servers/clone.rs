@@ -131,8 +131,9 @@ fn of_server(
     each(tx, workshop, &found, spec, actor, |life| life.awaits = Some(id))
 }
 
-/// In the transaction in which the work on a snapshot has ended: servers that wait for it go on from it, or come to nothing.
-pub(super) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
+/// In the transaction in which the work on a snapshot has ended, and why if it failed: servers that wait for it go on from it, or come to
+/// nothing.
+pub(super) fn settle(tx: &Tx<'_>, id: SnapshotId, why: Option<&Trouble>) -> Result<()> {
     let Some(found) = Snapshots::find(tx, id)?.filter(|found| found.origin.for_clones) else { return Ok(()) };
     let all: Vec<ServerRecord> = records::all(tx)?;
     for mut record in all.into_iter().filter(|record| record.life.awaited() == Some(id)) {
@@ -142,7 +143,9 @@ pub(super) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
                 record::save(tx, &mut record)?;
             }
             None => {
-                let detail = format!("no snapshot could be taken of server {}", found.shown.server_name);
+                let name = &found.shown.server_name;
+                let why = why.map(|why| format!(": {}", why.detail)).unwrap_or_default();
+                let detail = format!("no snapshot could be taken of server {name}{why}");
                 let trouble = Trouble { code: Code::MachineFailed, detail };
                 let next = step(&record.life, Event::MakeFailed(trouble), record.context());
                 advance::save(tx, record, next, &Actor::Host)?;

@@ -339,8 +339,11 @@ impl Doing {
         let ordered = async {
             let link = self.entry.link(limits::COMMAND).await?;
             let paused = link.order(Command::Pause, limits::PAUSE).await;
+            // One that lacks memory may do so for long, and runs.
             let moves = matches!(paused, Err(AskError::Refused(_)))
-                && status(&link).await?.is_some_and(|found| !found.phase.is_end());
+                && status(&link)
+                    .await?
+                    .is_some_and(|found| !found.phase.is_end() && found.phase != Phase::Owing);
             Ok((paused, moves))
         };
         let outcome: std::result::Result<_, AskError> = ordered.await;
