@@ -227,12 +227,16 @@ impl Migrations {
         }
     }
 
-    /// What a source may say that answers for memory. Answers whether that is lost: the machine that waits for it is ended then.
-    pub(super) fn heed_owing(&self, server: ServerId, received: Received) -> Result<bool> {
+    /// What a source may say that answers for memory. Answers whether that is lost: a machine that waits for it still is ended then.
+    pub(super) async fn heed_owing(&self, server: ServerId, received: Received) -> Result<bool> {
         match received {
             Received::Message(Message::Say(Saying::Lost)) => {
-                tracing::warn!(%server, "the memory that it was owed is lost; it starts anew from its disks");
-                self.servers.end_owed(server).map(|()| true)
+                // The last of it may have come just before.
+                if self.servers.is_owed(server).await? {
+                    tracing::warn!(%server, "the memory that it was owed is lost; it starts anew from its disks");
+                    self.servers.end_owed(server)?;
+                }
+                Ok(true)
             }
             // Said before it had heard that the machine runs.
             Received::Message(Message::Say(Saying::Commit | Saying::Copying)) => Ok(false),
@@ -261,7 +265,7 @@ impl Migrations {
             };
             tokio::select! {
                 biased;
-                received = link.receive() => drop(self.heed_owing(server, received?)?),
+                received = link.receive() => drop(self.heed_owing(server, received?).await?),
                 () = broke => {
                     if self.servers.is_owed(server).await? {
                         return Err(Error::new(Code::HostUnreachable, "a stream of the machine's memory broke"));

@@ -221,7 +221,7 @@ impl Migrations {
             tokio::select! {
                 biased;
                 received = link.receive() => {
-                    if self.heed_owing(held.server, received?)? {
+                    if self.heed_owing(held.server, received?).await? {
                         return self.see_whole(link, held, Pumps::new()).await;
                     }
                 }
