@@ -113,6 +113,15 @@ fn a_guest_that_cannot_be_held_back_enough_gets_the_rest_later() {
     let (status, arrived) = end(&mut vmm, &mut next);
     assert!(!status.owes && !arrived.owes, "{status:?}");
     check_passes(&mut next);
+    // And its memory is as any other's: nothing keeps the kernel from making huge pages of it.
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", next.pid())).unwrap();
+    let flags: Vec<&str> = smaps
+        .lines()
+        .skip_while(|line| !line.contains("guest-ram"))
+        .filter_map(|line| line.strip_prefix("VmFlags:"))
+        .take(1)
+        .collect();
+    assert!(!flags.is_empty() && !flags[0].split(' ').any(|flag| flag == "nh"), "{flags:?}");
 }
 
 /// What the disk reads and writes is in pages that have yet to come: the kernel waits for them as the guest does.

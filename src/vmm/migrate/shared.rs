@@ -139,12 +139,12 @@ impl Shared {
             let has_all = self.side == Side::Target && next == Phase::Owing && inner.whole;
             found = if has_all { phase::step(self.side, inner.course, next, Event::Done) } else { None };
         }
-        let is_dropped = inner.phase == Phase::Dropped;
+        let is_over = inner.phase.is_end();
         // What one stream does not carry is lost on all of them: they are replaced together.
         let is_cut = event == Event::Lost && inner.phase == Phase::Owing;
         drop(inner);
-        if let (true, Some(owed)) = (is_dropped, &self.owed) {
-            // The main thread may wait for some of it, building what nobody will run.
+        if let (true, Some(owed)) = (is_over, &self.owed) {
+            // Memory is as any other, or none: the main thread may wait for some of it, building what nobody will run.
             owed.end();
         }
         if is_cut {
