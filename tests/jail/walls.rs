@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
-use sys::jail::{Refused, Step};
+use sys::jail::{EmptyRoot, Refused, Step};
 
 use crate::calls::{call, signed};
 use crate::cell::{Cell, FILTERED, Plan, fresh_id};
@@ -157,9 +157,13 @@ fn the_root_directory_is_empty_and_stays_so() {
     let mut cell = Cell::start(fresh_id(), &[], &[]);
     assert!(cell.order(&json!({"attack": "list", "path": "/"})).is_err());
     stopped_by(&[Step::Root], &json!({"attack": "list", "path": "/"}));
-    // Even root could not write there: the file system itself is read-only.
-    let refused = Cell::start(fresh_id(), RIGHTS, &[]).order(&json!({"attack": "create", "path": "/file"}));
-    assert!(refused.unwrap_err().contains("Read-only"));
+    // Even root could not write there, its own or one that is shared: the file system itself is read-only.
+    let shared = EmptyRoot::make().unwrap();
+    for root in [None, Some(&shared)] {
+        let plan = Plan { root, ..Plan::without(RIGHTS) };
+        let refused = Cell::of(&plan).unwrap().order(&json!({"attack": "create", "path": "/file"}));
+        assert!(refused.unwrap_err().contains("Read-only"));
+    }
 }
 
 #[test]
