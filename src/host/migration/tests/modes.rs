@@ -3,7 +3,7 @@ use model::operation::OperationState;
 use model::server::{ServerAction, ServerState, StopServer};
 
 use super::live::no_violations;
-use super::moves::{Ground, listening};
+use super::moves::{Ground, has, listening, waited};
 use super::*;
 use crate::fake_vmm::Guest;
 
@@ -31,6 +31,7 @@ async fn a_vmm_that_owes_no_memory_sends_all_of_it_first_or_says_so() {
             let said = format!("{:?}", ended.error);
             assert!(said.contains("upgrade-vmm") && said.contains("pre_copy"), "{said}");
             stage::until(&source, id, |server| server.state == ServerState::Running).await;
+            waited("the target to have nothing of it", async || has(&target, id).await.is_none()).await;
         }
     }
     stage::until(&target, id, |server| server.state == ServerState::Running).await;
