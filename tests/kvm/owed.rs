@@ -215,6 +215,9 @@ fn a_link_that_breaks_holds_the_guest_up_until_there_is_another() {
                 "{fault}"
             );
         }
+        let (streams, _other) = pairs(1);
+        let fault = next.try_send(streams, limits(None)).unwrap_err();
+        assert!(fault.detail.contains("still on its way"), "{fault}");
         // It goes on, as whoever lets it run says again.
         next.command(Command::Resume).unwrap();
         for end in [&mut vmm, &mut next] {

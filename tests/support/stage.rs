@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::fake_vmm::FakeLaunch;
 
 /// Longest wait for something that should happen at once.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_secs(20);
 
 /// Bytes of the image's disk.
 pub const DISK_BYTES: u64 = 1 << 20;

@@ -22,6 +22,8 @@ pub(super) struct Link<S> {
     filled: usize,
     /// Longest frame that is read, in bytes.
     longest: usize,
+    /// What was said last from here.
+    pub(super) said: Option<Saying>,
 }
 
 /// What came.
@@ -34,7 +36,14 @@ pub(super) enum Received {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     pub(super) fn new(stream: S) -> Link<S> {
-        Link { stream, head: [0; HEAD_BYTES], body: Vec::new(), filled: 0, longest: FRAME_BYTES_MAX }
+        Link {
+            stream,
+            head: [0; HEAD_BYTES],
+            body: Vec::new(),
+            filled: 0,
+            longest: FRAME_BYTES_MAX,
+            said: None,
+        }
     }
 
     /// One whose other end has shown nothing yet: it gets short frames heard, until [`Link::trust`].
@@ -69,6 +78,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
 
     /// Says how far a move is.
     pub(super) async fn say(&mut self, saying: Saying) -> Result<()> {
+        self.said = Some(saying);
         self.send(&Message::Say(saying)).await
     }
 

@@ -7,6 +7,7 @@
 //! ```
 //! Where the machine runs there while some of its memory is owed, *taken* is said when all of it is there, and the source's VMM
 //! answers for it until then, over other streams when those break.
+use std::pin::pin;
 use std::time::Instant;
 
 use model::migration::MigrateServer;
@@ -18,7 +19,7 @@ use wire::migration::{MigrationStatus, Mode, Phase as VmmPhase, SendLimits, Side
 use wire::peer::{Message, Saying};
 
 use super::link::{Link, Received, out_of_turn};
-use super::streams::Pumps;
+use super::streams::{Awaited, Pumps};
 use super::take::Pace;
 use super::{Migrations, limits};
 use crate::error::{Error, Result};
@@ -227,31 +228,28 @@ impl Migrations {
         }
     }
 
-    /// What a source may say that answers for memory. Answers whether that is lost: a machine that waits for it still is ended then.
-    pub(super) async fn heed_owing(&self, server: ServerId, received: Received) -> Result<bool> {
-        match received {
-            Received::Message(Message::Say(Saying::Lost)) => {
-                // The last of it may have come just before.
-                if self.servers.is_owed(server).await? {
-                    tracing::warn!(%server, "the memory that it was owed is lost; it starts anew from its disks");
-                    self.servers.end_owed(server)?;
-                }
-                Ok(true)
-            }
-            // Said before it had heard that the machine runs.
-            Received::Message(Message::Say(Saying::Commit | Saying::Copying)) => Ok(false),
-            _ => Err(out_of_turn()),
-        }
-    }
-
-    /// Stays with a machine that has come and is owed memory, until all of that is here or the connection is lost: then the source
-    /// asks again.
-    pub(super) async fn see_whole<S>(&self, link: &mut Link<S>, held: &Move, mut pumps: Pumps) -> Result<()>
+    /// Stays with a machine that has come and is owed memory, until all of that is here, which is said then, or the connection is lost:
+    /// then the source asks again. `awaited` are so many streams in the place of those that broke.
+    pub(super) async fn see_whole<S>(
+        &self,
+        link: &mut Link<S>,
+        held: &Move,
+        mut pumps: Pumps,
+        awaited: Option<(Awaited<'_>, usize)>,
+    ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let server = held.server;
         let mut said = Instant::now();
+        let mut is_opened = awaited.is_none();
+        let mut opened = pin!(async {
+            match awaited {
+                Some((awaited, count)) => awaited.all(count).await,
+                None => std::future::pending().await,
+            }
+        });
+        // What is said of it may be too cautious: a VMM that has just died is not known to be dead.
         while self.servers.is_owed(server).await? {
             if said.elapsed() >= limits::BEAT {
                 said = Instant::now();
@@ -265,7 +263,13 @@ impl Migrations {
             };
             tokio::select! {
                 biased;
-                received = link.receive() => drop(self.heed_owing(server, received?).await?),
+                received = link.receive() => self.heed_owing(server, received?).await?,
+                opened = &mut opened, if !is_opened => {
+                    let (sockets, joined) = opened?;
+                    self.servers.reconnect(server, sockets).await?;
+                    self.core.checkpoint("move.reconnected")?;
+                    (pumps, is_opened) = (joined, true);
+                }
                 () = broke => {
                     if self.servers.is_owed(server).await? {
                         return Err(Error::new(Code::HostUnreachable, "a stream of the machine's memory broke"));
@@ -280,6 +284,30 @@ impl Migrations {
         let ended = async { while pumps.join_next().await.is_some() {} };
         let _ = timeout(limits::CONVERSATION, ended).await;
         Ok(())
+    }
+
+    /// Heeds what a source may say that answers for memory. A machine that waits for what is lost is ended.
+    async fn heed_owing(&self, server: ServerId, received: Received) -> Result<()> {
+        match received {
+            Received::Message(Message::Say(Saying::Lost)) => {
+                // The last of it may have come just before: only its VMM knows.
+                match self.servers.lacks_memory(server).await? {
+                    Some(true) => {
+                        let what = "the memory that it was owed is lost; it starts anew from its disks";
+                        tracing::warn!(%server, "{what}");
+                        self.servers.end_owed(server)
+                    }
+                    Some(false) => Ok(()),
+                    None => {
+                        let detail = "what memory the machine lacks cannot be known yet";
+                        Err(Error::new(Code::HostUnreachable, detail))
+                    }
+                }
+            }
+            // Said before it had heard that the machine runs.
+            Received::Message(Message::Say(Saying::Commit | Saying::Copying)) => Ok(()),
+            _ => Err(out_of_turn()),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! the other end, and pumped between TLS and a socket of the VMM's. What goes over them only the VMMs read.
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::FutureExt;
 use model::Code;
@@ -36,6 +36,8 @@ struct Places {
     /// Who may join: the host that the move began with.
     peer: Digest,
     free: Vec<Option<oneshot::Sender<Joined>>>,
+    /// Whose places they are.
+    mark: Arc<()>,
 }
 
 /// A move that waits for its streams; dropped, nobody can join it any more.
@@ -43,6 +45,7 @@ pub(super) struct Awaited<'m> {
     migrations: &'m Migrations,
     id: Uuid,
     streams: Vec<oneshot::Receiver<Joined>>,
+    mark: Arc<()>,
 }
 
 /// What carries a move's streams to and fro; dropped, they end.
@@ -53,9 +56,10 @@ impl Migrations {
     pub(super) fn await_streams(&self, begun: &Move, count: usize) -> Awaited<'_> {
         let (free, streams) =
             (0..count).map(|_| oneshot::channel()).map(|(give, take)| (Some(give), take)).unzip();
+        let mark = Arc::new(());
         let mut all = self.joining.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(begun.id, Places { peer: begun.peer, free });
-        Awaited { migrations: self, id: begun.id, streams }
+        all.insert(begun.id, Places { peer: begun.peer, free, mark: Arc::clone(&mark) });
+        Awaited { migrations: self, id: begun.id, streams, mark }
     }
 
     /// Gives a connection to the move that waits for it. Fails with `unauthenticated` unless one does, from this very host.
@@ -128,7 +132,11 @@ impl Awaited<'_> {
 
 impl Drop for Awaited<'_> {
     fn drop(&mut self) {
-        self.migrations.joining.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        let mut all = self.migrations.joining.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not those of a later connection of the same move, which took their place.
+        if all.get(&self.id).is_some_and(|places| Arc::ptr_eq(&places.mark, &self.mark)) {
+            all.remove(&self.id);
+        }
     }
 }
 

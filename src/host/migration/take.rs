@@ -2,7 +2,6 @@
 //! source has let go. Whoever sends has shown a ticket, or is the host that this very move began with.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::pin::pin;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -134,12 +133,8 @@ impl Migrations {
             // It may leave again at once.
             drop((taking, coming));
             if let Some(mut pumps) = pumps {
-                let look = move |connection: &rusqlite::Connection| moving::find(connection, id);
-                let has_come =
-                    self.core.store.read(look).await?.is_some_and(|held| held.phase == Phase::Moved);
-                // Of one that has not come there is nothing to say but what has been said.
-                if has_come && self.servers.is_owed(begun.server).await? {
-                    return self.see_whole(link, &begun, pumps).await;
+                if link.said == Some(Saying::Holding) {
+                    return self.see_whole(link, &begun, pumps, None).await;
                 }
                 // What its VMM says last is carried to the source's.
                 let ended = async { while pumps.join_next().await.is_some() {} };
@@ -213,24 +208,10 @@ impl Migrations {
     {
         let awaited = self.await_streams(held, streams);
         self.give(link, held.id, Event::Asked).await?;
-        if !self.servers.is_owed(held.server).await? {
+        if link.said != Some(Saying::Holding) {
             return Ok(());
         }
-        let mut opened = pin!(awaited.all(streams));
-        let (sockets, pumps) = loop {
-            tokio::select! {
-                biased;
-                received = link.receive() => {
-                    if self.heed_owing(held.server, received?).await? {
-                        return self.see_whole(link, held, Pumps::new()).await;
-                    }
-                }
-                opened = &mut opened => break opened?,
-            }
-        };
-        self.servers.reconnect(held.server, sockets).await?;
-        self.core.checkpoint("move.reconnected")?;
-        self.see_whole(link, held, pumps).await
+        self.see_whole(link, held, Pumps::new(), Some((awaited, streams))).await
     }
 
     /// Hears what the source decides, until the move has ended here.

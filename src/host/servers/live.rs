@@ -122,14 +122,18 @@ impl Servers {
         status(&link).await?.ok_or_else(none)
     }
 
-    /// Whether the machine of a server that has come here still waits for some of its memory. While its VMM cannot be asked it does:
-    /// whoever has that memory keeps it.
-    pub(crate) async fn is_owed(&self, id: ServerId) -> Result<bool> {
+    /// Whether the machine of a server that has come here still waits for some of its memory; nothing while its VMM cannot be asked.
+    pub(crate) async fn lacks_memory(&self, id: ServerId) -> Result<Option<bool>> {
         if !self.has_vmm(id).await? {
-            return Ok(false);
+            return Ok(Some(false));
         }
         let asked = async { status(&self.live(id)?.link(limits::COMMAND).await?).await.map_err(Error::from) };
-        Ok(asked.await.map_or(true, |found| found.is_some_and(|found| owes(&found))))
+        Ok(asked.await.ok().map(|found| found.is_some_and(|found| owes(&found))))
+    }
+
+    /// Whether it has to be taken for one that does: whoever has that memory keeps it.
+    pub(crate) async fn is_owed(&self, id: ServerId) -> Result<bool> {
+        Ok(self.lacks_memory(id).await?.unwrap_or(true))
     }
 
     /// How a source's VMM stands that answers for memory, on word that the target has the machine. Nothing when there is no such VMM any

@@ -40,3 +40,16 @@ async fn a_vmm_that_owes_no_memory_sends_all_of_it_first_or_says_so() {
         host.close().await;
     }
 }
+
+#[test]
+fn memory_is_owed_only_where_it_can_be() {
+    use wire::migration::Mode;
+    for (mode, where_it_can, elsewhere) in [
+        (MigrationMode::Auto, Mode::Auto, Mode::PreCopy),
+        (MigrationMode::Live, Mode::Auto, Mode::PreCopy),
+        (MigrationMode::PreCopy, Mode::PreCopy, Mode::PreCopy),
+    ] {
+        let modes = [true, false].map(|may_owe| source::memory_mode(mode, may_owe));
+        assert_eq!(modes, [where_it_can, elsewhere], "{mode:?}");
+    }
+}
