@@ -20,7 +20,9 @@ use wire::migration::{MigrationStatus, Phase, Side};
 use wire::will::Reason;
 
 use crate::bell::{Bell, Ending, News};
-use crate::limits::{CONNECTIONS_MAX, DESCRIPTORS_READY, EVENTS_PER_WAIT, FAREWELL_MS_MAX, FORSAKEN_MS};
+use crate::limits::{
+    CONNECTIONS_MAX, DESCRIPTORS_READY, EVENTS_PER_WAIT, FAREWELL_MS_MAX, FORSAKEN_MS, TRIM_MS,
+};
 use crate::log;
 use crate::machine::{Chassis, Machine};
 use crate::sandbox;
@@ -154,6 +156,10 @@ impl Shell {
         loop {
             let count = match self.epoll.wait(self.patience_ms(), &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) if self.is_to_trim() => {
+                    self.trim();
+                    continue;
+                }
                 Ok(0) => return Err(Error::Forsaken),
                 result => result.map_err(Error::Serve)?,
             };
@@ -170,19 +176,28 @@ impl Shell {
                     return Ok(reason);
                 }
             }
-            // Only now, when the guest runs and everybody was answered. One that is parked would take it all back when it runs.
-            let runs = self.machine.as_ref().is_some_and(|machine| !machine.is_paused());
-            if runs && std::mem::take(&mut self.has_built) {
-                // A VM that nobody entered takes long to close.
-                self.ready = None;
-                sys::resident::give_back();
-            }
         }
     }
 
-    /// How long to wait for anything: for ever, unless nobody knows of this process. A daemon that died between
-    /// starting it and writing that down would leave it for good.
+    /// Whether it still holds what only the building of its machine needed. One that is parked would take it all back when it runs.
+    fn is_to_trim(&self) -> bool {
+        self.has_built && self.machine.as_ref().is_some_and(|machine| !machine.is_paused())
+    }
+
+    /// Gives that back, once the guest has come to run and nobody asks for anything: before, it would be needed again at once.
+    fn trim(&mut self) {
+        self.has_built = false;
+        // A VM that nobody entered takes long to close.
+        self.ready = None;
+        sys::resident::give_back();
+    }
+
+    /// How long to wait for anything: for ever, unless there is something to trim or nobody knows of this process. A daemon that died
+    /// between starting it and writing that down would leave it for good.
     fn patience_ms(&self) -> i32 {
+        if self.is_to_trim() {
+            return TRIM_MS;
+        }
         let has_none = self.machine.as_ref().is_none_or(Machine::is_dropped);
         if has_none && self.connections.is_empty() { FORSAKEN_MS } else { -1 }
     }

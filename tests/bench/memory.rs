@@ -2,6 +2,7 @@
 //! kernel memory included, beside QEMU's. The guest is the probe, halted: 128 MiB, one disk, one interface.
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use sys::tap::Tap;
 
@@ -18,6 +19,9 @@ const WORDS: &str = "halt";
 
 /// What the probe says first.
 const GREETING: &str = "probe:";
+
+/// What a subject holds is told when it has not changed for so long.
+const IDLE: Duration = Duration::from_millis(500);
 
 /// Servers at once of each subject. QEMU's take seconds to end, and fewer tell the slope as well.
 const SERVERS: [usize; 2] = [100, 20];
@@ -58,8 +62,22 @@ impl Server {
         Server::Qemu(Box::new(process))
     }
 
-    /// Private dirty and resident KiB of all mappings but the guest's memory, which is told by its size.
+    /// Private dirty and resident KiB once it idles.
     fn held_kb(&self) -> (f64, f64) {
+        let (mut held, mut since) = (self.held_now_kb(), Instant::now());
+        let begun = since;
+        while since.elapsed() < IDLE && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = self.held_now_kb();
+            if now != held {
+                (held, since) = (now, Instant::now());
+            }
+        }
+        held
+    }
+
+    /// The same at this moment, of all mappings but the guest's memory, which is told by its size.
+    fn held_now_kb(&self) -> (f64, f64) {
         let pid = match self {
             Server::Toft(vmm) => vmm.pid(),
             Server::Qemu(process) => process.pid,
