@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use kvm::{Host, cpuid};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use sys::jail::EmptyRoot;
+use sys::jail::EmptyNamespaces;
 use sys::pidfd::{Ended, PidFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use wire::channel::{self, Channel};
@@ -43,7 +43,7 @@ struct Launcher {
     /// What KVM offers, when it was asked once.
     offer: Option<File>,
     /// What VMMs are put into, where it can be had.
-    root: Option<EmptyRoot>,
+    empty: Option<EmptyNamespaces>,
     /// By process id.
     children: HashMap<i32, Child>,
 }
@@ -60,8 +60,8 @@ pub(crate) fn run(daemon: OwnedFd) -> Result<(), Error> {
     let daemon = Channel::new(daemon.into());
     let epoll = Epoll::new().map_err(Error::Wait)?;
     // Without it each VMM makes its own, or is told what it lacks.
-    let root = EmptyRoot::make().ok();
-    let mut launcher = Launcher { daemon, epoll, offer: None, root, children: HashMap::new() };
+    let empty = EmptyNamespaces::make().ok();
+    let mut launcher = Launcher { daemon, epoll, offer: None, empty, children: HashMap::new() };
     let ends = ends().map_err(Error::Wait)?;
     launcher.watch(launcher.daemon.as_fd(), DAEMON).map_err(Error::Wait)?;
     launcher.watch(ends.as_fd(), ENDS).map_err(Error::Wait)?;
@@ -143,7 +143,7 @@ impl Launcher {
         }
         let offer = self.offer.as_ref().map(AsFd::as_fd);
         let children::Vmm { pid, pidfd, missing } =
-            children::start_vmm(label, jail, &descriptors, offer, &cgroups, self.root.as_ref())
+            children::start_vmm(label, jail, &descriptors, offer, &cgroups, self.empty.as_ref())
                 .map_err(|why| format!("cannot start a VMM: {why}"))?;
         self.children.insert(pid, Child::Vmm);
         Ok((Reply::Spawned { pid, missing }, pidfd.into()))

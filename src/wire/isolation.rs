@@ -14,11 +14,11 @@ pub enum Item {
     Capabilities,
     /// Nothing it executes can gain a right.
     NoNewPrivs,
-    /// A mount namespace of its own.
+    /// A mount namespace that is not the host's.
     MountNamespace,
     /// A pid namespace of its own.
     PidNamespace,
-    /// A network namespace of its own, with nothing in it.
+    /// A network namespace that is not the host's, with nothing in it.
     NetNamespace,
     /// An IPC namespace of its own.
     IpcNamespace,

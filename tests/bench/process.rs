@@ -55,7 +55,7 @@ impl Process {
             user: User::Own { uid: 0, gid: 0 },
             cgroups: &[],
             rlimits: RLIMITS,
-            root: None,
+            empty: None,
             refused: Refused::Fails,
             left_out: &WALLS,
         };

@@ -186,7 +186,7 @@ fn in_jail(
     };
     let user = User::Own { uid: ID, gid: ID };
     let jail =
-        Jail { user, cgroups: &[], rlimits: RLIMITS, root: None, refused: Refused::Fails, left_out: &[] };
+        Jail { user, cgroups: &[], rlimits: RLIMITS, empty: None, refused: Refused::Fails, left_out: &[] };
     let started =
         sys::jail::spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
     let running = Running { pidfd: started.pidfd, files };

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use serde_json::Value;
-use sys::jail::{EmptyRoot, Jail, Program, Refused, Started, Step, spawn};
+use sys::jail::{EmptyNamespaces, Jail, Program, Refused, Started, Step, spawn};
 use sys::pidfd::{Ended, Signal};
 use vmm::jail_of;
 use wire::launch::{JailUser, Rlimits};
@@ -45,8 +45,8 @@ pub(crate) struct Plan<'p> {
     /// Walls that are left out.
     pub(crate) left_out: &'p [Step],
     pub(crate) cgroups: &'p [BorrowedFd<'p>],
-    /// The root it shares with others.
-    pub(crate) root: Option<&'p EmptyRoot>,
+    /// The namespaces it shares with others.
+    pub(crate) empty: Option<&'p EmptyNamespaces>,
     /// What becomes of walls that the kernel refuses.
     pub(crate) refused: Refused,
     /// A file of the host that it is given at [`GIVEN`].
@@ -55,11 +55,12 @@ pub(crate) struct Plan<'p> {
 
 impl<'p> Plan<'p> {
     /// Every wall but these, and each must stand. One that keeps its capabilities could change what the others share, as a test makes it
-    /// try: it has a root of its own.
+    /// try: it has all of its own.
     pub(crate) fn without(left_out: &'p [Step]) -> Plan<'p> {
-        static ROOT: LazyLock<EmptyRoot> = LazyLock::new(|| EmptyRoot::make().expect("an empty root"));
-        let root = (!left_out.contains(&Step::Capabilities)).then(|| &*ROOT);
-        Plan { uid: fresh_id(), left_out, cgroups: &[], root, refused: Refused::Fails, given: None }
+        static EMPTY: LazyLock<EmptyNamespaces> =
+            LazyLock::new(|| EmptyNamespaces::make().expect("empty namespaces"));
+        let empty = (!left_out.contains(&Step::Capabilities)).then(|| &*EMPTY);
+        Plan { uid: fresh_id(), left_out, cgroups: &[], empty, refused: Refused::Fails, given: None }
     }
 }
 
@@ -89,14 +90,14 @@ impl Cell {
             arguments: &ARGUMENTS.map(OsStr::new),
             descriptors: &descriptors,
         };
-        let Plan { uid, left_out, cgroups, root, refused, .. } = *plan;
+        let Plan { uid, left_out, cgroups, empty, refused, .. } = *plan;
         let wanted = wire::launch::Jail {
             user: JailUser::Own { uid, gid: uid },
             cgroups: u8::try_from(cgroups.len()).unwrap(),
             rlimits: RLIMITS,
             required: refused == Refused::Fails,
         };
-        let jail = Jail { left_out, ..jail_of(&wanted, cgroups, root).unwrap() };
+        let jail = Jail { left_out, ..jail_of(&wanted, cgroups, empty).unwrap() };
         Ok(Cell { started: spawn(&program, &jail)?, socket })
     }
 

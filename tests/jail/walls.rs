@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
-use sys::jail::{EmptyRoot, Refused, Step};
+use sys::jail::{EmptyNamespaces, Refused, Step};
 
 use crate::calls::{call, signed};
 use crate::cell::{Cell, FILTERED, Plan, fresh_id};
@@ -158,9 +158,9 @@ fn the_root_directory_is_empty_and_stays_so() {
     assert!(cell.order(&json!({"attack": "list", "path": "/"})).is_err());
     stopped_by(&[Step::Root], &json!({"attack": "list", "path": "/"}));
     // Even root could not write there, its own or one that is shared: the file system itself is read-only.
-    let shared = EmptyRoot::make().unwrap();
-    for root in [None, Some(&shared)] {
-        let plan = Plan { root, ..Plan::without(RIGHTS) };
+    let shared = EmptyNamespaces::make().unwrap();
+    for empty in [None, Some(&shared)] {
+        let plan = Plan { empty, ..Plan::without(RIGHTS) };
         let refused = Cell::of(&plan).unwrap().order(&json!({"attack": "create", "path": "/file"}));
         assert!(refused.unwrap_err().contains("Read-only"));
     }
@@ -501,10 +501,11 @@ fn status(pid: i32) -> BTreeMap<String, String> {
 
 #[test]
 fn the_jail_looks_from_outside_as_it_should() {
-    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+    let namespace =
+        |pid: i32| ["mnt", "net"].map(|name| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap());
     let plans = || {
         let shared = Plan::without(&[]);
-        [shared.root, None].map(|root| Plan { root, ..Plan::without(&[]) })
+        [shared.empty, None].map(|empty| Plan { empty, ..Plan::without(&[]) })
     };
     let mut namespaces = BTreeMap::new();
     for plan in plans().iter().chain(&plans()) {
@@ -512,12 +513,14 @@ fn the_jail_looks_from_outside_as_it_should() {
         assert!(cell.started.refused.is_empty(), "{:?}", cell.started.refused);
         looks_as_it_should(cell.started.pid, plan.uid);
         namespaces
-            .entry(plan.root.is_some())
+            .entry(plan.empty.is_some())
             .or_insert_with(Vec::new)
             .push((namespace(cell.started.pid), cell));
     }
-    let is_same = |shared| namespaces[&shared][0].0 == namespaces[&shared][1].0;
-    assert!(is_same(true) && !is_same(false));
+    for kind in 0..2 {
+        let is_same = |shared| namespaces[&shared][0].0[kind] == namespaces[&shared][1].0[kind];
+        assert!(is_same(true) && !is_same(false));
+    }
 }
 
 fn looks_as_it_should(pid: i32, uid: u32) {

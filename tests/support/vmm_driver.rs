@@ -5,13 +5,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use sys::jail::{Jail, Program, Refused, Rlimits, User, spawn};
+use sys::jail::{EmptyNamespaces, Jail, Program, Refused, Rlimits, User, spawn};
 use sys::pidfd::{Ended, PidFd, Signal};
 use sys::seqpacket::{Listener, Socket};
 use wire::channel::{Channel, Error};
@@ -168,7 +169,10 @@ impl Vmm {
         // Ids that no process on this host has.
         let id = 0x7000_0000 + std::process::id() * 64 + STARTED.fetch_add(1, Ordering::Relaxed) % 64;
         let user = if root { User::Own { uid: id, gid: id } } else { User::Caller };
-        let jail = Jail { user, cgroups: &[], rlimits, root: None, refused: Refused::LeftOut, left_out: &[] };
+        // What VMMs have in common, as a launcher's do.
+        static EMPTY: LazyLock<Option<EmptyNamespaces>> = LazyLock::new(|| EmptyNamespaces::make().ok());
+        let empty = EMPTY.as_ref();
+        let jail = Jail { user, cgroups: &[], rlimits, empty, refused: Refused::LeftOut, left_out: &[] };
         let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
         let (pid, pidfd, executed_at) = (started.pid, started.pidfd, started.executed_at);
         let channel = Channel::new(Socket::connect(&path("control.sock")).unwrap());

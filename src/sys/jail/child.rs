@@ -17,8 +17,9 @@ pub(super) struct Child {
     moved: Vec<RawFd>,
     cgroups: Vec<RawFd>,
     user: User,
-    /// The mount namespace to enter.
-    root: Option<RawFd>,
+    /// The mount and the network namespace to enter.
+    mount: Option<RawFd>,
+    net: Option<RawFd>,
     /// Whether the child was made in a user namespace of its own.
     pub(super) user_namespace: bool,
     uid_map: String,
@@ -42,6 +43,7 @@ impl Child {
         let wanted = numbered(program.descriptors)?;
         let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
         let rlimits = jail.rlimits;
+        let empty = jail.empty.filter(|_| jail.user != User::Caller);
         Ok(Child {
             executable: program.executable.as_raw_fd(),
             arguments: Strings::new(name.chain(program.arguments.iter().copied()))?,
@@ -50,7 +52,8 @@ impl Child {
             wanted,
             cgroups: raw(jail.cgroups),
             user: jail.user,
-            root: jail.root.map(|root| root.0.as_raw_fd()).filter(|_| enters_root(jail)),
+            mount: empty.map(|empty| empty.mount.as_raw_fd()).filter(|_| enters_root(jail)),
+            net: empty.map(|empty| empty.net.as_raw_fd()),
             user_namespace: false,
             uid_map: format!("{uid} {uid} 1\n"),
             gid_map: format!("{gid} {gid} 1\n"),
@@ -91,7 +94,7 @@ impl Child {
         } else {
             self.step(Step::MountNamespace, |_| unshare(libc::CLONE_NEWNS))?
         };
-        self.step(Step::NetNamespace, |_| unshare(libc::CLONE_NEWNET))?;
+        self.step(Step::NetNamespace, Child::leave_network)?;
         self.step(Step::IpcNamespace, |_| unshare(libc::CLONE_NEWIPC))?;
         self.step(Step::UtsNamespace, |_| unshare(libc::CLONE_NEWUTS).and_then(|()| forget_host_name()))?;
         match mounts {
@@ -172,9 +175,9 @@ impl Child {
         // SAFETY: the caller borrows the executable until spawn returns.
         let copy = unsafe { libc::fcntl(self.executable, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) };
         self.executable = check(copy)?;
-        if let Some(root) = self.root {
+        for namespace in [&mut self.mount, &mut self.net].into_iter().flatten() {
             // SAFETY: as above.
-            self.root = Some(check(unsafe { libc::fcntl(root, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) })?);
+            *namespace = check(unsafe { libc::fcntl(*namespace, libc::F_DUPFD_CLOEXEC, NUMBER_MAX + 1) })?;
         }
         place(&self.wanted, &mut self.moved)
     }
@@ -183,7 +186,16 @@ impl Child {
     /// of the namespace (setns(2)).
     fn enter_made_root(&self) -> bool {
         // SAFETY: two integers; the child shares no root with its parent, which the kernel demands.
-        self.root.is_some_and(|root| unsafe { libc::setns(root, libc::CLONE_NEWNS) } == 0)
+        self.mount.is_some_and(|mount| unsafe { libc::setns(mount, libc::CLONE_NEWNS) } == 0)
+    }
+
+    /// Into the namespace that was made for it, or into one of its own.
+    fn leave_network(&mut self) -> io::Result<()> {
+        // SAFETY: two integers.
+        match self.net.is_some_and(|net| unsafe { libc::setns(net, libc::CLONE_NEWNET) } == 0) {
+            true => Ok(()),
+            false => unshare(libc::CLONE_NEWNET),
+        }
     }
 
     /// One user and one group, as an unprivileged process may write them (user_namespaces(7)).
@@ -262,19 +274,20 @@ fn forget_host_name() -> io::Result<()> {
     check(unsafe { libc::setdomainname(c"-".as_ptr(), 1) }).map(drop)
 }
 
-/// Whether a jail has the walls that a namespace made for it consists of.
+/// Whether a jail has the walls that a mount namespace made for it consists of.
 fn enters_root(jail: &Jail<'_>) -> bool {
     let left_out = |step| jail.left_out.contains(&step);
-    jail.user != User::Caller && !left_out(Step::MountNamespace) && !left_out(Step::Root)
+    !left_out(Step::MountNamespace) && !left_out(Step::Root)
 }
 
-/// Makes a mount namespace with an empty root, and opens it. Runs in a child that ends then.
-pub(super) fn open_empty_root(namespace: &mut RawFd) -> io::Result<()> {
-    unshare(libc::CLONE_NEWNS)?;
+/// Makes a mount namespace with an empty root, and a network namespace, and opens both. Runs in a child that ends then.
+pub(super) fn open_empty(mount: &mut RawFd, net: &mut RawFd) -> io::Result<()> {
+    unshare(libc::CLONE_NEWNS | libc::CLONE_NEWNET)?;
     // Before the root: it has no `/proc`.
-    // SAFETY: a string that ends with NUL.
-    *namespace =
-        check(unsafe { libc::open(c"/proc/self/ns/mnt".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })?;
+    for (path, namespace) in [(c"/proc/self/ns/mnt", mount), (c"/proc/self/ns/net", net)] {
+        // SAFETY: a string that ends with NUL.
+        *namespace = check(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })?;
+    }
     enter_empty_root()
 }
 

@@ -17,7 +17,7 @@ fn caller(left_out: &[Step]) -> Jail<'_> {
         user: User::Caller,
         cgroups: &[],
         rlimits: RLIMITS,
-        root: None,
+        empty: None,
         refused: Refused::LeftOut,
         left_out,
     }
@@ -42,18 +42,21 @@ fn end(started: &Started) -> Ended {
     started.pidfd.reap().unwrap().expect("it has ended")
 }
 
-/// Opens the namespace that it is in, with the host's root, and gets no further.
+/// Opens the namespaces that it is in, the host's, and gets no further.
 extern "C" fn ends_midway(seed: *mut libc::c_void) -> libc::c_int {
     // SAFETY: `made_by` passes a seed that it does not touch until this child is gone.
     let seed = unsafe { &mut *seed.cast::<Seed>() };
-    // SAFETY: a string that ends with NUL.
-    seed.namespace = unsafe { libc::open(c"/proc/self/ns/mnt".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    for (path, namespace) in [(c"/proc/self/ns/mnt", &mut seed.mount), (c"/proc/self/ns/net", &mut seed.net)]
+    {
+        // SAFETY: a string that ends with NUL.
+        *namespace = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    }
     1
 }
 
 #[test]
-fn a_root_whose_making_ended_midway_is_none() {
-    assert!(EmptyRoot::made_by(ends_midway).is_err());
+fn namespaces_whose_making_ended_midway_are_none() {
+    assert!(EmptyNamespaces::made_by(ends_midway).is_err());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use sys::jail::{self, EmptyRoot, Jail, Program, Refused, Started, Step};
+use sys::jail::{self, EmptyNamespaces, Jail, Program, Refused, Started, Step};
 use sys::pidfd::PidFd;
 use wire::isolation::{Item, Missing};
 use wire::launch::{self, JailUser, fd};
@@ -30,7 +30,7 @@ pub(super) fn start_vmm(
     descriptors: &[OwnedFd; 4],
     offer: Option<BorrowedFd<'_>>,
     cgroups: &[OwnedFd],
-    root: Option<&EmptyRoot>,
+    empty: Option<&EmptyNamespaces>,
 ) -> Result<Vmm, String> {
     let [control, kvm, will, log] = descriptors;
     let cgroups: Vec<_> = cgroups.iter().map(AsFd::as_fd).collect();
@@ -42,7 +42,7 @@ pub(super) fn start_vmm(
         (will.as_fd(), fd::WILL),
     ];
     placed.extend(offer.map(|offer| (offer, fd::OFFER)));
-    let started = start(&["machine", "--label", label], &placed, &jail_of(wanted, &cgroups, root)?)?;
+    let started = start(&["machine", "--label", label], &placed, &jail_of(wanted, &cgroups, empty)?)?;
     let caller = (wanted.user == JailUser::Caller)
         .then(|| Missing { item: Item::Uid, why: "it runs with the ids of whoever started it".to_owned() });
     let refused = started.refused.iter().flat_map(|(step, cause)| {
@@ -63,7 +63,7 @@ pub(super) fn start_probe(kvm: &OwnedFd) -> Result<(i32, PidFd, File), String> {
         user: jail::User::Caller,
         cgroups: &[],
         rlimits: PROBE_RLIMITS,
-        root: None,
+        empty: None,
         refused: Refused::LeftOut,
         left_out: &[],
     };
@@ -97,7 +97,7 @@ fn start(arguments: &[&str], placed: &[(BorrowedFd<'_>, i32)], jail: &Jail<'_>) 
 pub fn jail_of<'a>(
     wanted: &launch::Jail,
     cgroups: &'a [BorrowedFd<'a>],
-    root: Option<&'a EmptyRoot>,
+    empty: Option<&'a EmptyNamespaces>,
 ) -> Result<Jail<'a>, String> {
     let user = match wanted.user {
         // With the ids of root it could do what root can wherever capabilities do not matter: open root's files.
@@ -113,7 +113,7 @@ pub fn jail_of<'a>(
     let launch::Rlimits { nofile, fsize_bytes, nproc } = wanted.rlimits;
     let refused = if wanted.required { Refused::Fails } else { Refused::LeftOut };
     let rlimits = jail::Rlimits { nofile, fsize_bytes, nproc };
-    Ok(Jail { user, cgroups, rlimits, root, refused, left_out: &[] })
+    Ok(Jail { user, cgroups, rlimits, empty, refused, left_out: &[] })
 }
 
 /// What a VMM is without when this step was refused.
