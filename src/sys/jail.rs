@@ -98,7 +98,8 @@ pub enum Refused {
 /// that is up, for any number of jails. What they share cannot be changed by anybody in it, who would need CAP_SYS_ADMIN or
 /// CAP_NET_ADMIN outside of their own user namespace. Each could make its own; but to replace a root the kernel looks at every
 /// thread of the host, in case it used the old one (pivot_root(2)), and a network namespace costs it half a millisecond and 170 kB.
-/// Between jails that share them a socket with an abstract name leads from one to the other, where a program may make sockets.
+/// Between jails that share them sockets lead from one to the other (those with an abstract name, for instance), where a program may
+/// make any.
 #[derive(Debug)]
 pub struct EmptyNamespaces {
     mount: OwnedFd,

@@ -176,6 +176,10 @@ impl Shell {
                     return Ok(reason);
                 }
             }
+            if self.is_to_trim() {
+                // Only now, when everybody was answered: a VM that nobody entered takes long to close.
+                self.ready = None;
+            }
         }
     }
 
@@ -184,11 +188,9 @@ impl Shell {
         self.has_built && self.machine.as_ref().is_some_and(|machine| !machine.is_paused())
     }
 
-    /// Gives that back, once the guest has come to run and nobody asks for anything: before, it would be needed again at once.
+    /// Gives that back, once the guest has come to run and there is no news: before, it would be needed again at once.
     fn trim(&mut self) {
         self.has_built = false;
-        // A VM that nobody entered takes long to close.
-        self.ready = None;
         sys::resident::give_back();
     }
 

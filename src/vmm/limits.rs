@@ -102,8 +102,8 @@ pub(crate) const FAREWELL_MS_MAX: u64 = 200;
 /// killed is back within seconds.
 pub(crate) const FORSAKEN_MS: i32 = 120_000;
 
-/// How long nobody asks for anything before a VMM gives back what only the building of its machine needed. A guest's first
-/// moments need much of the same code, which would come back a piece at a time.
+/// How long neither peers nor guest have anything to say before a VMM gives back what only the building of its machine needed. A
+/// guest's first moments need much of the same code, which would come back a piece at a time.
 pub(crate) const TRIM_MS: i32 = 100;
 
 /// Events taken from epoll at once.

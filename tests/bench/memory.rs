@@ -66,7 +66,8 @@ impl Server {
     fn held_kb(&self) -> (f64, f64) {
         let (mut held, mut since) = (self.held_now_kb(), Instant::now());
         let begun = since;
-        while since.elapsed() < IDLE && begun.elapsed() < PATIENCE {
+        while since.elapsed() < IDLE {
+            assert!(begun.elapsed() < PATIENCE, "what it holds changes all the time");
             std::thread::sleep(Duration::from_millis(20));
             let now = self.held_now_kb();
             if now != held {

@@ -14,7 +14,8 @@ use sha2::{Digest, Sha256};
 
 use crate::fake_vmm::FakeLaunch;
 
-/// Longest wait for something that should happen at once.
+/// Longest wait for something that should happen at once. Shorter than a conversation of hosts may be silent, which would hide one that
+/// waits for nothing.
 pub const SOON: Duration = Duration::from_secs(20);
 
 /// Bytes of the image's disk.

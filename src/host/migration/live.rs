@@ -299,7 +299,8 @@ impl Migrations {
                     }
                     Some(false) => Ok(()),
                     None => {
-                        let detail = "what memory the machine lacks cannot be known yet";
+                        let detail = "its VMM does not say whether the machine lacks the memory that is lost";
+                        tracing::warn!(%server, "{detail}");
                         Err(Error::new(Code::HostUnreachable, detail))
                     }
                 }

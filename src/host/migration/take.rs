@@ -187,31 +187,22 @@ impl Migrations {
         match held {
             Some(held) if held.side == Side::Target && held.peer == source => {
                 drop(stranger);
-                if held.phase == Phase::Moved
-                    && (1..=limits::LIVE_STREAMS_MAX).contains(&streams)
-                    && self.servers.is_owed(held.server).await?
-                {
-                    return self.go_on(link, &held, usize::from(streams)).await;
-                }
+                // Where memory is owed, the source opens streams as soon as it hears of it.
+                let has_all = matches!(held.phase, Phase::Ready | Phase::Moved);
+                let awaited = (has_all && (1..=limits::LIVE_STREAMS_MAX).contains(&streams))
+                    .then(|| (self.await_streams(&held, streams.into()), streams.into()));
                 let asked = self.give(link, id, Event::Asked).await;
-                self.hear_out(asked, link, id).await
+                self.hear_out(asked, link, id).await?;
+                match awaited {
+                    Some(awaited) if link.said == Some(Saying::Holding) => {
+                        self.see_whole(link, &held, Pumps::new(), Some(awaited)).await
+                    }
+                    _ => Ok(()),
+                }
             }
             // Whoever asks for another's move learns no more than for one that never was.
             _ => link.say(Saying::Unknown).await,
         }
-    }
-
-    /// Goes on with memory that is owed to a machine that has come, over streams that the source opens when it hears of it.
-    async fn go_on<S>(&self, link: &mut Link<S>, held: &Move, streams: usize) -> Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        let awaited = self.await_streams(held, streams);
-        self.give(link, held.id, Event::Asked).await?;
-        if link.said != Some(Saying::Holding) {
-            return Ok(());
-        }
-        self.see_whole(link, held, Pumps::new(), Some((awaited, streams))).await
     }
 
     /// Hears what the source decides, until the move has ended here.
