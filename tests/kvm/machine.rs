@@ -1,11 +1,13 @@
 //! A machine from Boot to its end, seen through the wire.
+use std::time::Instant;
+
 use sys::pidfd::{Ended, Signal};
 use wire::control::{Command, FaultCode, MachineState, Notice, PROTOCOL, Reply};
 use wire::machine::{CpuTemplate, FdIndex, OnReset};
 use wire::will::Reason;
 
 use crate::probe_guest::{self, numbers};
-use crate::vmm_driver::{Machine, Vmm};
+use crate::vmm_driver::{Machine, PATIENCE, Vmm};
 
 fn probe(words: &str) -> Machine {
     Machine::new(probe_guest::path(), words)
@@ -248,4 +250,35 @@ fn entropy_and_the_balloon_serve_the_guest_and_are_counted() {
     assert_eq!(fault.code, FaultCode::Invalid);
     let fault = vmm.command(Command::LimitDisk { disk: 0, limits: Default::default() }).unwrap_err();
     assert!(fault.detail.contains("there is no disk 0"), "{fault}");
+}
+
+/// KiB of the VMM's own program, its code and constants, that are resident.
+fn program_kb(vmm: &Vmm) -> u64 {
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).unwrap();
+    let (mut kb, mut is_program) = (0, false);
+    for line in smaps.lines() {
+        if let Some(rest) = line.strip_prefix("Rss:") {
+            let rss_kb: u64 = rest.trim().trim_end_matches(" kB").parse().unwrap();
+            kb += if is_program { rss_kb } else { 0 };
+        } else if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
+            // The line that a mapping begins with: its addresses.
+            is_program = line.ends_with("/toft-vmm");
+        }
+    }
+    kb
+}
+
+#[test]
+fn what_only_building_needed_is_given_back_when_the_guest_rests() {
+    // One that has only said what it is, and has built nothing.
+    let mut other = Vmm::start();
+    other.command(Command::Hello { protocol: PROTOCOL }).unwrap();
+    let least_kb = program_kb(&other);
+    let mut vmm = Vmm::boot(probe("halt"));
+    vmm.wait_for_times("probe:", 1);
+    let deadline = Instant::now() + PATIENCE;
+    while program_kb(&vmm) >= least_kb {
+        assert!(Instant::now() < deadline, "{} kB, {least_kb} before it built anything", program_kb(&vmm));
+        std::thread::yield_now();
+    }
 }
