@@ -33,10 +33,12 @@ GRACE_S = 180
 # What keeps guests alive on an emulated EPYC. It shows no constant TSC, so Linux would distrust the clock, and KVM then
 # moves the clock of its guests at each exit. And QEMU's nested paging (7.2 and 10.0) sometimes finds no page where a guest
 # runs: about one guest in seven died of a triple fault or stood still. Without it starting a guest takes a tenth longer, and a
-# process started in a guest three times as long; `modprobe -r kvm_amd && modprobe kvm_amd npt=1` gives it back.
+# process started in a guest three times as long; `pkill -x python3; modprobe -r kvm_amd && modprobe kvm_amd npt=1` gives it back, and
+# ends the VM that is kept (lab/files/usr/sbin/lab-init).
 STABLE = "tsc=reliable kvm_amd.npt=0"
-# The host beats once a second. In some hundred runs on a busy machine it was never silent for more than 3 s.
+# Each of the host's processors beats once a second. In some hundred runs on a busy machine the host was never silent for more than 3 s.
 SILENCE_S = 20
+PROCESSORS = b"01"
 # The results' disk is sparse; this bounds what a runaway command can hand back.
 RESULTS_BYTES = 16 << 30
 PR_SET_PDEATHSIG = 1
@@ -50,7 +52,7 @@ def arguments():
         epilog="A COMMAND without arguments may be a line of shell: scripts/lab 'uname -a; ls -l /dev/kvm'\n"
                "Output arrives as it is written, on the same stream, and the command's exit status is returned;\n"
                "124 means that the time was up, 125 that the lab itself failed. One such failure is that the emulated host\n"
-               f"stopped: it gave no sign of life for {SILENCE_S} s. The lab says so and ends at once, or starts over with --again.\n"
+               f"stopped: one of its processors gave no sign of life for {SILENCE_S} s. The lab says so and ends at once, or starts over with --again.\n"
                "The command reads no standard input, and the host has no network beyond its loopback.\n"
                "With --hosts 2 it is run on two alike, with LAB_HOST in its environment: 0 on the first, 1 on the second. The lab ends\n"
                "with the first one's command, whose status and files it takes. Two wires join them and lead nowhere else: eth0, where\n"
@@ -174,7 +176,7 @@ class Host:
             disks.append(f"file={space},serial=space")
         serial = ["-chardev", "stdio,id=console,signal=off"] if self.shell else ["-chardev", f"file,id=console,path={self.console}"]
         command = [
-            "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC", "-smp", "2",
+            "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC", "-smp", str(len(PROCESSORS)),
             "-m", str(wanted.memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
             *([] if wanted.restarts else ["-no-reboot"]),
             "-kernel", image / "vmlinuz", "-initrd", image / "initrd",
@@ -214,7 +216,8 @@ class Host:
         """Copies the streams until the host tells how the command ended; the words of its last line, or None."""
         outputs = {"stdout": sys.stdout.fileno(), "stderr": sys.stderr.fileno()}
         status, shown, begun = b"", 0, dict.fromkeys(outputs, True)
-        silence = None if self.shell else Silence(GRACE_S if self.restarts else SILENCE_S)
+        between_s = GRACE_S if self.restarts else SILENCE_S
+        silences = {} if self.shell else {processor: Silence(between_s) for processor in PROCESSORS}
         with selectors.DefaultSelector() as selector:
             for name, stream in self.streams.items():
                 selector.register(stream, selectors.EVENT_READ, name)
@@ -224,7 +227,8 @@ class Host:
                     if not data:
                         selector.unregister(key.fileobj)
                     elif key.data == "beat":
-                        silence and silence.broken()
+                        for processor in silences.keys() & set(data):
+                            silences[processor].broken()
                     elif key.data == "status":
                         status += data
                     else:
@@ -239,7 +243,8 @@ class Host:
                 # The host writes its status when all output is out; ending QEMU then closes every stream.
                 if status.endswith(b"\n") or time.monotonic() > deadline:
                     self.process.kill()
-                elif silence and not self.stopped and silence.too_long():
+                # All of them are asked, so that all of them count.
+                elif any([silence.too_long() for silence in silences.values()]) and not self.stopped:
                     self.stopped = self.processors()
                     self.process.kill()
         self.process.wait()
@@ -269,7 +274,7 @@ class Host:
 
 
 class Silence:
-    """How long the host has not beaten. Time that this process did not get itself is not held against the host."""
+    """How long a processor of the host has not beaten. Time that this process did not get itself is not held against the host."""
 
     def __init__(self, between_s):
         self.between_s = between_s

@@ -1,5 +1,5 @@
-//! The reference guest: Debian 12 with systemd, from its first boot to its deletion: one story with few boots,
-//! because each takes a minute or more in the lab.
+//! The reference guest: Debian 12 with systemd, from its first boot to its deletion: one story with one boot, because each takes two
+//! minutes in the lab. A second boot of a server is part of another story that needs it: [`crate::identity`].
 use std::process::Command;
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use crate::ssh::{self, Ssh};
 use crate::toft::{Daemon, wait_for};
 
 /// Longest time for a boot, in the lab on a machine that has other work.
-const BOOT: Duration = Duration::from_secs(600);
+const BOOT: Duration = Duration::from_secs(360);
 
 fn page(address: &str) -> Option<String> {
     let url = format!("http://{address}/");
@@ -31,7 +31,9 @@ fn a_debian_server_lives_from_its_first_boot_to_its_deletion() {
     let words = "#cloud-config\nwrite_files:\n- path: /etc/of-the-customer\n  content: theirs\n";
     std::fs::write(&user_data, words).unwrap();
     let create = ["--wait", "server", "create", "web1", "--image", "debian-12"];
-    let shape = ["--vcpus", "2", "--memory", "1G", "--disk", "3G", "--ssh-key-file", &public];
+    // An emulated host has no more than two processors, and other work for them.
+    let vcpus = std::env::var("TOFT_VCPUS").unwrap_or_else(|_| "2".to_owned());
+    let shape = ["--vcpus", &vcpus, "--memory", "1G", "--disk", "3G", "--ssh-key-file", &public];
     let more = ["--user-data-file", user_data.to_str().unwrap(), "--restart", "never"];
     let created = daemon.json(&[&create[..], &shape, &more].concat());
     assert_eq!(created["state"], "running");
@@ -45,7 +47,7 @@ fn a_debian_server_lives_from_its_first_boot_to_its_deletion() {
     let text = wait_for("the page", BOOT, || page(&address));
     assert!(text.contains("web1"), "{text}");
     assert_eq!(wait_for("ssh", BOOT, || ssh.run("hostname")), "web1");
-    assert_eq!(ssh.run("nproc").unwrap(), "2");
+    assert_eq!(ssh.run("nproc").unwrap(), vcpus);
     assert_eq!(ssh.run("cat /etc/of-the-customer").unwrap(), "theirs");
     // The root file system has grown to the volume's size.
     let size: u64 = ssh.run("df --output=size -B1 / | tail -n 1").unwrap().trim().parse().unwrap();
@@ -55,16 +57,6 @@ fn a_debian_server_lives_from_its_first_boot_to_its_deletion() {
     let fio = "sudo fio --name=verify --filename=/var/tmp/fio --size=32m --rw=randwrite --bs=4k --iodepth=16 \
                --ioengine=libaio --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --output-format=terse";
     assert!(ssh.run(fio).is_some(), "fio --verify failed\n{}", daemon.console("web1"));
-
-    // The power button.
-    ssh.run("echo kept | sudo tee /var/kept && sudo sync").unwrap();
-    daemon.run(&["--wait", "server", "stop", "web1", "--grace-s", "180"]);
-    assert_eq!(daemon.json(&["server", "show", "web1"])["state"], "stopped");
-    assert!(daemon.console("web1").contains("Power down"), "it was forced off");
-
-    // What it wrote is there when it starts again.
-    daemon.run(&["--wait", "server", "start", "web1"]);
-    assert_eq!(wait_for("ssh after the start", BOOT, || ssh.run("cat /var/kept")), "kept");
 
     // The stock kernel's panic is told from a power-off and from a crash of the machine.
     ssh.run("sudo sh -c '(sleep 2; echo c > /proc/sysrq-trigger) > /dev/null 2>&1 &'").unwrap();

@@ -2,6 +2,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+/// How long a command may take, in seconds. Without a limit, a guest that answers ssh but no longer its own programs is waited for for ever.
+const COMMAND_S_MAX: &str = "300";
+
 /// A user of a server, who comes from here or from another network.
 pub(crate) struct Ssh {
     /// What `ssh` is started with, as `ip netns exec NAME`.
@@ -25,8 +28,12 @@ impl Ssh {
         command
     }
 
+    /// What a line of shell says, if it works and ends in time.
     pub(crate) fn run(&self, line: &str) -> Option<String> {
-        let output = self.command(line).stdin(Stdio::null()).stderr(Stdio::null()).output().unwrap();
+        let ssh = self.command(line);
+        let mut command = Command::new("timeout");
+        command.arg(COMMAND_S_MAX).arg(ssh.get_program()).args(ssh.get_args());
+        let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().unwrap();
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 }

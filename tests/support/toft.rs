@@ -1,13 +1,15 @@
 //! A daemon of a test's own, spoken to through the command line as a person would. Needs the binaries in
 //! `TOFT_BIN`; everything it makes is below a directory that goes with it.
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How often a condition outside this process is looked at. What is waited for here takes seconds.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// How long between two looks at a condition outside this process, at least and at most. What is waited for here takes seconds.
+const LOOK_AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(3)];
 
 /// A running daemon.
 pub(crate) struct Daemon {
@@ -27,16 +29,19 @@ pub(crate) fn directory(variable: &str) -> PathBuf {
     std::env::var_os(variable).unwrap_or_else(|| panic!("set {variable}, as scripts/test does")).into()
 }
 
+/// Says on stderr what a test has got to, and when, counted from the first thing said. At once and not with the rest of what it says,
+/// so that it is known of a test that is ended from outside, too.
+pub(crate) fn reached(what: &str) {
+    static BEGUN: OnceLock<Instant> = OnceLock::new();
+    let s = BEGUN.get_or_init(Instant::now).elapsed().as_secs_f64();
+    let _ = writeln!(std::io::stderr(), "{s:7.1} s  {what}");
+}
+
 /// Waits until `look` finds something; panics with `what` when the time is up.
-pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + limit;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < end, "{what} did not come within {} s", limit.as_secs());
-        std::thread::sleep(LOOK_AGAIN);
-    }
+pub(crate) fn wait_for<T>(what: &str, limit: Duration, look: impl FnMut() -> Option<T>) -> T {
+    wait_for_quietly(limit, look)
+        .inspect(|_| reached(what))
+        .unwrap_or_else(|| panic!("{what} did not come within {} s", limit.as_secs()))
 }
 
 impl Daemon {
@@ -109,6 +114,9 @@ impl Daemon {
         let output = self.command(arguments).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "toft {arguments:?}: {stderr}\n{}", self.log());
+        if arguments.contains(&"--wait") {
+            reached(&format!("toft {}", arguments.join(" ")));
+        }
         output
     }
 
@@ -132,23 +140,25 @@ impl Daemon {
 
     /// Waits until a server's console holds `text`; answers with the whole log.
     pub(crate) fn wait_for_console(&self, server: &str, text: &str, limit: Duration) -> String {
-        let found = wait_for_quietly(limit, || Some(self.console(server)).filter(|log| log.contains(text)));
-        found.unwrap_or_else(|| {
-            // What its guest still does tells where it waits.
-            let counters = self.command(&["server", "metrics", server]).output().unwrap().stdout;
-            panic!(
-                "{text:?} did not come within {} s; the console:\n{}\ncounters:\n{}\nthe daemon:\n{}",
-                limit.as_secs(),
-                self.console(server),
-                String::from_utf8_lossy(&counters),
-                self.log()
-            )
-        })
+        let what = format!("{text:?} on the console of {server}");
+        wait_for(&what, limit, || Some(self.console(server)).filter(|log| log.contains(text)))
     }
 
     /// Imports an image from the directory `TOFT_IMAGES` under its own name.
     pub(crate) fn import(&self, image: &str) {
         self.run(&["--wait", "image", "import", image, "--from", image]);
+    }
+
+    /// What there is to know of a server after a failure. What its guest still does, by two looks at its counters, tells where it waits.
+    fn tell_of(&self, server: &str) {
+        let say = |words: &[&str]| {
+            let said = self.command(words).output().map(|output| output.stdout).unwrap_or_default();
+            eprintln!("toft {}:\n{}", words.join(" "), String::from_utf8_lossy(&said));
+        };
+        say(&["-o", "json", "server", "show", server]);
+        say(&["server", "console-log", server]);
+        say(&["server", "metrics", server]);
+        say(&["server", "metrics", server]);
     }
 
     /// The end of the daemon's log, for failures.
@@ -162,13 +172,18 @@ impl Daemon {
 /// As [`wait_for`], for callers who have more to say when it does not come.
 pub(crate) fn wait_for_quietly<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let end = Instant::now() + limit;
-    while Instant::now() < end {
+    loop {
+        let begun = Instant::now();
         if let Some(found) = look() {
             return Some(found);
         }
-        std::thread::sleep(LOOK_AGAIN);
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        // A look starts processes, which on an emulated host take seconds from the guest that is waited for.
+        std::thread::sleep((3 * begun.elapsed()).clamp(LOOK_AGAIN[0], LOOK_AGAIN[1]).min(left));
     }
-    None
 }
 
 fn spawn(bin: &Path, base: &Path, images: &Path, flags: &[String]) -> Child {
@@ -195,14 +210,25 @@ impl Drop for Daemon {
         // Servers outlive their daemon by design, so they are deleted while it still can.
         let servers = self.command(&["-o", "name", "server", "list"]).output();
         for server in String::from_utf8_lossy(&servers.map(|o| o.stdout).unwrap_or_default()).lines() {
+            if std::thread::panicking() {
+                self.tell_of(server);
+            }
             let _ = self.command(&["--wait", "--wait-timeout-s", "60", "server", "delete", server]).output();
         }
         let networks = self.command(&["-o", "name", "network", "list"]).output();
         for network in String::from_utf8_lossy(&networks.map(|o| o.stdout).unwrap_or_default()).lines() {
-            let _ = self.command(&["--wait", "network", "delete", network]).output();
+            let _ =
+                self.command(&["--wait", "--wait-timeout-s", "60", "network", "delete", network]).output();
+        }
+        if std::thread::panicking() {
+            eprintln!("the daemon:\n{}", self.log());
         }
         let pid = nix::unistd::Pid::from_raw(self.process.id() as i32);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let _ = self.process.wait();
+        if wait_for_quietly(Duration::from_secs(60), || self.process.try_wait().unwrap()).is_none() {
+            eprintln!("the daemon does not end:\n{}", self.log());
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
     }
 }
