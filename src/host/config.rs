@@ -21,7 +21,7 @@ pub struct Config {
     pub guest_images_dir: Option<PathBuf>,
     /// Memory that servers may have in all, in bytes; measured, less a reserve for the host, when absent.
     pub memory_bytes: Option<u64>,
-    /// VMMs that are kept ready for servers that are started; 0 for none.
+    /// VMMs that are kept ready for servers that are started, and taps with them; 0 for none.
     pub warm_shells: usize,
     /// Told of every step that a crash could follow. Only tests set it.
     pub checkpoint: Arc<dyn Checkpoint>,

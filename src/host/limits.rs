@@ -48,9 +48,6 @@ pub const EVENTS_CUT_EVERY: u64 = 1000;
 /// Most events of one page.
 pub const EVENTS_PAGE_MAX: u32 = 500;
 
-/// Least percent by which progress must grow to be written, so that a copy does not cost a commit per block.
-pub const PROGRESS_STEP_PERCENT: u8 = 1;
-
 /// Most terms of one label selector.
 pub const SELECTOR_TERMS_MAX: usize = 32;
 

@@ -218,8 +218,8 @@ impl Dnsmasq {
         make_reachable(&self.directory).map_err(unwritten)?;
         if let Some(barrier) = barrier(&self.directory) {
             return Err(PlumbingError::Unprepared(format!(
-                "dnsmasq, which runs without privileges, cannot reach its files through {}; use a directory such as \
-                 /run/toft, or `chmod a+x` that one",
+                "dnsmasq, which runs without privileges, cannot reach its files through {}; start toftd with a \
+                 `--run-dir` such as /run/toft, or `chmod a+x` that directory",
                 barrier.display()
             )));
         }

@@ -1,8 +1,8 @@
 //! [`Plumbing`] on a real host: netlink, nftables, dnsmasq, sysctl. It knows no records.
 //! `src/bin/toftd.rs` makes one. Everything it does is in the network namespace of the daemon.
 //!
-//! Rules come before devices: a tap is on a bridge only while the rules that bind it are in force.
-use std::collections::BTreeMap;
+//! Rules come before devices: a tap is up on a bridge only while the rules that bind it are in force.
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,7 @@ use super::links::{self, Links};
 use super::nft::{self, Applied};
 use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
+use super::spares::Spares;
 use crate::core::{AlwaysLive, Checkpoint};
 
 /// [`Plumbing`] on a real host.
@@ -30,6 +31,9 @@ pub struct HostPlumbing {
     run_dir: PathBuf,
     forwarding: Forwarding,
     elements: Elements,
+    spares: Spares,
+    /// Held by whoever makes spare taps, and to see that nobody is making one. Taken before `state`.
+    making: Arc<Mutex<()>>,
     checkpoint: Arc<dyn Checkpoint>,
     state: Mutex<State>,
     /// Each dnsmasq that this daemon has told something. Taken after `state` where both are needed.
@@ -56,6 +60,8 @@ impl HostPlumbing {
             run_dir,
             forwarding,
             elements: Elements::default(),
+            spares: Spares::default(),
+            making: Arc::default(),
             checkpoint: Arc::new(AlwaysLive),
             state: Mutex::default(),
             served: Mutex::default(),
@@ -88,11 +94,11 @@ impl HostPlumbing {
         for segment in &wanted.segments {
             let ports: Vec<Port> =
                 wanted.ports.iter().filter(|port| port.network == segment.id).cloned().collect();
-            let ready = match links.ensure_bridge(segment).await {
+            let ready = match links.ensure_bridge(segment) {
                 Ok(()) => {
                     self.did("network.bridge_made");
                     let served = self.ensure_served(segment, &ports).await;
-                    served.and(links.ensure_device(segment, &state.foreign).await)
+                    served.and(links.ensure_device(segment, &state.foreign))
                 }
                 Err(trouble) => Err(trouble),
             };
@@ -105,14 +111,14 @@ impl HostPlumbing {
 
     async fn ensure_rules(&self, state: &mut State, wanted: &Wanted) -> Result<Links, PlumbingError> {
         let links = Links::open()?;
-        let foreign = links.foreign(&wanted.segments).await?;
+        let foreign = links.foreign(&wanted.segments)?;
         // The bridge of a network that is being deleted may be there still.
         if wanted.segments.is_empty() && foreign.is_empty() {
             self.clear_rules(state).await?;
             return Ok(links);
         }
         let nat = wanted.segments.iter().any(|segment| segment.kind == NetworkKind::Nat);
-        let uplinks = if nat { links.uplinks().await? } else { Vec::new() };
+        let uplinks = if nat { links.uplinks()? } else { Vec::new() };
         super::dnsmasq::make_reachable(&self.run_dir).map_err(|cause| file_trouble(&self.run_dir, cause))?;
         let planned = self.forwarding.plan(&uplinks).map_err(forwarding_trouble)?;
         let mut in_force = wanted.clone();
@@ -169,12 +175,45 @@ impl HostPlumbing {
         let links = Links::open()?;
         let name = port.tap();
         if if_nametoindex(name.as_str()).is_ok() {
-            links.remove(&name).await?;
+            links.remove(&name)?;
         }
-        let tap = Tap::create(&name).map_err(|cause| tap_trouble(&name, cause))?;
+        if let Some(tap) = self.spares.plug(&links, &name, &segment) {
+            self.did("network.spare_plugged");
+            return Ok(tap.into());
+        }
+        match self.make_port(&links, &name, &segment) {
+            Ok(tap) => Ok(tap.into()),
+            Err(cause) => {
+                // The last place on a bridge may be that of one which is just being made.
+                let _nobody = self.making.lock().await;
+                self.spares.plug(&links, &name, &segment).map(OwnedFd::from).ok_or(cause)
+            }
+        }
+    }
+
+    fn make_port(&self, links: &Links, name: &str, segment: &Segment) -> Result<Tap, PlumbingError> {
+        let tap = links::make_tap(name)?;
         self.did("network.tap_made");
-        links.enslave(&name, &segment).await?;
-        Ok(tap.into())
+        let port = links.join(name, segment)?;
+        links.raise(name, port)?;
+        Ok(tap)
+    }
+
+    /// Only where a server runs: with the last one of a network its spare tap goes, too.
+    async fn make_spare(&self, segment: Segment) {
+        let _alone = self.making.lock().await;
+        if !self.is_in_use(segment.id).await {
+            return;
+        }
+        let made = Links::open().and_then(|links| self.spares.make(&links, &segment));
+        if let Err(cause) = made {
+            // Whoever needs one makes it, and says why it cannot.
+            tracing::info!("no tap can be kept ready: {cause}");
+        }
+    }
+
+    async fn is_in_use(&self, network: NetworkId) -> bool {
+        self.state.lock().await.wanted.ports.iter().any(|port| port.network == network)
     }
 
     /// Somebody may have flushed the tables; then they are made again before anything is let through.
@@ -195,14 +234,34 @@ impl HostPlumbing {
         let links = Links::open()?;
         for port in &ports {
             if if_nametoindex(port.tap().as_str()).is_ok() {
-                links.remove(&port.tap()).await?;
+                links.remove(&port.tap())?;
             }
             self.did("network.tap_removed");
         }
         let mut state = self.state.lock().await;
         state.wanted.ports.retain(|known| ports.iter().all(|port| port.mac != known.mac));
         // Without tables there is nothing to take out of them.
-        self.elements.silence(&ports).map(|_| ())
+        self.elements.silence(&ports)?;
+        drop(state);
+        let networks: BTreeSet<NetworkId> = ports.iter().map(|port| port.network).collect();
+        for network in networks {
+            self.let_go(network).await;
+        }
+        Ok(())
+    }
+
+    /// Removes the spare tap of a network that has no server any more.
+    async fn let_go(&self, network: NetworkId) {
+        let alone = Arc::clone(&self.making).lock_owned().await;
+        if self.is_in_use(network).await {
+            return;
+        }
+        let spare = self.spares.take(network);
+        // The kernel takes some 15 ms to remove one, for which nobody has to wait but who would make another of its name.
+        tokio::task::spawn_blocking(move || {
+            drop(spare);
+            drop(alone);
+        });
     }
 
     async fn remove_network(&self, segment: Segment) -> Result<(), PlumbingError> {
@@ -211,12 +270,12 @@ impl HostPlumbing {
         self.did("network.dnsmasq_removed");
         self.served.lock().await.remove(&segment.id);
         let links = Links::open()?;
-        links.remove_bridge(&segment).await?;
+        links.remove_bridge(&segment)?;
         self.did("network.bridge_removed");
         let mut wanted = state.wanted.clone();
         wanted.segments.retain(|other| other.id != segment.id);
         wanted.ports.retain(|port| port.network != segment.id);
-        state.foreign = links.foreign(&wanted.segments).await?;
+        state.foreign = links.foreign(&wanted.segments)?;
         if wanted.segments.is_empty() && state.foreign.is_empty() {
             return self.clear_rules(&mut state).await;
         }
@@ -230,7 +289,7 @@ impl Plumbing for HostPlumbing {
     fn surroundings(&self) -> BoxFuture<'_, Surroundings> {
         async {
             let found = match Links::open() {
-                Ok(links) => links.surroundings().await,
+                Ok(links) => links.surroundings(),
                 Err(trouble) => Err(trouble),
             };
             found.unwrap_or_else(|trouble| {
@@ -257,12 +316,22 @@ impl Plumbing for HostPlumbing {
         self.plug_in(segment, port).boxed()
     }
 
+    fn expect(&self, segment: Segment) -> BoxFuture<'_, ()> {
+        self.make_spare(segment).boxed()
+    }
+
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
         self.unplug_all(ports).boxed()
     }
 
     fn remove(&self, segment: Segment) -> BoxFuture<'_, Result<(), PlumbingError>> {
-        self.remove_network(segment).boxed()
+        async move {
+            let id = segment.id;
+            self.remove_network(segment).await?;
+            self.let_go(id).await;
+            Ok(())
+        }
+        .boxed()
     }
 }
 
@@ -282,15 +351,5 @@ fn forwarding_trouble(cause: io::Error) -> PlumbingError {
             ))
         }
         _ => PlumbingError::Failed(format!("IPv4 forwarding cannot be switched on: {cause}")),
-    }
-}
-
-fn tap_trouble(name: &str, cause: io::Error) -> PlumbingError {
-    match cause.kind() {
-        io::ErrorKind::PermissionDenied => links::unprivileged(),
-        io::ErrorKind::NotFound => PlumbingError::Unprepared(
-            "/dev/net/tun is missing; load the kernel module with `modprobe tun`".to_owned(),
-        ),
-        _ => PlumbingError::Failed(format!("cannot make the tap {name}: {cause}")),
     }
 }

@@ -23,6 +23,12 @@ pub const FOREIGN_CHAINS_MAX: usize = 16;
 /// Bytes read of the kernel's answers at once: room for all that one change of rules can have.
 pub const ACK_BYTES_MAX: usize = 8 << 10;
 
+/// Longest datagram of a dump: what the kernel makes of them at most (`NLMSG_GOODSIZE` to 32 KiB), with room to spare.
+pub const ANSWER_BYTES_MAX: usize = 64 << 10;
+
+/// How often a list is asked for that changes while it is told.
+pub const DUMPS_MAX: usize = 8;
+
 /// What is kept of what `nft` and `dnsmasq` say about a failure, in bytes: enough for a person.
 pub const COMPLAINT_BYTES_MAX: usize = 2048;
 

@@ -1,18 +1,26 @@
 //! Devices, addresses and routes of the host's kernel, over netlink. It knows no rules and no records.
-//! `HostPlumbing` uses it. Every call opens a socket of its own, in the network namespace of the calling thread.
-use std::net::{IpAddr, Ipv4Addr};
+//! `HostPlumbing` uses it.
+use std::io;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
-use futures_util::TryStreamExt;
 use model::network::NetworkKind;
+use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use rtnetlink::packet_route::RouteNetlinkMessage as Message;
 use rtnetlink::packet_route::address::{AddressMessage, AddressScope};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
-use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{AddressMessageBuilder, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
+
+use sys::tap::Tap;
 
 use super::cidr::Cidr;
 use super::mac::{BRIDGE_PREFIX, Mac, TAP_PREFIX};
+use super::netlink::Netlink;
 use super::plumbing::{Foreign, PlumbingError, Segment, Surroundings};
 
 /// Shorter prefixes than this are ways out by another name (VPNs split the default route in two), not ranges that
@@ -23,17 +31,8 @@ const RANGE_PREFIX_MIN: u8 = 8;
 /// the kernel drops, cannot be among them (`BR_GROUPFWD_MACPAUSE`).
 const RESERVED_BUT_PAUSE: u16 = !(1 << 1);
 
-/// A netlink socket.
-pub(super) struct Links {
-    handle: Handle,
-    connection: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Links {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
-}
+/// The host's devices, in the network namespace of the thread that opened it.
+pub(super) struct Links(Netlink);
 
 struct Device {
     index: u32,
@@ -42,6 +41,7 @@ struct Device {
     mac: Option<Mac>,
     is_bridge: bool,
     is_ethernet: bool,
+    is_up: bool,
     /// Index of the bridge or bond that it is part of.
     controller: Option<u32>,
     /// Largest packet in bytes.
@@ -51,15 +51,16 @@ struct Device {
 impl Links {
     /// Opens a socket; needs no privilege.
     pub(super) fn open() -> Result<Links, PlumbingError> {
-        let (connection, handle, _) = rtnetlink::new_connection()
-            .map_err(|cause| PlumbingError::Failed(format!("cannot open a netlink socket: {cause}")))?;
-        Ok(Links { handle, connection: tokio::spawn(connection) })
+        let opened = Netlink::open();
+        opened
+            .map(Links)
+            .map_err(|cause| PlumbingError::Failed(format!("cannot open a netlink socket: {cause}")))
     }
 
     /// What the host has already.
-    pub(super) async fn surroundings(&self) -> Result<Surroundings, PlumbingError> {
-        let links = self.all_links().await?;
-        let routes = self.routes().await?;
+    pub(super) fn surroundings(&self) -> Result<Surroundings, PlumbingError> {
+        let links = self.all_links()?;
+        let routes = self.routes()?;
         Ok(Surroundings {
             ranges: routes
                 .iter()
@@ -71,10 +72,10 @@ impl Links {
     }
 
     /// Names of the devices that have a default route.
-    pub(super) async fn uplinks(&self) -> Result<Vec<String>, PlumbingError> {
-        let links = self.all_links().await?;
+    pub(super) fn uplinks(&self) -> Result<Vec<String>, PlumbingError> {
+        let links = self.all_links()?;
         let mut uplinks = Vec::new();
-        for route in self.routes().await? {
+        for route in self.routes()? {
             if destination(&route).is_some() {
                 continue;
             }
@@ -91,20 +92,16 @@ impl Links {
 
     /// Makes the bridge of a network with its address, and brings it up. Fails when a device of that name is
     /// there that Toft did not make.
-    pub(super) async fn ensure_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
+    pub(super) fn ensure_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
         let name = &segment.bridge;
         let mac = segment.bridge_mac();
-        if self.find(name).await?.is_none() {
+        if self.find(name)?.is_none() {
             let bridge =
                 LinkBridge::new(name).address(mac.0.to_vec()).mtu(segment.mtu.into()).mcast_snooping(false);
-            self.handle
-                .link()
-                .add(bridge.build())
-                .execute()
-                .await
-                .map_err(|cause| failed("make", name, cause))?;
+            let made = self.0.order(Message::NewLink(bridge.build()), NLM_F_CREATE | NLM_F_EXCL);
+            made.map_err(|cause| failed("make", name, cause))?;
         }
-        let index = self.own_bridge(segment).await?.ok_or_else(|| vanished(name))?;
+        let index = self.own_bridge(segment)?.ok_or_else(|| vanished(name))?;
         // Guests speak IPv4 with the host; no IPv6 address of the host is to be reachable from them.
         set_switch(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
         let forwarding = if segment.kind == NetworkKind::Nat { "1" } else { "0" };
@@ -112,40 +109,29 @@ impl Links {
         let address = AddressMessageBuilder::<Ipv4Addr>::new()
             .index(index)
             .address(segment.cidr.gateway(), segment.cidr.prefix());
-        let mut request = self
-            .handle
-            .address()
-            .add(index, IpAddr::V4(segment.cidr.gateway()), segment.cidr.prefix())
-            .replace();
-        *request.message_mut() = address.build();
-        request.execute().await.map_err(|cause| failed("give an address to", name, cause))?;
-        let up = LinkUnspec::new_with_index(index).mtu(segment.mtu.into()).up().build();
-        self.handle.link().change(up).execute().await.map_err(|cause| failed("bring up", name, cause))?;
-        Ok(())
+        let addressed = self.0.order(Message::NewAddress(address.build()), NLM_F_CREATE | NLM_F_REPLACE);
+        addressed.map_err(|cause| failed("give an address to", name, cause))?;
+        let up = LinkUnspec::new_with_index(index).mtu(segment.mtu.into()).up();
+        self.change(up.build()).map_err(|cause| failed("bring up", name, cause))
     }
 
     /// Puts the device of the host, behind which a network goes on, on its bridge, and brings it up; what else got there that
     /// is no server's is taken off. The rules that keep `ruled` from the host are in force.
-    pub(super) async fn ensure_device(
-        &self,
-        segment: &Segment,
-        ruled: &[Foreign],
-    ) -> Result<(), PlumbingError> {
+    pub(super) fn ensure_device(&self, segment: &Segment, ruled: &[Foreign]) -> Result<(), PlumbingError> {
         let Some(name) = &segment.host_device else { return Ok(()) };
-        let Some(bridge) = self.own_bridge(segment).await? else { return Err(vanished(&segment.bridge)) };
-        let device = self.usable(name, segment).await?;
+        let Some(bridge) = self.own_bridge(segment)? else { return Err(vanished(&segment.bridge)) };
+        let device = self.usable(name, segment)?;
         // Another may have got the name since the rules were made.
         if !ruled.iter().any(|foreign| foreign.index == device.index && foreign.gateway.is_some()) {
             return Err(vanished(name));
         }
-        for port in self.all_links().await? {
+        for port in self.all_links()? {
             let is_strange = port.controller == Some(bridge)
                 && port.index != device.index
                 && !port.name.starts_with(TAP_PREFIX);
             if is_strange {
                 let alone = LinkUnspec::new_with_index(port.index).nocontroller().build();
-                let taken_off = self.handle.link().change(alone).execute().await;
-                taken_off.map_err(|cause| failed("disconnect", &port.name, cause))?;
+                self.change(alone).map_err(|cause| failed("disconnect", &port.name, cause))?;
             }
         }
         // The host is to hear nothing on it, and say nothing: as on taps.
@@ -154,16 +140,15 @@ impl Links {
         let watched = LinkBridgePort::new(device.index).group_fwd_mask(RESERVED_BUT_PAUSE).build();
         let up = LinkUnspec::new_with_index(device.index).up().build();
         for change in [joined, watched, up] {
-            let changed = self.handle.link().change(change).execute().await;
-            changed.map_err(|cause| failed("connect", name, cause))?;
+            self.change(change).map_err(|cause| failed("connect", name, cause))?;
         }
         Ok(())
     }
 
     /// The device of that name, if a network may have it for itself. One that the host uses is left alone: it would be cut off.
-    async fn usable(&self, name: &str, segment: &Segment) -> Result<Device, PlumbingError> {
+    fn usable(&self, name: &str, segment: &Segment) -> Result<Device, PlumbingError> {
         let refuse = |detail: String| Err(PlumbingError::Unprepared(detail));
-        let Some(device) = self.find(name).await? else {
+        let Some(device) = self.find(name)? else {
             return refuse(format!(
                 "there is no device {name}, behind which the network goes on; connect or make it"
             ));
@@ -180,7 +165,7 @@ impl Links {
             ));
         }
         if let Some(controller) = device.controller {
-            let all = self.all_links().await?;
+            let all = self.all_links()?;
             let of = all.iter().find(|other| other.index == controller).map_or("", |other| &other.name);
             if of != segment.bridge {
                 return refuse(format!(
@@ -189,10 +174,15 @@ impl Links {
                 ));
             }
         } else {
-            let addresses = self.handle.address().get().set_link_index_filter(device.index).execute();
-            let addresses: Result<Vec<AddressMessage>, _> = addresses.try_collect().await;
+            let addresses = self.0.dump(Message::GetAddress(AddressMessage::default()));
             let addresses = addresses.map_err(|cause| failed("look at", name, cause))?;
-            if addresses.iter().any(|address| address.header.scope != AddressScope::Link) {
+            let is_of_use = |address: &Message| match address {
+                Message::NewAddress(AddressMessage { header, .. }) => {
+                    header.index == device.index && header.scope != AddressScope::Link
+                }
+                _ => false,
+            };
+            if addresses.iter().any(is_of_use) {
                 return refuse(format!(
                     "{name} has an address of the host's, which nobody could reach any more; give the network a \
                      device or a VLAN of its own, or remove the address with `ip address flush dev {name}`"
@@ -210,11 +200,11 @@ impl Links {
 
     /// What is to be kept from the host: devices that networks go on behind, where those may have them, and whatever is on one of
     /// Toft's bridges that is no server's. Only on the bridge of a network without such a device that is the operator's to know.
-    pub(super) async fn foreign(&self, segments: &[Segment]) -> Result<Vec<Foreign>, PlumbingError> {
+    pub(super) fn foreign(&self, segments: &[Segment]) -> Result<Vec<Foreign>, PlumbingError> {
         let mut found: Vec<Foreign> = Vec::new();
         for segment in segments {
             let Some(name) = &segment.host_device else { continue };
-            match self.usable(name, segment).await {
+            match self.usable(name, segment) {
                 Ok(Device { index, .. }) => {
                     let gateway = Some((segment.bridge_mac(), segment.cidr.gateway()));
                     found.push(Foreign { index, gateway });
@@ -223,7 +213,7 @@ impl Links {
                 Err(trouble) => return Err(trouble),
             }
         }
-        let all = self.all_links().await?;
+        let all = self.all_links()?;
         for bridge in all.iter().filter(|device| device.is_bridge && device.name.starts_with(BRIDGE_PREFIX)) {
             let of = segments.iter().find(|segment| segment.bridge == bridge.name);
             if of.is_some_and(|segment| segment.host_device.is_none()) {
@@ -240,28 +230,25 @@ impl Links {
     }
 
     /// Removes the bridge of a network, if it is there and Toft's.
-    pub(super) async fn remove_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
-        match self.own_bridge(segment).await {
-            Ok(Some(index)) => self.delete(index, &segment.bridge).await,
+    pub(super) fn remove_bridge(&self, segment: &Segment) -> Result<(), PlumbingError> {
+        match self.own_bridge(segment) {
+            Ok(Some(index)) => self.delete(index, &segment.bridge),
             Ok(None) | Err(PlumbingError::Unprepared(_)) => Ok(()),
             Err(other) => Err(other),
         }
     }
 
-    /// Puts a tap on a bridge and brings it up. Frames to reserved addresses go the way of all others, past the rules
-    /// of `bridge toft`, instead of to the port itself, which no rule of a bridge would see of LLDP's.
-    pub(super) async fn enslave(&self, tap: &str, segment: &Segment) -> Result<(), PlumbingError> {
-        let bridge = self.own_bridge(segment).await?.ok_or_else(|| vanished(&segment.bridge))?;
+    /// Puts a tap on a bridge, and says its index. It is down, and carries nothing. Frames to reserved addresses are to go the way of
+    /// all others, past the rules of `bridge toft`, instead of to the port itself, which no rule of a bridge would see of LLDP's.
+    pub(super) fn join(&self, tap: &str, segment: &Segment) -> Result<u32, PlumbingError> {
+        let bridge = self.own_bridge(segment)?.ok_or_else(|| vanished(&segment.bridge))?;
         let port = if_nametoindex(tap).map_err(|_| vanished(tap))?;
         set_switch(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")?;
         let joined = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).build();
         let watched = LinkBridgePort::new(port).group_fwd_mask(RESERVED_BUT_PAUSE).build();
-        let up = LinkUnspec::new_with_index(port).up().build();
-        // The kernel does them in this order; what it answers to each is heard together.
-        let change = |wanted| self.handle.link().change(wanted).execute();
-        let (joined, watched, up) = tokio::join!(change(joined), change(watched), change(up));
-        joined.and(watched).and(up).map_err(|cause| match code(&cause) {
-            Some(EXFULL) => PlumbingError::Failed(format!(
+        let changed = self.change(joined).and_then(|()| self.change(watched));
+        changed.map(|()| port).map_err(|cause| match code(&cause) {
+            Some(Errno::EXFULL) => PlumbingError::Failed(format!(
                 "the bridge {} has as many interfaces as Linux gives one (1,023); stop servers of this network, or use \
                  another network for more",
                 segment.bridge
@@ -270,24 +257,49 @@ impl Links {
         })
     }
 
+    /// Brings a tap up that [`Links::join`] has put on a bridge.
+    pub(super) fn raise(&self, tap: &str, port: u32) -> Result<(), PlumbingError> {
+        let up = LinkUnspec::new_with_index(port).up().build();
+        self.change(up).map_err(|cause| failed("bring up", tap, cause))
+    }
+
+    /// Gives the tap with this index another name and brings it up, if it is where and what [`Links::join`] has made it. One that is up
+    /// has carried what no rule has seen.
+    pub(super) fn adopt(&self, tap: u32, name: &str, segment: &Segment) -> Result<(), PlumbingError> {
+        let bridge = self.own_bridge(segment)?.ok_or_else(|| vanished(&segment.bridge))?;
+        let mut wanted = LinkMessage::default();
+        wanted.header.index = tap;
+        let found =
+            self.look(wanted, "a tap")?.ok_or_else(|| PlumbingError::Failed("it is gone".to_owned()))?;
+        let mtu = Some(segment.mtu.into());
+        if found.is_up || found.controller != Some(bridge) || found.mtu != mtu {
+            return Err(PlumbingError::Failed(format!("{} is not as it was made", found.name)));
+        }
+        // The kernel renames first, while it is down, which older ones insist on.
+        let named = LinkUnspec::new_with_index(found.index).name(name.to_owned()).up().build();
+        self.change(named).map_err(|cause| failed("rename", &found.name, cause))
+    }
+
     /// Removes a device, if it is there.
-    pub(super) async fn remove(&self, name: &str) -> Result<(), PlumbingError> {
-        match self.find(name).await? {
-            Some(device) => self.delete(device.index, name).await,
+    pub(super) fn remove(&self, name: &str) -> Result<(), PlumbingError> {
+        match self.find(name)? {
+            Some(device) => self.delete(device.index, name),
             None => Ok(()),
         }
     }
 
-    async fn delete(&self, index: u32, name: &str) -> Result<(), PlumbingError> {
-        match self.handle.link().del(index).execute().await {
-            Err(cause) if code(&cause) == Some(ENODEV) => Ok(()),
+    fn delete(&self, index: u32, name: &str) -> Result<(), PlumbingError> {
+        let mut gone = LinkMessage::default();
+        gone.header.index = index;
+        match self.0.order(Message::DelLink(gone), 0) {
+            Err(cause) if code(&cause) == Some(Errno::ENODEV) => Ok(()),
             other => other.map_err(|cause| failed("remove", name, cause)),
         }
     }
 
     /// Index of the network's bridge; none when there is no device of its name.
-    async fn own_bridge(&self, segment: &Segment) -> Result<Option<u32>, PlumbingError> {
-        match self.find(&segment.bridge).await? {
+    fn own_bridge(&self, segment: &Segment) -> Result<Option<u32>, PlumbingError> {
+        match self.find(&segment.bridge)? {
             Some(Device { index, mac, is_bridge: true, .. }) if mac == Some(segment.bridge_mac()) => {
                 Ok(Some(index))
             }
@@ -299,28 +311,40 @@ impl Links {
         }
     }
 
-    async fn find(&self, name: &str) -> Result<Option<Device>, PlumbingError> {
-        match self.handle.link().get().match_name(name.to_owned()).execute().try_next().await {
-            Ok(found) => Ok(found.map(|message| device(&message))),
-            Err(cause) if code(&cause) == Some(ENODEV) => Ok(None),
+    fn find(&self, name: &str) -> Result<Option<Device>, PlumbingError> {
+        let mut wanted = LinkMessage::default();
+        wanted.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        self.look(wanted, name)
+    }
+
+    /// The one device that `wanted` describes; `name` is for the error.
+    fn look(&self, wanted: LinkMessage, name: &str) -> Result<Option<Device>, PlumbingError> {
+        match self.0.get(Message::GetLink(wanted)) {
+            Ok(found) => Ok(devices(&found).next()),
+            Err(cause) if code(&cause) == Some(Errno::ENODEV) => Ok(None),
             Err(cause) => Err(failed("find", name, cause)),
         }
     }
 
-    async fn all_links(&self) -> Result<Vec<Device>, PlumbingError> {
-        let messages: Result<Vec<LinkMessage>, _> = self.handle.link().get().execute().try_collect().await;
-        let messages = messages.map_err(|cause| failed("list", "devices", cause))?;
-        Ok(messages.iter().map(device).collect())
+    fn all_links(&self) -> Result<Vec<Device>, PlumbingError> {
+        let found = self.0.dump(Message::GetLink(LinkMessage::default()));
+        let found = found.map_err(|cause| failed("list", "devices", cause))?;
+        Ok(devices(&found).collect())
     }
 
     /// IPv4 routes of the main table.
-    async fn routes(&self) -> Result<Vec<RouteMessage>, PlumbingError> {
+    fn routes(&self) -> Result<Vec<RouteMessage>, PlumbingError> {
         let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Result<Vec<RouteMessage>, _> =
-            self.handle.route().get(query).execute().try_collect().await;
-        let mut routes = routes.map_err(|cause| failed("list", "routes", cause))?;
-        routes.retain(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
-        Ok(routes)
+        let found = self.0.dump(Message::GetRoute(query)).map_err(|cause| failed("list", "routes", cause))?;
+        let routes = found.into_iter().filter_map(|message| match message {
+            Message::NewRoute(route) => Some(route),
+            _ => None,
+        });
+        Ok(routes.filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN).collect())
+    }
+
+    fn change(&self, wanted: LinkMessage) -> io::Result<()> {
+        self.0.order(Message::NewLink(wanted), 0)
     }
 }
 
@@ -336,6 +360,13 @@ fn destination(route: &RouteMessage) -> Option<Cidr> {
     })
 }
 
+fn devices(found: &[Message]) -> impl Iterator<Item = Device> {
+    found.iter().filter_map(|message| match message {
+        Message::NewLink(link) => Some(device(link)),
+        _ => None,
+    })
+}
+
 fn device(message: &LinkMessage) -> Device {
     let index = message.header.index;
     let mut device = Device {
@@ -344,6 +375,7 @@ fn device(message: &LinkMessage) -> Device {
         mac: None,
         is_bridge: false,
         is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        is_up: message.header.flags.contains(LinkFlags::Up),
         controller: None,
         mtu: None,
     };
@@ -372,19 +404,12 @@ fn set_switch(name: &str, value: &str) -> Result<(), PlumbingError> {
     }
 }
 
-const EPERM: i32 = 1;
-const ENODEV: i32 = 19;
-const EXFULL: i32 = 54;
-
-fn code(cause: &rtnetlink::Error) -> Option<i32> {
-    match cause {
-        rtnetlink::Error::NetlinkError(message) => Some(message.raw_code().saturating_neg()),
-        _ => None,
-    }
+fn code(cause: &io::Error) -> Option<Errno> {
+    cause.raw_os_error().map(Errno::from_raw)
 }
 
-fn failed(what: &str, name: &str, cause: rtnetlink::Error) -> PlumbingError {
-    if code(&cause) == Some(EPERM) {
+fn failed(what: &str, name: &str, cause: io::Error) -> PlumbingError {
+    if code(&cause) == Some(Errno::EPERM) {
         return unprivileged();
     }
     PlumbingError::Failed(format!("cannot {what} {name}: {cause}"))
@@ -397,4 +422,19 @@ fn vanished(name: &str) -> PlumbingError {
 /// The daemon may not change network devices.
 pub(super) fn unprivileged() -> PlumbingError {
     PlumbingError::Unprepared("the daemon may not change network devices; run toftd as root".to_owned())
+}
+
+/// A tap of this name that belongs to nothing.
+pub(super) fn make_tap(name: &str) -> Result<Tap, PlumbingError> {
+    Tap::create(name).map_err(|cause| tap_trouble(name, cause))
+}
+
+fn tap_trouble(name: &str, cause: io::Error) -> PlumbingError {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => unprivileged(),
+        io::ErrorKind::NotFound => PlumbingError::Unprepared(
+            "/dev/net/tun is missing; load the kernel module with `modprobe tun`".to_owned(),
+        ),
+        _ => PlumbingError::Failed(format!("cannot make the tap {name}: {cause}")),
+    }
 }

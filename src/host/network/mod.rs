@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Networks (records, background work) ──▶ addresses (who has which)      pure: cidr · mac · rules
-//!        └── Plumbing ──▶ HostPlumbing ──▶ links, elements (netlink) · nft · dnsmasq · forwarding
+//!        └── Plumbing ──▶ HostPlumbing ──▶ spares, links (netlink) · elements · nft · dnsmasq · forwarding
 //! ```
 mod addresses;
 pub(crate) mod announce;
@@ -16,12 +16,14 @@ mod host;
 pub mod limits;
 mod links;
 pub mod mac;
+mod netlink;
 mod networks;
 mod nft;
 pub mod plumbing;
 pub(crate) mod program;
 mod records;
 pub mod rules;
+mod spares;
 pub mod testing;
 
 pub(crate) use addresses::{Reservation, owner};

@@ -283,6 +283,18 @@ impl Networks {
         self.inner.plumbing.plug(segment, port).await.map(|tap| (mtu, tap)).map_err(refused)
     }
 
+    /// For `servers`: a server like this one is likely to be started next.
+    pub(crate) async fn expect(&self, nics: &[ServerNic]) -> Result<()> {
+        let _working = self.inner.working.read().await;
+        for nic in nics {
+            let id = nic.network_id;
+            let look = move |connection: &Connection| segment(&records::one(connection, id.0)?);
+            let segment = self.inner.core.store.glance(look).await?;
+            self.inner.plumbing.expect(segment).await;
+        }
+        Ok(())
+    }
+
     /// For `servers`: DHCP and DNS know the interface when this returns: before its machine runs, and so before anybody asks.
     /// Repeatable.
     pub(crate) async fn introduce(&self, nic: &ServerNic) -> Result<()> {

@@ -38,6 +38,10 @@ pub trait Plumbing: Send + Sync + 'static {
     /// lives as long as a copy of the descriptor.
     fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>>;
 
+    /// Another interface is likely to be plugged into this network soon: what of its tap can be made before is made, and lasts until
+    /// the last interface of the network is unplugged.
+    fn expect(&self, segment: Segment) -> BoxFuture<'_, ()>;
+
     /// Silences interfaces and removes their taps.
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>>;
 

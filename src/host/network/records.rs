@@ -153,7 +153,12 @@ fn choose_bridge(networks: &[Network], surroundings: &Surroundings) -> Result<St
         .find(|name| {
             !surroundings.devices.contains(name) && !networks.iter().any(|network| network.bridge == *name)
         })
-        .ok_or_else(|| Error::new(Code::NoCapacity, format!("there are {BRIDGES_MAX} networks already")))
+        .ok_or_else(|| {
+            Error::new(
+                Code::NoCapacity,
+                format!("there are {BRIDGES_MAX} networks already; delete one that nothing needs"),
+            )
+        })
 }
 
 /// Fails unless nothing needs the network.

@@ -1,6 +1,6 @@
 //! [`Plumbing`] that only remembers, for tests of everything above it without privileges. It refuses what a real
 //! host would refuse: a plug into a network that is not there.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +30,8 @@ pub struct Scene {
     pub served: BTreeMap<NetworkId, Vec<Port>>,
     /// Taps that were made and not removed, by name.
     pub taps: BTreeMap<String, Port>,
+    /// Networks of which [`Plumbing::expect`] was told.
+    pub expected: BTreeSet<NetworkId>,
     /// What was written to each, packet after packet.
     pub sent: BTreeMap<String, Arc<File>>,
 }
@@ -114,6 +116,11 @@ impl Plumbing for FakePlumbing {
             Ok(tap.into())
         });
         async { outcome }.boxed()
+    }
+
+    fn expect(&self, segment: Segment) -> BoxFuture<'_, ()> {
+        self.scene().expected.insert(segment.id);
+        async {}.boxed()
     }
 
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {

@@ -5,6 +5,7 @@ mod facade;
 mod frames;
 mod ground;
 mod real;
+mod spares;
 
 use model::network::NetworkKind;
 use model::{Name, NetworkId};

@@ -127,7 +127,7 @@ impl System {
                 lesser("user namespaces are off; allow them with `sysctl user.max_user_namespaces=10000`")
             }
             Some(_) => good("user namespaces can be made"),
-            None => lesser("the kernel has no user namespaces, which jails use"),
+            None => lesser("the kernel has no user namespaces, which jails use; use another kernel"),
         }
     }
 
@@ -146,11 +146,12 @@ impl System {
     fn io_uring(&self) -> Finding {
         match self.read("proc/sys/kernel/io_uring_disabled").as_deref() {
             Some("2") => lesser(
-                "io_uring is switched off, so disks cannot work; allow it with `sysctl kernel.io_uring_disabled=0`",
+                "io_uring is switched off, so disks do one request after the other; allow it with `sysctl \
+                 kernel.io_uring_disabled=0`",
             ),
             Some("1") => lesser(
-                "io_uring is kept to privileged processes, which VMMs are not, so disks cannot work; allow it with \
-                 `sysctl kernel.io_uring_disabled=0`",
+                "io_uring is kept to privileged processes, which VMMs are not, so disks do one request after the other; \
+                 allow it with `sysctl kernel.io_uring_disabled=0`",
             ),
             _ => good("disks can work without waiting for each other"),
         }
@@ -211,7 +212,7 @@ impl System {
             Some(_) => {
                 good("somebody made the host forward between all its devices; Toft leaves that as it is")
             }
-            None => lesser("the kernel has no IPv4, which networks need"),
+            None => lesser("the kernel has no IPv4, which networks need; use another kernel"),
         }
     }
 

@@ -303,7 +303,7 @@ impl Doing {
         self.workshop.core.checkpoint("server.booted")?;
         // One that was saved is parked still.
         if saved.is_none() {
-            self.replenish_shells().await;
+            self.prepare_next().await;
         }
         self.or_end(booted).await.map(|()| event)
     }
@@ -355,12 +355,17 @@ impl Doing {
         }
     }
 
-    /// Has VMMs made ready for servers like this one. Not before its machine runs: its caller waits for every CPU there is,
+    /// Has VMMs and taps made ready for servers like this one. Not before its machine runs: its caller waits for every CPU there is,
     /// and the kernel makes what KVM does for one machine wait for what it does for another.
-    async fn replenish_shells(&self) {
+    async fn prepare_next(&self) {
+        if self.workshop.core.config.warm_shells == 0 {
+            return;
+        }
         if let Ok(Needs { cell, .. }) = self.needs().await {
             self.workshop.shells.replenish(self.size(&cell));
         }
+        let (networks, nics) = (self.workshop.networks.clone(), self.record.nics.clone());
+        tokio::spawn(async move { networks.expect(&nics).await });
     }
 
     /// A parked guest cannot see a button, so it runs first.
@@ -440,7 +445,7 @@ impl Doing {
             }
             // Whatever else is done, it ends a start from what was saved.
             if self.record.life.job.is_some_and(|job| job.kind != JobKind::Resume) {
-                self.replenish_shells().await;
+                self.prepare_next().await;
             }
         }
         Ok(event)

@@ -309,6 +309,12 @@ pub(super) async fn keep(link: &Link) -> std::result::Result<(), AskError> {
     link.order(Command::SettleMigration { owner: Owner::Here }, limits::PAUSE).await
 }
 
+/// How much of its memory a machine that has come here lacks, in bytes.
+pub(super) async fn owed_bytes(link: &Link) -> std::result::Result<u64, AskError> {
+    let found = status(link).await?;
+    Ok(found.filter(owes).map_or(0, |status| status.progress.left_bytes))
+}
+
 async fn status(link: &Link) -> std::result::Result<Option<MigrationStatus>, AskError> {
     match link.ask(Command::MigrationStatus, &[], limits::COMMAND).await? {
         Reply::Migration(status) => Ok(status.map(|status| *status)),

@@ -4,7 +4,7 @@ use model::{Code, ServerId};
 use wire::control::{Command, MachineStats, Reply};
 use wire::settling::MemoryStatus;
 
-use super::{Servers, limits, settle};
+use super::{Servers, limits, live, settle};
 use crate::error::{Error, Result};
 use crate::vmms::ProcessId;
 
@@ -16,8 +16,10 @@ impl Servers {
         match link.ask(Command::Stats, &[], limits::COMMAND).await.map_err(Error::from)? {
             Reply::Stats(stats) => {
                 // One that cannot say shows what it can.
-                let memory = settle::memory(&link, limits::COMMAND).await.ok().flatten();
-                Ok(shown(&stats, memory.unwrap_or_default(), &process.id()))
+                let (memory, owed) =
+                    tokio::join!(settle::memory(&link, limits::COMMAND), live::owed_bytes(&link));
+                let memory = memory.ok().flatten().unwrap_or_default();
+                Ok(shown(&stats, memory, owed.ok(), &process.id()))
             }
             other => Err(Error::new(Code::MachineFailed, format!("the VMM answered {other:?}"))),
         }
@@ -27,7 +29,12 @@ impl Servers {
 const NS_PER_MS: u64 = 1_000_000;
 
 /// As callers see them.
-fn shown(stats: &MachineStats, memory: MemoryStatus, process: &ProcessId) -> ServerMetrics {
+fn shown(
+    stats: &MachineStats,
+    memory: MemoryStatus,
+    owed_bytes: Option<u64>,
+    process: &ProcessId,
+) -> ServerMetrics {
     let disk_faults: u64 = stats.disks.iter().map(|disk| disk.malformed).sum();
     let nic_faults: u64 = stats.nics.iter().map(|nic| nic.malformed).sum();
     ServerMetrics {
@@ -37,6 +44,7 @@ fn shown(stats: &MachineStats, memory: MemoryStatus, process: &ProcessId) -> Ser
         vcpu_exits: stats.vcpus.iter().map(|vcpu| vcpu.exits).collect(),
         memory_resident_bytes: resident_bytes(process.pid).unwrap_or_default(),
         memory_shared_bytes: memory.shared_bytes,
+        memory_owed_bytes: owed_bytes,
         settling: memory.settling.map(|settling| SettlingMetrics {
             pauses: settling.pauses,
             longest_pause_us: settling.longest_pause_us,

@@ -16,7 +16,7 @@ use model::Code;
 use sha2::{Digest, Sha256};
 use sys::pidfd::PidFd;
 use sys::seqpacket::Socket;
-use sys::spawn::{Program, Session};
+use sys::spawn::Program;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
@@ -308,7 +308,6 @@ impl Connection {
                 (std::io::stderr().as_fd(), 2),
                 (theirs.as_fd(), 3),
             ],
-            session: Session::Own,
         })
         .map_err(failed)?;
         ours.set_nonblocking().map_err(failed)?;

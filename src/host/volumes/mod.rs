@@ -367,7 +367,10 @@ impl Volumes {
     pub(crate) async fn open(&self, id: VolumeId, content: Content) -> Result<File> {
         let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Ready && content == Content::Recorded {
-            return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
+            return Err(Error::new(
+                Code::WrongState,
+                format!("volume {} is not complete; wait for the operation that makes it", volume.name),
+            ));
         }
         let held = disk::hold_next(&self.core, id, volume.size_bytes).await?;
         held.ok_or_else(|| attached(&volume))
@@ -500,7 +503,10 @@ fn check_growth(tx: &Tx<'_>, volume: &Volume, size_bytes: u64, dirs: &Dirs) -> R
         ));
     }
     if volume.state != VolumeState::Ready {
-        return Err(Error::new(Code::WrongState, format!("volume {} is not complete", volume.name)));
+        return Err(Error::new(
+            Code::WrongState,
+            format!("volume {} is not complete; wait for the operation that makes it", volume.name),
+        ));
     }
     if let Some(server) = volume.server_id
         && let Some(actions) = crate::servers::actions_unless_off(tx, server)?

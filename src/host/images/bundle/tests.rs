@@ -174,7 +174,7 @@ fn a_full_disk_is_told_as_such_and_leaves_nothing() {
     use nix::sched::{CloneFlags, unshare};
     let work = std::thread::spawn(|| {
         if let Err(cause) = unshare(CloneFlags::CLONE_NEWNS) {
-            eprintln!("SKIPPED: a small file system of the test's own needs root ({cause})");
+            eprintln!("skipped: a small file system of the test's own needs root ({cause})");
             return;
         }
         let place = tempfile::tempdir().unwrap();

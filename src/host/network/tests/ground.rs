@@ -35,13 +35,13 @@ pub(super) struct Ground {
 pub(super) fn run<F: Future<Output = ()>>(test: impl FnOnce(Ground) -> F + Send + 'static) {
     for (needed, package) in [("nft", "nftables"), ("dnsmasq", "dnsmasq-base")] {
         if program::find(needed).is_none() {
-            eprintln!("SKIPPED: {needed} is missing; install {package}");
+            eprintln!("skipped: {needed} is missing; install {package}");
             return;
         }
     }
     let outcome = std::thread::spawn(move || {
         if let Err(cause) = unshare(CloneFlags::CLONE_NEWNET) {
-            eprintln!("SKIPPED: a network namespace needs root ({cause})");
+            eprintln!("skipped: a network namespace needs root ({cause})");
             return;
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -41,9 +41,15 @@ fn shells_directory_is_empty(stage: &Stage) -> bool {
 async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     let (stage, host) = warm(2).await;
     assert!(stage.launch.alive().is_empty(), "an idle host has none");
-    let first = created(&host, server("web1")).await.id;
+    let first = created(&host, server("web1")).await;
+    let (first, network) = (first.id, first.nics[0].network_id);
     ready(&stage, 2).await;
     let waiting: Vec<i32> = stage.launch.shells().iter().map(|vmm| vmm.pid).collect();
+    let end = tokio::time::Instant::now() + SOON;
+    while !stage.plumbing.scene().expected.contains(&network) {
+        assert!(tokio::time::Instant::now() < end, "nobody expects another interface");
+        tokio::task::yield_now().await;
+    }
     let mut spec = server("web2");
     spec.isolation = Isolation::Strict;
     let second = created(&host, spec).await.id;
