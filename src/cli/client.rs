@@ -137,7 +137,7 @@ impl Client {
         };
         let length = bytes.len() as u64;
         let body = Full::new(bytes).map_err(|never| match never {}).boxed();
-        let response = self.exchange(method, path, kind, Some(length), body, headers).await?;
+        let response = self.in_time(self.exchange(method, path, kind, Some(length), body, headers)).await?;
         self.collect(response).await
     }
 
@@ -146,7 +146,8 @@ impl Client {
         self.send("GET", path, None, &[]).await?.json()
     }
 
-    /// Sends a file as the body, streaming. Its length is told where it is known.
+    /// Sends a file as the body, streaming. Its length is told where it is known. It takes as long as it takes, and so does the answer,
+    /// which comes when what was sent has been put away.
     pub(crate) async fn upload(
         &self,
         path: &str,
@@ -184,7 +185,7 @@ impl Client {
     pub(crate) async fn stream(&self, path: &str, headers: &[(&str, &str)]) -> Result<Incoming, Error> {
         self.print_request("GET", path, None, headers);
         let body = Full::new(Bytes::new()).map_err(|never| match never {}).boxed();
-        let response = self.exchange("GET", path, None, None, body, headers).await?;
+        let response = self.in_time(self.exchange("GET", path, None, None, body, headers)).await?;
         if response.status().as_u16() >= 400 {
             return Err(self.collect(response).await.err().unwrap_or(Error::Status { status: 500 }));
         }
@@ -223,6 +224,19 @@ impl Client {
                 Ok(Box::new(connector.connect(name, tcp).await?))
             }
         }
+    }
+
+    /// Bounds the time to the head of an answer.
+    async fn in_time(
+        &self,
+        answer: impl Future<Output = Result<hyper::Response<Incoming>, Error>>,
+    ) -> Result<hyper::Response<Incoming>, Error> {
+        let bound = limits::ANSWER_TIMEOUT;
+        tokio::time::timeout(bound, answer).await.unwrap_or_else(|_| {
+            let cause =
+                io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", bound.as_secs()));
+            Err(Error::Http { endpoint: self.endpoint.to_string(), cause: cause.into() })
+        })
     }
 
     async fn exchange(
@@ -267,15 +281,7 @@ impl Client {
             request.body(body).map_err(|error| Error::Usage(format!("bad request: {error}")))?;
         let may_send = self.may_send.clone();
         hyper::ext::on_informational(&mut request, move |_| may_send.notify_one());
-        let answer = tokio::time::timeout(limits::ANSWER_TIMEOUT, sender.send_request(request));
-        // An upload takes as long as it takes; everything else is bounded.
-        match kind {
-            Some("application/x-tar") => answer.into_inner().await.map_err(|e| broke(e.into())),
-            _ => match answer.await {
-                Ok(answer) => answer.map_err(|e| broke(e.into())),
-                Err(late) => Err(broke(late.into())),
-            },
-        }
+        sender.send_request(request).await.map_err(|e| broke(e.into()))
     }
 
     async fn collect(&self, response: hyper::Response<Incoming>) -> Result<Answer, Error> {
@@ -367,3 +373,6 @@ impl<B: hyper::body::Body + Unpin> hyper::body::Body for SyncBody<B> {
         std::pin::Pin::new(body).poll_frame(context)
     }
 }
+
+#[cfg(test)]
+mod tests;

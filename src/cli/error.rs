@@ -25,7 +25,7 @@ pub(crate) enum Error {
     Problem(Box<Problem>),
     #[error("HTTP status {status} without a problem document")]
     Status { status: u16 },
-    #[error("no {kind} is named {name:?}")]
+    #[error("no {kind} is named {name:?}; `toft {kind} list` shows those that there are")]
     NoSuchName { kind: &'static str, name: String },
     #[error(
         "operation {operation} did not end within {seconds} s; it goes on: toft operation wait {operation}"
@@ -84,7 +84,7 @@ impl Error {
                 (Code::Timeout, _) => 7,
                 (Code::NoCapacity | Code::DiskFull | Code::NoAddress, _) => 6,
                 (_, 404) => 3,
-                (_, 409 | 412 | 423) => 4,
+                (_, 409 | 412) => 4,
                 (_, 400 | 413 | 415 | 422) => 2,
                 _ if problem.retryable => 5,
                 _ => 1,

@@ -1,4 +1,4 @@
-//! The command line: every command is one call of the public API, and says so with `--show-http`. It knows
+//! The command line: commands are calls of the public API, and say so with `--show-http`. It knows
 //! nothing of the daemon's insides. `toft run` alone speaks to a VMM directly, in place of a daemon.
 #![forbid(unsafe_code)]
 
@@ -44,7 +44,7 @@ struct Toft {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage or invalid values, 3 not found, 4 conflict, \
-    5 may work if tried again, 6 no capacity or quota, 7 timed out.";
+    5 may work if tried again, 6 no capacity, 7 timed out.";
 
 #[derive(Debug, Args)]
 struct Global {

@@ -542,6 +542,10 @@ fn metrics_text(metrics: &ServerMetrics) -> String {
         output::bytes(metrics.balloon_bytes),
         output::bytes(metrics.reported_bytes),
     );
+    if let Some(owed) = metrics.memory_owed_bytes.filter(|bytes| *bytes > 0) {
+        let owed = output::bytes(owed);
+        text.push_str(&format!("memory owed    {owed} by the host that it has moved from\n"));
+    }
     for (at, (cpu_ms, exits)) in metrics.vcpu_cpu_ms.iter().zip(&metrics.vcpu_exits).enumerate() {
         text.push_str(&format!("vcpu {at:<9} {:.1} s of CPU, {exits} exits\n", *cpu_ms as f64 / 1000.0));
     }

@@ -60,7 +60,7 @@ pub(crate) struct Create {
     #[arg(long)]
     incremental: bool,
     /// When to delete it by itself, such as 2031-01-31T12:00:00Z.
-    #[arg(long, value_parser = target::time)]
+    #[arg(long)]
     expires_at: Option<Time>,
     /// A line for people.
     #[arg(long, default_value = "")]
@@ -85,7 +85,7 @@ pub(crate) struct Update {
     #[arg(long, value_parser = target::label_change)]
     label: Vec<(String, Option<String>)>,
     /// When to delete it by itself, such as 2031-01-31T12:00:00Z.
-    #[arg(long, value_parser = target::time, conflicts_with = "never_expires")]
+    #[arg(long, conflicts_with = "never_expires")]
     expires_at: Option<Time>,
     /// Never delete it by itself.
     #[arg(long)]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use model::page::Page;
 use model::server::Rate;
-use model::{Labels, Name, Time};
+use model::{Labels, Name};
 use serde::Deserialize;
 
 use crate::client::Client;
@@ -82,13 +82,6 @@ fn rate(text: &str, number: impl Fn(&str) -> Result<u64, String>) -> Result<Rate
         true => Err("a rate is at least 1; leave the option out for no limit".to_owned()),
         false => Ok(Rate { per_second, burst }),
     }
-}
-
-/// A moment, as RFC 3339 writes it.
-pub(crate) fn time(text: &str) -> Result<Time, String> {
-    let quoted = serde_json::Value::String(text.to_owned());
-    serde_json::from_value(quoted)
-        .map_err(|_| format!("{text:?} is not a time, such as 2031-01-31T12:00:00Z"))
 }
 
 /// One `key=value`.

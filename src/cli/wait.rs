@@ -13,8 +13,8 @@ use crate::output::{self, Row};
 use crate::{limits, operation};
 
 /// Ends a command that started long work. With `--wait` the resource is read again and printed as it stands
-/// then; without, it is printed as accepted. `resource_path` is where it can be read, `None` when the work
-/// deletes it.
+/// then; without, it is printed as accepted. `kind` is the noun in its path; where the work `deletes`
+/// it, the operation is printed.
 pub(crate) async fn finish<T: Row + DeserializeOwned>(
     context: &Context,
     answer: &Answer,

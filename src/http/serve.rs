@@ -102,8 +102,8 @@ pub enum Error {
     },
     /// Tokens would cross a network in the clear.
     #[error(
-        "{0} is not a loopback address, and without TLS tokens would cross the network in the clear: configure a \
-         certificate and key, or listen on 127.0.0.1"
+        "{0} is not a loopback address, and without TLS tokens would cross the network in the clear: give it a \
+         certificate and key with `--tls-cert` and `--tls-key`, or listen on 127.0.0.1"
     )]
     Plain(SocketAddr),
     /// The certificate or key cannot be used.

@@ -19,6 +19,10 @@ pub struct ServerMetrics {
     /// every other server. What the guest has written of it is counted.
     #[serde(default)]
     pub memory_shared_bytes: u64,
+    /// Memory that has not come yet from the host that the server has moved from, in bytes: the guest runs, and waits wherever it needs
+    /// some of that. 0 for every other server, and missing where its VMM could not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_owed_bytes: Option<u64>,
     /// The settling of its memory that is under way, or the last one of this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settling: Option<SettlingMetrics>,

@@ -26,6 +26,20 @@ impl Time {
     }
 }
 
+/// The text is not a moment.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a time, such as 2031-01-31T12:00:00Z")]
+pub struct BadTime(String);
+
+impl std::str::FromStr for Time {
+    type Err = BadTime;
+
+    /// As RFC 3339 writes it.
+    fn from_str(text: &str) -> Result<Time, BadTime> {
+        text.parse().map(Time).map_err(|_| BadTime(text.chars().take(40).collect()))
+    }
+}
+
 impl std::fmt::Display for Time {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:.3}", self.0)

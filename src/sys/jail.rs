@@ -1,6 +1,6 @@
 //! Starts a program in a jail: with nothing of the host's in sight, nobody's rights, and exactly the descriptors
 //! it is to have. What the jail holds is decided by the caller; what the process does to itself after exec (system
-//! call filter, Landlock) is its own business. The launcher and `toft run` call it.
+//! call filter, Landlock) is its own business. The launcher calls it, for the daemon and for `toft run`.
 //!
 //! ```text
 //! clone(pid namespace) ─▶ cgroups ─▶ descriptors ─▶ namespaces ─▶ empty root ─▶ rlimits ─▶ ids ─▶

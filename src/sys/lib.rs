@@ -1,5 +1,5 @@
 //! System calls for which no library offers a safe wrapper, each made safe here. It knows nothing of
-//! machines or servers. `memory`, `kvm`, `vmm`, `wire` and `host` use it for descriptors.
+//! machines or servers. Every room but `model` and `http` uses it, most for descriptors.
 
 pub mod beneath;
 pub mod inherited;

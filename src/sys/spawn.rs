@@ -21,36 +21,24 @@ pub struct Program<'a> {
     /// Descriptors and the numbers they get, 0 to [`NUMBER_MAX`], each number once. Numbers that are not listed
     /// are closed.
     pub descriptors: &'a [(BorrowedFd<'a>, RawFd)],
-    /// Whose terminal and signals it shares.
-    pub session: Session,
-}
-
-/// Whose terminal and signals a program shares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Session {
-    /// Its own: it outlives the terminal and the caller's process group.
-    Own,
-    /// The caller's.
-    Caller,
 }
 
 /// Largest number a descriptor can be given.
 pub const NUMBER_MAX: RawFd = 31;
 
-/// Starts the program, with an empty environment but for `RUST_BACKTRACE`. Returns its process id and a
-/// descriptor for it; the caller reaps it.
+/// Starts the program in a session of its own, so that it outlives the terminal and the caller's process group, and with an empty
+/// environment but for `RUST_BACKTRACE`. Returns its process id and a descriptor for it; the caller reaps it.
 pub fn spawn(program: &Program<'_>) -> io::Result<(i32, PidFd)> {
     let wanted = numbered(program.descriptors)?;
     // Allocated before fork: between fork and exec only async-signal-safe calls are allowed.
     let mut moved = vec![-1; wanted.len()];
-    let session = program.session;
     let mut command = Command::new(program.executable);
     command.arg0(program.name).args(program.arguments).env_clear();
     if let Some(backtrace) = std::env::var_os("RUST_BACKTRACE") {
         command.env("RUST_BACKTRACE", backtrace);
     }
     let _occupied = occupy(&wanted)?;
-    let arrange = move || arrange(&wanted, &mut moved, session);
+    let arrange = move || arrange(&wanted, &mut moved);
     // SAFETY: `arrange` makes system calls only; it neither allocates nor takes a lock.
     unsafe { command.pre_exec(arrange) };
     let child = command.spawn()?;
@@ -90,11 +78,9 @@ fn occupy(wanted: &[(RawFd, RawFd)]) -> io::Result<Vec<OwnedFd>> {
 }
 
 /// Runs in the child: the descriptors in their places, everything else closed on exec.
-fn arrange(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd], session: Session) -> io::Result<()> {
-    if session == Session::Own {
-        // SAFETY: setsid takes nothing; the child of a fork is never a group leader.
-        check(unsafe { libc::setsid() })?;
-    }
+fn arrange(wanted: &[(RawFd, RawFd)], moved: &mut [RawFd]) -> io::Result<()> {
+    // SAFETY: setsid takes nothing; the child of a fork is never a group leader.
+    check(unsafe { libc::setsid() })?;
     // Not closed but marked: std reports a failed exec through a descriptor of its own.
     close_all_on_exec()?;
     place(wanted, moved)

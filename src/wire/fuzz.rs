@@ -336,13 +336,46 @@ fn packet<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(data: &
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    fn seeds() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/wire")
+    }
+
     #[test]
     fn seeds_of_the_wire_hold() {
-        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/wire");
-        for entry in std::fs::read_dir(seeds).unwrap() {
+        for entry in std::fs::read_dir(seeds()).unwrap() {
             let path = entry.unwrap().path();
             println!("{}", path.display());
             super::wire(&std::fs::read(path).unwrap());
         }
+    }
+
+    /// One that is no packet any more would reach nothing.
+    #[test]
+    fn seeds_that_are_packets_are_read() {
+        let read = |kind: u8, text: &[u8]| match kind {
+            0 => serde_json::from_slice::<control::Request>(text).map(drop),
+            1 => serde_json::from_slice::<control::Message>(text).map(drop),
+            2 => serde_json::from_slice::<launch::Request>(text).map(drop),
+            _ => serde_json::from_slice::<launch::Message>(text).map(drop),
+        };
+        let mut count = 0;
+        for entry in std::fs::read_dir(seeds()).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let seed = std::fs::read(&path).unwrap();
+            let Some((kind @ ..=3, text)) = seed.split_first() else { continue };
+            if ["nonsense", "deep"].contains(&name) {
+                assert!(read(*kind, text).is_err(), "{name}");
+                continue;
+            }
+            read(*kind, text)
+                .unwrap_or_else(|cause| panic!("{name}: {cause}; write it anew with make-seeds"));
+            count += 1;
+        }
+        assert!(count > 40, "{count}");
     }
 }

@@ -68,7 +68,7 @@ impl Host {
         let base = base.expect("a directory where scripts/bench says");
         let mut host = Host { base, bin: ground.binaries.clone(), daemon: None, warm_shells, waits };
         host.open();
-        host.import(ground, "idle", "halt");
+        host.import(ground, "idle", "brief halt");
         host
     }
 

@@ -10,7 +10,6 @@ use sha2::{Digest as _, Sha256};
 use sys::jail::{Jail, Program, Refused, User};
 use sys::pidfd::{PidFd, Signal};
 use sys::seqpacket::{Listener, Socket};
-use sys::spawn::Session;
 use wire::channel::Channel;
 use wire::console::Ring;
 use wire::control;
@@ -214,7 +213,6 @@ impl Launcher {
                 (null.as_fd(), 2),
                 (theirs.as_fd(), fd::CONTROL),
             ],
-            session: Session::Own,
         });
         Launcher { channel: Some(Channel::new(ours)), pidfd: started.unwrap().1 }
     }

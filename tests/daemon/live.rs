@@ -556,6 +556,11 @@ async fn without_its_source() {
     until_it_owes(&hosts, &moved).await.unwrap();
     hosts.source.kill().await;
     kill_vmm(&hosts.source, "web1");
+    let owed = async || {
+        let metrics = hosts.target.api().get(&format!("/v1/servers/{server}/metrics")).await;
+        metrics["memory_owed_bytes"].as_u64().expect("how much is owed")
+    };
+    assert!(owed().await > 0);
     let order = async |action: &str, body: Option<Value>| {
         let path = format!("/v1/servers/{server}/actions/{action}");
         let answer = hosts.target.call(Method::POST, &path, action, body).await;
@@ -579,6 +584,7 @@ async fn without_its_source() {
         let done = order(action, body).await;
         assert_eq!(done["state"], "succeeded", "{done}");
     }
+    assert_eq!(owed().await, 0);
     goes_on(&hosts.target, &server, before, "from its disks").await;
     hosts.open(&hosts.source, NEAR).await;
     let one = async || (hosts.states(&server).await == [None, Some("running".to_owned())]).then_some(());

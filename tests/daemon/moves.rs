@@ -1,13 +1,13 @@
 //! Two hosts that share nothing: each daemon has a directory, a network and control groups of its own, and between them
 //! is one cable.
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use hyper::Method;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::api::{Answer, text};
-use crate::daemon::{Orders, Stage, wait_for};
+use crate::daemon::{Orders, Stage, wait_for, was_killed};
 use crate::world::{inside, run};
 
 pub(crate) const NEAR: &str = "192.0.2.1";
@@ -50,15 +50,20 @@ impl Hosts {
     }
 
     pub(crate) async fn open(&self, stage: &Stage, address: &str) {
-        self.open_to_die(stage, address, None).await;
-    }
-
-    /// Starts a daemon that kills itself at a point.
-    async fn open_to_die(&self, stage: &Stage, address: &str, die_at: Option<String>) {
-        let flags = vec!["--migration-listen".to_owned(), format!("{address}:{PORT}")];
-        if let Err(status) = stage.open(Orders { flags, die_at, ..Orders::default() }).await {
+        if let Err(status) = self.open_to_die(stage, address, None).await {
             panic!("the daemon ended with {status}:\n{}", stage.log());
         }
+    }
+
+    /// Starts a daemon that kills itself at a point, which it may come to before it answers anybody.
+    async fn open_to_die(
+        &self,
+        stage: &Stage,
+        address: &str,
+        die_at: Option<String>,
+    ) -> Result<(), ExitStatus> {
+        let flags = vec!["--migration-listen".to_owned(), format!("{address}:{PORT}")];
+        stage.open(Orders { flags, die_at, ..Orders::default() }).await
     }
 
     /// Runs a program in the network of a host, and answers what it says: 0 is the source's, which is the test's own.
@@ -298,7 +303,11 @@ const DEATHS: [&[&str]; 2] = [
 async fn begun(hosts: &Hosts, (stage, address): (&Stage, &str), point: &str, server: &str) -> Answer {
     for _ in 0..5 {
         stage.kill().await;
-        hosts.open_to_die(stage, address, Some(point.to_owned())).await;
+        if let Err(status) = hosts.open_to_die(stage, address, Some(point.to_owned())).await {
+            assert!(was_killed(status), "the daemon ended with {status} before it answered");
+            hosts.open(stage, address).await;
+            continue;
+        }
         let made = hosts.target.api().call(Method::POST, "/v1/migration-tickets", None, None).await;
         if let Ok(Answer { body: made, .. }) = made {
             let body = json!({ "target": made["target"], "ticket": made["ticket"] });
@@ -308,7 +317,8 @@ async fn begun(hosts: &Hosts, (stage, address): (&Stage, &str), point: &str, ser
                 _ => {}
             }
         }
-        wait_for(&format!("an early death at {point}"), async || stage.ended()).await.unwrap();
+        let status = wait_for(&format!("an early death at {point}"), async || stage.ended()).await.unwrap();
+        assert!(was_killed(status), "the daemon ended with {status} at {point}");
         hosts.open(stage, address).await;
     }
     panic!("what is left of the move before goes through {point} at every start")

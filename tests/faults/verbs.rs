@@ -568,6 +568,16 @@ fn tokens(stage: &Stage) {
     assert_eq!(toftd(&["token", "revoke", id]).code, 0);
     let refused = over_tcp(&secret);
     assert!(refused.code == 1 && refused.err.contains("unauthenticated"), "{refused:?}");
+
+    let lasting = |at: &str| toftd(&["token", "create", "for-a-while", "--expires-at", at]);
+    let made = lasting("2999-12-31T00:00:00Z");
+    assert_eq!((made.code, over_tcp(made.out.trim()).code), (0, 0), "{made:?}");
+    let listed = toftd(&["token", "list"]).out;
+    assert!(listed.trim_end().ends_with("for-a-while  (until 2999-12-31T00:00:00.000Z)"), "{listed}");
+    let refused = lasting("2020-01-31T00:00:00Z");
+    assert!(refused.code == 2 && refused.err.contains("still to come"), "{refused:?}");
+    let refused = lasting("tomorrow");
+    assert!(refused.code == 2 && refused.err.contains("2031-01-31T12:00:00Z"), "{refused:?}");
 }
 
 fn without_a_daemon(cli: &Cli<'_>) {

@@ -332,7 +332,9 @@ fn a_user_namespace_is_for_the_filters_to_refuse() {
 fn nothing_executed_gains_a_right() {
     let bait = Bait::new();
     let program = bait.path("heir");
-    std::fs::copy("/proc/self/exe", &program).unwrap();
+    // By a process of its own: what another test's child still has open for writing cannot be executed.
+    let this = std::env::current_exe().unwrap();
+    assert!(std::process::Command::new("cp").args([&this, &program]).status().unwrap().success());
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o4755)).unwrap();
     stopped_by(&[Step::Root, Step::NoNewPrivs], &json!({"attack": "heir", "path": program}));
 }

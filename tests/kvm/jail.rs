@@ -15,6 +15,7 @@ use wire::launch::{Command, ExitStatus, Jail, Message, Reply, Rlimits};
 
 use crate::launcher::{Launcher, Orphan, jail};
 use crate::probe_guest;
+use crate::run::copy_program;
 use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Vmm, program, readable};
 
 /// Spawns with a jail; answers the process.
@@ -63,7 +64,7 @@ fn a_label_is_only_for_people() {
 fn a_vmm_is_the_launchers_program_whatever_its_path_comes_to_lead_to() {
     let directory = tempfile::tempdir().unwrap();
     let (path, other) = (directory.path().join("toft-vmm"), directory.path().join("other"));
-    std::fs::copy(program(), &path).unwrap();
+    copy_program(&program(), &path);
     std::fs::write(&other, "somebody else's").unwrap();
     std::fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     let launcher = Launcher::of(&path);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sys::pidfd::{Ended, PidFd, Signal};
 use sys::seqpacket::{Listener, Socket};
-use sys::spawn::{Program, Session, spawn};
+use sys::spawn::{Program, spawn};
 use wire::channel::Channel;
 use wire::control;
 use wire::isolation::Item;
@@ -42,7 +42,6 @@ impl Launcher {
                 (null.as_fd(), 2),
                 (theirs.as_fd(), fd::CONTROL),
             ],
-            session: Session::Own,
         })
         .unwrap();
         Launcher { channel: Some(Channel::new(ours)), pid, pidfd, directory }

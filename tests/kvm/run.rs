@@ -7,6 +7,12 @@ use std::process::{Command, Output};
 use crate::probe_guest;
 use crate::vmm_driver::program;
 
+/// Copies a program. Not in this process: what any other test's child still has open for writing cannot be run.
+pub(crate) fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").args([from, to]).status();
+    assert!(copied.expect("cp can be started").success(), "{} was not copied", from.display());
+}
+
 /// A directory that anybody may enter, with what a machine needs.
 fn stage() -> tempfile::TempDir {
     let directory = tempfile::Builder::new().prefix("toft-run").tempdir().unwrap();
@@ -15,7 +21,7 @@ fn stage() -> tempfile::TempDir {
     let document = r#"{"memory_bytes": 67108864, "kernel": "probe", "cmdline": "mem rng"}"#;
     std::fs::write(path("machine.json"), document).unwrap();
     for name in ["toft", "toft-vmm"] {
-        std::fs::copy(program().with_file_name(name), path(name)).unwrap();
+        copy_program(&program().with_file_name(name), &path(name));
         std::fs::set_permissions(path(name), PermissionsExt::from_mode(0o755)).unwrap();
     }
     std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const DOORS: [(&str, &[&str]); 10] = [
     ("sys", &[]),
     ("memory", &["sys"]),
-    ("kvm", &["memory", "sys"]),
+    ("kvm", &["memory"]),
     ("devices", &["memory", "sys"]),
     ("wire", &["sys"]),
     ("vmm", &["devices", "kvm", "memory", "sys", "wire"]),

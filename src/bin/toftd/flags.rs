@@ -53,7 +53,7 @@ pub(crate) struct Flags {
     /// Memory that servers may have in all, in bytes; the host's own less a reserve when absent.
     #[arg(long, value_name = "BYTES")]
     pub(crate) memory_bytes: Option<u64>,
-    /// VMMs that are kept ready, so that servers start sooner; each takes 2 MB. 0 for none.
+    /// VMMs that are kept ready, and taps with them, so that servers start sooner; each takes 2 MB. 0 for none.
     #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = shells)]
     pub(crate) warm_shells: usize,
     /// What is logged, such as `info` or `info,host=debug`.
@@ -79,6 +79,9 @@ pub(crate) enum Token {
     Create {
         /// What it is for.
         name: String,
+        /// When it stops working, such as 2031-01-31T12:00:00Z; without, it works until it is revoked.
+        #[arg(long, value_name = "TIME", value_parser = still_to_come)]
+        expires_at: Option<model::Time>,
     },
     /// Lists them without their secrets.
     List,
@@ -94,6 +97,11 @@ fn shells(text: &str) -> Result<usize, String> {
         Ok(count) if count <= host::limits::WARM_SHELLS_MAX => Ok(count),
         _ => Err(format!("must be a number from 0 to {}", host::limits::WARM_SHELLS_MAX)),
     }
+}
+
+fn still_to_come(text: &str) -> Result<model::Time, String> {
+    let time: model::Time = text.parse().map_err(|cause: model::time::BadTime| cause.to_string())?;
+    if time > model::Time::now() { Ok(time) } else { Err("must be a time that is still to come".to_owned()) }
 }
 
 fn cgroup(text: &str) -> Result<String, String> {
@@ -149,10 +157,17 @@ impl Token {
     pub(crate) async fn run(self, flags: &Flags) -> anyhow::Result<()> {
         let tokens = host::tokens::Tokens::open(&flags.state_dir).await?;
         match self {
-            Token::Create { name } => println!("{}", tokens.create(&name, None).await?.1),
+            Token::Create { name, expires_at } => {
+                println!("{}", tokens.create(&name, expires_at).await?.1);
+            }
             Token::List => {
                 for token in tokens.list().await? {
-                    println!("{}  {}  {}", token.id, token.created_at, token.name);
+                    let end = match token.expires_at {
+                        Some(at) if at <= model::Time::now() => format!("  (expired {at})"),
+                        Some(at) => format!("  (until {at})"),
+                        None => String::new(),
+                    };
+                    println!("{}  {}  {}{end}", token.id, token.created_at, token.name);
                 }
             }
             Token::Revoke { id } => tokens.revoke(id).await?,

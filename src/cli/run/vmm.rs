@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::poll::{PollFd, PollFlags, poll};
 use sys::pidfd::PidFd;
 use sys::seqpacket::{Listener, Socket};
-use sys::spawn::{Program, Session};
+use sys::spawn::Program;
 use tokio::io::unix::AsyncFd;
 use wire::channel::Channel;
 use wire::control::{self, Message};
@@ -101,7 +101,6 @@ impl Launcher {
                 (theirs.as_fd(), launch::fd::CONTROL),
             ],
             // Ctrl-C is for this process, which then presses the power button.
-            session: Session::Own,
         };
         let (_, process) = sys::spawn::spawn(&program).map_err(|cause| Error::Machine {
             doing: format!("cannot run {} (--vmm says which)", executable.display()),

@@ -107,6 +107,14 @@ fn host_figures(page: &mut Exposition, report: &HostReport) {
 type Counter = (&'static str, &'static str, fn(&ServerMetrics) -> Vec<(String, u64)>);
 
 fn server_figures(page: &mut Exposition, measured: &[(Server, ServerMetrics)]) {
+    let owed = "toft_server_memory_owed_bytes";
+    page.family(owed, "gauge", "Memory that the host which the server has moved from still has.");
+    for (server, metrics) in measured {
+        let labels = format!("id=\"{}\",name=\"{}\"", server.id, server.name);
+        if let Some(bytes) = metrics.memory_owed_bytes {
+            page.figure(owed, &labels, bytes);
+        }
+    }
     let counters: &[Counter] = &[
         ("toft_server_running_ms_total", "Time its vCPUs were allowed to run.", |m| plain(m.running_ms)),
         ("toft_server_resets_total", "Resets.", |m| plain(m.resets)),

@@ -165,8 +165,10 @@ async fn metrics_are_answered_for_one_server_and_for_prometheus() {
     assert_eq!(answer.status, 200);
     let page = String::from_utf8(answer.body.to_vec()).unwrap();
     assert!(page.contains("toft_servers{state=\"running\"} 1\n"), "{page}");
-    let labels = format!("toft_server_running_ms_total{{id=\"{}\",name=\"web1\"}}", server.id);
-    assert!(page.contains(&labels), "{page}");
+    let labels = format!("{{id=\"{}\",name=\"web1\"}}", server.id);
+    assert!(page.contains(&format!("toft_server_running_ms_total{labels} ")), "{page}");
+    // Of a server that has all of its memory, too: a figure that is not there could be one that nobody knows.
+    assert!(page.contains(&format!("toft_server_memory_owed_bytes{labels} 0\n")), "{page}");
     for line in page.lines().filter(|line| !line.starts_with('#')) {
         let value = line.rsplit(' ').next().unwrap();
         assert!(line.starts_with("toft_") && value.parse::<u64>().is_ok(), "{line}");

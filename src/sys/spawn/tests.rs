@@ -16,7 +16,6 @@ fn shell(line: &str, descriptors: &[(BorrowedFd<'_>, RawFd)]) -> (String, Ended)
         name: OsStr::new("sh"),
         arguments: &[OsStr::new("-c"), OsStr::new(line)],
         descriptors: &all,
-        session: Session::Own,
     })
     .unwrap();
     drop(input);
@@ -80,7 +79,6 @@ fn a_file_that_cannot_be_executed_is_an_error() {
         name: OsStr::new("x"),
         arguments: &[],
         descriptors: &[],
-        session: Session::Caller,
     };
     assert_eq!(spawn(&program).unwrap_err().kind(), io::ErrorKind::NotFound);
 }

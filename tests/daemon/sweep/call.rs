@@ -330,7 +330,7 @@ impl Sweep {
         let has_machine = matches!(state, Some("running" | "paused"));
         // The guest says hello, and hears its button, a little after its machine runs.
         let mut now = self.subject().await;
-        let _ = wait_for("its boots", async || {
+        let booted = wait_for("its boots, and its guest's first beat", async || {
             now = self.subject().await;
             let beats = match &now.id {
                 Some(id) if has_machine => self.stage.beats(id).await.0,
@@ -344,6 +344,7 @@ impl Sweep {
                 "should be {state:?} after {boots} boots in all, and is {now:?}; was {before:?}"
             ));
         }
+        booted?;
         if self.verb == Verb::Snapshot {
             let all = self.stage.api().all("/v1/snapshots").await;
             let whole = |one: &Value| one["state"] == "ready" && one["memory"] == true;

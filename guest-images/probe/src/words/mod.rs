@@ -75,6 +75,10 @@ pub fn run(machine: &Machine) -> ! {
 }
 
 fn hello(machine: &Machine) {
+    // Each byte is an exit. Whoever waits for the first has no use for those after it.
+    if word_at(machine.start.command_line.as_str(), 0).is_some_and(|(word, _)| word == "brief") {
+        return say!("probe: hello {VERSION}");
+    }
     let hypervisor = clock::hypervisor();
     let name = core::str::from_utf8(&hypervisor).unwrap_or("?").trim_end_matches('\0');
     say!(
@@ -104,6 +108,7 @@ fn one(
     report: &mut Line,
 ) -> Outcome<Answer> {
     match name {
+        "brief" => {}
         "disk" => settings.disk = number(argument).unwrap_or(0) as usize,
         "nic" => settings.nic = number(argument).unwrap_or(0) as usize,
         "ecam" => match number(argument) {

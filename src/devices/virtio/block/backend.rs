@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use memory::ring::{Engine, Ring};
+use memory::ring::Ring;
 
 use super::Access;
 use super::changes::{Changes, Part};
@@ -41,8 +41,6 @@ struct Inner {
     file: Arc<File>,
     access: Access,
     sectors: u64,
-    engine: Engine,
-    fallback: Option<String>,
     /// Here between two drivers.
     ring: Mutex<Option<Ring>>,
     cannot_punch: AtomicBool,
@@ -77,8 +75,6 @@ impl Disk {
             file,
             access,
             sectors: bytes.checked_div(u64::from(SECTOR_BYTES)).unwrap_or(0),
-            engine: ring.engine(),
-            fallback: ring.fallback_cause().map(ToString::to_string),
             ring: Mutex::new(Some(ring)),
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
@@ -130,16 +126,6 @@ impl Disk {
     /// Marks what a request may have changed that the kernel has answered.
     pub(super) fn mark_changes(&self, request: &Request) {
         self.0.changes.mark(request);
-    }
-
-    /// What moves the data.
-    pub fn engine(&self) -> Engine {
-        self.0.engine
-    }
-
-    /// Why it is not io_uring although that was asked for.
-    pub fn fallback_cause(&self) -> Option<&str> {
-        self.0.fallback.as_deref()
     }
 
     /// The ring, for one driver. When an earlier driver's requests never ended, a new one.
