@@ -33,9 +33,14 @@ GRACE_S = 180
 # What keeps guests alive on an emulated EPYC. It shows no constant TSC, so Linux would distrust the clock, and KVM then
 # moves the clock of its guests at each exit. And QEMU's nested paging (7.2 and 10.0) sometimes finds no page where a guest
 # runs: about one guest in seven died of a triple fault or stood still. Without it starting a guest takes a tenth longer, and a
-# process started in a guest three times as long; `pkill -x python3; modprobe -r kvm_amd && modprobe kvm_amd npt=1` gives it back, and
+# process started in a guest three times as long (QEMU 10.0 then loses guests at once: it takes each read of a control register for one of
+# CR0, which KVM lets pass, so that they see the table of pages they really run on); `pkill -x python3; modprobe -r kvm_amd && modprobe kvm_amd npt=1` gives it back, and
 # ends the VM that is kept (lab/files/usr/sbin/lab-init).
 STABLE = "tsc=reliable kvm_amd.npt=0"
+# QEMU 7.2 finds what it has translated by its address: with random ones it translates each program's libraries anew whenever one is
+# started, which then takes 18 ms in place of 3. What keeps a processor from guessing costs time here, too, a tenth of a guest's start,
+# and an emulated one guesses nothing. scripts/lib/linux-test gives guests the same.
+QUICK = "norandmaps mitigations=off"
 # Each of the host's processors beats once a second. In some hundred runs on a busy machine the host was never silent for more than 3 s.
 SILENCE_S = 20
 PROCESSORS = b"01"
@@ -180,7 +185,7 @@ class Host:
             "-m", str(wanted.memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
             *([] if wanted.restarts else ["-no-reboot"]),
             "-kernel", image / "vmlinuz", "-initrd", image / "initrd",
-            "-append", f"console=ttyS0 panic=-1 loglevel=4 net.ifnames=0 {STABLE} LAB_HOST={number}",
+            "-append", f"console=ttyS0 panic=-1 loglevel=4 net.ifnames=0 {STABLE} {QUICK} LAB_HOST={number}",
             *serial, "-serial", "chardev:console", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
         ]
         for disk in disks:
