@@ -43,6 +43,14 @@ where
     }
 }
 
+/// As [`in_place`], for what the kernel is asked and mostly answers at once, but not always.
+pub(crate) fn here<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
 /// What every noun shares.
 pub struct Core {
     /// What the operator decided.

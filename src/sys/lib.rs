@@ -15,3 +15,4 @@ pub mod tap;
 pub mod thread;
 pub mod title;
 pub mod userfaultfd;
+pub mod writeback;

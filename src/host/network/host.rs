@@ -24,7 +24,7 @@ use super::nft::{self, Applied};
 use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
 use super::spares::Spares;
-use crate::core::{AlwaysLive, Checkpoint};
+use crate::core::{AlwaysLive, Checkpoint, here};
 
 /// [`Plumbing`] on a real host.
 pub struct HostPlumbing {
@@ -174,20 +174,27 @@ impl HostPlumbing {
         self.did("network.port_admitted");
         let links = Links::open()?;
         let name = port.tap();
-        if if_nametoindex(name.as_str()).is_ok() {
-            links.remove(&name)?;
-        }
-        if let Some(tap) = self.spares.plug(&links, &name, &segment) {
-            self.did("network.spare_plugged");
-            return Ok(tap.into());
-        }
-        match self.make_port(&links, &name, &segment) {
+        match here(|| self.give_port(&links, &name, &segment)) {
             Ok(tap) => Ok(tap.into()),
             Err(cause) => {
                 // The last place on a bridge may be that of one which is just being made.
                 let _nobody = self.making.lock().await;
-                self.spares.plug(&links, &name, &segment).map(OwnedFd::from).ok_or(cause)
+                here(|| self.spares.plug(&links, &name, &segment)).map(OwnedFd::from).ok_or(cause)
             }
+        }
+    }
+
+    /// The spare one of its network, or a new one, in place of what has its name.
+    fn give_port(&self, links: &Links, name: &str, segment: &Segment) -> Result<Tap, PlumbingError> {
+        if if_nametoindex(name).is_ok() {
+            links.remove(name)?;
+        }
+        match self.spares.plug(links, name, segment) {
+            Some(tap) => {
+                self.did("network.spare_plugged");
+                Ok(tap)
+            }
+            None => self.make_port(links, name, segment),
         }
     }
 

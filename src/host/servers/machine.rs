@@ -22,7 +22,7 @@ use super::isolation;
 use super::limits;
 use super::record::{self, ServerRecord};
 use super::registry::{Entry, Workshop};
-use crate::core::in_place;
+use crate::core::{blocking, in_place};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::images::BootFiles;
@@ -176,13 +176,13 @@ async fn describe(
     filled: impl Future<Output = Result<Content>>,
 ) -> Result<Description> {
     // None of them needs another, and each waits for something else. All are ended before an error is told: what goes on
-    // behind it could make again what the next step removes.
-    let (taps, files, volumes) = tokio::join!(
-        plug(workshop, record),
+    // behind it could make again what the next step removes. Files first, which another thread writes while this one asks for taps.
+    let (files, taps, volumes) = tokio::join!(
         write_files(workshop, record),
+        plug(workshop, record),
         open_volumes(workshop, record, filled),
     );
-    let (taps, (files, seed, ring), volumes) = (taps?, files?, volumes?);
+    let ((files, seed, ring), taps, volumes) = (files?, taps?, volumes?);
     workshop.core.checkpoint("server.seeded")?;
     let disks = volumes.into_iter().map(OwnedFd::from).chain([seed.into()]).collect();
     assemble(record, chassis(record), Parts { files, disks, taps, ring })
@@ -327,7 +327,7 @@ async fn write_files(workshop: &Workshop, record: &ServerRecord) -> Result<(Boot
     }
     let (record, images) = (record.clone(), workshop.images.clone());
     let directory = workshop.core.dirs.server(record.id);
-    in_place(move || {
+    blocking(move || {
         let seed = Seed {
             server: record.id,
             name: &record.name,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use model::Code;
 use sys::seqpacket::Socket;
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::sync::{mpsc, oneshot, watch};
 use wire::channel::Channel;
 use wire::control::{
@@ -216,14 +216,20 @@ impl Shared {
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
     ) -> std::result::Result<(), AskError> {
+        // Tried before anybody has said that it can be written to: of a new connection the runtime learns that only when it looks
+        // at its events again, behind whatever its threads are at.
+        let mut ready: Option<AsyncFdReadyGuard<'_, _>> = None;
         loop {
-            let mut ready = self.socket.writable().await.map_err(|_| AskError::Gone)?;
-            match ready.get_inner().0.send(request, descriptors) {
+            match self.socket.get_ref().0.send(request, descriptors) {
                 Ok(()) => return Ok(()),
-                Err(cause) if cause.is_would_block() => ready.clear_ready(),
+                Err(cause) if cause.is_would_block() => {}
                 Err(wire::channel::Error::Socket(_)) => return Err(AskError::Gone),
                 Err(cause) => return Err(AskError::Protocol(cause.to_string())),
             }
+            if let Some(mut refused) = ready.take() {
+                refused.clear_ready();
+            }
+            ready = Some(self.socket.writable().await.map_err(|_| AskError::Gone)?);
         }
     }
 

@@ -95,7 +95,12 @@ impl Unfinished {
         let (file, place) = (self.file.try_clone()?, self.place.clone());
         self.take_place()?;
         placed();
-        file.sync_all().and_then(|()| sync_parent(&place)).inspect_err(|_| {
+        // For a directory ext4 commits everything that is under way on the file system by then, for a file only what concerns it. So the
+        // directory comes first, and with it a file whose blocks are known: nothing is left to commit for that one.
+        let flushed = sys::writeback::write_out(&file)
+            .and_then(|()| sync_parent(&place))
+            .and_then(|()| file.sync_all());
+        flushed.inspect_err(|_| {
             // Whoever begins again replaces what cannot be removed now.
             let _ = fs::remove_file(&place);
         })
