@@ -35,7 +35,7 @@ GRACE_S = 180
 # runs: about one guest in seven died of a triple fault or stood still. Without it starting a guest takes a tenth longer, and a
 # process started in a guest three times as long (QEMU 10.0 then loses guests at once: it takes each read of a control register for one of
 # CR0, which KVM lets pass, so that they see the table of pages they really run on); `pkill -x python3; modprobe -r kvm_amd && modprobe kvm_amd npt=1` gives it back, and
-# ends the VM that is kept (lab/files/usr/sbin/lab-init).
+# ends the VMs that are kept (lab/files/usr/sbin/lab-init).
 STABLE = "tsc=reliable kvm_amd.npt=0"
 # QEMU 7.2 finds what it has translated by its address: with random ones it translates each program's libraries anew whenever one is
 # started, which then takes 18 ms in place of 3. What keeps a processor from guessing costs time here, too, a tenth of a guest's start,
