@@ -4,7 +4,6 @@
 //! Rules come before devices: a tap is up on a bridge only while the rules that bind it are in force.
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,9 +20,9 @@ use super::elements::Elements;
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
 use super::nft::{self, Applied};
-use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+use super::plumbing::{Foreign, Plugged, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
-use super::spares::Spares;
+use super::spares::{Spare, Spares};
 use crate::core::{AlwaysLive, Checkpoint, here};
 
 /// [`Plumbing`] on a real host.
@@ -167,35 +166,38 @@ impl HostPlumbing {
         Ok(introduced)
     }
 
-    async fn plug_in(&self, segment: Segment, port: Port) -> Result<OwnedFd, PlumbingError> {
+    async fn plug_in(&self, segment: Segment, port: Port) -> Result<Plugged, PlumbingError> {
         let mut state = self.state.lock().await;
         self.admit(&mut state, &port).await?;
         drop(state);
         self.did("network.port_admitted");
         let links = Links::open()?;
         let name = port.tap();
-        match here(|| self.give_port(&links, &name, &segment)) {
-            Ok(tap) => Ok(tap.into()),
-            Err(cause) => {
-                // The last place on a bridge may be that of one which is just being made.
-                let _nobody = self.making.lock().await;
-                here(|| self.spares.plug(&links, &name, &segment)).map(OwnedFd::from).ok_or(cause)
+        let waiting = here(|| {
+            if if_nametoindex(name.as_str()).is_ok() {
+                links.remove(&name)?;
             }
-        }
-    }
-
-    /// The spare one of its network, or a new one, in place of what has its name.
-    fn give_port(&self, links: &Links, name: &str, segment: &Segment) -> Result<Tap, PlumbingError> {
-        if if_nametoindex(name).is_ok() {
-            links.remove(name)?;
-        }
-        match self.spares.plug(links, name, segment) {
-            Some(tap) => {
-                self.did("network.spare_plugged");
-                Ok(tap)
-            }
-            None => self.make_port(links, name, segment),
-        }
+            Ok(self.spares.take_sound(&links, &segment))
+        })?;
+        let Spare { tap, index } = match waiting {
+            Some(spare) => spare,
+            None => match here(|| self.make_port(&links, &name, &segment)) {
+                Ok(tap) => return Ok(Plugged { tap: tap.into(), up: async { Ok(()) }.boxed() }),
+                Err(cause) => {
+                    // The last place on a bridge may be that of one which is just being made.
+                    let _nobody = self.making.lock().await;
+                    here(|| self.spares.take_sound(&links, &segment)).ok_or(cause)?
+                }
+            },
+        };
+        let checkpoint = self.checkpoint.clone();
+        // The name waits for a grace period of the kernel's, in which the machine can be built.
+        let up = async move {
+            here(|| links.adopt(index, &name, &segment))?;
+            let _ = checkpoint.reached("network.spare_plugged");
+            Ok(())
+        };
+        Ok(Plugged { tap: tap.into(), up: up.boxed() })
     }
 
     fn make_port(&self, links: &Links, name: &str, segment: &Segment) -> Result<Tap, PlumbingError> {
@@ -319,7 +321,7 @@ impl Plumbing for HostPlumbing {
         async move { self.introduce_one(&segment, &port).await }.boxed()
     }
 
-    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<Plugged, PlumbingError>> {
         self.plug_in(segment, port).boxed()
     }
 

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use model::network::{CreateNetwork, Network, NetworkKind, NetworkPlan, NetworkState, PatchNetwork};
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
@@ -21,7 +23,7 @@ use tokio::time::Instant;
 use super::addresses::{self, Reservation};
 use super::limits;
 use super::mac::Mac;
-use super::plumbing::{Plumbing, PlumbingError, Port};
+use super::plumbing::{Plugged, Plumbing, PlumbingError, Port};
 use super::records::{
     BEING_SET_UP, DEFAULT, accept, announce, check_deletable, forget, insert, make_default, read_wanted,
     record_states, segment,
@@ -53,6 +55,9 @@ pub(super) struct Inner {
     changed: Notify,
     worker: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
+
+/// What is left to do for an interface before its machine runs.
+pub(crate) type Up = BoxFuture<'static, Result<()>>;
 
 /// Where an interface is, for cloud-init.
 #[derive(Debug, Clone)]
@@ -265,9 +270,10 @@ impl Networks {
         })
     }
 
-    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet.
-    /// Repeatable: a tap that is left over is replaced. Fails with `host_unprepared` without privilege or tools.
-    pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<(u16, OwnedFd)> {
+    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet, and with what is left
+    /// to do before the machine runs, as [`Plugged`] says. Repeatable: a tap that is left over is replaced. Fails with
+    /// `host_unprepared` without privilege or tools.
+    pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<(u16, OwnedFd, Up)> {
         let _working = self.inner.working.read().await;
         let (id, mac) = (nic.network_id, nic.mac.clone());
         let look = move |connection: &Connection| {
@@ -279,8 +285,13 @@ impl Networks {
             let detail = format!("interface {} of server {server} has no address", nic.index);
             return Err(Error::new(Code::Internal, detail));
         };
-        let mtu = segment.mtu;
-        self.inner.plumbing.plug(segment, port).await.map(|tap| (mtu, tap)).map_err(refused)
+        let (mtu, inner) = (segment.mtu, self.inner.clone());
+        let Plugged { tap, up } = inner.plumbing.plug(segment, port).await.map_err(refused)?;
+        let up = async move {
+            let _working = inner.working.read().await;
+            up.await.map_err(refused)
+        };
+        Ok((mtu, tap, up.boxed()))
     }
 
     /// For `servers`: a server like this one is likely to be started next.

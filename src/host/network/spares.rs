@@ -18,9 +18,9 @@ pub(super) struct Spares(Mutex<BTreeMap<NetworkId, Spare>>);
 
 #[derive(Debug)]
 pub(super) struct Spare {
-    tap: Tap,
+    pub(super) tap: Tap,
     /// The kernel gives no other device its number while it lives.
-    index: u32,
+    pub(super) index: u32,
 }
 
 impl Spares {
@@ -36,12 +36,12 @@ impl Spares {
         Ok(())
     }
 
-    /// Gives the one of this network a name and brings it up. None when there is none, or none that is still what it was made as:
+    /// Takes the one of this network to be used. None when there is none, or none that is still what it was made as:
     /// somebody may have taken the bridge away, and the network brought it back.
-    pub(super) fn plug(&self, links: &Links, name: &str, segment: &Segment) -> Option<Tap> {
-        let Spare { tap, index } = self.take(segment.id)?;
-        match links.adopt(index, name, segment) {
-            Ok(()) => Some(tap),
+    pub(super) fn take_sound(&self, links: &Links, segment: &Segment) -> Option<Spare> {
+        let spare = self.take(segment.id)?;
+        match links.check_joined(spare.index, segment) {
+            Ok(_) => Some(spare),
             Err(cause) => {
                 tracing::info!("a tap that was ready is not used: {cause}");
                 None

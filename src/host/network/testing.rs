@@ -2,14 +2,13 @@
 //! host would refuse: a plug into a network that is not there.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use model::NetworkId;
 
-use super::plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+use super::plumbing::{Plugged, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 
 /// [`Plumbing`] that only remembers.
 #[derive(Debug, Default)]
@@ -101,7 +100,7 @@ impl Plumbing for FakePlumbing {
         async { outcome }.boxed()
     }
 
-    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<Plugged, PlumbingError>> {
         let outcome = self.able().and_then(|mut scene| {
             if !scene.segments.contains_key(&segment.id) {
                 return Err(PlumbingError::Failed(format!("there is no bridge {}", segment.bridge)));
@@ -113,7 +112,7 @@ impl Plumbing for FakePlumbing {
             let (kept, tap) = stand_in().map_err(|cause| PlumbingError::Failed(cause.to_string()))?;
             scene.sent.insert(port.tap(), Arc::new(kept));
             scene.taps.insert(port.tap(), port);
-            Ok(tap.into())
+            Ok(Plugged { tap: tap.into(), up: async { Ok(()) }.boxed() })
         });
         async { outcome }.boxed()
     }

@@ -18,7 +18,7 @@ use wire::launch::ExitStatus;
 use wire::will::Will;
 
 use super::lifecycle::{End, Event, JobKind, Phase, Saved, Spawned, Trouble, Work};
-use super::machine::Building;
+use super::machine::{Building, Prepared};
 use super::record::{Disk, ServerRecord};
 use super::registry::{Entry, Workshop};
 use super::{limits, machine, restore, saved};
@@ -149,7 +149,9 @@ impl Doing {
         let begins = matches!(self.record.life.phase, Phase::Creating { .. } | Phase::Starting { .. });
         match (self.record.isolation, self.record.life.saved) {
             (Isolation::Standard, None) if begins => {
-                self.entry.keep_building(Building::begin(&self.entry, prepared))
+                let Prepared { of, description, up } = prepared;
+                self.entry.keep_building(Building::begin(&self.entry, of, description));
+                up.await?;
             }
             _ => self.entry.keep_prepared(prepared),
         }

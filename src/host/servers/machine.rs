@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
 use sys::beneath;
@@ -26,7 +27,7 @@ use crate::core::{blocking, in_place};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::images::BootFiles;
-use crate::network::{Lease, Networks};
+use crate::network::{Lease, Networks, Up};
 use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
 use crate::volumes::Content;
@@ -57,9 +58,9 @@ pub struct Building {
 }
 
 impl Building {
-    /// Has the VMM at hand build what was prepared. Nothing of it runs before [`boot`].
-    pub(super) fn begin(entry: &Arc<Entry>, prepared: Prepared) -> Building {
-        let (Prepared { of, description }, entry) = (prepared, entry.clone());
+    /// Has the VMM at hand build the machine of a record. Nothing of it runs before [`boot`].
+    pub(super) fn begin(entry: &Arc<Entry>, of: ServerRecord, description: Description) -> Building {
+        let entry = entry.clone();
         let task =
             tokio::spawn(
                 async move { send(&entry.link(limits::BOOT).await?, description, Command::Build).await },
@@ -127,14 +128,17 @@ pub(super) async fn ready(
             prepare(workshop, record, std::future::ready(Ok(Content::Recorded))).await?
         }
     };
+    prepared.up.await?;
     Ok(Some((link, prepared.description)))
 }
 
 /// A machine that only has to be sent.
-#[derive(Debug)]
 pub struct Prepared {
-    of: ServerRecord,
+    pub(super) of: ServerRecord,
     pub(super) description: Description,
+    /// What is left to do for its interfaces before it runs, and before its VMM is recorded: a daemon that finds a machine in a VMM that
+    /// it has a record of takes them for plugged in.
+    pub(super) up: Up,
 }
 
 /// Whether what was made of one record is what another of the server asks for: limits and names may have changed since.
@@ -153,9 +157,9 @@ pub(super) async fn prepare(
     record: &ServerRecord,
     filled: impl Future<Output = Result<Content>>,
 ) -> Result<Prepared> {
-    let description = describe(workshop, record, filled).await?;
+    let (description, up) = describe(workshop, record, filled).await?;
     workshop.core.checkpoint("server.plugged")?;
-    Ok(Prepared { of: record.clone(), description })
+    Ok(Prepared { of: record.clone(), description, up })
 }
 
 /// Numbers descriptors as they are added.
@@ -174,7 +178,7 @@ async fn describe(
     workshop: &Workshop,
     record: &ServerRecord,
     filled: impl Future<Output = Result<Content>>,
-) -> Result<Description> {
+) -> Result<(Description, Up)> {
     // None of them needs another, and each waits for something else. All are ended before an error is told: what goes on
     // behind it could make again what the next step removes. Files first, which another thread writes while this one asks for taps.
     let (files, taps, volumes) = tokio::join!(
@@ -182,10 +186,10 @@ async fn describe(
         plug(workshop, record),
         open_volumes(workshop, record, filled),
     );
-    let ((files, seed, ring), taps, volumes) = (files?, taps?, volumes?);
+    let ((files, seed, ring), (taps, up), volumes) = (files?, taps?, volumes?);
     workshop.core.checkpoint("server.seeded")?;
     let disks = volumes.into_iter().map(OwnedFd::from).chain([seed.into()]).collect();
-    assemble(record, chassis(record), Parts { files, disks, taps, ring })
+    Ok((assemble(record, chassis(record), Parts { files, disks, taps, ring })?, up))
 }
 
 /// What a machine is made of.
@@ -297,13 +301,22 @@ async fn open_volumes(
     Ok(files)
 }
 
-/// Makes the taps of the record's interfaces, in their order; answers each with its network's largest packet.
-async fn plug(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<(u16, OwnedFd)>> {
-    let mut taps = Vec::new();
+/// Makes the taps of the record's interfaces, in their order; answers each with its network's largest packet, and what is left to do for
+/// all of them.
+async fn plug(workshop: &Workshop, record: &ServerRecord) -> Result<(Vec<(u16, OwnedFd)>, Up)> {
+    let (mut taps, mut ups) = (Vec::new(), Vec::new());
     for nic in &record.nics {
-        taps.push(workshop.networks.plug(record.id, nic).await?);
+        let (mtu, tap, up) = workshop.networks.plug(record.id, nic).await?;
+        taps.push((mtu, tap));
+        ups.push(up);
     }
-    Ok(taps)
+    let up = async {
+        for up in ups {
+            up.await?;
+        }
+        Ok(())
+    };
+    Ok((taps, up.boxed()))
 }
 
 async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {

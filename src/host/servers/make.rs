@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::effects::{Doing, Needs};
 use super::lifecycle::{Event, Phase, Trouble};
+use super::machine::Prepared;
 use super::telling::Moved;
 use super::{limits, machine};
 use crate::core::in_place;
@@ -87,10 +88,11 @@ impl Doing {
         let (Some(saved), Isolation::Standard) = (self.record.life.saved, self.record.isolation) else {
             return Ok(false);
         };
-        let Some(prepared) = self.entry.take_prepared() else { return Ok(false) };
+        let Some(Prepared { description, up, .. }) = self.entry.take_prepared() else { return Ok(false) };
         let link = self.entry.link(limits::BOOT).await?;
-        let restored = self.restore_in(&link, prepared.description, saved).await;
+        let (restored, up) = tokio::join!(self.restore_in(&link, description, saved), up);
         self.workshop.core.checkpoint("server.booted")?;
-        self.or_end(restored).await.map(|()| true)
+        self.or_end(restored).await?;
+        up.map(|()| true)
     }
 }

@@ -235,7 +235,7 @@ async fn an_interface_is_plugged_and_introduced_as_often_as_asked() {
     let server = ServerId::new();
     let nic = reserve(&networks, default.id, server, None).await.unwrap();
     for _ in 0..2 {
-        networks.plug(server, &nic).await.unwrap();
+        networks.plug(server, &nic).await.unwrap().2.await.unwrap();
         networks.introduce(&nic).await.unwrap();
     }
     let scene = stage.plumbing.scene().clone();
@@ -250,7 +250,7 @@ async fn an_interface_is_plugged_and_introduced_as_often_as_asked() {
     let lease = networks.inner.core.store.read(move |c| Networks::lease(c, default.id)).await.unwrap();
     assert_eq!((lease.prefix, lease.gateway, lease.routed), (24, default.ipv4_gateway, true));
     stage.plumbing.scene().trouble = Some(PlumbingError::Unprepared("nft is missing".to_owned()));
-    let refused = networks.plug(server, &nic).await.unwrap_err();
+    let refused = networks.plug(server, &nic).await.map(drop).unwrap_err();
     assert_eq!((refused.code, refused.detail.as_str()), (Code::HostUnprepared, "nft is missing"));
     networks.close().await;
 }

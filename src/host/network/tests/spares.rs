@@ -9,7 +9,7 @@ use nix::net::if_::if_nametoindex;
 use super::frames::Udp;
 use super::ground::{Ground, Guest, PATIENCE, run};
 use super::port;
-use crate::network::plumbing::{Plumbing, Segment};
+use crate::network::plumbing::{Plugged, Plumbing, Segment};
 use crate::network::spares;
 
 /// Its number.
@@ -70,6 +70,32 @@ fn a_tap_that_waits_becomes_the_next_servers_and_is_like_any_other() {
         two.send(&forged.frame(three.mac, two.mac));
         two.udp((three.mac, three.ipv4, 9), 9, b"mark");
         assert!(three.frames_before(b"mark").iter().all(|frame| Udp::read(frame).is_none()));
+    });
+}
+
+/// A machine is built with it meanwhile.
+#[test]
+fn one_that_is_taken_passes_nothing_before_it_is_up() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
+        let _holder = ground.plug(&segment, &ports[0]).await;
+        ground.plumbing.expect(segment.clone()).await;
+        let waits = spare(&segment).expect("one that waits");
+        let Plugged { tap, up } = ground.plumbing.plug(segment.clone(), ports[1].clone()).await.unwrap();
+        assert_eq!((spare(&segment), if_nametoindex(ports[1].tap().as_str()).ok()), (Some(waits), None));
+        // Nobody takes it twice, and it is in the way of another until it has its name.
+        ground.plumbing.expect(segment.clone()).await;
+        assert_eq!(spare(&segment), Some(waits));
+        up.await.unwrap();
+        assert_eq!((spare(&segment), if_nametoindex(ports[1].tap().as_str()).ok()), (None, Some(waits)));
+        drop(tap);
+
+        // One that nobody needs any more goes with its descriptor, and what is left to do says so.
+        ground.plumbing.expect(segment.clone()).await;
+        let Plugged { tap, up } = ground.plumbing.plug(segment.clone(), ports[1].clone()).await.unwrap();
+        drop(tap);
+        gone(&segment).await;
+        assert!(up.await.is_err());
     });
 }
 
