@@ -27,7 +27,7 @@ extern "C" fn remember(count: c_int, words: *const *mut c_char, _environment: *c
     WORD.store(word, Ordering::Release);
 }
 
-/// Shows `text` in place of the last word, cut to the length that the word had at first. For the one thread of a process
+/// Shows `text` in place of the last word, cut to the length that the word had at first. For one thread at a time of a process
 /// that has read its arguments and will not again.
 pub fn set_last_word(text: &str) {
     let (word, bytes) = (WORD.load(Ordering::Acquire), BYTES.load(Ordering::Relaxed));

@@ -46,7 +46,7 @@ pub enum Command {
         protocol: u32,
     },
     /// Show this in place of the label that the process was started with, cut to that one's length. For `ps`; nothing is
-    /// derived from it. Only while there is no machine.
+    /// derived from it.
     Label {
         /// Printable characters.
         label: String,

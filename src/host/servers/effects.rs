@@ -141,8 +141,16 @@ impl Doing {
         };
         self.workshop.core.checkpoint("server.directory_made")?;
         let prepared = machine::prepare(&self.workshop, &self.record, filled);
-        // Both to their end, whatever becomes of the other: what is half done would be undone too early.
-        let (started, prepared) = tokio::join!(self.start_vmm(ends, cell), prepared);
+        let is_ready = matches!(ends, Ends::Shell(_));
+        let starting = self.start_vmm(ends, cell);
+        // Both to their end, whatever becomes of the other: what is half done would be undone too early. What takes longest first:
+        // a new VMM; beside one that is ready, files, which another thread writes while this one asks for taps.
+        let (started, prepared) = if is_ready {
+            let (prepared, started) = tokio::join!(prepared, starting);
+            (started, prepared)
+        } else {
+            tokio::join!(starting, prepared)
+        };
         let spawned = started?;
         let prepared = prepared?;
         // A strict server gets no machine before its walls were looked at, and one with a memory is built from that.
@@ -204,8 +212,6 @@ impl Doing {
             return None;
         }
         let shell = self.workshop.shells.take(self.size(cell))?;
-        // For people who look at processes; it is no trouble when it is not shown.
-        shell.tell(Command::Label { label: self.record.name.to_string() }).await;
         let (files, directory) = (shell.files(), self.workshop.core.dirs.server(self.record.id));
         let moved = in_place(move || {
             files.move_into(&directory).map_err(|cause| Error::file("it cannot be moved", cause))
@@ -234,9 +240,9 @@ impl Doing {
             Ends::New(files) => files,
             Ends::Shell(shell) => {
                 let (vmm, cage) = (shell.process.id(), Some(shell.key.clone()));
-                self.entry.hold(shell.process.clone(), shell.key.clone());
+                self.entry.hold_linked(shell.process.clone(), shell.key.clone(), shell.link.clone());
                 self.workshop.core.checkpoint("server.spawned")?;
-                match self.entry.greet(limits::SHELL_QUIT).await {
+                match shell.link.greet(limits::SHELL_QUIT).await {
                     Ok(_) => {
                         let (sandbox, build) = (Some(shell.hello.sandbox), shell.process.build());
                         return Ok(Spawned { vmm, sandbox, cage, build });
@@ -298,6 +304,7 @@ impl Doing {
     }
 
     async fn boot(&self, saved: Option<Saved>) -> Result<Event> {
+        self.entry.show_name(&self.record).await;
         let (booted, event) = match saved {
             Some(saved) => (self.restore(saved).await, Event::Restored),
             None => (machine::boot(&self.workshop, &self.entry, &self.record).await, Event::Booted),
@@ -423,6 +430,7 @@ impl Doing {
         if !is_new && let Some(ended) = self.reclaim().await? {
             return Ok(ended);
         }
+        self.entry.show_name(&self.record).await;
         let ordered =
             async { self.entry.link(limits::COMMAND).await?.order(Command::Resume, limits::PAUSE).await };
         let outcome = ordered.await;

@@ -110,6 +110,14 @@ impl Entry {
         *self.held() = Some(Machine { process, cage, link: None });
     }
 
+    /// The same of one to which there is a connection.
+    pub fn hold_linked(&self, process: Arc<dyn Process>, cage: String, link: Link) {
+        link.pass_to(self.console.clone(), self.notices.clone());
+        *self.held() = Some(Machine { process, cage, link: Some(link) });
+        // As of a new connection.
+        self.wake_readers();
+    }
+
     /// Lets the process and its connection go.
     pub fn drop_machine(&self) {
         *self.held() = None;
@@ -186,6 +194,16 @@ impl Entry {
         // Readers of the console ask the new connection for word of more.
         self.wake_readers();
         Ok((link, Some(hello)))
+    }
+
+    /// Has a VMM that was made ready for anybody be shown under its server's name before its machine runs, for people who look at
+    /// processes: it reads this before what it is told next. It is no trouble when it is not shown.
+    pub async fn show_name(&self, record: &ServerRecord) {
+        if self.machine().is_some_and(|machine| machine.cage != record.id.to_string())
+            && let Ok(link) = self.link(limits::COMMAND).await
+        {
+            link.tell(Command::Label { label: record.name.to_string() }, limits::COMMAND).await;
+        }
     }
 
     /// Puts the limits of the root volume in force in a machine that runs; does nothing in a VMM without one,

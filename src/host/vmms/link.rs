@@ -66,12 +66,20 @@ type Waiting = HashMap<u64, oneshot::Sender<std::result::Result<(Reply, Vec<Owne
 
 struct Shared {
     socket: AsyncFd<Watched<Channel>>,
+    /// `None` once the connection has closed.
+    heard: Mutex<Option<Heard>>,
     next: AtomicU64,
     /// What the VMM speaks, as it has said.
     protocol: AtomicU32,
     /// `None` once the connection has closed.
     waiting: Mutex<Option<Waiting>>,
     closed: watch::Sender<bool>,
+}
+
+/// Who is told what the VMM says unasked.
+struct Heard {
+    console: watch::Sender<u64>,
+    notices: mpsc::Sender<Notice>,
 }
 
 /// The task that reads; it ends with the last clone of the link.
@@ -99,6 +107,7 @@ impl Link {
             watch(Channel::new(socket), Interest::READABLE | Interest::WRITABLE).map_err(unusable)?;
         let shared = Arc::new(Shared {
             socket,
+            heard: Mutex::new(Some(Heard { console, notices })),
             next: AtomicU64::new(1),
             protocol: AtomicU32::new(0),
             waiting: Mutex::new(Some(HashMap::new())),
@@ -106,12 +115,19 @@ impl Link {
         });
         let reading = shared.clone();
         let reader = tokio::spawn(async move {
-            reading.read(&console, &notices).await;
+            reading.read().await;
             reading.close();
         });
         let link = Link { shared, _reader: Arc::new(Reader(reader)) };
         let hello = link.greet(timeout).await?;
         Ok((link, hello))
+    }
+
+    /// Has others be told from now on what those of [`Link::connect`] were.
+    pub fn pass_to(&self, console: watch::Sender<u64>, notices: mpsc::Sender<Notice>) {
+        if let Some(heard) = self.shared.heard().as_mut() {
+            *heard = Heard { console, notices };
+        }
     }
 
     /// Asks what it is and does.
@@ -205,8 +221,13 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn heard(&self) -> std::sync::MutexGuard<'_, Option<Heard>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Dropping the senders tells everybody who waits.
     fn close(&self) {
+        *self.heard() = None;
         *self.waiting() = None;
         self.closed.send_replace(true);
     }
@@ -235,7 +256,7 @@ impl Shared {
 
     /// Reads until the VMM closes, or says what makes no sense or too much. It may be in an attacker's hands, so it gets
     /// neither the runtime's thread nor the daemon's time for itself.
-    async fn read(&self, console: &watch::Sender<u64>, notices: &mpsc::Sender<Notice>) {
+    async fn read(&self) {
         let mut unasked = Unasked::new(Instant::now());
         let (mut turn, mut is_reset) = (0, false);
         loop {
@@ -279,15 +300,21 @@ impl Shared {
                         let _ = sender.send(result.map(|reply| (reply, descriptors)));
                     }
                 }
-                Message::Notice(Notice::Console { written }) => {
-                    console.send_replace(written);
-                }
-                Message::Notice(notice) => {
-                    if let Err(mpsc::error::TrySendError::Full(notice)) = notices.try_send(notice) {
-                        tracing::debug!("dropped a notice: {notice:?}");
-                    }
+                Message::Notice(notice) => self.pass(notice),
+            }
+        }
+    }
+
+    fn pass(&self, notice: Notice) {
+        let heard = self.heard();
+        match (heard.as_ref(), notice) {
+            (Some(heard), Notice::Console { written }) => drop(heard.console.send_replace(written)),
+            (Some(heard), notice) => {
+                if let Err(mpsc::error::TrySendError::Full(notice)) = heard.notices.try_send(notice) {
+                    tracing::debug!("dropped a notice: {notice:?}");
                 }
             }
+            (None, _) => {}
         }
     }
 }

@@ -69,8 +69,8 @@ pub struct Shell {
     pub process: Arc<dyn Process>,
     /// What it said of itself.
     pub hello: Hello,
-    /// It leaves when nobody is connected for long.
-    link: Link,
+    /// The connection to it, which is its server's from then on. It leaves when nobody is connected for long.
+    pub link: Link,
     directory: PathBuf,
     size: Size,
 }
@@ -164,11 +164,6 @@ impl Drop for Shells {
 }
 
 impl Shell {
-    /// Has it do something that nobody waits for. It does that before anything that it is asked over a later connection.
-    pub async fn tell(&self, command: Command) {
-        self.link.tell(command, limits::SHELL_QUIT).await;
-    }
-
     /// Its files.
     pub fn files(&self) -> ShellFiles {
         ShellFiles(self.directory.clone())

@@ -52,6 +52,36 @@ async fn connect(path: &Path) -> (Link, Hello, watch::Receiver<u64>, mpsc::Recei
 }
 
 #[tokio::test]
+async fn what_a_vmm_says_unasked_goes_to_who_has_it_and_its_end_to_both() {
+    let (path, _directory, thread) = vmm(|channel, request| match request.command {
+        Command::Hello { .. } => greet(channel, &request),
+        Command::Pause => {
+            channel.send(&Message::Notice(Notice::Console { written: 7 }), &[]).unwrap();
+            channel.send(&Message::Notice(Notice::GuestPanicked), &[]).unwrap();
+            reply(channel, request.id, Ok(Reply::Done))
+        }
+        _ => false,
+    });
+    let (link, _, seen, mut inbox) = connect(&path).await;
+    let console = watch::Sender::new(0);
+    let (notices, mut next_inbox) = mpsc::channel(2);
+    link.pass_to(console.clone(), notices);
+    // Whoever had it is told that there is nothing more to hear.
+    assert_eq!(inbox.recv().await, None);
+    link.order(Command::Pause, SOON).await.unwrap();
+    assert_eq!((*console.borrow(), *seen.borrow()), (7, 0));
+    assert_eq!(next_inbox.recv().await, Some(Notice::GuestPanicked));
+    assert!(matches!(link.order(Command::Quit, SOON).await, Err(AskError::Gone)));
+    // While somebody keeps the link of a VMM that has gone, too.
+    assert_eq!(next_inbox.recv().await, None);
+    let (late, mut late_inbox) = mpsc::channel(2);
+    link.pass_to(console, late);
+    assert_eq!(late_inbox.recv().await, None);
+    drop(link);
+    thread.join().unwrap();
+}
+
+#[tokio::test]
 async fn replies_reach_their_askers_in_any_order() {
     let held = Mutex::new(Vec::new());
     let (path, _directory, thread) = vmm(move |channel, request| match request.command {
