@@ -1,6 +1,7 @@
 //! Messages to the kernel's routing family and its answers, on the thread that asks: the kernel does what it is asked before the call
 //! returns, so there is nothing to wait for. It knows no devices. `links` uses it.
 //! Source: the kernel's Documentation/userspace-api/netlink/intro.rst.
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,6 +19,8 @@ pub(super) struct Netlink {
     fd: OwnedFd,
     /// Number of the last question; its answer bears it.
     asked: AtomicU32,
+    /// What answers are received into: one for all questions, since so much memory costs more than most of them.
+    buffer: RefCell<Vec<u8>>,
 }
 
 impl Netlink {
@@ -25,7 +28,7 @@ impl Netlink {
     pub(super) fn open() -> io::Result<Netlink> {
         let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
         let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-        Ok(Netlink { fd, asked: AtomicU32::new(0) })
+        Ok(Netlink { fd, asked: AtomicU32::new(0), buffer: RefCell::new(vec![0; ANSWER_BYTES_MAX]) })
     }
 
     /// Has something done; `flags` beyond `NLM_F_REQUEST` and `NLM_F_ACK` are the caller's. Fails with what the kernel says.
@@ -65,7 +68,7 @@ impl Netlink {
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
         send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
-        let (mut answer, mut buffer) = (Answer::default(), vec![0; ANSWER_BYTES_MAX]);
+        let (mut answer, mut buffer) = (Answer::default(), self.buffer.borrow_mut());
         loop {
             let count = recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
             if answer.read(buffer.get(..count).unwrap_or_default(), number)? {

@@ -101,7 +101,7 @@ fn all(
         return Err(Error::new(Code::WrongState, detail));
     };
     can_go_on(workshop, found)?;
-    let disk_bytes = workshop.volumes.snapshot_bytes(tx, shown.id, 0)?;
+    let disk_bytes = workshop.volumes.snapshot_bytes(found, 0);
     check_room(workshop, spec, disk_bytes)?;
     each(tx, workshop, found, spec, actor, |life| life.saved = Some(saved))
 }

@@ -311,8 +311,10 @@ impl Registry {
 
     /// Wakes a server's actor after its record changed, or starts it.
     pub fn poke(self: &Arc<Self>, id: ServerId) {
-        if let Some(entry) = self.entry(id) {
-            entry.poke.notify_one();
+        match self.find(id) {
+            Some(entry) => entry.poke.notify_one(),
+            // It reads the record as it starts.
+            None => drop(self.entry(id)),
         }
     }
 

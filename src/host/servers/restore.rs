@@ -73,8 +73,8 @@ fn accept(
     let (operation, record) =
         advance::ask(tx, workshop.capacity, record, Ask::Restore { to }, actor, |_| Ok(()))?;
     // Of disks whose blocks are shared less is needed. Memory is not copied.
-    let disks = (0..shown.volumes.len()).map(|index| workshop.volumes.snapshot_bytes(tx, shown.id, index));
-    space::check(&place, disks.sum::<Result<u64>>()?, 0)?;
+    let disks = (0..shown.volumes.len()).map(|index| workshop.volumes.snapshot_bytes(&found, index));
+    space::check(&place, disks.sum(), 0)?;
     Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
 }
 

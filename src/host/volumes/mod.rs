@@ -282,7 +282,8 @@ impl Volumes {
     /// For `servers`: bytes that filling it copies where blocks cannot be shared.
     pub(crate) fn source_bytes(&self, connection: &Connection, volume: &Volume) -> Result<u64> {
         match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => self.snapshot_bytes(connection, snapshot, 0),
+            (Some(snapshot), _) => Ok(records::find::<SnapshotRecord>(connection, snapshot.0)?
+                .map_or(0, |snapshot| self.snapshot_bytes(&snapshot, 0))),
             (None, Some(image)) => Ok(self.images.disk_stored_bytes(image)),
             (None, None) => Ok(0),
         }
@@ -298,17 +299,10 @@ impl Volumes {
     }
 
     /// For `servers`: bytes that a disk of a snapshot takes, wherever they lie.
-    pub(crate) fn snapshot_bytes(
-        &self,
-        connection: &Connection,
-        id: SnapshotId,
-        index: usize,
-    ) -> Result<u64> {
+    pub(crate) fn snapshot_bytes(&self, snapshot: &SnapshotRecord, index: usize) -> u64 {
         let name = snapshots::disk_name(index);
-        let lower =
-            records::find::<SnapshotRecord>(connection, id.0)?.map(|record| record.chain.bytes_of(&name));
-        let own = used_bytes(std::fs::metadata(self.core.dirs.snapshot(id).join(name)));
-        Ok(own.saturating_add(lower.unwrap_or_default()))
+        let own = used_bytes(std::fs::metadata(self.core.dirs.snapshot(snapshot.shown.id).join(&name)));
+        own.saturating_add(snapshot.chain.bytes_of(&name))
     }
 
     /// For `servers`: the record.
