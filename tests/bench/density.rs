@@ -22,7 +22,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 pub(crate) fn run(ground: &Ground, report: &mut Report) {
     let (most, part) = (ground.samples(SERVERS, 6), ground.samples(10, 2));
-    let mut host = Host::start(ground);
+    let mut host = Host::start_as_installed(ground);
     let mut client = host.local();
     // The default network has no thousand addresses.
     let network = json!({ "name": "wide", "ipv4_cidr": "172.30.0.0/20" });

@@ -40,7 +40,8 @@ pub(crate) struct Host {
     base: tempfile::TempDir,
     bin: PathBuf,
     daemon: Option<Child>,
-    warm_shells: usize,
+    /// None is what the daemon does when nobody says.
+    warm_shells: Option<usize>,
     /// Where it waits for other hosts, if it does, and the process whose network it has then.
     waits: Option<(SocketAddr, Option<u32>)>,
 }
@@ -48,20 +49,29 @@ pub(crate) struct Host {
 impl Host {
     /// A daemon that has the image, and keeps no VMM ready.
     pub(crate) fn start(ground: &Ground) -> Host {
-        Host::start_with(ground, 0)
+        Host::start_as(ground, Some(0), None)
     }
 
     /// A daemon that has the image, and keeps so many VMMs ready.
     pub(crate) fn start_with(ground: &Ground, warm_shells: usize) -> Host {
-        Host::start_as(ground, warm_shells, None)
+        Host::start_as(ground, Some(warm_shells), None)
+    }
+
+    /// A daemon that has the image, and keeps ready what it does when nobody says.
+    pub(crate) fn start_as_installed(ground: &Ground) -> Host {
+        Host::start_as(ground, None, None)
     }
 
     /// A daemon that waits for other hosts at an address, of the network of a process.
     pub(crate) fn start_waiting(ground: &Ground, at: SocketAddr, network_of: Option<u32>) -> Host {
-        Host::start_as(ground, 0, Some((at, network_of)))
+        Host::start_as(ground, Some(0), Some((at, network_of)))
     }
 
-    fn start_as(ground: &Ground, warm_shells: usize, waits: Option<(SocketAddr, Option<u32>)>) -> Host {
+    fn start_as(
+        ground: &Ground,
+        warm_shells: Option<usize>,
+        waits: Option<(SocketAddr, Option<u32>)>,
+    ) -> Host {
         // Every user must be able to reach dnsmasq's files.
         let everyone = std::fs::Permissions::from_mode(0o755);
         let base = tempfile::Builder::new().prefix("toft").permissions(everyone).tempdir_in(&ground.files);
@@ -98,7 +108,9 @@ impl Host {
         command.arg("--vmm").arg(self.bin.join("toft-vmm")).arg("--import-dir").arg(path("import"));
         // Other daemons of this host have their groups elsewhere, and this one's parent goes with its last server.
         command.arg("--cgroup").arg(self.base.path().file_name().expect("a name"));
-        command.args(["--warm-shells", &self.warm_shells.to_string()]);
+        if let Some(number) = self.warm_shells {
+            command.args(["--warm-shells", &number.to_string()]);
+        }
         command.args(["--memory-bytes", &MEMORY_BYTES_ALL.to_string()]);
         command.args(["--listen", &self.address().to_string()]);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
