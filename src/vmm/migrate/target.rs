@@ -189,8 +189,9 @@ impl Listener {
         }
         self.stream.expect_soon();
         self.shared.give(Event::Heard(Said::State));
-        // The main thread builds the machine, and says that it is ready.
-        if self.shared.wait_through(Phase::State) != Phase::Ready {
+        // The main thread builds the machine, and says that it is ready. Whoever holds both ends may have had it run before this
+        // thread came to see that; the source is still to be told so on this stream, which must not end before.
+        if !matches!(self.shared.wait_through(Phase::State), Phase::Ready | Phase::Release) {
             return Err(Error::Over);
         }
         match self.next(&mut order)? {
