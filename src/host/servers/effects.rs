@@ -158,7 +158,10 @@ impl Doing {
         match (self.record.isolation, self.record.life.saved) {
             (Isolation::Standard, None) if begins => {
                 let Prepared { of, description, up } = prepared;
-                self.entry.keep_building(Building::begin(&self.entry, of, description));
+                match Building::begin(&self.entry, of, description).await {
+                    Ok(building) => self.entry.keep_building(building),
+                    Err(cause) => self.or_end(Err(cause)).await?,
+                }
                 up.await?;
             }
             _ => self.entry.keep_prepared(prepared),
@@ -431,9 +434,9 @@ impl Doing {
             return Ok(ended);
         }
         self.entry.show_name(&self.record).await;
-        let ordered =
-            async { self.entry.link(limits::COMMAND).await?.order(Command::Resume, limits::PAUSE).await };
-        let outcome = ordered.await;
+        let building = self.entry.take_building();
+        let is_current = building.as_ref().is_none_or(|building| building.is_of(&self.record));
+        let outcome = machine::run(&self.entry, &self.record, building, is_current).await;
         self.workshop.core.checkpoint("server.ordered")?;
         let event = match outcome {
             Ok(()) => Event::Resumed,

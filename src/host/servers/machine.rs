@@ -5,14 +5,13 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
 use sys::beneath;
-use tokio::task::JoinHandle;
-use wire::control::{Command, MachineState, Reply};
+use wire::control::{Command, MachineState};
 use wire::machine::{
     Access, Balloon, Boot, CacheMode, Chassis, Console, Disk, FdIndex, MachineSpec, Nic, OnReset, RateLimits,
     TokenBucket,
@@ -30,55 +29,70 @@ use crate::images::BootFiles;
 use crate::network::{Lease, Networks, Up};
 use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
+use crate::vmms::link::{AskError, Asked};
 use crate::volumes::Content;
 
 /// Lets the machine of `record` run in the VMM at hand, which may have built it already. Repeatable: a machine that runs is
 /// left alone.
 pub(super) async fn boot(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
-    let is_current = match entry.take_building() {
-        Some(building) => is_same(&building.done().await?, record),
-        None => match ready(workshop, entry, record).await? {
-            Some((link, description)) => return send(&link, description, Command::Boot).await,
-            // An earlier daemon had it built.
-            None => false,
-        },
-    };
-    if !is_current {
-        entry.limit_disk(record).await?;
-        entry.limit_nics(record).await?;
+    let building = entry.take_building();
+    if building.is_none()
+        && let Some((link, description)) = ready(workshop, entry, record).await?
+    {
+        return Ok(send(&link, description, Command::Boot).await?.done().await?);
     }
-    Ok(entry.link(limits::BOOT).await?.order(Command::Resume, limits::BOOT).await?)
+    // Of one that an earlier daemon had built it is not known with what limits.
+    let is_current = building.as_ref().is_some_and(|building| is_same(&building.of, record));
+    Ok(run(entry, record, building, is_current).await?)
 }
 
-/// A machine that its VMM builds while somebody waits for something else.
-#[derive(Debug)]
+/// Lets the machine at hand run, which its VMM may be `building` yet; if it `is_current`, it has the record's limits. What is being built
+/// is not waited for then: commands are carried out one after the other, and where building fails there is nothing that could run.
+pub(super) async fn run(
+    entry: &Entry,
+    record: &ServerRecord,
+    building: Option<Building>,
+    is_current: bool,
+) -> std::result::Result<(), AskError> {
+    let left = building.as_ref().map_or(Duration::ZERO, |building| building.asked.left());
+    let built = async {
+        match building {
+            Some(building) => building.asked.done().await,
+            None => Ok(()),
+        }
+    };
+    let resumed =
+        async { entry.link(limits::COMMAND).await?.order(Command::Resume, left + limits::PAUSE).await };
+    if is_current {
+        let (built, resumed) = tokio::join!(built, resumed);
+        return built.and(resumed);
+    }
+    built.await?;
+    entry.limit(record).await?;
+    resumed.await
+}
+
+/// A machine that its VMM has been told to build, of its kernel or of what was saved. Nothing of it runs before [`run`].
 pub struct Building {
     of: ServerRecord,
-    task: JoinHandle<Result<()>>,
+    asked: Asked,
 }
 
 impl Building {
-    /// Has the VMM at hand build the machine of a record. Nothing of it runs before [`boot`].
-    pub(super) fn begin(entry: &Arc<Entry>, of: ServerRecord, description: Description) -> Building {
-        let entry = entry.clone();
-        let task =
-            tokio::spawn(
-                async move { send(&entry.link(limits::BOOT).await?, description, Command::Build).await },
-            );
-        Building { of, task }
+    /// One that was asked for.
+    pub(super) fn new(of: ServerRecord, asked: Asked) -> Building {
+        Building { of, asked }
     }
 
-    /// Waits until it is built, and answers for which record.
-    async fn done(mut self) -> Result<ServerRecord> {
-        let built = (&mut self.task).await;
-        built.unwrap_or_else(|cause| Err(Error::internal("the building of a machine ended badly", cause)))?;
-        Ok(self.of.clone())
+    /// Has the VMM at hand build the machine of a record.
+    pub(super) async fn begin(entry: &Entry, of: ServerRecord, description: Description) -> Result<Building> {
+        let asked = send(&entry.link(limits::BOOT).await?, description, Command::Build).await?;
+        Ok(Building { of, asked })
     }
-}
 
-impl Drop for Building {
-    fn drop(&mut self) {
-        self.task.abort();
+    /// Whether it is what the server is to be now.
+    pub(super) fn is_of(&self, record: &ServerRecord) -> bool {
+        is_same(&self.of, record)
     }
 }
 
@@ -87,14 +101,11 @@ async fn send(
     link: &Link,
     Description { spec, descriptors }: Description,
     how: fn(Box<MachineSpec>) -> Command,
-) -> Result<()> {
+) -> Result<Asked> {
     spec.check(descriptors.0.len())
         .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.0.iter().map(AsFd::as_fd).collect();
-    match link.ask(how(Box::new(spec)), &borrowed, limits::BOOT).await? {
-        Reply::Done => Ok(()),
-        other => Err(Error::new(Code::MachineFailed, format!("the VMM answered a boot with {other:?}"))),
-    }
+    Ok(link.send(how(Box::new(spec)), &borrowed, limits::BOOT).await?)
 }
 
 /// A machine and the files that it names.

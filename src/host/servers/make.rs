@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::effects::{Doing, Needs};
 use super::lifecycle::{Event, Phase, Trouble};
-use super::machine::Prepared;
+use super::machine::{Building, Prepared};
 use super::telling::Moved;
 use super::{limits, machine};
 use crate::core::in_place;
@@ -28,7 +28,7 @@ impl Doing {
                 // A daemon may have died here before the start was called off.
                 self.undo_vmm().await?;
                 let volumes = self.fill(Vec::new()).await?;
-                return Ok(Event::Made { volumes, vmm: None, is_restored: false });
+                return Ok(Event::Made { volumes, vmm: None, restores: false });
             }
             // Only the machine needs both, and filling waits for the disk most of the time: until the volumes are flushed, when
             // the machine may be built already. It does not run before all of that is recorded.
@@ -40,12 +40,12 @@ impl Doing {
                     future::try_join_all(filled).await.map(|_| Content::Filled).map_err(unfilled)
                 };
                 let vmm = self.vmm(cell, filled).await?;
-                let (is_restored, introduced) = tokio::join!(self.restore_early(), self.introduce());
-                introduced.and(is_restored).map(|is_restored| (vmm, is_restored))
+                let (restores, introduced) = tokio::join!(self.restore_early(), self.introduce());
+                introduced.and(restores).map(|restores| (vmm, restores))
             };
             let (volumes, started) = tokio::join!(self.fill(placed), starting);
-            let (volumes, (vmm, is_restored)) = (volumes?, started?);
-            Ok(Event::Made { volumes, vmm: Some(vmm), is_restored })
+            let (volumes, (vmm, restores)) = (volumes?, started?);
+            Ok(Event::Made { volumes, vmm: Some(vmm), restores })
         };
         let outcome = made.await;
         if outcome.is_err() && !self.workshop.core.store.is_dead() {
@@ -82,17 +82,24 @@ impl Doing {
         self.telling(("filling_volumes", 1, 59), &moved, filling).await
     }
 
-    /// Has a server that goes on from a memory do so while its volumes are on their way to the disk; its machine stays parked.
-    /// Of a strict one the walls are looked at first, which its record has to name.
+    /// Has the VMM of a server that goes on from a memory begin with that, while its volumes are on their way to the disk and all of
+    /// it is recorded. What it makes stays parked. The record says that the memory is used up, so it must not be written before the VMM
+    /// was told: a daemon that dies in between would leave a server that has neither. Of a strict one the walls are looked at first,
+    /// which its record has to name.
     async fn restore_early(&self) -> Result<bool> {
         let (Some(saved), Isolation::Standard) = (self.record.life.saved, self.record.isolation) else {
             return Ok(false);
         };
-        let Some(Prepared { description, up, .. }) = self.entry.take_prepared() else { return Ok(false) };
-        let link = self.entry.link(limits::BOOT).await?;
-        let (restored, up) = tokio::join!(self.restore_in(&link, description, saved), up);
-        self.workshop.core.checkpoint("server.booted")?;
-        self.or_end(restored).await?;
-        up.map(|()| true)
+        let Some(Prepared { of, description, up }) = self.entry.take_prepared() else { return Ok(false) };
+        let begun = async {
+            let link = self.entry.link(limits::BOOT).await?;
+            self.begin_restore(&link, description, saved).await
+        };
+        match begun.await {
+            Ok(asked) => self.entry.keep_building(Building::new(of, asked)),
+            Err(cause) => self.or_end(Err(cause)).await?,
+        }
+        self.workshop.core.checkpoint("server.restoring")?;
+        up.await.map(|()| true)
     }
 }

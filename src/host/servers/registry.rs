@@ -206,6 +206,12 @@ impl Entry {
         }
     }
 
+    /// Puts all limits of a record in force in a machine that runs, as [`Entry::limit_disk`] does.
+    pub async fn limit(&self, record: &ServerRecord) -> Result<(), AskError> {
+        self.limit_disk(record).await?;
+        self.limit_nics(record).await
+    }
+
     /// Puts the limits of the root volume in force in a machine that runs; does nothing in a VMM without one,
     /// which gets them as it boots.
     pub async fn limit_disk(&self, record: &ServerRecord) -> Result<(), AskError> {

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::snapshots::{self, SnapshotRecord, chain};
 use crate::store::records;
 use crate::vmms::Link;
+use crate::vmms::link::Asked;
 
 pub(crate) const STATE: &str = "saved.state";
 pub(crate) const MEMORY: &str = "saved.memory";
@@ -92,18 +93,20 @@ impl Doing {
     /// Builds the machine as it was saved, and leaves it parked: the memory is used up only when that is recorded.
     pub(super) async fn restore(&self, saved: Saved) -> Result<()> {
         match machine::ready(&self.workshop, &self.entry, &self.record).await? {
-            Some((link, description)) => self.restore_in(&link, description, saved).await,
+            Some((link, description)) => {
+                Ok(self.begin_restore(&link, description, saved).await?.done().await?)
+            }
             None => Ok(()),
         }
     }
 
-    /// The same in a VMM that has no machine.
-    pub(super) async fn restore_in(
+    /// Has a VMM that has no machine begin to do that.
+    pub(super) async fn begin_restore(
         &self,
         link: &Link,
         Description { spec, mut descriptors }: Description,
         saved: Saved,
-    ) -> Result<()> {
+    ) -> Result<Asked> {
         let (directory, names) = match saved.of {
             SavedOf::Hibernation => (self.workshop.core.dirs.server(self.record.id), [STATE, MEMORY]),
             SavedOf::Snapshot { id } | SavedOf::Clone { snapshot: id } => {
@@ -148,12 +151,7 @@ impl Doing {
             .check(descriptors.0.len())
             .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.0.iter().map(AsFd::as_fd).collect();
-        match link.ask(Command::Restore(Box::new(restore)), &borrowed, timeout).await? {
-            Reply::Done => Ok(()),
-            other => {
-                Err(Error::new(Code::MachineFailed, format!("the VMM answered a restore with {other:?}")))
-            }
-        }
+        Ok(link.send(Command::Restore(Box::new(restore)), &borrowed, timeout).await?)
     }
 }
 

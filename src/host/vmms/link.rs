@@ -62,7 +62,10 @@ impl From<AskError> for Error {
     }
 }
 
-type Waiting = HashMap<u64, oneshot::Sender<std::result::Result<(Reply, Vec<OwnedFd>), Fault>>>;
+/// A reply with its descriptors, or a refusal.
+type Answer = std::result::Result<(Reply, Vec<OwnedFd>), Fault>;
+
+type Waiting = HashMap<u64, oneshot::Sender<Answer>>;
 
 struct Shared {
     socket: AsyncFd<Watched<Channel>>,
@@ -74,6 +77,48 @@ struct Shared {
     /// `None` once the connection has closed.
     waiting: Mutex<Option<Waiting>>,
     closed: watch::Sender<bool>,
+}
+
+/// A command that has been sent, and that the VMM may be carrying out: it does so one after the other, and to the end of what it was
+/// sent also when its daemon has died. Nobody waits for the reply any more when this is dropped.
+pub struct Asked {
+    link: Link,
+    id: u64,
+    timeout: Duration,
+    deadline: Instant,
+    answer: oneshot::Receiver<Answer>,
+}
+
+impl Asked {
+    /// Waits for the reply, within what is left of the timeout that it was sent with.
+    pub async fn answer(mut self) -> std::result::Result<(Reply, Vec<OwnedFd>), AskError> {
+        match tokio::time::timeout_at(self.deadline.into(), &mut self.answer).await {
+            Ok(Ok(answer)) => answer.map_err(AskError::Refused),
+            Ok(Err(_)) => Err(AskError::Gone),
+            Err(_) => Err(AskError::Timeout(self.timeout)),
+        }
+    }
+
+    /// The same of a command whose only good answer is `Done`.
+    pub async fn done(self) -> std::result::Result<(), AskError> {
+        match self.answer().await? {
+            (Reply::Done, _) => Ok(()),
+            (other, _) => Err(AskError::Protocol(format!("a command was answered with {other:?}"))),
+        }
+    }
+
+    /// How long [`Asked::answer`] may still take.
+    pub fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if let Some(waiting) = self.link.shared.waiting().as_mut() {
+            waiting.remove(&self.id);
+        }
+    }
 }
 
 /// Who is told what the VMM says unasked.
@@ -163,22 +208,31 @@ impl Link {
         descriptors: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> std::result::Result<(Reply, Vec<OwnedFd>), AskError> {
+        self.send(command, descriptors, timeout).await?.answer().await
+    }
+
+    /// Sends a command with its descriptors. Its reply may be waited for later, `timeout` from now at most.
+    pub async fn send(
+        &self,
+        command: Command,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> std::result::Result<Asked, AskError> {
         let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
+        let (sender, answer) = oneshot::channel();
         match self.shared.waiting().as_mut() {
             Some(waiting) if waiting.len() < limits::COMMANDS_MAX => waiting.insert(id, sender),
             Some(_) => return Err(AskError::Protocol("too many commands wait for this VMM".to_owned())),
             None => return Err(AskError::Gone),
         };
-        let exchange = async {
-            self.shared.send(&Request { id, command }, descriptors).await?;
-            receiver.await.map_err(|_| AskError::Gone)?.map_err(AskError::Refused)
-        };
-        let answer = tokio::time::timeout(timeout, exchange).await;
-        if let Some(waiting) = self.shared.waiting().as_mut() {
-            waiting.remove(&id);
+        let asked = Asked { link: self.clone(), id, timeout, deadline: Instant::now() + timeout, answer };
+        let request = Request { id, command };
+        let sent = self.shared.send(&request, descriptors);
+        match tokio::time::timeout_at(asked.deadline.into(), sent).await {
+            Ok(Ok(())) => Ok(asked),
+            Ok(Err(cause)) => Err(cause),
+            Err(_) => Err(AskError::Timeout(timeout)),
         }
-        answer.unwrap_or(Err(AskError::Timeout(timeout)))
     }
 
     /// Sends a command whose answer nobody waits for.
@@ -190,10 +244,7 @@ impl Link {
 
     /// Sends a command whose only good answer is `Done`.
     pub async fn order(&self, command: Command, timeout: Duration) -> std::result::Result<(), AskError> {
-        match self.ask(command, &[], timeout).await? {
-            Reply::Done => Ok(()),
-            other => Err(AskError::Protocol(format!("a command was answered with {other:?}"))),
-        }
+        self.send(command, &[], timeout).await?.done().await
     }
 
     /// Has the machine stand still for something that its guest does not notice. A VMM of before knows only a pause that somebody asked

@@ -41,8 +41,8 @@ pub enum Event {
         volumes: Vec<Filled>,
         /// The VMM of the first machine, where one was started meanwhile.
         vmm: Option<Spawned>,
-        /// Whether the machine is in it as it was saved, and parked.
-        is_restored: bool,
+        /// Whether that has been told to build the machine as it was saved, which stays parked.
+        restores: bool,
     },
     /// They could not be made.
     MakeFailed(Trouble),
@@ -164,10 +164,10 @@ impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
         match (phase, event) {
-            (Phase::Creating { start: true }, Event::Made { vmm: spawned, is_restored, .. }) => {
+            (Phase::Creating { start: true }, Event::Made { vmm: spawned, restores, .. }) => {
                 self.life.begin_run();
                 match spawned.map(|spawned| spawned.vmm) {
-                    Some(vmm) if is_restored => self.restored(vmm),
+                    Some(vmm) if restores => self.restored(vmm),
                     vmm => self.life.phase = Phase::Starting { vmm },
                 }
             }
@@ -382,8 +382,8 @@ impl Stepping {
         self.end_job(Verdict::Succeeded);
     }
 
-    /// The memory is used up before a vCPU runs: a daemon that follows one that died here finds a parked machine, and
-    /// lets it run.
+    /// The memory is used up before a vCPU runs: a daemon that follows one that died here finds a parked machine, or one that is
+    /// about to be, and lets it run.
     fn restored(&mut self, vmm: ProcessId) {
         let of = self.life.saved.take().map(|saved| saved.of);
         self.life.shares = of.and_then(|of| match of {
@@ -548,6 +548,12 @@ impl Stepping {
             (Phase::Starting { .. }, Found::Alive(MachineState::Paused)) if self.life.saved.is_none() => {}
             (phase, Found::Gone(end)) => self.machine_ended(phase, end),
             (_, Found::Alive(MachineState::Exiting) | Found::Mute) => {}
+            // What its VMM was told to build of a memory it could not, and there is nothing else that the server is to go on from.
+            (Phase::Resuming { vmm }, Found::Alive(MachineState::Shell)) if self.is_being_created() => {
+                let detail = "the machine could not be built as it was saved".to_owned();
+                let then = Then::Fail(Trouble { code: Code::MachineFailed, detail });
+                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
+            }
             (
                 Phase::Starting { vmm: Some(vmm) },
                 Found::Alive(MachineState::Running | MachineState::Paused),

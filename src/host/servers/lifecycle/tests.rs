@@ -72,11 +72,11 @@ impl World {
             Work::Make if life.phase == (Phase::Creating { start: true }) => {
                 self.made += 1;
                 let vmm = self.made.is_multiple_of(2).then(|| self.spawn(life));
-                Event::Made { volumes: Vec::new(), vmm, is_restored: false }
+                Event::Made { volumes: Vec::new(), vmm, restores: false }
             }
             Work::Make => {
                 self.dismiss_shell();
-                Event::Made { volumes: Vec::new(), vmm: None, is_restored: false }
+                Event::Made { volumes: Vec::new(), vmm: None, restores: false }
             }
             Work::Spawn | Work::Await => Event::Spawned(self.spawn(life)),
             Work::Snapshot { id } => {

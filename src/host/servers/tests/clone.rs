@@ -35,9 +35,9 @@ fn a_memory_that_was_restored_beside_the_disk_is_used_up_with_the_record_of_both
     let life = Life { saved, ..Life::new(OperationId::new(), true) };
     let context = Context { now_ms: 7, policy: RestartPolicy::Always };
     let vmm = ProcessId { pid: 2, start_ticks: 0, boot_id: String::new() };
-    let made = |is_restored| {
+    let made = |restores| {
         let spawned = Spawned { vmm: vmm.clone(), sandbox: None, cage: None, build: None };
-        let made = Event::Made { volumes: Vec::new(), vmm: Some(spawned), is_restored };
+        let made = Event::Made { volumes: Vec::new(), vmm: Some(spawned), restores };
         step(&life, made, context).life
     };
     let restored = made(true);

@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use model::operation::{Operation, OperationState};
 use model::server::{DeleteServer, ServerAction, ServerState, StopServer};
-use model::snapshot::{CreateSnapshot, RestoreServer, SnapshotState};
-use model::{Code, ServerId, SnapshotId};
+use model::snapshot::{CreateClones, CreateSnapshot, RestoreServer, SnapshotState};
+use model::{Code, Labels, ServerId, SnapshotId};
 
 use wire::control::MachineState;
 
-use super::nothing_left;
+use super::snapshot::{named, taken};
+use super::{delete, delete_snapshot, nothing_left};
 use crate::fake_vmm::Guest;
-use crate::stage::{SOON, Stage, keyed, server};
+use crate::stage::{SOON, Stage, created, keyed, server};
 use crate::{Checkpoint, Fate, Host, Result};
 
 /// Dies at the checkpoint of this number and lets all others pass.
@@ -200,6 +201,61 @@ async fn live(number: u32, warm_shells: usize, points: Arc<Mutex<BTreeSet<&'stat
     died
 }
 
+/// Clones a server with a daemon that dies at checkpoint `number`. Answers whether it died.
+async fn clone(number: u32, warm_shells: usize) -> bool {
+    let mut stage = Stage::new();
+    stage.warm_shells = warm_shells;
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    let snapshot = taken(&host, first.id, named("then", true)).await;
+    host.close().await;
+    drop(host);
+    let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
+    let mut died = false;
+    let mut host = stage.open_watched(checkpoint).await;
+    let clone = loop {
+        let outcome = match &host {
+            Ok(host) => cloned(host, snapshot.id).await,
+            Err(cause) => Err(cause.clone()),
+        };
+        match outcome {
+            Ok(id) => break id,
+            Err(cause) => assert!(cause.code == Code::Draining && !died, "{}", cause.chain()),
+        }
+        died = true;
+        if let Ok(host) = host {
+            host.close().await;
+        }
+        host = Ok(stage.open().await);
+    };
+    let host = host.expect("it has just answered");
+    if rests(&host, clone, ServerState::Running).await {
+        let machines = stage.launch.of_servers();
+        assert_eq!(machines.len(), 2, "checkpoint {number}");
+        assert!(machines.iter().all(|machine| machine.state() == MachineState::Running));
+        let restored = machines.iter().filter(|machine| machine.is_restored()).count();
+        assert_eq!(restored, 1, "checkpoint {number}: its memory is lost");
+    }
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    for id in [first.id, clone] {
+        delete(&host, id).await;
+    }
+    delete_snapshot(&host, snapshot.id).await;
+    nothing_left(&stage, &host).await;
+    host.close().await;
+    died
+}
+
+async fn cloned(host: &Host, snapshot: SnapshotId) -> Result<ServerId> {
+    let spec = CreateClones { name: "twin".parse().unwrap(), count: 1, labels: Labels::default() };
+    let made = host.servers().clone_snapshot(&keyed("clone"), snapshot, spec).await?.body;
+    let operation = wait(host, made.items[0].operation.as_ref().expect("an operation").id).await?;
+    assert_eq!(operation.state, OperationState::Succeeded, "{operation:?}");
+    Ok(made.items[0].server_id)
+}
+
 /// A create whose machine cannot be built, with a daemon that dies at checkpoint `number`. Answers whether it died.
 async fn fail_to_create(number: u32) -> bool {
     let stage = Stage::new();
@@ -278,6 +334,14 @@ async fn a_daemon_that_dies_anywhere_converges() {
 async fn a_daemon_that_dies_with_vmms_kept_ready_converges() {
     let count = sweep(|number| live(number, 2, Arc::default())).await;
     assert!(count > 40, "only {count} checkpoints: the instrumentation is gone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_clone_goes_on_from_the_memory_wherever_the_daemon_dies() {
+    for warm_shells in [0, 2] {
+        let count = sweep(move |number| clone(number, warm_shells)).await;
+        assert!(count > 10, "only {count} checkpoints: the instrumentation is gone");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -113,6 +113,30 @@ async fn replies_reach_their_askers_in_any_order() {
 }
 
 #[tokio::test]
+async fn a_command_is_answered_behind_others_and_forgotten_when_nobody_waits() {
+    let held = Mutex::new(None);
+    let (path, _directory, _thread) = vmm(move |channel, request| match request.command {
+        Command::Hello { .. } => greet(channel, &request),
+        Command::Pause => held.lock().unwrap().replace(request.id).is_none(),
+        Command::Resume => {
+            let paused = held.lock().unwrap().take().unwrap();
+            reply(channel, paused, Ok(Reply::Done)) && reply(channel, request.id, Ok(Reply::Done))
+        }
+        _ => true,
+    });
+    let (link, ..) = connect(&path).await;
+    let paused = link.send(Command::Pause, &[], SOON).await.unwrap();
+    link.order(Command::Resume, SOON).await.unwrap();
+    paused.done().await.unwrap();
+    for _ in 0..=limits::COMMANDS_MAX {
+        drop(link.send(Command::Stats, &[], SOON).await.unwrap());
+    }
+    let late = link.send(Command::Stats, &[], SHORT).await.unwrap();
+    assert!(late.left() <= SHORT);
+    assert!(matches!(late.done().await, Err(AskError::Timeout(SHORT))));
+}
+
+#[tokio::test]
 async fn a_silent_vmm_costs_a_bounded_wait_and_a_late_reply_confuses_nobody() {
     let first = Mutex::new(None);
     let (path, _directory, _thread) = vmm(move |channel, request| match request.command {

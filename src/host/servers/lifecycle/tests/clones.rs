@@ -12,7 +12,11 @@ fn a_clone_that_cannot_be_let_run_is_undone_as_a_create_is() {
     assert_eq!(refused.work(), Some(Work::Kill));
     let ended_after = step(&refused, ended(Reason::Asked), context).life;
     let ended_at_once = step(&restored, ended(Reason::TripleFault), context).life;
-    for life in [ended_after, ended_at_once] {
+    // A daemon has died, and its VMM could not build what it was told to.
+    let lost = step(&restored, Event::Found(Found::Alive(MachineState::Shell)), context).life;
+    assert_eq!(lost.work(), Some(Work::Kill));
+    let ended_later = step(&lost, ended(Reason::Asked), context).life;
+    for life in [ended_after, ended_at_once, ended_later] {
         let released = step(&life, Event::Released, context).life;
         assert!(matches!(released.phase, Phase::Deleting { keep_volumes: false, .. }), "{released:?}");
         let purged = step(&released, Event::Purged, context);
