@@ -25,8 +25,8 @@ pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerReco
         Ok((_, Some(hello))) => {
             entry.console.send_replace(hello.console_written);
             // The daemon may have died between the record of new limits and the VMM's word of them.
-            if let Err(cause) = entry.limit_disk(record).await {
-                tracing::warn!(server = %record.id, "its disk's limits are not in force: {cause}");
+            if let Err(cause) = entry.limit(record).await {
+                tracing::warn!(server = %record.id, "its limits are not in force: {cause}");
             }
             Found::Alive(hello.state)
         }

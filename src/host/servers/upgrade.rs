@@ -461,11 +461,7 @@ impl Doing {
         let id = self.record.id;
         let record: ServerRecord =
             self.workshop.core.store.read(move |connection| records::one(connection, id.0)).await?;
-        let limited = async {
-            self.entry.limit_disk(&record).await?;
-            self.entry.limit_nics(&record).await
-        };
-        if let Err(cause) = limited.await {
+        if let Err(cause) = self.entry.limit(&record).await {
             tracing::warn!(server = %id, "its limits are not in force: {cause}");
         }
         self.entry.wake_readers();

@@ -1,11 +1,14 @@
 //! Limits as they reach the machine, and those of the host.
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use model::Code;
 use model::server::{CreateNic, CreateServer, NicLimits, PatchServer, Rate};
 use wire::machine::{RateLimits, TokenBucket};
 
 use super::{START, stop};
-use crate::Call;
-use crate::stage::{Stage, created, server, succeeded};
+use crate::stage::{SOON, Stage, created, server, succeeded};
+use crate::{Call, Checkpoint, Fate};
 
 #[tokio::test]
 async fn limits_of_interfaces_are_changed_while_the_machine_runs() {
@@ -86,6 +89,51 @@ async fn a_patch_of_one_limit_leaves_the_other_and_null_lifts_it() {
     assert_eq!((limits.bandwidth_bytes, limits.operations), (rate(7, None), None));
     let live = stage.launch.only().disk_limits();
     assert_eq!((live[&0].bandwidth.unwrap().burst, live[&0].operations), (7, None));
+    host.close().await;
+}
+
+/// Dies with the first commit after it was told to.
+#[derive(Default)]
+struct DieOnCommit(AtomicBool);
+
+impl Checkpoint for DieOnCommit {
+    fn reached(&self, point: &'static str) -> Fate {
+        if point == "commit" && self.0.load(Ordering::SeqCst) { Fate::Die } else { Fate::Live }
+    }
+}
+
+#[tokio::test]
+async fn limits_that_are_recorded_are_in_force_whoever_died_behind_the_record() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    host.close().await;
+    drop(host);
+    let checkpoint = Arc::new(DieOnCommit::default());
+    let host = stage.open_watched(checkpoint.clone()).await.unwrap();
+    let patch: PatchServer = serde_json::from_value(serde_json::json!({
+        "disk_limits": { "operations": { "per_second": 5 } },
+        "nic_limits": [{ "index": 0, "limits": { "tx_bytes": { "per_second": 1000 } } }],
+    }))
+    .unwrap();
+    checkpoint.0.store(true, Ordering::SeqCst);
+    let died = host.servers().patch(&Call::by_host(), id, patch).await.unwrap_err();
+    assert_eq!(died.code, Code::Draining);
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    let machine = stage.launch.only();
+    let end = tokio::time::Instant::now() + SOON;
+    let in_force = || {
+        let (disks, nics) = (machine.disk_limits(), machine.nic_limits());
+        let operations = disks.get(&0).and_then(|limits| limits.operations).map(|rate| rate.per_second);
+        let sent = nics.get(&0).and_then(|(_, tx)| tx.bandwidth).map(|rate| rate.per_second);
+        (operations, sent)
+    };
+    while in_force() != (Some(5), Some(1000)) {
+        assert!(tokio::time::Instant::now() < end, "{:?}", in_force());
+        tokio::task::yield_now().await;
+    }
     host.close().await;
 }
 
