@@ -41,7 +41,7 @@ pub(super) fn event(
     event: Event,
     dirs: &Dirs,
 ) -> Result<Option<ServerRecord>> {
-    if let Event::Made { volumes, .. } = &event {
+    if let Event::Made { volumes, vmm: None, .. } = &event {
         volumes.iter().try_for_each(|filled| Volumes::complete(tx, filled, dirs))?;
     }
     let Some(mut record) = records::find::<ServerRecord>(tx, id.0)? else { return Ok(None) };
@@ -92,6 +92,9 @@ pub(super) fn event(
     }
     if let Some(snapshot) = came_back {
         restore::goes_on(tx, &mut record, snapshot)?;
+    }
+    if next.life.unflushed.is_empty() {
+        record.life.unflushed.iter().try_for_each(|filled| Volumes::complete(tx, filled, dirs))?;
     }
     save(tx, record, next, &Actor::Host)
 }

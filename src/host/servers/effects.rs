@@ -26,7 +26,7 @@ use crate::core::{blocking, in_place};
 use crate::error::{Error, Result};
 use crate::vmms::link::AskError;
 use crate::vmms::{Cell, Link, Shell, Size, Start, Walls};
-use crate::volumes::{Content, Volumes};
+use crate::volumes::{Content, Durability, Volumes};
 
 /// One piece of work on one server.
 pub(super) struct Doing {
@@ -88,7 +88,12 @@ impl Doing {
             },
             Work::Press => self.press().await,
             Work::Kill => self.kill().await,
-            Work::Release { keep_saved, keep_copied } => self.release(keep_saved, keep_copied).await,
+            Work::Release { keep_saved, keep_copied, flush } => {
+                if flush {
+                    self.fill(Durability::Power, Vec::new()).await?;
+                }
+                self.release(keep_saved, keep_copied).await.map(|()| Event::Released { flushed: flush })
+            }
             Work::Purge => self.purge().await,
         }
     }
@@ -111,8 +116,7 @@ impl Doing {
 
     async fn spawn(&self) -> Result<Event> {
         let Needs { cell, .. } = self.needs().await?;
-        let spawned = self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await?;
-        self.introduce().await.map(|()| Event::Spawned(spawned))
+        Ok(Event::Spawned(self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await?))
     }
 
     /// Has the networks know the machine, which may be built meanwhile. Repeatable.
@@ -182,7 +186,7 @@ impl Doing {
             }
             None => self.dismiss_stranger().await,
         }
-        self.release(false, false).await.map(drop)
+        self.release(false, false).await
     }
 
     /// Binds the control socket and makes the files that a VMM is started with.
@@ -308,22 +312,28 @@ impl Doing {
 
     async fn boot(&self, saved: Option<Saved>) -> Result<Event> {
         self.entry.show_name(&self.record).await;
-        let (booted, event) = match saved {
-            Some(saved) => (self.restore(saved).await, Event::Restored),
-            None => (machine::boot(&self.workshop, &self.entry, &self.record).await, Event::Booted),
+        let booted = async {
+            match saved {
+                Some(saved) => self.restore(saved).await.map(|()| Event::Restored),
+                None => {
+                    self.flushed().await?;
+                    machine::boot(&self.workshop, &self.entry, &self.record).await.map(|()| Event::Booted)
+                }
+            }
         };
+        let (booted, introduced) = tokio::join!(booted, self.introduce());
         self.workshop.core.checkpoint("server.booted")?;
         // One that was saved is parked still.
         if saved.is_none() {
             self.prepare_next().await;
         }
-        self.or_end(booted).await.map(|()| event)
+        self.or_end(booted.and_then(|event| introduced.map(|()| event))).await
     }
 
     /// The last will of a VMM that has ended meanwhile says more than a connection that broke.
-    pub(super) async fn or_end(&self, outcome: Result<()>) -> Result<()> {
+    pub(super) async fn or_end<T>(&self, outcome: Result<T>) -> Result<T> {
         match outcome {
-            Ok(()) => Ok(()),
+            Ok(value) => Ok(value),
             Err(cause) => match self.ended_meanwhile().await {
                 Some(end) => Err(Error::new(Code::MachineFailed, end.detail).caused_by(cause)),
                 None => Err(cause),
@@ -436,11 +446,17 @@ impl Doing {
         self.entry.show_name(&self.record).await;
         let building = self.entry.take_building();
         let is_current = building.as_ref().is_none_or(|building| building.is_of(&self.record));
-        let outcome = machine::run(&self.entry, &self.record, building, is_current).await;
+        if let Err(cause) = self.flushed().await {
+            return self.final_or(Err(cause), Event::ResumeFailed);
+        }
+        let introduced = async { if is_new { self.introduce().await } else { Ok(()) } };
+        let (outcome, introduced) =
+            tokio::join!(machine::run(&self.entry, &self.record, building, is_current), introduced);
         self.workshop.core.checkpoint("server.ordered")?;
-        let event = match outcome {
-            Ok(()) => Event::Resumed,
-            Err(cause) => match self.end_of_gone(&cause).await {
+        let event = match (outcome, introduced) {
+            (Ok(()), Ok(())) => Event::Resumed,
+            (Ok(()), Err(cause)) => return self.final_or(Err(cause), Event::ResumeFailed),
+            (Err(cause), _) => match self.end_of_gone(&cause).await {
                 // Or what follows it would be wanted parked, as one that only refuses.
                 Some(end) => return Ok(Event::Ended(end)),
                 None => match self.end_elsewhere().await {
@@ -480,7 +496,7 @@ impl Doing {
         .await
     }
 
-    async fn release(&self, keep_saved: bool, keep_copied: bool) -> Result<Event> {
+    async fn release(&self, keep_saved: bool, keep_copied: bool) -> Result<()> {
         let cage = self.cage();
         self.workshop.networks.unplug(self.record.id, &self.record.nics).await?;
         self.workshop.core.checkpoint("server.unplugged")?;
@@ -500,8 +516,7 @@ impl Doing {
         if !keep_copied {
             restore::forget_copies(&self.workshop, &self.record).await?;
         }
-        self.workshop.core.checkpoint("server.released")?;
-        Ok(Event::Released)
+        self.workshop.core.checkpoint("server.released")
     }
 
     async fn purge(&self) -> Result<Event> {

@@ -133,10 +133,10 @@ pub(super) async fn ready(
     let prepared = match entry.take_prepared().filter(|kept| is_same(&kept.of, record)) {
         Some(prepared) => prepared,
         None => {
-            for nic in &record.nics {
-                workshop.networks.introduce(nic).await?;
-            }
-            prepare(workshop, record, std::future::ready(Ok(Content::Recorded))).await?
+            // An earlier daemon filled its volumes, and what it recorded of that may be with the server yet.
+            let is_recorded = record.life.unflushed.is_empty();
+            let content = if is_recorded { Content::Recorded } else { Content::Filled };
+            prepare(workshop, record, std::future::ready(Ok(content))).await?
         }
     };
     prepared.up.await?;

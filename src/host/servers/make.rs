@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use futures_util::future;
-use model::Code;
 use model::server::Isolation;
+use model::{Code, VolumeId};
 use tokio::sync::oneshot;
 
 use super::effects::{Doing, Needs};
@@ -14,7 +14,7 @@ use super::telling::Moved;
 use super::{limits, machine};
 use crate::core::in_place;
 use crate::error::{Error, Result};
-use crate::volumes::{Content, Filled};
+use crate::volumes::{Content, Durability, Filled, Volumes};
 
 impl Doing {
     pub(super) async fn make(&self) -> Result<Event> {
@@ -27,11 +27,10 @@ impl Doing {
                 self.make_directory().await?;
                 // A daemon may have died here before the start was called off.
                 self.undo_vmm().await?;
-                let volumes = self.fill(Vec::new()).await?;
+                let volumes = self.fill(Durability::Power, Vec::new()).await?;
                 return Ok(Event::Made { volumes, vmm: None, restores: false });
             }
-            // Only the machine needs both, and filling waits for the disk most of the time: until the volumes are flushed, when
-            // the machine may be built already. It does not run before all of that is recorded.
+            // Only the machine needs both. It runs when both are recorded and the volumes are flushed, neither of which waits for the other.
             let disks = &self.record.disks;
             let (placed, filled): (Vec<_>, Vec<_>) = disks.iter().map(|_| oneshot::channel()).unzip();
             let starting = async {
@@ -40,10 +39,13 @@ impl Doing {
                     future::try_join_all(filled).await.map(|_| Content::Filled).map_err(unfilled)
                 };
                 let vmm = self.vmm(cell, filled).await?;
-                let (restores, introduced) = tokio::join!(self.restore_early(), self.introduce());
-                introduced.and(restores).map(|restores| (vmm, restores))
+                self.restore_early().await.map(|restores| (vmm, restores))
             };
-            let (volumes, started) = tokio::join!(self.fill(placed), starting);
+            let filling = async {
+                let filled = self.fill(Durability::Pending, placed).await;
+                filled.inspect(|volumes| self.begin_flush(volumes))
+            };
+            let (volumes, started) = tokio::join!(filling, starting);
             let (volumes, (vmm, restores)) = (volumes?, started?);
             Ok(Event::Made { volumes, vmm: Some(vmm), restores })
         };
@@ -65,16 +67,37 @@ impl Doing {
         self.workshop.core.checkpoint("server.directory_made")
     }
 
-    /// Fills the volumes; of each, `placed` is told when its file is whole.
-    async fn fill(&self, placed: Vec<oneshot::Sender<()>>) -> Result<Vec<Filled>> {
+    /// A volume that was filled before, and is there still: its machine may have run since.
+    async fn kept(&self, id: VolumeId) -> Result<Option<Filled>> {
+        match self.record.life.unflushed.iter().find(|filled| filled.id == id) {
+            Some(filled) if self.workshop.volumes.flush(id).await? => Ok(Some(*filled)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Fills the volumes; of each, `placed` is told when its file is whole. Repeatable.
+    pub(super) async fn fill(
+        &self,
+        durability: Durability,
+        placed: Vec<oneshot::Sender<()>>,
+    ) -> Result<Vec<Filled>> {
         let (moved, mut placed) = (Moved::default(), placed.into_iter());
         let filling = async {
             let mut volumes = Vec::new();
             for disk in &self.record.disks {
                 let stopped = || self.stop.load(Ordering::SeqCst);
                 let note = |done: u64, total: u64| moved.note(done, total);
-                let filled = self.workshop.volumes.fill(disk.volume_id, &stopped, &note, placed.next());
-                volumes.extend(filled.await?);
+                match self.kept(disk.volume_id).await? {
+                    Some(filled) => volumes.push(filled),
+                    None => {
+                        let fill = self.workshop.volumes.fill(disk.volume_id, durability, &stopped, &note);
+                        volumes.extend(fill.await?);
+                    }
+                }
+                if let Some(placed) = placed.next() {
+                    // Whoever waited may have failed.
+                    let _ = placed.send(());
+                }
                 self.workshop.core.checkpoint("server.volume_filled")?;
             }
             Ok(volumes)
@@ -82,8 +105,27 @@ impl Doing {
         self.telling(("filling_volumes", 1, 59), &moved, filling).await
     }
 
-    /// Has the VMM of a server that goes on from a memory begin with that, while its volumes are on their way to the disk and all of
-    /// it is recorded. What it makes stays parked. The record says that the memory is used up, so it must not be written before the VMM
+    /// Has volumes that are whole outlive a loss of power, while somebody waits for something else.
+    fn begin_flush(&self, volumes: &[Filled]) {
+        let flushing = flush(self.workshop.volumes.clone(), volumes.to_vec());
+        self.entry.keep_flushing(tokio::spawn(flushing));
+    }
+
+    /// Waits until the volumes that the server was made with outlive a loss of power. Its VMM is there, so there was none since. Repeatable.
+    pub(super) async fn flushed(&self) -> Result<()> {
+        match self.entry.take_flushing() {
+            Some(flushing) => {
+                let ended = flushing.await;
+                ended.unwrap_or_else(|cause| {
+                    Err(Error::internal("the flushing of volumes ended badly", cause))
+                })
+            }
+            // Begun by a daemon that has died, if at all.
+            None => flush(self.workshop.volumes.clone(), self.record.life.unflushed.clone()).await,
+        }
+    }
+
+    /// Has the VMM of a server that goes on from a memory begin with that, while all of it is recorded. What it makes stays parked. The record says that the memory is used up, so it must not be written before the VMM
     /// was told: a daemon that dies in between would leave a server that has neither. Of a strict one the walls are looked at first,
     /// which its record has to name.
     async fn restore_early(&self) -> Result<bool> {
@@ -102,4 +144,13 @@ impl Doing {
         self.workshop.core.checkpoint("server.restoring")?;
         up.await.map(|()| true)
     }
+}
+
+async fn flush(volumes: Volumes, filled: Vec<Filled>) -> Result<()> {
+    for Filled { id, .. } in filled {
+        if !volumes.flush(id).await? {
+            return Err(Error::new(Code::Internal, format!("the file of volume {id} is gone")));
+        }
+    }
+    Ok(())
 }

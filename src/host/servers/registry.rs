@@ -85,6 +85,8 @@ pub struct Entry {
     taps: Mutex<Vec<OwnedFd>>,
     /// What it is making already.
     building: Mutex<Option<Building>>,
+    /// Ends when the volumes that the server is made with outlive a loss of power.
+    flushing: Mutex<Option<JoinHandle<crate::error::Result<()>>>>,
     /// Held while a connection is made, so that there is one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -124,6 +126,7 @@ impl Entry {
         self.take_prepared();
         self.taps().clear();
         self.take_building();
+        self.take_flushing();
         self.wake_readers();
     }
 
@@ -166,6 +169,16 @@ impl Entry {
     /// What the VMM at hand is making, if it was kept.
     pub fn take_building(&self) -> Option<Building> {
         self.building.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Keeps what flushes the server's volumes.
+    pub fn keep_flushing(&self, flushing: JoinHandle<crate::error::Result<()>>) {
+        *self.flushing.lock().unwrap_or_else(PoisonError::into_inner) = Some(flushing);
+    }
+
+    /// What flushes the server's volumes, if it was kept.
+    pub fn take_flushing(&self) -> Option<JoinHandle<crate::error::Result<()>>> {
+        self.flushing.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Makes readers of the console look again.
@@ -293,6 +306,7 @@ impl Registry {
             prepared: Mutex::new(None),
             taps: Mutex::default(),
             building: Mutex::new(None),
+            flushing: Mutex::new(None),
             connecting: tokio::sync::Mutex::new(()),
         });
         let actor = actor::Actor::new(self.workshop.clone(), entry.clone(), inbox);

@@ -10,7 +10,6 @@ use std::time::Instant;
 use model::volume::FillMethod;
 use model::{Code, VolumeId};
 use sys::beneath::{self, Access};
-use tokio::sync::oneshot;
 
 use super::files::{Durability, Unfinished};
 use super::fill::{Watch, fill, share};
@@ -29,8 +28,6 @@ pub(super) struct NewFile {
     pub(super) size_bytes: u64,
     /// What it is to outlive.
     pub(super) durability: Durability,
-    /// Told when it lies there whole, which may be long before it outlives what it is to.
-    pub(super) placed: Option<oneshot::Sender<()>>,
 }
 
 /// Opens what a file is filled from, where waiting is allowed.
@@ -86,15 +83,10 @@ fn make_now(new: NewFile, watch: &Watch) -> io::Result<FillMethod> {
         }
     };
     watch.check()?;
-    let placed = || {
-        if let Some(placed) = new.placed {
-            // Whoever waited may have gone.
-            let _ = placed.send(());
-        }
-    };
     match new.durability {
-        Durability::Power => unfinished.finish_in_place(placed)?,
-        Durability::Process => unfinished.take_place().map(|()| placed())?,
+        Durability::Power => unfinished.finish_in_place()?,
+        Durability::Pending => unfinished.begin()?,
+        Durability::Process => unfinished.take_place()?,
     }
     Ok(method)
 }
@@ -201,7 +193,7 @@ fn grow_now(file: File, size_bytes: u64) -> Result<File> {
 }
 
 /// The disk being full has a code of its own, and so has a file that the file system cannot hold.
-fn file_trouble(what: String, cause: io::Error) -> Error {
+pub(super) fn file_trouble(what: String, cause: io::Error) -> Error {
     match cause.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             Error::new(

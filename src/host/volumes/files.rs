@@ -27,6 +27,9 @@ pub(crate) fn beside(place: &Path) -> PathBuf {
 pub(crate) enum Durability {
     /// A loss of power. Waiting for the disk costs a millisecond or more.
     Power,
+    /// A loss of power, once it is flushed ([`flush_in_place`]). Until then it may be lost, but not in part: its content is on the medium
+    /// before it has its name, and a file system that keeps a journal keeps that order.
+    Pending,
     /// The daemon: whoever needs it after a loss of power makes it anew.
     Process,
 }
@@ -53,6 +56,7 @@ pub(crate) fn replace_by<'a>(
     }
     match durability {
         Durability::Power => unfinished.finish(),
+        Durability::Pending => unfinished.begin(),
         Durability::Process => unfinished.take_place(),
     }
 }
@@ -89,21 +93,21 @@ impl Unfinished {
         sync_parent(&place)
     }
 
-    /// Gives it its place, says so, then flushes both: for whoever vouches for the file only when that is done. The file
-    /// system writes name and content down in one go, where [`Unfinished::finish`] waits for two.
-    pub(crate) fn finish_in_place(self, placed: impl FnOnce()) -> io::Result<()> {
+    /// Gives it its place, then flushes both: for whoever vouches for the file only when that is done. The file system writes name and
+    /// content down in one go, where [`Unfinished::finish`] waits for two.
+    pub(crate) fn finish_in_place(self) -> io::Result<()> {
         let (file, place) = (self.file.try_clone()?, self.place.clone());
-        self.take_place()?;
-        placed();
-        // For a directory ext4 commits everything that is under way on the file system by then, for a file only what concerns it. So the
-        // directory comes first, and with it a file whose blocks are known: nothing is left to commit for that one.
-        let flushed = sys::writeback::write_out(&file)
-            .and_then(|()| sync_parent(&place))
-            .and_then(|()| file.sync_all());
-        flushed.inspect_err(|_| {
+        self.begin()?;
+        flush_in_place(&file, &place).inspect_err(|_| {
             // Whoever begins again replaces what cannot be removed now.
             let _ = fs::remove_file(&place);
         })
+    }
+
+    /// Gives it its place when its content is on the medium, which nothing vouches for yet.
+    pub(crate) fn begin(self) -> io::Result<()> {
+        sys::writeback::write_out(&self.file)?;
+        self.take_place()
     }
 
     /// Gives it its place, flushed or not.
@@ -121,6 +125,14 @@ impl Drop for Unfinished {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Flushes a file that was begun, and its name. For a directory ext4 commits everything that is under way on the file system by then, for a
+/// file only what concerns it. So the directory comes first, and with it a file whose blocks are known: nothing is left to commit for
+/// that one.
+pub(crate) fn flush_in_place(file: &File, place: &Path) -> io::Result<()> {
+    sync_parent(place)?;
+    file.sync_all()
 }
 
 /// Puts the file that lies beside `place` in it, for good. Repeatable: where none lies, it has been done.

@@ -2,7 +2,7 @@
 //! Called by the facade, and by `servers`, which makes, opens, copies and removes the root volumes.
 //!
 //! The record is committed before the file is made and removed after it is gone. A file lies at its place only
-//! when it is complete; a volume in state `creating` is filled again from the beginning.
+//! when it is complete; a volume in state `creating` is filled again from the beginning, unless its server knows that it lies there.
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -15,7 +15,7 @@ use model::snapshot::SnapshotVolume;
 use model::volume::{FillMethod, PatchVolume, Volume, VolumeFormat, VolumeState};
 use model::{Code, ImageId, Labels, Name, OperationId, ServerId, SnapshotId, Time, VolumeId};
 use rusqlite::Connection;
-use tokio::sync::oneshot;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::call::{Answer, Call};
@@ -38,7 +38,7 @@ mod recover;
 pub(crate) mod space;
 
 use disk::{NewFile, Source};
-use files::Durability;
+pub(crate) use files::Durability;
 use layers::Layers;
 
 pub(crate) const TABLES: &str = crate::table!("volumes");
@@ -88,8 +88,8 @@ impl Record for Volume {
     }
 }
 
-/// A volume whose file is whole and outlives a loss of power, which is not recorded yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A volume whose file is whole, which its own record does not say yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filled {
     /// Which.
     pub id: VolumeId,
@@ -102,7 +102,7 @@ pub struct Filled {
 pub(crate) enum Content {
     /// Its record says so.
     Recorded,
-    /// The caller has just filled it, and records that before a guest writes to it; it may not be flushed yet.
+    /// The caller has filled it, and records that before a guest writes to it; it may not be flushed yet.
     Filled,
 }
 
@@ -262,7 +262,7 @@ impl Volumes {
         }
         let size_bytes = volume.size_bytes;
         let source = disk::nothing();
-        let new = NewFile { place, source, size_bytes, durability: Durability::Power, placed: None };
+        let new = NewFile { place, source, size_bytes, durability: Durability::Power };
         disk::make(new, &|| false, &|_, _| {}).await?;
         self.core.checkpoint("volume.made_empty")
     }
@@ -310,22 +310,17 @@ impl Volumes {
         records::one(connection, id.0)
     }
 
-    /// For `servers`: makes the file, for [`Volumes::complete`]. Repeatable; does nothing when it is ready. Looks
-    /// at `cancelled` between pieces and then fails with `draining`; `progress` takes bytes done and in all. `placed` is told
-    /// when the file lies there whole; that it outlives a loss of power is only true when this has returned.
+    /// For `servers`: makes the file, for [`Volumes::complete`]; if its durability is pending, for [`Volumes::flush`] before that. Repeatable; does nothing when it is ready. Looks at `cancelled` between pieces and then
+    /// fails with `draining`; `progress` takes bytes done and in all.
     pub(crate) async fn fill(
         &self,
         id: VolumeId,
+        durability: Durability,
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
-        placed: Option<oneshot::Sender<()>>,
     ) -> Result<Option<Filled>> {
         let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Creating {
-            if let Some(placed) = placed {
-                // Whoever waited may have gone.
-                let _ = placed.send(());
-            }
             return Ok(None);
         }
         let source = match (volume.snapshot_id, volume.image_id) {
@@ -338,14 +333,28 @@ impl Volumes {
             (None, None) => disk::nothing(),
         };
         let place = self.core.dirs.volume(id);
-        let (size_bytes, durability) = (volume.size_bytes, Durability::Power);
-        let new = NewFile { place, source, size_bytes, durability, placed };
+        let new = NewFile { place, source, size_bytes: volume.size_bytes, durability };
         let method = disk::make(new, cancelled, progress).await?;
         self.core.checkpoint("volume.filled")?;
         Ok(Some(Filled { id, method }))
     }
 
-    /// For `servers`, in the transaction that ends its filling: from here on it is what it is to be. Repeatable.
+    /// For `servers`: has the file that [`Volumes::fill`] made outlive a loss of power; false when one that came in between has taken it
+    /// away. Repeatable.
+    pub(crate) async fn flush(&self, id: VolumeId) -> Result<bool> {
+        let place = self.core.dirs.volume(id);
+        let flush = move || match File::open(&place) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
+            file => files::flush_in_place(&file?, &place).map(|()| true),
+        };
+        let flushed = disk::blocking(flush).await;
+        let flushed =
+            flushed.map_err(|cause| disk::file_trouble(format!("volume {id} cannot be flushed"), cause))?;
+        self.core.checkpoint("volume.flushed")?;
+        Ok(flushed)
+    }
+
+    /// For `servers`, in the transaction that says that its file is whole for good: from here on it is what it is to be. Repeatable.
     pub(crate) fn complete(tx: &Tx<'_>, filled: &Filled, dirs: &Dirs) -> Result<()> {
         let Some(mut volume) = records::find::<Volume>(tx, filled.id.0)? else { return Ok(()) };
         if volume.state != VolumeState::Creating {
@@ -391,7 +400,7 @@ impl Volumes {
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<FillMethod> {
         let source: Source = Box::new(|| Ok(Some(Layers::one(source))));
-        let new = NewFile { place, source, size_bytes, durability: Durability::Process, placed: None };
+        let new = NewFile { place, source, size_bytes, durability: Durability::Process };
         disk::make(new, cancelled, progress).await
     }
 
@@ -407,8 +416,7 @@ impl Volumes {
     ) -> Result<()> {
         let source = self.snapshot_disk(snapshot, index).await?;
         let place = files::beside(&self.core.dirs.volume(id));
-        let durability = Durability::Power;
-        let new = NewFile { place, source, size_bytes, durability, placed: None };
+        let new = NewFile { place, source, size_bytes, durability: Durability::Power };
         disk::make(new, cancelled, progress).await.map(drop)
     }
 

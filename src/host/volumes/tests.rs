@@ -52,7 +52,7 @@ async fn fill(
     cancelled: &(dyn Fn() -> bool + Send + Sync),
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<()> {
-    let Some(filled) = volumes.fill(id, cancelled, progress, None).await? else { return Ok(()) };
+    let Some(filled) = volumes.fill(id, Durability::Power, cancelled, progress).await? else { return Ok(()) };
     let dirs = volumes.core.dirs.clone();
     volumes.core.store.write(move |tx| Volumes::complete(tx, &filled, &dirs)).await
 }

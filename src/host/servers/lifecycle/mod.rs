@@ -34,10 +34,12 @@ use wire::saved::Digest;
 
 use super::limits;
 use crate::vmms::ProcessId;
+use crate::volumes::Filled;
 
 pub mod ask;
 mod back;
 pub mod end;
+mod found;
 mod moving;
 mod phase;
 pub mod step;
@@ -45,7 +47,8 @@ pub mod work;
 
 pub use ask::{Ask, Asked, Refused};
 pub use end::{End, EndKind};
-pub use step::{Event, Found, Spawned, step};
+pub use found::Found;
+pub use step::{Event, Spawned, step};
 pub use work::Work;
 
 /// All that decides what a server does next. Saved as one piece.
@@ -70,6 +73,10 @@ pub struct Life {
     /// it is forgotten before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved: Option<Saved>,
+    /// Volumes that it is made with, from when their files are whole until it is known that they outlive a loss of power. Until then its
+    /// machine does not run, so whatever of them is lost nobody has written to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unflushed: Vec<Filled>,
     /// The snapshot from whose files its machine has memory that is not settled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares: Option<SnapshotId>,
@@ -429,6 +436,14 @@ pub enum Then {
     },
 }
 
+impl Then {
+    /// Whether the server or its volumes stay.
+    pub(super) fn keeps_volumes(&self) -> bool {
+        // What cannot be started before its volumes were flushed was only being made.
+        !matches!(self, Then::Fail(_) | Then::Delete { keep_volumes: false, .. })
+    }
+}
+
 /// Why something did not work, as it is saved and shown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {
@@ -492,6 +507,7 @@ impl Life {
             failures: 0,
             awaits: None,
             saved: None,
+            unflushed: Vec::new(),
             shares: None,
             clash: None,
         }

@@ -23,6 +23,7 @@ impl Life {
             failures: 0,
             awaits: None,
             saved,
+            unflushed: Vec::new(),
             shares: None,
             clash: None,
         }

@@ -1,13 +1,14 @@
-//! What follows when work is done, a machine ends, time passes or a daemon starts. Pure.
+//! What follows when work is done, a machine ends or time passes; what a starting daemon finds is in `found`. Pure.
 //! An event that does not belong to the phase is stale and changes nothing.
 use model::Code;
 use model::limits::GRACE_S_MAX;
 use model::server::{RestartPolicy, StateReason, Wanted};
 use model::{OperationId, SnapshotId, Time};
 use serde::{Deserialize, Serialize};
-use wire::control::{MachineState, Sandbox};
+use wire::control::Sandbox;
 
 use super::end::{End, EndKind};
+use super::found::Found;
 use super::{
     Back, Context, JobKind, Life, Phase, Push, Return, Saved, SavedOf, Step, Then, Trouble, Verdict,
 };
@@ -37,7 +38,7 @@ pub struct Spawned {
 pub enum Event {
     /// Directory and volumes are there.
     Made {
-        /// Volumes that were filled.
+        /// Volumes that were filled, and flushed unless a VMM was started meanwhile.
         volumes: Vec<Filled>,
         /// The VMM of the first machine, where one was started meanwhile.
         vmm: Option<Spawned>,
@@ -48,7 +49,7 @@ pub enum Event {
     MakeFailed(Trouble),
     /// A VMM process was started.
     Spawned(Spawned),
-    /// Its vCPUs run.
+    /// Its vCPUs run, and its volumes outlived a loss of power before.
     Booted,
     /// No process, or no machine in it.
     StartFailed(Trouble),
@@ -56,7 +57,7 @@ pub enum Event {
     Paused,
     /// They run on.
     PauseFailed(Trouble),
-    /// vCPUs run.
+    /// vCPUs run, and its volumes outlived a loss of power before.
     Resumed,
     /// They are parked still.
     ResumeFailed(Trouble),
@@ -101,24 +102,16 @@ pub enum Event {
     /// The machine has ended.
     Ended(End),
     /// Taps and sockets were given back.
-    Released,
+    Released {
+        /// Whether its volumes outlive a loss of power.
+        flushed: bool,
+    },
     /// Nothing is left.
     Purged,
     /// [`Life::deadline_ms`] has come.
     DeadlinePassed,
     /// A daemon has started and looked for the machine of a phase that should have one.
     Found(Found),
-}
-
-/// What a starting daemon found of a machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Found {
-    /// The process answers.
-    Alive(MachineState),
-    /// The process lives and does not answer.
-    Mute,
-    /// It has ended.
-    Gone(End),
 }
 
 /// The next life after `event`.
@@ -153,8 +146,8 @@ impl Life {
     }
 }
 
-struct Stepping {
-    life: Life,
+pub(super) struct Stepping {
+    pub(super) life: Life,
     ended: Vec<(OperationId, Verdict)>,
     gone: bool,
     context: Context,
@@ -164,19 +157,22 @@ impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
         match (phase, event) {
-            (Phase::Creating { start: true }, Event::Made { vmm: spawned, restores, .. }) => {
+            (Phase::Creating { start: true }, Event::Made { volumes, vmm: spawned, restores }) => {
                 self.life.begin_run();
+                self.life.unflushed = if spawned.is_some() { volumes } else { Vec::new() };
                 match spawned.map(|spawned| spawned.vmm) {
                     Some(vmm) if restores => self.restored(vmm),
                     vmm => self.life.phase = Phase::Starting { vmm },
                 }
             }
             // It was stopped before it had begun.
-            (Phase::Creating { start: false }, Event::Made { vmm: Some(Spawned { vmm, .. }), .. }) => {
-                let (vmm, push, then) = (Some(vmm), Push::Force, Then::Stop);
+            (Phase::Creating { start: false }, Event::Made { volumes, vmm: Some(spawned), .. }) => {
+                self.life.unflushed = volumes;
+                let (vmm, push, then) = (Some(spawned.vmm), Push::Force, Then::Stop);
                 self.life.phase = Phase::Stopping { vmm, push, then };
             }
             (Phase::Creating { start: false }, Event::Made { vmm: None, .. }) => {
+                self.life.unflushed.clear();
                 self.life.phase = Phase::Stopped { why: None };
                 self.end_job(Verdict::Succeeded);
             }
@@ -262,6 +258,7 @@ impl Stepping {
                 self.life.phase = Phase::Resetting { vmm, resets: Some(resets) };
             }
             (Phase::Resuming { vmm }, Event::Resumed) => {
+                self.life.unflushed.clear();
                 self.life.phase = Phase::Running { vmm };
                 self.end_job(Verdict::Succeeded);
             }
@@ -346,7 +343,15 @@ impl Stepping {
                 self.life.failures = 0;
             }
             (phase, Event::Ended(end)) => self.machine_ended(phase, end),
-            (Phase::Releasing { then }, Event::Released) => self.released(then),
+            // Somebody wants to keep what nobody wanted when the work began.
+            (Phase::Releasing { then }, Event::Released { flushed: false })
+                if !self.life.unflushed.is_empty() && then.keeps_volumes() => {}
+            (Phase::Releasing { then }, Event::Released { flushed }) => {
+                if flushed {
+                    self.life.unflushed.clear();
+                }
+                self.released(then);
+            }
             (Phase::Deleting { verdict, .. }, Event::Purged) => {
                 self.end_job(verdict);
                 self.gone = true;
@@ -368,11 +373,12 @@ impl Stepping {
         self.life.job.is_some_and(|job| job.id == id)
     }
 
-    fn is_being_created(&self) -> bool {
+    pub(super) fn is_being_created(&self) -> bool {
         self.life.job.is_some_and(|job| job.kind == JobKind::Create)
     }
 
-    fn booted(&mut self, vmm: ProcessId) {
+    pub(super) fn booted(&mut self, vmm: ProcessId) {
+        self.life.unflushed.clear();
         self.life.booted_ms = Some(self.context.now_ms);
         // A host restart took a paused machine away; the one that replaces it is parked as well.
         self.life.phase = match self.life.wanted {
@@ -384,7 +390,7 @@ impl Stepping {
 
     /// The memory is used up before a vCPU runs: a daemon that follows one that died here finds a parked machine, or one that is
     /// about to be, and lets it run.
-    fn restored(&mut self, vmm: ProcessId) {
+    pub(super) fn restored(&mut self, vmm: ProcessId) {
         let of = self.life.saved.take().map(|saved| saved.of);
         self.life.shares = of.and_then(|of| match of {
             SavedOf::Clone { snapshot } => Some(snapshot),
@@ -411,7 +417,7 @@ impl Stepping {
         self.life.phase = Phase::Releasing { then: Then::Fail(trouble) };
     }
 
-    fn machine_ended(&mut self, phase: Phase, end: End) {
+    pub(super) fn machine_ended(&mut self, phase: Phase, end: End) {
         if let Phase::Hibernating { was_paused, .. } = &phase {
             self.life.wanted = if *was_paused { Wanted::Paused } else { Wanted::Running };
         }
@@ -539,62 +545,7 @@ impl Stepping {
         self.life.phase = Phase::Deleting { keep_volumes, verdict };
     }
 
-    fn found(&mut self, phase: Phase, found: Found) {
-        match (phase, found) {
-            // A process that was lost before it was recorded has no machine; the work starts another.
-            (Phase::Starting { vmm: None }, _) => {}
-            (Phase::Starting { .. }, Found::Gone(_)) => self.life.begin_run(),
-            // It was built, and has not begun.
-            (Phase::Starting { .. }, Found::Alive(MachineState::Paused)) if self.life.saved.is_none() => {}
-            (phase, Found::Gone(end)) => self.machine_ended(phase, end),
-            (_, Found::Alive(MachineState::Exiting) | Found::Mute) => {}
-            // What its VMM was told to build of a memory it could not, and there is nothing else that the server is to go on from.
-            (Phase::Resuming { vmm }, Found::Alive(MachineState::Shell)) if self.is_being_created() => {
-                let detail = "the machine could not be built as it was saved".to_owned();
-                let then = Then::Fail(Trouble { code: Code::MachineFailed, detail });
-                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then };
-            }
-            (
-                Phase::Starting { vmm: Some(vmm) },
-                Found::Alive(MachineState::Running | MachineState::Paused),
-            ) => {
-                if self.life.saved.is_some() {
-                    self.restored(vmm)
-                } else {
-                    self.booted(vmm)
-                }
-            }
-            (Phase::Running { vmm }, Found::Alive(MachineState::Paused)) => {
-                self.life.phase = Phase::Resuming { vmm };
-            }
-            (Phase::Paused { vmm }, Found::Alive(MachineState::Running)) => {
-                self.life.phase = Phase::Pausing { vmm };
-            }
-            (
-                Phase::Snapshotting { vmm: Some(vmm), .. } | Phase::Restoring { vmm: Some(vmm), .. },
-                Found::Alive(MachineState::Shell),
-            ) => {
-                let detail = "the machine is gone".to_owned();
-                self.end_job(Verdict::Failed(Trouble { code: Code::MachineFailed, detail }));
-                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };
-            }
-            (
-                Phase::Running { vmm }
-                | Phase::Pausing { vmm }
-                | Phase::Paused { vmm }
-                | Phase::Resuming { vmm }
-                | Phase::Hibernating { vmm, .. }
-                | Phase::Settling { vmm, .. }
-                | Phase::Resetting { vmm, .. },
-                Found::Alive(MachineState::Shell),
-            ) => {
-                self.life.phase = Phase::Stopping { vmm: Some(vmm), push: Push::Force, then: Then::Start };
-            }
-            (_, Found::Alive(_)) => {}
-        }
-    }
-
-    fn end_job(&mut self, verdict: Verdict) {
+    pub(super) fn end_job(&mut self, verdict: Verdict) {
         if let Some(job) = self.life.job.take() {
             self.ended.push((job.id, verdict));
         }

@@ -14,6 +14,9 @@ use crate::snapshots::Taken;
 
 mod clones;
 mod restarts;
+mod world;
+
+use world::{Disk, World};
 
 /// What happens to a server in a test.
 #[derive(Debug, Clone, Copy)]
@@ -24,218 +27,14 @@ enum Happening {
     /// The actor does the work, and the daemon dies before the event is saved.
     WorkAndDie,
     Die,
+    /// The host loses power as the server is being made.
+    LosePower,
     /// Time passes beyond every deadline.
     Wait,
     /// The other host has taken it, or will never.
     MoveEnds {
         taken: bool,
     },
-}
-
-/// What there is besides the records.
-#[derive(Debug, Default)]
-struct World {
-    machine: Option<(ProcessId, MachineState)>,
-    /// A second VMM.
-    other: Option<ProcessId>,
-    /// Whether it is parked before its first instruction.
-    is_unbegun: bool,
-    spawned: i32,
-    made: u32,
-    resets: u64,
-    now_ms: i64,
-    /// The memory on the disk, and whether it is still that of the disks.
-    saved: Option<Saved>,
-    is_stale: bool,
-    turns: u8,
-    /// The snapshot whose files lie beside the disks.
-    copied: Option<SnapshotId>,
-    /// The snapshot whose files took the places of the disks last.
-    taken_back: Option<SnapshotId>,
-    /// Snapshots whose files are complete.
-    snapshots: BTreeSet<SnapshotId>,
-}
-
-impl World {
-    fn context(&self) -> Context {
-        Context { now_ms: self.now_ms, policy: RestartPolicy::Always }
-    }
-
-    fn end(&self) -> End {
-        End::of(Some(Will { reason: Reason::Asked, at_unix_ms: 0 }), None, 0, self.now_ms)
-    }
-
-    /// Does a piece of work as the effects do.
-    fn perform(&mut self, life: &Life) -> Event {
-        match life.work().expect("work to do") {
-            // The VMM of one server in two is started while its disk is made.
-            Work::Make if life.phase == (Phase::Creating { start: true }) => {
-                self.made += 1;
-                let vmm = self.made.is_multiple_of(2).then(|| self.spawn(life));
-                Event::Made { volumes: Vec::new(), vmm, restores: false }
-            }
-            Work::Make => {
-                self.dismiss_shell();
-                Event::Made { volumes: Vec::new(), vmm: None, restores: false }
-            }
-            Work::Spawn | Work::Await => Event::Spawned(self.spawn(life)),
-            Work::Snapshot { id } => {
-                self.snapshots.insert(id);
-                let taken = Taken {
-                    at_ms: self.now_ms,
-                    paused_ms: 0,
-                    disks: Vec::new(),
-                    root: None,
-                    stored_bytes: 1,
-                    chain: Default::default(),
-                    full_because: None,
-                };
-                match &life.phase {
-                    // A machine that ran runs on, whatever an earlier try has left.
-                    Phase::Snapshotting { back: Back::Running, .. } => {
-                        self.turn(MachineState::Running, Event::SnapshotTaken(id, taken))
-                    }
-                    _ => Event::SnapshotTaken(id, taken),
-                }
-            }
-            Work::Boot { .. } | Work::Resume | Work::Pause | Work::Save if self.machine.is_none() => {
-                Event::Ended(self.end())
-            }
-            Work::Boot { saved: None } => {
-                self.is_stale = true;
-                self.turn(MachineState::Running, Event::Booted)
-            }
-            Work::Boot { saved } => {
-                assert!(saved.is_some() && saved == self.saved, "restored from what is not there");
-                assert!(!self.is_stale, "restored a memory that the disks have left behind");
-                self.turn(MachineState::Paused, Event::Restored)
-            }
-            Work::Save => {
-                self.turns += 1;
-                let saved =
-                    Saved { root: Digest([self.turns; 32]), stored_bytes: 1, of: SavedOf::Hibernation };
-                (self.saved, self.is_stale) = (Some(saved), false);
-                self.turn(MachineState::Paused, Event::Saved(saved))
-            }
-            Work::Pause => self.turn(MachineState::Paused, Event::Paused),
-            Work::Resume => {
-                (self.saved, self.is_stale) = (None, true);
-                self.turn(MachineState::Running, Event::Resumed)
-            }
-            Work::Settle { job } => {
-                if self.machine.is_none() {
-                    return Event::Ended(self.end());
-                }
-                Event::Settled(job)
-            }
-            Work::SpawnNext => {
-                self.spawned += 1;
-                let vmm = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
-                // One that was never recorded is dismissed first.
-                self.other = Some(vmm.clone());
-                Event::Spawned(Spawned { vmm, sandbox: None, cage: None, build: None })
-            }
-            Work::HandOver => {
-                let Phase::Upgrading { vmm, next: Some(next), .. } = &life.phase else { panic!("{life:?}") };
-                let Some((held, _)) = &mut self.machine else { return Event::Ended(self.end()) };
-                let is_given = *held == next.vmm;
-                if !is_given && next.vmm.pid % 3 == 0 {
-                    let detail = "it was refused".to_owned();
-                    return Event::HandOverFailed(Trouble { code: Code::MachineFailed, detail });
-                }
-                assert!(is_given || *held == *vmm && self.other == Some(next.vmm.clone()));
-                (*held, self.other) = (next.vmm.clone(), Some(vmm.clone()));
-                Event::HandedOver
-            }
-            Work::Retire => {
-                let Phase::Retiring { vmm, other, .. } = &life.phase else { panic!("{life:?}") };
-                let machine = self.machine.as_ref().map(|(held, _)| held);
-                assert!(machine == Some(vmm) && self.other.as_ref().is_none_or(|left| left == other));
-                self.other = None;
-                Event::Retired
-            }
-            Work::CountResets => Event::ResetsCounted(self.resets),
-            Work::Reset { resets } => {
-                self.resets += u64::from(self.resets == resets);
-                Event::WasReset
-            }
-            Work::Press => Event::Pressed,
-            Work::Kill => {
-                self.machine = None;
-                Event::Ended(self.end())
-            }
-            Work::CopyBack { to } => {
-                self.copied = Some(to.snapshot);
-                Event::CopiedBack(to.snapshot)
-            }
-            Work::TakeBack { to } => {
-                assert!(self.machine.is_none(), "disks were taken from under a machine");
-                let is_again = self.taken_back == Some(to.snapshot);
-                assert!(
-                    self.copied.take() == Some(to.snapshot) || is_again,
-                    "what takes their place is gone"
-                );
-                self.taken_back = Some(to.snapshot);
-                let (root, of) = (Digest([0; 32]), SavedOf::Snapshot { id: to.snapshot });
-                self.saved = to.memory.then_some(Saved { root, stored_bytes: 1, of });
-                self.is_stale = false;
-                Event::TakenBack(to.snapshot, self.saved)
-            }
-            Work::Release { keep_saved, keep_copied } => {
-                assert!(self.machine.is_none(), "released under a machine");
-                if !keep_saved {
-                    self.saved = None;
-                }
-                if !keep_copied {
-                    self.copied = None;
-                }
-                Event::Released
-            }
-            Work::Purge => {
-                self.dismiss_shell();
-                assert!(self.machine.is_none(), "purged under a machine");
-                self.saved = None;
-                Event::Purged
-            }
-        }
-    }
-
-    /// A VMM that was started while the disk was made, by a daemon that died before it was recorded.
-    fn dismiss_shell(&mut self) {
-        let is_unbegun = self.is_unbegun;
-        self.machine.take_if(|(_, state)| *state == MachineState::Shell || is_unbegun);
-    }
-
-    /// One machine in two that begins with its kernel is built before its process is recorded.
-    fn spawn(&mut self, life: &Life) -> Spawned {
-        self.spawned += 1;
-        let id = ProcessId { pid: self.spawned, start_ticks: 0, boot_id: String::new() };
-        // A process that was never recorded is dismissed first.
-        self.dismiss_shell();
-        assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
-        let comes = matches!(life.phase, Phase::Arriving { .. });
-        self.is_unbegun = !comes && life.saved.is_none() && self.spawned % 2 == 0;
-        let state = if self.is_unbegun { MachineState::Paused } else { MachineState::Shell };
-        self.machine = Some((id.clone(), state));
-        Spawned { vmm: id, sandbox: None, cage: None, build: None }
-    }
-
-    fn turn(&mut self, state: MachineState, event: Event) -> Event {
-        self.is_unbegun = false;
-        if let Some((_, held)) = &mut self.machine {
-            *held = state;
-        }
-        event
-    }
-
-    /// What a starting daemon finds.
-    fn look(&self, life: &Life) -> Option<Event> {
-        let vmm = life.phase.vmm()?;
-        Some(Event::Found(match &self.machine {
-            Some((id, state)) if id == vmm => Found::Alive(*state),
-            _ => Found::Gone(self.end()),
-        }))
-    }
 }
 
 struct Test {
@@ -301,6 +100,17 @@ impl Test {
                 }
             }
             Happening::Die => self.die(),
+            Happening::LosePower => {
+                let is_being_made =
+                    !life.unflushed.is_empty() || matches!(life.phase, Phase::Creating { .. });
+                if is_being_made {
+                    (self.world.machine, self.world.is_unbegun) = (None, false);
+                    if self.world.disk == Disk::Whole {
+                        self.world.disk = Disk::Unfit;
+                    }
+                    self.die();
+                }
+            }
             Happening::Wait => {
                 self.world.now_ms += 10_000_000;
                 self.event(Event::DeadlinePassed);
@@ -396,6 +206,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         6 => Just(Happening::Work),
         1 => Just(Happening::WorkAndDie),
         1 => Just(Happening::Die),
+        1 => Just(Happening::LosePower),
         1 => Just(Happening::Wait),
         1 => any::<bool>().prop_map(|taken| Happening::MoveEnds { taken }),
     ];
@@ -432,6 +243,9 @@ proptest! {
         };
         prop_assert_eq!(machine, wanted);
         prop_assert_eq!(test.world.other, None);
+        // What is at rest would outlive a loss of power.
+        prop_assert!(test.life.is_none() || test.world.disk == Disk::Flushed);
+        prop_assert!(test.life.as_ref().is_none_or(|life| life.unflushed.is_empty()));
         // A memory is on the disk exactly while it is the server's.
         prop_assert_eq!(test.world.saved.is_some(), state == ServerState::Hibernated);
         prop_assert_eq!(test.life.as_ref().and_then(|life| life.saved), test.world.saved);
@@ -459,6 +273,7 @@ fn life(phase: Phase) -> Life {
         failures: 0,
         awaits: None,
         saved: None,
+        unflushed: Vec::new(),
         shares: None,
         clash: None,
     }
@@ -512,14 +327,17 @@ fn a_memory_is_thrown_away_by_force_only() {
     else {
         panic!()
     };
-    assert_eq!(stopping.life.work(), Some(Work::Release { keep_saved: false, keep_copied: false }));
+    assert_eq!(
+        stopping.life.work(),
+        Some(Work::Release { keep_saved: false, keep_copied: false, flush: false })
+    );
     // A start that fails before a vCPU ran has used nothing up.
     let Ok(Asked::Began(starting)) = asleep.ask(Ask::Start, OperationId::new(), context) else { panic!() };
     let trouble = Trouble { code: Code::MachineFailed, detail: "no".to_owned() };
     let failing = step(&starting.life, Event::StartFailed(trouble), context).life;
     let ended = step(&failing, Event::Ended(End::host_restarted(0)), context).life;
-    assert_eq!(ended.work(), Some(Work::Release { keep_saved: true, keep_copied: false }));
-    let back = step(&ended, Event::Released, context).life;
+    assert_eq!(ended.work(), Some(Work::Release { keep_saved: true, keep_copied: false, flush: false }));
+    let back = step(&ended, Event::Released { flushed: false }, context).life;
     assert_eq!(
         (back.phase.state(), back.wanted, back.saved),
         (ServerState::Hibernated, Wanted::Hibernated, saved)

@@ -65,6 +65,8 @@ pub enum Work {
         keep_saved: bool,
         /// Whether what was copied of a snapshot is.
         keep_copied: bool,
+        /// Whether it is not known yet that its volumes outlive a loss of power, and they are to.
+        flush: bool,
     },
     /// Remove everything.
     Purge,
@@ -96,6 +98,7 @@ impl Life {
             Phase::Releasing { then } => Some(Work::Release {
                 keep_saved: self.saved.is_some(),
                 keep_copied: matches!(then, Then::Return { .. }),
+                flush: !self.unflushed.is_empty() && then.keeps_volumes(),
             }),
             Phase::Deleting { .. } => Some(Work::Purge),
             Phase::Stopping { push: Push::Button { pressed: true, .. }, .. }

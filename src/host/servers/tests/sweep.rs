@@ -12,9 +12,9 @@ use model::{Code, Labels, ServerId, SnapshotId};
 
 use wire::control::MachineState;
 
-use super::snapshot::{named, taken};
+use super::snapshot::{named, taken, volume};
 use super::{delete, delete_snapshot, nothing_left};
-use crate::fake_vmm::Guest;
+use crate::fake_vmm::{FakeVmm, Guest};
 use crate::stage::{SOON, Stage, created, keyed, server};
 use crate::{Checkpoint, Fate, Host, Result};
 
@@ -291,6 +291,69 @@ async fn fail_to_create(number: u32) -> bool {
     died
 }
 
+/// Creates a server on a host that loses power as its daemon is at checkpoint `number`. Answers whether it did.
+async fn lose_power(number: u32) -> bool {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    host.close().await;
+    drop(host);
+    let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
+    let mut died = false;
+    let mut has_written = false;
+    let mut host = stage.open_watched(checkpoint.clone()).await;
+    let id = loop {
+        let outcome = match &host {
+            Ok(host) => carried_out(host, "create", None).await,
+            Err(cause) => Err(cause.clone()),
+        };
+        match outcome {
+            Ok(id) => break id,
+            Err(cause) => assert!(cause.code == Code::Draining && !died, "{}", cause.chain()),
+        }
+        died = true;
+        if let Ok(host) = host {
+            host.close().await;
+        }
+        // What a guest writes when it has come to run, and what is lost before it may.
+        let has_run = stage.launch.of_servers().iter().any(|vmm| vmm.state() == MachineState::Running);
+        let is_flushed = checkpoint.points.lock().unwrap().contains("volume.flushed");
+        assert!(is_flushed || !has_run, "checkpoint {number}: it runs on a disk that may be lost");
+        for entry in std::fs::read_dir(stage.state_dir().join("volumes")).unwrap() {
+            let path = entry.unwrap().path();
+            if has_run {
+                std::fs::write(&path, b"written").unwrap();
+                has_written = true;
+            } else if !is_flushed {
+                std::fs::remove_file(&path).unwrap();
+            }
+        }
+        stage.launch.power_cycle().await;
+        host = Ok(stage.open().await);
+    };
+    let host = host.expect("it has just answered");
+    if died {
+        // A record may say for a while yet that the machine of before runs.
+        let end = tokio::time::Instant::now() + SOON;
+        let runs = |vmms: &[Arc<FakeVmm>]| vmms.len() == 1 && vmms[0].state() == MachineState::Running;
+        while !runs(&stage.launch.of_servers()) {
+            assert!(tokio::time::Instant::now() < end, "checkpoint {number}: it does not run");
+            tokio::task::yield_now().await;
+        }
+        let server = host.servers().one(id).await.unwrap();
+        let disk = std::fs::read(volume(&stage, &server)).unwrap();
+        // What the image's disk begins with.
+        let wanted: &[u8] = if has_written { b"written" } else { b"disk" };
+        assert!(disk.starts_with(wanted), "checkpoint {number}: the disk is not what it was");
+    }
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    delete(&host, id).await;
+    nothing_left(&stage, &host).await;
+    host.close().await;
+    died
+}
+
 async fn create_ended(host: &Host) -> Result<Operation> {
     let (operation, _) = call(host, "create", None).await?;
     wait(host, operation).await
@@ -342,6 +405,12 @@ async fn a_clone_goes_on_from_the_memory_wherever_the_daemon_dies() {
         let count = sweep(move |number| clone(number, warm_shells)).await;
         assert!(count > 10, "only {count} checkpoints: the instrumentation is gone");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_server_has_its_whole_disk_wherever_its_host_loses_power() {
+    let count = sweep(lose_power).await;
+    assert!(count > 10, "only {count} checkpoints: the instrumentation is gone");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
