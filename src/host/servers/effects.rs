@@ -21,7 +21,7 @@ use super::lifecycle::{End, Event, JobKind, Phase, Saved, Spawned, Trouble, Work
 use super::machine::{Building, Prepared};
 use super::record::{Disk, ServerRecord};
 use super::registry::{Entry, Workshop};
-use super::{limits, machine, restore, saved};
+use super::{limits, machine, make, restore, saved};
 use crate::core::{blocking, in_place};
 use crate::error::{Error, Result};
 use crate::vmms::link::AskError;
@@ -116,15 +116,9 @@ impl Doing {
 
     async fn spawn(&self) -> Result<Event> {
         let Needs { cell, .. } = self.needs().await?;
-        Ok(Event::Spawned(self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await?))
-    }
-
-    /// Has the networks know the machine, which may be built meanwhile. Repeatable.
-    pub(super) async fn introduce(&self) -> Result<()> {
-        for nic in &self.record.nics {
-            self.workshop.networks.introduce(nic).await?;
-        }
-        Ok(())
+        let spawned = self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await?;
+        self.begin_introduction();
+        Ok(Event::Spawned(spawned))
     }
 
     /// Starts a VMM and prepares what it is to be sent, once its volumes are `filled`. Neither needs the other, and
@@ -314,20 +308,23 @@ impl Doing {
         self.entry.show_name(&self.record).await;
         let booted = async {
             match saved {
-                Some(saved) => self.restore(saved).await.map(|()| Event::Restored),
+                Some(saved) => {
+                    let (restored, ended) = tokio::join!(self.restore(saved), self.end_errands());
+                    restored.and(ended).map(|()| Event::Restored)
+                }
                 None => {
-                    self.flushed().await?;
+                    self.end_errands().await?;
                     machine::boot(&self.workshop, &self.entry, &self.record).await.map(|()| Event::Booted)
                 }
             }
         };
-        let (booted, introduced) = tokio::join!(booted, self.introduce());
+        let booted = booted.await;
         self.workshop.core.checkpoint("server.booted")?;
         // One that was saved is parked still.
         if saved.is_none() {
             self.prepare_next().await;
         }
-        self.or_end(booted.and_then(|event| introduced.map(|()| event))).await
+        self.or_end(booted).await
     }
 
     /// The last will of a VMM that has ended meanwhile says more than a connection that broke.
@@ -392,6 +389,9 @@ impl Doing {
 
     /// A parked guest cannot see a button, so it runs first.
     async fn press(&self) -> Result<Event> {
+        if let Err(cause) = make::flush(&self.workshop.volumes, &self.record.life.unflushed).await {
+            return self.final_or(Err(cause), |_| Event::PressFailed);
+        }
         let pressed = async {
             let link = self.entry.link(limits::COMMAND).await?;
             link.order(Command::Resume, limits::COMMAND).await?;
@@ -446,17 +446,14 @@ impl Doing {
         self.entry.show_name(&self.record).await;
         let building = self.entry.take_building();
         let is_current = building.as_ref().is_none_or(|building| building.is_of(&self.record));
-        if let Err(cause) = self.flushed().await {
+        if is_new && let Err(cause) = self.end_errands().await {
             return self.final_or(Err(cause), Event::ResumeFailed);
         }
-        let introduced = async { if is_new { self.introduce().await } else { Ok(()) } };
-        let (outcome, introduced) =
-            tokio::join!(machine::run(&self.entry, &self.record, building, is_current), introduced);
+        let outcome = machine::run(&self.entry, &self.record, building, is_current).await;
         self.workshop.core.checkpoint("server.ordered")?;
-        let event = match (outcome, introduced) {
-            (Ok(()), Ok(())) => Event::Resumed,
-            (Ok(()), Err(cause)) => return self.final_or(Err(cause), Event::ResumeFailed),
-            (Err(cause), _) => match self.end_of_gone(&cause).await {
+        let event = match outcome {
+            Ok(()) => Event::Resumed,
+            Err(cause) => match self.end_of_gone(&cause).await {
                 // Or what follows it would be wanted parked, as one that only refuses.
                 Some(end) => return Ok(Event::Ended(end)),
                 None => match self.end_elsewhere().await {

@@ -18,6 +18,7 @@ use super::effects::Doing;
 use super::lifecycle::{self, Back, End, EndKind, Event, Trouble};
 use super::limits;
 use super::machine::{self, Packet};
+use super::make;
 use super::record::ServerRecord;
 use super::registry::Entry;
 use super::snapshot::USERFAULTFD;
@@ -332,7 +333,8 @@ impl Doing {
         self.workshop.core.checkpoint("server.arrival_prepared")?;
         let cell = self.needs().await?.cell;
         let spawned = self.vmm(cell, std::future::ready(Ok(Content::Filled))).await?;
-        self.introduce().await.map(|()| Event::Spawned(spawned))
+        make::introduce(&self.workshop.networks, &self.record.nics).await?;
+        Ok(Event::Spawned(spawned))
     }
 
     /// How the machine ended, if the VMM at hand says that it has none that could run here.

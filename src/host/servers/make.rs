@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use futures_util::future;
-use model::server::Isolation;
+use model::server::{Isolation, ServerNic};
 use model::{Code, VolumeId};
 use tokio::sync::oneshot;
 
@@ -14,6 +14,7 @@ use super::telling::Moved;
 use super::{limits, machine};
 use crate::core::in_place;
 use crate::error::{Error, Result};
+use crate::network::Networks;
 use crate::volumes::{Content, Durability, Filled, Volumes};
 
 impl Doing {
@@ -39,6 +40,7 @@ impl Doing {
                     future::try_join_all(filled).await.map(|_| Content::Filled).map_err(unfilled)
                 };
                 let vmm = self.vmm(cell, filled).await?;
+                self.begin_introduction();
                 self.restore_early().await.map(|restores| (vmm, restores))
             };
             let filling = async {
@@ -105,29 +107,35 @@ impl Doing {
         self.telling(("filling_volumes", 1, 59), &moved, filling).await
     }
 
-    /// Has volumes that are whole outlive a loss of power, while somebody waits for something else.
-    fn begin_flush(&self, volumes: &[Filled]) {
-        let flushing = flush(self.workshop.volumes.clone(), volumes.to_vec());
-        self.entry.keep_flushing(tokio::spawn(flushing));
-    }
-
-    /// Waits until the volumes that the server was made with outlive a loss of power. Its VMM is there, so there was none since. Repeatable.
-    pub(super) async fn flushed(&self) -> Result<()> {
-        match self.entry.take_flushing() {
-            Some(flushing) => {
-                let ended = flushing.await;
-                ended.unwrap_or_else(|cause| {
-                    Err(Error::internal("the flushing of volumes ended badly", cause))
-                })
-            }
-            // Begun by a daemon that has died, if at all.
-            None => flush(self.workshop.volumes.clone(), self.record.life.unflushed.clone()).await,
+    /// Waits for what was begun before the VMM was recorded. One that a daemon which died had begun is done again: the volumes that the
+    /// server was made with are flushed, and its networks know the machine. Repeatable.
+    pub(super) async fn end_errands(&self) -> Result<()> {
+        let mut errands = self.entry.take_errands();
+        if errands.is_empty() {
+            flush(&self.workshop.volumes, &self.record.life.unflushed).await?;
+            return introduce(&self.workshop.networks, &self.record.nics).await;
         }
+        while let Some(ended) = errands.join_next().await {
+            let ended = ended.map_err(|cause| Error::internal("what a machine waits for ended badly", cause));
+            ended??;
+        }
+        Ok(())
     }
 
-    /// Has the VMM of a server that goes on from a memory begin with that, while all of it is recorded. What it makes stays parked. The record says that the memory is used up, so it must not be written before the VMM
-    /// was told: a daemon that dies in between would leave a server that has neither. Of a strict one the walls are looked at first,
-    /// which its record has to name.
+    /// Has the networks know the machine before it runs, while somebody waits for something else.
+    pub(super) fn begin_introduction(&self) {
+        let (networks, nics) = (self.workshop.networks.clone(), self.record.nics.clone());
+        self.entry.begin_errand(async move { introduce(&networks, &nics).await });
+    }
+
+    fn begin_flush(&self, filled: &[Filled]) {
+        let (volumes, filled) = (self.workshop.volumes.clone(), filled.to_vec());
+        self.entry.begin_errand(async move { flush(&volumes, &filled).await });
+    }
+
+    /// Has the VMM of a server that goes on from a memory begin with that, while all of it is recorded. What it makes stays parked. The
+    /// record says that the memory is used up, so it must not be written before the VMM was told: a daemon that dies in between would leave
+    /// a server that has neither. Of a strict one the walls are looked at first, which its record has to name.
     async fn restore_early(&self) -> Result<bool> {
         let (Some(saved), Isolation::Standard) = (self.record.life.saved, self.record.isolation) else {
             return Ok(false);
@@ -146,11 +154,20 @@ impl Doing {
     }
 }
 
-async fn flush(volumes: Volumes, filled: Vec<Filled>) -> Result<()> {
+/// Has volumes that are whole outlive a loss of power.
+pub(super) async fn flush(volumes: &Volumes, filled: &[Filled]) -> Result<()> {
     for Filled { id, .. } in filled {
-        if !volumes.flush(id).await? {
+        if !volumes.flush(*id).await? {
             return Err(Error::new(Code::Internal, format!("the file of volume {id} is gone")));
         }
+    }
+    Ok(())
+}
+
+/// Has its networks know a machine. Repeatable.
+pub(super) async fn introduce(networks: &Networks, nics: &[ServerNic]) -> Result<()> {
+    for nic in nics {
+        networks.introduce(nic).await?;
     }
     Ok(())
 }

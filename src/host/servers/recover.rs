@@ -6,6 +6,7 @@ use super::limits;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
 use crate::error::Result;
+use crate::store::records;
 use crate::vmms::link::AskError;
 
 /// Looks for the machine of a phase that has one. Nothing for other phases.
@@ -24,8 +25,12 @@ pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerReco
     let found = match entry.greet(limits::COMMAND).await {
         Ok((_, Some(hello))) => {
             entry.console.send_replace(hello.console_written);
-            // The daemon may have died between the record of new limits and the VMM's word of them.
-            if let Err(cause) = entry.limit(record).await {
+            // The daemon may have died between the record of new limits and the VMM's word of them. Somebody may have recorded newer ones.
+            let id = record.id.0;
+            let latest = workshop.core.store.glance(move |connection| records::find(connection, id)).await?;
+            if let Some(latest) = latest
+                && let Err(cause) = entry.limit(&latest).await
+            {
                 tracing::warn!(server = %record.id, "its limits are not in force: {cause}");
             }
             Found::Alive(hello.state)

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use model::ServerId;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use wire::control::{Command, FaultCode, Notice};
 
 use super::capacity::Capacity;
@@ -85,11 +85,14 @@ pub struct Entry {
     taps: Mutex<Vec<OwnedFd>>,
     /// What it is making already.
     building: Mutex<Option<Building>>,
-    /// Ends when the volumes that the server is made with outlive a loss of power.
-    flushing: Mutex<Option<JoinHandle<crate::error::Result<()>>>>,
+    /// What else has to be done before its machine may run. It ends with the VMM, too.
+    errands: Mutex<Errands>,
     /// Held while a connection is made, so that there is one.
     connecting: tokio::sync::Mutex<()>,
 }
+
+/// Work that goes on until its end or until this is dropped.
+pub type Errands = JoinSet<crate::error::Result<()>>;
 
 /// A VMM process at hand.
 #[derive(Clone)]
@@ -126,7 +129,7 @@ impl Entry {
         self.take_prepared();
         self.taps().clear();
         self.take_building();
-        self.take_flushing();
+        self.take_errands();
         self.wake_readers();
     }
 
@@ -171,14 +174,14 @@ impl Entry {
         self.building.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Keeps what flushes the server's volumes.
-    pub fn keep_flushing(&self, flushing: JoinHandle<crate::error::Result<()>>) {
-        *self.flushing.lock().unwrap_or_else(PoisonError::into_inner) = Some(flushing);
+    /// Begins with something that has to be done before the machine may run, while its caller goes on.
+    pub fn begin_errand(&self, errand: impl Future<Output = crate::error::Result<()>> + Send + 'static) {
+        self.errands.lock().unwrap_or_else(PoisonError::into_inner).spawn(errand);
     }
 
-    /// What flushes the server's volumes, if it was kept.
-    pub fn take_flushing(&self) -> Option<JoinHandle<crate::error::Result<()>>> {
-        self.flushing.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// What was begun so, and has to end well.
+    pub fn take_errands(&self) -> Errands {
+        std::mem::take(&mut self.errands.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Makes readers of the console look again.
@@ -306,7 +309,7 @@ impl Registry {
             prepared: Mutex::new(None),
             taps: Mutex::default(),
             building: Mutex::new(None),
-            flushing: Mutex::new(None),
+            errands: Mutex::default(),
             connecting: tokio::sync::Mutex::new(()),
         });
         let actor = actor::Actor::new(self.workshop.clone(), entry.clone(), inbox);

@@ -16,6 +16,7 @@ use crate::{Call, Error};
 mod bulk;
 mod clone;
 mod console;
+mod flush;
 mod hibernate;
 mod hostile;
 mod limits;

@@ -79,8 +79,8 @@ struct Shared {
     closed: watch::Sender<bool>,
 }
 
-/// A command that has been sent, and that the VMM may be carrying out: it does so one after the other, and to the end of what it was
-/// sent also when its daemon has died. Nobody waits for the reply any more when this is dropped.
+/// A command that has been sent, and that the VMM may be carrying out: it does so one after the other. Nobody waits for the reply any
+/// more when this is dropped.
 pub struct Asked {
     link: Link,
     id: u64,

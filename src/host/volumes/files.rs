@@ -28,7 +28,7 @@ pub(crate) enum Durability {
     /// A loss of power. Waiting for the disk costs a millisecond or more.
     Power,
     /// A loss of power, once it is flushed ([`flush_in_place`]). Until then it may be lost, but not in part: its content is on the medium
-    /// before it has its name, and a file system that keeps a journal keeps that order.
+    /// before it has its name, and ext4 and XFS keep that order in their journals.
     Pending,
     /// The daemon: whoever needs it after a loss of power makes it anew.
     Process,

@@ -342,10 +342,15 @@ impl Volumes {
     /// For `servers`: has the file that [`Volumes::fill`] made outlive a loss of power; false when one that came in between has taken it
     /// away. Repeatable.
     pub(crate) async fn flush(&self, id: VolumeId) -> Result<bool> {
-        let place = self.core.dirs.volume(id);
+        let (place, core) = (self.core.dirs.volume(id), self.core.clone());
+        let volume: Volume = core.store.glance(move |connection| records::one(connection, id.0)).await?;
         let flush = move || match File::open(&place) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
-            file => files::flush_in_place(&file?, &place).map(|()| true),
+            // Not every file system keeps with a name what was written before it had that; then there is nothing of it.
+            file => match file? {
+                file if file.metadata()?.len() < volume.size_bytes => Ok(false),
+                file => files::flush_in_place(&file, &place).map(|()| true),
+            },
         };
         let flushed = disk::blocking(flush).await;
         let flushed =

@@ -508,6 +508,10 @@ impl Asking {
             Phase::Moving { .. } | Phase::Arriving { .. } => return Err(Refused),
             // Which process has the machine is known in a moment.
             Phase::Upgrading { .. } | Phase::Retiring { .. } => return Err(Refused),
+            // Its machine may have run on what is kept.
+            Phase::Creating { .. } if keep_volumes && !self.life.unflushed.is_empty() => {
+                Phase::Stopping { vmm: None, push: Push::Force, then }
+            }
             // A volume that is not filled is no volume to keep.
             Phase::Creating { .. } => Phase::Deleting { keep_volumes: false, verdict },
             Phase::Stopped { .. }

@@ -63,7 +63,11 @@ impl World {
                 if vmm.is_none() {
                     self.disk = Disk::Flushed;
                 }
-                Event::Made { volumes: filled(), vmm, restores: false }
+                let restores = vmm.is_some() && life.saved.is_some();
+                if restores {
+                    self.turn(MachineState::Paused, Event::Restored);
+                }
+                Event::Made { volumes: filled(), vmm, restores }
             }
             Work::Make => {
                 self.dismiss_shell();
@@ -166,7 +170,11 @@ impl World {
                 self.resets += u64::from(self.resets == resets);
                 Event::WasReset
             }
-            Work::Press => Event::Pressed,
+            Work::Press => {
+                // A parked one is let run for it.
+                self.flush();
+                self.turn(MachineState::Running, Event::Pressed)
+            }
             Work::Kill => {
                 self.machine = None;
                 Event::Ended(self.end())
@@ -214,8 +222,8 @@ impl World {
 
     /// A VMM that was started while the disk was made, by a daemon that died before it was recorded.
     pub(super) fn dismiss_shell(&mut self) {
-        let is_unbegun = self.is_unbegun;
-        self.machine.take_if(|(_, state)| *state == MachineState::Shell || is_unbegun);
+        let has_not_run = self.is_unbegun || !self.is_written;
+        self.machine.take_if(|(_, state)| *state == MachineState::Shell || has_not_run);
     }
 
     /// One machine in two that begins with its kernel is built before its process is recorded.
