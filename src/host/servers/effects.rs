@@ -117,6 +117,7 @@ impl Doing {
     async fn spawn(&self) -> Result<Event> {
         let Needs { cell, .. } = self.needs().await?;
         let spawned = self.vmm(cell, std::future::ready(Ok(Content::Recorded))).await?;
+        self.entry.take_errands();
         self.begin_introduction();
         Ok(Event::Spawned(spawned))
     }

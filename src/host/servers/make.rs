@@ -32,6 +32,7 @@ impl Doing {
                 return Ok(Event::Made { volumes, vmm: None, restores: false });
             }
             // Only the machine needs both. It runs when both are recorded and the volumes are flushed, neither of which waits for the other.
+            self.entry.take_errands();
             let disks = &self.record.disks;
             let (placed, filled): (Vec<_>, Vec<_>) = disks.iter().map(|_| oneshot::channel()).unzip();
             let starting = async {

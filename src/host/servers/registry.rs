@@ -85,7 +85,7 @@ pub struct Entry {
     taps: Mutex<Vec<OwnedFd>>,
     /// What it is making already.
     building: Mutex<Option<Building>>,
-    /// What else has to be done before its machine may run. It ends with the VMM, too.
+    /// What else has to be done before its machine may run.
     errands: Mutex<Errands>,
     /// Held while a connection is made, so that there is one.
     connecting: tokio::sync::Mutex<()>,
@@ -129,7 +129,6 @@ impl Entry {
         self.take_prepared();
         self.taps().clear();
         self.take_building();
-        self.take_errands();
         self.wake_readers();
     }
 
@@ -179,7 +178,7 @@ impl Entry {
         self.errands.lock().unwrap_or_else(PoisonError::into_inner).spawn(errand);
     }
 
-    /// What was begun so, and has to end well.
+    /// What was begun so, and has to end well; or what is left of an earlier try, which ends here.
     pub fn take_errands(&self) -> Errands {
         std::mem::take(&mut self.errands.lock().unwrap_or_else(PoisonError::into_inner))
     }

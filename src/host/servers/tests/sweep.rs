@@ -1,6 +1,7 @@
 //! The daemon dies at every checkpoint of a server's whole life, one after the other, and a client that repeats its
 //! calls with their keys never notices: every call is carried out once and nothing is left over.
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -321,7 +322,8 @@ async fn lose_power(number: u32) -> bool {
         for entry in std::fs::read_dir(stage.state_dir().join("volumes")).unwrap() {
             let path = entry.unwrap().path();
             if has_run {
-                std::fs::write(&path, b"written").unwrap();
+                let disk = std::fs::File::options().write(true).open(&path).unwrap();
+                disk.write_all_at(b"written", 0).unwrap();
                 has_written = true;
             } else if !is_flushed {
                 std::fs::remove_file(&path).unwrap();
