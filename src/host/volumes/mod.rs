@@ -310,8 +310,9 @@ impl Volumes {
         records::one(connection, id.0)
     }
 
-    /// For `servers`: makes the file, for [`Volumes::complete`]; if its durability is pending, for [`Volumes::flush`] before that. Repeatable; does nothing when it is ready. Looks at `cancelled` between pieces and then
-    /// fails with `draining`; `progress` takes bytes done and in all.
+    /// For `servers`: makes the file, for [`Volumes::complete`]; if its durability is pending, for [`Volumes::flush`] before that.
+    /// Repeatable; does nothing when it is ready. Looks at `cancelled` between pieces and then fails with `draining`; `progress`
+    /// takes bytes done and in all.
     pub(crate) async fn fill(
         &self,
         id: VolumeId,

@@ -2,10 +2,12 @@
 //! calls with their keys never notices: every call is carried out once and nothing is left over.
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use model::operation::{Operation, OperationState};
 use model::server::{DeleteServer, ServerAction, ServerState, StopServer};
 use model::snapshot::{CreateClones, CreateSnapshot, RestoreServer, SnapshotState};
@@ -202,6 +204,39 @@ async fn live(number: u32, warm_shells: usize, points: Arc<Mutex<BTreeSet<&'stat
     died
 }
 
+/// Has a daemon carry something out that may die at its checkpoint, and then the one that follows it, before which the host may lose
+/// power, too. Answers that daemon, what came of it, and whether the first one died.
+async fn survived<T>(
+    stage: &Stage,
+    checkpoint: Arc<DieAt>,
+    act: impl Fn(&Host) -> BoxFuture<'_, Result<T>> + Sync,
+    loses_power: impl Fn() -> bool + Sync,
+) -> (Host, T, bool) {
+    let mut has_died = false;
+    let mut host = stage.open_watched(checkpoint).await;
+    loop {
+        let outcome = match &host {
+            Ok(host) => act(host).await,
+            Err(cause) => Err(cause.clone()),
+        };
+        match (outcome, host) {
+            (Ok(done), Ok(host)) => return (host, done, has_died),
+            (Ok(_), Err(cause)) => panic!("{}", cause.chain()),
+            (Err(cause), left) => {
+                assert!(cause.code == Code::Draining && !has_died, "{}", cause.chain());
+                if let Ok(host) = left {
+                    host.close().await;
+                }
+            }
+        }
+        has_died = true;
+        if loses_power() {
+            stage.launch.power_cycle().await;
+        }
+        host = Ok(stage.open().await);
+    }
+}
+
 /// Clones a server with a daemon that dies at checkpoint `number`. Answers whether it died.
 async fn clone(number: u32, warm_shells: usize) -> bool {
     let mut stage = Stage::new();
@@ -212,24 +247,8 @@ async fn clone(number: u32, warm_shells: usize) -> bool {
     host.close().await;
     drop(host);
     let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
-    let mut died = false;
-    let mut host = stage.open_watched(checkpoint).await;
-    let clone = loop {
-        let outcome = match &host {
-            Ok(host) => cloned(host, snapshot.id).await,
-            Err(cause) => Err(cause.clone()),
-        };
-        match outcome {
-            Ok(id) => break id,
-            Err(cause) => assert!(cause.code == Code::Draining && !died, "{}", cause.chain()),
-        }
-        died = true;
-        if let Ok(host) = host {
-            host.close().await;
-        }
-        host = Ok(stage.open().await);
-    };
-    let host = host.expect("it has just answered");
+    let id = snapshot.id;
+    let (host, clone, died) = survived(&stage, checkpoint, |host| cloned(host, id).boxed(), || false).await;
     if rests(&host, clone, ServerState::Running).await {
         let machines = stage.launch.of_servers();
         assert_eq!(machines.len(), 2, "checkpoint {number}");
@@ -265,27 +284,11 @@ async fn fail_to_create(number: u32) -> bool {
     drop(host);
     stage.launch.set_guest(Guest::CannotBoot);
     let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
-    let mut died = false;
-    let mut host = stage.open_watched(checkpoint).await;
-    let operation = loop {
-        let outcome = match &host {
-            Ok(host) => create_ended(host).await,
-            Err(cause) => Err(cause.clone()),
-        };
-        match outcome {
-            Ok(operation) => break operation,
-            Err(cause) => assert!(cause.code == Code::Draining && !died, "{}", cause.chain()),
-        }
-        died = true;
-        if let Ok(host) = host {
-            host.close().await;
-        }
-        host = Ok(stage.open().await);
-    };
+    let (host, operation, died) =
+        survived(&stage, checkpoint, |host| create_ended(host).boxed(), || false).await;
     assert_eq!(operation.state, OperationState::Failed, "checkpoint {number}");
-    if let Ok(host) = host {
-        host.close().await;
-    }
+    host.close().await;
+    drop(host);
     let host = stage.open().await;
     nothing_left(&stage, &host).await;
     host.close().await;
@@ -299,22 +302,8 @@ async fn lose_power(number: u32) -> bool {
     host.close().await;
     drop(host);
     let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
-    let mut died = false;
-    let mut has_written = false;
-    let mut host = stage.open_watched(checkpoint.clone()).await;
-    let id = loop {
-        let outcome = match &host {
-            Ok(host) => carried_out(host, "create", None).await,
-            Err(cause) => Err(cause.clone()),
-        };
-        match outcome {
-            Ok(id) => break id,
-            Err(cause) => assert!(cause.code == Code::Draining && !died, "{}", cause.chain()),
-        }
-        died = true;
-        if let Ok(host) = host {
-            host.close().await;
-        }
+    let has_written = AtomicBool::new(false);
+    let cut = || {
         // What a guest writes when it has come to run, and what is lost before it may.
         let has_run = stage.launch.of_servers().iter().any(|vmm| vmm.state() == MachineState::Running);
         let is_flushed = checkpoint.points.lock().unwrap().contains("volume.flushed");
@@ -324,15 +313,15 @@ async fn lose_power(number: u32) -> bool {
             if has_run {
                 let disk = std::fs::File::options().write(true).open(&path).unwrap();
                 disk.write_all_at(b"written", 0).unwrap();
-                has_written = true;
+                has_written.store(true, Ordering::SeqCst);
             } else if !is_flushed {
                 std::fs::remove_file(&path).unwrap();
             }
         }
-        stage.launch.power_cycle().await;
-        host = Ok(stage.open().await);
+        true
     };
-    let host = host.expect("it has just answered");
+    let (host, id, died) =
+        survived(&stage, checkpoint.clone(), |host| carried_out(host, "create", None).boxed(), cut).await;
     if died {
         // A record may say for a while yet that the machine of before runs.
         let end = tokio::time::Instant::now() + SOON;
@@ -344,7 +333,7 @@ async fn lose_power(number: u32) -> bool {
         let server = host.servers().one(id).await.unwrap();
         let disk = std::fs::read(volume(&stage, &server)).unwrap();
         // What the image's disk begins with.
-        let wanted: &[u8] = if has_written { b"written" } else { b"disk" };
+        let wanted: &[u8] = if has_written.load(Ordering::SeqCst) { b"written" } else { b"disk" };
         assert!(disk.starts_with(wanted), "checkpoint {number}: the disk is not what it was");
     }
     host.close().await;
