@@ -28,10 +28,15 @@ pub(crate) struct Reservation<'a> {
     pub ipv4: Option<Ipv4Addr>,
 }
 
-/// A hardware address that no interface has, for interface `index` of a server that is being made.
-pub(super) fn free_mac(connection: &Connection, server: ServerId, index: u8) -> Result<Mac> {
+/// A hardware address that no interface has, for interface `index` of a server that is being made: `promised`, if that is one.
+pub(super) fn free_mac(
+    connection: &Connection,
+    promised: Option<Mac>,
+    server: ServerId,
+    index: u8,
+) -> Result<Mac> {
     let mut statement = connection.prepare_cached("SELECT 1 FROM addresses WHERE mac = ?1")?;
-    for mac in Mac::of_server(server, index) {
+    for mac in promised.into_iter().chain(Mac::of_server(server, index)) {
         if !statement.exists([mac.to_string()])? {
             return Ok(mac);
         }

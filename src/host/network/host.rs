@@ -4,6 +4,7 @@
 //! Rules come before devices: a tap is up on a bridge only while the rules that bind it are in force.
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,14 +14,15 @@ use model::NetworkId;
 use model::network::NetworkKind;
 use nix::net::if_::if_nametoindex;
 use sys::tap::Tap;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::dnsmasq::{Dnsmasq, Served};
 use super::elements::Elements;
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
+use super::mac::Mac;
 use super::nft::{self, Applied};
-use super::plumbing::{Foreign, Plugged, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
 use super::spares::{Spare, Spares};
 use crate::core::{AlwaysLive, Checkpoint, here};
@@ -72,6 +74,12 @@ impl HostPlumbing {
         HostPlumbing { checkpoint, ..self }
     }
 
+    /// Number of the tap that waits.
+    #[cfg(test)]
+    pub(super) fn spare(&self, network: NetworkId) -> Option<u32> {
+        self.spares.waiting(network)
+    }
+
     fn did(&self, point: &'static str) {
         let _ = self.checkpoint.reached(point);
     }
@@ -121,8 +129,11 @@ impl HostPlumbing {
         super::dnsmasq::make_reachable(&self.run_dir).map_err(|cause| file_trouble(&self.run_dir, cause))?;
         let planned = self.forwarding.plan(&uplinks).map_err(forwarding_trouble)?;
         let mut in_force = wanted.clone();
-        // A server that is off has no tap, and nothing that speaks in its name; plugging it in lets it.
-        in_force.ports.retain(|port| if_nametoindex(port.tap().as_str()).is_ok());
+        // A server that is off has no tap, or one that waits for it, and nothing that speaks in its name; plugging it in lets it.
+        in_force.ports.retain(|port| {
+            self.spares.is_next(port.network, port.mac).is_none()
+                && if_nametoindex(port.tap().as_str()).is_ok()
+        });
         nft::apply(&rules::ruleset(&in_force, &planned, &foreign)).await?;
         self.did("network.ruled");
         self.forwarding.switch_on(&planned).map_err(forwarding_trouble)?;
@@ -166,38 +177,59 @@ impl HostPlumbing {
         Ok(introduced)
     }
 
-    async fn plug_in(&self, segment: Segment, port: Port) -> Result<Plugged, PlumbingError> {
+    async fn plug_in(&self, segment: Segment, port: Port) -> Result<OwnedFd, PlumbingError> {
         let mut state = self.state.lock().await;
         self.admit(&mut state, &port).await?;
         drop(state);
         self.did("network.port_admitted");
         let links = Links::open()?;
         let name = port.tap();
-        let waiting = here(|| {
+        // What is just being made is its own.
+        let is_awaited = self.spares.is_next(segment.id, port.mac) == Some(false);
+        let making = if is_awaited { Some(self.making.lock().await) } else { None };
+        let spare = self.spares.take(segment.id, port.mac);
+        drop(making);
+        let plugged = here(|| {
+            if let Some(spare) = spare
+                && let Some(tap) = self.use_spare(&links, spare, &name, &segment)?
+            {
+                return Ok(tap);
+            }
             if if_nametoindex(name.as_str()).is_ok() {
                 links.remove(&name)?;
             }
-            Ok(self.spares.take_sound(&links, &segment))
-        })?;
-        let Spare { tap, index } = match waiting {
-            Some(spare) => spare,
-            None => match here(|| self.make_port(&links, &name, &segment)) {
-                Ok(tap) => return Ok(Plugged { tap: tap.into(), up: async { Ok(()) }.boxed() }),
-                Err(cause) => {
-                    // The last place on a bridge may be that of one which is just being made.
-                    let _nobody = self.making.lock().await;
-                    here(|| self.spares.take_sound(&links, &segment)).ok_or(cause)?
-                }
-            },
+            self.make_port(&links, &name, &segment)
+        });
+        let tap = match plugged {
+            Ok(tap) => tap,
+            Err(cause) => {
+                // The last place on a bridge may be that of one which waits, or is just being made.
+                let _nobody = self.making.lock().await;
+                here(|| {
+                    drop(self.spares.forget(segment.id).ok_or(cause)?);
+                    self.make_port(&links, &name, &segment)
+                })?
+            }
         };
-        let checkpoint = self.checkpoint.clone();
-        // The name waits for a grace period of the kernel's, in which the machine can be built.
-        let up = async move {
-            here(|| links.adopt(index, &name, &segment))?;
-            let _ = checkpoint.reached("network.spare_plugged");
-            Ok(())
-        };
-        Ok(Plugged { tap: tap.into(), up: up.boxed() })
+        Ok(tap.into())
+    }
+
+    /// Brings a tap up that has waited. None when it is not what it was made as: somebody may have taken the bridge away, and the
+    /// network brought it back.
+    fn use_spare(
+        &self,
+        links: &Links,
+        Spare { tap, index }: Spare,
+        name: &str,
+        segment: &Segment,
+    ) -> Result<Option<Tap>, PlumbingError> {
+        if let Err(cause) = links.check_joined(name, index, segment) {
+            tracing::info!("a tap that was ready is not used: {cause}");
+            return Ok(None);
+        }
+        links.raise(name, index)?;
+        self.did("network.spare_plugged");
+        Ok(Some(tap))
     }
 
     fn make_port(&self, links: &Links, name: &str, segment: &Segment) -> Result<Tap, PlumbingError> {
@@ -210,9 +242,12 @@ impl HostPlumbing {
 
     /// Only where a server runs: with the last one of a network its spare tap goes, too.
     async fn make_spare(&self, segment: Segment) {
-        let _alone = self.making.lock().await;
+        let alone = Arc::clone(&self.making).lock_owned().await;
         if !self.is_in_use(segment.id).await {
             return;
+        }
+        if let Some(useless) = self.spares.pass(segment.id) {
+            return remove_later(Some(useless), alone);
         }
         let made = Links::open().and_then(|links| self.spares.make(&links, &segment));
         if let Err(cause) = made {
@@ -242,7 +277,9 @@ impl HostPlumbing {
     async fn unplug_all(&self, ports: Vec<Port>) -> Result<(), PlumbingError> {
         let links = Links::open()?;
         for port in &ports {
-            if if_nametoindex(port.tap().as_str()).is_ok() {
+            // What waits for one that was never plugged in goes in its time.
+            let waits = self.spares.is_next(port.network, port.mac).is_some();
+            if !waits && if_nametoindex(port.tap().as_str()).is_ok() {
                 links.remove(&port.tap())?;
             }
             self.did("network.tap_removed");
@@ -265,12 +302,7 @@ impl HostPlumbing {
         if self.is_in_use(network).await {
             return;
         }
-        let spare = self.spares.take(network);
-        // The kernel takes some 15 ms to remove one, for which nobody has to wait but who would make another of its name.
-        tokio::task::spawn_blocking(move || {
-            drop(spare);
-            drop(alone);
-        });
+        remove_later(self.spares.forget(network), alone);
     }
 
     async fn remove_network(&self, segment: Segment) -> Result<(), PlumbingError> {
@@ -321,12 +353,16 @@ impl Plumbing for HostPlumbing {
         async move { self.introduce_one(&segment, &port).await }.boxed()
     }
 
-    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<Plugged, PlumbingError>> {
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
         self.plug_in(segment, port).boxed()
     }
 
     fn expect(&self, segment: Segment) -> BoxFuture<'_, ()> {
         self.make_spare(segment).boxed()
+    }
+
+    fn promise(&self, network: NetworkId) -> Option<Mac> {
+        self.spares.promise(network)
     }
 
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
@@ -342,6 +378,14 @@ impl Plumbing for HostPlumbing {
         }
         .boxed()
     }
+}
+
+/// The kernel takes some 15 ms to remove a tap, for which nobody has to wait but who would make one.
+fn remove_later(spare: Option<Spare>, alone: OwnedMutexGuard<()>) {
+    tokio::task::spawn_blocking(move || {
+        drop(spare);
+        drop(alone);
+    });
 }
 
 fn file_trouble(path: &Path, cause: io::Error) -> PlumbingError {

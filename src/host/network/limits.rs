@@ -41,6 +41,10 @@ pub const UNRECORDED_LOOKS_MAX: u32 = 8;
 /// Tries to find a MAC that no interface has: with 16 million of them each try nearly always succeeds.
 pub const MAC_TRIES_MAX: u32 = 64;
 
+/// How many servers start on a network while one that was promised its tap is not plugged in, until that is another's: more than are
+/// made at once, so that one is to stay off, or is gone.
+pub const PASSED_MAX: u32 = 16;
+
 /// How long DHCP and DNS stay behind the records. Servers that start wait for them by themselves, and of those that were made
 /// at the same time the first has told dnsmasq of all.
 pub const SERVE_AFTER: Duration = Duration::from_millis(20);

@@ -263,27 +263,18 @@ impl Links {
         self.change(up).map_err(|cause| failed("bring up", tap, cause))
     }
 
-    /// Gives the tap with this index another name and brings it up, if [`Links::check_joined`] finds nothing wrong with it.
-    pub(super) fn adopt(&self, tap: u32, name: &str, segment: &Segment) -> Result<(), PlumbingError> {
-        let before = self.check_joined(tap, segment)?;
-        // The kernel renames first, while it is down, which older ones insist on.
-        let named = LinkUnspec::new_with_index(tap).name(name.to_owned()).up().build();
-        self.change(named).map_err(|cause| failed("rename", &before, cause))
-    }
-
-    /// Whether the tap with this index is where and what [`Links::join`] has made it; answers its name. One that is up has carried what
-    /// no rule has seen.
-    pub(super) fn check_joined(&self, tap: u32, segment: &Segment) -> Result<String, PlumbingError> {
+    /// Fails unless a tap is where and what [`Links::join`] has made it, which said its index. One that is up has carried what no rule
+    /// has seen.
+    pub(super) fn check_joined(&self, tap: &str, index: u32, segment: &Segment) -> Result<(), PlumbingError> {
         let bridge = self.own_bridge(segment)?.ok_or_else(|| vanished(&segment.bridge))?;
         let mut wanted = LinkMessage::default();
-        wanted.header.index = tap;
-        let found =
-            self.look(wanted, "a tap")?.ok_or_else(|| PlumbingError::Failed("it is gone".to_owned()))?;
+        wanted.header.index = index;
+        let found = self.look(wanted, tap)?.ok_or_else(|| vanished(tap))?;
         let mtu = Some(segment.mtu.into());
-        if found.is_up || found.controller != Some(bridge) || found.mtu != mtu {
-            return Err(PlumbingError::Failed(format!("{} is not as it was made", found.name)));
+        if found.is_up || found.name != tap || found.controller != Some(bridge) || found.mtu != mtu {
+            return Err(PlumbingError::Failed(format!("{tap} is not as it was made")));
         }
-        Ok(found.name)
+        Ok(())
     }
 
     /// Removes a device, if it is there.

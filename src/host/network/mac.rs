@@ -33,6 +33,12 @@ impl Mac {
         })
     }
 
+    /// An address for an interface of a server that is not there yet, which another may have.
+    pub fn random() -> Mac {
+        let [.., a, b, c] = *ServerId::new().0.as_bytes();
+        Mac([0x52, 0x54, 0x00, a, b, c])
+    }
+
     /// The address of a network's bridge: locally administered, and 40 bits of a digest. A bridge that has it
     /// is known to be Toft's, because address and device are made in one step.
     pub fn of_bridge(network: NetworkId) -> Mac {

@@ -28,9 +28,9 @@ pub mod testing;
 
 pub(crate) use addresses::{Reservation, owner};
 pub use host::HostPlumbing;
+pub(crate) use networks::Lease;
 pub use networks::Networks;
-pub(crate) use networks::{Lease, Up};
-pub use plumbing::{Plugged, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+pub use plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 
 /// DNS domain of every network. `internal` is reserved for private use, so no name of the world is hidden.
 pub const DOMAIN: &str = "toft.internal";

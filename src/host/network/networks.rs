@@ -9,8 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
 use model::network::{CreateNetwork, Network, NetworkKind, NetworkPlan, NetworkState, PatchNetwork};
 use model::operation::Accepted;
 use model::page::{ListQuery, Page};
@@ -23,7 +21,7 @@ use tokio::time::Instant;
 use super::addresses::{self, Reservation};
 use super::limits;
 use super::mac::Mac;
-use super::plumbing::{Plugged, Plumbing, PlumbingError, Port};
+use super::plumbing::{Plumbing, PlumbingError, Port};
 use super::records::{
     BEING_SET_UP, DEFAULT, accept, announce, check_deletable, forget, insert, make_default, read_wanted,
     record_states, segment,
@@ -55,9 +53,6 @@ pub(super) struct Inner {
     changed: Notify,
     worker: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
-
-/// What is left to do for an interface before its machine runs.
-pub(crate) type Up = BoxFuture<'static, Result<()>>;
 
 /// Where an interface is, for cloud-init.
 #[derive(Debug, Clone)]
@@ -213,9 +208,16 @@ impl Networks {
         }
     }
 
-    /// For `servers`: a hardware address that no interface has.
-    pub(crate) fn free_mac(connection: &Connection, server: ServerId, index: u8) -> Result<Mac> {
-        addresses::free_mac(connection, server, index)
+    /// For `servers`: a hardware address that no interface has, for one of a server that is being made; if it can be had, the one for
+    /// which this network has made something beforehand.
+    pub(crate) fn free_mac(
+        &self,
+        tx: &Tx<'_>,
+        network: NetworkId,
+        (server, index): (ServerId, u8),
+    ) -> Result<Mac> {
+        let promised = if tx.is_rehearsal() { None } else { self.inner.plumbing.promise(network) };
+        addresses::free_mac(tx, promised, server, index)
     }
 
     /// For `servers`: whether this is no hardware address that one interface can have.
@@ -270,10 +272,9 @@ impl Networks {
         })
     }
 
-    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet, and with what is left
-    /// to do before the machine runs, as [`Plugged`] says. Repeatable: a tap that is left over is replaced. Fails with
-    /// `host_unprepared` without privilege or tools.
-    pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<(u16, OwnedFd, Up)> {
+    /// For `servers`: makes the tap with its rules and opens it, and answers it with the network's largest packet. Repeatable: a tap that
+    /// is left over is replaced. Fails with `host_unprepared` without privilege or tools.
+    pub(crate) async fn plug(&self, server: ServerId, nic: &ServerNic) -> Result<(u16, OwnedFd)> {
         let _working = self.inner.working.read().await;
         let (id, mac) = (nic.network_id, nic.mac.clone());
         let look = move |connection: &Connection| {
@@ -285,13 +286,8 @@ impl Networks {
             let detail = format!("interface {} of server {server} has no address", nic.index);
             return Err(Error::new(Code::Internal, detail));
         };
-        let (mtu, inner) = (segment.mtu, self.inner.clone());
-        let Plugged { tap, up } = inner.plumbing.plug(segment, port).await.map_err(refused)?;
-        let up = async move {
-            let _working = inner.working.read().await;
-            up.await.map_err(refused)
-        };
-        Ok((mtu, tap, up.boxed()))
+        let mtu = segment.mtu;
+        Ok((mtu, self.inner.plumbing.plug(segment, port).await.map_err(refused)?))
     }
 
     /// For `servers`: a server like this one is likely to be started next.

@@ -34,33 +34,23 @@ pub trait Plumbing: Send + Sync + 'static {
     /// False, with nothing changed, when they know something else of its addresses or name: then only all of it will do.
     fn introduce(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<bool, PlumbingError>>;
 
-    /// Lets an interface speak and gives it a tap on the bridge. The tap lives as long as a copy of the descriptor.
-    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<Plugged, PlumbingError>>;
+    /// Lets an interface speak and gives it a tap on the bridge, open as `wire::machine::Nic` wants it. The tap lives as long as a copy
+    /// of the descriptor.
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>>;
 
     /// Another interface is likely to be plugged into this network soon: what of its tap can be made before is made, and lasts until
     /// the last interface of the network is unplugged.
     fn expect(&self, segment: Segment) -> BoxFuture<'_, ()>;
+
+    /// The hardware address with which the next new interface of this network is plugged in soonest, unless another has it. It is told
+    /// once. None where none is expected.
+    fn promise(&self, network: NetworkId) -> Option<Mac>;
 
     /// Silences interfaces and removes their taps.
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>>;
 
     /// Removes a network: DHCP and DNS, bridge, rules, files; with the last one, forwarding.
     fn remove(&self, segment: Segment) -> BoxFuture<'_, Result<(), PlumbingError>>;
-}
-
-/// An interface's tap, which a machine may be built with at once.
-pub struct Plugged {
-    /// Open as `wire::machine::Nic` wants it.
-    pub tap: OwnedFd,
-    /// What is left to do until packets pass. Whoever takes the tap has it done before the machine runs, and before anybody could take
-    /// the interface for plugged in.
-    pub up: BoxFuture<'static, Result<(), PlumbingError>>,
-}
-
-impl std::fmt::Debug for Plugged {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Plugged").field("tap", &self.tap).finish_non_exhaustive()
-    }
 }
 
 /// What the host has already.

@@ -1,20 +1,33 @@
 //! Taps that lie on their bridges before anybody asks, one for each network: all that is left to do when a server's interface is
-//! plugged in is to give one its name and bring it up. It knows no rules. `HostPlumbing` uses it.
+//! plugged in is to bring it up. A tap is named after its interface's hardware address, so that address is chosen before there is a
+//! server, and promised to the next one that is made. It knows no rules. `HostPlumbing` uses it.
 //!
-//! One that waits is down, so it carries nothing, and rules know nothing of its name. It lasts as long as this process has it open.
+//! One that waits is down, so it carries nothing. It lasts as long as this process has it open. An address is promised once: the one
+//! that was may have moved to another host with it, or be gone, and what is still in force for it is not for another.
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use model::NetworkId;
 use sys::tap::Tap;
 
+use super::limits;
 use super::links::{self, Links};
-use super::mac::{BRIDGE_PREFIX, TAP_PREFIX};
+use super::mac::Mac;
 use super::plumbing::{PlumbingError, Segment};
 
-/// What waits, by network.
+/// Networks whose next interface is expected.
 #[derive(Debug, Default)]
-pub(super) struct Spares(Mutex<BTreeMap<NetworkId, Spare>>);
+pub(super) struct Spares(Mutex<BTreeMap<NetworkId, Next>>);
+
+/// The next new interface of a network.
+#[derive(Debug)]
+struct Next {
+    mac: Mac,
+    /// Once somebody was told: how often another was expected since.
+    promised: Option<u32>,
+    /// Its tap, once it is made.
+    waiting: Option<Spare>,
+}
 
 #[derive(Debug)]
 pub(super) struct Spare {
@@ -23,43 +36,72 @@ pub(super) struct Spare {
     pub(super) index: u32,
 }
 
-impl Spares {
-    /// Makes one for this network unless it has one.
-    pub(super) fn make(&self, links: &Links, segment: &Segment) -> Result<(), PlumbingError> {
-        if self.waiting().contains_key(&segment.id) {
-            return Ok(());
-        }
-        let name = name(segment);
-        let tap = links::make_tap(&name)?;
-        let index = links.join(&name, segment)?;
-        self.waiting().insert(segment.id, Spare { tap, index });
-        Ok(())
-    }
-
-    /// Takes the one of this network to be used. None when there is none, or none that is still what it was made as:
-    /// somebody may have taken the bridge away, and the network brought it back.
-    pub(super) fn take_sound(&self, links: &Links, segment: &Segment) -> Option<Spare> {
-        let spare = self.take(segment.id)?;
-        match links.check_joined(spare.index, segment) {
-            Ok(_) => Some(spare),
-            Err(cause) => {
-                tracing::info!("a tap that was ready is not used: {cause}");
-                None
-            }
-        }
-    }
-
-    /// Takes the one of this network away.
-    pub(super) fn take(&self, network: NetworkId) -> Option<Spare> {
-        self.waiting().remove(&network)
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, BTreeMap<NetworkId, Spare>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Next {
+    fn new() -> Next {
+        Next { mac: Mac::random(), promised: None, waiting: None }
     }
 }
 
-/// No server's tap has it, whose names end in digits only.
-pub(super) fn name(segment: &Segment) -> String {
-    format!("{TAP_PREFIX}-{}", segment.bridge.trim_start_matches(BRIDGE_PREFIX))
+impl Spares {
+    /// Hardware address of the network's next interface. None where none is expected, or it is promised already.
+    pub(super) fn promise(&self, network: NetworkId) -> Option<Mac> {
+        let mut all = self.all();
+        let next = all.get_mut(&network).filter(|next| next.promised.is_none())?;
+        next.promised = Some(0);
+        Some(next.mac)
+    }
+
+    /// Whether this interface is the network's next; if so, whether its tap is there.
+    pub(super) fn is_next(&self, network: NetworkId, mac: Mac) -> Option<bool> {
+        self.all().get(&network).filter(|next| next.mac == mac).map(|next| next.waiting.is_some())
+    }
+
+    /// Another interface is expected. If the next was promised long ago and never plugged in, another is; this answers the tap that has
+    /// waited for nothing.
+    pub(super) fn pass(&self, network: NetworkId) -> Option<Spare> {
+        let mut all = self.all();
+        let next = all.entry(network).or_insert_with(Next::new);
+        let passed = next.promised.as_mut()?;
+        *passed += 1;
+        if *passed < limits::PASSED_MAX {
+            return None;
+        }
+        std::mem::replace(next, Next::new()).waiting
+    }
+
+    /// Makes the tap of the network's next interface unless it is there. Nobody else does meanwhile, and nobody takes it.
+    pub(super) fn make(&self, links: &Links, segment: &Segment) -> Result<(), PlumbingError> {
+        let mac = match self.all().get(&segment.id) {
+            Some(Next { mac, waiting: None, .. }) => *mac,
+            _ => return Ok(()),
+        };
+        let name = mac.tap_name();
+        let tap = links::make_tap(&name)?;
+        let index = links.join(&name, segment)?;
+        if let Some(next) = self.all().get_mut(&segment.id) {
+            next.waiting = Some(Spare { tap, index });
+        }
+        Ok(())
+    }
+
+    /// Takes the tap that is there for this interface, if it was the network's next: another is from now on.
+    pub(super) fn take(&self, network: NetworkId, mac: Mac) -> Option<Spare> {
+        let mut all = self.all();
+        let next = all.get_mut(&network).filter(|next| next.mac == mac)?;
+        std::mem::replace(next, Next::new()).waiting
+    }
+
+    /// Takes the tap of this network away; no interface is expected any more.
+    pub(super) fn forget(&self, network: NetworkId) -> Option<Spare> {
+        self.all().remove(&network)?.waiting
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiting(&self, network: NetworkId) -> Option<u32> {
+        self.all().get(&network)?.waiting.as_ref().map(|spare| spare.index)
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<NetworkId, Next>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }

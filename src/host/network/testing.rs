@@ -1,14 +1,16 @@
 //! [`Plumbing`] that only remembers, for tests of everything above it without privileges. It refuses what a real
 //! host would refuse: a plug into a network that is not there.
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use model::NetworkId;
 
-use super::plumbing::{Plugged, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
+use super::mac::Mac;
+use super::plumbing::{Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 
 /// [`Plumbing`] that only remembers.
 #[derive(Debug, Default)]
@@ -29,8 +31,8 @@ pub struct Scene {
     pub served: BTreeMap<NetworkId, Vec<Port>>,
     /// Taps that were made and not removed, by name.
     pub taps: BTreeMap<String, Port>,
-    /// Networks of which [`Plumbing::expect`] was told.
-    pub expected: BTreeSet<NetworkId>,
+    /// Networks of which [`Plumbing::expect`] was told, and their next interface's hardware address until that is promised.
+    pub expected: BTreeMap<NetworkId, Option<Mac>>,
     /// What was written to each, packet after packet.
     pub sent: BTreeMap<String, Arc<File>>,
 }
@@ -100,7 +102,7 @@ impl Plumbing for FakePlumbing {
         async { outcome }.boxed()
     }
 
-    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<Plugged, PlumbingError>> {
+    fn plug(&self, segment: Segment, port: Port) -> BoxFuture<'_, Result<OwnedFd, PlumbingError>> {
         let outcome = self.able().and_then(|mut scene| {
             if !scene.segments.contains_key(&segment.id) {
                 return Err(PlumbingError::Failed(format!("there is no bridge {}", segment.bridge)));
@@ -112,14 +114,18 @@ impl Plumbing for FakePlumbing {
             let (kept, tap) = stand_in().map_err(|cause| PlumbingError::Failed(cause.to_string()))?;
             scene.sent.insert(port.tap(), Arc::new(kept));
             scene.taps.insert(port.tap(), port);
-            Ok(Plugged { tap: tap.into(), up: async { Ok(()) }.boxed() })
+            Ok(tap.into())
         });
         async { outcome }.boxed()
     }
 
     fn expect(&self, segment: Segment) -> BoxFuture<'_, ()> {
-        self.scene().expected.insert(segment.id);
+        self.scene().expected.entry(segment.id).or_default().get_or_insert_with(Mac::random);
         async {}.boxed()
+    }
+
+    fn promise(&self, network: NetworkId) -> Option<Mac> {
+        self.scene().expected.get_mut(&network)?.take()
     }
 
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {

@@ -279,8 +279,8 @@ fn one(
         ipv4: None,
         limits: nic.limits,
     };
-    record.nics =
-        create::reserve(tx, &record, origin.nics.iter().map(again).collect()).map_err(without_network)?;
+    let wanted = origin.nics.iter().map(again).collect();
+    record.nics = create::reserve(tx, &workshop.networks, &record, wanted).map_err(without_network)?;
     create::before_start(workshop, &record)?;
     workshop.capacity.admit(tx, &mut record)?;
     if let Some(had) = &origin.processor {

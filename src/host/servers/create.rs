@@ -101,7 +101,7 @@ pub(super) fn server(
         updated_at: now,
         started_at: None,
     };
-    record.nics = reserve(tx, &record, nics)?;
+    record.nics = reserve(tx, &workshop.networks, &record, nics)?;
     if spec.start {
         before_start(workshop, &record)?;
         workshop.capacity.admit(tx, &mut record)?;
@@ -124,14 +124,19 @@ pub(super) fn before_start(workshop: &Workshop, record: &ServerRecord) -> Result
     record.nics.iter().try_for_each(|nic| workshop.networks.check_ready(nic.network_id))
 }
 
-pub(super) fn reserve(tx: &Tx<'_>, record: &ServerRecord, wanted: Vec<CreateNic>) -> Result<Vec<ServerNic>> {
+pub(super) fn reserve(
+    tx: &Tx<'_>,
+    networks: &Networks,
+    record: &ServerRecord,
+    wanted: Vec<CreateNic>,
+) -> Result<Vec<ServerNic>> {
     let mut nics = Vec::new();
     for (index, nic) in (0u8..).zip(wanted) {
         let network = Networks::resolve(tx, nic.network.as_deref()).map_err(|cause| match cause.code {
             Code::NotFound => Error::invalid(format!("/nics/{index}/network"), "not_found", cause.detail),
             _ => cause,
         })?;
-        let mac = Networks::free_mac(tx, record.id, index)?.to_string();
+        let mac = networks.free_mac(tx, network.id, (record.id, index))?.to_string();
         let reservation =
             Reservation { server: record.id, name: &record.name, index, mac: &mac, ipv4: nic.ipv4 };
         let ipv4 = Networks::reserve(tx, network.id, reservation)?;

@@ -156,12 +156,11 @@ impl Doing {
         let begins = matches!(self.record.life.phase, Phase::Creating { .. } | Phase::Starting { .. });
         match (self.record.isolation, self.record.life.saved) {
             (Isolation::Standard, None) if begins => {
-                let Prepared { of, description, up } = prepared;
+                let Prepared { of, description } = prepared;
                 match Building::begin(&self.entry, of, description).await {
                     Ok(building) => self.entry.keep_building(building),
                     Err(cause) => self.or_end(Err(cause)).await?,
                 }
-                up.await?;
             }
             _ => self.entry.keep_prepared(prepared),
         }

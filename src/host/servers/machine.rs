@@ -7,7 +7,6 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
 use sys::beneath;
@@ -26,7 +25,7 @@ use crate::core::{blocking, in_place};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::images::BootFiles;
-use crate::network::{Lease, Networks, Up};
+use crate::network::{Lease, Networks};
 use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
 use crate::vmms::link::{AskError, Asked};
@@ -139,7 +138,6 @@ pub(super) async fn ready(
             prepare(workshop, record, std::future::ready(Ok(content))).await?
         }
     };
-    prepared.up.await?;
     Ok(Some((link, prepared.description)))
 }
 
@@ -147,9 +145,6 @@ pub(super) async fn ready(
 pub struct Prepared {
     pub(super) of: ServerRecord,
     pub(super) description: Description,
-    /// What is left to do for its interfaces before it runs, and before its VMM is recorded: a daemon that finds a machine in a VMM that
-    /// it has a record of takes them for plugged in.
-    pub(super) up: Up,
 }
 
 /// Whether what was made of one record is what another of the server asks for: limits and names may have changed since.
@@ -168,9 +163,9 @@ pub(super) async fn prepare(
     record: &ServerRecord,
     filled: impl Future<Output = Result<Content>>,
 ) -> Result<Prepared> {
-    let (description, up) = describe(workshop, record, filled).await?;
+    let description = describe(workshop, record, filled).await?;
     workshop.core.checkpoint("server.plugged")?;
-    Ok(Prepared { of: record.clone(), description, up })
+    Ok(Prepared { of: record.clone(), description })
 }
 
 /// Numbers descriptors as they are added.
@@ -189,7 +184,7 @@ async fn describe(
     workshop: &Workshop,
     record: &ServerRecord,
     filled: impl Future<Output = Result<Content>>,
-) -> Result<(Description, Up)> {
+) -> Result<Description> {
     // None of them needs another, and each waits for something else. All are ended before an error is told: what goes on
     // behind it could make again what the next step removes. Files first, which another thread writes while this one asks for taps.
     let (files, taps, volumes) = tokio::join!(
@@ -197,10 +192,10 @@ async fn describe(
         plug(workshop, record),
         open_volumes(workshop, record, filled),
     );
-    let ((files, seed, ring), (taps, up), volumes) = (files?, taps?, volumes?);
+    let ((files, seed, ring), taps, volumes) = (files?, taps?, volumes?);
     workshop.core.checkpoint("server.seeded")?;
     let disks = volumes.into_iter().map(OwnedFd::from).chain([seed.into()]).collect();
-    Ok((assemble(record, chassis(record), Parts { files, disks, taps, ring })?, up))
+    assemble(record, chassis(record), Parts { files, disks, taps, ring })
 }
 
 /// What a machine is made of.
@@ -312,22 +307,13 @@ async fn open_volumes(
     Ok(files)
 }
 
-/// Makes the taps of the record's interfaces, in their order; answers each with its network's largest packet, and what is left to do for
-/// all of them.
-async fn plug(workshop: &Workshop, record: &ServerRecord) -> Result<(Vec<(u16, OwnedFd)>, Up)> {
-    let (mut taps, mut ups) = (Vec::new(), Vec::new());
+/// Makes the taps of the record's interfaces, in their order; answers each with its network's largest packet.
+async fn plug(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<(u16, OwnedFd)>> {
+    let mut taps = Vec::new();
     for nic in &record.nics {
-        let (mtu, tap, up) = workshop.networks.plug(record.id, nic).await?;
-        taps.push((mtu, tap));
-        ups.push(up);
+        taps.push(workshop.networks.plug(record.id, nic).await?);
     }
-    let up = async {
-        for up in ups {
-            up.await?;
-        }
-        Ok(())
-    };
-    Ok((taps, up.boxed()))
+    Ok(taps)
 }
 
 async fn lease(workshop: &Workshop, nic: &ServerNic) -> Result<Lease> {

@@ -141,7 +141,7 @@ impl Doing {
         let (Some(saved), Isolation::Standard) = (self.record.life.saved, self.record.isolation) else {
             return Ok(false);
         };
-        let Some(Prepared { of, description, up }) = self.entry.take_prepared() else { return Ok(false) };
+        let Some(Prepared { of, description }) = self.entry.take_prepared() else { return Ok(false) };
         let begun = async {
             let link = self.entry.link(limits::BOOT).await?;
             self.begin_restore(&link, description, saved).await
@@ -151,7 +151,7 @@ impl Doing {
             Err(cause) => self.or_end(Err(cause)).await?,
         }
         self.workshop.core.checkpoint("server.restoring")?;
-        up.await.map(|()| true)
+        Ok(true)
     }
 }
 

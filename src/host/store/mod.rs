@@ -58,6 +58,7 @@ struct Inner {
 pub struct Tx<'c> {
     transaction: Transaction<'c>,
     changes: RefCell<Changes>,
+    is_rehearsal: bool,
 }
 
 #[derive(Default)]
@@ -83,6 +84,11 @@ impl Tx<'_> {
         }
         self.execute_batch("RELEASE attempt")?;
         Ok(outcome)
+    }
+
+    /// Whether all of it is taken back, whatever comes of it: nothing outside of it may be used up.
+    pub(crate) fn is_rehearsal(&self) -> bool {
+        self.is_rehearsal
     }
 
     /// Wakes whoever follows events once this is committed.
@@ -160,7 +166,7 @@ impl Store {
             late::catch_up(&writer)?;
             let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
             // Dropping a transaction rolls it back.
-            change(&Tx { transaction, changes: RefCell::default() })
+            change(&Tx { transaction, changes: RefCell::default(), is_rehearsal: true })
         })
         .await
     }
@@ -270,9 +276,9 @@ impl Inner {
         #[cfg(debug_assertions)]
         late::catch_up(&writer)?;
         let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let tx = Tx { transaction, changes: RefCell::default() };
+        let tx = Tx { transaction, changes: RefCell::default(), is_rehearsal: false };
         let answer = change(&tx)?;
-        let Tx { transaction, changes } = tx;
+        let Tx { transaction, changes, .. } = tx;
         #[cfg(debug_assertions)]
         if self.late.load(Ordering::SeqCst) {
             late::leave_open(transaction);

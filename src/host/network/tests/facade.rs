@@ -62,8 +62,9 @@ async fn reserve(
     server: ServerId,
     asked: Option<Ipv4Addr>,
 ) -> Result<ServerNic> {
+    let of = networks.clone();
     let reserve = move |tx: &crate::store::Tx<'_>| {
-        let mac = Networks::free_mac(tx, server, 0)?.to_string();
+        let mac = of.free_mac(tx, network, (server, 0))?.to_string();
         let name = "web1".parse().unwrap();
         let wanted = Reservation { server, name: &name, index: 0, mac: &mac, ipv4: asked };
         let ipv4 = Networks::reserve(tx, network, wanted)?;
@@ -235,7 +236,7 @@ async fn an_interface_is_plugged_and_introduced_as_often_as_asked() {
     let server = ServerId::new();
     let nic = reserve(&networks, default.id, server, None).await.unwrap();
     for _ in 0..2 {
-        networks.plug(server, &nic).await.unwrap().2.await.unwrap();
+        networks.plug(server, &nic).await.unwrap();
         networks.introduce(&nic).await.unwrap();
     }
     let scene = stage.plumbing.scene().clone();
@@ -252,6 +253,28 @@ async fn an_interface_is_plugged_and_introduced_as_often_as_asked() {
     stage.plumbing.scene().trouble = Some(PlumbingError::Unprepared("nft is missing".to_owned()));
     let refused = networks.plug(server, &nic).await.map(drop).unwrap_err();
     assert_eq!((refused.code, refused.detail.as_str()), (Code::HostUnprepared, "nft is missing"));
+    networks.close().await;
+}
+
+/// One that had it may have taken it to another host.
+#[tokio::test]
+async fn the_next_interface_of_a_network_has_the_address_that_is_expected_and_no_other_ever_has() {
+    let stage = Stage::new();
+    let networks = stage.open().await;
+    let [default, other] = [all(&networks).await.remove(0), created(&networks, spec("other", None)).await];
+    let new = async |network: &Network| reserve(&networks, network.id, ServerId::new(), None).await.unwrap();
+    let first = new(&default).await;
+    networks.expect(std::slice::from_ref(&first)).await.unwrap();
+    let promised = stage.plumbing.scene().expected[&default.id].expect("an address").to_string();
+    let (of, server) = (networks.clone(), ServerId::new());
+    let planned = networks.inner.core.store.rehearse(move |tx| of.free_mac(tx, default.id, (server, 0)));
+    assert_ne!(planned.await.unwrap().to_string(), promised);
+    assert_ne!(new(&other).await.mac, promised);
+    let next = reserve(&networks, default.id, server, None).await.unwrap();
+    assert_eq!(next.mac, promised);
+    assert_ne!(new(&default).await.mac, promised);
+    networks.inner.core.store.write(move |tx| Networks::release(tx, server)).await.unwrap();
+    assert_ne!(new(&default).await.mac, promised);
     networks.close().await;
 }
 

@@ -15,7 +15,7 @@ use super::frames::{Arp, BROADCAST, Udp};
 use super::{port, segment};
 use crate::network::dnsmasq::Dnsmasq;
 use crate::network::mac::Mac;
-use crate::network::plumbing::{Plugged, Plumbing, Port, Segment, Wanted};
+use crate::network::plumbing::{Plumbing, Port, Segment, Wanted};
 use crate::network::{HostPlumbing, program};
 
 /// Longest wait for a frame that must come.
@@ -81,8 +81,7 @@ impl Ground {
     }
 
     pub(super) async fn plug(&self, segment: &Segment, port: &Port) -> Guest {
-        let Plugged { tap, up } = self.plumbing.plug(segment.clone(), port.clone()).await.unwrap();
-        up.await.unwrap();
+        let tap = self.plumbing.plug(segment.clone(), port.clone()).await.unwrap();
         Guest { tap, mac: port.mac, ipv4: port.ipv4 }
     }
 

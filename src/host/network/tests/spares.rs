@@ -4,61 +4,70 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use model::network::NetworkKind;
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_nameindex, if_nametoindex};
 
 use super::frames::Udp;
-use super::ground::{Ground, Guest, PATIENCE, run};
+use super::ground::{Ground, PATIENCE, run};
 use super::port;
-use crate::network::plumbing::{Plugged, Plumbing, Segment};
-use crate::network::spares;
+use crate::network::plumbing::{Plumbing, Segment};
+use crate::network::{Port, limits};
 
 /// Its number.
-fn spare(segment: &Segment) -> Option<u32> {
-    if_nametoindex(spares::name(segment).as_str()).ok()
+fn tap(port: &Port) -> Option<u32> {
+    if_nametoindex(port.tap().as_str()).ok()
+}
+
+/// Number of the tap that waits.
+fn spare(ground: &Ground, segment: &Segment) -> Option<u32> {
+    ground.plumbing.spare(segment.id)
+}
+
+/// The network's next interface, which has the tap that waits, if any does.
+fn next(ground: &mut Ground, segment: &Segment, last: u8, name: &str) -> Port {
+    let mac = ground.plumbing.promise(segment.id).expect("an interface is expected");
+    let port = Port { mac, ..port(segment, last, name) };
+    ground.wanted.ports.push(port.clone());
+    port
 }
 
 /// Another thread removes what is not wanted any more.
-async fn gone(segment: &Segment) {
+async fn gone(tap: u32) {
     let end = Instant::now() + PATIENCE;
-    while spare(segment).is_some() {
+    while if_nameindex().unwrap().iter().any(|device| device.index() == tap) {
         assert!(Instant::now() < end, "it stays");
         tokio::task::yield_now().await;
     }
+}
+
+fn ruleset() -> String {
+    String::from_utf8(Command::new("nft").args(["list", "ruleset"]).output().unwrap().stdout).unwrap()
 }
 
 fn switch(name: &str) -> String {
     std::fs::read_to_string(format!("/proc/sys/net/{name}")).unwrap().trim().to_owned()
 }
 
-/// Two that are plugged in.
-async fn hear_each_other(ground: &Ground, segment: &Segment, ports: &[crate::network::Port]) -> [Guest; 2] {
-    let one = ground.plug(segment, &ports[0]).await;
-    let two = ground.plug(segment, &ports[1]).await;
-    one.udp((two.mac, two.ipv4, 9), 9, b"a word");
-    let heard = two.wait("the word", |frame| Udp::read(frame).map(|udp| udp.data));
-    assert_eq!(heard, b"a word");
-    [one, two]
-}
-
 #[test]
 fn a_tap_that_waits_becomes_the_next_servers_and_is_like_any_other() {
     run(|mut ground| async move {
-        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two", "three"]).await;
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "three"]).await;
         ground.plumbing.expect(segment.clone()).await;
-        assert_eq!(spare(&segment), None, "a network without servers has one");
+        assert_eq!(ground.plumbing.promise(segment.id), None, "a network without servers has one");
         let one = ground.plug(&segment, &ports[0]).await;
         ground.plumbing.expect(segment.clone()).await;
         ground.plumbing.expect(segment.clone()).await;
-        let waits = spare(&segment).expect("one that waits");
-        // Nobody hears anything from it, and what looks after the network leaves it where it is.
+        let waits = spare(&ground, &segment).expect("one that waits");
+        let second = next(&mut ground, &segment, 9, "two");
+        assert_eq!(ground.plumbing.promise(segment.id), None, "it is promised twice");
+        // What looks after the network leaves it where it is, and a server that has its address already takes another.
         ground.ensure().await;
-        assert_eq!(spare(&segment), Some(waits));
+        let three = ground.plug(&segment, &ports[1]).await;
+        assert_eq!(spare(&ground, &segment), Some(waits));
 
-        let two = ground.plug(&segment, &ports[1]).await;
-        assert_eq!(if_nametoindex(ports[1].tap().as_str()), Ok(waits));
-        assert_eq!(spare(&segment), None);
-        let three = ground.plug(&segment, &ports[2]).await;
-        for port in &ports {
+        let two = ground.plug(&segment, &second).await;
+        assert_eq!(tap(&second), Some(waits));
+        assert_eq!(spare(&ground, &segment), None);
+        for port in [&ports[0], &second, &ports[1]] {
             assert_eq!(switch(&format!("ipv6/conf/{}/disable_ipv6", port.tap())), "1");
         }
         one.udp((two.mac, two.ipv4, 9), 9, b"a word");
@@ -73,29 +82,61 @@ fn a_tap_that_waits_becomes_the_next_servers_and_is_like_any_other() {
     });
 }
 
-/// A machine is built with it meanwhile.
+/// A server may be deleted before it starts, and start before what waits for it is there.
 #[test]
-fn one_that_is_taken_passes_nothing_before_it_is_up() {
+fn one_that_is_promised_stays_until_it_is_plugged_in_and_is_not_waited_for() {
     run(|mut ground| async move {
-        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one"]).await;
         let _holder = ground.plug(&segment, &ports[0]).await;
         ground.plumbing.expect(segment.clone()).await;
-        let waits = spare(&segment).expect("one that waits");
-        let Plugged { tap, up } = ground.plumbing.plug(segment.clone(), ports[1].clone()).await.unwrap();
-        assert_eq!((spare(&segment), if_nametoindex(ports[1].tap().as_str()).ok()), (Some(waits), None));
-        // Nobody takes it twice, and it is in the way of another until it has its name.
-        ground.plumbing.expect(segment.clone()).await;
-        assert_eq!(spare(&segment), Some(waits));
-        up.await.unwrap();
-        assert_eq!((spare(&segment), if_nametoindex(ports[1].tap().as_str()).ok()), (None, Some(waits)));
-        drop(tap);
+        let waits = spare(&ground, &segment);
+        assert!(waits.is_some());
+        let promised = next(&mut ground, &segment, 9, "two");
+        ground.plumbing.unplug(vec![promised.clone()]).await.unwrap();
+        assert_eq!(spare(&ground, &segment), waits);
+        let two = ground.plug(&segment, &promised).await;
+        assert_eq!(tap(&promised), waits);
 
-        // One that nobody needs any more goes with its descriptor, and what is left to do says so.
+        let early = next(&mut ground, &segment, 10, "three");
+        assert_ne!(early.mac, promised.mac);
+        let three = ground.plug(&segment, &early).await;
+        two.udp((three.mac, three.ipv4, 9), 9, b"a word");
+        three.wait("the word", |frame| Udp::read(frame).filter(|udp| udp.data == b"a word"));
+        // The next is another one's, and whoever has one is unplugged with it.
         ground.plumbing.expect(segment.clone()).await;
-        let Plugged { tap, up } = ground.plumbing.plug(segment.clone(), ports[1].clone()).await.unwrap();
-        drop(tap);
-        gone(&segment).await;
-        assert!(up.await.is_err());
+        ground.plumbing.unplug(vec![promised.clone(), early.clone()]).await.unwrap();
+        assert_eq!((tap(&promised), tap(&early)), (None, None));
+        assert!(spare(&ground, &segment).is_some());
+    });
+}
+
+/// A server that is to stay off keeps nothing from the others.
+#[test]
+fn one_that_is_promised_and_not_taken_is_another_servers_in_the_end() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one"]).await;
+        let _holder = ground.plug(&segment, &ports[0]).await;
+        ground.plumbing.expect(segment.clone()).await;
+        let waits = spare(&ground, &segment).expect("one that waits");
+        let off = next(&mut ground, &segment, 9, "off");
+        // It waits for it, and nothing is let through in its name yet.
+        ground.ensure().await;
+        assert!(!ruleset().contains(&off.tap()));
+        for _ in 1..limits::PASSED_MAX {
+            ground.plumbing.expect(segment.clone()).await;
+            assert_eq!(spare(&ground, &segment), Some(waits));
+        }
+        ground.plumbing.expect(segment.clone()).await;
+        assert_eq!(spare(&ground, &segment), None);
+        gone(waits).await;
+        ground.plumbing.expect(segment.clone()).await;
+        let waits = spare(&ground, &segment).expect("another that waits");
+        // It can be plugged in as ever.
+        let _off = ground.plug(&segment, &off).await;
+        assert_eq!(spare(&ground, &segment), Some(waits));
+        assert!(tap(&off).is_some_and(|tap| tap != waits));
+        ground.ensure().await;
+        assert!(ruleset().contains(&off.tap()));
     });
 }
 
@@ -105,16 +146,18 @@ fn the_last_server_takes_the_tap_that_waits_with_it() {
         let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
         let _taps = [ground.plug(&segment, &ports[0]).await, ground.plug(&segment, &ports[1]).await];
         ground.plumbing.expect(segment.clone()).await;
+        let waits = spare(&ground, &segment).expect("one that waits");
         ground.plumbing.unplug(ports[..1].to_vec()).await.unwrap();
-        assert!(spare(&segment).is_some());
+        assert_eq!(spare(&ground, &segment), Some(waits));
         ground.plumbing.unplug(ports[1..].to_vec()).await.unwrap();
-        gone(&segment).await;
+        gone(waits).await;
+        assert_eq!((spare(&ground, &segment), ground.plumbing.promise(segment.id)), (None, None));
         let again = ground.plug(&segment, &ports[0]).await;
         ground.plumbing.expect(segment.clone()).await;
-        assert!(spare(&segment).is_some());
+        let waits = spare(&ground, &segment).expect("one that waits");
         drop(again);
         ground.plumbing.remove(segment.clone()).await.unwrap();
-        gone(&segment).await;
+        gone(waits).await;
     });
 }
 
@@ -122,35 +165,43 @@ fn the_last_server_takes_the_tap_that_waits_with_it() {
 #[test]
 fn one_that_is_not_what_it_was_is_not_used() {
     run(|mut ground| async move {
-        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one"]).await;
         let _holder = ground.plug(&segment, &port(&segment, 9, "nine")).await;
         for harm in [
-            vec!["link", "delete", "toftbr0"],
-            vec!["link", "set", "tofttap-0", "nomaster"],
-            vec!["link", "set", "tofttap-0", "mtu", "1280"],
-            vec!["link", "set", "tofttap-0", "up"],
-            vec!["link", "delete", "tofttap-0"],
+            "link delete toftbr0",
+            "link set SPARE nomaster",
+            "link set SPARE mtu 1280",
+            "link set SPARE up",
+            "link set SPARE name other",
+            "link delete SPARE",
         ] {
             ground.plumbing.expect(segment.clone()).await;
-            let waits = spare(&segment).expect("one that waits");
-            assert!(Command::new("ip").args(&harm).status().unwrap().success());
+            let waits = spare(&ground, &segment).expect("one that waits");
+            let promised = next(&mut ground, &segment, 10, "two");
+            ip(&format!("{}\n", harm.replace("SPARE", &promised.tap())));
             ground.ensure().await;
-            let _taps = hear_each_other(&ground, &segment, &ports).await;
-            for port in &ports {
-                assert_ne!(if_nametoindex(port.tap().as_str()).unwrap(), waits, "{harm:?}");
-            }
-            assert_eq!(spare(&segment), None, "{harm:?}");
+            let one = ground.plug(&segment, &ports[0]).await;
+            let two = ground.plug(&segment, &promised).await;
+            one.udp((two.mac, two.ipv4, 9), 9, b"a word");
+            let heard = two.wait("the word", |frame| Udp::read(frame).map(|udp| udp.data));
+            assert_eq!(heard, b"a word");
+            assert!(tap(&promised).is_some_and(|tap| tap != waits), "{harm}");
+            gone(waits).await;
+            assert_eq!(spare(&ground, &segment), None, "{harm}");
+            ground.plumbing.unplug(vec![promised.clone()]).await.unwrap();
+            ground.wanted.ports.retain(|port| *port != promised);
         }
     });
 }
 
+/// Whoever has an address already gets its place.
 #[test]
 fn what_waits_is_the_last_that_a_full_bridge_has() {
     run(|mut ground| async move {
         let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two", "three", "four"]).await;
         let _taps = [ground.plug(&segment, &ports[0]).await, ground.plug(&segment, &ports[1]).await];
         ground.plumbing.expect(segment.clone()).await;
-        let waits = spare(&segment).expect("one that waits");
+        let waits = spare(&ground, &segment).expect("one that waits");
         // With these three it has as many as Linux gives one.
         let pairs = (0..510).map(|n| {
             let (a, b) = (format!("a{n}"), format!("b{n}"));
@@ -159,9 +210,9 @@ fn what_waits_is_the_last_that_a_full_bridge_has() {
         ip(&pairs.collect::<String>());
 
         let _three = ground.plug(&segment, &ports[2]).await;
-        assert_eq!(if_nametoindex(ports[2].tap().as_str()), Ok(waits));
+        gone(waits).await;
         ground.plumbing.expect(segment.clone()).await;
-        assert_eq!(spare(&segment), None, "there is no place for another");
+        assert_eq!(spare(&ground, &segment), None, "there is no place for another");
         let refused = ground.plumbing.plug(segment.clone(), ports[3].clone()).await.unwrap_err();
         assert!(refused.to_string().contains("as many interfaces as Linux gives"), "{refused}");
     });

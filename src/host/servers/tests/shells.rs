@@ -46,13 +46,16 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     ready(&stage, 2).await;
     let waiting: Vec<i32> = stage.launch.shells().iter().map(|vmm| vmm.pid).collect();
     let end = tokio::time::Instant::now() + SOON;
-    while !stage.plumbing.scene().expected.contains(&network) {
+    while !stage.plumbing.scene().expected.contains_key(&network) {
         assert!(tokio::time::Instant::now() < end, "nobody expects another interface");
         tokio::task::yield_now().await;
     }
+    let expected = stage.plumbing.scene().expected[&network].expect("an address");
     let mut spec = server("web2");
     spec.isolation = Isolation::Strict;
-    let second = created(&host, spec).await.id;
+    let second = created(&host, spec).await;
+    assert_eq!(second.nics[0].mac, expected.to_string());
+    let second = second.id;
     ready(&stage, 2).await;
     let taken =
         stage.launch.alive().into_iter().find(|vmm| waiting.contains(&vmm.pid) && vmm.spec().is_some());
