@@ -3,6 +3,8 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::client::{Client, remote, request};
@@ -13,6 +15,9 @@ use crate::rows::{Report, Series};
 /// Servers that run.
 const SERVERS: usize = 100;
 
+/// Processors of the daemon, its servers and the generator.
+const PROCESSORS: usize = 2;
+
 /// Connections that are kept, with one request under way in each.
 const CONNECTIONS: usize = 16;
 
@@ -21,6 +26,8 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         Effort::Full => (SERVERS, Duration::from_secs(5)),
         Effort::Smoke => (4, Duration::from_millis(200)),
     };
+    // So many processors for all of it, the generator too, however many there are.
+    let _few = Few::processors(PROCESSORS);
     let host = Host::start(ground);
     let mut client = host.local();
     let wait = Some("wait=30");
@@ -59,6 +66,26 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     add(report, "daemon_rss_kb_before", "kB", &[idle_kb]);
     add(report, "daemon_rss_kb_most", "kB", &[host.status_kb("VmHWM")]);
     report.bar(&format!("the daemon has {:.1} MB, at most 30", rss_kb / 1e3), rss_kb <= 30_000.0);
+}
+
+/// This thread and what it starts have few processors until it is dropped.
+struct Few(CpuSet);
+
+impl Few {
+    fn processors(count: usize) -> Few {
+        let all = sched_getaffinity(Pid::from_raw(0)).expect("its processors");
+        let mut few = CpuSet::new();
+        let usable = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false));
+        usable.take(count).for_each(|cpu| few.set(cpu).expect("one of its own"));
+        sched_setaffinity(Pid::from_raw(0), &few).expect("processors of its own");
+        Few(all)
+    }
+}
+
+impl Drop for Few {
+    fn drop(&mut self) {
+        let _ = sched_setaffinity(Pid::from_raw(0), &self.0);
+    }
 }
 
 /// Requests a second in each tenth of the spell, and the wait for each answer in milliseconds. Each connection has one

@@ -165,8 +165,10 @@ fn hundred(ground: &Ground, report: &mut Report) {
     let took = report.add(series("clone100_s", "s"), &took_s);
     report.bar(&format!("clone100_s {took:.2}, at most 1"), took <= 1.0);
     report.add(series("cgroup_kb", "kB"), &charged_kb);
-    let kb = report.add(series("private_dirty_kb", "kB"), &dirty_kb);
-    report.bar(&format!("private dirty of a clone {kb:.0} kB, at most {DIRTY_KB_MAX}"), kb <= DIRTY_KB_MAX);
+    report.add(series("private_dirty_kb", "kB"), &dirty_kb);
+    let most_kb = dirty_kb.iter().copied().fold(0.0, f64::max);
+    let text = format!("private dirty of a clone {most_kb:.0} kB where it is most, at most {DIRTY_KB_MAX}");
+    report.bar(&text, most_kb <= DIRTY_KB_MAX);
 }
 
 /// Milliseconds from the request for one clone until its guest has written all over [`USED`], when nothing of the snapshot's memory

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 #[allow(dead_code, reason = "shared with the tests of the VMM, which use all of it")]
 #[path = "../support/vmm_driver.rs"]
@@ -17,6 +18,7 @@ mod create;
 mod density;
 mod disk;
 mod ground;
+mod groups;
 mod guest;
 mod host;
 mod linux;
@@ -116,16 +118,25 @@ fn main() -> ExitCode {
         }
     };
     let ground = Ground::new(wanted.effort);
-    eprintln!("bench: measuring the programs in {}", ground.binaries.display());
+    let walls = match toft::walls() {
+        Ok(walls) => walls,
+        Err(why) => {
+            eprintln!("bench: {why}");
+            return ExitCode::FAILURE;
+        }
+    };
+    eprintln!("bench: measuring the programs in {}; {walls}", ground.binaries.display());
     let mut report = Report::default();
     for group in GROUPS.iter().filter(|group| wanted.includes(group.name)) {
         eprintln!("bench: {}", group.name);
+        let begun = Instant::now();
         // What one group cannot measure must not cost the figures of the others; the panic has told why.
         if catch_unwind(AssertUnwindSafe(|| (group.run)(&ground, &mut report))).is_err() {
             report.failed(group.name);
         }
+        eprintln!("bench: {} took {:.0} s", group.name, begun.elapsed().as_secs_f64());
     }
-    print!("{}", report.table(&ground.words()));
+    print!("{}", report.table(&format!("{}\n{walls}", ground.words())));
     if let Some(mut file) = json
         && let Err(error) = file.set_len(0).and_then(|()| file.write_all(report.json().as_bytes()))
     {

@@ -1,13 +1,15 @@
 //! `memory`: what a VMM holds besides its guest's memory, and what a server more is charged for in its control group,
 //! kernel memory included, beside QEMU's. The guest is the probe, halted: 128 MiB, one disk, one interface.
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sys::tap::Tap;
 
 use crate::disk::q35;
 use crate::ground::Ground;
+use crate::groups::Group;
 use crate::process::Process;
 use crate::rows::{Report, Series};
 use crate::vmm_driver::{Machine, PATIENCE, Vmm, program};
@@ -134,12 +136,12 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
 
 /// KiB that a control group is charged for each server more, as the slope of a straight line through all counts.
 fn slope_kb(servers: usize, start: impl Fn(usize) -> Server) -> f64 {
-    let group = Group::join();
+    let inside = Inside::join();
     let mut running = Vec::new();
     let mut points = Vec::new();
     for number in 1..=servers {
         running.push(start(number));
-        points.push((number as f64, group.charged_kb()));
+        points.push((number as f64, inside.0.charged_kb()));
     }
     let count = points.len() as f64;
     let mean = |part: fn(&(f64, f64)) -> f64| points.iter().map(part).sum::<f64>() / count;
@@ -149,51 +151,19 @@ fn slope_kb(servers: usize, start: impl Fn(usize) -> Server) -> f64 {
     above / below
 }
 
-/// A memory control group in which this thread is, and whatever it starts. It goes when it is dropped, after them.
-struct Group {
-    path: PathBuf,
-    /// The file to join the parent by, and what the group is charged in.
-    parent_join: PathBuf,
-    charged: &'static str,
-}
+/// A control group for memory in which this thread is, and whatever it starts. It goes when it is dropped, after them.
+struct Inside(Group);
 
-impl Group {
-    fn join() -> Group {
-        // Version 1 where it has the controller, else version 2, where groups are joined by whole processes.
-        let first = Path::new("/sys/fs/cgroup/memory");
-        let (root, join, charged) = match first.is_dir() {
-            true => (first, "tasks", "memory.usage_in_bytes"),
-            false => (Path::new("/sys/fs/cgroup"), "cgroup.procs", "memory.current"),
-        };
-        let path = root.join(format!("toft-bench-{}", unique()));
-        fs::create_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let group = Group { parent_join: root.join(join), path, charged };
-        fs::write(group.path.join(join), "0").expect("the group can be joined");
-        group
-    }
-
-    fn charged_kb(&self) -> f64 {
-        let text = fs::read_to_string(self.path.join(self.charged)).expect("a group that is charged");
-        text.trim().parse::<f64>().expect("a number") / 1024.0
+impl Inside {
+    fn join() -> Inside {
+        let group = Group::make("memory");
+        group.joining().write_all(b"0").expect("the group can be joined");
+        Inside(group)
     }
 }
 
-impl Drop for Group {
+impl Drop for Inside {
     fn drop(&mut self) {
-        let _ = fs::write(&self.parent_join, "0");
-        // The last thread of a process that ended may still be on its way out.
-        for _ in 0..100 {
-            if fs::remove_dir(&self.path).is_ok() {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        eprintln!("bench: {} is left behind", self.path.display());
+        let _ = self.0.leaving().write_all(b"0");
     }
-}
-
-/// A name that no other bench on this host has, whose processes may count from 1 as ours do.
-fn unique() -> String {
-    let text = fs::read_to_string("/proc/sys/kernel/random/uuid").expect("the kernel's numbers");
-    text.trim().to_owned()
 }

@@ -37,6 +37,8 @@ pub(crate) struct Process {
     input: PipeWriter,
     output: File,
     told: Vec<u8>,
+    /// How much there was at which time.
+    came: Vec<(usize, Instant)>,
 }
 
 impl Process {
@@ -67,13 +69,15 @@ impl Process {
             pidfd: started.pidfd,
             output: File::from(OwnedFd::from(output)),
             told: Vec::new(),
+            came: Vec::new(),
         }
     }
 
-    /// Waits for the first output; answers when it came.
-    pub(crate) fn first_output(&mut self) -> Instant {
-        self.read_some("its first output", Instant::now() + PATIENCE);
-        Instant::now()
+    /// Waits until the output holds `text`; answers when its first byte came. What the program says itself is passed over.
+    pub(crate) fn first_of(&mut self, text: &str) -> Instant {
+        self.wait_for(text, 1, PATIENCE);
+        let at = self.told.windows(text.len()).position(|part| part == text.as_bytes()).expect("it is there");
+        self.came.iter().find(|(bytes, _)| *bytes > at).expect("it came").1
     }
 
     /// Types a line.
@@ -100,6 +104,7 @@ impl Process {
         let bytes = if came { self.output.read(&mut buffer).unwrap() } else { 0 };
         assert!(bytes > 0, "{what} did not come; so far: {}", String::from_utf8_lossy(&self.told));
         self.told.extend_from_slice(&buffer[..bytes]);
+        self.came.push((self.told.len(), Instant::now()));
     }
 }
 

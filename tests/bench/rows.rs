@@ -45,14 +45,17 @@ impl Report {
         let (Some(min), Some(max)) = (sorted.first(), sorted.last()) else {
             panic!("{} {} of {} has no samples", series.bench, series.case, series.who);
         };
-        let median = quantile(&sorted, 0.5);
+        // Of two in the middle the mean: neither run is the better one's.
+        let middle = sorted.len() / 2;
+        let median =
+            if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 };
         self.rows.push(Row {
             bench: series.bench.to_owned(),
             case: series.case.to_owned(),
             who: series.who.to_owned(),
             unit: series.unit.to_owned(),
             median,
-            p99: quantile(&sorted, 0.99),
+            p99: p99(&sorted),
             min: *min,
             max: *max,
             n: sorted.len(),
@@ -137,9 +140,9 @@ impl Report {
     }
 }
 
-/// The smallest sample that at least this share of the samples does not exceed.
-fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let rank = (sorted.len() as f64 * share).ceil() as usize;
+/// The smallest sample that 99 % of the samples do not exceed.
+fn p99(sorted: &[f64]) -> f64 {
+    let rank = (sorted.len() as f64 * 0.99).ceil() as usize;
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
@@ -161,15 +164,18 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_the_nearest_ranks_of_its_samples() {
+    fn a_row_has_the_middle_and_the_ends_of_its_samples() {
         let mut report = Report::default();
         let samples: Vec<f64> = (1..=200).rev().map(f64::from).collect();
-        assert_eq!(report.add(series("toft"), &samples), 100.0);
+        assert_eq!(report.add(series("toft"), &samples), 100.5);
+        assert_eq!(report.add(series("odd"), &[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(report.add(series("qemu"), &[7.5]), 7.5);
         let rows: serde_json::Value = serde_json::from_str(&report.json()).unwrap();
         let expected = serde_json::json!([
             { "bench": "start_ms", "case": "vmm", "who": "toft", "unit": "ms",
-              "median": 100.0, "p99": 198.0, "min": 1.0, "max": 200.0, "n": 200 },
+              "median": 100.5, "p99": 198.0, "min": 1.0, "max": 200.0, "n": 200 },
+            { "bench": "start_ms", "case": "vmm", "who": "odd", "unit": "ms",
+              "median": 2.0, "p99": 3.0, "min": 1.0, "max": 3.0, "n": 3 },
             { "bench": "start_ms", "case": "vmm", "who": "qemu", "unit": "ms",
               "median": 7.5, "p99": 7.5, "min": 7.5, "max": 7.5, "n": 1 },
         ]);

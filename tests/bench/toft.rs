@@ -19,10 +19,33 @@ use wire::machine::Console;
 use wire::saved::lower::Lower;
 use wire::saved::{Clock, Counters, Digest, Identity, LowerFiles, MemoryUse, RestoreSpec, Then};
 
-use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Saved, program, readable};
+use crate::groups::Group;
+use crate::vmm_driver::{Machine, PATIENCE, RLIMITS, Saved, Vmm, program, readable};
 
 /// Ids that no process on this host has.
 const ID: u32 = 0x7000_0000;
+
+/// In what VMMs are kept while they are measured, in words. Fails when that is less than a daemon keeps them in: less costs less.
+pub(crate) fn walls() -> Result<String, String> {
+    let mut vmm = Vmm::start();
+    if !vmm.refused.is_empty() {
+        return Err(format!(
+            "VMMs cannot be measured without their jail, of which this host refuses {:?}",
+            vmm.refused
+        ));
+    }
+    let Ok(control::Reply::Hello { sandbox, .. }) =
+        vmm.command(control::Command::Hello { protocol: control::PROTOCOL })
+    else {
+        return Err("a VMM does not say what it is kept in".to_owned());
+    };
+    let control::Sandbox { seccomp, landlock_abi, rings_restricted } = sandbox;
+    if !(seccomp && rings_restricted) {
+        return Err(format!("VMMs cannot be measured without their filters: {sandbox:?}"));
+    }
+    let landlock = if landlock_abi > 0 { "with" } else { "where this kernel has no" };
+    Ok(format!("VMMs are in their jail and under their filters, {landlock} Landlock."))
+}
 
 /// What one VMM is given.
 pub(crate) struct Files {
@@ -103,6 +126,8 @@ impl Files {
 pub(crate) struct Running {
     pidfd: PidFd,
     files: Files,
+    /// Gone after the process.
+    _groups: Vec<Group>,
 }
 
 impl Drop for Running {
@@ -188,7 +213,7 @@ fn in_jail(
         Jail { user, cgroups: &[], rlimits: RLIMITS, empty: None, refused: Refused::Fails, left_out: &[] };
     let started =
         sys::jail::spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
-    let running = Running { pidfd: started.pidfd, files };
+    let running = Running { pidfd: started.pidfd, files, _groups: Vec::new() };
     let first = running.files.until(command, machine, text, patience);
     (running, first.duration_since(started.executed_at).as_secs_f64() * 1e3)
 }
@@ -217,18 +242,22 @@ impl Launcher {
         Launcher { channel: Some(Channel::new(ours)), pidfd: started.unwrap().1 }
     }
 
-    /// Has a VMM started and boots `machine`. Answers it, and milliseconds from the request to the first output.
+    /// Has a VMM started in control groups, as a daemon does, and boots `machine`. Answers it, and milliseconds from the request to the
+    /// first output.
     pub(crate) fn start_vmm(&self, mut machine: Machine) -> (Running, f64) {
         let files = Files::new();
         files.console(&mut machine);
+        let groups = Group::of_a_vmm();
+        let joins: Vec<File> = groups.iter().map(Group::joining).collect();
         let channel = self.channel.as_ref().expect("it was not left");
         let begun = Instant::now();
         let user = JailUser::Own { uid: ID, gid: ID };
         let rlimits =
             Rlimits { nofile: RLIMITS.nofile, fsize_bytes: RLIMITS.fsize_bytes, nproc: RLIMITS.nproc };
-        let jail = launch::Jail { user, cgroups: 0, rlimits, required: true };
+        let jail = launch::Jail { user, cgroups: joins.len() as u8, rlimits, required: true };
         let command = launch::Command::Spawn { label: "bench".to_owned(), jail };
-        let descriptors = [&files.listener, &files.kvm, &files.will, &files.log].map(AsFd::as_fd);
+        let own = [&files.listener, &files.kvm, &files.will, &files.log].map(AsFd::as_fd);
+        let descriptors: Vec<_> = own.into_iter().chain(joins.iter().map(AsFd::as_fd)).collect();
         channel.send(&launch::Request { id: 1, command }, &descriptors).unwrap();
         let pidfd = loop {
             match channel.receive().unwrap().expect("the launcher lives") {
@@ -239,7 +268,7 @@ impl Launcher {
                 (other, _) => panic!("{other:?}"),
             }
         };
-        let running = Running { pidfd, files };
+        let running = Running { pidfd, files, _groups: groups };
         let first = running.files.boot(&machine, "", PATIENCE);
         (running, first.duration_since(begun).as_secs_f64() * 1e3)
     }

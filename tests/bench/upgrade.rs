@@ -28,7 +28,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         Effort::Full => [("128 MiB", 128, 64), ("2 GiB", 2048, 1792)],
         Effort::Smoke => [("64 MiB", 64, 16), ("128 MiB", 128, 64)],
     };
-    let mut largest = 0.0;
+    let mut stood = Vec::new();
     for (case, memory_mib, written_mib) in sizes {
         let series = |bench, case| Series { bench, case, who: "toft", unit: "ms" };
         let words = format!("dirty={written_mib},0,6000 ticks=1000000000,1");
@@ -51,15 +51,17 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         }
         report.add(series("upgrade_ms", case), &whole_ms);
         report.add(series("upgrade_gap_ms", case), &undisturbed_ms);
-        largest = report.add(series("upgrade_blackout_ms", case), &blackout_ms);
+        stood.push(report.add(series("upgrade_blackout_ms", case), &blackout_ms));
     }
     let through_api = through_the_api(ground, report, sizes);
     let text = format!(
         "upgrade_blackout_ms through the API: {through_api:.1} ms (wanted: at most {BLACKOUT_MS_MAX})"
     );
     report.bar(&text, through_api <= BLACKOUT_MS_MAX);
-    let text = format!("upgrade_blackout_ms: {largest:.1} ms (wanted: at most {BLACKOUT_MS_MAX})");
-    report.bar(&text, largest <= BLACKOUT_MS_MAX);
+    for ((case, ..), stood) in sizes.into_iter().zip(&stood) {
+        let text = format!("upgrade_blackout_ms {case}: {stood:.1} ms (wanted: at most {BLACKOUT_MS_MAX})");
+        report.bar(&text, *stood <= BLACKOUT_MS_MAX);
+    }
 }
 
 /// The same of servers, by one call of the API each. Answers the largest blackout.

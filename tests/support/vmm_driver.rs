@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use sys::jail::{EmptyNamespaces, Jail, Program, Refused, Rlimits, User, spawn};
+use sys::jail::{EmptyNamespaces, Jail, Program, Refused, Rlimits, Step, User, spawn};
 use sys::pidfd::{Ended, PidFd, Signal};
 use sys::seqpacket::{Listener, Socket};
 use wire::channel::{Channel, Error};
@@ -49,6 +49,9 @@ pub(crate) struct Vmm {
     /// When the program was executed, the jail around it being whole.
     #[allow(dead_code, reason = "only benchmarks look at the clock")]
     pub(crate) executed_at: Instant,
+    /// What this host refuses of its jail.
+    #[allow(dead_code, reason = "only benchmarks insist on all of it")]
+    pub(crate) refused: Vec<Step>,
     pidfd: PidFd,
     channel: Channel,
     directory: tempfile::TempDir,
@@ -175,10 +178,12 @@ impl Vmm {
         let jail = Jail { user, cgroups: &[], rlimits, empty, refused: Refused::LeftOut, left_out: &[] };
         let started = spawn(&program, &jail).unwrap_or_else(|error| panic!("{error}: {}", error.cause));
         let (pid, pidfd, executed_at) = (started.pid, started.pidfd, started.executed_at);
+        let refused = started.refused.into_iter().map(|(step, _)| step).collect();
         let channel = Channel::new(Socket::connect(&path("control.sock")).unwrap());
         Vmm {
             pid,
             executed_at,
+            refused,
             pidfd,
             channel,
             directory,
