@@ -15,6 +15,7 @@ use crate::stage::{self, SOON, Stage};
 
 mod crowds;
 mod cuts;
+mod lineage;
 mod live;
 mod modes;
 mod moves;

@@ -1,0 +1,58 @@
+//! Snapshots of a server that moves: they stay where they are, and are its own whenever it is there.
+use std::os::unix::fs::FileExt;
+
+use model::server::{ServerAction, ServerState};
+use model::snapshot::{CreateSnapshot, FullReason, RestoreServer, Snapshot};
+
+use super::moves::{Ground, has, listening};
+use super::*;
+
+async fn taken(host: &Host, id: ServerId, name: &str) -> Snapshot {
+    let spec = serde_json::json!({ "name": name, "incremental": true });
+    let spec: CreateSnapshot = serde_json::from_value(spec).unwrap();
+    let accepted = host.servers().snapshot(&Call::by_host(), id, spec).await.unwrap().body;
+    stage::succeeded(host, accepted.operation.id).await;
+    host.snapshots().one(accepted.resource.unwrap().id).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_server_that_comes_back_goes_on_with_the_snapshots_it_has_left() {
+    let ground = Ground::new().await;
+    let [here, there] = [ground.stages[0].open().await, ground.stages[1].open().await];
+    let id = ground.server;
+    let volume = has(&here, id).await.unwrap().volumes[0].volume_id;
+    let write = |at: usize, word: &[u8], place: u64| {
+        let disk = std::fs::File::options().write(true).open(ground.disk(at, volume)).unwrap();
+        disk.write_all_at(word, place).unwrap();
+    };
+    write(0, b"one", 0);
+    write(0, b"kept", 512 << 10);
+    let first = taken(&here, id, "first").await;
+    for (source, target) in [(&here, &there), (&there, &here)] {
+        let address = listening(target).await;
+        let made = ticket(target, None).await.unwrap().ticket;
+        let moved = source.migrations().migrate(&Call::by_host(), id, spec(address, made)).await.unwrap();
+        stage::succeeded(source, moved.body.operation.id).await;
+        stage::until(target, id, |server| server.state == ServerState::Stopped).await;
+        if std::ptr::eq(target, &there) {
+            write(1, b"two", 0);
+            let elsewhere = taken(&there, id, "elsewhere").await;
+            assert_eq!((elsewhere.server_id, elsewhere.full_because), (id, Some(FullReason::NoParent)));
+        }
+    }
+    // What it has become elsewhere is new since the one that stayed here.
+    let second = taken(&here, id, "second").await;
+    assert_eq!((second.parent_id, second.full_because), (Some(first.id), None));
+    assert!(second.inherited_bytes > 0, "{second:?}");
+    for (snapshot, word) in [("first", b"one"), ("second", b"two")] {
+        let asked = RestoreServer { snapshot: snapshot.to_owned(), stop: false };
+        let accepted = here.servers().restore(&Call::by_host(), id, asked).await.unwrap();
+        stage::succeeded(&here, accepted.body.operation.id).await;
+        assert_eq!(&std::fs::read(ground.disk(0, volume)).unwrap()[..3], word);
+    }
+    let started = here.servers().act(&Call::by_host(), id, ServerAction::Start).await.unwrap();
+    stage::succeeded(&here, started.body.operation.id).await;
+    for host in [here, there] {
+        host.close().await;
+    }
+}
