@@ -4,10 +4,10 @@ use model::migration::{
     CreateMigrationTicket, MigrateServer, MigrationMode, MigrationPlan, MigrationTicket, ObstacleCode,
 };
 use model::network::{CreateNetwork, NetworkKind};
-use model::server::{CpuTemplate, CreateServer, PatchServer};
+use model::server::{CpuTemplate, CreateServer, PatchServer, ServerAction, StopServer};
 use model::{Code, Labels, ServerId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::Host;
@@ -220,6 +220,107 @@ async fn a_network_that_is_missing_or_of_another_range_is_in_the_way() {
     let made = pair.target.networks().create(&Call::by_host(), network("10.92.0.0/24")).await.unwrap();
     stage::succeeded(&pair.target, made.body.operation.id).await;
     assert!(details().await[0].contains("10.92.0.0/24 here and 10.91.0.0/24 there"));
+    pair.close().await;
+}
+
+#[tokio::test]
+async fn a_disk_that_the_target_has_no_room_for_is_in_the_way() {
+    let pair = Pair::new(Stage::new()).await;
+    stage::import(&pair.target).await;
+    let (id, dirs) = (pair.server, pair.source.migrations().core.dirs.clone());
+    let look = move |connection: &rusqlite::Connection| {
+        source::offer(connection, &dirs, id, crate::cpu::Known::default())
+    };
+    let offer = pair.source.store().read(look).await.unwrap();
+    // More than any disk has, in what comes now, in what the guest may write later, and in the two disks together.
+    let huge = 1_u64 << 62;
+    let written = |offer: &mut wire::peer::Offer| offer.disks[0].written_bytes = huge;
+    let saved = |offer: &mut wire::peer::Offer| offer.saved_bytes = huge;
+    let size = |offer: &mut wire::peer::Offer| offer.disks[0].size_bytes = huge;
+    let both = |offer: &mut wire::peer::Offer| {
+        offer.disks[0].size_bytes = u64::MAX;
+        let second = wire::peer::OfferedDisk { volume: "data".to_owned(), ..offer.disks[0].clone() };
+        offer.disks.push(second);
+    };
+    type Change<'a> = &'a dyn Fn(&mut wire::peer::Offer);
+    let changes: [(Change<'_>, _); 5] = [
+        (&|_| (), None),
+        (&written, Some("are free")),
+        (&saved, Some("are free")),
+        (&size, Some("in all")),
+        (&both, Some("in all")),
+    ];
+    for (number, (change, said)) in changes.into_iter().enumerate() {
+        let mut offer = offer.clone();
+        change(&mut offer);
+        let made = pair.ticket().await.ticket.parse().unwrap();
+        let (identity, mode) = (&pair.source.migrations().identity, MigrationMode::Auto);
+        let plan = source::ask(identity, pair.address, made, offer, mode).await.unwrap();
+        let found = plan.blocked_by.iter().map(|obstacle| obstacle.code).collect::<Vec<_>>();
+        assert_eq!(found, said.map_or(vec![], |_| vec![ObstacleCode::Storage]), "{number}: {plan:?}");
+        let detail = plan.blocked_by.first().map_or("", |obstacle| &obstacle.detail);
+        assert!(detail.contains(said.unwrap_or_default()), "{number}: {detail}");
+    }
+    pair.close().await;
+}
+
+/// A host that has nothing against a server and runs this version. Answers where it waits; it has the target's certificate.
+async fn host_of_version(pair: &Pair, program: &'static str) -> SocketAddr {
+    use wire::peer::Message;
+    let acceptor = TlsAcceptor::from(Arc::new(pair.target.migrations().identity.as_target().unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut link = link::Link::new(acceptor.accept(stream).await.unwrap());
+            while let Ok(message) = link.message(SOON).await {
+                let answer = match message {
+                    Message::Greet { .. } => {
+                        let (host, program) = ("other".to_owned(), program.to_owned());
+                        Message::Welcome { host, program, may_owe: true }
+                    }
+                    Message::Ask(_) => Message::Verdict { blocked_by: Vec::new() },
+                    other => panic!("{other:?}"),
+                };
+                link.send(&answer).await.unwrap();
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn memory_goes_to_no_host_of_another_version_and_a_server_that_is_off_does() {
+    let pair = Pair::new(Stage::new()).await;
+    let same = host_of_version(&pair, env!("CARGO_PKG_VERSION")).await;
+    let other = host_of_version(&pair, "0.0.0-other").await;
+    let in_the_way = async |target: SocketAddr| {
+        let spec = spec(target, pair.ticket().await.ticket);
+        pair.source.migrations().plan(pair.server, spec).await.unwrap().blocked_by
+    };
+    let act = async |action| {
+        let asked = pair.source.servers().act(&Call::by_host(), pair.server, action).await.unwrap();
+        stage::succeeded(&pair.source, asked.body.operation.id).await;
+    };
+    for (action, has_memory) in [
+        (None, true),
+        (Some(ServerAction::Hibernate), true),
+        (Some(ServerAction::Stop(StopServer { grace_s: 0 })), false),
+    ] {
+        let what = format!("{action:?}");
+        if let Some(action) = action {
+            act(action).await;
+        }
+        let found = in_the_way(other).await;
+        let codes: Vec<ObstacleCode> = found.iter().map(|obstacle| obstacle.code).collect();
+        assert_eq!(codes, if has_memory { vec![ObstacleCode::Version] } else { vec![] }, "{what}");
+        let names_both = |detail: &str| {
+            [env!("CARGO_PKG_VERSION"), "0.0.0-other"].iter().all(|version| detail.contains(version))
+        };
+        assert!(found.iter().all(|obstacle| names_both(&obstacle.detail)), "{what}: {found:?}");
+        assert_eq!(in_the_way(same).await, [], "{what}");
+    }
     pair.close().await;
 }
 
