@@ -11,6 +11,7 @@ use tokio::task::spawn_local;
 
 use crate::api::{Api, text};
 use crate::daemon::{Orders, Stage, server_body, wait_for};
+use crate::live;
 use crate::world::{World, inside, processes};
 
 /// Moments of an operation at which something is killed, in milliseconds after it was asked for. A create takes
@@ -302,4 +303,87 @@ async fn upgrades_under_load() {
 #[test]
 fn an_upgrade_of_the_daemon_under_load_disturbs_nobody() {
     inside("deaths::an_upgrade_of_the_daemon_under_load_disturbs_nobody", upgrades_under_load());
+}
+
+/// A line of a guest that spins and says its own clock each 20 ms.
+#[derive(Debug, Clone, Copy)]
+struct Tick {
+    number: u64,
+    ns: u64,
+    /// What of its time the host's scheduler gave to others, in all.
+    steal_ns: u64,
+    /// Somebody paused it since the last line.
+    was_paused: bool,
+}
+
+/// Reads the ring of the guest's console, for which no daemon needs to live.
+fn ticks(stage: &Stage, id: &str) -> Vec<Tick> {
+    let log = live::console(stage, id);
+    assert!(!log.contains("FAILED") && !log.contains("broken"), "{log}");
+    assert!(log.matches("probe: hello").count() <= 1, "it booted again: {log}");
+    let tick = |line: &str| -> Option<Tick> {
+        let mut words = line.trim().strip_prefix("probe: tick ")?.split(' ');
+        let number = words.next()?.parse().ok()?;
+        let value = |name: &str| words.clone().find_map(|word| word.strip_prefix(name)?.parse().ok());
+        let (ns, steal_ns, paused) = (value("ns=")?, value("steal=")?, value("stopped=")?);
+        Some(Tick { number, ns, steal_ns, was_paused: paused != 0 })
+    };
+    log.lines().filter_map(tick).collect()
+}
+
+/// How many lines more must come for a guest to have gone on: a second of its time.
+const GOES_ON: u64 = 50;
+
+/// Longest time between two lines, without what the scheduler gave to others, which on a loaded machine is most of it: left are
+/// the 20 ms, and a line's way out of the guest. A guest that waits for a daemon does so for as long as there is none, which
+/// `GOES_ON` tells, and one that is paused says so itself. So this can be many times what a slow machine needs.
+const GAP_MAX: Duration = Duration::from_secs(1);
+
+/// Daemons go, by themselves and killed, and other ones come: the guest counts on when there is none, and while it is adopted.
+async fn without_a_pause() {
+    let stage = Stage::new();
+    stage.open_well().await;
+    stage.import_another("ticking", "ticks=1000000,20").await;
+    let id = create_of(&stage, "ticking", "never").await;
+    let vmm = stage.vmms()["ticking"];
+    let last = || ticks(&stage, &id).last().map_or(0, |tick| tick.number);
+    let reaches = async |number: u64, what: &str| {
+        wait_for(what, async || (last() >= number).then_some(())).await.unwrap();
+    };
+    let adoptions = || {
+        let log = std::fs::read_to_string(stage.scratch("toftd.log")).unwrap_or_default();
+        log.matches("adopted its machine").count()
+    };
+    reaches(GOES_ON, "the first lines").await;
+    for (round, signal) in
+        [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate()
+    {
+        stage.upgrade();
+        stage.end(signal).await;
+        reaches(last() + GOES_ON, "a guest that goes on without a daemon").await;
+        assert_eq!(adoptions(), round);
+        stage.open(Orders::default()).await.unwrap();
+        wait_for("its adoption", async || (adoptions() == round + 1).then_some(())).await.unwrap();
+        assert_eq!(until(&stage.api(), &id, "running").await["state_reason"], Value::Null);
+        reaches(last() + GOES_ON, "a guest that goes on with the next daemon").await;
+    }
+    assert_eq!(stage.vmms()["ticking"], vmm);
+    let all = ticks(&stage, &id);
+    assert!(all.len() as u64 > 9 * GOES_ON, "{}", all.len());
+    let mut longest = Duration::ZERO;
+    for pair in all.windows(2) {
+        let [before, after] = [pair[0], pair[1]];
+        assert!(after.number == before.number + 1 && after.ns > before.ns, "{pair:?}");
+        assert!(!after.was_paused, "{pair:?}");
+        let lost_ns = after.steal_ns - before.steal_ns;
+        longest = longest.max(Duration::from_nanos((after.ns - before.ns).saturating_sub(lost_ns)));
+    }
+    println!("its lines, 20 ms apart, were at most {longest:?} apart");
+    assert!(longest < GAP_MAX, "{longest:?}");
+    stage.close().await;
+}
+
+#[test]
+fn a_guest_goes_on_while_there_is_no_daemon_and_while_it_is_adopted() {
+    inside("deaths::a_guest_goes_on_while_there_is_no_daemon_and_while_it_is_adopted", without_a_pause());
 }

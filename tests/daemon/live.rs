@@ -25,14 +25,19 @@ pub(crate) struct Count {
     pub(crate) last: u64,
 }
 
-/// Reads the ring of a server's console on a host, whether the daemon there lives or not.
-pub(crate) fn count(stage: &Stage, server: &str) -> Count {
+/// The whole lines in the ring of a server's console on a host, whether the daemon there lives or not.
+pub(crate) fn console(stage: &Stage, server: &str) -> String {
     let path = stage.scratch("state/servers").join(server).join("console.ring");
     let ring = std::fs::File::open(path).and_then(wire::console::Ring::open);
-    let Ok(piece) = ring.and_then(|mut ring| ring.read(0, 8 << 20)) else { return Count::default() };
+    let Ok(piece) = ring.and_then(|mut ring| ring.read(0, 8 << 20)) else { return String::new() };
     let log = String::from_utf8_lossy(&piece.data).into_owned();
     // The last line may be half written.
-    let log = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    log.rsplit_once('\n').map_or(String::new(), |(whole, _)| whole.to_owned())
+}
+
+/// What is on a server's console, counted.
+pub(crate) fn count(stage: &Stage, server: &str) -> Count {
+    let log = console(stage, server);
     assert!(!log.contains("FAILED") && !log.contains("broken"), "{log}");
     let mut now = (0, 0);
     let entries = log.lines().filter_map(|line| {
