@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 
 use crate::api::{Answer, text};
 use crate::daemon::{Orders, Stage, wait_for, was_killed};
+use crate::live::{count, counting};
+use crate::restores::{self, falls_asleep, reaches, wakes_with_the_right_time};
 use crate::world::{inside, run};
 
 pub(crate) const NEAR: &str = "192.0.2.1";
@@ -240,39 +242,31 @@ fn a_server_that_is_off_moves_there_and_back_and_boots_where_it_is() {
 
 async fn with_its_memory() {
     let hosts = Hosts::new().await;
-    let server = hosts.source.create("web1").await;
+    for (stage, _) in hosts.sides() {
+        stage.import_another(restores::IMAGE, "ledger=20").await;
+    }
+    let [server, awake] = [counting(&hosts.source, "web1").await, counting(&hosts.source, "awake").await];
     hosts.target.knows(&server);
     let mut ends = hosts.sides();
-    let mut counted = 0;
     for hop in 0..2 {
         let [(source, _), (target, address)] = ends;
-        let further = async || Some(source.beats(&server).await.0).filter(|beats| *beats > counted + 2);
-        wait_for("beats", further).await.unwrap();
-        let asked_at = std::time::Instant::now();
-        let saved = act(source, &server, "hibernate", None).await;
-        source.succeeded(&text(&saved["operation"]["id"])).await.unwrap();
-        counted = source.beats(&server).await.0;
+        let asleep = falls_asleep(source, &server, &format!("sleep-{hop}")).await;
         let body = hosts.body_to(target, address).await;
         let moved = asked(source, &server, "", &body).await;
         assert_eq!(moved.status, 202, "{}", moved.body);
         source.succeeded(&moved.operation()).await.unwrap();
-        let started = act(target, &server, "start", None).await;
-        target.succeeded(&text(&started["operation"]["id"])).await.unwrap();
-        println!("hop {hop}: away for {:?}", asked_at.elapsed());
-        let goes_on = async || {
-            let (beats, boots) = target.beats(&server).await;
-            assert!(boots == 1 && (beats == 0 || beats >= counted), "{boots} boots, {beats} after {counted}");
-            (beats > counted + 2).then_some(beats)
-        };
-        counted = wait_for("the guest to go on", goes_on).await.unwrap();
+        // A second at least, by a guest that is not away.
+        let last = count(&hosts.source, &awake).last;
+        reaches(&hosts.source, &awake, last + 50, 0).await;
+        wakes_with_the_right_time(target, &server, &asleep, &format!("wake-{hop}")).await;
         ends.reverse();
     }
     hosts.close().await;
 }
 
 #[test]
-fn a_hibernated_server_moves_and_its_guest_goes_on_where_it_was() {
-    inside("moves::a_hibernated_server_moves_and_its_guest_goes_on_where_it_was", with_its_memory());
+fn a_hibernated_server_moves_and_its_guest_goes_on_with_the_right_time() {
+    inside("moves::a_hibernated_server_moves_and_its_guest_goes_on_with_the_right_time", with_its_memory());
 }
 
 /// Points at which the source, and the target, dies.

@@ -1,5 +1,5 @@
-//! Servers that go back to a snapshot, with the real daemon and VMM and a guest that keeps the same ledger in its memory and
-//! on its disk: whatever moment they are of, both are of the same.
+//! Servers that go back to a snapshot or hibernate, with the real daemon and VMM and a guest that keeps the same ledger in its
+//! memory and on its disk: whatever moment they are of, both are of the same, and its clock is right.
 use std::time::{Duration, Instant};
 
 use hyper::Method;
@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::api::text;
 use crate::daemon::{MEMORY_BYTES, Stage, wait_for};
+use crate::live::{count, counting};
 use crate::world::inside;
 
 pub(crate) const IMAGE: &str = "ledger";
@@ -44,6 +45,81 @@ pub(crate) async fn act(stage: &Stage, id: &str, action: &str, key: &str, body: 
     let answer = stage.call(Method::POST, &path, key, Some(body)).await;
     stage.succeeded(&answer.operation()).await.unwrap();
     stage.api().get(&format!("/v1/servers/{id}")).await
+}
+
+/// How far the time that a guest was away may be from how long it seemed here: it is told by the host's wall clock, which may be
+/// slewed meanwhile, by half a millisecond a second.
+const SLEWED: Duration = Duration::from_millis(100);
+
+/// A server that hibernates, and when that was.
+pub(crate) struct Asleep {
+    /// Its last entry, and how many it had made.
+    last: Entry,
+    entries: usize,
+    /// Before the last entry.
+    not_before: Instant,
+    /// When its machine was gone.
+    gone: Instant,
+}
+
+/// Hibernates a server.
+pub(crate) async fn falls_asleep(stage: &Stage, id: &str, key: &str) -> Asleep {
+    let (last, _) = ledger(stage, id).await.last().copied().unwrap_or_default();
+    // What counts further than the last entry says its time later than this.
+    let not_before = Instant::now();
+    reaches(stage, id, last + 10, 0).await;
+    let now = act(stage, id, "hibernate", key, json!({})).await;
+    assert_eq!(now["state"], "hibernated", "{now}");
+    let gone = Instant::now();
+    let all = ledger(stage, id).await;
+    Asleep { last: all.last().copied().expect("an entry"), entries: all.len(), not_before, gone }
+}
+
+/// Starts a server, on whichever host it is. It counts on, and its clock has gone on by as much as it was away.
+pub(crate) async fn wakes_with_the_right_time(stage: &Stage, id: &str, asleep: &Asleep, key: &str) {
+    let Asleep { last, entries, not_before, gone } = *asleep;
+    assert_eq!(ledger(stage, id).await.last(), Some(&last), "it was to stand still");
+    let at_least = gone.elapsed();
+    act(stage, id, "start", key, json!({})).await;
+    let all = reaches(stage, id, last.0 + 10, entries + 10).await;
+    let at_most = not_before.elapsed();
+    let next = all[entries];
+    assert_eq!(next.0, last.0 + 1);
+    let shown = next.1.checked_sub(last.1).map(Duration::from_nanos).expect("the clock does not go back");
+    println!("away for {at_least:?} to {at_most:?}, by its own clock {shown:?}");
+    assert!(
+        shown + SLEWED > at_least && shown < at_most + SLEWED,
+        "{shown:?} of {at_least:?} to {at_most:?}"
+    );
+    // Of all that it has said since it booted.
+    assert!(all.is_sorted_by_key(|(_, ns)| ns), "its clock went back: {all:?}");
+    assert_eq!(count(stage, id).boots, 1);
+}
+
+async fn sleeps_and_wakes() {
+    let stage = Stage::new();
+    stage.open_well().await;
+    stage.import_another(IMAGE, "ledger=20").await;
+    let [id, awake] = [counting(&stage, "web1").await, counting(&stage, "awake").await];
+    for round in 0..2 {
+        let asleep = falls_asleep(&stage, &id, &format!("sleep-{round}")).await;
+        assert!(!stage.vmms().contains_key("web1"));
+        // No daemon that saw it go needs to be there when it comes back.
+        if round == 1 {
+            stage.kill().await;
+            stage.open_well().await;
+        }
+        // Two seconds at least, by a guest that is not away.
+        let last = count(&stage, &awake).last;
+        reaches(&stage, &awake, last + 100, 0).await;
+        wakes_with_the_right_time(&stage, &id, &asleep, &format!("wake-{round}")).await;
+    }
+    stage.close().await;
+}
+
+#[test]
+fn a_hibernated_server_goes_on_where_it_was_with_the_right_time() {
+    inside("restores::a_hibernated_server_goes_on_where_it_was_with_the_right_time", sleeps_and_wakes());
 }
 
 async fn back_and_back_again() {
