@@ -211,6 +211,7 @@ const POINTS: [&[&str]; 2] = [
     &[
         "move.accepted:1",
         "move.joined:1",
+        "move.begun:1",
         "move.sending:1",
         "move.heard:1",
         "move.promised:1",
@@ -229,6 +230,7 @@ const POINTS: [&[&str]; 2] = [
         "move.said:1",
         "move.heard:1",
         "move.decided:2",
+        "server.reclaimed:1",
         "move.run:1",
         "move.said:2",
     ],
@@ -237,7 +239,15 @@ const POINTS: [&[&str]; 2] = [
 /// The same of a move that owes memory, from the commit on.
 const POINTS_OF_OWING: [&[&str]; 2] = [
     &["move.promised:1", "move.decided:1", "move.said:1", "move.heard:2", "move.decided:2", RECONNECTED],
-    &["move.heard:1", "move.decided:2", "move.run:1", "move.said:2", RECONNECTED, "move.whole:1"],
+    &[
+        "move.heard:1",
+        "move.decided:2",
+        "server.reclaimed:1",
+        "move.run:1",
+        "move.said:2",
+        RECONNECTED,
+        "move.whole:1",
+    ],
 ];
 
 /// Comes only when the connections are cut while memory is owed.

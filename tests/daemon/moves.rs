@@ -288,6 +288,7 @@ const DEATHS: [&[&str]; 2] = [
         "move.said:1",
         "move.heard:1",
         "move.decided:2",
+        "move.run:1",
         "move.said:2",
     ],
 ];

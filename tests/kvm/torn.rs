@@ -57,6 +57,30 @@ const WORDS_OF_OWING: [&str; 16] = [
     "whole",
 ];
 
+/// All of these.
+const LISTS: [&[&str]; 3] = [&WORDS, &WORDS_OF_HANDOVER, &WORDS_OF_OWING];
+
+/// What no link is torn at: the first three are said as one that has its place is, memory's stream, a part and a block; the others
+/// only where the move has failed already.
+const NOT_TORN: [&str; 5] = ["disk", "zero", "hole", "abort", "refused"];
+
+/// What is said as an end is in this phase, or comes to it. A new phase has nothing, and does not compile without.
+fn said_in(phase: Phase) -> &'static [&'static str] {
+    match phase {
+        Phase::Greet => &["open", "prepared"],
+        Phase::Rounds => &["round", "part", "block"],
+        Phase::Pause | Phase::LastRound => &["last round", "end"],
+        Phase::State => &["state"],
+        Phase::Ready => &["ready"],
+        Phase::Commit => &["commit"],
+        Phase::Release => &["released"],
+        Phase::Owing => &["ask", "answer"],
+        Phase::Moved => &["released", "whole"],
+        // What the others come to when they are torn.
+        Phase::Returned | Phase::Dropped => &[],
+    }
+}
+
 /// How the machine's memory and disk get to the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
@@ -159,6 +183,40 @@ fn body(head: &Head, from: &mut impl Read) -> std::io::Result<Vec<u8>> {
     Ok(body)
 }
 
+/// What is said by its name in the lists. A new kind or word has none, and does not compile without.
+fn name_of(kind: Kind, word: Option<Word>, is_disk: bool, has_ended: bool) -> &'static str {
+    match kind {
+        Kind::Open if is_disk => "disk",
+        Kind::Open => "open",
+        Kind::Part | Kind::Zero | Kind::Packed if has_ended => "answer",
+        Kind::Part | Kind::Packed => "part",
+        Kind::Zero => "zero",
+        Kind::Console => "console",
+        Kind::State => "state",
+        Kind::End if is_disk => "disk's end",
+        Kind::End => "end",
+        Kind::Block => "block",
+        Kind::Hole => "hole",
+        Kind::Sync if is_disk => "sync",
+        Kind::Sync => "told",
+        Kind::Owed => "owed",
+        Kind::Ask => "ask",
+        Kind::Word => match word {
+            Some(Word::Prepared) => "prepared",
+            Some(Word::Round { last: false, .. }) => "round",
+            Some(Word::Round { last: true, .. }) => "last round",
+            Some(Word::Ready) => "ready",
+            Some(Word::Commit) => "commit",
+            Some(Word::Released) => "released",
+            Some(Word::Synced) => "synced",
+            Some(Word::Whole) => "whole",
+            Some(Word::Abort { .. }) => "abort",
+            Some(Word::Refused { .. }) => "refused",
+            None => "nonsense",
+        },
+    }
+}
+
 /// Carries frames one way until the word comes, or either end is gone.
 fn carry(
     mut from: &UnixStream,
@@ -173,30 +231,9 @@ fn carry(
         let head = Head::read(&mut from)?;
         let body = body(&head, &mut from)?;
         is_disk |= Open::parse(&body).is_ok_and(|open| open.disk.is_some());
-        let said = match (head.kind, Word::parse(&body).ok()) {
-            (Kind::Open, _) if is_disk => "another",
-            (Kind::End, _) if is_disk => "disk's end",
-            (Kind::Block, _) => "block",
-            (Kind::Sync, _) if is_disk => "sync",
-            (Kind::Sync, _) => "told",
-            (Kind::Owed, _) => "owed",
-            (Kind::Ask, _) => "ask",
-            (Kind::Part | Kind::Zero | Kind::Packed, _) if has_ended => "answer",
-            (_, Some(Word::Synced)) => "synced",
-            (Kind::Open, _) => "open",
-            (Kind::Part | Kind::Packed, _) => "part",
-            (Kind::Console, _) => "console",
-            (Kind::End, _) => "end",
-            (Kind::State, _) => "state",
-            (_, Some(Word::Prepared)) => "prepared",
-            (_, Some(Word::Round { last: true, .. })) => "last round",
-            (_, Some(Word::Round { .. })) => "round",
-            (_, Some(Word::Ready)) => "ready",
-            (_, Some(Word::Commit)) => "commit",
-            (_, Some(Word::Released)) => "released",
-            (_, Some(Word::Whole)) => "whole",
-            _ => "another",
-        };
+        let said = name_of(head.kind, Word::parse(&body).ok(), is_disk, has_ended);
+        let has_place = |name: &str| LISTS.into_iter().flatten().any(|listed| *listed == name);
+        assert!(has_place(said) || NOT_TORN.contains(&said), "{said:?} has no place in the lists");
         has_ended |= head.kind == Kind::End;
         if said == word && when != When::After {
             if when == When::Instead {
@@ -441,6 +478,17 @@ fn sweep(ways: &[Way], fault: Fault) -> Vec<(Way, &'static str, When, Option<Own
 
 /// Where all of memory is there when the target's machine begins to run.
 const WHOLE: [Way; 2] = [Way::Copied, Way::Handed];
+
+#[test]
+fn every_phase_is_torn() {
+    for phase in Phase::ALL {
+        let said = said_in(phase);
+        assert!(!said.is_empty() || matches!(phase, Phase::Returned | Phase::Dropped), "{phase:?}");
+        for word in said {
+            assert!(LISTS.iter().any(|list| list.contains(word)), "{phase:?}: {word:?} is in no list");
+        }
+    }
+}
 
 #[test]
 fn a_link_that_is_cut_at_any_word_leaves_one_machine() {

@@ -5,4 +5,5 @@ mod conformance;
 mod map;
 mod panics;
 mod plants;
+mod points;
 mod walls;
