@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use model::operation::{Accepted, OperationState, Resource};
 use model::server::{CreateServer, ServerState};
-use model::snapshot::{CreateSnapshot, ImportSnapshot, Snapshot, SnapshotState};
-use model::{Code, SnapshotId};
+use model::snapshot::{CreateClones, CreateSnapshot, ImportSnapshot, Snapshot, SnapshotState};
+use model::{Code, Labels, SnapshotId};
 use tokio::io::AsyncReadExt;
 
+use super::bundle::{Head, read_head};
 use super::record::IMPORT;
 use crate::stage::{SOON, Stage, created, keyed, server, succeeded};
 use crate::{Call, Checkpoint, Fate, Host};
@@ -92,6 +93,40 @@ async fn what_one_host_exports_another_takes_in_and_makes_servers_of() {
     assert!(again.replayed && again.body.resource.unwrap().id == arrived.id);
     host.close().await;
     other.close().await;
+}
+
+/// Nothing of what somebody kept is lost when it comes into a host: what that exports says the same.
+#[tokio::test]
+async fn what_was_kept_of_every_version_comes_in_and_servers_are_made_of_it() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("snapshots/bundle/golden");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let stage = Stage::new();
+        // As its guest was shown.
+        stage.launch.shows(&["avx"]);
+        let host = stage.open_with_image().await;
+        let golden = std::fs::read(entry.unwrap().path()).unwrap();
+        let head = async |stream: &[u8]| read_head(&mut sent(stream)).await.unwrap().0;
+        let told = head(&golden).await;
+        // The image that its server boots from.
+        let sha256 = told.image.sha256.clone();
+        let rename = move |tx: &crate::store::Tx<'_>| {
+            Ok(tx.execute("UPDATE images SET body = json_set(body, '$.sha256', ?1)", [sha256])?)
+        };
+        assert_eq!(host.store().write(rename).await.unwrap(), 1);
+        let arrived = import(&host, &golden).await.unwrap().body.resource.unwrap();
+        assert_eq!((arrived.state, arrived.memory, arrived.imported), (SnapshotState::Ready, true, true));
+        let again = head(&stream(&host, arrived.id).await).await;
+        let same = Head { image: told.image.clone(), data_bytes: told.data_bytes, ..again };
+        assert_eq!(same, told);
+        let spec = CreateClones { name: "web2".parse().unwrap(), count: 1, labels: Labels::default() };
+        let made = host.servers().clone_snapshot(&Call::by_host(), arrived.id, spec).await.unwrap().body;
+        succeeded(&host, made.items[0].operation.as_ref().unwrap().id).await;
+        assert!(stage.launch.only().is_restored(), "its memory");
+        host.close().await;
+        count += 1;
+    }
+    assert!(count >= 1);
 }
 
 fn sent(stream: &[u8]) -> std::io::Cursor<Vec<u8>> {

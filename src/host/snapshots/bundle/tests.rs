@@ -2,6 +2,7 @@ use std::io::Cursor;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use model::server::Rate;
 use proptest::prelude::*;
 use sha2::{Digest as _, Sha256};
 use wire::peer::OfferedCpu;
@@ -71,13 +72,20 @@ fn files(directory: &Path) -> Head {
 
 fn written() -> (tempfile::TempDir, Vec<u8>) {
     let place = tempfile::tempdir().unwrap();
+    let head = files(place.path());
+    let stream = stream_of(place.path(), head);
+    (place, stream)
+}
+
+/// A snapshot whose files lie in a directory, as a stream.
+fn stream_of(directory: &Path, head: Head) -> Vec<u8> {
     let open =
-        |name: &str| std::fs::File::open(place.path().join(name)).map(crate::volumes::layers::Layers::one);
-    let plan = Plan::of(open, files(place.path())).unwrap();
+        |name: &str| std::fs::File::open(directory.join(name)).map(crate::volumes::layers::Layers::one);
+    let plan = Plan::of(open, head).unwrap();
     let mut stream = Vec::new();
     plan.write(&mut stream).unwrap();
     assert_eq!(plan.bytes().unwrap(), stream.len() as u64);
-    (place, stream)
+    stream
 }
 
 /// Reads a stream to its end into a new directory.
@@ -110,6 +118,96 @@ fn files_arrive_as_they_were_with_their_holes() {
     use std::os::unix::fs::MetadataExt;
     let memory = std::fs::metadata(arrived.path().join("machine.memory")).unwrap();
     assert!(memory.blocks() * 512 < 1 << 20, "{} blocks", memory.blocks());
+}
+
+/// A snapshot that has a little of everything a stream can hold, with its files. Golden files are of it, so it never changes.
+fn kept(directory: &Path) -> Head {
+    let rate = |per_second, burst| Some(Rate { per_second, burst });
+    let (first, last) = ([0xA1; 4096], [0xA2; 4096]);
+    let memory = std::fs::File::create(directory.join("machine.memory")).unwrap();
+    memory.set_len(MEMORY_BYTES).unwrap();
+    memory.write_all_at(&first, 4096).unwrap();
+    memory.write_all_at(&last, MEMORY_BYTES - 4096).unwrap();
+    let part = |offset, bytes: &[u8]| Part { offset, bytes: bytes.len() as u32, digest: digest(bytes) };
+    let parts = vec![part(4096, &first), part(MEMORY_BYTES - 4096, &last)];
+    let shape = Section { name: "shape", version: 1, bytes: b"{}".to_vec() };
+    let state = form::join(&[shape, Table { memory_bytes: MEMORY_BYTES, parts }.section()]);
+    std::fs::write(directory.join("machine.state"), &state).unwrap();
+    let root = std::fs::File::create(directory.join("disk0.raw")).unwrap();
+    root.set_len(DISK_BYTES).unwrap();
+    root.write_all_at(b"begin", 0).unwrap();
+    root.write_all_at(b"end", DISK_BYTES - 3).unwrap();
+    let limits = DiskLimits { bandwidth_bytes: rate(1 << 20, Some(2 << 20)), operations: rate(500, None) };
+    let nic_limits = NicLimits {
+        rx_bytes: rate(1 << 20, None),
+        rx_packets: rate(1000, Some(2000)),
+        tx_bytes: rate(2 << 20, Some(4 << 20)),
+        tx_packets: rate(3000, None),
+    };
+    Head {
+        name: "kept".parse().unwrap(),
+        description: "before the upgrade".to_owned(),
+        labels: serde_json::from_value(serde_json::json!({ "tier": "front" })).unwrap(),
+        server_id: "01990b5a-7c00-7000-8000-000000000001".parse().unwrap(),
+        server_name: "web1".parse().unwrap(),
+        vcpus: 2,
+        memory_bytes: MEMORY_BYTES,
+        cpu: CpuTemplate::Features(["avx".to_owned(), "lm".to_owned()].into()),
+        image: HeadImage { name: "tiny".parse().unwrap(), sha256: "ab".repeat(32) },
+        taken_at: Some(Time::from_unix_ms(1_790_000_000_123)),
+        paused_ms: Some(7),
+        memory: Some(HeadMemory { root: digest(&state), state_bytes: state.len() as u64 }),
+        disks: vec![HeadDisk { size_bytes: DISK_BYTES, cache: CacheMode::Writethrough, limits }],
+        nics: vec![HeadNic {
+            network: Some("default".parse().unwrap()),
+            mac: "02:00:00:00:00:07".to_owned(),
+            ipv4: Ipv4Addr::new(10, 90, 0, 7),
+            limits: nic_limits,
+        }],
+        default_user: "root".to_owned(),
+        ssh_keys: vec!["ssh-ed25519 AAAA somebody".to_owned()],
+        user_data: Some("#!/bin/sh\nexit\n".to_owned()),
+        restart_policy: RestartPolicy::Always,
+        isolation: Isolation::Strict,
+        descent: 3,
+        processor: Some(OfferedCpu {
+            template: wire::machine::CpuTemplate::Host,
+            vendor: "FakeVendor".to_owned(),
+            features: ["avx".to_owned()].into(),
+            tsc_khz: Some(2_000_000),
+        }),
+        data_bytes: 0,
+    }
+}
+
+/// Streams of every released version, kept for ever: users keep theirs. A new version adds a file and changes none. To make
+/// it, delete nothing and run this test with TOFT_GOLDEN=<name>.
+#[test]
+fn golden_streams_still_open() {
+    let sent = tempfile::tempdir().unwrap();
+    let head = kept(sent.path());
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("snapshots/bundle/golden");
+    if let Some(name) = std::env::var_os("TOFT_GOLDEN") {
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(name), stream_of(sent.path(), head.clone())).unwrap();
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let shown = path.display();
+        let stream = std::fs::read(&path).unwrap();
+        let (told, _) = runtime.block_on(read_head(&mut Cursor::new(&stream))).unwrap();
+        assert!(told.data_bytes > 0 && told.check().is_ok(), "{shown}");
+        assert_eq!(Head { data_bytes: 0, ..told }, head, "{shown}");
+        let arrived = read(&stream).unwrap();
+        for name in ["machine.state", "machine.memory", "disk0.raw"] {
+            let both = [&sent, &arrived].map(|place| std::fs::read(place.path().join(name)).unwrap());
+            assert!(both[0] == both[1], "{shown}: {name} differs");
+        }
+        count += 1;
+    }
+    assert!(count >= 1);
 }
 
 /// Where the frames begin.
