@@ -141,39 +141,48 @@ fn hardware(text: &str) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
+    use std::path::Path;
 
-    fn seeds(target: &str) -> Vec<PathBuf> {
-        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds").join(target);
-        let paths: Vec<PathBuf> =
-            std::fs::read_dir(seeds).unwrap().map(|entry| entry.unwrap().path()).collect();
-        assert!(!paths.is_empty());
-        paths
+    use seeds::INPUTS;
+    use tempfile::TempDir;
+
+    /// In memory where there is such a place, since what comes in is synced.
+    fn place() -> TempDir {
+        let shared = Path::new("/dev/shm");
+        if shared.is_dir() { tempfile::tempdir_in(shared) } else { tempfile::tempdir() }.unwrap()
     }
 
     #[test]
     fn seeds_of_callers_text_hold() {
-        for path in seeds("api") {
-            println!("{}", path.display());
-            super::text(&std::fs::read(path).unwrap());
-        }
+        seeds::replay("api", super::text);
     }
 
     #[test]
     fn seeds_of_images_hold() {
-        let images = tempfile::tempdir().unwrap();
-        for path in seeds("image") {
-            println!("{}", path.display());
-            super::image(&std::fs::read(path).unwrap(), images.path());
-        }
+        let images = place();
+        seeds::replay("image", |data| super::image(data, images.path()));
     }
 
     #[test]
     fn seeds_of_snapshots_hold() {
-        let place = tempfile::tempdir().unwrap();
-        for path in seeds("snapshot") {
-            println!("{}", path.display());
-            super::snapshot(&std::fs::read(path).unwrap(), place.path());
-        }
+        let place = place();
+        seeds::replay("snapshot", |data| super::snapshot(data, place.path()));
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_callers_text_hold() {
+        seeds::vary("api", INPUTS, super::text);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_images_hold() {
+        let images = place();
+        seeds::vary("image", INPUTS, |data| super::image(data, images.path()));
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_snapshots_hold() {
+        let place = place();
+        seeds::vary("snapshot", INPUTS, |data| super::snapshot(data, place.path()));
     }
 }

@@ -218,11 +218,11 @@ fn request(data: &[u8]) {
 mod tests {
     #[test]
     fn seeds_of_requests_hold() {
-        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/api");
-        for entry in std::fs::read_dir(seeds).unwrap() {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            super::api(&std::fs::read(path).unwrap());
-        }
+        seeds::replay("api", super::api);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_requests_hold() {
+        seeds::vary("api", seeds::INPUTS, super::api);
     }
 }

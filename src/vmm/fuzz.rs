@@ -220,32 +220,48 @@ fn file(bytes: &[u8], hole: u64) -> File {
 
 #[cfg(test)]
 mod tests {
-    fn replay(target: &str, judge: fn(&[u8])) {
-        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds");
-        for entry in std::fs::read_dir(seeds.join(target)).unwrap() {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            judge(&std::fs::read(path).unwrap());
-        }
-    }
+    use seeds::INPUTS;
+
+    /// Each has a thread and a userfaultfd of its own, which takes milliseconds.
+    const INPUTS_OWED: u64 = INPUTS / 6;
 
     #[test]
     fn seeds_of_the_kernel_loader_hold() {
-        replay("elf", super::elf);
+        seeds::replay("elf", super::elf);
     }
 
     #[test]
     fn seeds_of_the_streams_of_a_move_hold() {
-        replay("moved", super::moved);
+        seeds::replay("moved", super::moved);
     }
 
     #[test]
     fn seeds_of_a_move_that_owes_memory_hold() {
-        replay("owed", super::owed);
+        seeds::replay("owed", super::owed);
     }
 
     #[test]
     fn seeds_of_the_state_reader_hold() {
-        replay("state", super::state);
+        seeds::replay("state", super::state);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_the_kernel_loader_hold() {
+        seeds::vary("elf", INPUTS, super::elf);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_the_streams_of_a_move_hold() {
+        seeds::vary("moved", INPUTS, super::moved);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_a_move_that_owes_memory_hold() {
+        seeds::vary("owed", INPUTS_OWED, super::owed);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_the_state_reader_hold() {
+        seeds::vary("state", INPUTS, super::state);
     }
 }

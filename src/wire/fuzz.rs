@@ -336,21 +336,16 @@ fn packet<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(data: &
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
-
     use super::*;
-
-    fn seeds() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/wire")
-    }
 
     #[test]
     fn seeds_of_the_wire_hold() {
-        for entry in std::fs::read_dir(seeds()).unwrap() {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            super::wire(&std::fs::read(path).unwrap());
-        }
+        seeds::replay("wire", super::wire);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_the_wire_hold() {
+        seeds::vary("wire", seeds::INPUTS, super::wire);
     }
 
     /// One that is no packet any more would reach nothing.
@@ -363,12 +358,9 @@ mod tests {
             _ => serde_json::from_slice::<launch::Message>(text).map(drop),
         };
         let mut count = 0;
-        for entry in std::fs::read_dir(seeds()).unwrap() {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_str().unwrap();
-            let seed = std::fs::read(&path).unwrap();
+        for (name, seed) in seeds::kept("wire") {
             let Some((kind @ ..=3, text)) = seed.split_first() else { continue };
-            if ["nonsense", "deep"].contains(&name) {
+            if ["nonsense", "deep"].contains(&name.as_str()) {
                 assert!(read(*kind, text).is_err(), "{name}");
                 continue;
             }
