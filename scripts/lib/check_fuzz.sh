@@ -2,7 +2,7 @@
 # Not a program: scripts/check sources it, from the project's root, with machine.sh. What a target is lies in
 # tests/fuzz/README.md.
 
-fuzz_targets=(queue block net rng balloon pci serial wire api image snapshot elf state moved owed)
+fuzz_targets=(queue block net rng balloon pci serial wire api image snapshot used carried elf state moved owed)
 cargo_fuzz_version=0.13.2
 
 # Runs are judged by what they find, not by how much of a core they get.

@@ -1,4 +1,4 @@
-//! What fuzzers call: text that comes from callers and other hosts, images and snapshots. No part of the daemon. `tests/fuzz` calls it with new
+//! What fuzzers call: text that comes from callers and other hosts, files that come from those, images and snapshots. No part of the daemon. `tests/fuzz` calls it with new
 //! bytes, and the tests here with the seeds kept there.
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -8,10 +8,11 @@ use model::page::Sort;
 use model::{Labels, Name};
 
 pub use crate::images::fuzz::image;
+pub use crate::migration::carried;
 use crate::network::cidr::{Cidr, free_range};
 use crate::network::mac::Mac;
 use crate::servers::moving::parcel::Packed;
-pub use crate::snapshots::fuzz::snapshot;
+pub use crate::snapshots::fuzz::{snapshot, used};
 use crate::store::records::{cursor, open_cursor};
 use crate::store::selector::{self, Term};
 
@@ -167,6 +168,28 @@ mod tests {
     fn seeds_of_snapshots_hold() {
         let place = place();
         seeds::replay("snapshot", |data| super::snapshot(data, place.path()));
+    }
+
+    #[test]
+    fn seeds_of_lists_of_used_memory_hold() {
+        seeds::replay("used", super::used);
+    }
+
+    #[test]
+    fn seeds_of_files_from_another_host_hold() {
+        let place = place();
+        seeds::replay("carried", |data| super::carried(data, place.path()));
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_lists_of_used_memory_hold() {
+        seeds::vary("used", INPUTS, super::used);
+    }
+
+    #[test]
+    fn inputs_near_the_seeds_of_files_from_another_host_hold() {
+        let place = place();
+        seeds::vary("carried", INPUTS, |data| super::carried(data, place.path()));
     }
 
     #[test]

@@ -335,5 +335,8 @@ fn wire_word(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
+#[cfg(any(test, fuzzing))]
+pub use take::fuzz::carried;
+
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 //! source has let go. Whoever sends has shown a ticket, or is the host that this very move began with.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -38,6 +39,64 @@ struct Filling {
     length: u64,
     /// How many bytes may still come: no more than it has.
     left: u64,
+}
+
+impl Filling {
+    fn begin(place: &Path, length: u64) -> Result<Filling> {
+        let mut unfinished = Unfinished::create(place).map_err(unwritable)?;
+        unfinished.file().set_len(length).map_err(unwritable)?;
+        let file = Arc::new(unfinished.file().try_clone().map_err(unwritable)?);
+        Ok(Filling { file, unfinished, length, left: length })
+    }
+}
+
+/// Pieces of files, on their way into them. One is written while the next one comes.
+struct Pieces {
+    filling: Vec<Filling>,
+    writing: Option<JoinHandle<Result<()>>>,
+    pace: Pace,
+    came: u64,
+}
+
+/// How much has come of all that is to come.
+#[derive(PartialEq, Eq)]
+enum Sent {
+    Some,
+    Everything,
+}
+
+impl Pieces {
+    fn into(filling: Vec<Filling>) -> Pieces {
+        Pieces { filling, writing: None, pace: Pace::new(), came: 0 }
+    }
+
+    /// Takes what came next.
+    async fn take(&mut self, received: Result<Received>) -> Result<Sent> {
+        if let Some(written) = self.writing.take() {
+            written.await.map_err(|cause| Error::internal("a piece was not written", cause))??;
+        }
+        let body = match received? {
+            Received::Piece(body) => body,
+            Received::Message(Message::Copied) => return Ok(Sent::Everything),
+            Received::Message(_) => return Err(out_of_turn()),
+        };
+        let piece = Piece::read(&body).map_err(|_| out_of_turn())?;
+        let outside = || Error::new(Code::InvalidRequest, "a piece lies outside of its file");
+        let into = self.filling.get_mut(usize::from(piece.file)).ok_or_else(outside)?;
+        let (offset, count) = (piece.offset, piece.bytes.len() as u64);
+        let end = offset.checked_add(count).ok_or_else(outside)?;
+        // More than a file has is sent by nobody who means well, and nothing only to keep a place.
+        let fits = count > 0 && end <= into.length;
+        into.left = into.left.checked_sub(count).filter(|_| fits).ok_or_else(outside)?;
+        self.came = self.came.saturating_add(count);
+        self.pace.came(self.came)?;
+        let file = into.file.clone();
+        self.writing = Some(tokio::task::spawn_blocking(move || {
+            let bytes = body.get(wire::peer::PIECE_HEAD_BYTES..).unwrap_or_default();
+            file.write_all_at(bytes, offset).map_err(unwritable)
+        }));
+        Ok(Sent::Some)
+    }
 }
 
 /// Of the files that come beside the disks.
@@ -329,25 +388,18 @@ impl Migrations {
         }
         blocking(move || {
             make_directory(&directory)?;
-            let begin = |(place, length): (std::path::PathBuf, u64)| {
-                let mut unfinished = Unfinished::create(&place).map_err(unwritable)?;
-                unfinished.file().set_len(length).map_err(unwritable)?;
-                let file = Arc::new(unfinished.file().try_clone().map_err(unwritable)?);
-                Ok(Filling { file, unfinished, length, left: length })
-            };
-            places.into_iter().map(begin).collect()
+            places.into_iter().map(|(place, length)| Filling::begin(&place, length)).collect()
         })
         .await
     }
 
     /// Writes what comes where it belongs, until all has been sent.
-    async fn fill<S>(&self, link: &mut Link<S>, id: Uuid, mut filling: Vec<Filling>) -> Result<Vec<Filling>>
+    async fn fill<S>(&self, link: &mut Link<S>, id: Uuid, filling: Vec<Filling>) -> Result<Vec<Filling>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        // One piece is written while the next one comes.
-        let mut writing: Option<JoinHandle<Result<()>>> = None;
-        let (mut pace, mut came, mut looked) = (Pace::new(), 0_u64, Instant::now());
+        let mut pieces = Pieces::into(filling);
+        let mut looked = Instant::now();
         loop {
             if looked.elapsed() >= limits::WANTED_EVERY {
                 looked = Instant::now();
@@ -360,29 +412,9 @@ impl Migrations {
             let received = received.map_err(|_| {
                 Error::new(Code::HostUnreachable, "the other host has sent nothing for too long")
             })?;
-            if let Some(written) = writing.take() {
-                written.await.map_err(|cause| Error::internal("a piece was not written", cause))??;
+            if pieces.take(received).await? == Sent::Everything {
+                return Ok(pieces.filling);
             }
-            let body = match received? {
-                Received::Piece(body) => body,
-                Received::Message(Message::Copied) => return Ok(filling),
-                Received::Message(_) => return Err(out_of_turn()),
-            };
-            let piece = Piece::read(&body).map_err(|_| out_of_turn())?;
-            let outside = || Error::new(Code::InvalidRequest, "a piece lies outside of its file");
-            let into = filling.get_mut(usize::from(piece.file)).ok_or_else(outside)?;
-            let (offset, count) = (piece.offset, piece.bytes.len() as u64);
-            let end = offset.checked_add(count).ok_or_else(outside)?;
-            // More than a file has is sent by nobody who means well, and nothing only to keep a place.
-            let fits = count > 0 && end <= into.length;
-            into.left = into.left.checked_sub(count).filter(|_| fits).ok_or_else(outside)?;
-            came = came.saturating_add(count);
-            pace.came(came)?;
-            let file = into.file.clone();
-            writing = Some(tokio::task::spawn_blocking(move || {
-                let bytes = body.get(wire::peer::PIECE_HEAD_BYTES..).unwrap_or_default();
-                file.write_all_at(bytes, offset).map_err(unwritable)
-            }));
         }
     }
 
@@ -427,6 +459,8 @@ fn unwritable(cause: std::io::Error) -> Error {
     Error::file("a file of the server cannot be written", cause)
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 #[cfg(test)]
 mod tests {
     use super::*;

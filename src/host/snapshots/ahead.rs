@@ -80,7 +80,23 @@ impl Used {
         }
         let mut bytes = vec![0; length as usize];
         file.read_exact_at(&mut bytes, 0)?;
-        serde_json::from_slice(&bytes).map_err(|cause| io::Error::new(io::ErrorKind::InvalidData, cause))
+        Used::parse(&bytes)
+    }
+
+    /// Runs that lie over one another would have the same memory read again and again.
+    fn parse(bytes: &[u8]) -> io::Result<Used> {
+        let invalid = |cause: &str| io::Error::new(io::ErrorKind::InvalidData, cause.to_owned());
+        let used: Used = serde_json::from_slice(bytes).map_err(|cause| invalid(&cause.to_string()))?;
+        let mut end = 0;
+        let is_next = |(offset, bytes): &(u64, u64)| {
+            let is_behind = *offset >= end && *bytes > 0;
+            end = offset.saturating_add(*bytes);
+            is_behind
+        };
+        match used.runs.len() <= USED_RUNS_MAX && used.runs.iter().all(is_next) {
+            true => Ok(used),
+            false => Err(invalid("its runs do not follow one another")),
+        }
     }
 }
 
@@ -320,5 +336,7 @@ impl Found {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 #[cfg(test)]
 mod tests;

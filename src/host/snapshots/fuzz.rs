@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 use wire::saved::form::{self, Section};
 use wire::saved::table::{Part, Table};
 
+pub use super::ahead::fuzz::used;
 use super::bundle::{Head, Plan, Refusal, read_files, read_head};
 use crate::volumes::files;
 use crate::volumes::fill::Watch;

@@ -102,8 +102,14 @@ fn a_damaged_list_is_an_error() {
     assert_eq!(Used::read(&dirs, id).unwrap(), used);
     let path = dirs.snapshot(id).join(USED);
     let whole = std::fs::read(&path).unwrap();
-    for bad in [&whole[..whole.len() - 1], b"", b"{\"runs\":[[1]]}", b"{\"runs\":[[-1,1]]}", &[b' '; 1 << 20]]
-    {
+    for bad in [
+        &whole[..whole.len() - 1],
+        b"",
+        b"{\"runs\":[[1]]}",
+        b"{\"runs\":[[-1,1]]}",
+        b"{\"runs\":[[0,9],[8,9]]}",
+        &[b' '; 1 << 20],
+    ] {
         let mut options = std::fs::OpenOptions::new();
         options.write(true).truncate(true).mode(0o600);
         std::io::Write::write_all(&mut options.open(&path).unwrap(), bad).unwrap();
