@@ -2,7 +2,7 @@
 # Not a program: scripts/check sources it, from the project's root, with machine.sh. What a target is lies in
 # tests/fuzz/README.md.
 
-fuzz_targets=(queue block net rng balloon pci serial wire api image snapshot used carried elf state moved owed)
+fuzz_targets=(queue block net rng balloon pci serial wire api image snapshot used carried elf state restored moved owed)
 cargo_fuzz_version=0.13.2
 
 # Runs are judged by what they find, not by how much of a core they get.
@@ -82,53 +82,66 @@ fuzz_all() {
   return "$failed"
 }
 
-# fuzz_plants SECONDS: puts the bug of each tests/fuzz/plants/TARGET.patch into a copy of the sources, and fails when
-# the target does not find it within SECONDS from the seeds alone, or finds what is no bug of the patch.
+# fuzz_plants SECONDS [TARGET...]: puts the bugs of tests/fuzz/plants, which are TARGET.patch and those that are TARGET-READER.patch,
+# into a copy of the sources, one after the other, and fails when the target does not find one within SECONDS from the seeds alone, or
+# finds what is no bug of the patch.
 fuzz_plants() {
-  local seconds=$1 target status log patch failed=0 begun
-  local tree=$fuzz_root/target/fuzz/planted
+  local seconds=$1 target patch failed=0
+  fuzz_tree=$fuzz_root/target/fuzz/planted
   shift
   (($#)) || set -- "${fuzz_targets[@]}"
   fuzz_tools || return 1
   need_packages patch || return 1
   fuzz_build tests/fuzz || return 1
-  rm -rf "$tree"
-  mkdir -p "$tree"
+  rm -rf "$fuzz_tree"
+  mkdir -p "$fuzz_tree"
   # With new times, so that nothing built from an earlier copy passes for this one.
   git ls-files -z --cached --others --exclude-standard -- ':!tests/fuzz/seeds' |
     tar --create --null --files-from=- --ignore-failed-read 2>/dev/null |
-    tar --extract --touch --directory "$tree" || return 1
+    tar --extract --touch --directory "$fuzz_tree" || return 1
   # Programs of their own name: the target directory is shared, so that the libraries are built once.
-  sed -i '/^\[\[bin\]\]/ {n; s/^name = "/name = "planted-/}' "$tree/tests/fuzz/Cargo.toml"
-  printf '%-8s %8s %12s  %s\n' target seconds runs outcome
+  sed -i '/^\[\[bin\]\]/ {n; s/^name = "/name = "planted-/}' "$fuzz_tree/tests/fuzz/Cargo.toml"
+  printf '%-12s %8s %12s  %s\n' plant seconds runs outcome
   for target; do
-    patch=tests/fuzz/plants/$target.patch log=target/fuzz/planted-$target.log status=0
-    if ! patch --directory "$tree" --strip 1 --fuzz 0 --silent <"$patch"; then
-      echo "$target: $patch does not fit the sources any more; plant the bug anew"
-      return 1
-    fi
-    if ! fuzz_build "$tree/tests/fuzz" "planted-$target" >"$log" 2>&1; then
-      tail -n 30 "$log"
-      echo "$target: the planted bug does not compile; see $log"
-      return 1
-    fi
+    for patch in "tests/fuzz/plants/$target.patch" "tests/fuzz/plants/$target"-*.patch; do
+      [[ -e $patch ]] || continue
+      fuzz_plant "$seconds" "$target" "$patch" || failed=1
+    done
+  done
+  return "$failed"
+}
+
+# fuzz_plant SECONDS TARGET PATCH: the same for one bug, in the copy that there is.
+fuzz_plant() {
+  local seconds=$1 target=$2 patch=$3 plant status=0 log begun failed=0
+  plant=$(basename "$patch" .patch)
+  log=target/fuzz/planted-$plant.log
+  if ! patch --directory "$fuzz_tree" --strip 1 --fuzz 0 --silent <"$patch"; then
+    echo "$plant: $patch does not fit the sources any more; plant the bug anew"
+    return 1
+  fi
+  if ! fuzz_build "$fuzz_tree/tests/fuzz" "planted-$target" >"$log" 2>&1; then
+    tail -n 30 "$log"
+    echo "$plant: the planted bug does not compile; see $log"
+    failed=1
+  else
     rm -rf "target/fuzz/corpus-planted"
     begun=$SECONDS
     fuzz_run "planted-$target" "$target" "$seconds" target/fuzz/corpus-planted "$log" || status=$?
-    printf '%-8s %8d %12s  ' "$target" $((SECONDS - begun)) \
+    printf '%-12s %8d %12s  ' "$plant" $((SECONDS - begun)) \
       "$(awk '/^stat::number_of_executed_units/ {print $2}' "$log")"
     if ((status == 0)); then
       echo "NOT FOUND within $seconds s: $(head -n 1 "$patch")"
       failed=1
     elif ! "$(fuzz_program "$target")" "${fuzz_bounds[@]}" target/fuzz/artifacts/"planted-$target"/* \
-      >"target/fuzz/unplanted-$target.log" 2>&1; then
-      echo "FAILS WITHOUT THE BUG TOO: $(fuzz_said "target/fuzz/unplanted-$target.log")"
+      >"target/fuzz/unplanted-$plant.log" 2>&1; then
+      echo "FAILS WITHOUT THE BUG TOO: $(fuzz_said "target/fuzz/unplanted-$plant.log")"
       failed=1
     else
       echo "found: $(head -n 1 "$patch")"
     fi
-    # The reversed patch has a new time, so the next build does not take the bug along.
-    patch --directory "$tree" --strip 1 --fuzz 0 --silent --reverse <"$patch" || return 1
-  done
+  fi
+  # The reversed patch has a new time, so the next build does not take the bug along.
+  patch --directory "$fuzz_tree" --strip 1 --fuzz 0 --silent --reverse <"$patch" || return 1
   return "$failed"
 }

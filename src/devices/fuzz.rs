@@ -6,6 +6,7 @@ mod driver;
 mod net;
 mod pci;
 mod queue;
+mod restored;
 mod serial;
 mod small;
 
@@ -13,6 +14,7 @@ pub use block::block;
 pub use net::net;
 pub use pci::pci;
 pub use queue::queue;
+pub use restored::restored;
 pub use serial::serial;
 pub use small::{balloon, rng};
 

@@ -48,5 +48,16 @@ impl Numbers {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Numbers {
+    /// Has the number in this place be another, or one be there of which nobody knows.
+    pub(crate) fn change(&mut self, at: usize, value: u64) {
+        match self.0.values_mut().nth(at) {
+            Some(number) => *number = value,
+            None => drop(self.0.insert("strange".to_owned(), value)),
+        }
+    }
+}
+
 /// How much of a name that somebody made up is told.
 const NAME_CHARS_MAX: usize = 32;

@@ -39,6 +39,44 @@ pub struct CpuState {
     pub tsc_khz: u32,
 }
 
+/// The same as KVM takes it.
+struct Parts {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debugregs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+}
+
+impl CpuState {
+    /// Checks all that can be checked without KVM, which a restore does before KVM is given anything.
+    pub fn check(&self) -> Result<(), Error> {
+        self.parts().map(drop)
+    }
+
+    fn parts(&self) -> Result<Parts, Error> {
+        if !MP_STATES.contains(&self.mp_state) {
+            return Err(Error::State(format!("a processor in state {} cannot be", self.mp_state)));
+        }
+        if let Some((msr, _)) = self.msrs.iter().find(|(msr, _)| !msrs::KEPT.contains(msr)) {
+            return Err(Error::State(format!("register {msr:#x} is none that is kept")));
+        }
+        Ok(Parts {
+            mp_state: kvm_mp_state { mp_state: self.mp_state },
+            regs: read("regs", &self.regs)?,
+            sregs: read("sregs", &self.sregs)?,
+            xsave: fill("xsave", &self.xsave)?,
+            xcrs: fill("xcrs", &self.xcrs)?,
+            debugregs: read("debugregs", &self.debugregs)?,
+            lapic: fill("lapic", &self.lapic)?,
+            events: read("events", &self.events)?,
+        })
+    }
+}
+
 /// The largest difference between two counters' rates that still counts as the same, in millionths: what NTP corrects,
 /// and what KVM itself tolerates.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -77,31 +115,21 @@ impl Vcpu {
     /// Makes this processor, which was shown its CPUID and has never run, what another was. Guest memory is complete:
     /// some registers make KVM write to it.
     pub fn restore(&self, state: &CpuState) -> Result<(), Error> {
-        if !MP_STATES.contains(&state.mp_state) {
-            return Err(Error::State(format!("a processor in state {} cannot be", state.mp_state)));
-        }
-        if let Some((msr, _)) = state.msrs.iter().find(|(msr, _)| !msrs::KEPT.contains(msr)) {
-            return Err(Error::State(format!("register {msr:#x} is none that is kept")));
-        }
+        let parts = state.parts()?;
         self.check_rate(state.tsc_khz)?;
         let fd = &self.fd;
-        let mp_state = kvm_mp_state { mp_state: state.mp_state };
-        fd.set_mp_state(mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
-        fd.set_regs(&read::<kvm_regs>("regs", &state.regs)?).map_err(failed("KVM_SET_REGS"))?;
-        fd.set_sregs(&read::<kvm_sregs>("sregs", &state.sregs)?).map_err(failed("KVM_SET_SREGS"))?;
-        let xsave = fill::<kvm_xsave>("xsave", &state.xsave)?;
+        fd.set_mp_state(parts.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
+        fd.set_regs(&parts.regs).map_err(failed("KVM_SET_REGS"))?;
+        fd.set_sregs(&parts.sregs).map_err(failed("KVM_SET_SREGS"))?;
         // SAFETY: KVM reads as many bytes as the process has asked features for. None that goes beyond `kvm_xsave`
         // is on before a process asks for it (arch_prctl), which no room of ours does.
-        unsafe { fd.set_xsave(&xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
-        fd.set_xcrs(&fill::<kvm_xcrs>("xcrs", &state.xcrs)?).map_err(failed("KVM_SET_XCRS"))?;
-        let debugregs = read::<kvm_debugregs>("debugregs", &state.debugregs)?;
-        fd.set_debug_regs(&debugregs).map_err(failed("KVM_SET_DEBUGREGS"))?;
-        let lapic = fill::<kvm_lapic_state>("lapic", &state.lapic)?;
-        fd.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
+        unsafe { fd.set_xsave(&parts.xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
+        fd.set_xcrs(&parts.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        fd.set_debug_regs(&parts.debugregs).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        fd.set_lapic(&parts.lapic).map_err(failed("KVM_SET_LAPIC"))?;
         // After the local APIC, which holds the mode that a deadline needs.
         self.write_msrs(&state.msrs)?;
-        let events = read::<kvm_vcpu_events>("events", &state.events)?;
-        fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+        fd.set_vcpu_events(&parts.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
     }
 
     /// How fast its time stamp counter runs, in thousands of ticks a second.

@@ -20,6 +20,25 @@ pub struct VmState {
 
 const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
+impl VmState {
+    /// Checks all that can be checked without KVM, which a restore does before KVM is given anything.
+    pub fn check(&self) -> Result<(), Error> {
+        self.parts().map(drop)
+    }
+
+    fn parts(&self) -> Result<(Vec<kvm_irqchip>, kvm_pit_state2), Error> {
+        let chip = |(chip_id, saved): (u32, &Vec<u8>)| {
+            let chip = fill::<kvm_irqchip>("irqchip", saved)?;
+            match chip.chip_id == chip_id {
+                true => Ok(chip),
+                false => Err(Error::State(format!("interrupt controller {} is out of place", chip.chip_id))),
+            }
+        };
+        let chips = IRQCHIPS.into_iter().zip(&self.irqchips).map(chip).collect::<Result<_, _>>()?;
+        Ok((chips, read("pit", &self.pit)?))
+    }
+}
+
 impl Vm {
     /// The controllers as they stand. No vCPU runs and no device raises anything meanwhile.
     pub fn save(&self) -> Result<VmState, Error> {
@@ -35,14 +54,10 @@ impl Vm {
 
     /// Makes the controllers of a VM that has never run what another's were.
     pub fn restore(&self, state: &VmState) -> Result<(), Error> {
-        for (chip_id, saved) in IRQCHIPS.into_iter().zip(&state.irqchips) {
-            let chip = fill::<kvm_irqchip>("irqchip", saved)?;
-            if chip.chip_id != chip_id {
-                return Err(Error::State(format!("interrupt controller {} is out of place", chip.chip_id)));
-            }
-            self.fd.set_irqchip(&chip).map_err(failed("KVM_SET_IRQCHIP"))?;
+        let (chips, pit) = state.parts()?;
+        for chip in &chips {
+            self.fd.set_irqchip(chip).map_err(failed("KVM_SET_IRQCHIP"))?;
         }
-        let pit = read::<kvm_pit_state2>("pit", &state.pit)?;
         self.fd.set_pit2(&pit).map_err(failed("KVM_SET_PIT2"))
     }
 }

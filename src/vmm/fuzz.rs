@@ -14,7 +14,7 @@ use wire::transfer::Kind;
 
 use crate::boot::{Source, prepare};
 use crate::migrate::fuzz as migrate;
-use crate::snapshot;
+use crate::snapshot::{self, MachineState};
 
 const MEMORY_BYTES: u64 = 24 << 20;
 /// Files are no longer than the input, but may be stretched by a hole, so that offsets reach far.
@@ -66,12 +66,38 @@ pub fn state(data: &[u8]) {
                 part.offset + u64::from(part.bytes)
             });
             assert!(end <= table.memory_bytes, "a part ends at {end:#x}");
+            judge_machine(&contents.machine);
             let again = snapshot::bytes(&contents, &table).expect("what was read can be written");
             assert!(snapshot::parse(&again).expect("what was written can be read") == (contents, table));
         }
         Err(refused) => {
             let detail = refused.to_string();
             assert!(!detail.is_empty() && detail.len() < 1024, "told in {} bytes", detail.len());
+        }
+    }
+}
+
+/// What processors and controllers are given is of the sizes that KVM's interface has.
+fn judge_machine(machine: &MachineState) {
+    let judge_refusal = |refused: kvm::Error| {
+        let detail = refused.to_string();
+        assert!(!detail.is_empty() && detail.len() < 1024, "told in {} bytes", detail.len());
+    };
+    for cpu in &machine.cpus {
+        if let Err(refused) = cpu.check() {
+            judge_refusal(refused);
+            continue;
+        }
+        assert!(cpu.mp_state <= 3, "a processor in state {}", cpu.mp_state);
+        let whole = [&cpu.regs, &cpu.sregs, &cpu.debugregs, &cpu.events].map(Vec::len);
+        assert_eq!(whole, [144, 312, 128, 64]);
+        assert!(cpu.xsave.len() <= 4096 && cpu.xcrs.len() <= 392 && cpu.lapic.len() <= 1024);
+    }
+    match machine.vm.check() {
+        Err(refused) => judge_refusal(refused),
+        Ok(()) => {
+            assert!(machine.vm.irqchips.iter().all(|chip| chip.len() <= 520));
+            assert_eq!(machine.vm.pit.len(), 112);
         }
     }
 }

@@ -26,9 +26,9 @@ pub(super) const WRITE: u16 = 2;
 pub(super) const INDIRECT: u16 = 4;
 pub(super) const EVENT_IDX: u64 = 1 << 29;
 
-const RING_BYTES: u64 = 0x800;
-const AVAIL: u64 = 0x400;
-const USED: u64 = 0x500;
+pub(super) const RING_BYTES: u64 = 0x800;
+pub(super) const AVAIL: u64 = 0x400;
+pub(super) const USED: u64 = 0x500;
 const RINGS_END: u64 = 0x3000;
 const REGION_BYTES: u64 = 0x4000;
 const REGIONS: [u64; 3] = [0, 0x4000, 0xC000];

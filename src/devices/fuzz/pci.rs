@@ -30,6 +30,8 @@ const FEATURES_OK: u64 = 8;
 /// What the machine around the function was told.
 #[derive(Default)]
 struct Around {
+    /// Of the device.
+    name: String,
     routes: [Option<MsiMessage>; 8],
     doorbells: BTreeSet<u64>,
     faults: usize,
@@ -44,8 +46,15 @@ struct Running {
     ends: bool,
 }
 
-#[derive(Clone, Default)]
-struct Shared(Arc<Mutex<Around>>);
+#[derive(Clone)]
+pub(super) struct Shared(Arc<Mutex<Around>>);
+
+impl Shared {
+    /// Around the device of this name.
+    pub(super) fn of(name: &str) -> Shared {
+        Shared(Arc::new(Mutex::new(Around { name: name.to_owned(), ..Around::default() })))
+    }
+}
 
 impl Msi for Shared {
     fn route(&self, vector: u16, message: Option<MsiMessage>) {
@@ -71,8 +80,9 @@ impl Doorbells for Shared {
 
 impl Notices for Shared {
     fn device_fault(&self, device: &str, detail: String) {
-        assert!(device == "probe" && !detail.is_empty() && detail.len() < 4096);
-        locked(&self.0).faults += 1;
+        let mut around = locked(&self.0);
+        assert!(device == around.name && !detail.is_empty() && detail.len() < 4096);
+        around.faults += 1;
     }
 }
 
@@ -179,7 +189,7 @@ struct Seen {
 
 impl Rig {
     fn new() -> Rig {
-        let around = Shared::default();
+        let around = Shared::of("probe");
         let shared = || Arc::new(around.clone());
         let memory = memory::new(MEMORY_BYTES).unwrap();
         let device = Box::new(Probe(around.clone()));

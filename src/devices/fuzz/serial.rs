@@ -15,7 +15,8 @@ use crate::serial::Serial;
 const FIFO_BYTES: usize = 64;
 const STEPS_MAX: usize = 512;
 
-struct Pulses(AtomicUsize);
+#[derive(Default)]
+pub(super) struct Pulses(AtomicUsize);
 
 impl Interrupt for Pulses {
     fn raise(&self) {
@@ -25,7 +26,7 @@ impl Interrupt for Pulses {
 
 /// A sink that refuses every byte of one value.
 #[derive(Clone, Default)]
-struct Sink(Arc<Mutex<Vec<u8>>>);
+pub(super) struct Sink(Arc<Mutex<Vec<u8>>>);
 
 const REFUSED: u8 = 0xEE;
 
@@ -95,7 +96,7 @@ pub fn serial(data: &[u8]) {
     let room = Box::new(move || {
         counter.fetch_add(1, Ordering::Relaxed);
     });
-    let pulses = Arc::new(Pulses(AtomicUsize::new(0)));
+    let pulses = Arc::new(Pulses::default());
     let serial = Serial::with_room(pulses, Box::new(sink.clone()), room);
     let mut model = Model::new();
     for _ in 0..STEPS_MAX {

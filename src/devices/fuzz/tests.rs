@@ -40,6 +40,11 @@ fn seeds_of_the_serial_port_hold() {
 }
 
 #[test]
+fn seeds_of_what_is_restored_hold() {
+    seeds::replay("restored", super::restored);
+}
+
+#[test]
 fn inputs_near_the_seeds_of_the_queue_hold() {
     seeds::vary("queue", INPUTS, super::queue);
 }
@@ -72,4 +77,9 @@ fn inputs_near_the_seeds_of_pci_hold() {
 #[test]
 fn inputs_near_the_seeds_of_the_serial_port_hold() {
     seeds::vary("serial", INPUTS, super::serial);
+}
+
+#[test]
+fn inputs_near_the_seeds_of_what_is_restored_hold() {
+    seeds::vary("restored", INPUTS, super::restored);
 }

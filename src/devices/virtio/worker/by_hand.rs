@@ -37,12 +37,23 @@ pub(crate) struct ByHand {
 impl ByHand {
     /// Keeps the worker that `start` starts. The value that `start` answers must not be asked to pause.
     pub(crate) fn catch<T>(start: impl FnOnce() -> T) -> (T, ByHand) {
+        let (started, worker) = ByHand::catch_any(start);
+        (started, worker.expect("`start` started a worker"))
+    }
+
+    /// The same where `start` may start none.
+    pub(crate) fn catch_any<T>(start: impl FnOnce() -> T) -> (T, Option<ByHand>) {
         PLACE.with_borrow_mut(|place| place.is_open = true);
         let started = start();
-        let service = PLACE.with_borrow_mut(|place| place.service.take());
-        let mut service = service.expect("`start` started a worker");
-        service.begin();
-        (started, ByHand { service })
+        let service = PLACE.with_borrow_mut(|place| {
+            place.is_open = false;
+            place.service.take()
+        });
+        let worker = service.map(|mut service| {
+            service.begin();
+            ByHand { service }
+        });
+        (started, worker)
     }
 
     /// Takes turns until there is nothing to do.

@@ -1,0 +1,2 @@
+#![no_main]
+fuzz::target!(|data| devices::fuzz::restored(data));
