@@ -27,11 +27,20 @@ fn every_planted_bug_fits_the_sources() {
         for (source, before) in hunks {
             assert!(source.contains(&before), "{} does not fit any more:\n{before}", path.display());
         }
-        found.push(path.file_stem().unwrap().to_string_lossy().into_owned());
+        let sentence = patch.lines().next().unwrap();
+        assert!(sentence.ends_with('.'), "{} does not say what it plants: {sentence}", path.display());
+        // `TARGET.patch`, or `TARGET-READER.patch` for another reader of the same target.
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        found.push(name.split('-').next().unwrap().to_owned());
     }
     let targets = std::fs::read_dir(root.join("tests/fuzz/targets")).unwrap();
-    for target in targets.map(|entry| entry.unwrap().path()) {
-        let name = target.file_stem().unwrap().to_string_lossy().into_owned();
-        assert!(found.contains(&name), "no bug is planted for {name}");
+    let targets: Vec<String> = targets
+        .map(|entry| entry.unwrap().path().file_stem().unwrap().to_string_lossy().into_owned())
+        .collect();
+    for name in &targets {
+        assert!(found.contains(name), "no bug is planted for {name}");
+    }
+    for name in &found {
+        assert!(targets.contains(name), "a bug is planted for {name}, which is no target");
     }
 }
