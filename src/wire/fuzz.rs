@@ -370,4 +370,25 @@ mod tests {
         }
         assert!(count > 40, "{count}");
     }
+
+    /// A frame of another version is looked at no further than its head.
+    #[test]
+    fn seeds_that_are_frames_are_read() {
+        let refused = ["longest", "too-long", "take-too-many-streams", "ask-too-many-vcpus"];
+        let mut count = 0;
+        for (name, seed) in seeds::kept("wire") {
+            let Some(name) = name.strip_prefix("frame-") else { continue };
+            let (start, body) = seed[1..].split_first_chunk().expect("a head");
+            let is_read = peer::head(*start).is_ok_and(|(kind, length)| {
+                length == body.len()
+                    && match kind {
+                        peer::Kind::Document => peer::Message::read(body).is_ok(),
+                        peer::Kind::Piece => peer::Piece::read(body).is_ok(),
+                    }
+            });
+            assert_eq!(is_read, !refused.contains(&name), "{name}; write it anew with make-seeds");
+            count += 1;
+        }
+        assert!(count > 12, "{count}");
+    }
 }
