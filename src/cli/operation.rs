@@ -1,6 +1,6 @@
 //! `toft operation …`
 use clap::Subcommand;
-use model::operation::{Operation, OperationState};
+use model::operation::{Operation, OperationState, Progress};
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -77,17 +77,33 @@ pub(crate) fn into_result(operation: &Operation) -> Result<(), Error> {
     }
 }
 
+/// What is expected of work under way, to be put behind how far it is; nothing where nothing is known.
+pub(crate) fn expected(progress: &Progress) -> String {
+    let figures = [
+        progress.bytes_per_s.map(|rate| format!("{}/s", output::bytes(rate))),
+        progress.remaining_s.map(|seconds| format!("{} left", output::seconds(seconds))),
+        progress.expected_downtime_ms.map(|ms| format!("would stand still {ms} ms")),
+        // Most guests are never held back.
+        progress
+            .throttle_percent
+            .filter(|percent| *percent > 0)
+            .map(|percent| format!("held back {percent}%")),
+    ];
+    figures.into_iter().flatten().map(|figure| format!(", {figure}")).collect()
+}
+
 impl Row for Operation {
     const COLUMNS: &'static [&'static str] = &["ID", "KIND", "STATE", "PROGRESS", "CREATED", "ERROR"];
 
     fn cells(&self) -> Vec<String> {
         let progress = format!("{}% {}", self.progress.percent, self.progress.phase);
+        let progress = progress.trim_end().to_owned() + &expected(&self.progress);
         let error = self.error.as_ref().map(|problem| problem.code.as_str()).unwrap_or_default();
         vec![
             self.id.to_string(),
             self.kind.clone(),
             output::word(&self.state),
-            progress.trim_end().to_owned(),
+            progress,
             output::time(self.created_at),
             error,
         ]

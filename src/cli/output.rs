@@ -123,6 +123,15 @@ pub(crate) fn bytes(count: u64) -> String {
     }
 }
 
+/// A time of so many seconds in the unit that says enough of it.
+pub(crate) fn seconds(count: u64) -> String {
+    match count {
+        0..120 => format!("{count} s"),
+        120..7200 => format!("{} min", count.div_ceil(60)),
+        _ => format!("{} h", count.div_ceil(3600)),
+    }
+}
+
 /// A moment without its fraction.
 pub(crate) fn time(time: Time) -> String {
     let text = time.to_string();

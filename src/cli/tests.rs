@@ -147,3 +147,25 @@ fn exit_codes_follow_the_problem() {
         assert_eq!(exit(code), expected, "{code:?}");
     }
 }
+
+#[test]
+fn what_is_expected_of_a_move_stands_behind_how_far_it_is() {
+    use model::operation::Progress;
+    let known = Progress {
+        bytes_per_s: Some(112 << 20),
+        remaining_s: Some(12),
+        expected_downtime_ms: Some(43),
+        throttle_percent: Some(30),
+        ..Progress::default()
+    };
+    let unhindered = Progress { throttle_percent: Some(0), remaining_s: Some(150), ..known.clone() };
+    let cases = [
+        (known, ", 112 MiB/s, 12 s left, would stand still 43 ms, held back 30%"),
+        (unhindered, ", 112 MiB/s, 3 min left, would stand still 43 ms"),
+        (Progress { remaining_s: Some(90_000), ..Progress::default() }, ", 25 h left"),
+        (Progress { bytes_done: Some(5), ..Progress::default() }, ""),
+    ];
+    for (progress, text) in cases {
+        assert_eq!(operation::expected(&progress), text);
+    }
+}

@@ -114,9 +114,10 @@ fn show(bar: &ProgressBar, operation: &Operation) {
     let progress = &operation.progress;
     bar.set_position(u64::from(progress.percent));
     let phase = progress.phase.replace('_', " ");
-    bar.set_message(match (progress.bytes_done, progress.bytes_total) {
+    let gone = match (progress.bytes_done, progress.bytes_total) {
         (Some(done), Some(total)) => format!("{phase} {} of {}", output::bytes(done), output::bytes(total)),
         (Some(done), None) => format!("{phase} {}", output::bytes(done)),
         _ => phase,
-    });
+    };
+    bar.set_message(gone + &operation::expected(progress));
 }

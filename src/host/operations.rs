@@ -123,6 +123,9 @@ pub fn finish(tx: &Tx<'_>, id: OperationId, outcome: Outcome) -> Result<()> {
     }
     operation.finished_at = Some(Time::now());
     operation.cancellable = false;
+    // What was expected is of no use to anybody who reads of the end.
+    let Progress { phase, percent, bytes_done, bytes_total, .. } = operation.progress;
+    operation.progress = Progress { phase, percent, bytes_done, bytes_total, ..Progress::default() };
     let (state, kind) = match outcome {
         Outcome::Succeeded => {
             operation.progress.percent = 100;

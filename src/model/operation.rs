@@ -72,6 +72,20 @@ pub struct Progress {
     /// Bytes in all, where known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_total: Option<u64>,
+    /// Of a move, while bytes go: how many a second of memory and disks, counted as they are and not as they are packed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_s: Option<u64>,
+    /// Of a move: in how many seconds these bytes are expected to have gone, with what the guest is expected to write
+    /// meanwhile. Absent where nothing can be said, as of a guest that writes about as fast as its memory goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remaining_s: Option<u64>,
+    /// Of a move, while the guest runs: how long it would stand still if it were stopped at the end of the last round, in
+    /// milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_downtime_ms: Option<u64>,
+    /// Of a move, while the guest runs: how much of their time its processors are held back because it writes too fast.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_percent: Option<u8>,
 }
 
 /// A reference to a resource.

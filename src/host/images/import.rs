@@ -156,7 +156,13 @@ impl Import {
         }
         let percent = if phase.is_empty() { percent(99) } else { 90 + percent(9) };
         let known = Some(total).filter(|total| *total > 0);
-        Progress { phase: "receive".to_owned(), percent, bytes_done: Some(done), bytes_total: known }
+        Progress {
+            phase: "receive".to_owned(),
+            percent,
+            bytes_done: Some(done),
+            bytes_total: known,
+            ..Progress::default()
+        }
     }
 }
 

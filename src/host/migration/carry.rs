@@ -23,7 +23,7 @@ use super::live::{memory_streams, word};
 use super::source::{connect, greet, memory_mode};
 use super::streams::Pumps;
 use super::ticket::Ticket;
-use super::{Migrations, limits, obstacles_text};
+use super::{Migrations, limits, obstacles_text, outlook};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
@@ -359,7 +359,8 @@ impl Migrations {
                 sent = sent.saturating_add(bytes.len() as u64);
                 if told.elapsed() >= crate::servers::limits::PROGRESS_EVERY {
                     told = Instant::now();
-                    self.report(begun, job, sent, total).await?;
+                    let progress = outlook::of_files(sent, total, began.elapsed());
+                    self.write_progress(begun, job, progress).await?;
                 }
                 if let Some(bandwidth) = bandwidth {
                     let due = Duration::from_secs_f64(sent as f64 / bandwidth.max(1) as f64);
@@ -367,22 +368,10 @@ impl Migrations {
                 }
             }
         }
-        self.report(begun, job, sent, total).await
+        self.write_progress(begun, job, outlook::of_files(sent, total, began.elapsed())).await
     }
 
-    /// Writes down how far the copy is. Fails when it is not wanted any more.
-    async fn report(&self, begun: &Move, job: Option<OperationId>, sent: u64, total: u64) -> Result<()> {
-        let part = sent.saturating_mul(88).checked_div(total).unwrap_or(88).min(88);
-        let progress = Progress {
-            phase: "copying".to_owned(),
-            percent: 1 + u8::try_from(part).unwrap_or_default(),
-            bytes_done: Some(sent),
-            bytes_total: Some(total),
-        };
-        self.write_progress(begun, job, progress).await
-    }
-
-    /// The same in whatever words.
+    /// Writes down how far a move is. Fails when it is not wanted any more.
     pub(super) async fn write_progress(
         &self,
         begun: &Move,

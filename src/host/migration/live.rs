@@ -19,6 +19,7 @@ use wire::migration::{MigrationStatus, Mode, Phase as VmmPhase, SendLimits, Side
 use wire::peer::{Message, Saying};
 
 use super::link::{Link, Received, out_of_turn};
+use super::outlook::Outlook;
 use super::streams::{Awaited, Pumps};
 use super::take::Pace;
 use super::{Migrations, limits};
@@ -94,6 +95,7 @@ impl Migrations {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let (mut told, mut beaten) = (None::<Instant>, Instant::now());
+        let mut outlook = Outlook::default();
         loop {
             match self.next_word(link, begun).await? {
                 Some(Received::Message(Message::Say(word))) => return Ok(word),
@@ -109,7 +111,7 @@ impl Migrations {
             }
             if told.is_none_or(|told| told.elapsed() >= crate::servers::limits::PROGRESS_EVERY) {
                 told = Some(Instant::now());
-                self.write_progress(begun, job, progress(&status)).await?;
+                self.write_progress(begun, job, outlook.progress(&status)).await?;
             }
             if beaten.elapsed() >= limits::BEAT {
                 beaten = Instant::now();
@@ -187,6 +189,7 @@ impl Migrations {
             move |connection: &rusqlite::Connection| records::find::<ServerRecord>(connection, server.0);
         let job = self.core.store.read(look).await?.and_then(|record| record.life.job).map(|job| job.id);
         let (mut told, end) = (None::<Instant>, Instant::now() + limits::SILENCE);
+        let mut outlook = Outlook::default();
         loop {
             let Some(status) = self.servers.owing(server).await? else {
                 link.say(Saying::Lost).await?;
@@ -201,7 +204,7 @@ impl Migrations {
             }
             if told.is_none_or(|told| told.elapsed() >= crate::servers::limits::PROGRESS_EVERY) {
                 told = Some(Instant::now());
-                let shown = progress(&status);
+                let shown = outlook.progress(&status);
                 self.core
                     .store
                     .write(move |tx| job.map_or(Ok(()), |job| operations::progress(tx, job, shown)))
@@ -329,20 +332,4 @@ fn ended(status: &MigrationStatus) -> Error {
         Side::Target => "the machine did not arrive",
     };
     Error::new(Code::MachineFailed, format!("{end}: {why}"))
-}
-
-/// How far a source is, as its operation shows it. What was sent again counts again, so the whole grows.
-fn progress(status: &MigrationStatus) -> Progress {
-    let sent = status.progress.sent_bytes.saturating_add(status.progress.skipped_bytes);
-    let total = sent.saturating_add(status.progress.left_bytes);
-    let share =
-        |span: u64| u8::try_from(sent.saturating_mul(span).checked_div(total).unwrap_or(0)).unwrap_or(0);
-    let (phase, percent) = match (status.phase, status.progress.rounds) {
-        (VmmPhase::Greet, _) => ("preparing", 1),
-        (VmmPhase::Rounds, 0 | 1) => ("copying", 1_u8.saturating_add(share(39)).min(40)),
-        (VmmPhase::Rounds, _) => ("copying_changes", 40_u8.saturating_add(share(45)).min(85)),
-        (VmmPhase::Owing, _) => ("sending_owed", 89_u8.saturating_add(share(10)).min(99)),
-        _ => ("standing_still", 88),
-    };
-    Progress { phase: phase.to_owned(), percent, bytes_done: Some(sent), bytes_total: Some(total) }
 }

@@ -46,6 +46,7 @@ mod identity;
 pub mod limits;
 mod link;
 mod live;
+mod outlook;
 mod source;
 mod strangers;
 mod streams;

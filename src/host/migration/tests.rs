@@ -20,6 +20,7 @@ mod live;
 mod modes;
 mod moves;
 mod paused;
+mod progress;
 
 /// A source with the server `web1`, and a target that waits.
 struct Pair {

@@ -54,6 +54,7 @@ impl Doing {
             percent: from + u8::try_from(share).unwrap_or(span).min(span),
             bytes_done: Some(done),
             bytes_total: Some(total),
+            ..Progress::default()
         };
         self.workshop.core.store.write(move |tx| operations::progress(tx, job.id, progress)).await
     }

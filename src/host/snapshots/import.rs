@@ -304,7 +304,13 @@ impl Import {
             told = done;
             let percent = done.saturating_mul(99).checked_div(total).unwrap_or(0).min(99) as u8;
             let (bytes_done, bytes_total) = (Some(done), Some(total));
-            let progress = Progress { phase: "receive".to_owned(), percent, bytes_done, bytes_total };
+            let progress = Progress {
+                phase: "receive".to_owned(),
+                percent,
+                bytes_done,
+                bytes_total,
+                ..Progress::default()
+            };
             let operation = self.operation;
             let written =
                 self.snapshots.core.store.write(move |tx| operations::progress(tx, operation, progress));

@@ -188,7 +188,7 @@ async fn a_hibernated_server_moves_with_its_memory_and_goes_on_there() {
 
 /// A move that is so slow that it does not end by itself: the disk is all data. Answers its operation when the target has a record
 /// of the server.
-async fn slow_move(ground: &Ground, source: &Host, target: &Host) -> OperationId {
+pub(super) async fn slow_move(ground: &Ground, source: &Host, target: &Host) -> OperationId {
     let id = ground.server;
     let first = has(source, id).await.unwrap();
     let size = 64 << 20;
