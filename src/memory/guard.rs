@@ -6,6 +6,11 @@
 //! new ─▶ arm, rearm … (machine runs; who writes is noted and let go) ─▶ begin (machine paused) ─▶ take … ─▶ end
 //! ```
 //!
+//! What a write waits for is bounded. Until the moment its page is let go of at once, and after it once the page is kept, behind
+//! those of other writers, each of whom waits for one. When [`KEPT_PAGES_MAX`] are kept it waits until its part is taken, which is the
+//! next one but for those of writers who came before: for as many parts, of whatever length the caller takes them, as there are
+//! threads that write, and the one in hand. [`Guard::waits`] tells what it came to.
+//!
 //! Three rules hold up the guest as little as can be. Memory is protected and let go of in pieces, since the kernel serves
 //! none of the guest's faults in what it is changing, and none at all while it lets go. The state's lock, for which a
 //! writer waits, is held for what belongs together and for no system call over many pages. And after each piece the thread
@@ -15,6 +20,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sys::userfaultfd::UserFault;
@@ -35,7 +41,8 @@ const PIECE_BYTES: u64 = 4 << 20;
 /// Words of [`Pages`] that a piece has.
 const PIECE_WORDS: usize = (PIECE_BYTES / PAGE_BYTES / 64) as usize;
 
-/// Most pages kept for writers who came before their part was taken: 64 MiB. Writers beyond wait for their part.
+/// Most pages kept for writers who came before their part was taken: 64 MiB, so that a guest that writes to all of its memory does
+/// not double it. A writer beyond waits until its part is taken, which the one that takes parts does next ([`Guard::urgent`]).
 const KEPT_PAGES_MAX: u32 = 16_384;
 
 /// Guest memory under write protection.
@@ -62,8 +69,31 @@ struct State {
     urgent: VecDeque<u64>,
     /// What `pending` was at the moment.
     moment: Vec<u64>,
-    /// Writes that had to wait for the moment's page to be kept.
-    faults: u64,
+    /// Pages of writers who wait for their parts, and since when.
+    held_up: Vec<(u64, Instant)>,
+    waits: Waits,
+}
+
+/// What writes have waited, from when their fault was read until their page was let go of. What comes before and after is not in it:
+/// until the thread that serves faults was given a processor and had served those it had read before, and until the writer runs
+/// again. A write that was interrupted while it waited counts again when it is tried again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Waits {
+    /// How many waited.
+    pub count: u64,
+    /// The longest that one did.
+    pub longest: Duration,
+    /// All of them together.
+    pub sum: Duration,
+}
+
+impl Waits {
+    fn note(&mut self, since: Instant) {
+        let waited = since.elapsed();
+        self.count += 1;
+        self.longest = self.longest.max(waited);
+        self.sum += waited;
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +122,8 @@ impl Guard {
             kept: Kept::of(KEPT_PAGES_MAX),
             urgent: VecDeque::new(),
             moment: Vec::new(),
-            faults: 0,
+            held_up: Vec::new(),
+            waits: Waits::default(),
         };
         let ended = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let ended = ended.map_err(|errno| Error::Protect(errno.into()))?;
@@ -110,8 +141,9 @@ impl Guard {
     /// memory.
     pub fn serve(&self) -> Result<(), Error> {
         while let Some(addresses) = self.fault.next(&self.ended).map_err(Error::Protect)? {
+            let since = Instant::now();
             for address in addresses {
-                self.let_write(address)?;
+                self.let_write(address, since)?;
             }
         }
         Ok(())
@@ -216,8 +248,16 @@ impl Guard {
                 _ => bytes.fill(0),
             }
         }
+        // Nobody joins them: who writes to what is not pending is let go at once.
+        let pages = first..first + part.bytes.div_ceil(PAGE_BYTES);
+        let let_go: Vec<_> = state.held_up.extract_if(.., |(page, _)| pages.contains(page)).collect();
         drop(state);
-        self.each_mapped(part.offset, part.bytes, |address, bytes| self.fault.release(address, bytes))
+        self.each_mapped(part.offset, part.bytes, |address, bytes| self.fault.release(address, bytes))?;
+        if !let_go.is_empty() {
+            let mut state = self.state();
+            let_go.iter().for_each(|(_, since)| state.waits.note(*since));
+        }
+        Ok(())
     }
 
     /// The offset of a page whose writer waits until its part is taken, if one does.
@@ -225,12 +265,13 @@ impl Guard {
         self.state().urgent.pop_front()
     }
 
-    /// How many writes had to wait since the moment.
-    pub fn faults(&self) -> u64 {
-        self.state().faults
+    /// What writes have waited since the first page was protected, of those that were let go.
+    pub fn waits(&self) -> Waits {
+        self.state().waits
     }
 
-    fn let_write(&self, address: u64) -> Result<(), Error> {
+    /// Lets a write go on that waits for a page, `since` when that is known here.
+    fn let_write(&self, address: u64, since: Instant) -> Result<(), Error> {
         let address = address & !(PAGE_BYTES - 1);
         let Some(offset) = self.mapped.page_at(address) else { return Ok(()) };
         let page = offset / PAGE_BYTES;
@@ -241,9 +282,9 @@ impl Guard {
                 state.ever.set(page);
             }
             Phase::Copying if state.pending.has(page) => {
-                state.faults += 1;
                 if !state.kept.keep(page, |bytes| extent::read(&self.ram, offset, bytes))? {
                     state.urgent.push_back(offset);
+                    state.held_up.push((page, since));
                     return Ok(());
                 }
                 state.pending.clear(page);
@@ -251,7 +292,9 @@ impl Guard {
             Phase::Copying | Phase::Ended => {}
         }
         // Still under the lock: a page that is noted is let go before somebody takes the note to protect it again.
-        self.fault.release(address, PAGE_BYTES).map_err(Error::Protect)
+        self.fault.release(address, PAGE_BYTES).map_err(Error::Protect)?;
+        state.waits.note(since);
+        Ok(())
     }
 
     fn each_mapped(

@@ -103,10 +103,25 @@ pub struct SaveReport {
     pub memory_bytes: u64,
     /// How long the VMM held the machine still for it, in microseconds; 0 when others had paused it.
     pub stall_us: u64,
-    /// Writes of the guest that waited for a page to be kept.
+    /// Writes of the guest, and of devices for it, that waited because memory was protected. Without `delay` only those since the
+    /// moment.
     pub waits: u64,
+    /// How long they waited. Absent where nobody could write, and from a VMM that does not measure it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delay: Option<WriteDelay>,
     /// How long all of it took, in microseconds.
     pub total_us: u64,
+}
+
+/// How long writes waited while a save protected memory: from when the VMM had read of one until it let that go. Not in it is how
+/// long it took to read of it, nor until the writer ran again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WriteDelay {
+    /// The longest, in microseconds.
+    pub us_max: u64,
+    /// All of them together, in microseconds.
+    pub us_sum: u64,
 }
 
 /// What to build a machine from.

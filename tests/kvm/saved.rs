@@ -235,6 +235,8 @@ fn a_machine_that_rewrites_its_memory_is_saved_as_it_runs() {
         println!("round {round}: {:?}", saved.report);
         assert!(saved.report.memory_bytes >= 96 << 20);
         waits += saved.report.waits;
+        let delay = saved.report.delay.expect("it was saved as it ran");
+        assert!(delay.us_max <= delay.us_sum && delay.us_max <= saved.report.total_us, "{delay:?}");
         let mut next = Vmm::restore(machine(), &saved, |spec| spec.how = MemoryUse::Copy);
         next.wait_for_times("dirty pass", 2);
         assert!(!next.console().contains("FAILED"), "{}", next.console());

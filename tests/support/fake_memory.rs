@@ -22,6 +22,8 @@ pub(super) struct SaveFiles {
     pub(super) state: File,
     pub(super) memory: File,
     pub(super) base: Option<Table>,
+    /// Whether the machine runs meanwhile.
+    pub(super) is_live: bool,
 }
 
 /// Writes what the base does not have; answers the table of all of it, and how many bytes were written.

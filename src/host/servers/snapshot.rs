@@ -31,8 +31,8 @@ use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::snapshots::{
-    Chain, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, chain, disk_name, flush,
-    make_directory,
+    Chain, Delayed, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, chain, disk_name,
+    flush, make_directory,
 };
 use crate::store::{Tx, records};
 use crate::vmms::Link;
@@ -123,6 +123,9 @@ pub(super) fn describe(
         working_set_bytes: None,
         taken_at: None,
         paused_ms: None,
+        guest_writes_delayed: None,
+        guest_write_delay_us_max: None,
+        guest_write_delay_us_sum: None,
         expires_at: spec.expires_at,
         generation: 1,
         created_at: now,
@@ -237,8 +240,10 @@ impl Doing {
         let stored_bytes = blocking(move || flush(&directory)).await?;
         self.workshop.core.checkpoint("server.snapshot_flushed")?;
         let Stillness { at_ms, paused_ms, disks } = still;
-        let root = report.map(|report| report.root);
-        Ok(Taken { at_ms, paused_ms, disks, root, stored_bytes, chain, full_because })
+        let root = report.as_ref().map(|report| report.root);
+        let delayed = report
+            .and_then(|SaveReport { waits: writes, delay, .. }| delay.map(|delay| Delayed { writes, delay }));
+        Ok(Taken { at_ms, paused_ms, delayed, disks, root, stored_bytes, chain, full_because })
     }
 
     /// The machine's memory, and the snapshot that this one is taken on, which is there as long as this one is being taken, with

@@ -131,6 +131,9 @@ fn accept(tx: &Tx<'_>, spec: ImportSnapshot, head: Head, actor: &Actor) -> Resul
         working_set_bytes: None,
         taken_at: None,
         paused_ms: None,
+        guest_writes_delayed: None,
+        guest_write_delay_us_max: None,
+        guest_write_delay_us_sum: None,
         expires_at: None,
         generation: 1,
         created_at: now,
@@ -237,6 +240,7 @@ impl Import {
         let taken = Taken {
             at_ms: head.taken_at.unwrap_or_else(Time::now).unix_ms(),
             paused_ms: head.paused_ms.unwrap_or_default(),
+            delayed: None,
             disks: vec![FillMethod::SparseCopy; head.disks.len()],
             root: head.memory.as_ref().map(|memory| memory.root),
             stored_bytes: 0,

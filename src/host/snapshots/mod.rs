@@ -41,7 +41,7 @@ pub use export::Export;
 pub(crate) use chain::open as open_file;
 use sweep::Trimmed;
 
-pub(crate) use record::{Origin, OriginDisk, SnapshotRecord, TABLES, Taken};
+pub(crate) use record::{Delayed, Origin, OriginDisk, SnapshotRecord, TABLES, Taken};
 
 /// Snapshots, for callers. Cheap to clone.
 #[derive(Clone)]

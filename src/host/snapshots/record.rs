@@ -11,7 +11,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use wire::peer::OfferedCpu;
-use wire::saved::Digest;
+use wire::saved::{Digest, WriteDelay};
 
 use super::chain::{self, Chain};
 use crate::call::Actor;
@@ -82,6 +82,15 @@ pub(crate) struct OriginDisk {
     pub limits: DiskLimits,
 }
 
+/// Writes of a guest that ran while its memory was saved, as its VMM counts and measures them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delayed {
+    /// How many waited.
+    pub writes: u64,
+    /// How long.
+    pub delay: WriteDelay,
+}
+
 /// What taking a snapshot came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Taken {
@@ -89,6 +98,8 @@ pub struct Taken {
     pub at_ms: i64,
     /// How long the guest stood still, in milliseconds.
     pub paused_ms: u64,
+    /// Which writes waited while the guest ran.
+    pub delayed: Option<Delayed>,
     /// How each disk was filled.
     pub disks: Vec<FillMethod>,
     /// Digest of the memory, where it was to be saved.
@@ -156,6 +167,9 @@ pub(super) fn complete(tx: &Tx<'_>, id: SnapshotId, taken: &Taken) -> Result<()>
     shown.state = SnapshotState::Ready;
     shown.taken_at = Some(Time::from_unix_ms(taken.at_ms));
     shown.paused_ms = Some(taken.paused_ms);
+    shown.guest_writes_delayed = taken.delayed.map(|delayed| delayed.writes);
+    shown.guest_write_delay_us_max = taken.delayed.map(|delayed| delayed.delay.us_max);
+    shown.guest_write_delay_us_sum = taken.delayed.map(|delayed| delayed.delay.us_sum);
     shown.stored_bytes = taken.stored_bytes;
     for (volume, method) in shown.volumes.iter_mut().zip(&taken.disks) {
         volume.filled_by = Some(*method);

@@ -63,6 +63,7 @@ async fn what_one_host_exports_another_takes_in_and_makes_servers_of() {
     let arrived = accepted.resource.unwrap();
     assert_eq!(arrived.state, SnapshotState::Ready);
     assert!(arrived.imported && !snapshot.imported);
+    assert_eq!(arrived.guest_writes_delayed, None);
     assert_ne!((arrived.id, arrived.image_id), (snapshot.id, snapshot.image_id));
     let same = |shown: &Snapshot| Snapshot {
         id: snapshot.id,
@@ -73,6 +74,10 @@ async fn what_one_host_exports_another_takes_in_and_makes_servers_of() {
         imported: false,
         stored_bytes: 0,
         volumes: Vec::new(),
+        // Of the guest that was here, not of what is in the stream.
+        guest_writes_delayed: None,
+        guest_write_delay_us_max: None,
+        guest_write_delay_us_sum: None,
         ..shown.clone()
     };
     assert_eq!(same(&arrived), same(&snapshot));

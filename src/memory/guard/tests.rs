@@ -22,6 +22,23 @@ fn guard(ram: &Arc<Ram>) -> Option<Guard> {
     Some(Guard::new(device.as_fd(), ram).unwrap())
 }
 
+/// Whoever waits is let go, also when a test fails.
+struct Ends<'a>(&'a Guard);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// Lets some time pass.
+fn pass() {
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(20) {
+        std::thread::yield_now();
+    }
+}
+
 fn word(ram: &Ram, page: u64) -> u64 {
     let mut bytes = [0; 8];
     read(ram, page * PAGE_BYTES, &mut bytes).unwrap();
@@ -92,7 +109,7 @@ fn memory_is_taken_as_it_was_while_others_write_to_it() {
             }
         }
         assert!(found == wanted, "pages differ");
-        assert!(guard.faults() > 0);
+        assert!(guard.waits().count > 0);
         // The end finds a writer at work, and nobody serves it any more then.
         guard.end();
         server.join().unwrap();
@@ -131,4 +148,78 @@ fn a_guard_that_is_dropped_lets_everybody_go_on() {
         writer.join().unwrap();
     });
     assert_eq!(word(&ram, 5), 2);
+}
+
+#[test]
+fn every_write_that_waits_counts_before_the_moment_and_after_it() {
+    let ram = new(BYTES).unwrap();
+    let Some(guard) = guard(&ram) else { return };
+    (0..2).for_each(|page| set(&ram, page, 1));
+    assert!(guard.arm(|| true).unwrap());
+    guard.expect(&touched(&ram).unwrap());
+    let began = Instant::now();
+    for page in 0..2 {
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| set(&ram, page, 2));
+            let address = loop {
+                if let [address] = guard.fault.waiting().unwrap()[..] {
+                    break address;
+                }
+                std::thread::yield_now();
+            };
+            let since = Instant::now();
+            pass();
+            guard.let_write(address, since).unwrap();
+            writer.join().unwrap();
+        });
+        let waits = guard.waits();
+        assert_eq!(waits.count, page + 1);
+        assert!(waits.longest >= Duration::from_millis(20) && waits.longest <= waits.sum, "{waits:?}");
+        assert!(waits.sum >= waits.count as u32 * Duration::from_millis(20), "{waits:?}");
+        assert!(waits.sum < began.elapsed(), "{waits:?}");
+        if page == 0 {
+            guard.begin().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_writer_waits_for_its_part_when_no_more_is_kept_and_goes_on_when_that_is_taken() {
+    let last = u64::from(KEPT_PAGES_MAX);
+    let ram = new(((last + 1) * PAGE_BYTES).next_multiple_of(2 << 20)).unwrap();
+    let Some(guard) = guard(&ram) else { return };
+    (0..=last).for_each(|page| set(&ram, page, page + 1));
+    std::thread::scope(|scope| {
+        let ends = Ends(&guard);
+        let server = scope.spawn(|| guard.serve().unwrap());
+        assert!(guard.arm(|| true).unwrap());
+        guard.expect(&touched(&ram).unwrap());
+        guard.begin().unwrap();
+        let writer = scope.spawn(|| (0..=last).for_each(|page| set(&ram, page, 0)));
+        let offset = loop {
+            match guard.urgent() {
+                Some(offset) => break offset,
+                None => std::thread::yield_now(),
+            }
+        };
+        let since = Instant::now();
+        assert_eq!(offset, last * PAGE_BYTES);
+        let page = |offset| Extent { offset, bytes: PAGE_BYTES };
+        let mut data = [0; PAGE_BYTES as usize];
+        let first_word = |data: &[u8]| u64::from_le_bytes(data[..8].try_into().unwrap());
+        // Another's part is as it was, and whoever waits for this one does not go on.
+        guard.take(page(0), &mut data).unwrap();
+        assert_eq!(first_word(&data), 1);
+        pass();
+        assert_eq!((word(&ram, last), guard.waits().count), (last + 1, last));
+        let waited = since.elapsed();
+        guard.take(page(offset), &mut data).unwrap();
+        writer.join().unwrap();
+        assert_eq!((first_word(&data), word(&ram, last)), (last + 1, 0));
+        let waits = guard.waits();
+        assert_eq!(waits.count, last + 1);
+        assert!(waits.longest >= waited && waits.sum >= waits.longest, "{waits:?} of {waited:?}");
+        drop(ends);
+        server.join().unwrap();
+    });
 }

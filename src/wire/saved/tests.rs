@@ -25,6 +25,20 @@ fn a_descriptor_is_named_once_and_has_arrived() {
     assert_eq!(SaveSpec { base, ..spec(0, 1) }.check(2).unwrap_err().field, "/base/state");
 }
 
+#[test]
+fn a_report_without_delays_is_read_and_written_as_ever() {
+    let root = "00".repeat(32);
+    let old = format!(
+        r#"{{"root":"{root}","state_bytes":1,"memory_bytes":2,"stall_us":3,"waits":4,"total_us":5}}"#
+    );
+    let report: SaveReport = serde_json::from_str(&old).unwrap();
+    assert_eq!((report.waits, report.delay), (4, None));
+    assert_eq!(serde_json::to_string(&report).unwrap(), old);
+    let measured = SaveReport { delay: Some(WriteDelay { us_max: 6, us_sum: 7 }), ..report };
+    let text = serde_json::to_string(&measured).unwrap();
+    assert_eq!(serde_json::from_str::<SaveReport>(&text).unwrap(), measured);
+}
+
 fn part(offset: u64, bytes: u32) -> Part {
     Part { offset, bytes, digest: Digest([1; 32]) }
 }

@@ -27,6 +27,12 @@ pub(super) async fn taken(host: &Host, id: ServerId, spec: CreateSnapshot) -> Sn
     host.snapshots().one(snapshot.id).await.unwrap()
 }
 
+/// How many writes waited, how long at most, and how long together.
+fn delays(snapshot: &Snapshot) -> Option<(u64, u64, u64)> {
+    let Snapshot { guest_write_delay_us_max, guest_write_delay_us_sum, .. } = snapshot;
+    Some((snapshot.guest_writes_delayed?, (*guest_write_delay_us_max)?, (*guest_write_delay_us_sum)?))
+}
+
 fn directory(stage: &Stage, id: SnapshotId) -> PathBuf {
     stage.state_dir().join("snapshots").join(id.to_string())
 }
@@ -60,6 +66,10 @@ async fn a_snapshot_holds_the_disk_of_its_moment_in_every_state_of_the_server() 
     let running = taken(&host, server.id, named("runs", true)).await;
     assert_eq!(running.state, SnapshotState::Ready);
     assert!(running.memory && running.taken_at.is_some() && running.paused_ms.is_some());
+    // As the fake VMM tells it, where this host can save a machine that runs.
+    let is_live =
+        std::fs::File::options().read(true).write(true).open(super::super::snapshot::USERFAULTFD).is_ok();
+    assert_eq!(delays(&running), is_live.then_some((3, 40, 90)));
     assert!(running.volumes[0].filled_by.is_some() && running.stored_bytes > 0);
     assert_eq!((running.vcpus, running.memory_bytes), (1, 128 << 20));
     assert_eq!(files(&stage, running.id), ["disk0.raw", "machine.memory", "machine.state"]);
@@ -69,6 +79,7 @@ async fn a_snapshot_holds_the_disk_of_its_moment_in_every_state_of_the_server() 
     std::fs::write(volume(&stage, &server), b"while it is parked").unwrap();
     let parked = taken(&host, server.id, named("parked", true)).await;
     assert_eq!(parked.paused_ms, Some(0), "it stood still anyhow");
+    assert_eq!(delays(&parked), None, "nobody wrote");
     assert_eq!(stage.launch.only().state(), MachineState::Paused);
 
     act(stop(0)).await;

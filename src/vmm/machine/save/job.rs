@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use memory::guard::Guard;
 use memory::{Extent, Ram};
 use wire::saved::table::Table;
-use wire::saved::{Moment, SaveReport, SaveStatus};
+use wire::saved::{Moment, SaveReport, SaveStatus, WriteDelay};
 
 use super::super::Error;
 use crate::bell::Bell;
@@ -235,13 +235,16 @@ impl Shared {
         let (table, memory_bytes) =
             snapshot::copy_out(parts, outputs.memory_bytes, target, take, urgent, self.progress())?;
         let (root, state_bytes) = snapshot::write(&outputs.state, &contents, &table)?;
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let waits = guard.map(|guard| guard.waits());
         Ok(SaveReport {
             root,
             state_bytes,
             memory_bytes,
             stall_us: self.stall_us.load(Ordering::SeqCst),
-            waits: guard.map_or(0, |guard| guard.faults()),
-            total_us: u64::try_from(outputs.began.elapsed().as_micros()).unwrap_or(u64::MAX),
+            waits: waits.map_or(0, |waits| waits.count),
+            delay: waits.map(|waits| WriteDelay { us_max: us(waits.longest), us_sum: us(waits.sum) }),
+            total_us: us(outputs.began.elapsed()),
         })
     }
 

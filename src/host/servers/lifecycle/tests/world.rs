@@ -93,6 +93,7 @@ impl World {
                 let taken = Taken {
                     at_ms: self.now_ms,
                     paused_ms: 0,
+                    delayed: None,
                     disks: Vec::new(),
                     root: None,
                     stored_bytes: 1,
