@@ -92,7 +92,8 @@ fn remaining_s(phase: Phase, moved: &Moved, round_bytes: u64) -> Option<u64> {
         (Phase::Greet | Phase::Moved | Phase::Returned | Phase::Dropped, _) => return None,
         (Phase::Rounds, 0 | 1) => {
             let gone = u128::from(moved.sent_bytes) + u128::from(moved.skipped_bytes);
-            (left * u128::from(moved.total_us)).div_ceil(gone * 1_000_000)
+            // A VMM may say what it likes.
+            (left * u128::from(moved.total_us)).div_ceil(gone.max(1) * 1_000_000)
         }
         (Phase::Rounds, _) => {
             let dirtied = u128::from(moved.dirtied_bytes_per_s);

@@ -126,12 +126,12 @@ fn what_remains_is_what_is_left_and_what_each_round_is_expected_to_leave() {
 
 #[test]
 fn no_figure_of_a_vmm_is_too_much() {
-    for number in [0, 1, u64::MAX] {
+    for (number, gone) in [(0, 0), (1, 0), (1, 1), (u64::MAX, 0), (u64::MAX, u64::MAX)] {
         for rounds in [0, 1, 2, u32::MAX] {
             let progress = Moved {
-                sent_bytes: number,
+                sent_bytes: gone,
                 left_bytes: u64::MAX,
-                skipped_bytes: number,
+                skipped_bytes: gone,
                 rounds,
                 bytes_per_s: number,
                 dirtied_bytes_per_s: number / 2,
