@@ -251,6 +251,9 @@ const POINTS_OF_OWING: [&[&str]; 2] = [
     ],
 ];
 
+/// From these on either end may be the one that has it.
+const PROMISES: [&str; 2] = ["move.promised:1", "move.arrived:1"];
+
 /// Comes only when the connections are cut while memory is owed.
 const RECONNECTED: &str = "move.reconnected:1";
 
@@ -264,6 +267,8 @@ enum Fault {
     Daemon,
     SourceVmm,
     TargetVmm,
+    /// The host of that daemon: it and its VMM of the server.
+    Host,
     /// Every connection between the two.
     Link,
 }
@@ -382,7 +387,7 @@ async fn falls_on_its_feet(
     let flags = vec!["--migration-listen".to_owned(), format!("{address}:{PORT}")];
     let at = Some(point.to_owned());
     let orders = match fault {
-        Fault::Daemon => Orders { flags, die_at: at, late_commits, ..Orders::default() },
+        Fault::Daemon | Fault::Host => Orders { flags, die_at: at, late_commits, ..Orders::default() },
         _ => Orders { flags, hold_at: at, ..Orders::default() },
     };
     if let Err(status) = stage.open(orders).await {
@@ -407,19 +412,20 @@ async fn falls_on_its_feet(
     let reached = async || {
         broken = broken.clone().and_then(|()| witness.look(hosts, &server));
         match fault {
-            Fault::Daemon => stage.ended().map(drop),
+            Fault::Daemon | Fault::Host => stage.ended().map(drop),
             _ => stage.is_held().then_some(()),
         }
     };
     wait_for(&format!("{point} of {side}"), reached).await?;
     match fault {
         Fault::Daemon => {}
+        Fault::Host => kill_vmm(stage, name),
         Fault::SourceVmm => kill_vmm(&hosts.source, name),
         Fault::TargetVmm => kill_vmm(&hosts.target, name),
         Fault::Link => cut(hosts),
     }
     match fault {
-        Fault::Daemon => hosts.open(stage, address).await,
+        Fault::Daemon | Fault::Host => hosts.open(stage, address).await,
         _ => stage.release(),
     }
     if fault == Fault::Link {
@@ -449,7 +455,7 @@ async fn falls_on_its_feet(
     goes_on(hosts.sides()[at].0, &server, from, &format!("{fault:?} at {point} of {side}")).await;
     witness.look(hosts, &server)?;
     broken?;
-    let may_boot = matches!(fault, Fault::SourceVmm | Fault::TargetVmm);
+    let may_boot = matches!(fault, Fault::SourceVmm | Fault::TargetVmm | Fault::Host);
     let boots = count(hosts.sides()[at].0, &server).boots;
     if boots != 1 && !may_boot {
         return Err(format!("it booted {boots} times"));
@@ -472,7 +478,9 @@ async fn sweep(fault: Fault, mode: &str) {
     let mut outcomes = BTreeMap::new();
     let all = if is_owing { POINTS_OF_OWING } else { POINTS };
     for (side, points) in all.into_iter().enumerate() {
-        for (number, point) in points.iter().enumerate() {
+        // Before a move is promised a host that dies takes no more with it than its VMM.
+        let is_early = |point: &&&str| fault == Fault::Host && !PROMISES.contains(point);
+        for (number, point) in points.iter().skip_while(is_early).enumerate() {
             let name = format!("web-{side}-{number}");
             let (stage, address) = hosts.sides()[side];
             match falls_on_its_feet(&hosts, (side, point), fault, (&name, mode), false).await {
@@ -511,6 +519,12 @@ fn a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest() {
         "live::a_target_vmm_that_is_killed_at_any_phase_leaves_one_guest",
         sweep(Fault::TargetVmm, ALL_FIRST),
     );
+}
+
+#[test]
+fn a_host_that_dies_once_a_move_is_promised_leaves_one_guest() {
+    let name = "live::a_host_that_dies_once_a_move_is_promised_leaves_one_guest";
+    inside(name, sweep(Fault::Host, ALL_FIRST));
 }
 
 #[test]
