@@ -158,6 +158,15 @@ mod tests {
         seeds::replay("api", super::text);
     }
 
+    /// One that is no record any more would reach nothing.
+    #[test]
+    fn the_seed_of_a_record_from_another_host_is_read() {
+        let kept = seeds::kept("api");
+        let (_, seed) = kept.iter().find(|(name, _)| name == "packed").unwrap();
+        let packed = serde_json::from_slice::<super::Packed>(&seed[1..]).unwrap();
+        packed.check().unwrap();
+    }
+
     #[test]
     fn seeds_of_images_hold() {
         let images = place();
