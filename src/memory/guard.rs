@@ -87,6 +87,13 @@ pub struct Waits {
     pub sum: Duration,
 }
 
+impl State {
+    /// Since when writers have waited for these pages, who do no more.
+    fn let_go(&mut self, pages: Range<u64>) -> Vec<Instant> {
+        self.held_up.extract_if(.., |(page, _)| pages.contains(page)).map(|(_, since)| since).collect()
+    }
+}
+
 impl Waits {
     fn note(&mut self, since: Instant) {
         let waited = since.elapsed();
@@ -249,13 +256,12 @@ impl Guard {
             }
         }
         // Nobody joins them: who writes to what is not pending is let go at once.
-        let pages = first..first + part.bytes.div_ceil(PAGE_BYTES);
-        let let_go: Vec<_> = state.held_up.extract_if(.., |(page, _)| pages.contains(page)).collect();
+        let let_go = state.let_go(first..first + part.bytes.div_ceil(PAGE_BYTES));
         drop(state);
         self.each_mapped(part.offset, part.bytes, |address, bytes| self.fault.release(address, bytes))?;
         if !let_go.is_empty() {
             let mut state = self.state();
-            let_go.iter().for_each(|(_, since)| state.waits.note(*since));
+            let_go.into_iter().for_each(|since| state.waits.note(since));
         }
         Ok(())
     }
@@ -276,6 +282,7 @@ impl Guard {
         let Some(offset) = self.mapped.page_at(address) else { return Ok(()) };
         let page = offset / PAGE_BYTES;
         let mut state = self.state();
+        let mut others = Vec::new();
         match state.phase {
             Phase::Arming => {
                 state.fresh.set(page);
@@ -288,12 +295,14 @@ impl Guard {
                     return Ok(());
                 }
                 state.pending.clear(page);
+                // There was no room when others came for it.
+                others = state.let_go(page..page + 1);
             }
             Phase::Copying | Phase::Ended => {}
         }
         // Still under the lock: a page that is noted is let go before somebody takes the note to protect it again.
         self.fault.release(address, PAGE_BYTES).map_err(Error::Protect)?;
-        state.waits.note(since);
+        others.into_iter().chain([since]).for_each(|since| state.waits.note(since));
         Ok(())
     }
 

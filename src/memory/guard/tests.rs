@@ -183,8 +183,9 @@ fn every_write_that_waits_counts_before_the_moment_and_after_it() {
     }
 }
 
-#[test]
-fn a_writer_waits_for_its_part_when_no_more_is_kept_and_goes_on_when_that_is_taken() {
+/// A guard whose moment was, with as many pages kept as can be, and a writer who waits for the page after them; each page's word
+/// was its number and one at the moment, and is nothing now.
+fn when_no_more_is_kept(test: impl FnOnce(&Guard, &Ram, &dyn Fn() -> bool)) {
     let last = u64::from(KEPT_PAGES_MAX);
     let ram = new(((last + 1) * PAGE_BYTES).next_multiple_of(2 << 20)).unwrap();
     let Some(guard) = guard(&ram) else { return };
@@ -202,24 +203,57 @@ fn a_writer_waits_for_its_part_when_no_more_is_kept_and_goes_on_when_that_is_tak
                 None => std::thread::yield_now(),
             }
         };
-        let since = Instant::now();
         assert_eq!(offset, last * PAGE_BYTES);
-        let page = |offset| Extent { offset, bytes: PAGE_BYTES };
-        let mut data = [0; PAGE_BYTES as usize];
-        let first_word = |data: &[u8]| u64::from_le_bytes(data[..8].try_into().unwrap());
+        test(&guard, &ram, &|| writer.is_finished());
+        drop(ends);
+        server.join().unwrap();
+    });
+}
+
+fn take_page(guard: &Guard, page: u64) -> u64 {
+    let mut data = [0; PAGE_BYTES as usize];
+    guard.take(Extent { offset: page * PAGE_BYTES, bytes: PAGE_BYTES }, &mut data).unwrap();
+    u64::from_le_bytes(data[..8].try_into().unwrap())
+}
+
+fn until(done: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < end, "it does not come");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_writer_waits_for_its_part_when_no_more_is_kept_and_goes_on_when_that_is_taken() {
+    when_no_more_is_kept(|guard, ram, has_written| {
+        let (since, last) = (Instant::now(), u64::from(KEPT_PAGES_MAX));
         // Another's part is as it was, and whoever waits for this one does not go on.
-        guard.take(page(0), &mut data).unwrap();
-        assert_eq!(first_word(&data), 1);
+        assert_eq!(take_page(guard, 0), 1);
         pass();
-        assert_eq!((word(&ram, last), guard.waits().count), (last + 1, last));
+        assert_eq!((word(ram, last), guard.waits().count), (last + 1, last));
         let waited = since.elapsed();
-        guard.take(page(offset), &mut data).unwrap();
-        writer.join().unwrap();
-        assert_eq!((first_word(&data), word(&ram, last)), (last + 1, 0));
+        assert_eq!(take_page(guard, last), last + 1);
+        until(has_written);
+        assert_eq!(word(ram, last), 0);
         let waits = guard.waits();
         assert_eq!(waits.count, last + 1);
         assert!(waits.longest >= waited && waits.sum >= waits.longest, "{waits:?} of {waited:?}");
-        drop(ends);
-        server.join().unwrap();
+    });
+}
+
+#[test]
+fn a_writer_who_waits_goes_on_with_one_for_whom_its_page_is_kept() {
+    when_no_more_is_kept(|guard, ram, has_written| {
+        let last = u64::from(KEPT_PAGES_MAX);
+        // There is room for one now.
+        assert_eq!(take_page(guard, 0), 1);
+        set(ram, last, 7);
+        until(has_written);
+        until(|| guard.waits().count == last + 2);
+        let waits = guard.waits();
+        pass();
+        assert_eq!(take_page(guard, last), last + 1);
+        assert_eq!(guard.waits(), waits, "who has gone on waits no longer");
     });
 }
