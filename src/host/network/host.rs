@@ -131,7 +131,7 @@ impl HostPlumbing {
         let mut in_force = wanted.clone();
         // A server that is off has no tap, or one that waits for it, and nothing that speaks in its name; plugging it in lets it.
         in_force.ports.retain(|port| {
-            self.spares.is_next(port.network, port.mac).is_none()
+            self.spares.is_next(port.network, port.mac) != Some(true)
                 && if_nametoindex(port.tap().as_str()).is_ok()
         });
         nft::apply(&rules::ruleset(&in_force, &planned, &foreign)).await?;
@@ -278,7 +278,7 @@ impl HostPlumbing {
         let links = Links::open()?;
         for port in &ports {
             // What waits for one that was never plugged in goes in its time.
-            let waits = self.spares.is_next(port.network, port.mac).is_some();
+            let waits = self.spares.is_next(port.network, port.mac) == Some(true);
             if !waits && if_nametoindex(port.tap().as_str()).is_ok() {
                 links.remove(&port.tap())?;
             }
@@ -363,6 +363,10 @@ impl Plumbing for HostPlumbing {
 
     fn promise(&self, network: NetworkId) -> Option<Mac> {
         self.spares.promise(network)
+    }
+
+    fn take_back(&self, network: NetworkId, mac: Mac) {
+        self.spares.take_back(network, mac);
     }
 
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {

@@ -216,7 +216,11 @@ impl Networks {
         network: NetworkId,
         (server, index): (ServerId, u8),
     ) -> Result<Mac> {
-        let promised = if tx.is_rehearsal() { None } else { self.inner.plumbing.promise(network) };
+        let promised = self.inner.plumbing.promise(network);
+        if let Some(mac) = promised {
+            let inner = self.inner.clone();
+            tx.unless_kept(move || inner.plumbing.take_back(network, mac));
+        }
         addresses::free_mac(tx, promised, server, index)
     }
 

@@ -46,6 +46,9 @@ pub trait Plumbing: Send + Sync + 'static {
     /// once. None where none is expected.
     fn promise(&self, network: NetworkId) -> Option<Mac>;
 
+    /// No interface was recorded with the address that was promised.
+    fn take_back(&self, network: NetworkId, mac: Mac);
+
     /// Silences interfaces and removes their taps.
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>>;
 

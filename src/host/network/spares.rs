@@ -51,6 +51,13 @@ impl Spares {
         Some(next.mac)
     }
 
+    /// Nobody was recorded with it: it is promised to whoever comes next.
+    pub(super) fn take_back(&self, network: NetworkId, mac: Mac) {
+        if let Some(next) = self.all().get_mut(&network).filter(|next| next.mac == mac) {
+            next.promised = None;
+        }
+    }
+
     /// Whether this interface is the network's next; if so, whether its tap is there.
     pub(super) fn is_next(&self, network: NetworkId, mac: Mac) -> Option<bool> {
         self.all().get(&network).filter(|next| next.mac == mac).map(|next| next.waiting.is_some())
@@ -69,19 +76,29 @@ impl Spares {
         std::mem::replace(next, Next::new()).waiting
     }
 
-    /// Makes the tap of the network's next interface unless it is there. Nobody else does meanwhile, and nobody takes it.
+    /// Makes the tap of the network's next interface unless it is there. Nobody else does meanwhile, and nobody takes it. Where that
+    /// fails the next time is with another address: a server that runs may have had this one all along.
     pub(super) fn make(&self, links: &Links, segment: &Segment) -> Result<(), PlumbingError> {
         let mac = match self.all().get(&segment.id) {
             Some(Next { mac, waiting: None, .. }) => *mac,
             _ => return Ok(()),
         };
         let name = mac.tap_name();
-        let tap = links::make_tap(&name)?;
-        let index = links.join(&name, segment)?;
-        if let Some(next) = self.all().get_mut(&segment.id) {
-            next.waiting = Some(Spare { tap, index });
+        let made =
+            links::make_tap(&name).and_then(|tap| Ok(Spare { tap, index: links.join(&name, segment)? }));
+        let mut all = self.all();
+        match made {
+            Ok(spare) => {
+                if let Some(next) = all.get_mut(&segment.id) {
+                    next.waiting = Some(spare);
+                }
+                Ok(())
+            }
+            Err(cause) => {
+                all.remove(&segment.id);
+                Err(cause)
+            }
         }
-        Ok(())
     }
 
     /// Takes the tap that is there for this interface, if it was the network's next: another is from now on.

@@ -128,6 +128,10 @@ impl Plumbing for FakePlumbing {
         self.scene().expected.get_mut(&network)?.take()
     }
 
+    fn take_back(&self, network: NetworkId, mac: Mac) {
+        self.scene().expected.insert(network, Some(mac));
+    }
+
     fn unplug(&self, ports: Vec<Port>) -> BoxFuture<'_, Result<(), PlumbingError>> {
         let outcome = self.able().map(|mut scene| {
             for port in ports {

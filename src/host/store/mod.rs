@@ -58,13 +58,23 @@ struct Inner {
 pub struct Tx<'c> {
     transaction: Transaction<'c>,
     changes: RefCell<Changes>,
-    is_rehearsal: bool,
+    undo: Undo,
 }
 
 #[derive(Default)]
 struct Changes {
     last_event: Option<u64>,
     operations: Vec<OperationId>,
+}
+
+/// What is put back unless it is emptied before.
+#[derive(Default)]
+struct Undo(RefCell<Vec<Box<dyn FnOnce() + Send>>>);
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        self.0.take().into_iter().for_each(|put_back| put_back());
+    }
 }
 
 impl std::ops::Deref for Tx<'_> {
@@ -86,9 +96,10 @@ impl Tx<'_> {
         Ok(outcome)
     }
 
-    /// Whether all of it is taken back, whatever comes of it: nothing outside of it may be used up.
-    pub(crate) fn is_rehearsal(&self) -> bool {
-        self.is_rehearsal
+    /// Has something outside of the records put back that this transaction has used up, if it fails or is a rehearsal. Not when it
+    /// cannot be said whether it was committed.
+    pub(crate) fn unless_kept(&self, put_back: impl FnOnce() + Send + 'static) {
+        self.undo.0.borrow_mut().push(Box::new(put_back));
     }
 
     /// Wakes whoever follows events once this is committed.
@@ -166,7 +177,7 @@ impl Store {
             late::catch_up(&writer)?;
             let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
             // Dropping a transaction rolls it back.
-            change(&Tx { transaction, changes: RefCell::default(), is_rehearsal: true })
+            change(&Tx { transaction, changes: RefCell::default(), undo: Undo::default() })
         })
         .await
     }
@@ -276,9 +287,10 @@ impl Inner {
         #[cfg(debug_assertions)]
         late::catch_up(&writer)?;
         let transaction = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let tx = Tx { transaction, changes: RefCell::default(), is_rehearsal: false };
+        let tx = Tx { transaction, changes: RefCell::default(), undo: Undo::default() };
         let answer = change(&tx)?;
-        let Tx { transaction, changes, .. } = tx;
+        let Tx { transaction, changes, undo } = tx;
+        undo.0.take();
         #[cfg(debug_assertions)]
         if self.late.load(Ordering::SeqCst) {
             late::leave_open(transaction);

@@ -266,9 +266,15 @@ async fn the_next_interface_of_a_network_has_the_address_that_is_expected_and_no
     let first = new(&default).await;
     networks.expect(std::slice::from_ref(&first)).await.unwrap();
     let promised = stage.plumbing.scene().expected[&default.id].expect("an address").to_string();
-    let (of, server) = (networks.clone(), ServerId::new());
-    let planned = networks.inner.core.store.rehearse(move |tx| of.free_mac(tx, default.id, (server, 0)));
-    assert_ne!(planned.await.unwrap().to_string(), promised);
+    // Not used up by a plan, nor by what is refused after it.
+    let (of, server, store) = (networks.clone(), ServerId::new(), &networks.inner.core.store);
+    let plan = move |tx: &crate::store::Tx<'_>| of.free_mac(tx, default.id, (server, 0));
+    assert_eq!(store.rehearse(plan.clone()).await.unwrap().to_string(), promised);
+    let refused = move |tx: &crate::store::Tx<'_>| {
+        plan(tx)?;
+        Err::<(), _>(crate::Error::new(Code::NoCapacity, "there is no room"))
+    };
+    store.write(refused).await.unwrap_err();
     assert_ne!(new(&other).await.mac, promised);
     let next = reserve(&networks, default.id, server, None).await.unwrap();
     assert_eq!(next.mac, promised);

@@ -213,6 +213,7 @@ fn what_waits_is_the_last_that_a_full_bridge_has() {
         gone(waits).await;
         ground.plumbing.expect(segment.clone()).await;
         assert_eq!(spare(&ground, &segment), None, "there is no place for another");
+        assert_eq!(ground.plumbing.promise(segment.id), None, "what cannot be made is promised");
         let refused = ground.plumbing.plug(segment.clone(), ports[3].clone()).await.unwrap_err();
         assert!(refused.to_string().contains("as many interfaces as Linux gives"), "{refused}");
     });
