@@ -29,7 +29,7 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
         floor_ms.push(first_output_ms(Process::start(&floor, &floor_arguments)));
         toft_ms.push(start_vmm(machine(ground)).1);
         launched_ms.push(launcher.start_vmm(machine(ground)).1);
-        // It takes seven times as long, and a quarter of the samples tell its median well enough.
+        // It takes almost twenty times as long, and a quarter of the samples tell its median well enough.
         if round % 4 == 0 {
             qemu_ms.push(first_output_ms(Process::start(&qemu, &qemu_arguments)));
         }
