@@ -123,6 +123,12 @@ impl Shells {
         }
     }
 
+    /// How many a server could take.
+    #[cfg(test)]
+    pub fn ready(&self) -> usize {
+        self.pool.state().ready.iter().filter(|shell| !shell.link.is_closed()).count()
+    }
+
     /// Ends a shell that could not be used, and removes what is left of it.
     pub async fn end(&self, shell: Shell) {
         self.pool.end(shell).await;

@@ -15,15 +15,15 @@ async fn warm(warm_shells: usize) -> (Stage, Host) {
     (stage, host)
 }
 
-/// Waits until so many are ready.
-async fn ready(stage: &Stage, count: usize) {
+/// Waits until so many can be taken, and no other has been started.
+async fn ready(stage: &Stage, host: &Host, count: usize) {
     let end = tokio::time::Instant::now() + SOON;
-    while stage.launch.shells().len() != count {
-        assert!(
-            tokio::time::Instant::now() < end,
-            "{} are ready and not {count}",
-            stage.launch.shells().len()
-        );
+    loop {
+        let (started, ready) = (stage.launch.shells().len(), host.servers().workshop().shells.ready());
+        if (started, ready) == (count, count) {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < end, "{started} are started, {ready} ready, and not {count}");
         tokio::task::yield_now().await;
     }
 }
@@ -43,7 +43,7 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     assert!(stage.launch.alive().is_empty(), "an idle host has none");
     let first = created(&host, server("web1")).await;
     let (first, network) = (first.id, first.nics[0].network_id);
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     let waiting: Vec<i32> = stage.launch.shells().iter().map(|vmm| vmm.pid).collect();
     let end = tokio::time::Instant::now() + SOON;
     while !stage.plumbing.scene().expected.contains_key(&network) {
@@ -56,7 +56,7 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     let second = created(&host, spec).await;
     assert_eq!(second.nics[0].mac, expected.to_string());
     let second = second.id;
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     let taken =
         stage.launch.alive().into_iter().find(|vmm| waiting.contains(&vmm.pid) && vmm.spec().is_some());
     let taken = taken.expect("the second server has a VMM that was ready");
@@ -73,7 +73,7 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     for id in [first, second] {
         delete(&host, id).await;
     }
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     assert_eq!(stage.launch.alive().len(), 2);
     host.close().await;
     assert!(shells_directory_is_empty(&stage));
@@ -87,7 +87,7 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
 async fn what_a_server_takes_is_its_own_from_start_to_stop_and_over_a_restart_of_the_daemon() {
     let (stage, host) = warm(1).await;
     let id = created(&host, server("web1")).await.id;
-    ready(&stage, 1).await;
+    ready(&stage, &host, 1).await;
     act(&host, id, stop(0)).await;
     let waiting = stage.launch.shells()[0].pid;
     // A VMM of the real kind says nothing unless there is something to say.
@@ -114,20 +114,20 @@ async fn what_a_server_takes_is_its_own_from_start_to_stop_and_over_a_restart_of
 async fn one_that_has_died_or_does_not_fit_costs_no_server() {
     let (stage, host) = warm(2).await;
     created(&host, server("web1")).await;
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     for vmm in stage.launch.shells() {
         vmm.kill();
         vmm.wait_for_end().await;
     }
     // They are replaced though nobody asks for a server.
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     for vmm in stage.launch.shells() {
         vmm.kill();
         vmm.wait_for_end().await;
     }
     let server2 = created(&host, server("web2")).await;
     assert_eq!(server2.state, ServerState::Running);
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     // A machine that cannot be built is told as ever, and leaves nothing.
     stage.launch.set_guest(Guest::CannotBoot);
     for vmm in stage.launch.shells() {
@@ -139,7 +139,7 @@ async fn one_that_has_died_or_does_not_fit_costs_no_server() {
         let accepted = host.servers().create(&Call::by_host(), spec).await.unwrap();
         assert!(ended(&host, accepted.body.operation.id).await.error.is_some());
     }
-    ready(&stage, 2).await;
+    ready(&stage, &host, 2).await;
     assert_eq!(stage.launch.alive().len(), 4);
     host.close().await;
     assert!(shells_directory_is_empty(&stage));
@@ -149,7 +149,7 @@ async fn one_that_has_died_or_does_not_fit_costs_no_server() {
 async fn one_that_a_dying_launcher_has_not_told_of_is_ended() {
     let (stage, host) = warm(1).await;
     created(&host, server("web1")).await;
-    ready(&stage, 1).await;
+    ready(&stage, &host, 1).await;
     stage.launch.let_launcher_die(Error::new(Code::MachineFailed, "the launcher has ended"));
     created(&host, server("web2")).await;
     let untold = async {
@@ -162,7 +162,7 @@ async fn one_that_a_dying_launcher_has_not_told_of_is_ended() {
     };
     tokio::time::timeout(SOON, untold).await.expect("the end of what nobody knows");
     created(&host, server("web3")).await;
-    ready(&stage, 1).await;
+    ready(&stage, &host, 1).await;
     host.close().await;
     assert!(shells_directory_is_empty(&stage));
 }
