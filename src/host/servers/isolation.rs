@@ -10,6 +10,8 @@ use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
 use crate::core::blocking;
 use crate::error::{Error, Result};
+use crate::snapshots::{MEMORY, SnapshotRecord};
+use crate::store::records;
 use crate::vmms::launcher::not_whole;
 use crate::vmms::{Finding, ProcessId};
 
@@ -31,7 +33,7 @@ async fn examine_process(
     key: String,
     sandbox: Option<Sandbox>,
 ) -> Result<Vec<Finding>> {
-    let (launcher, files) = (workshop.launcher.clone(), files(workshop, record));
+    let (launcher, files) = (workshop.launcher.clone(), files(workshop, record).await?);
     blocking(move || launcher.examine(&id, &key, sandbox, &files)).await
 }
 
@@ -72,10 +74,18 @@ pub(super) fn shown(isolation: Isolation, findings: Vec<Finding>) -> ServerIsola
     ServerIsolation { isolation, complete: items.iter().all(|item| item.stands), items }
 }
 
-/// What its VMM was given: files of its own directory, its volumes, its image.
-fn files(workshop: &Workshop, record: &ServerRecord) -> Vec<PathBuf> {
+/// What its VMM was given: files of its own directory, its volumes, its image, and the memory that it shares.
+async fn files(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<PathBuf>> {
     let dirs = &workshop.core.dirs;
     let mut files = vec![dirs.server(record.id), dirs.image(record.image_id)];
     files.extend(record.disks.iter().map(|disk| dirs.volume(disk.volume_id)));
-    files
+    if let Some(id) = record.life.shares {
+        let find = move |connection: &rusqlite::Connection| records::find::<SnapshotRecord>(connection, id.0);
+        // One that was deleted since has left no word of what it was taken on.
+        let found = workshop.core.store.glance(find).await?;
+        let below = found.and_then(|record| record.chain.of(MEMORY).cloned()).map(|listed| listed.below);
+        let all = std::iter::once(id).chain(below.unwrap_or_default());
+        files.extend(all.map(|id| workshop.snapshots.directory(id).join(MEMORY)));
+    }
+    Ok(files)
 }
