@@ -57,6 +57,9 @@ pub(crate) enum Error {
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("{0}")]
     Upgrade(String),
+    /// What is in the way has been said.
+    #[error("{0} cannot take the server as things are")]
+    Blocked(String),
     #[error("the console was closed: {0}")]
     Console(String),
     #[error("{doing}")]
@@ -77,7 +80,7 @@ impl Error {
             Error::Usage(_) | Error::Read { .. } | Error::Write { .. } => 2,
             Error::NoSuchName { .. } => 3,
             Error::Connect { .. } | Error::Http { .. } => 5,
-            Error::Cancelled { .. } => 4,
+            Error::Cancelled { .. } | Error::Blocked(_) => 4,
             Error::WaitTimeout { .. } => 7,
             Error::Guest(code) => *code,
             Error::Problem(problem) => match (problem.code, problem.status) {

@@ -78,7 +78,9 @@ impl Migrate {
             Format::Json => output::json(&plan),
             Format::Name => output::print_text(&format!("{}\n", plan.target)),
             Format::Table => output::print_text(&plan_text(&plan)),
-        }
+        }?;
+        // A script goes no further.
+        if plan.blocked_by.is_empty() { Ok(()) } else { Err(Error::Blocked(plan.target)) }
     }
 }
 

@@ -194,6 +194,7 @@ impl Migrations {
     /// What a move would bring, and everything that is in its way on either host; changes nothing but that the ticket
     /// belongs to this host from then on.
     pub async fn plan(&self, id: ServerId, spec: MigrateServer) -> Result<MigrationPlan> {
+        check(&spec)?;
         let processor = self.processor.known().await;
         let dirs = self.core.dirs.clone();
         let offer =
@@ -210,16 +211,7 @@ impl Migrations {
         id: ServerId,
         spec: MigrateServer,
     ) -> Result<Answer<Accepted<Server>>> {
-        if spec.bandwidth_bytes_per_s.is_some_and(|bandwidth| bandwidth < limits::BANDWIDTH_BYTES_MIN) {
-            let detail = format!("must be at least {}", limits::BANDWIDTH_BYTES_MIN);
-            return Err(Error::invalid("/bandwidth_bytes_per_s", "out_of_range", detail));
-        }
-        if let Some(downtime_ms) = spec.downtime_ms
-            && !(1..=DOWNTIME_MS_MAX).contains(&downtime_ms)
-        {
-            let detail = format!("must be 1 to {DOWNTIME_MS_MAX}");
-            return Err(Error::invalid("/downtime_ms", "out_of_range", detail));
-        }
+        check(&spec)?;
         let ticket: Ticket = spec.ticket.parse()?;
         let asked = call.clone();
         // The ticket was used up by the first call with this key.
@@ -304,6 +296,21 @@ impl Migrations {
     fn listening(&self) -> std::sync::MutexGuard<'_, Option<Listening>> {
         self.listening.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Refuses bounds that no move has.
+fn check(spec: &MigrateServer) -> Result<()> {
+    let out_of_range = |pointer, detail| Err(Error::invalid(pointer, "out_of_range", detail));
+    if spec.bandwidth_bytes_per_s.is_some_and(|bandwidth| bandwidth < limits::BANDWIDTH_BYTES_MIN) {
+        return out_of_range(
+            "/bandwidth_bytes_per_s",
+            format!("must be at least {}", limits::BANDWIDTH_BYTES_MIN),
+        );
+    }
+    if spec.downtime_ms.is_some_and(|downtime_ms| !(1..=DOWNTIME_MS_MAX).contains(&downtime_ms)) {
+        return out_of_range("/downtime_ms", format!("must be 1 to {DOWNTIME_MS_MAX}"));
+    }
+    Ok(())
 }
 
 fn blocked(plan: &MigrationPlan) -> Error {

@@ -162,8 +162,8 @@ pub(super) async fn ask(
             offer.name
         )),
         Power::On if !offer.runs => state(format!(
-            "server {} has a machine that is just changing, or gets another one at its next start; wait for what is \
-             being done to it, or reboot it",
+            "server {} has a machine that is just changing, or has been given other CPUs or memory for its next start; \
+             wait for what is being done to it, or reboot it, or change it back",
             offer.name
         )),
         Power::On if mode == MigrationMode::PostCopy && !may_owe => state(

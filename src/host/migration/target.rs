@@ -114,7 +114,7 @@ where
 /// What is in the way of a server when too many come.
 pub(super) fn busy() -> Obstacle {
     let detail = format!(
-        "{} servers are on their way to this host, and no more come at once; try again when one of them has arrived",
+        "{} servers are on their way to the target, and no more come at once; try again when one of them has arrived",
         limits::MOVES_MAX
     );
     Obstacle { kind: ObstacleKind::Busy, detail }
@@ -122,6 +122,11 @@ pub(super) fn busy() -> Obstacle {
 
 fn out_of_turn() -> Error {
     Error::new(Code::InvalidRequest, "that message is out of turn; upgrade the older of the two hosts")
+}
+
+/// What is found here is told to people at the source.
+fn at_target(detail: &str) -> String {
+    format!("at the target: {detail}")
 }
 
 /// Everything that is in the way here.
@@ -133,7 +138,7 @@ pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<O
         add(kind, detail);
     }
     if let Err(cause) = migrations.launcher.check() {
-        add(ObstacleKind::Kvm, cause.detail);
+        add(ObstacleKind::Kvm, at_target(&cause.detail));
     }
     let here = migrations.processor.known().await;
     let begins_anew = offer.power == Power::Off;
@@ -145,17 +150,17 @@ pub(super) async fn judge(migrations: &Migrations, offer: Offer) -> Result<Vec<O
                  hosts (`toft host cpu-baseline`) and start it anew"
             }
         };
-        add(ObstacleKind::CpuFeatures, format!("{detail}; {advice}"));
+        add(ObstacleKind::CpuFeatures, at_target(&format!("{detail}; {advice}")));
     }
     if let Some(detail) = here.clock.misfits(offer.cpu.tsc_khz) {
         let advice = "choose another target, or shut the server down and move it while it is off";
-        add(ObstacleKind::Tsc, format!("{detail}; {advice}"));
+        add(ObstacleKind::Tsc, at_target(&format!("{detail}; {advice}")));
     }
     let size = offer.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size_bytes));
     let written =
         offer.disks.iter().fold(offer.saved_bytes, |sum, disk| sum.saturating_add(disk.written_bytes));
     if let Err(cause) = space::check(&migrations.core.dirs.root().join("volumes"), written, size) {
-        add(ObstacleKind::Storage, cause.detail);
+        add(ObstacleKind::Storage, at_target(&cause.detail));
     }
     let capacity = migrations.capacity;
     let recorded =
@@ -177,12 +182,12 @@ pub(super) fn against_records(
     if records::find::<ServerRecord>(connection, id.0)?.is_some() {
         add(
             ObstacleKind::Name,
-            format!("this host has a server {id} already; is it asked to take its own server?"),
+            format!("the target has a server {id} already; is it asked to take its own server?"),
         );
     } else if records::resolve::<ServerRecord>(connection, &offer.name)?.is_some() {
         add(
             ObstacleKind::Name,
-            format!("this host has a server named {}; rename one of the two", offer.name),
+            format!("the target has a server named {}; rename one of the two", offer.name),
         );
     }
     if let Some(reference) = &offer.external_ref {
@@ -191,14 +196,14 @@ pub(super) fn against_records(
             .exists(rusqlite::params![reference, id.to_string()])?;
         if taken {
             let detail =
-                format!("this host has a server with external_ref {reference:?}; change one of the two");
+                format!("the target has a server with external_ref {reference:?}; change one of the two");
             add(ObstacleKind::Name, detail);
         }
     }
     for disk in &offer.disks {
         if records::resolve::<Volume>(connection, &disk.volume)?.is_some() {
             let detail =
-                format!("this host has a volume named {}; rename or delete one of the two", disk.volume);
+                format!("the target has a volume named {}; rename or delete one of the two", disk.volume);
             add(ObstacleKind::Name, detail);
         }
     }
@@ -207,13 +212,13 @@ pub(super) fn against_records(
         Power::On => capacity.fits(connection, &offer.name, offer.memory_bytes),
     };
     if let Err(cause) = fits {
-        add(ObstacleKind::Memory, cause.detail);
+        add(ObstacleKind::Memory, at_target(&cause.detail));
     }
     let images: Vec<Image> = records::all(connection)?;
     let digest = offer.image.to_string();
     if !images.iter().any(|image| image.state == ImageState::Ready && image.sha256 == digest) {
         let detail = format!(
-            "this host has no image with the content of {} (sha256 {digest}); import the same bundle here",
+            "the target has no image with the content of {} (sha256 {digest}); import the same bundle there",
             offer.image_name
         );
         add(ObstacleKind::Image, detail);
@@ -233,17 +238,22 @@ fn against_networks(connection: &Connection, nic: &OfferedNic) -> Result<Option<
         records::all::<Network>(connection)?.into_iter().find(|network| network.name.as_str() == name);
     let Some(network) = network else {
         return Ok(Some(format!(
-            "this host has no network {name}; make it with the range {}",
+            "the target has no network {name}; make it there with the range {}",
             nic.ipv4_cidr
         )));
     };
     let same = nic.ipv4_cidr.parse::<Cidr>().is_ok_and(|range| range.to_string() == network.ipv4_cidr);
     if !same {
         return Ok(Some(format!(
-            "network {name} is {} here and {} there; the address {} would not fit",
+            "network {name} is {} at the target and {} at the source; the address {} would not fit",
             network.ipv4_cidr, nic.ipv4_cidr, nic.ipv4
         )));
     }
     let owner = network::owner(connection, network.id, nic.ipv4, &nic.mac)?;
-    Ok(owner.map(|owner| format!("server {owner} has {} or {} on this host; delete it", nic.ipv4, nic.mac)))
+    Ok(owner.map(|owner| {
+        format!(
+            "server {owner} of the target has {} or {}; if it is of no use there, delete it there",
+            nic.ipv4, nic.mac
+        )
+    }))
 }

@@ -220,7 +220,7 @@ async fn a_network_that_is_missing_or_of_another_range_is_in_the_way() {
     assert!(details().await[0].contains("no network lan"));
     let made = pair.target.networks().create(&Call::by_host(), network("10.92.0.0/24")).await.unwrap();
     stage::succeeded(&pair.target, made.body.operation.id).await;
-    assert!(details().await[0].contains("10.92.0.0/24 here and 10.91.0.0/24 there"));
+    assert!(details().await[0].contains("10.92.0.0/24 at the target and 10.91.0.0/24 at the source"));
     pair.close().await;
 }
 

@@ -52,6 +52,11 @@ async fn a_target_that_is_no_address_and_a_lifetime_out_of_range_are_refused() {
         let problem = served.call("POST", &verb, body).await.problem(Code::Invalid);
         assert_eq!(problem.errors[0].pointer, pointer, "{problem:?}");
     }
+    for (member, value) in [("bandwidth_bytes_per_s", 1), ("downtime_ms", 0)] {
+        let body = json!({ "target": "127.0.0.1:1", "ticket": "x", member: value });
+        let problem = served.call("POST", &verb, body).await.problem(Code::Invalid);
+        assert_eq!(problem.errors[0].pointer, format!("/{member}"));
+    }
     let problem = served.call("POST", path(), json!({ "lifetime_s": 0 })).await.problem(Code::Invalid);
     assert_eq!(problem.errors[0].pointer, "/lifetime_s");
     served.stop().await;
