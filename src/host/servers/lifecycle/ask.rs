@@ -110,9 +110,15 @@ impl Life {
         let changes = |ask: Ask| match ask {
             // Its VMM is asked all the same when somebody wants it: a record may know less.
             Ask::SettleMemory if self.shares.is_none() => false,
-            _ => matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_))),
+            // Only one with no grace throws a memory away.
+            Ask::Stop { .. } if self.saved.is_some() => self.would_begin(Ask::Stop { grace_ms: 0 }, context),
+            _ => self.would_begin(ask, context),
         };
         ACTIONS.into_iter().filter(|(_, ask)| changes(*ask)).map(|(name, _)| name).collect()
+    }
+
+    fn would_begin(&self, ask: Ask, context: Context) -> bool {
+        matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)))
     }
 
     /// Asks for something on behalf of the new operation `id`.
