@@ -61,7 +61,7 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
-    /// Give a clone memory of its own while it runs, in place of what it shares with its snapshot.
+    /// Give a server memory of its own while it runs, in place of what it shares with the snapshot it goes on from.
     SettleMemory {
         /// Name or id.
         server: String,
@@ -511,7 +511,14 @@ fn reason_text(server: &Server) -> String {
         Some(model::server::Restart { attempt, at: Some(at) }) => {
             format!("{why}; restart {attempt} in a row at {}", output::time(at))
         }
-        _ => why,
+        _ => match &server.machine {
+            Some(now) if why.is_empty() => format!(
+                "runs with {} vCPUs and {} until its next start",
+                now.vcpus,
+                output::bytes(now.memory_bytes)
+            ),
+            _ => why,
+        },
     }
 }
 

@@ -15,7 +15,7 @@ pub struct ServerMetrics {
     pub vcpu_exits: Vec<u64>,
     /// Memory of the VMM with the guest's, in bytes, as the host counts it.
     pub memory_resident_bytes: u64,
-    /// Memory that is mapped from the files of the snapshot that it was cloned from, in bytes; 0 once it is settled, and for
+    /// Memory that is mapped from the files of the snapshot that it goes on from, in bytes; 0 once it is settled, and for
     /// every other server. What the guest has written of it is counted.
     #[serde(default)]
     pub memory_shared_bytes: u64,

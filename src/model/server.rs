@@ -64,10 +64,13 @@ pub struct Server {
     /// Of a clone that goes on from another server's memory: what became of who its guest was. Absent of any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<GuestIdentity>,
-    /// Of a clone: the snapshot from whose files its machine has memory. Absent once that is settled, and of any other. The snapshot
-    /// may have been deleted since.
+    /// Of a clone, and of a server that went back to a snapshot: the snapshot from whose files its machine has memory. Absent once that
+    /// is settled, and of any other. The snapshot may have been deleted since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares_memory_of: Option<SnapshotId>,
+    /// What its machine has, where that is not what it gets at its next start: it was changed since this one started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<ServerMachine>,
     /// Which build of the VMM its machine runs in; absent without a machine, or where that was never recorded. Compare it with
     /// that of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -451,6 +454,18 @@ impl PatchDiskLimits {
             operations: self.operations.unwrap_or(limits.operations),
         }
     }
+}
+
+/// What a machine was started with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServerMachine {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Which CPU the guest sees; absent where it was started by a daemon that did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuTemplate>,
 }
 
 /// What can be done to a server: `POST /v1/servers/{id}/actions/{verb}` with this body.

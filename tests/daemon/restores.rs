@@ -172,6 +172,12 @@ async fn back_and_back_again() {
         for member in ["state", "name", "nics", "vcpus", "memory_bytes"] {
             assert_eq!(now[member], before[member]);
         }
+        assert_eq!(now["shares_memory_of"], snapshot["id"]);
+        // It holds its files of both snapshots, and nobody's else.
+        let walls = stage.api().get(&format!("/v1/servers/{id}/isolation")).await["items"].clone();
+        let holds = |item: &&Value| item["name"] == "descriptors";
+        let descriptors = walls.as_array().and_then(|items| items.iter().find(holds)).expect("the item");
+        assert_eq!(descriptors["stands"], true, "{descriptors}");
         let all = reaches(&stage, &id, 0, entries + 12).await;
         let (again, clock_ns) = all[entries..]
             .windows(3)
@@ -187,6 +193,22 @@ async fn back_and_back_again() {
             shown <= at_most && shown + Duration::from_secs(1) > at_least,
             "{shown:?} of {at_least:?} to {at_most:?}"
         );
+    }
+
+    // Its memory is the snapshot's files' until a snapshot is taken of it in its turn; it can hibernate as it is.
+    act(&stage, &id, "snapshot", "take-again", json!({ "name": "again", "memory": true })).await;
+    assert_eq!(stage.api().get(&format!("/v1/servers/{id}")).await["shares_memory_of"], Value::Null);
+    for name in ["then", "again"] {
+        let back = json!({ "snapshot": name, "stop": true });
+        act(&stage, &id, "restore", &format!("back-to-{name}"), back).await;
+        let entries = ledger(&stage, &id).await.len();
+        let (last, _) = reaches(&stage, &id, 0, entries + 12).await[entries + 11];
+        act(&stage, &id, "hibernate", &format!("sleep-{name}"), json!({})).await;
+        let now = act(&stage, &id, "start", &format!("wake-{name}"), json!({})).await;
+        assert_eq!((&now["state"], &now["shares_memory_of"]), (&json!("running"), &Value::Null));
+        let entries = ledger(&stage, &id).await.len();
+        let all = reaches(&stage, &id, 0, entries + 12).await;
+        assert!(all[entries + 1].0 > last, "it went on from {}, and had come to {last}", all[entries + 1].0);
     }
 
     // Of its disk alone it starts afresh; off, it stays off.

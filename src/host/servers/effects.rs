@@ -438,8 +438,9 @@ impl Doing {
 
     /// A memory that the machine was restored from is of no use once it runs.
     async fn resume(&self) -> Result<Event> {
+        let job = self.record.life.job.map(|job| job.kind);
         // One that is only being made has never moved.
-        let is_new = self.record.life.job.is_some_and(|job| job.kind == JobKind::Create);
+        let is_new = job == Some(JobKind::Create);
         if !is_new && let Some(ended) = self.reclaim().await? {
             return Ok(ended);
         }
@@ -466,11 +467,14 @@ impl Doing {
             let directory = self.workshop.core.dirs.server(self.record.id);
             blocking(move || saved::discard(&directory)).await?;
             self.workshop.core.checkpoint("server.saved_discarded")?;
-            if let (true, Some(of), Some(machine)) = (is_new, self.record.life.shares, self.entry.machine()) {
+            let has_gone_on = matches!(job, Some(JobKind::Create | JobKind::Restore));
+            if let (true, Some(of), Some(machine)) =
+                (has_gone_on, self.record.life.shares, self.entry.machine())
+            {
                 self.workshop.snapshots.observe(of, machine.process);
             }
             // Whatever else is done, it ends a start from what was saved.
-            if self.record.life.job.is_some_and(|job| job.kind != JobKind::Resume) {
+            if job.is_some_and(|job| job != JobKind::Resume) {
                 self.prepare_next().await;
             }
         }

@@ -170,6 +170,9 @@ impl Doing {
     /// Puts what was copied in its places. Whatever had them is gone, and no machine is there. Repeatable.
     pub(super) async fn take_back(&self, to: Return) -> Result<Event> {
         let found = self.snapshot_record(to.snapshot).await?;
+        if to.memory {
+            self.workshop.snapshots.read_ahead(to.snapshot);
+        }
         let directory = self.workshop.core.dirs.server(self.record.id);
         // A memory that hibernated is not that of these disks.
         blocking(move || saved::discard(&directory)).await?;

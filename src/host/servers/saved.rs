@@ -28,6 +28,10 @@ use crate::vmms::link::Asked;
 pub(crate) const STATE: &str = "saved.state";
 pub(crate) const MEMORY: &str = "saved.memory";
 
+/// What whoever cannot have a memory back can do.
+const LOST: &str = "; if its memory cannot be had again, a stop with no grace (`grace_s` 0) throws it away, and the next \
+                    start begins from its disk";
+
 impl Doing {
     /// Parks the machine and saves it. What fails is undone by whoever hears of it: the machine is there still.
     pub(super) async fn save(&self) -> Result<Event> {
@@ -94,7 +98,14 @@ impl Doing {
     pub(super) async fn restore(&self, saved: Saved) -> Result<()> {
         match machine::ready(&self.workshop, &self.entry, &self.record).await? {
             Some((link, description)) => {
-                Ok(self.begin_restore(&link, description, saved).await?.done().await?)
+                let restored = self.begin_restore(&link, description, saved).await?.done().await;
+                restored.map_err(|cause| {
+                    let mut cause = Error::from(cause);
+                    if cause.code == Code::MachineFailed {
+                        cause.detail.push_str(LOST);
+                    }
+                    cause
+                })
             }
             None => Ok(()),
         }
@@ -130,9 +141,9 @@ impl Doing {
             how: match saved.of {
                 // Into memory of its own, every part compared with what was saved: it may have come from another host,
                 // which may have been taken over.
-                SavedOf::Hibernation | SavedOf::Snapshot { .. } => MemoryUse::Copy,
-                // The files of a snapshot never change, and it is read as it is used.
-                SavedOf::Clone { .. } => MemoryUse::Private,
+                SavedOf::Hibernation => MemoryUse::Copy,
+                // The files of a snapshot never change, and are read as they are used.
+                SavedOf::Snapshot { .. } | SavedOf::Clone { .. } => MemoryUse::Private,
             },
             clock: Clock::Advance,
             counters: match saved.of {

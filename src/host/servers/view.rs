@@ -1,11 +1,11 @@
 //! A server as callers see it, made of its record and its volumes. It changes nothing.
 //! Every facade method that answers a server uses it.
 use model::Time;
-use model::server::{Restart, Server, ServerVolume};
+use model::server::{Restart, Server, ServerMachine, ServerVolume};
 use rusqlite::Connection;
 
 use super::lifecycle::{Life, Phase};
-use super::record::ServerRecord;
+use super::record::{Held, ServerRecord};
 use crate::error::Result;
 use crate::volumes::Volumes;
 
@@ -49,12 +49,20 @@ pub(super) fn server(connection: &Connection, record: &ServerRecord) -> Result<S
         isolation: record.isolation,
         identity: record.identity,
         shares_memory_of: life.shares.filter(|_| life.phase.has_machine()),
+        machine: machine(record),
         vmm_build: record.vmm_build.clone().filter(|_| life.phase.has_machine()),
         generation: record.generation,
         created_at: record.created_at,
         updated_at: record.updated_at,
         started_at: record.started_at,
     })
+}
+
+/// The machine at hand, where the next one is to be another.
+fn machine(record: &ServerRecord) -> Option<ServerMachine> {
+    let Held { vcpus, memory_bytes, cpu, .. } = record.held.clone();
+    let differs = record.life.phase.has_machine() && record.is_changed();
+    differs.then_some(ServerMachine { vcpus, memory_bytes, cpu })
 }
 
 /// The latest start by the restart policy, while that says something about what the server does.

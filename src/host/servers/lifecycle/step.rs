@@ -9,9 +9,7 @@ use wire::control::Sandbox;
 
 use super::end::{End, EndKind};
 use super::found::Found;
-use super::{
-    Back, Context, JobKind, Life, Phase, Push, Return, Saved, SavedOf, Step, Then, Trouble, Verdict,
-};
+use super::{Back, Context, JobKind, Life, Phase, Push, Return, Saved, Step, Then, Trouble, Verdict};
 use crate::servers::limits;
 use crate::snapshots::Taken;
 use crate::vmms::ProcessId;
@@ -391,12 +389,8 @@ impl Stepping {
     /// The memory is used up before a vCPU runs: a daemon that follows one that died here finds a parked machine, or one that is
     /// about to be, and lets it run.
     pub(super) fn restored(&mut self, vmm: ProcessId) {
-        let of = self.life.saved.take().map(|saved| saved.of);
-        self.life.shares = of.and_then(|of| match of {
-            SavedOf::Clone { snapshot } => Some(snapshot),
-            // Others are copied.
-            SavedOf::Hibernation | SavedOf::Snapshot { .. } => None,
-        });
+        // What hibernated is copied.
+        self.life.shares = self.life.saved.take().and_then(|saved| saved.of.snapshot());
         self.life.booted_ms = Some(self.context.now_ms);
         self.life.phase = Phase::Resuming { vmm };
     }

@@ -19,13 +19,15 @@ async fn a_hibernated_server_goes_on_where_it_was_and_its_memory_is_used_once() 
     succeeded(&host, hibernated.body.operation.id).await;
     let server = host.servers().one(id).await.unwrap();
     assert_eq!((server.state, server.wanted), (ServerState::Hibernated, Wanted::Hibernated));
-    assert_eq!(server.allowed_actions, ["start", "restore", "migrate", "delete"]);
+    assert_eq!(server.allowed_actions, ["start", "stop", "restore", "migrate", "delete"]);
     assert!(stage.launch.alive().is_empty() && stage.plumbing.scene().taps.is_empty());
     assert_eq!(host.servers().usage().await.unwrap().memory_used_bytes, 0);
     let more = PatchServer { vcpus: Some(2), ..PatchServer::default() };
     let refused = host.servers().patch(&Call::by_host(), id, more).await.unwrap_err();
     assert_eq!(refused.code, Code::WrongState);
-    assert_eq!(act(stop(30)).await.unwrap_err().code, Code::WrongState);
+    let refused = act(stop(30)).await.unwrap_err();
+    assert_eq!(refused.code, Code::WrongState);
+    assert!(refused.detail.contains("`grace_s` 0"), "{}", refused.detail);
     // It is still there after a restart of the host, and only a start wakes it.
     host.close().await;
     drop(host);
@@ -68,8 +70,10 @@ async fn a_server_that_is_to_get_another_machine_is_not_hibernated_into_this_one
     let refused = act(ServerAction::Hibernate).await.unwrap_err();
     assert_eq!(refused.code, Code::WrongState);
     assert!(refused.detail.contains("reboot it first"), "{}", refused.detail);
-    assert_eq!(host.servers().one(id).await.unwrap().state, ServerState::Running);
-    change(1).await;
+    let server = host.servers().one(id).await.unwrap();
+    assert_eq!((server.state, server.vcpus), (ServerState::Running, 2));
+    assert_eq!(server.machine.map(|machine| machine.vcpus), Some(1), "what it still has");
+    assert_eq!(change(1).await.body.machine, None);
     let hibernated = act(ServerAction::Hibernate).await.unwrap();
     succeeded(&host, hibernated.body.operation.id).await;
     host.close().await;

@@ -62,6 +62,7 @@ async fn a_server_goes_back_to_the_disk_and_the_memory_of_a_snapshot_again_and_a
         assert_eq!((&server.nics, server.name), (&first.nics, first.name.clone()), "it is who it was");
         assert!(stage.launch.only().is_restored());
         assert_eq!(stage.launch.only().state(), MachineState::Running);
+        assert_eq!(server.shares_memory_of, Some(snapshot.id));
         assert!(std::fs::read(volume(&stage, &first)).unwrap().starts_with(b"as it was"));
         assert_eq!(beside(&stage), Vec::<PathBuf>::new());
     }
@@ -82,8 +83,9 @@ async fn a_server_goes_back_to_the_disk_and_the_memory_of_a_snapshot_again_and_a
     // The memory is the snapshot's still: a machine of this server ends, and another begins afresh.
     stage.launch.only().kill();
     until(&host, id, |server| server.state == ServerState::Starting).await;
-    until(&host, id, |server| server.state == ServerState::Running).await;
+    let afresh = until(&host, id, |server| server.state == ServerState::Running).await;
     assert!(!stage.launch.only().is_restored());
+    assert_eq!(afresh.shares_memory_of, None);
     delete(&host, id).await;
     delete_snapshot(&host, snapshot.id).await;
     nothing_left(&stage, &host).await;
