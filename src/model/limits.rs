@@ -72,5 +72,5 @@ pub const VOLUME_BYTES_MAX: u64 = 16 << 40;
 /// Most interfaces of one server.
 pub const NICS_MAX: usize = 8;
 
-/// Most additional volumes of one server.
-pub const VOLUMES_MAX: usize = 14;
+/// Most volumes of one server: the one that it is made with, if any. No other can be attached.
+pub const VOLUMES_MAX: usize = 1;

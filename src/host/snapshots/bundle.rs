@@ -73,7 +73,7 @@ pub(super) struct Head {
     pub(super) taken_at: Option<Time>,
     pub(super) paused_ms: Option<u64>,
     pub(super) memory: Option<HeadMemory>,
-    /// The root disk first.
+    /// The root disk, or none.
     pub(super) disks: Vec<HeadDisk>,
     pub(super) nics: Vec<HeadNic>,
     pub(super) default_user: String,
@@ -153,6 +153,10 @@ impl Head {
         let state = |memory: &HeadMemory| {
             (1..=wire::saved::state_bytes_max(self.memory_bytes)).contains(&memory.state_bytes)
         };
+        let (count, most) = (self.disks.len(), bounds::VOLUMES_MAX);
+        if count > most {
+            return Err(format!("it has {count} disks, and a server {most} at most"));
+        }
         let checks = [
             ("its description", short(&self.description, bounds::DESCRIPTION_CHARS_MAX)),
             ("its number of vCPUs", (1..=bounds::VCPUS_MAX).contains(&self.vcpus)),
@@ -164,7 +168,6 @@ impl Head {
             ("its processor", crate::cpu::template(&self.cpu).fault().is_none()),
             ("the processor of its guest", self.processor.as_ref().is_none_or(OfferedCpu::is_sound)),
             ("its state file's length", self.memory.as_ref().is_none_or(state)),
-            ("its number of disks", self.disks.len() <= bounds::VOLUMES_MAX),
             ("a disk", self.disks.iter().all(disk)),
             ("its number of interfaces", self.nics.len() <= bounds::NICS_MAX),
             ("an interface", self.nics.iter().all(nic)),

@@ -95,7 +95,7 @@ fn built(rest: &[u8]) -> arbitrary::Result<Vec<u8>> {
         }
     }
     for _ in 0..input.int_in_range(0..=3)? {
-        let (disk, offset) = (input.int_in_range(2..=4)?, u64::from(input.arbitrary::<u32>()?));
+        let (disk, offset) = (input.int_in_range(2..=3)?, u64::from(input.arbitrary::<u32>()?));
         frames.push((
             disk,
             offset,
@@ -126,7 +126,7 @@ fn built(rest: &[u8]) -> arbitrary::Result<Vec<u8>> {
         "image": { "name": "tiny", "sha256": "00".repeat(32) }, "taken_at": null, "paused_ms": null,
         "memory": with_memory.then(|| serde_json::json!({
             "root": wire::saved::Digest(Sha256::digest(&state).into()), "state_bytes": state.len() })),
-        "disks": [{ "size_bytes": 8 << 20, "cache": "writeback", "limits": {} }, { "size_bytes": 1 << 20, "cache": "writeback", "limits": {} }],
+        "disks": [{ "size_bytes": 8 << 20, "cache": "writeback", "limits": {} }],
         "nics": [], "default_user": "root", "ssh_keys": [], "user_data": null, "restart_policy": "never",
         "isolation": "standard", "data_bytes": data_bytes,
     });

@@ -279,7 +279,7 @@ fn heads_that_cannot_be_are_refused() {
             head.processor.as_mut().unwrap().features.insert("A B".to_owned());
         }),
         ("state file", |head| head.memory.as_mut().unwrap().state_bytes = u64::MAX),
-        ("number of disks", |head| head.disks = vec![head.disks[0].clone(); 15]),
+        ("it has 2 disks, and a server 1 at most", |head| head.disks.push(head.disks[0].clone())),
         ("a disk", |head| head.disks[0].size_bytes += 1),
         ("user's name", |head| head.default_user = "x".repeat(300)),
         ("a key", |head| head.ssh_keys = vec!["ssh-ed25519 A\nB".to_owned()]),
