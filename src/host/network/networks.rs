@@ -208,19 +208,21 @@ impl Networks {
         }
     }
 
-    /// For `servers`: a hardware address that no interface has, for one of a server that is being made; if it can be had, the one for
-    /// which this network has made something beforehand.
+    /// For `servers`: the hardware address for which this network has made something beforehand, if it can be had. For one that is to
+    /// be plugged in at once: until it is, nobody else is promised any.
+    pub(crate) fn promise(&self, tx: &Tx<'_>, network: NetworkId) -> Option<Mac> {
+        let mac = self.inner.plumbing.promise(network)?;
+        let inner = self.inner.clone();
+        tx.unless_kept(move || inner.plumbing.take_back(network, mac));
+        Some(mac)
+    }
+
+    /// For `servers`: a hardware address that no interface has, for one of a server that is being made: what it was promised, if it was.
     pub(crate) fn free_mac(
-        &self,
         tx: &Tx<'_>,
-        network: NetworkId,
+        promised: Option<Mac>,
         (server, index): (ServerId, u8),
     ) -> Result<Mac> {
-        let promised = self.inner.plumbing.promise(network);
-        if let Some(mac) = promised {
-            let inner = self.inner.clone();
-            tx.unless_kept(move || inner.plumbing.take_back(network, mac));
-        }
         addresses::free_mac(tx, promised, server, index)
     }
 

@@ -1,6 +1,6 @@
 //! Taps that lie on their bridges before anybody asks, one for each network: all that is left to do when a server's interface is
 //! plugged in is to bring it up. A tap is named after its interface's hardware address, so that address is chosen before there is a
-//! server, and promised to the next one that is made. It knows no rules. `HostPlumbing` uses it.
+//! server, and promised to the next one that is made and starts at once. It knows no rules. `HostPlumbing` uses it.
 //!
 //! One that waits is down, so it carries nothing. It lasts as long as this process has it open. An address is promised once: the one
 //! that was may have moved to another host with it, or be gone, and what is still in force for it is not for another.

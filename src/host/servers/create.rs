@@ -2,7 +2,7 @@
 //! in one transaction. Called by the facade, which commits it or, for a plan, takes it back.
 use model::limits as bounds;
 use model::operation::{Operation, Resource};
-use model::server::{CpuTemplate, CreateNic, CreateServer, DiskLimits, NicLimits, Rate, ServerNic};
+use model::server::{CpuTemplate, CreateNic, CreateServer, DiskLimits, NicLimits, Rate, ServerNic, Wanted};
 use model::{Code, FieldError, Labels, Name, OperationId, ServerId, Time};
 
 use super::advance;
@@ -136,7 +136,9 @@ pub(super) fn reserve(
             Code::NotFound => Error::invalid(format!("/nics/{index}/network"), "not_found", cause.detail),
             _ => cause,
         })?;
-        let mac = networks.free_mac(tx, network.id, (record.id, index))?.to_string();
+        let starts = record.life.wanted == Wanted::Running;
+        let promised = if starts { networks.promise(tx, network.id) } else { None };
+        let mac = Networks::free_mac(tx, promised, (record.id, index))?.to_string();
         let reservation =
             Reservation { server: record.id, name: &record.name, index, mac: &mac, ipv4: nic.ipv4 };
         let ipv4 = Networks::reserve(tx, network.id, reservation)?;

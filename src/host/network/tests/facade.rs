@@ -64,7 +64,7 @@ async fn reserve(
 ) -> Result<ServerNic> {
     let of = networks.clone();
     let reserve = move |tx: &crate::store::Tx<'_>| {
-        let mac = of.free_mac(tx, network, (server, 0))?.to_string();
+        let mac = Networks::free_mac(tx, of.promise(tx, network), (server, 0))?.to_string();
         let name = "web1".parse().unwrap();
         let wanted = Reservation { server, name: &name, index: 0, mac: &mac, ipv4: asked };
         let ipv4 = Networks::reserve(tx, network, wanted)?;
@@ -268,7 +268,8 @@ async fn the_next_interface_of_a_network_has_the_address_that_is_expected_and_no
     let promised = stage.plumbing.scene().expected[&default.id].expect("an address").to_string();
     // Not used up by a plan, nor by what is refused after it.
     let (of, server, store) = (networks.clone(), ServerId::new(), &networks.inner.core.store);
-    let plan = move |tx: &crate::store::Tx<'_>| of.free_mac(tx, default.id, (server, 0));
+    let plan =
+        move |tx: &crate::store::Tx<'_>| Networks::free_mac(tx, of.promise(tx, default.id), (server, 0));
     assert_eq!(store.rehearse(plan.clone()).await.unwrap().to_string(), promised);
     let refused = move |tx: &crate::store::Tx<'_>| {
         plan(tx)?;

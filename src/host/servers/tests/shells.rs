@@ -1,5 +1,5 @@
 //! VMMs that are kept ready, on fakes, through the facade.
-use model::server::{Isolation, ServerAction, ServerState};
+use model::server::{CreateServer, Isolation, ServerAction, ServerState};
 use model::{Code, ServerId};
 
 use super::{START, delete, nothing_left, stop};
@@ -51,6 +51,9 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
         tokio::task::yield_now().await;
     }
     let expected = stage.plumbing.scene().expected[&network].expect("an address");
+    // It would wait for a start that may never come.
+    let off = created(&host, CreateServer { start: false, ..server("off") }).await;
+    assert_ne!(off.nics[0].mac, expected.to_string());
     let mut spec = server("web2");
     spec.isolation = Isolation::Strict;
     let second = created(&host, spec).await;
@@ -70,7 +73,7 @@ async fn a_server_takes_a_vmm_that_is_ready_and_another_takes_its_place() {
     let failed = until(&host, second, |server| server.state_reason.is_some()).await;
     assert_eq!(failed.state_reason.unwrap().code, "out_of_memory");
     until(&host, second, |server| server.state == ServerState::Running).await;
-    for id in [first, second] {
+    for id in [first, second, off.id] {
         delete(&host, id).await;
     }
     ready(&stage, &host, 2).await;
