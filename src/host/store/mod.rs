@@ -88,16 +88,19 @@ impl Tx<'_> {
     /// Runs a part of the change: when it fails, nothing of that part stays, and what came before does.
     pub(crate) fn attempt<T>(&self, part: impl FnOnce() -> Result<T>) -> Result<Result<T>> {
         self.execute_batch("SAVEPOINT attempt")?;
+        let before = self.undo.0.borrow().len();
         let outcome = part();
         if outcome.is_err() {
             self.execute_batch("ROLLBACK TO attempt")?;
+            let undone = self.undo.0.borrow_mut().split_off(before);
+            undone.into_iter().for_each(|put_back| put_back());
         }
         self.execute_batch("RELEASE attempt")?;
         Ok(outcome)
     }
 
-    /// Has something outside of the records put back that this transaction has used up, if it fails or is a rehearsal. Not when it
-    /// cannot be said whether it was committed.
+    /// Has something outside of the records put back that this transaction has used up, if it fails or is a rehearsal, or the
+    /// attempt fails in which that was. Not when it cannot be said whether it was committed.
     pub(crate) fn unless_kept(&self, put_back: impl FnOnce() + Send + 'static) {
         self.undo.0.borrow_mut().push(Box::new(put_back));
     }

@@ -80,6 +80,27 @@ async fn what_fails_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn what_a_part_that_fails_has_used_up_is_put_back_and_no_more() {
+    let (store, _directory) = store().await;
+    let back = Arc::new(Mutex::new(Vec::new()));
+    let put = back.clone();
+    let change = move |tx: &Tx<'_>| {
+        let uses = |what: &'static str, outcome: Result<()>| {
+            let put = put.clone();
+            tx.unless_kept(move || lock(&put).push(what));
+            outcome
+        };
+        uses("before", Ok(()))?;
+        let failed = tx.attempt(|| uses("one", Ok(())).and_then(|()| uses("two", Err(draining()))))?;
+        tx.attempt(|| uses("three", Ok(())))??;
+        assert_eq!((failed.unwrap_err().code, lock(&put).clone()), (Code::Draining, vec!["one", "two"]));
+        uses("after", Ok(()))
+    };
+    store.write(change).await.unwrap();
+    assert_eq!(*lock(&back), ["one", "two"]);
+}
+
+#[tokio::test]
 async fn a_panic_inside_a_transaction_harms_nobody_else() {
     let (store, _directory) = store().await;
     let panicked: Result<()> = store

@@ -275,7 +275,8 @@ async fn the_next_interface_of_a_network_has_the_address_that_is_expected_and_no
         plan(tx)?;
         Err::<(), _>(crate::Error::new(Code::NoCapacity, "there is no room"))
     };
-    store.write(refused).await.unwrap_err();
+    store.write(refused.clone()).await.unwrap_err();
+    store.write(move |tx| tx.attempt(|| refused(tx))).await.unwrap().unwrap_err();
     assert_ne!(new(&other).await.mac, promised);
     let next = reserve(&networks, default.id, server, None).await.unwrap();
     assert_eq!(next.mac, promised);
