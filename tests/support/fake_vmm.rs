@@ -138,7 +138,7 @@ pub type Death = (Side, Phase, bool);
 pub struct FakeVmm {
     /// Its number; above every number that Linux gives to a process.
     pub pid: i32,
-    /// What `ps` would show.
+    /// What it was started as.
     pub label: String,
     /// The key of its cell.
     pub cage: String,
@@ -175,6 +175,8 @@ struct Inside {
     life: u64,
     moving: Option<MigrationStatus>,
     moves_paused: bool,
+    /// What it was told that its server is called.
+    shown_as: Option<String>,
     /// How much of its memory is others', in quarters, and how the settling of it stands: each look finds a quarter done.
     shared_quarters: u64,
     settling: Option<SettleStage>,
@@ -478,6 +480,11 @@ impl FakeVmm {
         lock(&self.inside).sandbox = sandbox;
     }
 
+    /// What `ps` would show.
+    pub fn shown_as(&self) -> String {
+        lock(&self.inside).shown_as.clone().unwrap_or_else(|| self.label.clone())
+    }
+
     /// The guest writes on its console.
     pub fn print(&self, text: &str) {
         self.order(Order::Print(text.as_bytes().to_vec()));
@@ -743,7 +750,11 @@ impl Running {
                 console_written: self.ring.as_ref().map_or(0, Ring::written),
                 sandbox: lock(&self.vmm.inside).sandbox,
             }),
-            Command::Label { .. } | Command::Prepare(_) => Ok(Reply::Done),
+            Command::Label { label } => {
+                lock(&self.vmm.inside).shown_as = Some(label);
+                Ok(Reply::Done)
+            }
+            Command::Prepare(_) => Ok(Reply::Done),
             Command::Boot(spec) => {
                 let built = self.build(*spec, descriptors);
                 built.and_then(|()| {

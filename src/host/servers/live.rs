@@ -73,6 +73,8 @@ impl Servers {
         let (entry, workshop) = (self.live(id)?, self.workshop());
         let record: ServerRecord =
             workshop.core.store.read(move |connection| records::one(connection, id.0)).await?;
+        // One that comes paused is not let run, which is where others are given their name.
+        entry.show_name(&record).await;
         let Some((link, described)) = machine::ready(workshop, &entry, &record).await? else {
             return Err(Error::new(
                 Code::MachineFailed,

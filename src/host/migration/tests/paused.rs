@@ -39,6 +39,28 @@ async fn a_server_that_is_paused_moves_and_back_again_and_then_runs() {
     }
 }
 
+/// Its VMM was started for nobody, and is told whose it is though nothing lets it run.
+#[tokio::test]
+async fn one_that_takes_a_vmm_which_was_ready_is_shown_by_its_name() {
+    let mut ground = Ground::with(ServerState::Paused).await;
+    ground.stages[1].warm_shells = 1;
+    let [source, target] = [ground.stages[0].open().await, ground.stages[1].open().await];
+    // With the first start one is made ready.
+    stage::created(&target, CreateServer { nics: Some(Vec::new()), ..stage::server("web2") }).await;
+    let launch = &ground.stages[1].launch;
+    waited("a VMM that is ready", async || launch.shells().len() == 1).await;
+    let ready = launch.shells().remove(0);
+    let (address, made) = (listening(&target).await, ticket(&target, None).await.unwrap().ticket);
+    let moved =
+        source.migrations().migrate(&Call::by_host(), ground.server, spec(address, made)).await.unwrap();
+    stage::succeeded(&source, moved.body.operation.id).await;
+    stage::until(&target, ground.server, |server| server.state == ServerState::Paused).await;
+    assert_eq!((ready.state(), ready.shown_as().as_str()), (MachineState::Paused, "web1"));
+    for host in [source, target] {
+        host.close().await;
+    }
+}
+
 #[tokio::test]
 async fn wherever_the_source_dies_it_is_paused_on_one_host() {
     sweep_daemons(ServerState::Paused, 0).await;
