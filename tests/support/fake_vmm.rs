@@ -177,6 +177,8 @@ struct Inside {
     moves_paused: bool,
     /// What it was told that its server is called.
     shown_as: Option<String>,
+    /// Requests that it has left without an answer, once it gives none.
+    unanswered: Option<u32>,
     /// How much of its memory is others', in quarters, and how the settling of it stands: each look finds a quarter done.
     shared_quarters: u64,
     settling: Option<SettleStage>,
@@ -188,6 +190,7 @@ struct Inside {
 
 enum Order {
     Kill,
+    HangUp,
     End(Reason),
     Print(Vec<u8>),
     Notice(Notice),
@@ -485,6 +488,17 @@ impl FakeVmm {
         lock(&self.inside).shown_as.clone().unwrap_or_else(|| self.label.clone())
     }
 
+    /// From here on it does nothing that it is told, and answers nobody. It closes every connection.
+    pub fn fall_silent(&self) {
+        lock(&self.inside).unanswered = Some(0);
+        self.order(Order::HangUp);
+    }
+
+    /// Requests that it has left without an answer.
+    pub fn unanswered(&self) -> u32 {
+        lock(&self.inside).unanswered.unwrap_or_default()
+    }
+
     /// The guest writes on its console.
     pub fn print(&self, text: &str) {
         self.order(Order::Print(text.as_bytes().to_vec()));
@@ -667,6 +681,8 @@ impl Running {
             for order in orders {
                 self.carry_out(order)?;
             }
+            // Its connections may be others.
+            return Ok(());
         }
         if knocking && let Ok(socket) = self.listener.accept() {
             self.connections.push(Connection { channel: Channel::new(socket), watching: None });
@@ -696,6 +712,7 @@ impl Running {
     fn carry_out(&mut self, order: Order) -> std::result::Result<(), Ended> {
         match order {
             Order::Kill => return Err(Ended(Some(ExitStatus::Signal(9)))),
+            Order::HangUp => self.connections.clear(),
             Order::End(reason) => return Err(self.end(reason)),
             Order::Print(text) => self.print(&text),
             Order::Notice(notice) => self.tell(&notice),
@@ -735,6 +752,10 @@ impl Running {
         request: Request,
         descriptors: Vec<OwnedFd>,
     ) -> std::result::Result<(), Ended> {
+        if let Some(unanswered) = &mut lock(&self.vmm.inside).unanswered {
+            *unanswered += 1;
+            return Ok(());
+        }
         let id = request.id;
         let mut follows = Ok(());
         let mut handles: Vec<OwnedFd> = Vec::new();

@@ -280,10 +280,16 @@ impl Actor {
         Ok(saved)
     }
 
-    /// A VMM that lives and has closed its connection, or was never reached, is greeted again.
+    /// A VMM that lives and has closed its connection, or was never reached, is greeted again. Whoever wants something of the server
+    /// meanwhile does not wait for that.
     async fn reconnect(&mut self) {
-        if let Err(cause) = self.entry.link(limits::COMMAND).await {
-            tracing::debug!(server = %self.entry.id, "its VMM does not answer: {cause}");
+        tokio::select! {
+            greeted = self.entry.link(limits::COMMAND) => {
+                if let Err(cause) = greeted {
+                    tracing::debug!(server = %self.entry.id, "its VMM does not answer: {cause}");
+                }
+            }
+            () = self.entry.poke.notified() => self.entry.poke.notify_one(),
         }
     }
 

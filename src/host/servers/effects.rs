@@ -417,9 +417,12 @@ impl Doing {
             let link = self.entry.link(limits::QUIT).await?;
             link.order(Command::Quit, limits::QUIT).await
         };
-        // Whether it answers or not: what counts is whether it ends.
-        let _ = asked.await;
-        let status = match tokio::time::timeout(limits::QUIT, machine.process.ended()).await {
+        // Whether it answers or not: what counts is whether it ends, and that in time.
+        let ended = async {
+            let _ = asked.await;
+            machine.process.ended().await
+        };
+        let status = match tokio::time::timeout(limits::QUIT, ended).await {
             Ok(status) => status,
             Err(_) => {
                 tracing::warn!(server = %self.record.id, "its VMM does not quit and is killed");

@@ -6,7 +6,7 @@ use wire::control::{Notice, Sandbox};
 
 use super::*;
 use crate::seed::Seed;
-use crate::servers::machine;
+use crate::servers::{limits, machine};
 
 /// The detail with which the walls are reported that only the VMM itself can tell.
 async fn said(host: &crate::Host, id: model::ServerId) -> String {
@@ -105,5 +105,26 @@ async fn what_a_guest_causes_at_will_is_recorded_within_bounds() {
     let first = tokio::time::timeout(stage::SOON, log.next()).await.unwrap().unwrap();
     assert_eq!(first[0].kind, "server.device_fault");
     assert!(host.events().last().0 - after.0 <= 2);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_answers_nobody_is_waited_for_once_before_it_is_killed() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let vmm = stage.launch.only();
+    vmm.fall_silent();
+    // It is being greeted again, for which it would have longer.
+    let greeted = async {
+        while vmm.unanswered() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(stage::SOON, greeted).await.expect("a greeting");
+    let answer = host.servers().act(&Call::by_host(), id, stop(0)).await.unwrap();
+    let operation = succeeded(&host, answer.body.operation.id).await;
+    let took_ms = operation.finished_at.unwrap().unix_ms() - operation.created_at.unix_ms();
+    assert!(took_ms < 2 * limits::QUIT.as_millis() as i64, "{took_ms} ms");
     host.close().await;
 }
