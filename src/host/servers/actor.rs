@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use wire::control::Notice;
 use wire::launch::ExitStatus;
 
-use super::lifecycle::{Event, Life, Phase, Work};
+use super::lifecycle::{Event, Found, Life, Phase, Work};
 use super::pace::Pace;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
@@ -112,8 +112,12 @@ impl Actor {
         let Some(record) = self.record().await? else { return Ok(()) };
         let mut known = match recover::look(&self.workshop, &self.entry, &record).await? {
             Some(event) => {
+                let answers = matches!(event, Event::Found(Found::Alive(_)));
                 self.save(record.life.run, event).await?;
-                settle::look(&self.workshop, &self.entry, &record).await?;
+                // One that has just left a greeting unanswered is not waited for again.
+                if answers {
+                    settle::look(&self.workshop, &self.entry, &record).await?;
+                }
                 None
             }
             None => Some(record),

@@ -264,3 +264,17 @@ async fn wherever_the_daemon_or_its_vmm_dies_a_clone_has_one_machine() {
         assert!(lived_count > 3 && (lived_count == number || victims.0), "{victims:?}: {lived_count}");
     }
 }
+
+#[tokio::test]
+async fn a_vmm_that_leaves_a_new_daemon_without_an_answer_is_not_asked_for_its_memory() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let (clone, vmm, _) = clone(&stage, &host).await;
+    host.close().await;
+    drop(host);
+    vmm.fall_silent();
+    let host = stage.open().await;
+    succeeded(&host, act(&host, clone.id, stop(0)).await).await;
+    assert_eq!(vmm.unanswered(), 2, "the daemon's greeting, and that of the kill");
+    host.close().await;
+}
