@@ -318,16 +318,36 @@ fn cut(hosts: &Hosts) {
         let port = PORT.to_string();
         let rule = ["add", "rule", "inet", "cut", "in", "tcp", what, &port];
         // Its own resets go through on the other side.
-        nft(&[&rule[..], &["tcp", "flags", "&", "rst", "==", "0", "reject", "with", "tcp", "reset"]].concat());
+        let reset = "tcp flags & rst == 0 counter reject with tcp reset".split(' ').collect::<Vec<_>>();
+        nft(&[&rule[..], &reset].concat());
     }
 }
 
-async fn mend(hosts: &Hosts) {
-    // When the one that sends has noticed.
-    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+/// Whether this host has a connection of the daemons'.
+fn is_connected(hosts: &Hosts, side: usize) -> bool {
+    let port = format!(":{PORT:04X}");
+    // Of each its number, both ends, and its state, of which 01 is established (proc(5)).
+    hosts.run_at(side, &["cat", "/proc/net/tcp"]).lines().any(|line| {
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            [_, near, far, "01", ..] => near.ends_with(&port) || far.ends_with(&port),
+            _ => false,
+        }
+    })
+}
+
+/// Once one that sent has noticed, and every connection has lost an end. Whoever goes on sends, if only that it closes.
+async fn mend(hosts: &Hosts) -> Result<(), String> {
+    let is_answered =
+        |side| !hosts.run_at(side, &["nft", "list", "chain", "inet", "cut", "in"]).contains("packets 0 ");
+    let noticed = async || {
+        let is_cut = (0..2).any(is_answered) && !(0..2).all(|side| is_connected(hosts, side));
+        is_cut.then_some(())
+    };
+    wait_for("the cut to be noticed", noticed).await?;
     for side in 0..2 {
         hosts.run_at(side, &["nft", "delete", "table", "inet", "cut"]);
     }
+    Ok(())
 }
 
 fn kill_vmm(stage: &Stage, name: &str) {
@@ -406,7 +426,7 @@ async fn falls_on_its_feet(
     if point == RECONNECTED {
         until_it_owes(hosts, &moved).await?;
         cut(hosts);
-        mend(hosts).await;
+        mend(hosts).await?;
     }
     let mut broken = Ok(());
     let reached = async || {
@@ -429,7 +449,7 @@ async fn falls_on_its_feet(
         _ => stage.release(),
     }
     if fault == Fault::Link {
-        mend(hosts).await;
+        mend(hosts).await?;
     }
     let one = async || {
         broken = broken.clone().and_then(|()| witness.look(hosts, &server));
