@@ -1,4 +1,4 @@
-//! `dirty=<mib>,<mib_per_s>[,<ms>]`: keeps rewriting memory at a rate and checks on every pass
+//! `dirty=<mib>,<mib_per_s>[,<ms>[,<report_ms>]]`: keeps rewriting memory at a rate and checks on every pass
 //! that the last one is still there, for snapshot and migration. A newline on the console ends it.
 
 use crate::clock::Deadline;
@@ -12,14 +12,17 @@ const BATCH: u64 = 256;
 const CONSOLE_MS: u64 = 100;
 const REPORT_MS: u64 = 1000;
 
-pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report: &mut Line) -> Outcome {
+pub fn run(machine: &Machine, numbers: [Option<u64>; 4], report: &mut Line) -> Outcome {
+    let [mib, mib_per_s, ms, report_ms] = numbers;
+    let (mib, mib_per_s) = (mib.unwrap_or(16), mib_per_s.unwrap_or(0));
+    let report_ms = report_ms.unwrap_or(REPORT_MS);
     let pages = (mib << 8).min(machine.free.pages());
     check!(pages > 0, "no free RAM");
     let end = ms.map(Deadline::in_ms);
     let mut look = Deadline::in_ms(CONSOLE_MS);
-    let mut tell = Deadline::in_ms(REPORT_MS);
+    let mut tell = Deadline::in_ms(report_ms);
     let start = cpu::tsc();
-    let mut gaps = Gaps { seen: start, longest: 0 };
+    let mut gaps = Gaps { seen_ns: clock::lasting().system_ns, longest_ns: 0, stopped_ns: 0 };
     let (mut written, mut index, mut pass) = (0u64, 0u64, 0u64);
     loop {
         for _ in 0..BATCH {
@@ -35,15 +38,20 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
         if mib_per_s != 0 {
             let due_cycles =
                 u128::from(written) * u128::from(clock::tsc_khz()) * 1000 / u128::from(mib_per_s << 8);
-            while u128::from(gaps.look() - start) < due_cycles {
+            while u128::from(cpu::tsc() - start) < due_cycles {
+                gaps.look();
                 core::hint::spin_loop();
             }
         }
         if tell.passed() {
-            tell = Deadline::in_ms(REPORT_MS);
-            let gap_us = clock::cycles_to_us(gaps.longest);
-            say!("probe: dirty pass {pass} written_mib={} tsc={} gap_us={gap_us}", written >> 8, cpu::tsc());
-            gaps = Gaps { seen: cpu::tsc(), longest: 0 };
+            tell = Deadline::in_ms(report_ms);
+            let Gaps { seen_ns: ns, longest_ns, stopped_ns } = gaps;
+            let (mib, gap_us, stopped_us) = (written >> 8, longest_ns / 1000, stopped_ns / 1000);
+            say!(
+                "probe: dirty pass {pass} written_mib={mib} ns={ns} gap_us={gap_us} stopped_us={stopped_us}"
+            );
+            (gaps.longest_ns, gaps.stopped_ns) = (0, 0);
+            gaps.skip();
         }
         // However slow the machine is, what follows finds all of this memory written.
         if pass > 0 && end.is_some_and(Deadline::passed) {
@@ -54,7 +62,7 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
             if matches!(console::read(), Some(b'\n' | b'\r')) {
                 break;
             }
-            gaps.seen = cpu::tsc();
+            gaps.skip();
         }
     }
     let elapsed_us = clock::cycles_to_us(cpu::tsc() - start).max(1);
@@ -66,19 +74,32 @@ pub fn run(machine: &Machine, mib: u64, mib_per_s: u64, ms: Option<u64>, report:
     Ok(())
 }
 
-/// The longest time without progress, in cycles; what the word itself prints or reads is none.
+/// The longest time without progress, and the longest in which the host says that it stopped us. Not by the TSC, which stands still with a
+/// machine that moves.
 struct Gaps {
-    seen: u64,
-    longest: u64,
+    seen_ns: u64,
+    longest_ns: u64,
+    stopped_ns: u64,
 }
 
 impl Gaps {
-    /// Looks at the clock; answers what it shows.
-    fn look(&mut self) -> u64 {
-        let now = cpu::tsc();
-        self.longest = self.longest.max(now.saturating_sub(self.seen));
-        self.seen = now;
-        now
+    /// What the word itself has printed or read since it looked is no gap, unless the host stopped us meanwhile.
+    fn skip(&mut self) {
+        let now = clock::lasting();
+        if now.flags & clock::GUEST_STOPPED == 0 {
+            self.seen_ns = now.system_ns;
+        }
+    }
+
+    fn look(&mut self) {
+        let now = clock::lasting();
+        let gap_ns = now.system_ns.saturating_sub(self.seen_ns);
+        self.longest_ns = self.longest_ns.max(gap_ns);
+        self.seen_ns = now.system_ns;
+        if now.flags & clock::GUEST_STOPPED != 0 {
+            self.stopped_ns = self.stopped_ns.max(gap_ns);
+            clock::clear_guest_stopped();
+        }
     }
 }
 

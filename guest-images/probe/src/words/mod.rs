@@ -123,8 +123,8 @@ fn one(
 }
 
 fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, report: &mut Line) -> Outcome {
-    let [first, second, third] =
-        if matches!(name, "blkbench" | "reset") { [None; 3] } else { numbers(argument)? };
+    let all = if matches!(name, "blkbench" | "reset") { [None; 4] } else { numbers(argument)? };
+    let [first, second, third, _] = all;
     match name {
         "cpus" => cpus::run(machine, report),
         "x2apic" => cpus::switch(report),
@@ -155,7 +155,7 @@ fn test(machine: &Machine, settings: &Settings, name: &str, argument: &str, repo
         "clock" => time::clock(report),
         "timer" => time::timer(first.unwrap_or(100), report),
         "pause" => time::wait(first.unwrap_or(1000)),
-        "dirty" => dirty::run(machine, first.unwrap_or(16), second.unwrap_or(0), third, report),
+        "dirty" => dirty::run(machine, all, report),
         "ledger" => ledger::run(machine, settings.disk, first.unwrap_or(100), second.unwrap_or(0), report),
         "beat" => beat::run(machine, first.unwrap_or(500), report),
         "button" => button::run(machine, first.unwrap_or(30_000), report),
@@ -196,15 +196,15 @@ pub fn number(text: &str) -> Option<u64> {
     }
 }
 
-/// Up to three numbers; one left empty is None.
-fn numbers(argument: &str) -> Outcome<[Option<u64>; 3]> {
-    let mut found = [None; 3];
+/// Up to four numbers; one left empty is None.
+fn numbers(argument: &str) -> Outcome<[Option<u64>; 4]> {
+    let mut found = [None; 4];
     for (index, part) in argument.split(',').enumerate() {
         let value = number(part);
         check!(part.is_empty() || value.is_some(), "{part} is not a number");
         match found.get_mut(index) {
             Some(slot) => *slot = value,
-            None => crate::fail!("at most three numbers"),
+            None => crate::fail!("at most four numbers"),
         }
     }
     Ok(found)
