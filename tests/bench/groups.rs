@@ -8,6 +8,9 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// What a daemon limits of a VMM; each is a hierarchy of its own in version 1.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
+/// Only groups of version 1 have it.
+const TASKS: &str = "tasks";
+
 /// One group.
 pub(crate) struct Group {
     directory: PathBuf,
@@ -17,23 +20,23 @@ pub(crate) struct Group {
 impl Group {
     /// A group in which this controller counts.
     pub(crate) fn make(controller: &str) -> Group {
-        let first = Path::new(ROOT).join(controller);
-        let is_first = first.is_dir();
-        let root = if is_first { first } else { PathBuf::from(ROOT) };
-        let directory = root.join(format!("toft-bench-{}", unique()));
-        fs::create_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
-        Group { directory, is_first }
+        Group::below(&root(controller))
     }
 
     /// As many as a daemon makes for one VMM.
     pub(crate) fn of_a_vmm() -> Vec<Group> {
-        let mut groups: Vec<Group> = Vec::new();
-        for controller in CONTROLLERS {
-            if groups.iter().all(|group| group.is_first) {
-                groups.push(Group::make(controller));
-            }
-        }
-        groups
+        let mut roots = CONTROLLERS.map(root).to_vec();
+        // In version 2 one hierarchy has several.
+        roots.sort();
+        roots.dedup();
+        roots.iter().map(|root| Group::below(root)).collect()
+    }
+
+    fn below(root: &Path) -> Group {
+        let directory = root.join(format!("toft-bench-{}", unique()));
+        fs::create_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+        let is_first = directory.join(TASKS).is_file();
+        Group { directory, is_first }
     }
 
     /// The file into which a process writes itself, or a thread in version 1.
@@ -47,7 +50,7 @@ impl Group {
     }
 
     fn join(&self) -> &'static str {
-        if self.is_first { "tasks" } else { "cgroup.procs" }
+        if self.is_first { TASKS } else { "cgroup.procs" }
     }
 
     /// KiB that a group of the controller for memory is charged.
@@ -69,6 +72,23 @@ impl Drop for Group {
         }
         eprintln!("bench: {} is left behind", self.directory.display());
     }
+}
+
+/// The hierarchy in which this controller counts. Of a VMM whose host has none the daemon's jail is not whole, and the bench measures none
+/// such.
+fn root(controller: &str) -> PathBuf {
+    let first = Path::new(ROOT).join(controller);
+    if first.join(TASKS).is_file() {
+        return first;
+    }
+    let has = |root: &PathBuf| {
+        let offered = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+        offered.split_whitespace().any(|name| name == controller)
+    };
+    // Beside those of version 1 that of version 2 lies one deeper.
+    let seconds = [PathBuf::from(ROOT), Path::new(ROOT).join("unified")];
+    let found = seconds.into_iter().find(has);
+    found.unwrap_or_else(|| panic!("this host has no control groups for {controller} below {ROOT}"))
 }
 
 fn open(path: &Path) -> File {
