@@ -17,6 +17,7 @@ mod clone;
 mod create;
 mod density;
 mod disk;
+mod gaps;
 mod ground;
 mod groups;
 mod guest;
