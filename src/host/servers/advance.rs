@@ -6,7 +6,7 @@ use model::server::{Restart, StateReason};
 use model::{Code, OperationId, ServerId, Time};
 
 use super::capacity::Capacity;
-use super::lifecycle::{Ask, Asked, Event, Phase, Push, Return, Step, Trouble, Verdict, step};
+use super::lifecycle::{Ask, Asked, Event, JobKind, Phase, Push, Return, Step, Trouble, Verdict, step};
 use super::record::{self, ServerRecord};
 use super::{clone, console, moving, restore, view};
 use crate::call::Actor;
@@ -309,6 +309,8 @@ fn report_progress(tx: &Tx<'_>, record: &ServerRecord) -> Result<()> {
         Phase::Upgrading { next: None, .. } => ("starting_vmm", 40),
         Phase::Upgrading { next: Some(_), .. } => ("handing_over", 50),
         Phase::Retiring { .. } => ("ending_vmm", 80),
+        // What another host has runs there.
+        Phase::Stopping { .. } | Phase::Releasing { .. } if job.kind == JobKind::Migrate => ("removing", 91),
         Phase::Stopping { push: Push::Button { .. }, .. } => ("waiting_for_guest", 10),
         Phase::Stopping { push: Push::Force, .. } => ("forcing_off", 40),
         Phase::Releasing { .. } => ("releasing", 60),
