@@ -78,7 +78,7 @@ pub(super) fn insert(tx: &Tx<'_>, spec: CreateNetwork, surroundings: &Surroundin
     let networks: Vec<Network> = records::all(tx)?;
     let range = choose_range(spec.ipv4_cidr.as_deref(), &networks, surroundings)?;
     if let Some(device) = &spec.host_device {
-        check_device(device, &networks)?;
+        check_device(device, &networks, surroundings)?;
     }
     let now = Time::now();
     let network = Network {
@@ -129,8 +129,9 @@ fn choose_range(asked: Option<&str>, networks: &[Network], surroundings: &Surrou
     Ok(range)
 }
 
-/// Fails for what no device can be called, and for one that another network has. Whether it is there, its bridge finds out.
-fn check_device(device: &str, networks: &[Network]) -> Result<()> {
+/// Fails for what no device can be called, for one that is not there, and for one that another network has. One that goes and
+/// comes back later is its bridge's business.
+fn check_device(device: &str, networks: &[Network], surroundings: &Surroundings) -> Result<()> {
     let refuse = |code, detail: String| Err(Error::invalid("/host_device", code, detail));
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     let is_name = (1..=DEVICE_NAME_MAX).contains(&device.len()) && device.bytes().all(is_plain);
@@ -141,10 +142,16 @@ fn check_device(device: &str, networks: &[Network]) -> Result<()> {
         );
         return refuse("invalid", detail);
     }
-    match networks.iter().find(|network| network.host_device.as_deref() == Some(device)) {
-        Some(other) => refuse("in_use", format!("network {} has {device} for itself", other.name)),
-        None => Ok(()),
+    if let Some(other) = networks.iter().find(|network| network.host_device.as_deref() == Some(device)) {
+        return refuse("in_use", format!("network {} has {device} for itself", other.name));
     }
+    if !surroundings.devices.iter().any(|known| known == device) {
+        return refuse(
+            "not_found",
+            format!("this host has no device {device}; `ip link` lists those it has"),
+        );
+    }
+    Ok(())
 }
 
 fn choose_bridge(networks: &[Network], surroundings: &Surroundings) -> Result<String> {

@@ -9,6 +9,8 @@ use model::host::{Check, CheckStatus};
 use rustix::fs::{Mode, OFlags, ioctl_ficlone, open};
 
 use crate::network::program;
+use crate::volumes::limits::RESERVE_BYTES;
+use crate::volumes::space::{self, Space};
 
 /// The files of a host, below a root that tests choose.
 pub(super) struct System {
@@ -53,6 +55,7 @@ impl System {
             ("dnsmasq", installed("dnsmasq", "dnsmasq-base", "networks have neither DHCP nor DNS")),
             ("inotify", self.inotify()),
             ("ip_forward", self.forwarding()),
+            ("storage", storage(volumes)),
             ("reflink", reflink(volumes)),
             ("clock_source", self.clock_source()),
             ("huge_pages", self.huge_pages()),
@@ -279,6 +282,31 @@ fn installed(name: &str, package: &str, without: &str) -> Finding {
 }
 
 /// Tries it with two files that have no names, so nothing is left whatever happens.
+/// Whether anything can be made still, and whether it is about to end.
+fn storage(directory: &Path) -> Finding {
+    match space::look(directory) {
+        Ok(space) => judge_storage(space),
+        Err(cause) => lesser(format!("{} cannot be looked at: {cause}", directory.display())),
+    }
+}
+
+fn judge_storage(Space { total_bytes, free_bytes }: Space) -> Finding {
+    let free = format!("{} MiB are free", free_bytes >> 20);
+    if free_bytes < RESERVE_BYTES {
+        lesser(format!(
+            "{free}, and the last {} MiB are kept for the host's records: nothing can be made. Delete snapshots, images or \
+             volumes, or add space",
+            RESERVE_BYTES >> 20
+        ))
+    } else if free_bytes < total_bytes / 20 {
+        lesser(format!(
+            "{free}, less than a twentieth; a guest whose disk cannot grow gets errors. Add space"
+        ))
+    } else {
+        good(free)
+    }
+}
+
 fn reflink(directory: &Path) -> Finding {
     let nameless = || -> std::io::Result<OwnedFd> {
         Ok(open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?)

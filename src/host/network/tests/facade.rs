@@ -101,6 +101,7 @@ async fn a_device_of_the_host_is_of_one_network_and_has_a_devices_name() {
     let networks = stage.open().await;
     let with =
         |name: &str, device: &str| CreateNetwork { host_device: Some(device.to_owned()), ..spec(name, None) };
+    stage.plumbing.scene().surroundings.devices.push("bond0.100".to_owned());
     let lan = created(&networks, with("lan", "bond0.100")).await;
     assert_eq!(lan.host_device.as_deref(), Some("bond0.100"));
     assert_eq!(stage.plumbing.scene().segments[&lan.id].host_device, lan.host_device);
@@ -110,6 +111,7 @@ async fn a_device_of_the_host_is_of_one_network_and_has_a_devices_name() {
     };
     let said = |code: &str| (Code::Invalid, "/host_device".to_owned(), code.to_owned());
     assert_eq!(refused("bond0.100").await, said("in_use"));
+    assert_eq!(refused("bond0.10").await, said("not_found"));
     for device in
         ["", "eth*", "eth 1", "eth1\"", "a/b", ".", "..", "toftbr0", "tofttap000001", "sixteen-letters-"]
     {

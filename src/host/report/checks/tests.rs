@@ -95,7 +95,7 @@ fn compressed_memory_is_no_disk() {
 fn an_empty_host_has_every_check_and_a_remedy_for_each_that_is_not_good() {
     let fake = Fake::new(&[]);
     let checks = System::new(fake.0.path()).checks(fake.0.path());
-    assert_eq!(checks.len(), 17);
+    assert_eq!(checks.len(), 18);
     assert!(
         checks.iter().all(|check| check.status != CheckStatus::Failed && check.detail.len() > 15),
         "{checks:?}"
@@ -107,6 +107,16 @@ fn the_real_host_can_be_read_and_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let system = System::new(Path::new("/"));
     let names: Vec<String> = system.checks(directory.path()).into_iter().map(|check| check.name).collect();
-    assert!(names.contains(&"reflink".to_owned()));
+    assert!(names.contains(&"reflink".to_owned()) && names.contains(&"storage".to_owned()));
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_disk_that_is_nearly_full_is_told_before_and_when_nothing_can_be_made() {
+    let of = |free_bytes| judge_storage(Space { total_bytes: 100 << 30, free_bytes });
+    assert_eq!(of(50 << 30).0, CheckStatus::Ok);
+    let (status, detail) = of(4 << 30);
+    assert!(status == CheckStatus::Degraded && detail.contains("4096 MiB are free"), "{detail}");
+    let (status, detail) = of(RESERVE_BYTES - 1);
+    assert!(status == CheckStatus::Degraded && detail.contains("nothing can be made"), "{detail}");
 }
