@@ -10,6 +10,7 @@ mod error;
 mod event;
 mod host;
 mod image;
+mod interrupt;
 mod limits;
 mod migrate;
 mod network;
@@ -161,6 +162,7 @@ fn dispatch(toft: Toft) -> Result<(), Error> {
     if let Noun::Run(options) = toft.noun {
         return run::run(&options);
     }
+    interrupt::listen()?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
     let result = runtime.block_on(call(toft));

@@ -1,7 +1,9 @@
 //! `toft snapshot …`
+use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use http_body_util::BodyExt;
@@ -14,7 +16,7 @@ use crate::error::Error;
 use crate::output::{self, Row};
 use crate::server::labels_text;
 use crate::target::{self, ListOptions};
-use crate::{Context, bulk, wait};
+use crate::{Context, bulk, interrupt, wait};
 
 /// What can be done with snapshots.
 #[derive(Debug, Subcommand)]
@@ -174,15 +176,17 @@ impl Export {
         }
         let unwritable = |cause| Error::Write { path: self.file.clone(), cause };
         if self.file.exists() {
-            return Err(unwritable(io::ErrorKind::AlreadyExists.into()));
+            let exists = format!("{} exists; choose another name, or remove it", self.file.display());
+            return Err(Error::Usage(exists));
         }
         // Under its own name it is whole.
         let mut part = self.file.clone().into_os_string();
         part.push(".part");
-        // It holds secrets.
-        let mut options = tokio::fs::File::options();
-        let file = options.write(true).create_new(true).mode(0o600).open(&part).await;
-        let mut file = file.map_err(|cause| Error::Write { path: PathBuf::from(&part), cause })?;
+        let part = PathBuf::from(part);
+        let file = open_part(&part).map_err(|cause| Error::Write { path: part.clone(), cause })?;
+        let doomed = part.clone();
+        let _unfinished = interrupt::before_end(move || drop(std::fs::remove_file(doomed)));
+        let mut file = tokio::fs::File::from_std(file);
         let received = receive(context, &path, &mut file, unwritable).await;
         let kept = match received {
             Ok(()) => {
@@ -196,6 +200,25 @@ impl Export {
         }
         kept
     }
+}
+
+/// A new file, which holds secrets, in the place of one that an export has left that was killed.
+fn open_part(path: &Path) -> io::Result<File> {
+    let new = || File::options().write(true).create_new(true).mode(0o600).open(path);
+    let file = match new() {
+        Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {
+            // Whoever still writes to it has it locked. It is not written to, because others may have it open.
+            let left = File::options().write(true).open(path)?;
+            left.try_lock()
+                .map_err(|_| io::Error::other("another export is writing to it; if none is, remove it"))?;
+            std::fs::remove_file(path)?;
+            new()?
+        }
+        made => made?,
+    };
+    // Where the file system has no locks, the next export is refused as well.
+    let _ = file.try_lock();
+    Ok(file)
 }
 
 /// Writes the body of an answer to its end.
@@ -221,16 +244,9 @@ impl Import {
     async fn run(self, context: &Context) -> Result<(), Error> {
         let unreadable = |cause| Error::Read { path: self.file.clone(), cause };
         let (file, length) = if self.file.as_os_str() == STANDARD {
-            (
-                std::io::stdin()
-                    .as_fd()
-                    .try_clone_to_owned()
-                    .map(std::fs::File::from)
-                    .map_err(Error::Input)?,
-                None,
-            )
+            (std::io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(Error::Input)?, None)
         } else {
-            let file = std::fs::File::open(&self.file).map_err(unreadable)?;
+            let file = File::open(&self.file).map_err(unreadable)?;
             let length = file.metadata().map_err(unreadable)?.len();
             (file, Some(length))
         };

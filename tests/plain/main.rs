@@ -1,6 +1,7 @@
 //! Tests that need neither root nor KVM nor a network: what plain `cargo test` runs.
 mod bench;
 mod claims;
+mod commands;
 mod conformance;
 mod map;
 mod panics;

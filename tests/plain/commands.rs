@@ -1,0 +1,122 @@
+//! The command line as a process: what it leaves and says when a signal ends it, and when its daemon goes away. The
+//! daemon is one that says what a test tells it to.
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const ID: &str = "01900000-0000-7000-8000-000000000000";
+
+/// A daemon that answers each request by its first line.
+struct Daemon(tempfile::TempDir);
+
+impl Daemon {
+    fn new(answer: impl Fn(&str, &mut UnixStream) + Send + Sync + 'static) -> Daemon {
+        let daemon = Daemon(tempfile::tempdir().unwrap());
+        let listener = UnixListener::bind(daemon.path("sock")).unwrap();
+        let answer = Arc::new(answer);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut stream, answer) = (stream.unwrap(), answer.clone());
+                std::thread::spawn(move || {
+                    let lines = BufReader::new(stream.try_clone().unwrap()).lines().map(Result::unwrap);
+                    let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+                    answer(&head[0], &mut stream);
+                });
+            }
+        });
+        daemon
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn toft(&self, arguments: &[&str]) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_toft"));
+        command.env("TOFT_ENDPOINT", self.path("sock")).args(arguments).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+}
+
+fn tell(stream: &mut UnixStream, length: usize, body: &str) {
+    // Who asked may have gone.
+    let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");
+}
+
+fn wait_for(what: &str, mut look: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(40);
+    while !look() {
+        assert!(Instant::now() < end, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn end(child: Child, signal: Signal) -> (Output, String) {
+    kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr.clone()).unwrap();
+    // A shell makes 130 of an interrupt.
+    assert_eq!(output.status.signal(), Some(signal as i32), "{said}");
+    (output, said)
+}
+
+#[test]
+fn an_export_that_does_not_end_leaves_nothing_or_what_the_next_one_replaces() {
+    const WHOLE: &str = "memory and keys";
+    let daemon = Daemon::new(|head, stream| match head.contains(ID) {
+        true => tell(stream, WHOLE.len(), WHOLE),
+        // The rest of it does not come.
+        false => {
+            tell(stream, WHOLE.len(), &WHOLE[..6]);
+            std::thread::park();
+        }
+    });
+    let (file, part) = (daemon.path("f"), daemon.path("f.part"));
+    let name = file.to_str().unwrap();
+    let begun = || {
+        let export = daemon.toft(&["snapshot", "export", &ID.replace('1', "2"), name]);
+        wait_for("its begin", || std::fs::read(&part).is_ok_and(|bytes| bytes == b"memory"));
+        export
+    };
+    let whole = || daemon.toft(&["snapshot", "export", ID, name]).wait_with_output().unwrap();
+    let words = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        end(begun(), signal);
+        assert!(!part.exists() && !Path::exists(&file), "{signal}");
+    }
+    let killed = begun();
+    let refused = whole();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(words(&refused).contains("another export is writing to it"), "{}", words(&refused));
+    end(killed, Signal::SIGKILL);
+    let left = std::fs::File::open(&part).unwrap();
+    let replaced = whole();
+    assert!(replaced.status.success(), "{}", words(&replaced));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), WHOLE);
+    assert_eq!(std::io::read_to_string(left).unwrap(), "memory", "who had opened what was left reads on");
+    let refused = whole();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(words(&refused).contains("exists; choose another name, or remove it"), "{}", words(&refused));
+}
+
+#[test]
+fn a_command_whose_signals_are_ignored_goes_on() {
+    let daemon = Daemon::new(|_, _| std::thread::park());
+    let sock = daemon.path("sock");
+    let mut command = Command::new("sh");
+    let line = format!("trap '' INT; exec {} host about", env!("CARGO_BIN_EXE_toft"));
+    let child = command.args(["-c", &line]).env("TOFT_ENDPOINT", sock).stderr(Stdio::piped());
+    let child = child.stdout(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    wait_for("its thread", || std::fs::read_to_string(&status).unwrap().contains("Threads:\t2"));
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+    let (_, said) = end(child, Signal::SIGTERM);
+    assert_eq!(said, "");
+}
