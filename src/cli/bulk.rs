@@ -1,11 +1,10 @@
 //! Actions on one server, or on every server with some labels.
-use std::time::Instant;
-
 use clap::Args;
 use model::Name;
 use model::limits::CLONES_MAX;
 use model::server::{BulkAction, BulkActions, Server, StopServer};
 use model::snapshot::CreateClones;
+use tokio::time::Instant;
 
 use crate::error::Error;
 use crate::output::{self, Row};
@@ -85,9 +84,13 @@ async fn of_one(context: &Context, server: &str, verb: &str, body: Option<Vec<u8
 async fn finish(context: &Context, mut answer: BulkActions) -> Result<(), Error> {
     let deadline = Instant::now() + context.wait_timeout;
     let mut wrong = None;
+    let begun = answer.items.iter().filter_map(|item| item.operation.as_ref());
+    let mut rest: Vec<_> = begun.filter(|operation| !operation.state.is_final()).map(|one| one.id).collect();
     for item in &mut answer.items {
         let outcome = match (&mut item.operation, &item.problem) {
             (Some(operation), _) if context.wait => {
+                let _running = wait::say_they_go_on(rest.clone());
+                rest.retain(|id| *id != operation.id);
                 wait::until(context, operation, deadline).await.and_then(|ended| {
                     *operation = ended;
                     operation::into_result(operation)

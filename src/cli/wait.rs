@@ -1,14 +1,17 @@
 //! What follows a request that started long work: name the operation, or wait for its end with a progress bar.
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use model::OperationId;
 use model::operation::{Accepted, Operation, OperationState};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::Context;
 use crate::client::Answer;
 use crate::error::Error;
+use crate::interrupt::{BeforeEnd, before_end};
 use crate::output::{self, Row};
 use crate::{limits, operation};
 
@@ -49,12 +52,25 @@ fn resource_id(answer: &Answer) -> Result<String, Error> {
     Ok(document["resource"]["id"].as_str().unwrap_or_default().to_owned())
 }
 
-/// Waits for an operation's end. Ctrl-C leaves the operation running, as any other end of this process does.
+/// Waits for an operation's end. Ctrl-C leaves the operation running and says so.
 pub(crate) async fn until_end(context: &Context, operation: &Operation) -> Result<Operation, Error> {
+    let _running = say_they_go_on(vec![operation.id]);
     until(context, operation, Instant::now() + context.wait_timeout).await
 }
 
-/// As [`until_end`], with an end of the patience that several waits share.
+/// Has a signal say how to go on waiting for these.
+pub(crate) fn say_they_go_on(operations: Vec<OperationId>) -> BeforeEnd {
+    before_end(move || {
+        let mut stderr = std::io::stderr().lock();
+        // Behind a bar, or what the terminal shows of Ctrl-C. Nobody is left to tell of an error.
+        let _ = if stderr.is_terminal() { writeln!(stderr) } else { Ok(()) };
+        for id in operations {
+            let _ = writeln!(stderr, "toft: operation {id} goes on: toft operation wait {id}");
+        }
+    })
+}
+
+/// As [`until_end`], with an end of the patience that several waits share, and silent about signals.
 pub(crate) async fn until(
     context: &Context,
     operation: &Operation,

@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -104,6 +105,48 @@ fn an_export_that_does_not_end_leaves_nothing_or_what_the_next_one_replaces() {
     let refused = whole();
     assert_eq!(refused.status.code(), Some(2));
     assert!(words(&refused).contains("exists; choose another name, or remove it"), "{}", words(&refused));
+}
+
+/// An operation as the daemon tells it.
+fn operation(id: &str, state: &str) -> String {
+    let progress = r#"{"phase": "", "percent": 0}"#;
+    format!(
+        r#"{{"id": "{id}", "kind": "server.stop", "state": "{state}", "progress": {progress}, "resources": [],
+            "generation": 1, "created_at": "2026-01-01T00:00:00Z", "cancellable": true}}"#
+    )
+}
+
+#[test]
+fn who_interrupts_a_wait_is_told_how_to_go_on_with_it() {
+    let ids = [ID.to_owned(), ID.replace('1', "2")];
+    let items = ids.clone().map(|id| {
+        format!(r#"{{"server_id": "{ID}", "name": "web1", "operation": {}}}"#, operation(&id, "running"))
+    });
+    let answer = format!(r#"{{"items": [{}]}}"#, items.join(","));
+    let waiting = Arc::new(AtomicBool::new(false));
+    let asked = waiting.clone();
+    let daemon = Daemon::new(move |head, stream| match head.split_once(' ').unwrap() {
+        ("POST", _) => tell(stream, answer.len(), &answer),
+        (_, path) if path.contains("wait=") => {
+            asked.store(true, Ordering::Relaxed);
+            std::thread::park();
+        }
+        _ => {
+            let running = operation(ID, "running");
+            tell(stream, running.len(), &running);
+        }
+    });
+    let told = |id: &String| format!("toft: operation {id} goes on: toft operation wait {id}\n");
+    for (arguments, words) in [
+        (&["operation", "wait", ID][..], told(&ids[0])),
+        (&["--wait", "server", "stop", "-l", "a=b"], ids.iter().map(told).collect()),
+    ] {
+        waiting.store(false, Ordering::Relaxed);
+        let child = daemon.toft(arguments);
+        wait_for("its wait", || waiting.load(Ordering::Relaxed));
+        let (output, said) = end(child, Signal::SIGINT);
+        assert_eq!((said, output.stdout.is_empty()), (words, true));
+    }
 }
 
 #[test]
