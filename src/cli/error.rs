@@ -31,6 +31,12 @@ pub(crate) enum Error {
         "operation {operation} did not end within {seconds} s; it goes on: toft operation wait {operation}"
     )]
     WaitTimeout { operation: String, seconds: u64 },
+    #[error("operation {operation} could not be waited for any longer")]
+    WaitLost {
+        operation: String,
+        #[source]
+        cause: Box<Error>,
+    },
     #[error("operation {operation} was cancelled")]
     Cancelled { operation: String },
     #[error("{0}")]
@@ -82,6 +88,7 @@ impl Error {
             Error::Connect { .. } | Error::Http { .. } => 5,
             Error::Cancelled { .. } | Error::Blocked(_) => 4,
             Error::WaitTimeout { .. } => 7,
+            Error::WaitLost { cause, .. } => cause.exit_code(),
             Error::Guest(code) => *code,
             Error::Problem(problem) => match (problem.code, problem.status) {
                 (Code::Timeout, _) => 7,
@@ -98,13 +105,7 @@ impl Error {
 
     /// What is printed: the chain of causes, then each field that is not valid.
     pub(crate) fn report(&self) -> String {
-        let mut text = format!("toft: {self}");
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(&format!(": {error}"));
-            cause = error.source();
-        }
-        text.push('\n');
+        let mut text = format!("toft: {}\n", self.chain());
         if let Error::Problem(problem) = self {
             // A single fault may be told by the detail already.
             let told = |detail: &str| problem.detail.contains(detail);
@@ -116,6 +117,9 @@ impl Error {
             }
             text.push_str(&format!("  code {}, request {}\n", problem.code.as_str(), problem.request_id));
         }
+        if let Error::WaitLost { operation, .. } = self {
+            text.push_str(&format!("  to go on waiting: toft operation wait {operation}\n"));
+        }
         if let Error::Connect { cause, .. } = self {
             text.push_str(match cause.kind() {
                 io::ErrorKind::PermissionDenied => "  run as root, or as a user the daemon's socket admits\n",
@@ -123,6 +127,21 @@ impl Error {
             });
         }
         text
+    }
+
+    /// The error and its causes in one line.
+    pub(crate) fn chain(&self) -> String {
+        let causes = std::iter::successors(std::error::Error::source(self), |error| error.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
+
+    /// Whether there was no daemon to answer, or one that was ending or beginning.
+    pub(crate) fn is_without_daemon(&self) -> bool {
+        match self {
+            Error::Connect { .. } | Error::Http { .. } => true,
+            Error::Problem(problem) => problem.code == Code::Draining,
+            _ => false,
+        }
     }
 
     pub(crate) fn is_broken_pipe(&self) -> bool {

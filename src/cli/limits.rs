@@ -7,6 +7,13 @@ pub(crate) const WAIT_S_DEFAULT: u64 = 900;
 /// One long poll, below [`model::limits::WAIT_S_MAX`].
 pub(crate) const POLL_S: u64 = 20;
 
+/// How long a daemon that is waited with may be away: one that is replaced takes seconds, one whose host starts again
+/// a minute. Then a person should look.
+pub(crate) const RETURN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often it is looked for meanwhile.
+pub(crate) const RETURN_PAUSE: Duration = Duration::from_millis(500);
+
 /// Time to connect: a daemon that is there answers within milliseconds.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -169,3 +169,29 @@ fn what_is_expected_of_a_move_stands_behind_how_far_it_is() {
         assert_eq!(operation::expected(&progress), text);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_stays_away_is_waited_for_a_while() {
+    let nowhere = Endpoint::Unix("/nonexistent".into());
+    let mut context = Context {
+        client: Client::new(nowhere, None, None, false, None).unwrap(),
+        format: Format::Table,
+        wait: true,
+        wait_timeout: std::time::Duration::from_secs(900),
+    };
+    let operation: model::operation::Operation = serde_json::from_value(serde_json::json!({
+        "id": "01900000-0000-7000-8000-000000000000", "kind": "server.stop", "state": "running",
+        "progress": { "phase": "", "percent": 0 }, "resources": [], "generation": 1,
+        "created_at": "2026-01-01T00:00:00Z", "cancellable": true,
+    }))
+    .unwrap();
+    let begin = tokio::time::Instant::now();
+    let lost = wait::until_end(&context, &operation).await.unwrap_err();
+    assert_eq!((begin.elapsed().as_secs(), lost.exit_code()), (limits::RETURN_TIMEOUT.as_secs(), 5));
+    let report = lost.report();
+    assert!(report.contains("/nonexistent: No such file"), "{report}");
+    assert!(report.ends_with("to go on waiting: toft operation wait 01900000-0000-7000-8000-000000000000\n"));
+    // It ends when it was told to, though the daemon may still come back.
+    context.wait_timeout = limits::RETURN_TIMEOUT / 2;
+    assert_eq!(wait::until_end(&context, &operation).await.unwrap_err().exit_code(), 7);
+}

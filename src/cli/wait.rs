@@ -78,6 +78,7 @@ pub(crate) async fn until(
 ) -> Result<Operation, Error> {
     let bar = progress_bar(&operation.kind);
     let mut latest = operation.clone();
+    let mut lost_at = None;
     while !latest.state.is_final() {
         let rest = deadline.saturating_duration_since(Instant::now());
         if rest.is_zero() {
@@ -91,7 +92,22 @@ pub(crate) async fn until(
         // Progress moves between polls, so a terminal asks more often than a script.
         let poll_s = if bar.is_hidden() { limits::POLL_S } else { 1 };
         let poll_s = poll_s.min(rest.as_secs().max(1));
-        latest = context.client.get(&format!("/v1/operations/{}?wait={poll_s}s", latest.id)).await?;
+        match context.client.get(&format!("/v1/operations/{}?wait={poll_s}s", latest.id)).await {
+            Ok(found) => (latest, lost_at) = (found, None),
+            // An operation outlives its daemon.
+            Err(cause) if cause.is_without_daemon() => {
+                let lost_at = lost_at.get_or_insert_with(|| {
+                    bar.suspend(|| eprintln!("toft: {}; waiting for it to come back", cause.chain()));
+                    Instant::now()
+                });
+                if lost_at.elapsed() >= limits::RETURN_TIMEOUT {
+                    bar.abandon();
+                    return Err(Error::WaitLost { operation: latest.id.to_string(), cause: Box::new(cause) });
+                }
+                tokio::time::sleep(limits::RETURN_PAUSE.min(rest)).await;
+            }
+            Err(cause) => return Err(cause),
+        }
     }
     match latest.state {
         OperationState::Succeeded => bar.finish_and_clear(),

@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -147,6 +147,29 @@ fn who_interrupts_a_wait_is_told_how_to_go_on_with_it() {
         let (output, said) = end(child, Signal::SIGINT);
         assert_eq!((said, output.stdout.is_empty()), (words, true));
     }
+}
+
+#[test]
+fn a_wait_outlives_its_daemon() {
+    let polls = AtomicUsize::new(0);
+    let daemon = Daemon::new(move |_, stream| {
+        let state = match polls.fetch_add(1, Ordering::Relaxed) {
+            // It ends in the midst of the second and third.
+            1 | 2 => return,
+            0 | 3 => "running",
+            _ => "succeeded",
+        };
+        let answer = operation(ID, state);
+        tell(stream, answer.len(), &answer);
+    });
+    let output = daemon.toft(&["operation", "wait", ID]).wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.success() && String::from_utf8(output.stdout).unwrap().contains("succeeded"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("; waiting for it to come back"), "{said}");
 }
 
 #[test]
