@@ -1,9 +1,13 @@
 //! `toft operation …`
+use std::collections::BTreeMap;
+
 use clap::Subcommand;
-use model::operation::{Operation, OperationState, Progress};
+use model::operation::{Operation, OperationState, Progress, Resource};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::error::Error;
-use crate::output::{self, Row};
+use crate::output::{self, Format, Row};
 use crate::{Context, target, wait};
 
 /// What can be done with operations.
@@ -12,12 +16,12 @@ pub(crate) enum Verb {
     /// List operations, also those that have ended.
     #[command(visible_alias = "ls")]
     List {
-        /// Only those on the resource of this id.
+        /// Only those on this resource: its id, or a server's name.
         #[arg(long)]
-        resource: Option<uuid::Uuid>,
+        resource: Option<String>,
         /// Order: created_at or -created_at.
-        #[arg(long, allow_hyphen_values = true)]
-        sort: Option<String>,
+        #[arg(long, allow_hyphen_values = true, default_value = "-created_at")]
+        sort: String,
         /// At most this many; all when absent.
         #[arg(long)]
         limit: Option<usize>,
@@ -43,28 +47,89 @@ impl Verb {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
             Verb::List { resource, sort, limit } => {
-                let resource = resource.map(|id| id.to_string());
-                let parameters = [("resource_id", resource.as_deref()), ("sort", sort.as_deref())];
+                let resource = match resource {
+                    Some(resource) => Some(target::resolve(&context.client, "servers", &resource).await?),
+                    None => None,
+                };
+                let parameters = [("resource_id", resource.as_deref()), ("sort", Some(&*sort))];
                 let operations: Vec<Operation> =
                     target::pages(&context.client, "operations", &parameters, limit).await?;
-                output::many(context.format, &operations)
+                output::many(context.format, &lines(context, operations).await?)
             }
             Verb::Show { id } => {
-                let operation: Operation = context.client.get(&format!("/v1/operations/{id}")).await?;
-                output::one(context.format, &operation)
+                show(context, &context.client.get(&format!("/v1/operations/{id}")).await?).await
             }
             Verb::Wait { id } => {
                 let operation: Operation = context.client.get(&format!("/v1/operations/{id}")).await?;
                 let ended = wait::until_end(context, &operation).await?;
-                output::one(context.format, &ended)?;
+                show(context, &ended).await?;
                 into_result(&ended)
             }
             Verb::Cancel { id } => {
                 let path = format!("/v1/operations/{id}");
-                let operation: Operation = context.client.send("DELETE", &path, None, &[]).await?.json()?;
-                output::one(context.format, &operation)
+                show(context, &context.client.send("DELETE", &path, None, &[]).await?.json()?).await
             }
         }
+    }
+}
+
+/// Prints one, with all of what went wrong.
+pub(crate) async fn show(context: &Context, operation: &Operation) -> Result<(), Error> {
+    let mut lines = lines(context, vec![operation.clone()]).await?;
+    for line in &mut lines {
+        if let Some(problem) = &line.operation.error {
+            line.error = format!("{}: {}", line.error, problem.detail);
+        }
+    }
+    lines.iter().try_for_each(|line| output::one(context.format, line))
+}
+
+/// What a person wants to read of an operation; in JSON it is the operation.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Line {
+    operation: Operation,
+    #[serde(skip)]
+    resource: String,
+    #[serde(skip)]
+    error: String,
+}
+
+/// Names what they work on; an id remains of what is gone.
+async fn lines(context: &Context, operations: Vec<Operation>) -> Result<Vec<Line>, Error> {
+    #[derive(Deserialize)]
+    struct Named {
+        id: Uuid,
+        name: String,
+    }
+    let mut names: BTreeMap<&str, BTreeMap<Uuid, String>> = BTreeMap::new();
+    let mut lines = Vec::new();
+    for operation in operations {
+        let mut resource = String::new();
+        if let (Some(first), Format::Table) = (operation.resources.first(), context.format) {
+            let (kind, id) = kind_and_id(*first);
+            if !names.contains_key(kind) {
+                let fields = [("fields", Some("id,name"))];
+                let named: Vec<Named> =
+                    target::pages(&context.client, &format!("{kind}s"), &fields, None).await?;
+                names.insert(kind, named.into_iter().map(|one| (one.id, one.name)).collect());
+            }
+            let name = names[kind].get(&id).cloned().unwrap_or_else(|| id.to_string());
+            resource = format!("{kind} {name}");
+        }
+        let error = operation.error.as_ref().map(|problem| problem.code.as_str()).unwrap_or_default();
+        lines.push(Line { operation, resource, error });
+    }
+    Ok(lines)
+}
+
+fn kind_and_id(resource: Resource) -> (&'static str, Uuid) {
+    match resource {
+        Resource::Server(id) => ("server", id.0),
+        Resource::Image(id) => ("image", id.0),
+        Resource::Volume(id) => ("volume", id.0),
+        Resource::Network(id) => ("network", id.0),
+        Resource::Snapshot(id) => ("snapshot", id.0),
     }
 }
 
@@ -92,24 +157,25 @@ pub(crate) fn expected(progress: &Progress) -> String {
     figures.into_iter().flatten().map(|figure| format!(", {figure}")).collect()
 }
 
-impl Row for Operation {
-    const COLUMNS: &'static [&'static str] = &["ID", "KIND", "STATE", "PROGRESS", "CREATED", "ERROR"];
+impl Row for Line {
+    const COLUMNS: &'static [&'static str] =
+        &["ID", "KIND", "RESOURCE", "STATE", "PROGRESS", "CREATED", "ERROR"];
 
     fn cells(&self) -> Vec<String> {
-        let progress = format!("{}% {}", self.progress.percent, self.progress.phase);
-        let progress = progress.trim_end().to_owned() + &expected(&self.progress);
-        let error = self.error.as_ref().map(|problem| problem.code.as_str()).unwrap_or_default();
+        let Operation { id, kind, state, progress, created_at, .. } = &self.operation;
+        let shown = format!("{}% {}", progress.percent, progress.phase);
         vec![
-            self.id.to_string(),
-            self.kind.clone(),
-            output::word(&self.state),
-            progress,
-            output::time(self.created_at),
-            error,
+            id.to_string(),
+            kind.clone(),
+            self.resource.clone(),
+            output::word(state),
+            shown.trim_end().to_owned() + &expected(progress),
+            output::time(*created_at),
+            self.error.clone(),
         ]
     }
 
     fn name(&self) -> String {
-        self.id.to_string()
+        self.operation.id.to_string()
     }
 }

@@ -34,14 +34,14 @@ pub(crate) async fn finish<T: Row + DeserializeOwned>(
                 eprintln!("operation {} has begun", accepted.operation.id);
                 output::one(context.format, resource)
             }
-            (None, _) => output::one(context.format, &accepted.operation),
+            (None, _) => operation::show(context, &accepted.operation).await,
         };
     }
     let ended = until_end(context, &accepted.operation).await?;
     operation::into_result(&ended)?;
     let id = match (&accepted.resource, deletes) {
         (Some(_), false) => resource_id(answer)?,
-        _ => return output::one(context.format, &ended),
+        _ => return operation::show(context, &ended).await,
     };
     let resource: T = context.client.get(&format!("/v1/{kind}/{id}")).await?;
     output::one(context.format, &resource)

@@ -14,3 +14,4 @@ mod shortages;
 mod stage;
 mod upgrades;
 mod verbs;
+mod words;

@@ -1,0 +1,52 @@
+//! What the command line says to a person where something is not as they thought.
+use serde_json::json;
+
+use crate::images;
+use crate::stage::Stage;
+use crate::world;
+
+#[test]
+fn a_person_reads_what_is_wrong_and_what_to_do() {
+    world::inside("words::a_person_reads_what_is_wrong_and_what_to_do", async {
+        let mut stage = Stage::new();
+        let broken = stage.path("import/broken");
+        images::write(&broken, "");
+        std::fs::write(broken.join("kernel"), [b'x'; 4096]).unwrap();
+        let sum = images::sum(&broken.join("kernel"));
+        images::edit(&broken, |manifest| manifest["kernel"]["sha256"] = json!(sum));
+        stage.start();
+        for image in ["counter", "broken"] {
+            stage.import(image);
+        }
+        stage.ok(&[
+            "server",
+            "create",
+            "web",
+            "--image",
+            "counter",
+            "--memory",
+            "64M",
+            "--no-start",
+            "--wait",
+        ]);
+        operations(&stage);
+        stage.stop();
+    });
+}
+
+fn operations(stage: &Stage) {
+    let create = ["--wait", "server", "create", "s", "--image", "broken", "--memory", "64M"];
+    assert_ne!(stage.toft(&create).code, 0);
+    let listed = stage.ok(&["operation", "list"]);
+    let lines: Vec<&str> = listed.lines().collect();
+    assert!(lines[0].contains("RESOURCE") && lines[1].ends_with("machine_failed"), "{listed}");
+    assert!(lines[2].contains("server web"), "{listed}");
+    assert_eq!(stage.ok(&["operation", "list", "--resource", "web"]).lines().count(), 2, "{listed}");
+    let said = stage.toft(&["operation", "list", "--resource", "nobody"]);
+    assert!(said.code == 3 && said.err.contains("no server is named \"nobody\""), "{said:?}");
+    let id = lines[1].split_whitespace().next().unwrap();
+    let shown = stage.ok(&["operation", "show", id]);
+    let error = shown.lines().find(|line| line.starts_with("ERROR")).unwrap();
+    assert!(error.contains("machine_failed: ") && error.contains("kernel"), "{shown}");
+    assert_eq!(stage.json(&["operation", "show", id])["id"], id);
+}
