@@ -52,6 +52,9 @@ pub struct Dirs {
     root: PathBuf,
 }
 
+/// The database's name in the state directory.
+pub(crate) const DATABASE: &str = "toft.db";
+
 impl Dirs {
     /// Makes the directories, readable by their owner alone. Fails when the path is too long for the sockets
     /// that will lie in it.
@@ -90,7 +93,7 @@ impl Dirs {
 
     /// The database.
     pub fn database(&self) -> PathBuf {
-        self.root.join("toft.db")
+        self.root.join(DATABASE)
     }
 
     /// The directory of a server: `control.sock`, `console.ring`, `will.json`, `vmm.log`, `seed.img`.

@@ -1,6 +1,7 @@
 //! Access tokens of the API: random, stored hashed, revocable. It knows no HTTP.
 //! `http` verifies with it; `toftd token` makes them.
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,7 +11,7 @@ use rusqlite::{OptionalExtension, params};
 use sha2::Sha256;
 
 use crate::call::Actor;
-use crate::config::Dirs;
+use crate::config::{self, Dirs};
 use crate::core::{AlwaysLive, Shared};
 use crate::error::{Error, Result};
 use crate::limits;
@@ -71,6 +72,19 @@ impl Tokens {
         let dirs = Dirs::prepare(state_dir)?;
         let store = Store::open(&dirs.database(), Arc::new(AlwaysLive)).await?;
         Ok(Tokens { store, known: Arc::default() })
+    }
+
+    /// The same, where a daemon has worked or a token was made before: who only reads begins nothing.
+    pub async fn open_existing(state_dir: &Path) -> Result<Tokens> {
+        match state_dir.join(config::DATABASE).metadata() {
+            Err(cause) if cause.kind() == ErrorKind::NotFound => {
+                let shown = state_dir.display();
+                let detail =
+                    format!("there is no state directory of toftd at {shown}; name it with --state-dir");
+                Err(Error::new(Code::NotFound, detail))
+            }
+            _ => Tokens::open(state_dir).await,
+        }
     }
 
     /// Who holds this secret. Fails with `unauthenticated`.

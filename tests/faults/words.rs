@@ -1,8 +1,11 @@
 //! What the command line says to a person where something is not as they thought.
+use std::path::Path;
+use std::process::Command;
+
 use serde_json::json;
 
 use crate::images;
-use crate::stage::Stage;
+use crate::stage::{Said, Stage};
 use crate::world;
 
 #[test]
@@ -30,6 +33,7 @@ fn a_person_reads_what_is_wrong_and_what_to_do() {
             "--wait",
         ]);
         operations(&stage);
+        tokens(&stage);
         stage.stop();
     });
 }
@@ -49,4 +53,28 @@ fn operations(stage: &Stage) {
     let error = shown.lines().find(|line| line.starts_with("ERROR")).unwrap();
     assert!(error.contains("machine_failed: ") && error.contains("kernel"), "{shown}");
     assert_eq!(stage.json(&["operation", "show", id])["id"], id);
+}
+
+fn tokens(stage: &Stage) {
+    let toftd = |state: &Path, arguments: &[&str]| {
+        let mut command = Command::new(stage.daemon_command().get_program());
+        Said::of(command.arg("--state-dir").arg(state).arg("token").args(arguments))
+    };
+    let nowhere = stage.path("nowhere");
+    for arguments in [&["list"][..], &["revoke", "p1"]] {
+        let said = toftd(&nowhere, arguments);
+        let words = format!("no state directory of toftd at {}; name it with --state-dir", nowhere.display());
+        assert!(said.code == 1 && said.err.contains(&words), "{said:?}");
+        assert!(!nowhere.exists(), "it was made by {arguments:?}");
+    }
+    let state = stage.path("state");
+    for name in ["p1", "p2", "p2"] {
+        assert_eq!(toftd(&state, &["create", name]).code, 0);
+    }
+    assert_eq!(toftd(&state, &["revoke", "p1"]).code, 0);
+    let said = toftd(&state, &["revoke", "p1"]);
+    assert!(said.code == 1 && said.err.contains("no token is named \"p1\""), "{said:?}");
+    let said = toftd(&state, &["revoke", "p2"]);
+    assert!(said.code == 1 && said.err.contains("2 tokens are named \"p2\"; give the id"), "{said:?}");
+    assert_eq!(toftd(&state, &["list"]).out.lines().count(), 3);
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use host::Config;
+use host::tokens::Tokens;
 use http::{TcpListen, TlsFiles, UnixListen};
 
 /// Keeps this host's servers and serves the API.
@@ -87,8 +88,8 @@ pub(crate) enum Token {
     List,
     /// Makes one worthless.
     Revoke {
-        /// Its id.
-        id: model::TokenId,
+        /// Its id, or its name where no other has it.
+        token: String,
     },
 }
 
@@ -155,22 +156,34 @@ impl Flags {
 impl Token {
     /// Does it.
     pub(crate) async fn run(self, flags: &Flags) -> anyhow::Result<()> {
-        let tokens = host::tokens::Tokens::open(&flags.state_dir).await?;
-        match self {
-            Token::Create { name, expires_at } => {
-                println!("{}", tokens.create(&name, expires_at).await?.1);
-            }
-            Token::List => {
-                for token in tokens.list().await? {
-                    let end = match token.expires_at {
-                        Some(at) if at <= model::Time::now() => format!("  (expired {at})"),
-                        Some(at) => format!("  (until {at})"),
-                        None => String::new(),
-                    };
-                    println!("{}  {}  {}{end}", token.id, token.created_at, token.name);
-                }
-            }
-            Token::Revoke { id } => tokens.revoke(id).await?,
+        if let Token::Create { name, expires_at } = self {
+            let tokens = Tokens::open(&flags.state_dir).await?;
+            println!("{}", tokens.create(&name, expires_at).await?.1);
+            return Ok(());
+        }
+        let tokens = Tokens::open_existing(&flags.state_dir).await?;
+        let all = tokens.list().await?;
+        if let Token::Revoke { token } = self {
+            let id = match (token.parse(), all.iter().filter(|one| one.name == token).collect::<Vec<_>>()) {
+                (Ok(id), _) => id,
+                (_, named) => match named[..] {
+                    [one] => one.id,
+                    [] => anyhow::bail!("no token is named {token:?}; `toftd token list` shows them"),
+                    _ => anyhow::bail!("{} tokens are named {token:?}; give the id of one", named.len()),
+                },
+            };
+            tokens.revoke(id).await?;
+            return Ok(());
+        }
+        let width = all.iter().map(|token| token.name.chars().count()).max().unwrap_or(0).max(4);
+        println!("{:36}  {:24}  {:width$}  EXPIRES", "ID", "CREATED", "NAME");
+        for token in all {
+            let end = match token.expires_at {
+                Some(at) if at <= model::Time::now() => format!("{at}, expired"),
+                Some(at) => at.to_string(),
+                None => "-".to_owned(),
+            };
+            println!("{}  {:24}  {:width$}  {end}", token.id, token.created_at.to_string(), token.name);
         }
         Ok(())
     }
