@@ -7,7 +7,7 @@ use model::snapshot::CreateClones;
 use tokio::time::Instant;
 
 use crate::error::Error;
-use crate::output::{self, Row};
+use crate::output::{self, Format, Row};
 use crate::{Context, operation, target, wait};
 
 /// Which servers an action is for.
@@ -17,6 +17,7 @@ pub(crate) struct Which {
     /// Name or id.
     server: Option<String>,
     /// Every server with these labels: key=value, key!=value, key, !key; comma-separated terms must all hold.
+    /// Where there is none, the exit code is 3.
     #[arg(short = 'l', long, alias = "label-selector")]
     selector: Option<String>,
 }
@@ -64,6 +65,13 @@ pub(crate) async fn act(
     if let Some(selector) = &which.selector {
         let path = format!("/v1/servers/actions/{verb}?label_selector={}", target::percent_encode(selector));
         let answer: BulkActions = context.client.send("POST", &path, body, &[]).await?.json()?;
+        if answer.items.is_empty() {
+            // A mistyped label must not look like work that was done.
+            if context.format == Format::Json {
+                output::json(&answer.items)?;
+            }
+            return Err(Error::NoneSelected { selector: selector.clone() });
+        }
         return finish(context, answer).await;
     }
     of_one(context, which.server.as_deref().unwrap_or_default(), verb, body).await

@@ -27,6 +27,8 @@ pub(crate) enum Error {
     Status { status: u16 },
     #[error("no {kind} is named {name:?}; `toft {kind} list` shows those that there are")]
     NoSuchName { kind: &'static str, name: String },
+    #[error("no server has the labels {selector:?}; `toft server list` shows those that there are")]
+    NoneSelected { selector: String },
     #[error(
         "operation {operation} did not end within {seconds} s; it goes on: toft operation wait {operation}"
     )]
@@ -84,7 +86,7 @@ impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) | Error::Read { .. } | Error::Write { .. } => 2,
-            Error::NoSuchName { .. } => 3,
+            Error::NoSuchName { .. } | Error::NoneSelected { .. } => 3,
             Error::Connect { .. } | Error::Http { .. } => 5,
             Error::Cancelled { .. } | Error::Blocked(_) => 4,
             Error::WaitTimeout { .. } => 7,

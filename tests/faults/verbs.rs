@@ -356,7 +356,8 @@ fn many_servers(cli: &Cli<'_>) {
     assert!(cli.ok(&["-o", "table", "--wait", "server", "start", "-l", "env"]).contains("succeeded"));
     assert_eq!(cli.json(&["server", "show", "www"])["state"], "running");
     assert_eq!(cli.json(&["server", "show", "other"])["state"], "stopped");
-    assert_eq!(cli.json(&["server", "stop", "-l", "env=none"]).as_array().unwrap().len(), 0);
+    let none = cli.fails(&["-o", "json", "server", "stop", "-l", "env=none"], 3);
+    assert!(none.out == "[]\n" && none.err.contains("no server has the labels \"env=none\""), "{none:?}");
     for wrong in [&["www", "-l", "env=test"][..], &["-l", ""], &["-l", "a b"], &[]] {
         cli.fails(&[&["server", "stop"], wrong].concat(), 2);
     }
