@@ -2,7 +2,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use model::{Code, Problem};
+use model::{Code, FieldError, Problem};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +114,9 @@ impl Error {
             for field in problem.errors.iter().filter(|field| !told(&field.detail) || !told(&field.pointer)) {
                 text.push_str(&format!("  {}: {}\n", field.pointer, field.detail));
             }
+            for noun in problem.errors.iter().filter_map(unfound) {
+                text.push_str(&format!("  see `toft {noun} list`\n"));
+            }
             if let Some(actions) = &problem.allowed_actions {
                 text.push_str(&format!("  possible now: {}\n", actions.join(", ")));
             }
@@ -149,4 +152,10 @@ impl Error {
     pub(crate) fn is_broken_pipe(&self) -> bool {
         matches!(self, Error::Output(cause) if cause.kind() == io::ErrorKind::BrokenPipe)
     }
+}
+
+/// The noun of which a field of the body names one that there is not.
+fn unfound(field: &FieldError) -> Option<&str> {
+    let (_, noun) = field.pointer.rsplit_once('/').filter(|_| field.code == "not_found")?;
+    ["image", "network", "snapshot"].contains(&noun).then_some(noun)
 }

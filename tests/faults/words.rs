@@ -34,6 +34,7 @@ fn a_person_reads_what_is_wrong_and_what_to_do() {
         ]);
         operations(&stage);
         tokens(&stage);
+        refusals(&stage);
         stage.stop();
     });
 }
@@ -77,4 +78,36 @@ fn tokens(stage: &Stage) {
     let said = toftd(&state, &["revoke", "p2"]);
     assert!(said.code == 1 && said.err.contains("2 tokens are named \"p2\"; give the id"), "{said:?}");
     assert_eq!(toftd(&state, &["list"]).out.lines().count(), 3);
+}
+
+/// What a refusal advises can be done with this command line, which has no bodies and no paths.
+fn refusals(stage: &Stage) {
+    let web =
+        ["--wait", "server", "create", "other", "--image", "counter", "--memory", "64M", "--no-network"];
+    stage.ok(&web);
+    stage.ok(&["--wait", "snapshot", "create", "other", "--name", "disk"]);
+    let new = ["--name", "new"];
+    let refused: [(&[&str], i32, &str, &[&str]); 6] = [
+        (&["server", "clone", "web"], 4, "wrong_state", &["take a snapshot of its disks alone"]),
+        (&["snapshot", "clone", "disk"], 4, "wrong_state", &["can be created with `snapshot`"]),
+        (&["server", "restore", "other", "disk"], 4, "wrong_state", &["have it stopped with `stop`"]),
+        (&["server", "restore", "web", "disk"], 2, "invalid", &["can be created of it with `snapshot`"]),
+        (
+            &["server", "create", "x", "--image", "nope"],
+            2,
+            "invalid",
+            &["image nope", "see `toft image list`"],
+        ),
+        (
+            &["server", "create", "x", "--image", "counter", "--network", "nope"],
+            2,
+            "invalid",
+            &["see `toft network list`"],
+        ),
+    ];
+    for (arguments, exit, code, words) in refused {
+        let more = if arguments[1] == "clone" { &new[..] } else { &[] };
+        let said = stage.fails(&[arguments, more].concat(), exit, code, words);
+        assert!(!said.contains("/v1/") && !said.contains("true"), "{said}");
+    }
 }

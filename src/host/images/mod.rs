@@ -250,7 +250,7 @@ impl Images {
                 Err(Error::invalid("/image", "not_ready", detail))
             }
             None => {
-                let detail = format!("there is no image {shown}; `GET /v1/images` lists what there is");
+                let detail = format!("there is no image {shown}; the list of images has what there is");
                 Err(Error::invalid("/image", "not_found", detail))
             }
         }

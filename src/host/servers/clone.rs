@@ -95,7 +95,7 @@ fn all(
     }
     let Some(saved) = saved_in(found) else {
         let detail = format!(
-            "snapshot {} has no memory to go on from; `POST /v1/servers` with `snapshot` makes a server of its disk",
+            "snapshot {} has no memory to go on from; a server of its disk can be created with `snapshot`",
             shown.name
         );
         return Err(Error::new(Code::WrongState, detail));
@@ -163,8 +163,8 @@ pub(super) fn can_go_on(workshop: &Workshop, found: &SnapshotRecord) -> Result<(
         None => Ok(()),
         Some(detail) => {
             let detail = format!(
-                "what snapshot {} has in memory cannot go on here: {detail}; `POST /v1/servers` with `snapshot` makes a \
-                 server of its disk",
+                "what snapshot {} has in memory cannot go on here: {detail}; a server of its disk can be \
+                 created with `snapshot`",
                 found.shown.name
             );
             Err(Error::new(Code::WrongState, detail))
@@ -302,6 +302,6 @@ fn without_network(cause: Error) -> Error {
         return cause;
     }
     let detail = "a network that the first server was on has been deleted, and its guest knows no other; \
-                  `POST /v1/servers` with `snapshot` makes a server of its disk on another";
+                  a server of its disk can be created with `snapshot` on another";
     Error::new(Code::NotFound, detail).caused_by(cause)
 }

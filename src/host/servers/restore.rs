@@ -55,8 +55,8 @@ fn accept(
     let has_memory = record.life.phase.vmm().is_some() || record.life.saved.is_some();
     if has_memory && !spec.stop {
         let detail = format!(
-            "server {} is {}, and what it has in memory would be lost: say `\"stop\": true` if it may be, or stop it \
-             first",
+            "server {} is {}, and what it has in memory would be lost: if it may be, have it stopped with `stop`, or \
+             stop it first",
             record.name,
             view::state_text(&record)
         );
@@ -83,7 +83,7 @@ fn check_fits(found: &SnapshotRecord, record: &ServerRecord) -> Result<()> {
     let shown = &found.shown;
     if shown.server_id != record.id {
         let detail = format!(
-            "snapshot {} is one of server {}; make another server of it with `POST /v1/servers`",
+            "snapshot {} is one of server {}; another server can be created of it with `snapshot`",
             shown.name, shown.server_name
         );
         return Err(Error::invalid("/snapshot", "of_another_server", detail));

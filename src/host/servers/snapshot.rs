@@ -68,7 +68,8 @@ pub(super) fn begin(
     let (id, memory) = (record.shown.id, record.shown.memory);
     if memory && server.life.phase.vmm().is_none() {
         let detail = format!(
-            "server {} has no machine, and so no memory to save; leave out `memory`, or start it first",
+            "server {} has no machine, and so no memory to save: start it first, or take a snapshot of its disks \
+             alone, with which another server can be created",
             server.name
         );
         return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(&server)));

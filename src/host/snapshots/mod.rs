@@ -232,7 +232,7 @@ impl Snapshots {
         let shown: String = id_or_name.chars().take(model::limits::NAME_CHARS_MAX).collect();
         let refused = |code: &str, detail: String| Err(Error::invalid("/snapshot", code, detail));
         let Some(record) = records::resolve::<SnapshotRecord>(connection, id_or_name)? else {
-            let detail = format!("there is no snapshot {shown}; `GET /v1/snapshots` lists what there is");
+            let detail = format!("there is no snapshot {shown}; the list of snapshots has what there is");
             return refused("not_found", detail);
         };
         match record.shown.state {
