@@ -148,17 +148,16 @@ impl Import {
 
 impl Upload {
     async fn run(self, context: &Context) -> Result<(), Error> {
-        let unreadable = |cause| Error::Read { path: self.file.clone(), cause };
-        let file = tokio::fs::File::open(&self.file).await.map_err(unreadable)?;
-        let length = file.metadata().await.map_err(unreadable)?.len();
+        let (file, length) = target::open(&self.file)?;
+        let file = tokio::fs::File::from_std(file);
         let mut path = format!("/v1/images?name={}", self.name);
         if let Some(sha256) = &self.sha256 {
             path.push_str(&format!("&sha256={}", target::percent_encode(sha256)));
         }
-        let bar = wait::transfer_bar("upload", Some(length));
+        let bar = wait::transfer_bar("upload", length);
         let shown = bar.clone();
         let on_progress = move |sent| shown.set_position(sent);
-        let answer = context.client.upload(&path, "application/x-tar", file, Some(length), on_progress).await;
+        let answer = context.client.upload(&path, "application/x-tar", file, length, on_progress).await;
         bar.finish_and_clear();
         wait::finish::<Image>(context, &answer?, "images", false).await
     }

@@ -242,13 +242,11 @@ async fn receive(
 
 impl Import {
     async fn run(self, context: &Context) -> Result<(), Error> {
-        let unreadable = |cause| Error::Read { path: self.file.clone(), cause };
         let (file, length) = if self.file.as_os_str() == STANDARD {
-            (std::io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(Error::Input)?, None)
+            let stdin = std::io::stdin().as_fd().try_clone_to_owned();
+            (stdin.map(File::from).map_err(Error::Input)?, None)
         } else {
-            let file = File::open(&self.file).map_err(unreadable)?;
-            let length = file.metadata().map_err(unreadable)?.len();
-            (file, Some(length))
+            target::open(&self.file)?
         };
         let mut path = "/v1/snapshots".to_owned();
         if let Some(name) = &self.name {

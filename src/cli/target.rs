@@ -118,6 +118,19 @@ pub(crate) fn read_text(path: &Path) -> Result<String, Error> {
     read().map_err(|cause| Error::Read { path: path.to_owned(), cause })
 }
 
+/// A file to be sent, with its length where that is known before its end.
+pub(crate) fn open(path: &Path) -> Result<(std::fs::File, Option<u64>), Error> {
+    let open = || {
+        let file = std::fs::File::open(path)?;
+        let about = file.metadata()?;
+        match about.is_dir() {
+            true => Err(std::io::ErrorKind::IsADirectory.into()),
+            false => Ok((file, about.is_file().then_some(about.len()))),
+        }
+    };
+    open().map_err(|cause| Error::Read { path: path.to_owned(), cause })
+}
+
 /// A value for a query string.
 pub(crate) fn percent_encode(text: &str) -> String {
     let mut encoded = String::new();

@@ -35,6 +35,7 @@ fn a_person_reads_what_is_wrong_and_what_to_do() {
         operations(&stage);
         tokens(&stage);
         refusals(&stage);
+        uploads(&stage);
         stage.stop();
     });
 }
@@ -110,4 +111,27 @@ fn refusals(stage: &Stage) {
         let said = stage.fails(&[arguments, more].concat(), exit, code, words);
         assert!(!said.contains("/v1/") && !said.contains("true"), "{said}");
     }
+}
+
+fn uploads(stage: &Stage) {
+    let directory = stage.path("import");
+    let directory = directory.to_str().unwrap();
+    for arguments in [["snapshot", "import", directory].as_slice(), &["image", "upload", "x", directory]] {
+        let said = stage.toft(arguments);
+        let words = format!("toft: cannot read {directory}: is a directory\n");
+        assert_eq!((said.code, said.err), (2, words));
+    }
+    let (file, cut) = (stage.path("disk.toftsnap"), stage.path("cut"));
+    let file = file.to_str().unwrap();
+    stage.ok(&["snapshot", "export", "disk", file]);
+    // What has no length before its end is sent as well.
+    let mut shell = Command::new("bash");
+    let toft = stage.command(&[]);
+    shell.envs(toft.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell.args(["-c", r#"exec "$0" --wait snapshot import <(cat "$1") --name piped"#]);
+    let said = Said::of(shell.arg(toft.get_program()).arg(file));
+    assert_eq!(said.code, 0, "{said:?}");
+    std::fs::write(&cut, &std::fs::read(file).unwrap()[..1000]).unwrap();
+    let import = ["snapshot", "import", cut.to_str().unwrap(), "--name", "cut"];
+    stage.fails(&import, 2, "snapshot_corrupt", &["the stream ends in the middle"]);
 }

@@ -250,7 +250,7 @@ fn corrupt(detail: &str) -> Refusal {
 
 fn unreadable(cause: io::Error) -> Refusal {
     match cause.kind() {
-        io::ErrorKind::UnexpectedEof => corrupt("it ends in the middle"),
+        io::ErrorKind::UnexpectedEof => corrupt("the stream ends in the middle"),
         _ => Refusal::Source(cause),
     }
 }
