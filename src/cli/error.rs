@@ -110,15 +110,16 @@ impl Error {
         let mut text = format!("toft: {}\n", self.chain());
         if let Error::Problem(problem) = self {
             // A single fault may be told by the detail already.
-            let told = |detail: &str| problem.detail.contains(detail);
+            let told = |words: &str| problem.detail.contains(words);
             for field in problem.errors.iter().filter(|field| !told(&field.detail) || !told(&field.pointer)) {
                 text.push_str(&format!("  {}: {}\n", field.pointer, field.detail));
             }
             for noun in problem.errors.iter().filter_map(unfound) {
                 text.push_str(&format!("  see `toft {noun} list`\n"));
             }
-            if let Some(actions) = &problem.allowed_actions {
-                text.push_str(&format!("  possible now: {}\n", actions.join(", ")));
+            let actions = problem.allowed_actions.as_deref().unwrap_or_default().join(", ");
+            if !actions.is_empty() && !told(&actions) {
+                text.push_str(&format!("  possible now: {actions}\n"));
             }
             text.push_str(&format!("  code {}, request {}\n", problem.code.as_str(), problem.request_id));
         }

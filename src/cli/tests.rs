@@ -114,24 +114,43 @@ fn labels_can_be_set_and_removed() {
     assert!(target::label_change("a").is_err());
 }
 
+fn problem(code: model::Code) -> model::Problem {
+    model::Problem {
+        kind: String::new(),
+        title: code.title().into(),
+        status: code.status(),
+        detail: String::new(),
+        instance: String::new(),
+        code,
+        request_id: String::new(),
+        retryable: code.retryable(),
+        errors: Vec::new(),
+        allowed_actions: None,
+        operation_id: None,
+    }
+}
+
+#[test]
+fn what_is_possible_is_told_once_and_only_if_something_is() {
+    let report = |detail: &str, actions: &[&str]| {
+        let allowed_actions = Some(actions.iter().map(|action| (*action).to_owned()).collect());
+        let detail = detail.to_owned();
+        Error::Problem(Box::new(model::Problem {
+            detail,
+            allowed_actions,
+            ..problem(model::Code::WrongState)
+        }))
+        .report()
+    };
+    let both = ["start", "delete"];
+    assert!(report("it is off", &both).contains("possible now: start, delete\n"));
+    assert_eq!(report("it is off; possible are start, delete", &both).matches("start").count(), 1);
+    assert!(!report("it is off", &[]).contains("possible"));
+}
+
 #[test]
 fn exit_codes_follow_the_problem() {
-    let exit = |code: model::Code| {
-        let problem = model::Problem {
-            kind: String::new(),
-            title: code.title().into(),
-            status: code.status(),
-            detail: String::new(),
-            instance: String::new(),
-            code,
-            request_id: String::new(),
-            retryable: code.retryable(),
-            errors: Vec::new(),
-            allowed_actions: None,
-            operation_id: None,
-        };
-        Error::Problem(Box::new(problem)).exit_code()
-    };
+    let exit = |code: model::Code| Error::Problem(Box::new(problem(code))).exit_code();
     use model::Code::*;
     let cases = [
         (Invalid, 2),

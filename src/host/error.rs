@@ -179,9 +179,30 @@ impl From<serde_json::Error> for Error {
     }
 }
 
+/// A size in the largest binary unit that leaves nothing over.
+pub(crate) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (bytes.trailing_zeros() as usize / 10).min(UNITS.len() - 1);
+    format!("{} {}", bytes >> (10 * unit), UNITS[unit])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_size_is_told_whole() {
+        let cases = [
+            (4096, "4 KiB"),
+            (2 << 20, "2 MiB"),
+            (1 << 40, "1 TiB"),
+            (1 << 60, "1048576 TiB"),
+            (1025, "1025 bytes"),
+        ];
+        for (bytes, told) in cases {
+            assert_eq!(size(bytes), told);
+        }
+    }
 
     #[test]
     fn wrong_state_always_says_what_can_be_done_and_nothing_else_does() {

@@ -88,11 +88,17 @@ fn refusals(stage: &Stage) {
     stage.ok(&web);
     stage.ok(&["--wait", "snapshot", "create", "other", "--name", "disk"]);
     let new = ["--name", "new"];
-    let refused: [(&[&str], i32, &str, &[&str]); 6] = [
+    let refused: [(&[&str], i32, &str, &[&str]); 7] = [
         (&["server", "clone", "web"], 4, "wrong_state", &["take a snapshot of its disks alone"]),
         (&["snapshot", "clone", "disk"], 4, "wrong_state", &["can be created with `snapshot`"]),
         (&["server", "restore", "other", "disk"], 4, "wrong_state", &["have it stopped with `stop`"]),
         (&["server", "restore", "web", "disk"], 2, "invalid", &["can be created of it with `snapshot`"]),
+        (
+            &["server", "create", "x", "--image", "counter", "--memory", "1"],
+            2,
+            "invalid",
+            &["a multiple of 2 MiB between 64 MiB and 1 TiB"],
+        ),
         (
             &["server", "create", "x", "--image", "nope"],
             2,

@@ -11,7 +11,7 @@ use super::record::{self, Disk, Held, ServerRecord};
 use super::registry::Workshop;
 use crate::call::Actor;
 use crate::cpu;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, size};
 use crate::images::Images;
 use crate::network::{Networks, Reservation};
 use crate::operations::{self, NewOperation};
@@ -152,7 +152,7 @@ fn memory(spec: &CreateServer, least: u64) -> Result<u64> {
         .memory_bytes
         .unwrap_or_else(|| least.max(MEMORY_BYTES_DEFAULT).next_multiple_of(bounds::MEMORY_STEP_BYTES));
     if memory_bytes < least {
-        let detail = format!("the image needs at least {least} bytes");
+        let detail = format!("the image needs at least {}", size(least));
         return Err(Error::invalid("/memory_bytes", "too_small", detail));
     }
     Ok(memory_bytes)
@@ -163,7 +163,8 @@ fn disk_size(spec: &CreateServer, image_bytes: u64) -> Result<Option<u64>> {
     match spec.disk_bytes {
         Some(size_bytes) if size_bytes < image_bytes => {
             let detail = format!(
-                "what it is made from has a disk of {image_bytes} bytes; the volume cannot be smaller"
+                "what it is made from has a disk of {}; the volume cannot be smaller",
+                size(image_bytes)
             );
             Err(Error::invalid("/disk_bytes", "too_small", detail))
         }
@@ -190,9 +191,10 @@ fn check(spec: &CreateServer) -> Result<()> {
             && size_bytes.is_multiple_of(VOLUME_STEP);
         faults.unless(sound, "/disk_bytes", "out_of_range", || {
             format!(
-                "must be a multiple of {VOLUME_STEP} between {} and {}",
-                bounds::VOLUME_BYTES_MIN,
-                bounds::VOLUME_BYTES_MAX
+                "must be a multiple of {} between {} and {}",
+                size(VOLUME_STEP),
+                size(bounds::VOLUME_BYTES_MIN),
+                size(bounds::VOLUME_BYTES_MAX)
             )
         });
     }
@@ -242,9 +244,9 @@ impl Faults {
         self.unless(sound, "/memory_bytes", "out_of_range", || {
             format!(
                 "must be a multiple of {} between {} and {}",
-                bounds::MEMORY_STEP_BYTES,
-                bounds::MEMORY_BYTES_MIN,
-                bounds::MEMORY_BYTES_MAX
+                size(bounds::MEMORY_STEP_BYTES),
+                size(bounds::MEMORY_BYTES_MIN),
+                size(bounds::MEMORY_BYTES_MAX)
             )
         });
         let fault = cpu.and_then(|cpu| cpu::template(cpu).fault());

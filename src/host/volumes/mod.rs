@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::call::{Answer, Call};
 use crate::config::Dirs;
 use crate::core::Shared;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, size};
 use crate::images::Images;
 use crate::operations::{self, NewOperation, Outcome};
 use crate::snapshots::SnapshotRecord;
@@ -499,7 +499,8 @@ fn attached(volume: &Volume) -> Error {
 fn check_growth(tx: &Tx<'_>, volume: &Volume, size_bytes: u64, dirs: &Dirs) -> Result<()> {
     let pointer = "/size_bytes";
     if size_bytes < volume.size_bytes {
-        let detail = format!("{size_bytes} is less than the {} it has; volumes only grow", volume.size_bytes);
+        let (wanted, has) = (size(size_bytes), size(volume.size_bytes));
+        let detail = format!("{wanted} is less than the {has} it has; volumes only grow");
         return Err(Error::invalid(pointer, "smaller", detail));
     }
     if !size_bytes.is_multiple_of(4096) || size_bytes > model::limits::VOLUME_BYTES_MAX {
@@ -507,7 +508,7 @@ fn check_growth(tx: &Tx<'_>, volume: &Volume, size_bytes: u64, dirs: &Dirs) -> R
         return Err(Error::invalid(
             pointer,
             "invalid",
-            format!("must be a multiple of 4096 and at most {most}"),
+            format!("must be a multiple of {} and at most {}", size(4096), size(most)),
         ));
     }
     if volume.state != VolumeState::Ready {
