@@ -3,6 +3,7 @@ use std::io::IsTerminal;
 
 use clap::Args;
 use futures_util::{SinkExt, StreamExt};
+use model::Code;
 use model::console::{ConsoleToken, CreateConsoleToken};
 use nix::sys::termios::{self, SetArg, Termios};
 use tokio::io::AsyncReadExt;
@@ -47,24 +48,24 @@ pub(crate) async fn run(context: &Context, options: &Options) -> Result<(), Erro
     if terminal.is_some() {
         eprint!("connected to {}; Ctrl-] leaves\r\n", options.server);
     }
-    let result = relay(socket, options.read_only).await;
+    let result = relay(socket, options).await;
     drop(terminal);
     eprintln!();
     result
 }
 
-async fn relay<S>(mut socket: tokio_tungstenite::WebSocketStream<S>, read_only: bool) -> Result<(), Error>
+async fn relay<S>(mut socket: tokio_tungstenite::WebSocketStream<S>, options: &Options) -> Result<(), Error>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     let mut stdin = tokio::io::stdin();
     let mut typed = vec![0; 1024];
-    let mut typing = !read_only;
+    let mut typing = !options.read_only;
     loop {
         tokio::select! {
             message = socket.next() => match message {
                 Some(Ok(Message::Binary(data))) => output::print_bytes(&data)?,
-                Some(Ok(Message::Text(text))) => eprint!("\r\n[{}]\r\n", text.as_str()),
+                Some(Ok(Message::Text(text))) => eprint!("\r\n[{}]\r\n", notice(&options.server, &text)),
                 Some(Ok(Message::Close(frame))) => return closed(frame),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(Error::Console(error.to_string())),
@@ -90,6 +91,28 @@ where
                 }
             }
         }
+    }
+}
+
+/// What the daemon tells of the console, for people.
+fn notice(server: &str, text: &str) -> String {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Notice {
+        GapBytes(u64),
+        Refused(Code),
+    }
+    match serde_json::from_str(text) {
+        Ok(Notice::GapBytes(count)) => {
+            format!("{} were overwritten before they were read", output::bytes(count))
+        }
+        Ok(Notice::Refused(Code::WrongState)) => {
+            format!("{server} does not run: what you type goes nowhere")
+        }
+        Ok(Notice::Refused(Code::Timeout)) => "the guest does not read what you type".to_owned(),
+        Ok(Notice::Refused(code)) => format!("what you type goes nowhere: {}", code.title().to_lowercase()),
+        // Of a later daemon.
+        Err(_) => text.to_owned(),
     }
 }
 
@@ -127,5 +150,24 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         // Nothing can be done about a terminal that has gone.
         let _ = termios::tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_daemon_tells_of_a_console_is_for_people() {
+        let cases = [
+            (r#"{"gap_bytes": 2048}"#, "2 KiB were overwritten before they were read"),
+            (r#"{"refused": "wrong_state"}"#, "web does not run: what you type goes nowhere"),
+            (r#"{"refused": "timeout"}"#, "the guest does not read what you type"),
+            (r#"{"refused": "machine_failed"}"#, "what you type goes nowhere: the machine failed"),
+            (r#"{"new": 1}"#, r#"{"new": 1}"#),
+        ];
+        for (text, told) in cases {
+            assert_eq!(notice("web", text), told);
+        }
     }
 }

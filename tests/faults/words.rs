@@ -1,6 +1,7 @@
 //! What the command line says to a person where something is not as they thought.
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
@@ -36,6 +37,7 @@ fn a_person_reads_what_is_wrong_and_what_to_do() {
         tokens(&stage);
         refusals(&stage);
         uploads(&stage);
+        typing(&stage);
         stage.stop();
     });
 }
@@ -140,4 +142,21 @@ fn uploads(stage: &Stage) {
     std::fs::write(&cut, &std::fs::read(file).unwrap()[..1000]).unwrap();
     let import = ["snapshot", "import", cut.to_str().unwrap(), "--name", "cut"];
     stage.fails(&import, 2, "snapshot_corrupt", &["the stream ends in the middle"]);
+}
+
+/// Who types at a server that is off.
+fn typing(stage: &Stage) {
+    let mut command = stage.command(&["console", "web"]);
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = piped.spawn().unwrap();
+    let mut keyboard = child.stdin.take().unwrap();
+    keyboard.write_all(b"x").unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(
+        lines.find(|line| line.contains("type")).unwrap(),
+        "[web does not run: what you type goes nowhere]"
+    );
+    keyboard.write_all(b"y\x1d").unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(lines.all(|line| !line.contains("type")), "it is told again");
 }
