@@ -17,7 +17,7 @@ use crate::{limits, operation};
 
 /// Ends a command that started long work. With `--wait` the resource is read again and printed as it stands
 /// then; without, it is printed as accepted. `kind` is the noun in its path; where the work `deletes`
-/// it, the operation is printed.
+/// it, the operation is printed, and of names the resource's.
 pub(crate) async fn finish<T: Row + DeserializeOwned>(
     context: &Context,
     answer: &Answer,
@@ -41,6 +41,10 @@ pub(crate) async fn finish<T: Row + DeserializeOwned>(
     operation::into_result(&ended)?;
     let id = match (&accepted.resource, deletes) {
         (Some(_), false) => resource_id(answer)?,
+        // Its name is what a script goes on with, gone or not, as without `--wait`.
+        (Some(resource), true) if context.format == output::Format::Name => {
+            return output::one(context.format, resource);
+        }
         _ => return operation::show(context, &ended).await,
     };
     let resource: T = context.client.get(&format!("/v1/{kind}/{id}")).await?;

@@ -38,6 +38,7 @@ fn a_person_reads_what_is_wrong_and_what_to_do() {
         refusals(&stage);
         uploads(&stage);
         typing(&stage);
+        names(&stage);
         stage.stop();
     });
 }
@@ -159,4 +160,13 @@ fn typing(stage: &Stage) {
     keyboard.write_all(b"y\x1d").unwrap();
     assert!(child.wait().unwrap().success());
     assert!(lines.all(|line| !line.contains("type")), "it is told again");
+}
+
+/// A script gets the same name whether it waits or not.
+fn names(stage: &Stage) {
+    for (name, wait) in [("web", "--wait"), ("other", "--no-wait")] {
+        let out = stage.ok(&["-o", "name", wait, "server", "delete", name]);
+        assert_eq!(out, format!("{name}\n"), "{wait}");
+    }
+    assert_eq!(stage.ok(&["-o", "name", "--wait", "snapshot", "delete", "disk"]), "disk\n");
 }
