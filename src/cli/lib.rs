@@ -28,6 +28,7 @@ mod wait;
 use std::io::Write;
 use std::process::ExitCode;
 
+use clap::builder::Resettable;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use client::{Client, Endpoint};
@@ -138,7 +139,7 @@ struct Context {
 
 /// Runs the command line of this process to its end.
 pub fn main() -> ExitCode {
-    let toft = Toft::parse();
+    let toft = Toft::try_parse().unwrap_or_else(|error| refuse(error).exit());
     match dispatch(toft) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Guest(code)) => ExitCode::from(code),
@@ -150,6 +151,17 @@ pub fn main() -> ExitCode {
             eprint!("{}", error.report());
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// A mistake on the command line, told without what the environment adds: clap's usage has that as if it was to be typed.
+fn refuse(error: clap::Error) -> clap::Error {
+    let bare =
+        |command: clap::Command, id: &'static str| command.mut_arg(id, |arg| arg.env(Resettable::Reset));
+    let typed = ["endpoint", "token", "ca_file"].into_iter().fold(Toft::command(), bare);
+    match error.use_stderr() {
+        true => typed.try_get_matches().err().unwrap_or(error),
+        false => error,
     }
 }
 

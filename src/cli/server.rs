@@ -1,7 +1,7 @@
 //! `toft server …`
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use model::console::{ConsoleReader, ConsoleReaders};
 use model::limits::GRACE_S_MAX;
 use model::server::{
@@ -124,14 +124,15 @@ pub(crate) enum Verb {
 
 /// `toft server create`.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("origin").required(true)))]
 pub(crate) struct Create {
     /// Unique name, also the host name.
     name: Name,
     /// Image's name or id.
-    #[arg(long, required_unless_present = "snapshot")]
+    #[arg(long, group = "origin")]
     image: Option<String>,
     /// Snapshot's name or id: its disk, in place of the image's.
-    #[arg(long, conflicts_with = "image")]
+    #[arg(long, group = "origin")]
     snapshot: Option<String>,
     /// Virtual CPUs.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]

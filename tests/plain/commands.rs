@@ -173,6 +173,23 @@ fn a_wait_outlives_its_daemon() {
 }
 
 #[test]
+fn a_command_that_lacks_something_says_what_and_nothing_else() {
+    let daemon = Daemon::new(|_, _| ());
+    let said = |arguments: &[&str]| {
+        let output = daemon.toft(arguments).wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, words) = said(&["server", "create", "web1"]);
+    assert_eq!(code, Some(2), "{words}");
+    assert!(words.contains("<--image <IMAGE>|--snapshot <SNAPSHOT>>"), "{words}");
+    // The endpoint is in the environment, and need not be typed.
+    assert!(!words.contains("--endpoint"), "{words}");
+    let mut wrong = Command::new(env!("CARGO_BIN_EXE_toft"));
+    let output = wrong.env("TOFT_ENDPOINT", "ftp://x").args(["host", "about"]).output().unwrap();
+    assert!(String::from_utf8(output.stderr).unwrap().contains("--endpoint"), "what is wrong there is named");
+}
+
+#[test]
 fn a_command_whose_signals_are_ignored_goes_on() {
     let daemon = Daemon::new(|_, _| std::thread::park());
     let sock = daemon.path("sock");
