@@ -91,7 +91,13 @@ fn refusals(stage: &Stage) {
     stage.ok(&web);
     stage.ok(&["--wait", "snapshot", "create", "other", "--name", "disk"]);
     let new = ["--name", "new"];
-    let refused: [(&[&str], i32, &str, &[&str]); 7] = [
+    let refused: [(&[&str], i32, &str, &[&str]); 8] = [
+        (
+            &["image", "import", "counter", "--from", "counter"],
+            4,
+            "already_exists",
+            &["another image has the name counter already"],
+        ),
         (&["server", "clone", "web"], 4, "wrong_state", &["take a snapshot of its disks alone"]),
         (&["snapshot", "clone", "disk"], 4, "wrong_state", &["can be created with `snapshot`"]),
         (&["server", "restore", "other", "disk"], 4, "wrong_state", &["have it stopped with `stop`"]),

@@ -242,7 +242,7 @@ fn name_taken<R: Record>(cause: rusqlite::Error, name: &Name) -> Error {
     if cause.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation) {
         return Error::new(
             Code::AlreadyExists,
-            format!("there is a {} named {name} already; choose another name", R::NOUN),
+            format!("another {} has the name {name} already; choose another name", R::NOUN),
         );
     }
     Error::from(cause)
