@@ -190,6 +190,15 @@ fn a_command_that_lacks_something_says_what_and_nothing_else() {
 }
 
 #[test]
+fn a_program_names_itself_with_its_version() {
+    for (name, program) in [("toft", env!("CARGO_BIN_EXE_toft")), ("toftd", env!("CARGO_BIN_EXE_toftd"))] {
+        let output = Command::new(program).arg("--version").output().unwrap();
+        let version = concat!(env!("CARGO_PKG_VERSION"), "\n");
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{name} {version}"));
+    }
+}
+
+#[test]
 fn a_command_whose_signals_are_ignored_goes_on() {
     let daemon = Daemon::new(|_, _| std::thread::park());
     let sock = daemon.path("sock");

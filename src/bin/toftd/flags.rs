@@ -10,7 +10,7 @@ use http::{TcpListen, TlsFiles, UnixListen};
 
 /// Keeps this host's servers and serves the API.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "toftd", version)]
 pub(crate) struct Flags {
     /// Where everything is kept.
     #[arg(long, env = "TOFT_STATE_DIR", default_value = "/var/lib/toft", global = true)]
