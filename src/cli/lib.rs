@@ -49,6 +49,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage or invalid value
     5 may work if tried again, 6 no capacity, 7 timed out.";
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Global {
     /// Where the daemon listens: unix:PATH, http://HOST:PORT or https://HOST:PORT.
     #[arg(long, global = true, env = "TOFT_ENDPOINT", default_value = "unix:/var/lib/toft/run/toftd.sock")]

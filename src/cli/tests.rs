@@ -28,6 +28,22 @@ fn every_command_and_option_has_a_help_text() {
 }
 
 #[test]
+fn what_every_command_takes_stands_apart_from_its_own_options() {
+    fn visit(command: &clap::Command) {
+        for argument in
+            command.get_arguments().filter(|one| !["help", "version"].contains(&one.get_id().as_str()))
+        {
+            let apart = argument.get_help_heading() == Some("Options of every command");
+            assert_eq!(apart, argument.is_global_set(), "{} {}", command.get_name(), argument.get_id());
+        }
+        command.get_subcommands().for_each(visit);
+    }
+    let mut command = Toft::command();
+    command.build();
+    visit(&command);
+}
+
+#[test]
 fn an_action_is_for_one_server_or_for_those_with_labels() {
     let parses = |line: &str| Toft::try_parse_from(line.split_whitespace()).is_ok();
     for verb in ["start", "stop", "reboot", "pause", "resume", "hibernate"] {
