@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use crate::images;
-use crate::stage::{Said, Stage};
+use crate::stage::{Said, Stage, wait_for};
 use crate::world;
 
 #[test]
@@ -39,6 +39,33 @@ fn a_person_reads_what_is_wrong_and_what_to_do() {
         uploads(&stage);
         typing(&stage);
         names(&stage);
+        stage.stop();
+    });
+}
+
+#[test]
+fn a_wait_goes_on_with_the_next_daemon() {
+    world::inside("words::a_wait_goes_on_with_the_next_daemon", async {
+        let mut stage = Stage::new();
+        // Its guest does not look at the button.
+        images::write(&stage.path("import/deaf"), "serial=600000");
+        stage.start();
+        stage.import("deaf");
+        stage.ok(&["--wait", "server", "create", "deaf", "--image", "deaf", "--memory", "64M"]);
+        let mut command = stage.command(&["--wait", "server", "stop", "deaf", "--grace-s", "5"]);
+        let mut waiting = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for("the stop", || {
+            (stage.json(&["server", "show", "deaf"])["state"] == "stopping").then_some(())
+        });
+        stage.stop();
+        let mut lines = BufReader::new(waiting.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let told = lines.next().unwrap();
+        assert!(told.ends_with("; waiting for it to come back"), "{told}");
+        stage.start();
+        let output = waiting.wait_with_output().unwrap();
+        assert!(output.status.success(), "{:?}", lines.collect::<Vec<_>>());
+        assert!(String::from_utf8(output.stdout).unwrap().contains("stopped"));
+        assert_eq!(lines.next(), None);
         stage.stop();
     });
 }
