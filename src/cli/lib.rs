@@ -46,7 +46,7 @@ struct Toft {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage or invalid values, 3 not found, 4 conflict, \
-    5 may work if tried again, 6 no capacity, 7 timed out.";
+    5 may work if tried again, 6 no capacity, 7 timed out. Ctrl-C ends it by its signal, which a shell tells as 130.";
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Options of every command")]
