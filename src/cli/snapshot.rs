@@ -27,7 +27,13 @@ pub(crate) enum Verb {
     Clone(bulk::Clones),
     /// List snapshots.
     #[command(visible_alias = "ls")]
-    List(ListOptions),
+    List {
+        #[command(flatten)]
+        options: ListOptions,
+        /// Only those of this server: its name, or its id, also when it is gone.
+        #[arg(long)]
+        server: Option<String>,
+    },
     /// Show one snapshot.
     Show {
         /// Name or id.
@@ -121,8 +127,14 @@ impl Verb {
         match self {
             Verb::Create(create) => create.run(context).await,
             Verb::Clone(clones) => clones.run(context, "snapshots").await,
-            Verb::List(options) => {
-                let snapshots: Vec<Snapshot> = target::list(&context.client, "snapshots", &options).await?;
+            Verb::List { options, server } => {
+                let server = match server {
+                    Some(server) => Some(target::resolve(&context.client, "servers", &server).await?),
+                    None => None,
+                };
+                let parameters = [("server_id", server.as_deref())];
+                let snapshots: Vec<Snapshot> =
+                    target::list_with(&context.client, "snapshots", &options, &parameters).await?;
                 output::many(context.format, &snapshots)
             }
             Verb::Show { snapshot } => {

@@ -22,7 +22,7 @@ use crate::handlers::{bulk, console, events, images, operations, servers};
 use crate::page::Fields;
 use crate::query::{
     self, HistoryParameters, ListParameters, NameParameters, NoParameters, OneParameters,
-    ServerListParameters,
+    ServerListParameters, SnapshotListParameters,
 };
 
 /// Reads `data` as what its first byte says: below 0x80, since `host` has the others.
@@ -147,6 +147,8 @@ fn query_string(kind: u8, text: &[u8]) {
             let servers = query::parse::<ServerListParameters>(text).and_then(ServerListParameters::checked);
             assert!(list.is_err() || servers.is_ok(), "servers are listed like the rest");
             let _ = taken(servers);
+            let snapshots = query::parse::<SnapshotListParameters>(text);
+            let _ = taken(snapshots.and_then(SnapshotListParameters::checked));
             let Some((list, fields)) = taken(list) else { return };
             assert!(list.limit.is_none_or(|limit| (1..=model::limits::PAGE_ITEMS_MAX).contains(&limit)));
             assert!(list.cursor.is_none_or(|cursor| cursor.is_ascii() && (1..=512).contains(&cursor.len())));

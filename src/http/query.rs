@@ -4,7 +4,7 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use model::limits::{EXTERNAL_REF_CHARS_MAX, LABEL_CHARS_MAX, LABELS_MAX, PAGE_ITEMS_MAX, WAIT_S_MAX};
 use model::page::{ListQuery, Sort};
-use model::{Code, Name};
+use model::{Code, Name, ServerId};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::time::Duration;
@@ -139,6 +139,46 @@ impl ServerListParameters {
         let (query, fields) =
             ListParameters { limit, cursor, sort, name, label_selector, fields }.checked()?;
         Ok((ListQuery { external_ref, ..query }, fields))
+    }
+}
+
+/// Parameters of the list of snapshots: those of every list, and whose they are.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct SnapshotListParameters {
+    /// Most items of the page.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+    /// `next_cursor` of the page before. Keep the other parameters as they were.
+    #[param(pattern = "^[A-Za-z0-9_=.:-]{1,512}$")]
+    cursor: Option<String>,
+    /// Order.
+    #[param(inline)]
+    sort: Option<Sort>,
+    /// Only the resource of this name.
+    #[param(inline)]
+    name: Option<Name>,
+    /// Only snapshots of the server of this id, which may be gone.
+    #[param(value_type = Option<String>, format = Uuid)]
+    server_id: Option<ServerId>,
+    /// Comma-separated terms that must all hold: `key=value`, `key!=value`, `key`, `!key`.
+    #[param(
+        pattern = "^(!?[A-Za-z0-9._/-]{1,63}|[A-Za-z0-9._/-]{1,63}!?=[A-Za-z0-9._/-]{0,63})(,(!?[A-Za-z0-9._/-]{1,63}|[A-Za-z0-9._/-]{1,63}!?=[A-Za-z0-9._/-]{0,63})){0,31}$"
+    )]
+    label_selector: Option<String>,
+    /// Comma-separated names of the top-level fields to answer with.
+    #[param(pattern = "^[a-z0-9_]+(,[a-z0-9_]+)*$")]
+    fields: Option<String>,
+}
+
+impl SnapshotListParameters {
+    /// What to ask the host for, and which fields to answer with.
+    pub(crate) fn checked(self) -> Result<(ListQuery, Option<String>), Failure> {
+        let SnapshotListParameters { limit, cursor, sort, name, server_id, label_selector, fields } = self;
+        let (query, fields) =
+            ListParameters { limit, cursor, sort, name, label_selector, fields }.checked()?;
+        Ok((ListQuery { server_id, ..query }, fields))
     }
 }
 

@@ -2,7 +2,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::EventId;
+use crate::id::{EventId, ServerId};
 
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -33,6 +33,8 @@ pub struct ListQuery {
     pub external_ref: Option<String>,
     /// Only operations on the resource of this id.
     pub resource_id: Option<uuid::Uuid>,
+    /// Only snapshots of this server.
+    pub server_id: Option<ServerId>,
 }
 
 /// Order of a list. Ties cannot occur: ids and names are unique.

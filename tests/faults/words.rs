@@ -117,6 +117,10 @@ fn refusals(stage: &Stage) {
         ["--wait", "server", "create", "other", "--image", "counter", "--memory", "64M", "--no-network"];
     stage.ok(&web);
     stage.ok(&["--wait", "snapshot", "create", "other", "--name", "disk"]);
+    for (server, count) in [("other", 2), ("web", 1)] {
+        let listed = stage.ok(&["snapshot", "list", "--server", server]);
+        assert_eq!(listed.lines().count(), count, "with the head: {listed}");
+    }
     let new = ["--name", "new"];
     let refused: [(&[&str], i32, &str, &[&str]); 8] = [
         (

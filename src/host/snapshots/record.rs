@@ -115,6 +115,7 @@ pub struct Taken {
 impl Record for SnapshotRecord {
     const TABLE: &'static str = "snapshots";
     const NOUN: &'static str = "snapshot";
+    const SERVER_ID: Option<&'static str> = Some("$.shown.server_id");
 
     fn id(&self) -> Uuid {
         self.shown.id.0

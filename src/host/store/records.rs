@@ -35,6 +35,8 @@ pub trait Record: Serialize + DeserializeOwned + Send + 'static {
     const NOUN: &'static str;
     /// Whether its table has a column `external_ref`.
     const HAS_EXTERNAL_REF: bool = false;
+    /// Where in its body the id of its server is, if its list can be narrowed to one.
+    const SERVER_ID: Option<&'static str> = None;
     /// Its identity.
     fn id(&self) -> Uuid;
     /// Its unique name.
@@ -145,6 +147,10 @@ pub fn page<R: Record>(connection: &Connection, query: &ListQuery) -> Result<Pag
         }
         terms.push("external_ref = ?".to_owned());
         values.push(Box::new(reference.clone()));
+    }
+    if let (Some(id), Some(at)) = (query.server_id, R::SERVER_ID) {
+        terms.push(format!("json_extract(body, '{at}') = ?"));
+        values.push(Box::new(id.to_string()));
     }
     if let Some(text) = &query.label_selector {
         for term in selector::parse(text).map_err(|detail| bad_parameter("label_selector", detail))? {

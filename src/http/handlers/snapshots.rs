@@ -23,7 +23,7 @@ use crate::closing::Closing;
 use crate::error::Failure;
 use crate::page::Fields;
 use crate::path::Id;
-use crate::query::{ListParameters, NoParameters, OneParameters, Query};
+use crate::query::{NoParameters, OneParameters, Query, SnapshotListParameters};
 use crate::routes::{Api, Slot};
 use crate::upload::{self, Upload};
 
@@ -101,11 +101,11 @@ pub(crate) async fn clone_server(
 
 /// Lists snapshots.
 #[utoipa::path(get, path = "/v1/snapshots", tag = "snapshots", operation_id = "list_snapshots",
-    params(ListParameters),
+    params(SnapshotListParameters),
     responses((status = 200, description = "One page.", body = Page<Snapshot>)))]
 pub(crate) async fn list(
     State(api): State<Api>,
-    Query(parameters): Query<ListParameters>,
+    Query(parameters): Query<SnapshotListParameters>,
 ) -> Result<Response, Failure> {
     let (query, fields) = parameters.checked()?;
     let fields = Fields::of::<Snapshot>(fields.as_deref())?;

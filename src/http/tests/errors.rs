@@ -174,6 +174,7 @@ async fn a_mistake_in_a_query_names_the_parameter() {
         ("/v1/operations?label_selector=a", "label_selector"),
         ("/v1/operations?sort=name", "sort"),
         ("/v1/operations?resource_id=web1", "resource_id"),
+        ("/v1/snapshots?server_id=web1", "server_id"),
         ("/v1/images/catalogue?sort=created_at", "sort"),
         ("/v1/images/catalogue?limit=0", "limit"),
         ("/v1/images/catalogue?cursor=YWFh", "cursor"),

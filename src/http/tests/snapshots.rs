@@ -3,7 +3,7 @@ use model::operation::Accepted;
 use model::page::Page;
 use model::server::Server;
 use model::snapshot::{Snapshot, SnapshotState};
-use model::{Code, SnapshotId};
+use model::{Code, ServerId, SnapshotId};
 use serde_json::{Value, json};
 
 use super::served::{Sent, Served};
@@ -31,6 +31,11 @@ async fn a_snapshot_is_taken_read_changed_and_deleted() {
     let page: Page<Snapshot> =
         served.call("GET", "/v1/snapshots?label_selector=a%3Db", Sent::nothing()).await.json(200);
     assert_eq!(page.items, std::slice::from_ref(&both_taken));
+    for (of, count) in [(server.id, 2), (ServerId::new(), 0)] {
+        let path = format!("/v1/snapshots?server_id={of}");
+        let page: Page<Snapshot> = served.call("GET", &path, Sent::nothing()).await.json(200);
+        assert_eq!(page.items.len(), count);
+    }
 
     let path = format!("/v1/snapshots/{}", both_taken.id);
     let answer = served.call("GET", &path, Sent::nothing()).await;
