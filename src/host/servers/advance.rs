@@ -165,11 +165,17 @@ fn refusal(record: &ServerRecord, ask: Ask) -> Error {
             "the machine of server {} is going to another VMM, which is over in a moment: it cannot {verb} before",
             record.name
         ),
-        _ if record.life.saved.is_some() && matches!(ask, Ask::Stop { .. }) => format!(
-            "server {} is {state}, and what it has in memory would be lost: a stop with no grace (`grace_s` 0) throws \
-             it away, and the next start begins from its disk",
-            record.name
-        ),
+        // One that moves keeps it until that is over.
+        some if record.life.saved.is_some()
+            && matches!(ask, Ask::Stop { .. })
+            && some.iter().any(|action| action == "stop") =>
+        {
+            format!(
+                "server {} is {state}, and what it has in memory would be lost: a stop with no grace (`grace_s` 0) throws \
+                 it away, and the next start begins from its disk",
+                record.name
+            )
+        }
         [] => format!(
             "server {} is {state}: it cannot {verb} now, and nothing else can be asked of it",
             record.name

@@ -175,7 +175,9 @@ async fn a_hibernated_server_moves_with_its_memory_and_goes_on_there() {
         // Which elsewhere gives the memory up.
         ServerAction::Stop(StopServer { grace_s: 0 }),
     );
-    assert!(matches!(refused.await.unwrap_err().code, Code::WrongState | Code::NotFound));
+    let refused = refused.await.unwrap_err();
+    assert!(matches!(refused.code, Code::WrongState | Code::NotFound));
+    assert!(!refused.detail.contains("grace_s"), "nor does it here: {}", refused.detail);
     stage::succeeded(&pair.source, moved).await;
     let here =
         stage::until(&pair.target, pair.server, |server| server.state == ServerState::Hibernated).await;
