@@ -15,7 +15,7 @@ use wire::saved::{
 };
 
 use super::effects::Doing;
-use super::lifecycle::{Event, Saved, SavedOf, Trouble};
+use super::lifecycle::{Event, JobKind, Saved, SavedOf, Trouble};
 use super::limits;
 use super::machine::{self, Description};
 use crate::core::{blocking, in_place};
@@ -101,7 +101,9 @@ impl Doing {
                 let restored = self.begin_restore(&link, description, saved).await?.done().await;
                 restored.map_err(|cause| {
                     let mut cause = Error::from(cause);
-                    if cause.code == Code::MachineFailed {
+                    // One that is only being made comes to nothing.
+                    let stays = self.record.life.job.is_none_or(|job| job.kind != JobKind::Create);
+                    if stays && cause.code == Code::MachineFailed {
                         cause.detail.push_str(LOST);
                     }
                     cause

@@ -3,8 +3,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use model::operation::Resource;
-use model::server::{BulkActions, PatchServer, RestartPolicy, ServerState};
-use model::snapshot::{CreateClones, GuestIdentity, Snapshot};
+use model::server::{BulkActions, CreateServer, Isolation, PatchServer, RestartPolicy, ServerState};
+use model::snapshot::{CreateClones, GuestIdentity, RestoreServer, Snapshot};
 use model::{Code, Labels, OperationId, SnapshotId};
 use wire::control::MachineState;
 use wire::saved::{Digest, MemoryUse};
@@ -169,6 +169,27 @@ async fn all_clones_of_a_call_are_recorded_or_none_and_one_that_fails_leaves_not
     assert!(operation.error.is_some());
     let gone = host.servers().one(made.items[0].server_id).await.unwrap_err();
     assert_eq!(gone.code, Code::NotFound);
+    host.close().await;
+}
+
+/// Its machine is not built beside its disk, but when its walls have been looked at.
+#[tokio::test]
+async fn a_strict_clone_that_cannot_be_built_comes_to_nothing_and_no_memory_of_it_is_spoken_of() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let strict = CreateServer { isolation: Isolation::Strict, ..server("web1") };
+    let first = created(&host, strict).await;
+    let snapshot = taken(&host, first.id, named("then", true)).await;
+    stage.launch.set_guest(Guest::CannotBoot);
+    let made = cloned(&host, &snapshot, of("twin", 1)).await.unwrap();
+    let operation = ended(&host, made.items[0].operation.as_ref().unwrap().id).await;
+    let detail = operation.error.unwrap().detail;
+    assert!(detail.contains("KVM_CREATE_VM") && !detail.contains("grace_s"), "{detail}");
+    // A server that is there has it still.
+    let back = RestoreServer { snapshot: snapshot.id.to_string(), stop: true };
+    let restored = host.servers().restore(&Call::by_host(), first.id, back).await.unwrap();
+    let detail = ended(&host, restored.body.operation.id).await.error.unwrap().detail;
+    assert!(detail.contains("KVM_CREATE_VM") && detail.contains("grace_s"), "{detail}");
     host.close().await;
 }
 
