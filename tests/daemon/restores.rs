@@ -125,6 +125,14 @@ fn a_hibernated_server_goes_on_where_it_was_with_the_right_time() {
     inside("restores::a_hibernated_server_goes_on_where_it_was_with_the_right_time", sleeps_and_wakes());
 }
 
+/// A server that shares holds its files of the snapshot and of those below it, and nobody's else.
+async fn holds_its_own(stage: &Stage, id: &str) {
+    let walls = stage.api().get(&format!("/v1/servers/{id}/isolation")).await["items"].clone();
+    let holds = |item: &&Value| item["name"] == "descriptors";
+    let descriptors = walls.as_array().and_then(|items| items.iter().find(holds)).expect("the item");
+    assert_eq!(descriptors["stands"], true, "{descriptors}");
+}
+
 async fn back_and_back_again() {
     let stage = Stage::new();
     stage.open_well().await;
@@ -173,11 +181,7 @@ async fn back_and_back_again() {
             assert_eq!(now[member], before[member]);
         }
         assert_eq!(now["shares_memory_of"], snapshot["id"]);
-        // It holds its files of both snapshots, and nobody's else.
-        let walls = stage.api().get(&format!("/v1/servers/{id}/isolation")).await["items"].clone();
-        let holds = |item: &&Value| item["name"] == "descriptors";
-        let descriptors = walls.as_array().and_then(|items| items.iter().find(holds)).expect("the item");
-        assert_eq!(descriptors["stands"], true, "{descriptors}");
+        holds_its_own(&stage, &id).await;
         let all = reaches(&stage, &id, 0, entries + 12).await;
         let (again, clock_ns) = all[entries..]
             .windows(3)
@@ -227,6 +231,13 @@ async fn back_and_back_again() {
     let all = reaches(&stage, &id, 0, entries + 12).await;
     let again = all[entries + 1].0;
     assert!(again <= at_moment.0 + FIRST, "it went on from {again}, and the moment was {at_moment:?}");
+    // Which it holds on to when there is no record of either snapshot.
+    let then = format!("/v1/snapshots/{}", text(&snapshot["id"]));
+    let gone = stage.call(Method::DELETE, &then, "drop-then", None).await;
+    stage.succeeded(&gone.operation()).await.unwrap();
+    assert!(!stage.scratch("state/snapshots").join(&base).exists(), "what nobody's list names is kept");
+    holds_its_own(&stage, &id).await;
+    reaches(&stage, &id, again + 20, 0).await;
     stage.close().await;
 }
 

@@ -8,7 +8,7 @@ use model::{Code, OperationId, ServerId, Time};
 use super::capacity::Capacity;
 use super::lifecycle::{Ask, Asked, Event, JobKind, Phase, Push, Return, Step, Trouble, Verdict, step};
 use super::record::{self, ServerRecord};
-use super::{clone, console, moving, restore, view};
+use super::{clone, console, isolation, moving, restore, view};
 use crate::call::Actor;
 use crate::config::Dirs;
 use crate::error::{Error, Result};
@@ -92,6 +92,9 @@ pub(super) fn event(
     }
     if let Some(snapshot) = came_back {
         restore::goes_on(tx, &mut record, snapshot)?;
+    }
+    if let Some(snapshot) = next.life.shares.filter(|_| record.life.shares.is_none()) {
+        record.held.below = isolation::below(tx, snapshot)?.unwrap_or_default();
     }
     if next.life.unflushed.is_empty() {
         record.life.unflushed.iter().try_for_each(|filled| Volumes::complete(tx, filled, dirs))?;

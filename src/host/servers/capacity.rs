@@ -44,6 +44,7 @@ impl Capacity {
             cpu: Some(record.cpu.clone()),
             tsc_khz: tsc_khz.filter(|_| goes_on),
             features: features.filter(|_| goes_on),
+            below: Vec::new(),
         };
         Ok(())
     }

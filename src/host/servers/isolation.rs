@@ -2,8 +2,9 @@
 //! What each wall is found by is the business of `vmms`.
 use std::path::PathBuf;
 
+use model::SnapshotId;
 use model::server::{Isolation, IsolationItem, ServerIsolation};
-
+use rusqlite::Connection;
 use wire::control::Sandbox;
 
 use super::record::ServerRecord;
@@ -80,12 +81,18 @@ async fn files(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<PathBuf
     let mut files = vec![dirs.server(record.id), dirs.image(record.image_id)];
     files.extend(record.disks.iter().map(|disk| dirs.volume(disk.volume_id)));
     if let Some(id) = record.life.shares {
-        let find = move |connection: &rusqlite::Connection| records::find::<SnapshotRecord>(connection, id.0);
-        // One that was deleted since has left no word of what it was taken on.
-        let found = workshop.core.store.glance(find).await?;
-        let below = found.and_then(|record| record.chain.of(MEMORY).cloned()).map(|listed| listed.below);
-        let all = std::iter::once(id).chain(below.unwrap_or_default());
+        let find = move |connection: &Connection| below(connection, id);
+        // One that was deleted since has left no word of them but what the server has kept.
+        let below = workshop.core.store.glance(find).await?.unwrap_or_else(|| record.held.below.clone());
+        let all = std::iter::once(id).chain(below);
         files.extend(all.map(|id| workshop.snapshots.directory(id).join(MEMORY)));
     }
     Ok(files)
+}
+
+/// Snapshots in which a part of this one's memory lies, if it is there.
+pub(super) fn below(connection: &Connection, id: SnapshotId) -> Result<Option<Vec<SnapshotId>>> {
+    let found = records::find::<SnapshotRecord>(connection, id.0)?;
+    let listed = |record: SnapshotRecord| record.chain.of(MEMORY).map(|listed| listed.below.clone());
+    Ok(found.map(|record| listed(record).unwrap_or_default()))
 }

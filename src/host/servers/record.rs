@@ -2,7 +2,7 @@
 //! It knows SQL only through the shared shape of records.
 use model::server::{CacheMode, CpuTemplate, DiskLimits, Isolation, RestartPolicy, ServerNic};
 use model::snapshot::GuestIdentity;
-use model::{Code, ImageId, Labels, Name, ServerId, Time, VolumeId};
+use model::{Code, ImageId, Labels, Name, ServerId, SnapshotId, Time, VolumeId};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -129,6 +129,9 @@ pub struct Held {
     /// What its guest was shown of a processor, here or on another host, if it goes on from there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub features: Option<BTreeSet<String>>,
+    /// Snapshots in whose memory files a part of what it shares lies, besides the one that it goes on from. Any may have been deleted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub below: Vec<SnapshotId>,
 }
 
 impl Held {
