@@ -40,9 +40,11 @@ impl Verb {
                 print(context.format, &report, false)
             }
             Verb::Check => {
-                context.client.send("POST", "/v1/host/actions/probe", None, &[]).await?;
+                let tried = context.client.send("POST", "/v1/host/actions/probe", None, &[]).await;
+                // What else is not good is told all the same, and may be why.
                 let report: HostReport = context.client.get("/v1/host").await?;
                 print(context.format, &report, true)?;
+                tried?;
                 match report.health {
                     Health::Failing => Err(Error::Guest(1)),
                     Health::Ok | Health::Degraded => Ok(()),

@@ -290,7 +290,7 @@ fn storage(directory: &Path) -> Finding {
     }
 }
 
-fn judge_storage(Space { total_bytes, free_bytes }: Space) -> Finding {
+fn judge_storage(Space { total_bytes, free_bytes, .. }: Space) -> Finding {
     let free = format!("{} MiB are free", free_bytes >> 20);
     if free_bytes < RESERVE_BYTES {
         lesser(format!(

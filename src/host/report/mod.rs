@@ -97,7 +97,7 @@ impl Report {
             },
             storage: Capacity {
                 total_bytes: space.total_bytes,
-                used_bytes: space.total_bytes.saturating_sub(space.free_bytes),
+                used_bytes: space.used_bytes,
                 free_bytes: space.free_bytes,
             },
             servers: usage.by_state,

@@ -338,7 +338,11 @@ impl Connection {
         descriptors: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> Result<Replied> {
-        let gone = || Error::new(Code::MachineFailed, "the launcher has ended; try again");
+        let gone = || {
+            let detail = "the launcher has ended; try again. If it ends each time, see the daemon's log, and whether \
+                          `toft-vmm --version` runs on this host";
+            Error::new(Code::MachineFailed, detail)
+        };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         {

@@ -14,6 +14,8 @@ pub(crate) struct Space {
     pub total_bytes: u64,
     /// For us to use.
     pub free_bytes: u64,
+    /// In use. Some of what is neither may be kept for root, or for other users of a shared disk.
+    pub used_bytes: u64,
 }
 
 /// Looks at the file system that holds `directory`.
@@ -22,6 +24,7 @@ pub(crate) fn look(directory: &Path) -> std::io::Result<Space> {
     Ok(Space {
         total_bytes: found.f_blocks.saturating_mul(found.f_frsize),
         free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
+        used_bytes: found.f_blocks.saturating_sub(found.f_bfree).saturating_mul(found.f_frsize),
     })
 }
 
@@ -55,7 +58,7 @@ mod tests {
 
     #[test]
     fn a_reserve_stays_and_what_can_never_fit_is_refused() {
-        let space = Space { total_bytes: 1000 << 20, free_bytes: 100 << 20 };
+        let space = Space { total_bytes: 1000 << 20, free_bytes: 100 << 20, used_bytes: 900 << 20 };
         assert_eq!(judge(space, 36 << 20, 1000 << 20), Ok(()));
         assert!(judge(space, (36 << 20) + 1, 0).unwrap_err().contains("are free"));
         assert!(judge(space, 0, (1000 << 20) + 1).unwrap_err().contains("in all"));

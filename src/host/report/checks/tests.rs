@@ -113,7 +113,7 @@ fn the_real_host_can_be_read_and_is_left_alone() {
 
 #[test]
 fn a_disk_that_is_nearly_full_is_told_before_and_when_nothing_can_be_made() {
-    let of = |free_bytes| judge_storage(Space { total_bytes: 100 << 30, free_bytes });
+    let of = |free_bytes| judge_storage(Space { total_bytes: 100 << 30, free_bytes, used_bytes: 0 });
     assert_eq!(of(50 << 30).0, CheckStatus::Ok);
     let (status, detail) = of(4 << 30);
     assert!(status == CheckStatus::Degraded && detail.contains("4096 MiB are free"), "{detail}");
