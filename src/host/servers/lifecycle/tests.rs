@@ -330,7 +330,8 @@ fn a_memory_is_thrown_away_by_force_only() {
     let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1, of: SavedOf::Hibernation });
     let asleep = Life { saved, wanted: Wanted::Hibernated, ..life(Phase::Hibernated { why: None }) };
     assert_eq!(asleep.ask(Ask::Stop { grace_ms: 1000 }, OperationId::new(), context), Err(Refused));
-    assert_eq!(asleep.allowed_actions(context), ["start", "restore", "migrate", "delete"]);
+    // Which is among what can be asked all the same.
+    assert_eq!(asleep.allowed_actions(context), ["start", "stop", "restore", "migrate", "delete"]);
     let Ok(Asked::Began(stopping)) = asleep.ask(Ask::Stop { grace_ms: 0 }, OperationId::new(), context)
     else {
         panic!()
