@@ -107,18 +107,16 @@ impl Ask {
 impl Life {
     /// Actions that would change something now.
     pub fn allowed_actions(&self, context: Context) -> Vec<&'static str> {
+        let begins =
+            |ask| matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)));
         let changes = |ask: Ask| match ask {
             // Its VMM is asked all the same when somebody wants it: a record may know less.
             Ask::SettleMemory if self.shares.is_none() => false,
             // Only one with no grace throws a memory away.
-            Ask::Stop { .. } if self.saved.is_some() => self.would_begin(Ask::Stop { grace_ms: 0 }, context),
-            _ => self.would_begin(ask, context),
+            Ask::Stop { .. } if self.saved.is_some() => begins(Ask::Stop { grace_ms: 0 }),
+            _ => begins(ask),
         };
         ACTIONS.into_iter().filter(|(_, ask)| changes(*ask)).map(|(name, _)| name).collect()
-    }
-
-    fn would_begin(&self, ask: Ask, context: Context) -> bool {
-        matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)))
     }
 
     /// Asks for something on behalf of the new operation `id`.
@@ -306,11 +304,10 @@ impl Asking {
                 self.interrupt();
                 self.done()
             }
-            // Files take their places, which is over in a moment.
-            Phase::Returning { .. } => Err(Refused),
+            // Files take their places, which is over in a moment; what moves was refused before.
+            Phase::Returning { .. } | Phase::Moving { .. } | Phase::Arriving { .. } => Err(Refused),
             // Without a memory that was saved there is no such phase.
             Phase::Hibernated { .. } | Phase::Deleting { .. } => Err(Refused),
-            Phase::Moving { .. } | Phase::Arriving { .. } => Err(Refused),
             // Two processes, one of which has the machine: it is over in a moment.
             Phase::Upgrading { .. } | Phase::Retiring { .. } => Err(Refused),
         }
@@ -594,8 +591,7 @@ impl Asking {
     }
 
     fn join(self) -> Result<Asked, Refused> {
-        let id = self.life.job.ok_or(Refused)?.id;
-        Ok(Asked::Joined(id, self.step()))
+        Ok(Asked::Joined(self.life.job.ok_or(Refused)?.id, self.step()))
     }
 
     fn step(self) -> Step {
