@@ -40,7 +40,9 @@ impl Daemon {
     }
 
     fn toft(&self, arguments: &[&str]) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_toft"));
+        // Signals may be ignored where the tests run.
+        let mut command = Command::new("env");
+        command.args(["--default-signal", env!("CARGO_BIN_EXE_toft")]);
         command.env("TOFT_ENDPOINT", self.path("sock")).args(arguments).stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
