@@ -87,8 +87,9 @@ pub(crate) fn run(ground: &Ground, report: &mut Report) {
     for (case, size, (full, smoke)) in cases {
         let words = format!("dirty={},{rate_mib_per_s},,{REPORT_MS}", size.written_mib);
         let mut vmm = Vmm::boot(machine(ground, size, &words));
-        // Three seconds, after which it has been through its memory.
-        vmm.wait_for_times("dirty pass", 3000 / REPORT_MS as usize);
+        // When it has been through its memory, and three seconds at least.
+        let pass_ms = size.written_mib * 1000 / rate_mib_per_s.max(1) * 5 / 4;
+        vmm.wait_for_times("dirty pass", (pass_ms.max(3000) / u64::from(REPORT_MS)) as usize);
         let mut busy = Moves::default();
         for _ in 0..ground.samples(full, smoke) {
             busy.hop(&mut vmm, machine(ground, size, &words), BUSY_DOWNTIME_MS);
