@@ -98,12 +98,12 @@ impl Doing {
     pub(super) async fn restore(&self, saved: Saved) -> Result<()> {
         match machine::ready(&self.workshop, &self.entry, &self.record).await? {
             Some((link, description)) => {
-                let restored = self.begin_restore(&link, description, saved).await?.done().await;
-                restored.map_err(|cause| {
-                    let mut cause = Error::from(cause);
+                let restored =
+                    async { Ok(self.begin_restore(&link, description, saved).await?.done().await?) };
+                restored.await.map_err(|mut cause: Error| {
                     // One that is only being made comes to nothing.
                     let stays = self.record.life.job.is_none_or(|job| job.kind != JobKind::Create);
-                    if stays && cause.code == Code::MachineFailed {
+                    if stays && matches!(cause.code, Code::MachineFailed | Code::Internal) {
                         cause.detail.push_str(LOST);
                     }
                     cause
