@@ -75,8 +75,14 @@ pub(crate) const LINK_PATIENCE_MS: u16 = 30_000;
 /// whoever waits, 2 ms at 1 Gbit/s, and what keeps a stream busy whose answer takes as long.
 pub(crate) const ASKED_AHEAD_BYTES: u64 = 256 << 10;
 
-/// How often vCPUs are held back that write too fast, in milliseconds: below what a guest's timers notice.
+/// In what time a vCPU that writes too fast both runs and is held back, in milliseconds: below what a guest's timers notice.
 pub(crate) const BRAKE_EVERY_MS: u64 = 10;
+
+/// How often it is looked, at most, whether such a vCPU has run for its share, in microseconds.
+pub(crate) const BRAKE_LOOK_US: u64 = 100;
+
+/// The same of one that has not done so for longer than both take, in milliseconds.
+pub(crate) const BRAKE_IDLE_MS: u64 = 1;
 
 /// How often it is looked how much of a round is written again while it goes, in milliseconds. A look costs a bit of each page.
 pub(crate) const GLANCE_EVERY_MS: u64 = 250;

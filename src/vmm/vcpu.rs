@@ -20,8 +20,11 @@ use crate::limits::PARK_MS_MAX;
 
 mod exits;
 mod gate;
+mod turn;
 
 use gate::Gate;
+pub(crate) use turn::Slot;
+use turn::Turn;
 
 /// What exits are answered with.
 pub(crate) struct Buses {
@@ -56,10 +59,10 @@ struct Member {
     index: usize,
 }
 
-/// Holds vCPUs back that write to memory faster than it is copied.
+/// Holds vCPUs back that write to memory faster than it is copied, each by itself.
 pub(crate) struct Brake {
     gate: Arc<Gate>,
-    kickers: Vec<(usize, Arc<Kicker>)>,
+    vcpus: Vec<(usize, Arc<Kicker>, Turn)>,
 }
 
 /// Not every vCPU parked in time.
@@ -134,8 +137,9 @@ impl Crew {
 
     /// What holds the vCPUs back for moments.
     pub(crate) fn brake(&self) -> Brake {
-        let kickers = self.members.iter().map(|member| (member.index, Arc::clone(&member.kicker)));
-        Brake { gate: Arc::clone(&self.gate), kickers: kickers.collect() }
+        let now = Instant::now();
+        let vcpu = |member: &Member| (member.index, Arc::clone(&member.kicker), Turn::new(now));
+        Brake { gate: Arc::clone(&self.gate), vcpus: self.members.iter().map(vcpu).collect() }
     }
 
     /// Ends and joins the threads.
@@ -160,14 +164,22 @@ impl Crew {
 }
 
 impl Brake {
-    /// Brings every vCPU out of the guest and keeps it out for so long, unless it is wanted elsewhere before.
-    pub(crate) fn hold(&self, nap: Duration) {
-        self.gate.set_nap(Instant::now() + nap);
-        for (index, kicker) in &self.kickers {
-            if let Some(thread) = self.gate.thread(*index) {
+    /// Brings every vCPU out of the guest that has had its share of a slot, and keeps it out for the rest, unless it is wanted
+    /// elsewhere before. Answers when to look again.
+    pub(crate) fn hold(&mut self, slot: &Slot) -> Duration {
+        let now = Instant::now();
+        let mut again = slot.length();
+        for (index, kicker, turn) in &mut self.vcpus {
+            let Some(thread) = self.gate.thread(*index) else { continue };
+            let Ok(cpu_ns) = sys::thread::cpu_time_ns(thread) else { continue };
+            let look = turn.look(slot, now, cpu_ns);
+            if look.holds {
+                self.gate.set_nap(*index, now + slot.nap);
                 kicker.kick(thread);
             }
+            again = again.min(look.again);
         }
+        again
     }
 }
 

@@ -24,7 +24,7 @@ use crate::bell::Bell;
 use crate::console::Console;
 use crate::limits::{BRAKE_EVERY_MS, GLANCE_EVERY_MS, THROTTLED_BYTES_MIN, THROTTLED_MS_MAX};
 use crate::snapshot;
-use crate::vcpu::Brake;
+use crate::vcpu::{Brake, Slot};
 
 /// What of a machine a source needs.
 pub(crate) struct Sources {
@@ -364,7 +364,6 @@ impl Conductor {
         for jobs in &self.jobs {
             jobs.send(job.clone()).map_err(|_| Error::Over)?;
         }
-        let slot = Duration::from_millis(BRAKE_EVERY_MS);
         let midway = match job {
             Job::Round { midway, last: false, .. } if !self.will_owe() => Some(Arc::clone(midway)),
             _ => None,
@@ -392,10 +391,11 @@ impl Conductor {
                 self.shared.note(|progress| progress.throttle_percent = throttle_percent);
             }
             let throttle_percent = self.convergence.throttle_percent();
-            if throttle_percent > 0 && midway.is_some() {
-                self.hold_back(slot.mul_f64(f64::from(throttle_percent) / 100.0), &mut looked)?;
-            }
-            match self.results.recv_timeout(slot) {
+            let pause = match &midway {
+                Some(_) if throttle_percent > 0 => self.hold_back(throttle_percent, &mut looked)?,
+                _ => Duration::from_millis(BRAKE_EVERY_MS),
+            };
+            match self.results.recv_timeout(pause) {
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Over),
                 Ok(Ok(sum)) => {
@@ -412,9 +412,9 @@ impl Conductor {
         }
     }
 
-    /// Holds vCPUs back for a moment. Nobody may have that for nothing: `looked` is when the streams had last taken so much as
-    /// to be worth it, and what they had taken then.
-    fn hold_back(&self, nap: Duration, looked: &mut (Instant, u64)) -> Result<(), Error> {
+    /// Holds vCPUs back that have run for their share, and answers when to look again. Nobody may have that for nothing: `looked` is
+    /// when the streams had last taken so much as to be worth it, and what they had taken then.
+    fn hold_back(&mut self, throttle_percent: u8, looked: &mut (Instant, u64)) -> Result<Duration, Error> {
         let carried_bytes = self.shared.carried_bytes();
         if carried_bytes - looked.1 >= THROTTLED_BYTES_MIN {
             *looked = (Instant::now(), carried_bytes);
@@ -423,8 +423,7 @@ impl Conductor {
         if looked.0.elapsed() > patience {
             return Err(Error::Stalled(THROTTLED_BYTES_MIN, patience));
         }
-        self.brake.hold(nap);
-        Ok(())
+        Ok(self.brake.hold(&Slot::new(throttle_percent)))
     }
 
     /// What was written since it was last sent, to memory and to disks.

@@ -54,7 +54,7 @@ impl Runner {
                 // Always through KVM_RUN again: it completes the access that was just answered, and a kick
                 // makes it return at once.
                 Next::Enter => (),
-                Next::Look => match self.gate.look() {
+                Next::Look => match self.gate.look(self.index) {
                     Wish::Run => (),
                     Wish::Leave => return,
                     Wish::Park => {

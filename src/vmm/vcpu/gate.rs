@@ -1,6 +1,6 @@
 //! What all vCPU threads of a machine are to do, and how many do it. Threads and kicks are the crew's.
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the threads are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,15 +22,16 @@ struct State {
     wish: Wish,
     /// Threads that are outside KVM_RUN and will stay there until the wish changes.
     parked: usize,
-    /// Until when a thread that was brought out of the guest stays out.
-    nap: Instant,
+    /// Until when each thread that was brought out of the guest stays out.
+    naps: Vec<Instant>,
     /// The kernel's ids of the threads, once they have started and until they end.
     threads: Vec<Option<i32>>,
 }
 
 impl Gate {
     pub(super) fn new(threads: usize) -> Gate {
-        let state = State { wish: Wish::Park, parked: 0, nap: Instant::now(), threads: vec![None; threads] };
+        let naps = vec![Instant::now(); threads];
+        let state = State { wish: Wish::Park, parked: 0, naps, threads: vec![None; threads] };
         Gate { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -71,11 +72,14 @@ impl Gate {
         }
     }
 
-    /// What a thread is to do at this moment; while it is held back, what it is to do then.
-    pub(super) fn look(&self) -> Wish {
+    /// What the thread of vCPU `index` is to do at this moment; while it is held back, what it is to do then.
+    pub(super) fn look(&self, index: usize) -> Wish {
         let mut state = self.state();
         loop {
-            let left = state.nap.saturating_duration_since(Instant::now());
+            let left = state
+                .naps
+                .get(index)
+                .map_or(Duration::ZERO, |end| end.saturating_duration_since(Instant::now()));
             if state.wish != Wish::Run || left.is_zero() {
                 return state.wish;
             }
@@ -83,9 +87,11 @@ impl Gate {
         }
     }
 
-    /// Holds threads back until then that come out of the guest.
-    pub(super) fn set_nap(&self, until: Instant) {
-        self.state().nap = until;
+    /// Holds the thread of vCPU `index` back until then when it comes out of the guest.
+    pub(super) fn set_nap(&self, index: usize, until: Instant) {
+        if let Some(slot) = self.state().naps.get_mut(index) {
+            *slot = until;
+        }
     }
 
     /// Waits, parked, until the wish is another than to park.
