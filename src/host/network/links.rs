@@ -31,6 +31,9 @@ const RANGE_PREFIX_MIN: u8 = 8;
 /// the kernel drops, cannot be among them (`BR_GROUPFWD_MACPAUSE`).
 const RESERVED_BUT_PAUSE: u16 = !(1 << 1);
 
+/// Size of packets with which a bridge is made, in bytes: any but that of a network.
+const FIRST_MTU: u32 = 576;
+
 /// The host's devices, in the network namespace of the thread that opened it.
 pub(super) struct Links(Netlink);
 
@@ -96,8 +99,9 @@ impl Links {
         let name = &segment.bridge;
         let mac = segment.bridge_mac();
         if self.find(name)?.is_none() {
-            let bridge =
-                LinkBridge::new(name).address(mac.0.to_vec()).mtu(segment.mtu.into()).mcast_snooping(false);
+            // With packets of another size than they get below: whoever changes that has chosen it, and the kernel does not ask
+            // every port each time that one comes or goes (`br_mtu_auto_adjust`).
+            let bridge = LinkBridge::new(name).address(mac.0.to_vec()).mtu(FIRST_MTU).mcast_snooping(false);
             let made = self.0.order(Message::NewLink(bridge.build()), NLM_F_CREATE | NLM_F_EXCL);
             made.map_err(|cause| failed("make", name, cause))?;
         }
@@ -240,11 +244,18 @@ impl Links {
 
     /// Puts a tap on a bridge, and says its index. It is down, and carries nothing. Frames to reserved addresses are to go the way of
     /// all others, past the rules of `bridge toft`, instead of to the port itself, which no rule of a bridge would see of LLDP's.
+    ///
+    /// Taps have their bridge's hardware address: nobody ever sends from one, and an address of its own would be one more in a table that
+    /// the kernel goes through for each port that comes (`br_fdb_unsync_static`).
     pub(super) fn join(&self, tap: &str, segment: &Segment) -> Result<u32, PlumbingError> {
         let bridge = self.own_bridge(segment)?.ok_or_else(|| vanished(&segment.bridge))?;
         let port = if_nametoindex(tap).map_err(|_| vanished(tap))?;
         set_switch(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")?;
-        let joined = LinkUnspec::new_with_index(port).controller(bridge).mtu(segment.mtu.into()).build();
+        let joined = LinkUnspec::new_with_index(port)
+            .address(segment.bridge_mac().0.to_vec())
+            .controller(bridge)
+            .mtu(segment.mtu.into())
+            .build();
         let watched = LinkBridgePort::new(port).group_fwd_mask(RESERVED_BUT_PAUSE).build();
         let changed = self.change(joined).and_then(|()| self.change(watched));
         changed.map(|()| port).map_err(|cause| match code(&cause) {
