@@ -2,7 +2,9 @@
 use std::net::SocketAddr;
 
 use clap::{Args, ValueEnum};
-use model::migration::{MigrateServer, MigrationMode, MigrationOwner, MigrationPlan, SettleMigration};
+use model::migration::{
+    LimitMigration, MigrateServer, MigrationMode, MigrationOwner, MigrationPlan, SettleMigration,
+};
 use model::server::Server;
 
 use crate::error::Error;
@@ -105,6 +107,30 @@ fn plan_text(plan: &MigrationPlan) -> String {
         text.push_str(&format!("blocked  {}: {}\n", output::word(&obstacle.code), obstacle.detail));
     }
     text
+}
+
+/// `toft server limit-migration`.
+#[derive(Debug, Args)]
+pub(crate) struct Limit {
+    /// Name or id.
+    server: String,
+    /// Most bytes a second that go over the network from now on, such as 100M; 1M at the least, no bound when it is not said.
+    #[arg(long, value_parser = target::size)]
+    bandwidth: Option<u64>,
+    /// How long a guest that runs may stand still, in milliseconds: 1 to 60000, 50 when it is not said.
+    #[arg(long, value_name = "MS")]
+    downtime_ms: Option<u32>,
+}
+
+impl Limit {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let id = target::resolve(&context.client, "servers", &self.server).await?;
+        let spec = LimitMigration { bandwidth_bytes_per_s: self.bandwidth, downtime_ms: self.downtime_ms };
+        let body = serde_json::to_vec(&spec).map_err(Error::Answer)?;
+        let path = format!("/v1/servers/{id}/actions/limit-migration");
+        let server: Server = context.client.send("POST", &path, Some(body), &[]).await?.json()?;
+        output::one(context.format, &server)
+    }
 }
 
 /// `toft server settle-migration`.

@@ -13,7 +13,7 @@ use model::{ConsoleReaderId, Labels, Name};
 
 use crate::bulk::Which;
 use crate::error::Error;
-use crate::migrate::{Migrate, Settle};
+use crate::migrate::{Limit, Migrate, Settle};
 use crate::output::{self, Format, Row};
 use crate::rates::{Limits, NewLimits};
 use crate::target::{self, ListOptions};
@@ -85,6 +85,8 @@ pub(crate) enum Verb {
     },
     /// Make servers that go on from what it is now, memory and disk; it runs on.
     Clone(bulk::Clones),
+    /// Change how fast a server that is on its way goes, and how long its guest may stand still.
+    LimitMigration(Limit),
     /// Settle which host has a server that is in doubt. Look at the other host first.
     SettleMigration(Settle),
     /// Print the console's log.
@@ -318,6 +320,7 @@ impl Verb {
                 wait::finish::<Server>(context, &answer, "servers", false).await
             }
             Verb::Clone(clones) => clones.run(context, "servers").await,
+            Verb::LimitMigration(limit) => limit.run(context).await,
             Verb::SettleMigration(settle) => settle.run(context).await,
             Verb::ConsoleLog { server, tail } => {
                 let id = target::resolve(&context.client, "servers", &server).await?;

@@ -9,7 +9,7 @@ use axum::http::{HeaderName, HeaderValue, header};
 use host::Actor;
 use model::console::CreateConsoleToken;
 use model::image::{Image, ImportImage, PatchImage};
-use model::migration::{CreateMigrationTicket, MigrateServer, SettleMigration};
+use model::migration::{CreateMigrationTicket, LimitMigration, MigrateServer, SettleMigration};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateServer, PatchServer, Server, StopServer};
 use model::volume::PatchVolume;
@@ -52,6 +52,7 @@ fn body(kind: u8, text: &[u8]) {
         10 => {
             json::<CreateMigrationTicket>(text);
             json::<SettleMigration>(text);
+            json::<LimitMigration>(text);
         }
         _ => drop(taken(crate::body::parse::<servers::Nothing>(text))),
     }

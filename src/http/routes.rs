@@ -125,6 +125,7 @@ fn identified() -> OpenApiRouter<Api> {
         .routes(routes!(bulk::hibernate))
         .routes(routes!(snapshots::take))
         .routes(routes!(servers::migrate))
+        .routes(routes!(servers::limit_migration))
         .routes(routes!(servers::settle))
         .routes(routes!(servers::metrics))
         .routes(routes!(servers::isolation))

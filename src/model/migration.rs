@@ -53,6 +53,20 @@ pub struct MigrateServer {
     pub downtime_ms: Option<u32>,
 }
 
+/// Body of `POST /v1/servers/{id}/actions/limit-migration`: what `migrate` would be given, in place of what the move has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LimitMigration {
+    /// Most bytes a second that go over the network from now on; no bound when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1048576)]
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// How long a guest that runs may stand still, in milliseconds; 50 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 60000)]
+    pub downtime_ms: Option<u32>,
+}
+
 /// How a server moves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

@@ -3,7 +3,7 @@
 //! written is there.
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::Method;
 use nix::sys::signal::{Signal, kill};
@@ -159,9 +159,8 @@ fn a_server_that_runs_moves_and_its_guest_notices_nothing() {
 /// Bytes of a disk that takes some seconds at the least bandwidth.
 const SLOW_BYTES: usize = 24 << 20;
 
-/// A move that tells how far it is, and is cancelled.
-async fn calls_off() {
-    let hosts = ledger_hosts().await;
+/// Begins a move that takes half a minute, of a server that runs. Answers server and operation.
+async fn slow_move(hosts: &Hosts) -> (String, String) {
     let wanted = json!({ "disk_bytes": SLOW_BYTES + (8 << 20) });
     let server = counting_as(&hosts.source, "web1", wanted).await;
     hosts.target.knows(&server);
@@ -175,7 +174,14 @@ async fn calls_off() {
     slow["bandwidth_bytes_per_s"] = json!(1 << 20);
     let moved = asked(&hosts.source, &server, "", &slow).await;
     assert_eq!(moved.status, 202, "{}", moved.body);
-    let path = format!("/v1/operations/{}", moved.operation());
+    (server, moved.operation())
+}
+
+/// A move that tells how far it is, and is cancelled.
+async fn calls_off() {
+    let hosts = ledger_hosts().await;
+    let (server, operation) = slow_move(&hosts).await;
+    let path = format!("/v1/operations/{operation}");
     let mut seen = Vec::new();
     let grown = async || {
         let progress = hosts.source.api().get(&path).await["progress"].clone();
@@ -193,7 +199,7 @@ async fn calls_off() {
     assert!(seen.is_sorted() && seen.iter().all(|(_, percent)| (1..40).contains(percent)), "{seen:?}");
     let cancel = hosts.source.api().call(Method::DELETE, &path, None, None).await.expect("an answer");
     assert!(cancel.is_ok(), "{}", cancel.body);
-    assert_eq!(hosts.source.finished(&moved.operation()).await.unwrap()["state"], "cancelled");
+    assert_eq!(hosts.source.finished(&operation).await.unwrap()["state"], "cancelled");
     let from = count(&hosts.source, &server);
     goes_on(&hosts.source, &server, from, "after its move was cancelled").await;
     assert_eq!(count(&hosts.source, &server).boots, 1);
@@ -205,6 +211,38 @@ async fn calls_off() {
 #[test]
 fn a_move_tells_how_far_it_is_and_can_be_called_off() {
     inside("live::a_move_tells_how_far_it_is_and_can_be_called_off", calls_off());
+}
+
+/// A move whose bounds are changed as it goes: its VMM sends at once as fast as it may now.
+async fn hurries() {
+    let hosts = ledger_hosts().await;
+    let (server, operation) = slow_move(&hosts).await;
+    let path = format!("/v1/operations/{operation}");
+    // What is skipped at the beginning goes in no time; of the rest no page is.
+    let held = async || {
+        let progress = hosts.source.api().get(&path).await["progress"].clone();
+        let number = |name: &str| progress[name].as_u64();
+        let left = number("bytes_total")? - number("bytes_done")?;
+        (number("bytes_per_s")? <= 2 << 20 && left <= 32 << 20).then_some(left >> 20)
+    };
+    let left_s = wait_for("its bandwidth to hold it back", held).await.unwrap();
+    assert!(left_s > 15, "{left_s} MiB are left, which nobody would want to hurry");
+    let limit = format!("/v1/servers/{server}/actions/limit-migration");
+    let begun = Instant::now();
+    let hurried =
+        hosts.source.api().call(Method::POST, &limit, None, Some(json!({}))).await.expect("an answer");
+    assert_eq!(hurried.body["state"], "moving", "{}", hurried.body);
+    assert_eq!(hosts.source.finished(&operation).await.unwrap()["state"], "succeeded");
+    assert!(begun.elapsed() < Duration::from_secs(left_s), "it took as long as it would have: {left_s} s");
+    let from = count(&hosts.target, &server);
+    goes_on(&hosts.target, &server, from, "after its move was hurried").await;
+    assert_eq!(count(&hosts.target, &server).boots, 1);
+    hosts.close().await;
+}
+
+#[test]
+fn a_move_goes_as_fast_as_is_asked_for_meanwhile() {
+    inside("live::a_move_goes_as_fast_as_is_asked_for_meanwhile", hurries());
 }
 
 /// Points of a move at the source's daemon, and at the target's.

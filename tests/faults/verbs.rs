@@ -210,8 +210,11 @@ fn moves(cli: &Cli<'_>) {
     assert!(said.err.contains("the target has a server"), "{said:?}");
     cli.fails(&["server", "migrate", "www", "--target", "127.0.0.1:7701", "--ticket", "x"], 2);
     let settle = ["server", "settle-migration", "www", "--owner", "here", "--proof", "I have looked at both"];
-    cli.note(&settle);
-    assert!(cli.fails(&settle, 4).err.contains("not in doubt"));
+    let limit = ["server", "limit-migration", "www", "--bandwidth", "100M", "--downtime-ms", "100"];
+    for (verb, refusal) in [(&settle[..], "not in doubt"), (&limit, "not on its way from this host")] {
+        cli.note(verb);
+        assert!(cli.fails(verb, 4).err.contains(refusal));
+    }
     cli.fails(&["server", "settle-migration", "www", "--owner", "nobody", "--proof", "x"], 2);
     cli.fails(&["server", "migrate", "www", "--target", "127.0.0.1:1", "--ticket", ticket.trim()], 5);
 }

@@ -18,12 +18,13 @@ use uuid::Uuid;
 use wire::limits::PIECE_BYTES_MAX;
 use wire::peer::{Message, Parcel, Piece, SavedFiles, Saying};
 
+use super::bounds::Pacer;
 use super::link::{Link, Wire, out_of_turn};
 use super::live::{memory_streams, word};
 use super::source::{connect, greet, memory_mode};
 use super::streams::Pumps;
 use super::ticket::Ticket;
-use super::{Migrations, limits, obstacles_text, outlook};
+use super::{Migrations, asked_bounds, limits, obstacles_text, outlook};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
@@ -85,6 +86,11 @@ impl Migrations {
 
     /// Asks the target of a move until nothing is left to be said about it.
     pub(super) async fn see_to(self, id: Uuid) {
+        self.ask_until_known(id).await;
+        self.bounds.end(id);
+    }
+
+    async fn ask_until_known(&self, id: Uuid) {
         let mut pause = limits::ASK_AGAIN;
         loop {
             let found = self.core.store.read(move |connection| moving::find(connection, id)).await;
@@ -298,9 +304,10 @@ impl Migrations {
         }
         self.core.checkpoint("move.accepted")?;
         if let Some(streams) = live_streams {
-            return self.send_machine(&mut link, begun, (spec, mode), (&packed, streams, job)).await;
+            let bounds = self.bounds.begin(begun.id, asked_bounds(spec)?);
+            return self.send_machine(&mut link, begun, (bounds, mode), (&packed, streams, job)).await;
         }
-        self.send_all(&mut link, loads, begun, job, spec.bandwidth_bytes_per_s).await?;
+        self.send_all(&mut link, loads, begun, job).await?;
         link.send(&Message::Copied).await?;
         self.core.checkpoint("move.copied")?;
         self.listen_to(&mut link, begun, None, limits::FLUSH).await
@@ -341,10 +348,10 @@ impl Migrations {
         loads: Vec<Load>,
         begun: &Move,
         job: Option<OperationId>,
-        bandwidth: Option<u64>,
     ) -> Result<()> {
         let began = Instant::now();
         let (mut sent, mut told) = (0_u64, began);
+        let mut pacer = Pacer::new(began);
         let total: u64 = loads.iter().map(|load| data_bytes(&load.file, load.length)).sum();
         for (index, load) in (0_u16..).zip(loads) {
             let load = Arc::new(load);
@@ -362,10 +369,8 @@ impl Migrations {
                     let progress = outlook::of_files(sent, total, began.elapsed());
                     self.write_progress(begun, job, progress).await?;
                 }
-                if let Some(bandwidth) = bandwidth {
-                    let due = Duration::from_secs_f64(sent as f64 / bandwidth.max(1) as f64);
-                    sleep(due.saturating_sub(began.elapsed())).await;
-                }
+                let bandwidth = self.bounds.of(begun.id).and_then(|bounds| bounds.bandwidth_bytes_per_s);
+                sleep(pacer.pause(bandwidth, sent, Instant::now())).await;
             }
         }
         self.write_progress(begun, job, outlook::of_files(sent, total, began.elapsed())).await

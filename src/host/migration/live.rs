@@ -10,7 +10,6 @@
 use std::pin::pin;
 use std::time::Instant;
 
-use model::migration::MigrateServer;
 use model::operation::Progress;
 use model::{Code, OperationId, ServerId};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -43,7 +42,7 @@ impl Migrations {
         &self,
         link: &mut Link<S>,
         begun: &Move,
-        (spec, mode): (&MigrateServer, Mode),
+        (bounds, mode): (SendLimits, Mode),
         (packed, streams, job): (&Packed, u16, Option<OperationId>),
     ) -> Result<()>
     where
@@ -51,19 +50,13 @@ impl Migrations {
     {
         let (sockets, pumps) = self.open_streams(begun, usize::from(streams), packed.disks.len()).await?;
         self.core.checkpoint("move.joined")?;
-        let aims = SendLimits::default();
-        let limits = SendLimits {
-            downtime_ms: spec.downtime_ms.unwrap_or(aims.downtime_ms),
-            bandwidth_bytes_per_s: spec.bandwidth_bytes_per_s,
-            ..aims
-        };
         // One that was cancelled meanwhile is not begun.
         let preparing = Progress { phase: "preparing".to_owned(), percent: 1, ..Progress::default() };
         self.write_progress(begun, job, preparing).await?;
         self.core.checkpoint("move.begun")?;
-        self.servers.send_live(begun.server, sockets, (limits, mode)).await?;
+        self.servers.send_live(begun.server, sockets, (bounds, mode)).await?;
         self.core.checkpoint("move.sending")?;
-        let word = self.follow(link, begun, job).await?;
+        let word = self.follow(link, begun, job, bounds).await?;
         self.core.checkpoint("move.heard")?;
         if word == Saying::Ready {
             // Before it is saved: what is promised can be taken back by this daemon, what has been saved cannot.
@@ -90,7 +83,13 @@ impl Migrations {
     }
 
     /// Tells how far the machine is until the target says something.
-    async fn follow<S>(&self, link: &mut Link<S>, begun: &Move, job: Option<OperationId>) -> Result<Saying>
+    async fn follow<S>(
+        &self,
+        link: &mut Link<S>,
+        begun: &Move,
+        job: Option<OperationId>,
+        mut bounds: SendLimits,
+    ) -> Result<Saying>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -113,10 +112,20 @@ impl Migrations {
                 told = Some(Instant::now());
                 self.write_progress(begun, job, outlook.progress(&status)).await?;
             }
+            self.keep_within(begun, &mut bounds).await;
             if beaten.elapsed() >= limits::BEAT {
                 beaten = Instant::now();
                 link.say(Saying::Copying).await?;
             }
+        }
+    }
+
+    /// Tells the VMM that sends when its bounds are others than those it was told. One that refuses has just come to an end.
+    async fn keep_within(&self, held: &Move, told: &mut SendLimits) {
+        let Some(wanted) = self.bounds.of(held.id).filter(|wanted| wanted != told) else { return };
+        *told = wanted;
+        if let Err(cause) = self.servers.limit_live(held.server, wanted).await {
+            tracing::info!(server = %held.server, "its move goes on as before: {}", cause.chain());
         }
     }
 
@@ -190,7 +199,10 @@ impl Migrations {
         let job = self.core.store.read(look).await?.and_then(|record| record.life.job).map(|job| job.id);
         let (mut told, end) = (None::<Instant>, Instant::now() + limits::SILENCE);
         let mut outlook = Outlook::default();
+        // After a restart of the daemon its VMM has bounds that nobody knows here: they are its until others are asked for.
+        let mut bounds = self.bounds.begin(held.id, SendLimits::default());
         loop {
+            self.keep_within(held, &mut bounds).await;
             let Some(status) = self.servers.owing(server).await? else {
                 link.say(Saying::Lost).await?;
                 return word(link.message(limits::SILENCE).await?);

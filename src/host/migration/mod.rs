@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use model::migration::{
-    CreateMigrationTicket, MigrateServer, MigrationOwner, MigrationPlan, MigrationTicket, SettleMigration,
+    CreateMigrationTicket, LimitMigration, MigrateServer, MigrationOwner, MigrationPlan, MigrationTicket,
+    SettleMigration,
 };
 use model::operation::Accepted;
 use model::server::Server;
@@ -24,7 +25,7 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
-use wire::limits::DOWNTIME_MS_MAX;
+use wire::migration::SendLimits;
 use wire::peer::Obstacle;
 
 use crate::call::{Answer, Call};
@@ -41,6 +42,7 @@ use crate::store::{Tx, records};
 use crate::vmms::Launch;
 use crate::volumes::Volumes;
 
+mod bounds;
 mod carry;
 mod identity;
 pub mod limits;
@@ -54,6 +56,7 @@ mod take;
 mod target;
 mod ticket;
 
+use bounds::Bounds;
 use identity::Identity;
 use streams::Joining;
 use ticket::Ticket;
@@ -78,6 +81,8 @@ pub struct Migrations {
     coming: Arc<Semaphore>,
     /// What guests see of this host's processor.
     processor: Processor,
+    /// How moves from here go.
+    bounds: Bounds,
     /// What is carried away from here; ends with the daemon.
     carried: Arc<Mutex<JoinSet<()>>>,
 }
@@ -97,7 +102,7 @@ impl Migrations {
         processor: Processor,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, joining, carried) = Default::default();
+        let (listening, taking, joining, bounds, carried) = Default::default();
         let coming = Arc::new(Semaphore::new(limits::MOVES_MAX));
         Ok(Migrations {
             core,
@@ -111,6 +116,7 @@ impl Migrations {
             joining,
             coming,
             processor,
+            bounds,
             carried,
         })
     }
@@ -194,7 +200,7 @@ impl Migrations {
     /// What a move would bring, and everything that is in its way on either host; changes nothing but that the ticket
     /// belongs to this host from then on.
     pub async fn plan(&self, id: ServerId, spec: MigrateServer) -> Result<MigrationPlan> {
-        check(&spec)?;
+        asked_bounds(&spec)?;
         let processor = self.processor.known().await;
         let dirs = self.core.dirs.clone();
         let offer =
@@ -211,7 +217,7 @@ impl Migrations {
         id: ServerId,
         spec: MigrateServer,
     ) -> Result<Answer<Accepted<Server>>> {
-        check(&spec)?;
+        let bounds = asked_bounds(&spec)?;
         let ticket: Ticket = spec.ticket.parse()?;
         let asked = call.clone();
         // The ticket was used up by the first call with this key.
@@ -248,9 +254,27 @@ impl Migrations {
             self.servers.wake(id);
             let mut carried = self.carried();
             while carried.try_join_next().is_some() {}
+            self.bounds.begin(begun.id, bounds);
             carried.spawn(self.clone().carry(begun, ticket, spec, offer));
         }
         Ok(answer)
+    }
+
+    /// Replaces the bounds of a move that is under way from here. Fails with `wrong_state` where none has anything to send.
+    pub async fn limit(&self, call: &Call, id: ServerId, spec: LimitMigration) -> Result<Answer<Server>> {
+        let limits = bounds::asked(spec)?;
+        let (conditions, bounds) = (call.clone(), self.bounds.clone());
+        let limit = move |tx: &Tx<'_>| {
+            let record: ServerRecord = records::one(tx, id.0)?;
+            conditions.check_match(record.generation)?;
+            let held = moving::of_server(tx, id)?.filter(|held| bounds.of(held.id).is_some());
+            let held = held.ok_or_else(|| moving::not_sent(&record))?;
+            moving::limited(tx, &record, bounds::words(limits), &conditions.actor)?;
+            // One who hears that it is done finds it so; a move for which it was not recorded is at worst as fast as was asked.
+            bounds.change(held.id, limits);
+            Servers::shown(tx, &record)
+        };
+        self.core.mutate(call, limit).await
     }
 
     /// Takes the operator's word for which host has a server that is in doubt, and how that is known; one that comes, in doubt or
@@ -298,19 +322,10 @@ impl Migrations {
     }
 }
 
-/// Refuses bounds that no move has.
-fn check(spec: &MigrateServer) -> Result<()> {
-    let out_of_range = |pointer, detail| Err(Error::invalid(pointer, "out_of_range", detail));
-    if spec.bandwidth_bytes_per_s.is_some_and(|bandwidth| bandwidth < limits::BANDWIDTH_BYTES_MIN) {
-        return out_of_range(
-            "/bandwidth_bytes_per_s",
-            format!("must be at least {}", limits::BANDWIDTH_BYTES_MIN),
-        );
-    }
-    if spec.downtime_ms.is_some_and(|downtime_ms| !(1..=DOWNTIME_MS_MAX).contains(&downtime_ms)) {
-        return out_of_range("/downtime_ms", format!("must be 1 to {DOWNTIME_MS_MAX}"));
-    }
-    Ok(())
+/// The bounds that a move is asked for with.
+fn asked_bounds(spec: &MigrateServer) -> Result<SendLimits> {
+    let MigrateServer { bandwidth_bytes_per_s, downtime_ms, .. } = *spec;
+    bounds::asked(LimitMigration { bandwidth_bytes_per_s, downtime_ms })
 }
 
 fn blocked(plan: &MigrationPlan) -> Error {

@@ -68,6 +68,12 @@ impl Servers {
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
     }
 
+    /// Has the machine of a server that is being sent go within these bounds from now on.
+    pub(crate) async fn limit_live(&self, id: ServerId, limits: SendLimits) -> Result<()> {
+        let link = self.live(id)?.link(limits::COMMAND).await?;
+        Ok(link.order(Command::LimitMigration { limits }, limits::COMMAND).await?)
+    }
+
     /// Has the VMM of a server that comes receive its machine over these streams. `may_owe` as the source has said.
     pub(crate) async fn receive_live(&self, id: ServerId, streams: Streams, may_owe: bool) -> Result<()> {
         let (entry, workshop) = (self.live(id)?, self.workshop());

@@ -219,6 +219,18 @@ pub(crate) fn settle(
     give(tx, held.id, Event::Settled(owner), Some(trouble))?.ok_or_else(not_in_doubt)
 }
 
+/// Writes down that a move goes within other bounds from now on.
+pub(crate) fn limited(tx: &Tx<'_>, record: &ServerRecord, words: String, actor: &Actor) -> Result<()> {
+    announce(tx, record, "server.migration_limited", words, actor)
+}
+
+/// Nothing of this server is being sent.
+pub(crate) fn not_sent(record: &ServerRecord) -> Error {
+    let detail =
+        format!("server {} is not on its way from this host; give `migrate` its bounds", record.name);
+    Error::new(Code::WrongState, detail).with_actions(super::view::allowed_actions(record))
+}
+
 fn keep(tx: &Tx<'_>, held: &Move, trouble: Option<Trouble>) -> Result<()> {
     let verdict = match trouble {
         Some(trouble) => Verdict::Failed(trouble),

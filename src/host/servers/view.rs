@@ -78,7 +78,10 @@ pub(super) fn restart(life: &Life) -> Option<Restart> {
 pub(super) fn allowed_actions(record: &ServerRecord) -> Vec<String> {
     let phase = &record.life.phase;
     let settle = (phase.is_in_doubt() || phase.is_arriving()).then_some("settle-migration");
-    record.life.allowed_actions(record.context()).into_iter().chain(settle).map(str::to_owned).collect()
+    let limit =
+        (phase.is_moving() && !phase.is_arriving() && !phase.is_in_doubt()).then_some("limit-migration");
+    let actions = record.life.allowed_actions(record.context()).into_iter();
+    actions.chain(settle).chain(limit).map(str::to_owned).collect()
 }
 
 /// A state as it stands in JSON.

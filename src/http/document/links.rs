@@ -18,6 +18,7 @@ const OF_SERVER: &[&str] = &[
     "clone_server",
     "migrate_server",
     "restore_server",
+    "limit_server_migration",
     "settle_server_migration",
     "read_server_isolation",
     "read_server_metrics",

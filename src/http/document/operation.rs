@@ -27,6 +27,11 @@ pub(crate) const EXAMPLES: &[(&str, &str, &str)] = &[
         include_str!("../../../api/examples/create-console-token.json"),
     ),
     (
+        "limit_server_migration",
+        "application/json",
+        include_str!("../../../api/examples/limit-migration.json"),
+    ),
+    (
         "settle_server_migration",
         "application/json",
         include_str!("../../../api/examples/settle-migration.json"),

@@ -3,7 +3,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::Response;
 use model::ServerId;
-use model::migration::{MigrateServer, MigrationPlan, SettleMigration};
+use model::migration::{LimitMigration, MigrateServer, MigrationPlan, SettleMigration};
 use model::operation::Accepted;
 use model::page::Page;
 use model::server::{
@@ -227,6 +227,22 @@ pub(crate) async fn migrate(
     let moved =
         answer::undisturbed(async move { Ok(host.migrations().migrate(&call, id, spec).await?) }).await?;
     answer::accepted(&api, moved, wait, StatusCode::OK, answer::gone).await
+}
+
+/// Changes how fast a server that is on its way from here goes, and how long its guest may stand still, in place of what `migrate` was given.
+#[utoipa::path(post, path = "/v1/servers/{id}/actions/limit-migration", tag = "servers",
+    operation_id = "limit_server_migration", params(("id" = ServerId, Path, description = "The server.")),
+    request_body = LimitMigration,
+    responses((status = 200, description = "The server, which is on its way.", body = Server)))]
+pub(crate) async fn limit_migration(
+    State(api): State<Api>,
+    Id(id): Id<ServerId>,
+    _: Query<NoParameters>,
+    Mutation { call, body: Json(spec), .. }: Mutation<Json<LimitMigration>>,
+) -> Result<Response, Failure> {
+    let limited =
+        answer::undisturbed(async move { Ok(api.host.migrations().limit(&call, id, spec).await?) }).await?;
+    answer::done(&limited)
 }
 
 /// Settles which host has a server that is `in_doubt`, on the operator's word. Look at the other host first.

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use model::console::CreateConsoleToken;
 use model::image::{ImportImage, PatchImage};
-use model::migration::{CreateMigrationTicket, MigrateServer, SettleMigration};
+use model::migration::{CreateMigrationTicket, LimitMigration, MigrateServer, SettleMigration};
 use model::network::{CreateNetwork, PatchNetwork};
 use model::server::{CreateServer, PatchServer, StopServer};
 use model::snapshot::{CreateClones, CreateSnapshot, PatchSnapshot, RestoreServer};
@@ -52,6 +52,7 @@ fn every_example_parses_as_its_type_and_is_in_the_document() {
             "update-server.json" => check::<PatchServer>(&text),
             "stop-server.json" => check::<StopServer>(&text),
             "create-console-token.json" => check::<CreateConsoleToken>(&text),
+            "limit-migration.json" => check::<LimitMigration>(&text),
             "settle-migration.json" => check::<SettleMigration>(&text),
             "migrate-server.json" => check::<MigrateServer>(&text),
             "create-migration-ticket.json" => check::<CreateMigrationTicket>(&text),

@@ -35,6 +35,10 @@ async fn what_is_in_the_way_is_answered_or_refused_with() {
     let problem =
         served.call("POST", &settle, json!({ "owner": "here", "proof": "" })).await.problem(Code::Invalid);
     assert_eq!(problem.errors[0].pointer, "/proof");
+    let limit = format!("/v1/servers/{server}/actions/limit-migration");
+    served.call("POST", &limit, json!({ "downtime_ms": 100 })).await.problem(Code::WrongState);
+    let problem = served.call("POST", &limit, json!({ "downtime_ms": 0 })).await.problem(Code::Invalid);
+    assert_eq!(problem.errors[0].pointer, "/downtime_ms");
     let nobody = format!("/v1/servers/{}/actions/migrate", ServerId::new());
     served.call("POST", &nobody, body).await.problem(Code::NotFound);
     served.stop().await;
