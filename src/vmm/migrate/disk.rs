@@ -15,8 +15,8 @@ pub(super) struct Blocks<'a> {
     pub(super) disk: &'a Disk,
     pub(super) stream: &'a mut Stream,
     pub(super) index: usize,
-    /// Called before so many bytes go; an error ends it.
-    pub(super) before: &'a dyn Fn(u64) -> Result<(), Error>,
+    /// Called before so many bytes go, or are skipped; an error ends it.
+    pub(super) before: &'a dyn Fn(Sum) -> Result<(), Error>,
 }
 
 impl Blocks<'_> {
@@ -53,7 +53,7 @@ impl Blocks<'_> {
             if memory::is_zero(piece) {
                 self.hole(sum, Part { offset, bytes })?;
             } else {
-                (self.before)(bytes)?;
+                (self.before)(Sum { sent_bytes: bytes, skipped_bytes: 0 })?;
                 let sent = transfer::write(self.stream, Kind::Block, offset, piece);
                 sent.map_err(Error::at(self.index))?;
                 sum.sent_bytes += bytes;
@@ -65,7 +65,7 @@ impl Blocks<'_> {
     fn hole(&mut self, sum: &mut Sum, part: Part) -> Result<(), Error> {
         for offset in (part.offset..part.offset + part.bytes).step_by(HOLE_BYTES_MAX as usize) {
             let bytes = (part.offset + part.bytes - offset).min(HOLE_BYTES_MAX.into());
-            (self.before)(0)?;
+            (self.before)(Sum { sent_bytes: 0, skipped_bytes: bytes })?;
             let head = Head { kind: Kind::Hole, length: bytes as u32, offset };
             head.write(self.stream).map_err(Error::at(self.index))?;
             sum.skipped_bytes += bytes;
@@ -132,9 +132,16 @@ mod tests {
         let (near, mut far) = UnixStream::pair().unwrap();
         let sender = std::thread::spawn(move || {
             let mut stream = Stream::new(OwnedFd::from(near)).unwrap();
-            let before = |_| Ok(());
+            let told = std::cell::Cell::new(Sum::default());
+            let before = |more: Sum| {
+                let Sum { sent_bytes, skipped_bytes } = told.get();
+                let skipped_bytes = skipped_bytes + more.skipped_bytes;
+                told.set(Sum { sent_bytes: sent_bytes + more.sent_bytes, skipped_bytes });
+                Ok(())
+            };
             let mut blocks = Blocks { disk: &from, stream: &mut stream, index: 0, before: &before };
             let sum = blocks.send_all().unwrap();
+            assert_eq!(told.get(), sum, "as it went");
             Head { kind: Kind::End, length: 0, offset: sum.sent_bytes }.write(&mut stream).unwrap();
             (from, sum)
         });

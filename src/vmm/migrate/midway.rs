@@ -1,6 +1,6 @@
 //! How a round goes while it is under way: how much of what it has sent the guest has written again.
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use kvm::DirtyLog;
 use memory::{Extent, Pages, Ram, marks};
@@ -15,6 +15,8 @@ pub(super) struct Midway {
     /// Which shards have gone, by their positions.
     gone: Vec<AtomicBool>,
     all_bytes: u64,
+    /// How many streams of memory are at it.
+    streams: AtomicUsize,
 }
 
 /// What a round has shown that is not over.
@@ -29,11 +31,22 @@ pub(crate) struct Glimpse {
 }
 
 impl Midway {
-    /// Of a round that sends these pages of memory.
-    pub(super) fn new(ram: &Ram, pages: Arc<Pages>) -> Midway {
+    /// Of a round that sends these pages of memory over so many streams.
+    pub(super) fn new(ram: &Ram, pages: Arc<Pages>, streams: usize) -> Midway {
         let shards = ram::bytes(ram).div_ceil(SHARD_BYTES);
         let all_bytes = pages.count() * marks::PAGE_BYTES;
-        Midway { pages, gone: (0..shards).map(|_| AtomicBool::new(false)).collect(), all_bytes }
+        let gone = (0..shards).map(|_| AtomicBool::new(false)).collect();
+        Midway { pages, gone, all_bytes, streams: AtomicUsize::new(streams) }
+    }
+
+    /// A stream has sent its share of memory.
+    pub(super) fn is_through(&self) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether memory goes still. A disk may take far longer: what is written meanwhile says nothing of whether memory goes faster.
+    pub(super) fn goes(&self) -> bool {
+        self.streams.load(Ordering::Relaxed) > 0
     }
 
     /// A shard has gone.
@@ -62,5 +75,22 @@ impl Midway {
             glimpse.again_bytes += bytes(&written, shard);
         }
         Ok(Some(glimpse))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_goes_until_each_of_its_streams_is_through() {
+        let ram = memory::new(4 << 20).unwrap();
+        let midway = Midway::new(&ram, Arc::new(Pages::all(1024)), 2);
+        let goes = [0, 1].map(|_| {
+            let goes = midway.goes();
+            midway.is_through();
+            goes
+        });
+        assert_eq!((goes, midway.goes()), ([true, true], false));
     }
 }

@@ -251,8 +251,8 @@ impl Conductor {
             let began = Instant::now();
             let first = number == 1;
             let pages_sent = Arc::new(pages);
-            let midway =
-                Arc::new(Midway::new(&self.ram, if first { touched.clone() } else { pages_sent.clone() }));
+            let goes = if first { touched.clone() } else { pages_sent.clone() };
+            let midway = Arc::new(Midway::new(&self.ram, goes, self.count));
             let sum =
                 self.dispatch(&Job::Round { pages: pages_sent, touched, midway, first, last: false })?;
             (pages, touched) = (Pages::of(all), Arc::default());
@@ -299,6 +299,8 @@ impl Conductor {
     /// Tells what is owed so far, as the guest runs: to have it go takes the target a while. Then what was written meanwhile,
     /// which is little.
     fn announce(&mut self, left: &mut Pages) -> Result<(), Error> {
+        // A page that has become zero is given back there, which is refused as soon as any memory is owed, over whichever stream.
+        self.dispatch(&Job::Sync)?;
         for _ in 0..2 {
             self.collect(left)?;
             self.owe(left)?;
@@ -327,7 +329,7 @@ impl Conductor {
             self.owe(&std::mem::take(&mut left))?;
         }
         let pages = Arc::new(left);
-        let midway = Arc::new(Midway::new(&self.ram, pages.clone()));
+        let midway = Arc::new(Midway::new(&self.ram, pages.clone(), self.count));
         self.dispatch(&Job::Round { pages, touched: Arc::default(), midway, first: false, last: true })?;
         self.console()?;
         self.dispatch(&Job::End)?;
@@ -382,7 +384,8 @@ impl Conductor {
             {
                 return Err(Error::StoodTooLong(longest_ms));
             }
-            if let (Some(midway), Some(log)) = (&midway, &self.log)
+            let midway = midway.as_ref().filter(|midway| midway.goes());
+            if let (Some(midway), Some(log)) = (midway, &self.log)
                 && glanced.elapsed() > Duration::from_millis(GLANCE_EVERY_MS)
             {
                 glanced = Instant::now();
@@ -391,7 +394,7 @@ impl Conductor {
                 self.shared.note(|progress| progress.throttle_percent = throttle_percent);
             }
             let throttle_percent = self.convergence.throttle_percent();
-            let pause = match &midway {
+            let pause = match midway {
                 Some(_) if throttle_percent > 0 => self.hold_back(throttle_percent, &mut looked)?,
                 _ => Duration::from_millis(BRAKE_EVERY_MS),
             };

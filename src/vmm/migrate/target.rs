@@ -11,7 +11,7 @@ use memory::owed::Owed;
 use memory::{Extent, Ram};
 use vm_memory::ReadVolatile;
 use wire::migration::{Phase, SendLimits, Side};
-use wire::transfer::{FrameError, Handed, Head, Kind, Open, Order, Word};
+use wire::transfer::{BLOCK_BYTES_MAX, FrameError, Handed, Head, Kind, Open, Order, Word};
 
 use super::gather::Gather;
 use super::pack::Unpacker;
@@ -264,11 +264,14 @@ impl Listener {
             if self.shared.is_over() {
                 return Err(Error::Over);
             }
-            let before = order.carried_bytes();
-            if next_of_disk(&mut order, &mut self.stream, disk.file(), self.index)? == Kind::Sync {
-                Word::Synced.write(&mut self.stream).map_err(Error::at(self.index))?;
+            let head = next_of_disk(&mut order, &mut self.stream, disk.file(), self.index)?;
+            match head.kind {
+                Kind::Sync => Word::Synced.write(&mut self.stream).map_err(Error::at(self.index))?,
+                Kind::Block => self.came(head.length.into()),
+                // What is zero, though it was written, had to be read at the source: it comes no faster than data.
+                Kind::Hole => self.came(head.length.min(BLOCK_BYTES_MAX).into()),
+                _ => {}
             }
-            self.came(order.carried_bytes() - before);
         }
         let _ = self.told.send(());
         Ok(())
@@ -422,10 +425,10 @@ pub(super) fn next_of_disk(
     from: &mut impl Read,
     file: &File,
     stream: usize,
-) -> Result<Kind, Error> {
+) -> Result<Head, Error> {
     let at = Error::at(stream);
     let head = Head::read(from).map_err(&at)?;
     order.admit(&head).map_err(&at)?;
     disk::take(file, &head, from, stream)?;
-    Ok(head.kind)
+    Ok(head)
 }

@@ -28,6 +28,8 @@ pub(super) enum Job {
         /// The guest stands still: nothing is held up, and nothing has to be logged again.
         last: bool,
     },
+    /// The other end is to be done with all that went of memory before anything else is begun.
+    Sync,
     /// What is in this set is owed from now on.
     Owe(Arc<Pages>),
     /// No more comes but what is asked for.
@@ -93,6 +95,12 @@ impl Worker {
                 *carried_bytes += sum.sent_bytes;
                 Ok(sum)
             }
+            Job::Sync => {
+                if let Share::Memory { .. } = self.share {
+                    self.sync()?;
+                }
+                Ok(Sum::default())
+            }
             Job::Owe(pages) => {
                 if let Share::Memory { count } = self.share {
                     self.owe(count, pages)?;
@@ -109,16 +117,16 @@ impl Worker {
 
     fn disk_round(&mut self, disk: &Disk, first: bool, last: bool) -> Result<Sum, Error> {
         let shared = Arc::clone(&self.shared);
-        let before = |bytes| {
+        let before = |Sum { sent_bytes, skipped_bytes }: Sum| {
             if !last {
-                shared.pace(bytes);
+                shared.pace(sent_bytes);
             }
-            shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+            shared.sent_bytes.fetch_add(sent_bytes, Ordering::Relaxed);
+            shared.skipped_bytes.fetch_add(skipped_bytes, Ordering::Relaxed);
             if shared.is_over() { Err(Error::Over) } else { Ok(()) }
         };
         let mut blocks = Blocks { disk, stream: &mut self.stream, index: self.index, before: &before };
         let sum = if first { blocks.send_all()? } else { blocks.send_changes()? };
-        self.shared.skipped_bytes.fetch_add(sum.skipped_bytes, Ordering::Relaxed);
         // The last changes are made durable at the end, and little is left to do then.
         if !last && sum.sent_bytes + sum.skipped_bytes > 0 {
             self.sync()?;
@@ -189,6 +197,7 @@ impl Worker {
             all.skipped_bytes += sum.skipped_bytes;
             midway.has_gone(shard);
         }
+        midway.is_through();
         Ok(all)
     }
 }
