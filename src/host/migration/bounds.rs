@@ -14,23 +14,46 @@ use crate::error::{Error, Result};
 
 /// The bounds of each move from here that has something to send.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Bounds(Arc<Mutex<BTreeMap<Uuid, SendLimits>>>);
+pub(super) struct Bounds(Arc<Mutex<BTreeMap<Uuid, Held>>>);
+
+/// Those of one move.
+#[derive(Debug, Clone, Copy, Default)]
+struct Held {
+    /// What was asked for, which nobody knows of a move that an earlier daemon began.
+    wanted: Option<SendLimits>,
+    /// What its VMM is known to go by.
+    told: Option<SendLimits>,
+}
 
 impl Bounds {
-    /// A move has something to send, within these bounds unless it has others already; answers which.
-    pub(super) fn begin(&self, id: Uuid, bounds: SendLimits) -> SendLimits {
-        *self.all().entry(id).or_insert(bounds)
+    /// A move has something to send, within these bounds where they are known.
+    pub(super) fn begin(&self, id: Uuid, wanted: Option<SendLimits>) {
+        self.all().entry(id).or_insert(Held { wanted, told: None });
     }
 
-    /// Those in force, if the move has something to send.
-    pub(super) fn of(&self, id: Uuid) -> Option<SendLimits> {
-        self.all().get(&id).copied()
+    /// What was asked for last, if it is known.
+    pub(super) fn wanted(&self, id: Uuid) -> Option<SendLimits> {
+        self.all().get(&id)?.wanted
     }
 
-    /// Other ones, if the move has something to send still.
-    pub(super) fn change(&self, id: Uuid, bounds: SendLimits) {
+    /// Other bounds. Answers whether the move has something to send still.
+    pub(super) fn change(&self, id: Uuid, wanted: SendLimits) -> bool {
+        let mut all = self.all();
+        let Some(held) = all.get_mut(&id) else { return false };
+        *held = Held { wanted: Some(wanted), told: None };
+        true
+    }
+
+    /// What the VMM that sends is to be told.
+    pub(super) fn untold(&self, id: Uuid) -> Option<SendLimits> {
+        let held = *self.all().get(&id)?;
+        held.wanted.filter(|_| held.wanted != held.told)
+    }
+
+    /// The VMM that sends goes by these.
+    pub(super) fn told(&self, id: Uuid, bounds: SendLimits) {
         if let Some(held) = self.all().get_mut(&id) {
-            *held = bounds;
+            held.told = Some(bounds);
         }
     }
 
@@ -39,7 +62,7 @@ impl Bounds {
         self.all().remove(&id);
     }
 
-    fn all(&self) -> MutexGuard<'_, BTreeMap<Uuid, SendLimits>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<Uuid, Held>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -126,17 +149,37 @@ mod tests {
     }
 
     #[test]
-    fn a_move_has_the_bounds_that_it_was_given_last_until_it_ends() {
+    fn a_vmm_is_told_what_was_asked_for_last_until_it_goes_by_it() {
         let (bounds, id) = (Bounds::default(), Uuid::now_v7());
         let asked = |bandwidth| {
             asked(LimitMigration { bandwidth_bytes_per_s: Some(bandwidth), downtime_ms: None }).unwrap()
         };
-        bounds.change(id, asked(2 << 20));
-        assert_eq!(bounds.of(id), None, "nothing is sent");
-        assert_eq!(bounds.begin(id, asked(4 << 20)), asked(4 << 20));
-        bounds.change(id, asked(2 << 20));
-        assert_eq!(bounds.begin(id, asked(4 << 20)), asked(2 << 20), "it was begun before");
+        let [slow, fast] = [2 << 20, 4 << 20].map(asked);
+        assert!(!bounds.change(id, slow), "nothing is sent");
+        bounds.begin(id, Some(fast));
+        assert_eq!(bounds.untold(id), Some(fast));
+        bounds.told(id, fast);
+        assert_eq!(bounds.untold(id), None);
+        assert!(bounds.change(id, slow));
+        // It did not answer.
+        assert_eq!((bounds.untold(id), bounds.untold(id)), (Some(slow), Some(slow)));
+        // Others were asked for while it was told these, or the same again.
+        bounds.change(id, fast);
+        bounds.told(id, slow);
+        assert_eq!(bounds.untold(id), Some(fast));
+        bounds.begin(id, None);
+        assert_eq!((bounds.wanted(id), bounds.untold(id)), (Some(fast), Some(fast)));
         bounds.end(id);
-        assert_eq!(bounds.of(id), None);
+        assert_eq!((bounds.wanted(id), bounds.untold(id)), (None, None));
+    }
+
+    #[test]
+    fn a_move_that_an_earlier_daemon_began_goes_on_as_it_did_until_bounds_are_asked_for() {
+        let (bounds, id) = (Bounds::default(), Uuid::now_v7());
+        bounds.begin(id, None);
+        assert_eq!((bounds.wanted(id), bounds.untold(id)), (None, None));
+        let unbound = asked(LimitMigration::default()).unwrap();
+        assert!(bounds.change(id, unbound));
+        assert_eq!(bounds.untold(id), Some(unbound));
     }
 }

@@ -24,7 +24,7 @@ use super::live::{memory_streams, word};
 use super::source::{connect, greet, memory_mode};
 use super::streams::Pumps;
 use super::ticket::Ticket;
-use super::{Migrations, asked_bounds, limits, obstacles_text, outlook};
+use super::{Migrations, limits, obstacles_text, outlook};
 use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
@@ -104,10 +104,14 @@ impl Migrations {
                     continue;
                 }
             };
-            match self.ask_again(&held).await {
+            let mut has_heard = false;
+            match self.ask_again(&held, &mut has_heard).await {
                 Ok(()) => return,
                 Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return,
                 Err(cause) => {
+                    if has_heard {
+                        pause = limits::ASK_AGAIN;
+                    }
                     // Said once, and then as often as nobody minds.
                     if pause == limits::ASK_AGAIN || pause == limits::ASK_AGAIN_MAX {
                         let (server, host) = (held.server, &held.peer_name);
@@ -121,12 +125,15 @@ impl Migrations {
         }
     }
 
-    async fn ask_again(&self, held: &Move) -> Result<()> {
+    /// Begins another conversation about a move; says whether it was one, however it ended.
+    async fn ask_again(&self, held: &Move, has_heard: &mut bool) -> Result<()> {
         let address = held.address.ok_or_else(out_of_turn)?;
         let mut link = connect(&self.identity, address, held.peer).await?;
         let (transfer, streams) = (held.id.to_string(), memory_streams());
         link.send(&Message::Again { transfer, streams }).await?;
-        self.listen_to(&mut link, held, None, limits::SILENCE).await
+        let ended = self.listen_to(&mut link, held, None, limits::SILENCE).await;
+        *has_heard = link.has_heard;
+        ended
     }
 
     /// Hears what the target says and answers it, until the move needs no more of it.
@@ -304,7 +311,7 @@ impl Migrations {
         }
         self.core.checkpoint("move.accepted")?;
         if let Some(streams) = live_streams {
-            let bounds = self.bounds.begin(begun.id, asked_bounds(spec)?);
+            let bounds = self.bounds.wanted(begun.id).unwrap_or_default();
             return self.send_machine(&mut link, begun, (bounds, mode), (&packed, streams, job)).await;
         }
         self.send_all(&mut link, loads, begun, job).await?;
@@ -361,7 +368,9 @@ impl Migrations {
                 let piece = Piece { file: index, offset, bytes: &bytes };
                 // The next piece is read while this one travels.
                 let (travelled, read) = tokio::join!(link.send_piece(piece), read(load.clone(), after));
-                travelled?;
+                if let Err(cause) = travelled {
+                    return Err(refusal(link).await.unwrap_or(cause));
+                }
                 next = read?;
                 sent = sent.saturating_add(bytes.len() as u64);
                 if told.elapsed() >= crate::servers::limits::PROGRESS_EVERY {
@@ -369,7 +378,7 @@ impl Migrations {
                     let progress = outlook::of_files(sent, total, began.elapsed());
                     self.write_progress(begun, job, progress).await?;
                 }
-                let bandwidth = self.bounds.of(begun.id).and_then(|bounds| bounds.bandwidth_bytes_per_s);
+                let bandwidth = self.bounds.wanted(begun.id).and_then(|bounds| bounds.bandwidth_bytes_per_s);
                 sleep(pacer.pause(bandwidth, sent, Instant::now())).await;
             }
         }
@@ -393,6 +402,14 @@ impl Migrations {
                 job.map_or(Ok(()), |job| operations::progress(tx, job, progress))
             })
             .await
+    }
+}
+
+/// Why the target takes nothing any more, if it has said so before it closed the connection.
+async fn refusal(link: &mut Link<TlsStream<Wire>>) -> Option<Error> {
+    match link.message(limits::FAREWELL).await {
+        Ok(Message::Refuse { detail }) => Some(Error::new(Code::MigrationBlocked, detail)),
+        _ => None,
     }
 }
 

@@ -6,6 +6,10 @@ use std::time::Duration;
 /// Moves, and the streams that they wait for, do not count.
 pub const STRANGERS_MAX: usize = 32;
 
+/// Conversations at once with one host that has shown what it is for, each with a frame of up to a megabyte: one for each move that
+/// comes from it, and some in which it asks what is in the way.
+pub const TALKS_MAX: usize = 4 * MOVES_MAX;
+
 /// Longest frame of such a connection in bytes: some times what a ticket or a move's name takes. What is parsed may take tens of
 /// times as much memory.
 pub const STRANGER_FRAME_BYTES: usize = 4 << 10;
@@ -35,6 +39,9 @@ pub const CONNECT: Duration = Duration::from_secs(10);
 
 /// How long a whole conversation before a move may take: handshake, greeting, question, answer.
 pub const CONVERSATION: Duration = Duration::from_secs(30);
+
+/// How long it is waited for what another host said last, on a connection that breaks: it is there already, or never will be.
+pub const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Pause after a connection could not be taken, which is a lack of descriptors and passes.
 pub const ACCEPT_AGAIN: Duration = Duration::from_millis(200);

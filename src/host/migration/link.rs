@@ -24,6 +24,8 @@ pub(super) struct Link<S> {
     longest: usize,
     /// What was said last from here.
     pub(super) said: Option<Saying>,
+    /// Whether the other end has said anything.
+    pub(super) has_heard: bool,
 }
 
 /// What came.
@@ -43,6 +45,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             filled: 0,
             longest: FRAME_BYTES_MAX,
             said: None,
+            has_heard: false,
         }
     }
 
@@ -110,6 +113,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             self.filled += read(&mut self.stream, left).await?;
         }
         self.filled = 0;
+        self.has_heard = true;
         let body = std::mem::take(&mut self.body);
         match kind {
             Kind::Document => Ok(Received::Message(plain(Message::read(&body).map_err(strange)?))),

@@ -55,8 +55,9 @@ impl Migrations {
         self.write_progress(begun, job, preparing).await?;
         self.core.checkpoint("move.begun")?;
         self.servers.send_live(begun.server, sockets, (bounds, mode)).await?;
+        self.bounds.told(begun.id, bounds);
         self.core.checkpoint("move.sending")?;
-        let word = self.follow(link, begun, job, bounds).await?;
+        let word = self.follow(link, begun, job).await?;
         self.core.checkpoint("move.heard")?;
         if word == Saying::Ready {
             // Before it is saved: what is promised can be taken back by this daemon, what has been saved cannot.
@@ -83,13 +84,7 @@ impl Migrations {
     }
 
     /// Tells how far the machine is until the target says something.
-    async fn follow<S>(
-        &self,
-        link: &mut Link<S>,
-        begun: &Move,
-        job: Option<OperationId>,
-        mut bounds: SendLimits,
-    ) -> Result<Saying>
+    async fn follow<S>(&self, link: &mut Link<S>, begun: &Move, job: Option<OperationId>) -> Result<Saying>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -112,7 +107,7 @@ impl Migrations {
                 told = Some(Instant::now());
                 self.write_progress(begun, job, outlook.progress(&status)).await?;
             }
-            self.keep_within(begun, &mut bounds).await;
+            self.keep_within(begun).await;
             if beaten.elapsed() >= limits::BEAT {
                 beaten = Instant::now();
                 link.say(Saying::Copying).await?;
@@ -120,12 +115,14 @@ impl Migrations {
         }
     }
 
-    /// Tells the VMM that sends when its bounds are others than those it was told. One that refuses has just come to an end.
-    async fn keep_within(&self, held: &Move, told: &mut SendLimits) {
-        let Some(wanted) = self.bounds.of(held.id).filter(|wanted| wanted != told) else { return };
-        *told = wanted;
-        if let Err(cause) = self.servers.limit_live(held.server, wanted).await {
-            tracing::info!(server = %held.server, "its move goes on as before: {}", cause.chain());
+    /// Tells the VMM that sends when its bounds are to be others. One that does not answer is told again.
+    async fn keep_within(&self, held: &Move) {
+        let Some(wanted) = self.bounds.untold(held.id) else { return };
+        match self.servers.limit_live(held.server, wanted).await {
+            Ok(()) => self.bounds.told(held.id, wanted),
+            Err(cause) => {
+                tracing::info!(server = %held.server, "its move goes on as before: {}", cause.chain());
+            }
         }
     }
 
@@ -199,10 +196,9 @@ impl Migrations {
         let job = self.core.store.read(look).await?.and_then(|record| record.life.job).map(|job| job.id);
         let (mut told, end) = (None::<Instant>, Instant::now() + limits::SILENCE);
         let mut outlook = Outlook::default();
-        // After a restart of the daemon its VMM has bounds that nobody knows here: they are its until others are asked for.
-        let mut bounds = self.bounds.begin(held.id, SendLimits::default());
+        self.bounds.begin(held.id, None);
         loop {
-            self.keep_within(held, &mut bounds).await;
+            self.keep_within(held).await;
             let Some(status) = self.servers.owing(server).await? else {
                 link.say(Saying::Lost).await?;
                 return word(link.message(limits::SILENCE).await?);

@@ -53,12 +53,14 @@ mod source;
 mod strangers;
 mod streams;
 mod take;
+mod talks;
 mod target;
 mod ticket;
 
 use bounds::Bounds;
 use identity::Identity;
 use streams::Joining;
+use talks::Talks;
 use ticket::Ticket;
 
 pub(crate) const TABLES: &str = ticket::TABLES;
@@ -81,6 +83,8 @@ pub struct Migrations {
     coming: Arc<Semaphore>,
     /// What guests see of this host's processor.
     processor: Processor,
+    /// Hosts that it talks with.
+    talks: Talks,
     /// How moves from here go.
     bounds: Bounds,
     /// What is carried away from here; ends with the daemon.
@@ -102,7 +106,7 @@ impl Migrations {
         processor: Processor,
     ) -> Result<Migrations> {
         let identity = core.store.write(Identity::of_host).await?;
-        let (listening, taking, joining, bounds, carried) = Default::default();
+        let (listening, taking, joining, talks, bounds, carried) = Default::default();
         let coming = Arc::new(Semaphore::new(limits::MOVES_MAX));
         Ok(Migrations {
             core,
@@ -116,6 +120,7 @@ impl Migrations {
             joining,
             coming,
             processor,
+            talks,
             bounds,
             carried,
         })
@@ -254,7 +259,7 @@ impl Migrations {
             self.servers.wake(id);
             let mut carried = self.carried();
             while carried.try_join_next().is_some() {}
-            self.bounds.begin(begun.id, bounds);
+            self.bounds.begin(begun.id, Some(bounds));
             carried.spawn(self.clone().carry(begun, ticket, spec, offer));
         }
         Ok(answer)
@@ -267,11 +272,11 @@ impl Migrations {
         let limit = move |tx: &Tx<'_>| {
             let record: ServerRecord = records::one(tx, id.0)?;
             conditions.check_match(record.generation)?;
-            let held = moving::of_server(tx, id)?.filter(|held| bounds.of(held.id).is_some());
-            let held = held.ok_or_else(|| moving::not_sent(&record))?;
             moving::limited(tx, &record, bounds::words(limits), &conditions.actor)?;
-            // One who hears that it is done finds it so; a move for which it was not recorded is at worst as fast as was asked.
-            bounds.change(held.id, limits);
+            // Whoever hears that it is done finds it so; a move for which it was not recorded is at worst as fast as was asked.
+            if !moving::of_server(tx, id)?.is_some_and(|held| bounds.change(held.id, limits)) {
+                return Err(moving::not_sent(&record));
+            }
             Servers::shown(tx, &record)
         };
         self.core.mutate(call, limit).await

@@ -245,9 +245,10 @@ impl Migrations {
         let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
         match held {
             Some(held) if held.side == Side::Target && held.peer == source => {
+                let _talk = self.talks.begin(source)?;
                 drop(stranger);
                 // Where memory is owed, the source opens streams as soon as it hears of it.
-                let has_all = matches!(held.phase, Phase::Ready | Phase::Moved);
+                let has_all = matches!(held.phase, Phase::Ready | Phase::Moved) && self.is_latest(id).await?;
                 let awaited = (has_all && (1..=limits::LIVE_STREAMS_MAX).contains(&streams))
                     .then(|| (self.await_streams(&held, streams.into()), streams.into()));
                 let asked = self.give(link, id, Event::Asked).await;
@@ -312,12 +313,19 @@ impl Migrations {
         }
         for effect in given.effects {
             if let Effect::Say(word) = effect {
-                let is_owed = *word == Saying::Taken && self.servers.is_owed(given.now.server).await?;
+                let is_owed = *word == Saying::Taken
+                    && self.is_latest(id).await?
+                    && self.servers.is_owed(given.now.server).await?;
                 link.say(said(*word, is_owed)).await?;
                 self.core.checkpoint("move.said")?;
             }
         }
         Ok(given.now.phase)
+    }
+
+    /// Whether the server has not come by another move since: who sent it once has no say in what it is owed now.
+    async fn is_latest(&self, id: Uuid) -> Result<bool> {
+        self.core.store.read(move |connection| moving::is_latest(connection, id)).await
     }
 
     /// Uses the ticket up and gives the server its records, in one transaction.

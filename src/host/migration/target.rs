@@ -94,6 +94,7 @@ where
     };
     let shown = secret.clone();
     migrations.core.store.write(move |tx| ticket::present(tx, &shown, source)).await?;
+    let _talk = migrations.talks.begin(source)?;
     drop(stranger);
     link.trust();
     let (host_here, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());

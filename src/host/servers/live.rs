@@ -68,10 +68,13 @@ impl Servers {
         done(link.ask(Command::Send(spec), &borrowed, limits::PAUSE).await?)
     }
 
-    /// Has the machine of a server that is being sent go within these bounds from now on.
-    pub(crate) async fn limit_live(&self, id: ServerId, limits: SendLimits) -> Result<()> {
+    /// Has the machine of a server that is being sent go within these bounds from now on. It may have nothing to send any more.
+    pub(crate) async fn limit_live(&self, id: ServerId, bounds: SendLimits) -> Result<()> {
         let link = self.live(id)?.link(limits::COMMAND).await?;
-        Ok(link.order(Command::LimitMigration { limits }, limits::COMMAND).await?)
+        match link.order(Command::LimitMigration { limits: bounds }, limits::COMMAND).await {
+            Ok(()) | Err(AskError::Refused(_)) => Ok(()),
+            Err(cause) => Err(cause.into()),
+        }
     }
 
     /// Has the VMM of a server that comes receive its machine over these streams. `may_owe` as the source has said.
@@ -133,6 +136,12 @@ impl Servers {
 
     /// Whether the machine of a server that has come here still waits for some of its memory; nothing while its VMM cannot be asked.
     pub(crate) async fn lacks_memory(&self, id: ServerId) -> Result<Option<bool>> {
+        let record: Option<ServerRecord> =
+            self.workshop().core.store.read(move |connection| records::find(connection, id.0)).await?;
+        // One of two VMMs has it, or takes it back.
+        if record.is_some_and(|record| record.life.phase.is_upgrading()) {
+            return Ok(None);
+        }
         if !self.has_vmm(id).await? {
             return Ok(Some(false));
         }

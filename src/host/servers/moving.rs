@@ -132,6 +132,18 @@ pub(crate) fn of_server(connection: &Connection, server: ServerId) -> Result<Opt
     Ok(body.map(|body| serde_json::from_str(&body)).transpose()?)
 }
 
+/// Whether no other move of its server was begun after this one. Its own name says nothing of that: the other host chose it.
+pub(crate) fn is_latest(connection: &Connection, id: Uuid) -> Result<bool> {
+    let latest: Option<String> = connection
+        .query_row(
+            "SELECT id FROM moves WHERE server = (SELECT server FROM moves WHERE id = ?1) ORDER BY rowid DESC LIMIT 1",
+            [id.to_string()],
+            |row| row.get(0),
+        )
+        .optional()?;
+    Ok(latest == Some(id.to_string()))
+}
+
 /// Tells a move of an event: its next phase is saved with all that it is to the server. Nothing when there is no such
 /// move, or the event means nothing to it. `trouble` says why, where an operation fails by it.
 pub(crate) fn give(tx: &Tx<'_>, id: Uuid, event: Event, trouble: Option<Trouble>) -> Result<Option<Given>> {

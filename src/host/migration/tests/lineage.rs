@@ -56,3 +56,24 @@ async fn a_server_that_comes_back_goes_on_with_the_snapshots_it_has_left() {
         host.close().await;
     }
 }
+
+#[tokio::test]
+async fn a_host_that_gave_a_server_away_once_has_no_say_when_it_comes_from_another() {
+    let stage = Stage::new();
+    let host = stage.open().await;
+    let server = ServerId::new();
+    // The names are the other hosts' choice, and say nothing of what came first.
+    let [former, latest, other] = [3, 2, 1].map(Uuid::from_u128);
+    let insert = move |tx: &Tx<'_>| {
+        for (id, server) in [(former, server), (latest, server), (other, ServerId::new())] {
+            tx.execute(
+                "INSERT INTO moves (id, server, body) VALUES (?1, ?2, '{}')",
+                [id.to_string(), server.to_string()],
+            )?;
+        }
+        let ids = [former, latest, other, Uuid::nil()];
+        ids.into_iter().map(|id| moving::is_latest(tx, id)).collect::<Result<Vec<_>>>()
+    };
+    assert_eq!(host.store().write(insert).await.unwrap(), [false, true, true, false]);
+    host.close().await;
+}

@@ -215,7 +215,11 @@ async fn an_operator_sends_back_what_comes_and_the_source_keeps_it() {
         SettleMigration { owner: MigrationOwner::There, proof: "there is no room for it here".to_owned() };
     target.migrations().settle(&Call::by_host(), id, there).await.unwrap();
     gone(&target, id).await;
-    assert_eq!(stage::ended(&source, moved).await.state, OperationState::Failed);
+    let ended = stage::ended(&source, moved).await;
+    assert_eq!(ended.state, OperationState::Failed);
+    // In the words of the host that said so, not that a connection broke.
+    let told = ended.error.unwrap();
+    assert!(told.detail.contains("is not wanted here any more"), "{told:?}");
     let kept = stage::until(&source, id, |server| server.state == ServerState::Stopped).await;
     forgotten(&source).await;
     let volume = kept.volumes[0].volume_id;
@@ -235,7 +239,7 @@ async fn while_it_moves_nothing_else_is_done_to_it_and_a_cancelled_move_leaves_i
     let arriving = has(&target, id).await.unwrap();
     assert_eq!(arriving.state, ServerState::Arriving);
     assert_eq!(arriving.allowed_actions, ["settle-migration"]);
-    assert_eq!(has(&source, id).await.unwrap().allowed_actions, Vec::<String>::new());
+    assert_eq!(has(&source, id).await.unwrap().allowed_actions, ["limit-migration"]);
     for host in [&source, &target] {
         for action in [ServerAction::Start, ServerAction::Stop(StopServer { grace_s: 0 })] {
             let refused = host.servers().act(&Call::by_host(), id, action).await.unwrap_err();
