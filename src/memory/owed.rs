@@ -22,7 +22,6 @@ use crate::{Error, Extent, Ram};
 #[derive(Debug)]
 pub struct Owed {
     fault: UserFault,
-    ram: Arc<Ram>,
     mapped: Mapped,
     state: Mutex<State>,
     ended: EventFd,
@@ -31,6 +30,8 @@ pub struct Owed {
 #[derive(Debug)]
 struct State {
     stage: Stage,
+    /// Nothing from the end on: what is asked later is how much is owed, and not of the memory.
+    ram: Option<Arc<Ram>>,
     pages: Pages,
     count: u64,
     /// Pages that somebody waits for, in the order in which they came.
@@ -52,12 +53,13 @@ impl Owed {
         let fault = UserFault::missing(device).map_err(Error::Missing)?;
         let mapped = Mapped::of(ram);
         let pages = Pages::of(mapped.bytes() / PAGE_BYTES);
-        let state = State { stage: Stage::Nothing, pages, count: 0, wanted: Vec::new() };
+        let state =
+            State { stage: Stage::Nothing, ram: Some(Arc::clone(ram)), pages, count: 0, wanted: Vec::new() };
         let ended = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let ended = ended.map_err(|errno| Error::Missing(errno.into()))?;
         // A hole in a huge page may leave its zeroes in place, which nobody would wait for.
         allow_huge_pages(ram, false);
-        Ok(Owed { fault, ram: Arc::clone(ram), mapped, state: Mutex::new(state), ended })
+        Ok(Owed { fault, mapped, state: Mutex::new(state), ended })
     }
 
     /// From now on these pages of a part are owed, given as words of 64 pages, the first page lowest; the part begins and ends
@@ -68,37 +70,25 @@ impl Owed {
         {
             return Err(Error::Range { start: part.offset, bytes: part.bytes });
         }
-        {
+        let ram = {
             let mut state = self.state();
+            let Some(ram) = state.ram.clone() else { return Ok(()) };
             if state.stage == Stage::Nothing {
                 for (address, bytes) in self.mapped.pieces(u64::MAX) {
                     self.fault.register(address, bytes).map_err(Error::Missing)?;
                 }
                 // A page that is given back would have to be told from one that is owed.
-                self.ram.iter().for_each(|region| *marks::held(region) = true);
+                ram.iter().for_each(|region| *marks::held(region) = true);
                 state.stage = Stage::Waiting;
             }
             let before = state.pages.count_of(part);
             state.pages.add_words(part.offset, words);
             state.count += state.pages.count_of(part) - before;
-        }
+            ram
+        };
         // Without the lock: who touches one of them meanwhile waits for what will come, or has what goes.
         for (inside, bytes) in runs(words) {
-            self.punch(Extent { offset: part.offset + inside, bytes })?;
-        }
-        Ok(())
-    }
-
-    fn punch(&self, part: Extent) -> Result<(), Error> {
-        let (mut before, end) = (0, part.offset + part.bytes);
-        for region in self.ram.iter() {
-            let (from, to) = (part.offset.max(before), end.min(before + region.len()));
-            if from < to {
-                let (file, _) = own(region).ok_or(Error::Range { start: part.offset, bytes: part.bytes })?;
-                let punched = sys::memfd::punch_hole(file.file(), file.start() + (from - before), to - from);
-                punched.map_err(Error::Discard)?;
-            }
-            before += region.len();
+            punch(&ram, Extent { offset: part.offset + inside, bytes })?;
         }
         Ok(())
     }
@@ -152,6 +142,9 @@ impl Owed {
         mut fill: impl FnMut(u64, u64, u64) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut state = self.state();
+        if state.stage == Stage::Ended {
+            return Ok(());
+        }
         let mut at = part.offset;
         let end = part.offset + part.bytes;
         while let Some(row) = state.pages.first(Extent { offset: at, bytes: end - at }) {
@@ -193,18 +186,19 @@ impl Owed {
     }
 
     /// Has nobody wait any longer, and ends [`Owed::serve`]. What is still owed is zero from then on: only for memory of which
-    /// nothing is, or that no machine will run on.
+    /// nothing is, or that no machine will run on. It lets go of the memory.
     pub fn end(&self) {
         let mut state = self.state();
+        let ram = state.ram.take();
         if state.stage == Stage::Waiting {
             for (address, bytes) in self.mapped.pieces(u64::MAX) {
                 // What cannot be let go of now is so when the descriptor is closed.
                 let _ = self.fault.unregister(address, bytes);
             }
-            self.ram.iter().for_each(|region| *marks::held(region) = false);
+            ram.iter().flat_map(|ram| ram.iter()).for_each(|region| *marks::held(region) = false);
         }
-        if state.stage != Stage::Ended {
-            allow_huge_pages(&self.ram, true);
+        if let Some(ram) = &ram {
+            allow_huge_pages(ram, true);
         }
         state.stage = Stage::Ended;
         drop(state);
@@ -221,6 +215,20 @@ impl Drop for Owed {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+fn punch(ram: &Ram, part: Extent) -> Result<(), Error> {
+    let (mut before, end) = (0, part.offset + part.bytes);
+    for region in ram.iter() {
+        let (from, to) = (part.offset.max(before), end.min(before + region.len()));
+        if from < to {
+            let (file, _) = own(region).ok_or(Error::Range { start: part.offset, bytes: part.bytes })?;
+            let punched = sys::memfd::punch_hole(file.file(), file.start() + (from - before), to - from);
+            punched.map_err(Error::Discard)?;
+        }
+        before += region.len();
+    }
+    Ok(())
 }
 
 #[cfg(test)]

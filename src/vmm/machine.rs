@@ -217,6 +217,10 @@ impl Machine {
         // The next memory is its own.
         self.settle = None;
         self.stop();
+        // A save may still read the old one.
+        if !self.save.as_ref().is_some_and(Save::is_under_way) {
+            self.below.clear();
+        }
         // What the old guest still had to say is not the new one's; how a save stands is nobody's but the daemon's.
         let news = self.bell.take();
         if news.save {

@@ -1,13 +1,16 @@
 //! Machines that move from one jailed VMM to another while their guests run.
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use wire::control::{Command, FaultCode, MachineState, Reply};
-use wire::migration::{MigrationStatus, Owner, Phase, SendLimits};
+use wire::migration::{MigrationStatus, Mode, Owner, Phase, SendLimits};
 
+use crate::handover::handed_over;
 use crate::probe_guest::{self, numbers};
 use crate::vmm_driver::{Machine, Vmm};
 
@@ -302,6 +305,68 @@ fn a_reset_in_the_middle_of_a_move_ends_it() {
     assert_eq!(ended.detail.as_deref(), Some("the machine was reset"));
     assert_eq!(next.wait_for_move("the end there", |status| status.phase.is_end()).phase, Phase::Dropped);
     vmm.wait_for_times("probe: hello", 2);
+}
+
+/// Files of which a VMM has the descriptor or a mapping, and whose names begin so.
+pub(crate) fn files(vmm: &Vmm, name: &str) -> BTreeSet<u64> {
+    let process = Path::new("/proc").join(vmm.pid().to_string());
+    let maps = std::fs::read_to_string(process.join("maps")).unwrap();
+    let mapped =
+        maps.lines().filter(|line| line.split_whitespace().nth(5).is_some_and(|path| path.starts_with(name)));
+    let mut inodes: BTreeSet<u64> =
+        mapped.map(|line| line.split_whitespace().nth(4).unwrap().parse().unwrap()).collect();
+    for fd in std::fs::read_dir(process.join("fd")).unwrap().map(|fd| fd.unwrap().path()) {
+        // Threads that end have closed one or another meanwhile.
+        let Ok(path) = std::fs::read_link(&fd) else { continue };
+        if path.to_string_lossy().starts_with(name) {
+            inodes.extend(std::fs::metadata(&fd).map(|file| file.ino()));
+        }
+    }
+    inodes
+}
+
+/// There is never twice of its memory, wherever it has been and whatever else was tried.
+#[test]
+fn a_machine_that_is_reset_has_one_memory_whatever_became_of_its_moves() {
+    let machine = || probe("dirty=64,100,6000000 spin", 256);
+    let reset = |vmm: &mut Vmm| {
+        let (before, boots) = (files(vmm, "/memfd:guest-ram"), vmm.console().matches("probe: hello").count());
+        vmm.command(Command::Reset).unwrap();
+        let after = files(vmm, "/memfd:guest-ram");
+        assert!(before.len() == 1 && after.len() == 1 && before != after, "{before:?}, {after:?}");
+        assert!(vmm.migration().phase.is_end(), "how the move stands is told still");
+        vmm.wait_for_times("probe: hello", boots + 1);
+    };
+    let mut vmm = Vmm::boot(machine());
+    vmm.wait_for_console("dirty pass");
+    // One that was given up, and one that is under way.
+    for is_cancelled in [true, false] {
+        let mut next = Vmm::start();
+        let (near, far) = pairs(2);
+        next.try_receive(machine(), far).unwrap();
+        let limits =
+            SendLimits { downtime_ms: 1, bandwidth_bytes_per_s: Some(1 << 20), ..SendLimits::default() };
+        vmm.try_send(near, limits).unwrap();
+        vmm.wait_for_move("the rounds", |status| status.phase == Phase::Rounds);
+        if is_cancelled {
+            vmm.command(Command::CancelMigration).unwrap();
+        }
+        reset(&mut vmm);
+    }
+    // Over streams, with all of it there and with some owed, and handed over.
+    let (mut vmm, _) = moved(&mut vmm, machine(), pairs(2));
+    reset(&mut vmm);
+    vmm.wait_for_console("dirty pass");
+    vmm.mode = Mode::PostCopy;
+    let mut next = Vmm::start();
+    next.mode = Mode::PostCopy;
+    let (near, far) = pairs(2);
+    next.try_receive(machine(), far).unwrap();
+    vmm.try_send(near, SendLimits::default()).unwrap();
+    next.wait_for_move("arrival", |status| status.phase == Phase::Moved);
+    reset(&mut next);
+    let (mut next, ..) = handed_over(&mut next, machine());
+    reset(&mut next);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Machines whose memory is mapped from what others were saved in, and becomes their own while their guests run.
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use wire::control::{Command, FaultCode, MachineState, Reply};
@@ -8,7 +9,7 @@ use wire::saved::{Identity, MemoryUse};
 use wire::settling::{MemoryStatus, SettleStage};
 
 use crate::handover::handed_over;
-use crate::migrate::{probe, state};
+use crate::migrate::{files, probe, state};
 use crate::vmm_driver::{Machine, Saved, Vmm};
 
 const MIB: u64 = 1 << 20;
@@ -43,6 +44,11 @@ fn settled(vmm: &mut Vmm) -> MemoryStatus {
     println!("{status:?}");
     assert_eq!((settling.stage, status.shared_bytes), (SettleStage::Settled, 0), "{}", vmm.told());
     status
+}
+
+/// Whether a VMM has a file open or mapped.
+fn has(vmm: &Vmm, file: &File) -> bool {
+    files(vmm, "/").contains(&file.metadata().unwrap().ino())
 }
 
 /// One of several machines that go on from what was saved.
@@ -175,7 +181,9 @@ fn it_can_be_given_up_and_begun_again_and_is_in_nobodys_way() {
     // The next memory of one that is reset is its own.
     let mut vmm = clone(probe(words, 512), &again, true);
     begun(&mut vmm, 512 * MIB);
+    assert!(has(&vmm, &again.memory));
     vmm.command(Command::Reset).unwrap();
+    assert!(!has(&vmm, &again.memory), "what it was made of is in use no longer");
     assert_eq!(memory(&mut vmm), MemoryStatus { total_bytes: 512 * MIB, ..MemoryStatus::default() });
     vmm.command(Command::Settle).unwrap();
     assert_eq!(memory(&mut vmm).settling, None);

@@ -136,3 +136,19 @@ fn who_waits_is_let_go_when_it_ends() {
         assert_eq!(reader.join().unwrap(), 0);
     });
 }
+
+#[test]
+fn when_it_has_ended_it_has_no_memory_and_does_nothing_to_it() {
+    let ram = new(BYTES).unwrap();
+    let Some(owed) = owed(&ram) else { return };
+    let half = Extent { offset: 0, bytes: BYTES / 2 };
+    let all = vec![u64::MAX; (PAGES / 2 / 64) as usize];
+    owed.expect(half, &all).unwrap();
+    owed.end();
+    assert_eq!((Arc::strong_count(&ram), owed.count()), (1, PAGES / 2));
+    fill(&ram, 77, &[7]).unwrap();
+    owed.expect(half, &all).unwrap();
+    owed.put(page(0), &content(0)).unwrap();
+    assert_eq!(byte(&ram, 0), 7);
+    owed.end();
+}

@@ -151,6 +151,7 @@ impl Machine {
         else {
             return Err(Error::State("nothing of the machine's memory is owed"));
         };
+        let ram = &self.parts.as_ref().ok_or(Error::Absent)?.ram;
         let count = match moving {
             Moving::Source { source, .. } => source.count(),
             Moving::Target { target, .. } => target.count(),
@@ -162,9 +163,9 @@ impl Machine {
         match moving {
             Moving::Source { source, .. } => {
                 open_streams_again(&mut streams, memory_bytes)?;
-                Ok(source.resume(streams)?)
+                Ok(source.resume(ram, streams)?)
             }
-            Moving::Target { target, .. } => Ok(target.resume(streams)?),
+            Moving::Target { target, .. } => Ok(target.resume(ram, streams)?),
         }
     }
 
@@ -385,11 +386,16 @@ impl Machine {
         }
     }
 
-    /// The machine is about to be another one.
+    /// The machine is about to be another one: a move, also one that has ended, lets go of the memory of this one. How it stands is
+    /// still told.
     pub(super) fn abandon_move(&mut self, why: &str) {
-        if let Some(Moving::Source { source, .. }) = &self.moving {
-            source.shared.fail(Event::Failed, why.to_owned());
-            source.shared.shut();
+        match &mut self.moving {
+            Some(Moving::Source { source, .. }) => {
+                source.shared.fail(Event::Failed, why.to_owned());
+                source.end();
+            }
+            Some(Moving::Target { target, .. }) => target.end(),
+            None => {}
         }
     }
 }

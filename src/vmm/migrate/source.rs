@@ -37,10 +37,10 @@ pub(crate) struct Sources {
     pub(crate) disks: Vec<(u16, Disk)>,
 }
 
-/// A source from its begin on. Dropped, its streams are shut and its threads waited for.
+/// A source from its begin on. Dropped, its streams are shut and its threads waited for. Only they have memory: how the move stands is
+/// told for longer than that is the machine's.
 pub(crate) struct Source {
     pub(crate) shared: Arc<Shared>,
-    ram: Arc<Ram>,
     /// Streams of memory.
     count: usize,
     threads: Threads,
@@ -59,7 +59,7 @@ impl Source {
         let shared = Shared::new(Side::Source, is_held, limits, bell, copies(&streams)?, None);
         let count = streams.len().saturating_sub(disks.len());
         let memory_pages = ram::bytes(&ram) / marks::PAGE_BYTES;
-        let mut source = Source { shared, ram: Arc::clone(&ram), count, threads: Threads::default() };
+        let mut source = Source { shared, count, threads: Threads::default() };
         let log = log.map(Arc::new);
         let (told, results) = channel();
         let mut jobs = Vec::new();
@@ -110,13 +110,13 @@ impl Source {
 }
 
 impl Source {
-    /// Goes on over other streams, which have been opened, with what is still owed.
-    pub(crate) fn resume(&mut self, streams: Vec<Stream>) -> Result<(), Error> {
+    /// Goes on over other streams, which have been opened, with what is still owed of `ram`.
+    pub(crate) fn resume(&mut self, ram: &Arc<Ram>, streams: Vec<Stream>) -> Result<(), Error> {
         self.shared.shut();
         self.threads.join();
         self.shared.relink(copies(&streams)?);
         for (index, mut stream) in streams.into_iter().enumerate() {
-            let mut answers = Answers::new(&self.shared, &self.ram, index, self.count);
+            let mut answers = Answers::new(&self.shared, ram, index, self.count);
             let shared = Arc::clone(&self.shared);
             self.threads.start(move || {
                 let ended = match index {
@@ -135,6 +135,13 @@ impl Source {
     pub(crate) fn count(&self) -> usize {
         self.count
     }
+
+    /// Ends it, whatever it is at, and lets go of the machine's memory.
+    pub(crate) fn end(&mut self) {
+        self.shared.give(Event::Failed);
+        self.shared.shut();
+        self.threads.join();
+    }
 }
 
 /// Another of each.
@@ -145,9 +152,7 @@ pub(super) fn copies(streams: &[Stream]) -> Result<Vec<Stream>, Error> {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        self.shared.give(Event::Failed);
-        self.shared.shut();
-        self.threads.join();
+        self.end();
     }
 }
 

@@ -23,10 +23,9 @@ use crate::bell::Bell;
 use crate::console::Console;
 use crate::snapshot::{self, Contents};
 
-/// A target from its begin on. Dropped, its streams are shut and its threads waited for.
+/// A target from its begin on. Dropped, its streams are shut and its threads waited for. Only they have memory, as of a source.
 pub(crate) struct Target {
     pub(crate) shared: Arc<Shared>,
-    ram: Arc<Ram>,
     console: Arc<Console>,
     /// Streams of memory.
     count: usize,
@@ -57,7 +56,6 @@ impl Target {
         let gather = owed.map(|owed| Arc::new(Gather::new(&shared, owed, ram::bytes(ram), count)));
         let mut target = Target {
             shared,
-            ram: Arc::clone(ram),
             console: Arc::clone(console),
             count,
             gather,
@@ -73,7 +71,7 @@ impl Target {
         let (told, others) = channel();
         let mut others = Some(others);
         for (index, stream) in streams.into_iter().enumerate() {
-            let listener = target.listener(stream, index, handed, (others_count, &told));
+            let listener = target.listener(ram, (stream, index), handed, (others_count, &told));
             let disk = if index < count { None } else { disks.next() };
             let others = others.take();
             target.threads.start(move || listener.run(others, disk))?;
@@ -83,14 +81,14 @@ impl Target {
 
     fn listener(
         &self,
-        stream: Stream,
-        index: usize,
+        ram: &Arc<Ram>,
+        (stream, index): (Stream, usize),
         handed: Option<Handed>,
         (others_count, told): (usize, &Sender<()>),
     ) -> Listener {
         Listener {
             shared: Arc::clone(&self.shared),
-            ram: Arc::clone(&self.ram),
+            ram: Arc::clone(ram),
             console: Arc::clone(&self.console),
             gather: self.gather.clone(),
             stream,
@@ -103,14 +101,14 @@ impl Target {
         }
     }
 
-    /// Goes on over other streams with what is still owed.
-    pub(crate) fn resume(&mut self, streams: Vec<Stream>) -> Result<(), Error> {
+    /// Goes on over other streams with what is still owed of `ram`.
+    pub(crate) fn resume(&mut self, ram: &Arc<Ram>, streams: Vec<Stream>) -> Result<(), Error> {
         self.shared.shut();
         self.threads.join();
         self.shared.relink(copies(&streams)?);
         let (told, _) = channel();
         for (index, stream) in streams.into_iter().enumerate() {
-            let listener = self.listener(stream, index, None, (0, &told));
+            let listener = self.listener(ram, (stream, index), None, (0, &told));
             self.threads.start(move || listener.resume())?;
         }
         Ok(())
@@ -120,10 +118,9 @@ impl Target {
     pub(crate) fn count(&self) -> usize {
         self.count
     }
-}
 
-impl Drop for Target {
-    fn drop(&mut self) {
+    /// Ends it, whatever it is at, and lets go of the machine's memory.
+    pub(crate) fn end(&mut self) {
         self.shared.give(Event::Failed);
         self.shared.shut();
         self.threads.join();
@@ -131,6 +128,12 @@ impl Drop for Target {
             owed.end();
         }
         self.server.join();
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
