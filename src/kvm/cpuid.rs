@@ -88,6 +88,9 @@ const LEAVES: &[u32] = &[
     0x8000_0021,
 ];
 
+/// Those of them that answer by subleaf, which KVM marks so. It looks up the others by leaf alone.
+const WITH_SUBLEAVES: &[u32] = &[4, 7, 0xB, 0xD, 0x1F, 0x8000_001D];
+
 /// The whole machine's CPUID from what KVM offers; [`for_processor`] completes it for each vCPU.
 pub fn shape(
     offer: &[kvm_cpuid_entry2],
@@ -211,6 +214,9 @@ const FEATURE_REGISTERS: &[(u32, u32, Register)] = &[
     (7, 2, Register::Ecx),
     (7, 2, Register::Edx),
     (0xD, 1, Register::Eax),
+    // Supervisor states.
+    (0xD, 1, Register::Ecx),
+    (0xD, 1, Register::Edx),
     (KVM_FEATURES, 0, Register::Eax),
     // Hints, of which the only one promises that vCPUs are never preempted.
     (KVM_FEATURES, 0, Register::Edx),

@@ -1,8 +1,11 @@
+use kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+
 use super::*;
 
 fn entry(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
     let [eax, ebx, ecx, edx] = registers;
-    kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    let flags = if WITH_SUBLEAVES.contains(&function) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+    kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
 }
 
 /// A host that claims every bit of every leaf that is about features.
@@ -169,6 +172,45 @@ fn a_list_of_features_is_shown_exactly_and_on_a_richer_host_the_same() {
         let lacking = shape(&poor, &template, no_deadline).unwrap_err();
         assert_eq!(lacking.features, [lacks]);
         assert!(lacking.to_string().starts_with("KVM on this host cannot show a processor with these"));
+    }
+}
+
+/// KVM finds an entry by rules of its own: whatever it would find is what was looked at.
+#[test]
+fn nothing_hidden_is_shown_by_an_entry_that_is_found_in_another_way() {
+    let here = shape(&boastful(b"GenuineIntel"), &Template::Host, TWO).unwrap();
+    let own = save(&here);
+    assert!(admit(&own, &here).is_ok());
+    let all = [u32::MAX; 4];
+    let hostile: &[(u32, u32, bool, [u32; 4])] = &[
+        (1, 7, false, all),
+        (1, 7, true, all),
+        (0x8000_0001, 1, true, all),
+        (0x8000_0001, 1, false, all),
+        (7, 0, false, all),
+        (7, 3, true, all),
+        (7, 3, false, all),
+        (0xD, 1, false, all),
+        (0xD, 1, true, [0, 0, 1 << 8, 0]),
+        (0xD, 1, true, [0, 0, 0, 1]),
+        (0xD, 0, true, [0, 0, 0, 1]),
+    ];
+    for more in hostile {
+        // In place of what was there, where KVM finds it before that, and where it does not.
+        let others = own.iter().copied().filter(|(leaf, subleaf, ..)| (*leaf, *subleaf) != (more.0, more.1));
+        let placed: [Vec<Saved>; 3] = [
+            [*more].into_iter().chain(others).collect(),
+            [*more].into_iter().chain(own.iter().copied()).collect(),
+            own.iter().copied().chain([*more]).collect(),
+        ];
+        for saved in placed {
+            assert!(admit(&saved, &here).is_err(), "{more:x?}");
+        }
+    }
+    for twice in &own {
+        let saved: Vec<Saved> = own.iter().chain([twice]).copied().collect();
+        let refused = admit(&saved, &here).unwrap_err().to_string();
+        assert!(refused.contains("is not as KVM has it"), "{refused}");
     }
 }
 
