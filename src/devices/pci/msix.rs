@@ -167,7 +167,9 @@ impl Msix {
     /// The table and what is pending. Nothing may be raised meanwhile.
     pub fn save(&self) -> MsixState {
         let table = locked(&self.table);
-        let is_pending = |(_, state): &(u16, &Vector)| state.pending.load(Ordering::SeqCst);
+        // A raise that had found it enabled may have left one after it was not: disabled, nothing is pending.
+        let is_enabled = self.is_enabled();
+        let is_pending = |(_, state): &(u16, &Vector)| is_enabled && state.pending.load(Ordering::SeqCst);
         MsixState {
             entries: table.entries.iter().map(|entry| entry.bytes).collect(),
             pending: (0..).zip(&self.vectors).filter(is_pending).map(|(vector, _)| vector).collect(),

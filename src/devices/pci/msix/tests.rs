@@ -109,6 +109,18 @@ fn disabling_forgets_routes_and_pending_bits() {
     assert_eq!((sent.routes(), sent.raised()), (vec![(0, Some(MESSAGE))], vec![]));
 }
 
+/// The raise has found it enabled, and marks what it finds masked when it is not any more.
+#[test]
+fn a_raise_that_disabling_overtakes_is_not_saved() {
+    let (msix, _) = msix(2);
+    msix.control(CONTROL_ENABLE);
+    msix.control(0);
+    msix.vectors[1].pending.store(true, Ordering::SeqCst);
+    let state = msix.save();
+    assert!(state.pending.is_empty());
+    assert_eq!(self::msix(2).0.restore("disk 0", &state, 0), Ok(()));
+}
+
 #[test]
 fn the_table_reads_back_and_ignores_undefined_widths() {
     let (msix, _) = msix(2);
