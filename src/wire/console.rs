@@ -21,6 +21,9 @@ const DATA: u64 = 4096;
 /// No console writes so much; a count above is damage, and adding to it could overflow.
 const WRITTEN_MAX: u64 = 1 << 62;
 
+/// Where what is taken over from elsewhere may end at most: whatever is written behind it, the count stays sound.
+const ADOPTED_MAX: u64 = WRITTEN_MAX / 2;
+
 /// Most bytes that are put down before they are counted. So many of the oldest are never read, since they may be
 /// overwritten at that moment.
 const STEP: u64 = 1024;
@@ -107,7 +110,7 @@ impl Ring {
     /// on. Anything else is `InvalidInput`. The console's count goes on from there.
     pub fn adopt(&mut self, position: u64, data: &[u8]) -> io::Result<u64> {
         let end = position.saturating_add(data.len() as u64);
-        if (self.written != 0 && self.written != position) || end > WRITTEN_MAX {
+        if (self.written != 0 && self.written != position) || end > ADOPTED_MAX {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         self.written = position;

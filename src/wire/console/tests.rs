@@ -96,4 +96,9 @@ fn what_another_ring_held_goes_on_where_it_was() {
     assert!(to.adopt(6003, b"again").is_err() && to.adopt(7000, b"gap").is_err());
     let mut other = Ring::create(tempfile::tempfile().unwrap(), 4096).unwrap();
     assert!(other.adopt(u64::MAX - 2, b"far").is_err());
+    // Nor so far that what the guest writes next makes it a ring that nobody opens.
+    assert!(other.adopt(WRITTEN_MAX - 3, b"far").is_err());
+    assert_eq!(other.adopt(ADOPTED_MAX - 3, b"far").unwrap(), ADOPTED_MAX);
+    other.append(b"more").unwrap();
+    assert!(Ring::open(other.file).is_ok());
 }
