@@ -129,8 +129,9 @@ impl Crew {
     /// Exits and CPU time in nanoseconds by vCPU.
     pub(crate) fn counters(&self) -> impl Iterator<Item = (u64, u64)> {
         self.members.iter().map(|member| {
-            let ended = member.counters.ended_cpu_ns.load(Ordering::Relaxed);
             let live = self.gate.thread(member.index).and_then(|id| sys::thread::cpu_time_ns(id).ok());
+            // After it: a thread that has gone in between has left it before.
+            let ended = member.counters.ended_cpu_ns.load(Ordering::Relaxed);
             (member.counters.exits.load(Ordering::Relaxed), live.unwrap_or(ended))
         })
     }
