@@ -163,13 +163,22 @@ impl Vcpu {
     }
 
     fn write_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
-        let list = entries(values.iter().copied())?;
-        let count = self.fd.set_msrs(&list).map_err(failed("KVM_SET_MSRS"))?;
-        match values.get(count) {
-            None => Ok(()),
-            Some((index, value)) => {
-                Err(Error::State(format!("register {index:#x} cannot have the value {value:#x} here")))
+        let write = |values: &[(u32, u64)]| {
+            let list = entries(values.iter().copied())?;
+            self.fd.set_msrs(&list).map_err(failed("KVM_SET_MSRS"))
+        };
+        let mut rest = values;
+        loop {
+            let count = write(rest)?;
+            let Some((index, value)) = rest.get(count) else { return Ok(()) };
+            // Its guest was told that it does not have it. It could refuse to be moved otherwise.
+            let is_off = msrs::KEPT_THOUGH_REFUSED.contains(index) && write(&[(*index, 0)])? == 1;
+            if !is_off {
+                return Err(Error::State(format!(
+                    "register {index:#x} cannot have the value {value:#x} here"
+                )));
             }
+            rest = rest.get(count + 1..).unwrap_or_default();
         }
     }
 }

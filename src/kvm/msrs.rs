@@ -69,5 +69,9 @@ pub(crate) const KEPT: &[u32] = &[
     DEADLINE,
 ];
 
+/// Page faults and end of interrupt: where a guest asks for one of them in memory that it does not have, some kernels keep what it wrote
+/// and refuse it all the same.
+pub(crate) const KEPT_THOUGH_REFUSED: &[u32] = &[0x4B56_4D02, 0x4B56_4D04];
+
 /// IA32_TSC_DEADLINE.
 const DEADLINE: u32 = 0x6E0;

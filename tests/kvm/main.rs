@@ -17,6 +17,7 @@ mod migrate;
 mod owed;
 mod peers;
 mod probe_guest;
+mod registers;
 mod run;
 mod sandbox;
 mod saved;
