@@ -278,10 +278,10 @@ pub struct NicLimits {
     /// Packets to the server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_packets: Option<Rate>,
-    /// Bytes from the server.
+    /// Bytes from the server, as they are on a wire: headers of each segment of what the guest leaves to be segmented are among them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_bytes: Option<Rate>,
-    /// Packets from the server.
+    /// Packets from the server, as they are on a wire: each segment of what the guest leaves to be segmented is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_packets: Option<Rate>,
 }

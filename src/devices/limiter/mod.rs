@@ -98,9 +98,9 @@ impl Limiter {
         self.bandwidth.is_none() && self.operations.is_none()
     }
 
-    /// Asks for one operation of `bytes`. A clock that goes back is taken as one that stands still.
-    pub fn take(&mut self, bytes: u64, now_ns: u64) -> Take {
-        let mut asked = [(self.bandwidth.as_mut(), bytes), (self.operations.as_mut(), 1)];
+    /// Asks for so many operations of `bytes` in all. A clock that goes back is taken as one that stands still.
+    pub fn take(&mut self, operations: u64, bytes: u64, now_ns: u64) -> Take {
+        let mut asked = [(self.bandwidth.as_mut(), bytes), (self.operations.as_mut(), operations)];
         let mut retry_at_ns = None;
         for (level, cost) in &mut asked {
             let Some(level) = level else { continue };
@@ -247,12 +247,17 @@ impl Throttle {
 
     /// Whether one operation of `bytes` may go on. When not, the timer is armed.
     pub fn allows(&mut self, bytes: u64) -> bool {
+        self.allows_several(1, bytes)
+    }
+
+    /// The same of one that comes to so many, with `bytes` in all.
+    pub fn allows_several(&mut self, operations: u64, bytes: u64) -> bool {
         if self.limiter.is_unlimited() && self.slot.changes.load(Ordering::Acquire) == self.seen {
             return true;
         }
         let now_ns = self.now_ns();
         self.follow(now_ns);
-        let Take::RetryAt(at_ns) = self.limiter.take(bytes, now_ns) else { return true };
+        let Take::RetryAt(at_ns) = self.limiter.take(operations, bytes, now_ns) else { return true };
         let wait = Duration::from_nanos(at_ns.saturating_sub(now_ns).clamp(1, WAIT_NS_MAX));
         // Arming a timer fails only for a descriptor or time that is not valid; letting the request pass is then
         // better than a device that never wakes.

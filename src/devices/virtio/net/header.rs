@@ -9,6 +9,10 @@ use super::config::{bit, offloads};
 /// The shortest frame: two addresses and a type.
 pub(super) const FRAME_BYTES_MIN: u32 = 14;
 
+/// Headers that each segment has at least: Ethernet, IPv4 or IPv6, TCP.
+const TCP4_HEADERS_BYTES: u32 = 14 + 20 + 20;
+const TCP6_HEADERS_BYTES: u32 = 14 + 40 + 20;
+
 const NEEDS_CHECKSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 const CHECKSUM_VALID: u8 = VIRTIO_NET_HDR_F_DATA_VALID as u8;
 const WHOLE: u8 = VIRTIO_NET_HDR_GSO_NONE as u8;
@@ -84,6 +88,21 @@ pub(super) fn to_tap(
     // A hint that may be wrong (section 5.1.6.2.2), but not so wrong that the kernel refuses the packet.
     fields.header_bytes = fields.header_bytes.min(u16::try_from(frame_bytes).unwrap_or(u16::MAX));
     is_allowed.then(|| fields.write(0))
+}
+
+/// What a frame of `frame_bytes`, checked by [`to_tap`], is on a wire: how many frames, and how many bytes in all. The guest chooses how
+/// small the segments are, and whoever segments it works for each.
+pub(super) fn on_wire(header: [u8; VNET_HEADER_BYTES], frame_bytes: u32) -> (u64, u64) {
+    let fields = Fields::read(header);
+    let headers_bytes = match fields.segmentation {
+        TCP4 => TCP4_HEADERS_BYTES,
+        TCP6 => TCP6_HEADERS_BYTES,
+        _ => return (1, frame_bytes.into()),
+    };
+    let payload_bytes = frame_bytes.saturating_sub(headers_bytes);
+    let frames = payload_bytes.div_ceil(u32::from(fields.segment_bytes).max(1)).max(1);
+    let more_bytes = u64::from(frames.saturating_sub(1)).saturating_mul(headers_bytes.into());
+    (frames.into(), more_bytes.saturating_add(frame_bytes.into()))
 }
 
 /// Whether a packet for a guest may be longer than its MTU: one that the guest takes for several may.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use memory::packet::{SendError, Sender};
 use sys::tap::VNET_HEADER_BYTES;
 
-use super::header::{FRAME_BYTES_MIN, to_tap};
+use super::header::{FRAME_BYTES_MIN, on_wire, to_tap};
 use super::service::{Shared, count};
 use crate::limiter::Throttle;
 use crate::limits::{NET_BATCH, NET_FRAME_BYTES_MAX, NET_HANDED_BACK_AT_ONCE};
@@ -65,8 +65,9 @@ impl Transmitter {
                 return Ok(Progress::Idle);
             };
             let packet = self.check(&chain);
-            let frame_bytes = packet.as_ref().map_or(0, |packet| packet.frame_bytes);
-            if !self.throttle.allows(u64::from(frame_bytes)) {
+            let (frames, bytes) =
+                packet.as_ref().map_or((1, 0), |packet| on_wire(packet.header, packet.frame_bytes));
+            if !self.throttle.allows_several(frames, bytes) {
                 self.queue.give_back(chain);
                 count(&self.shared.stats.throttled);
                 return Ok(Progress::Idle);

@@ -1,5 +1,5 @@
 //! Headers, without a device.
-use super::super::header::{to_guest, to_tap};
+use super::super::header::{on_wire, to_guest, to_tap};
 
 use super::*;
 
@@ -87,5 +87,23 @@ fn what_a_guest_gets() {
         let words = [54, 1448, 34, 16, 0];
         let expected = expected.map(|bytes| header(bytes, [54, 1448, 34, 16, 3]));
         assert_eq!(to_guest(header(given, words), 3, features), expected, "{what}");
+    }
+}
+
+#[test]
+fn a_packet_costs_what_it_is_on_a_wire() {
+    let segmented = |kind, bytes| header([1, kind], [54, bytes, 34, 16, 0]);
+    let table = [
+        ("a frame", header([0, 0], [0; 5]), 1514, (1, 1514)),
+        ("a checksum", header([1, 0], [0, 0, 34, 16, 0]), 60, (1, 60)),
+        ("one segment", segmented(1, 1448), 54 + 1448, (1, 1502)),
+        ("a byte more", segmented(1, 1448), 54 + 1449, (2, 1503 + 54)),
+        ("IPv6", segmented(4, 1000), 74 + 2500, (3, 2574 + 2 * 74)),
+        ("segments of a byte", segmented(1, 1), 54 + 65_000, (65_000, 65_054 + 64_999 * 54)),
+        ("nothing but headers", segmented(1, 1448), 40, (1, 40)),
+        ("segments of no size, which do not come so far", segmented(1, 0), 154, (100, 154 + 99 * 54)),
+    ];
+    for (what, given, frame, expected) in table {
+        assert_eq!(on_wire(given, frame), expected, "{what}");
     }
 }
