@@ -251,6 +251,28 @@ fn end(operation: Operation, actions: Option<Vec<String>>) -> Failure {
     }
 }
 
+/// As [`accepted`], for what was sent with the request. It is all there, or the first request was answered with what was wrong: a
+/// repeated one is, too.
+pub(crate) async fn uploaded<T, F>(
+    api: &Api,
+    answer: Answer<Accepted<T>>,
+    wait: Option<Duration>,
+    fresh: impl FnOnce(T) -> F,
+) -> Result<Response, Failure>
+where
+    T: Resource,
+    F: Future<Output = Option<T>>,
+{
+    if answer.replayed
+        && let Ok(operation) = api.wait_for(answer.body.operation.id, None).await
+        && operation.state.is_final()
+        && operation.state != OperationState::Succeeded
+    {
+        return Err(end(operation, Some(Vec::new())));
+    }
+    accepted(api, answer, wait, StatusCode::CREATED, fresh).await
+}
+
 /// Runs a change to its end even if the caller hangs up in the middle, so that what is committed is also acted
 /// on. A panic in it is ours.
 pub(crate) async fn undisturbed<T: Send + 'static>(

@@ -112,7 +112,7 @@ async fn upload(api: Api, parameters: UploadParameters, request: Request) -> Res
         Ok(begun)
     })
     .await?;
-    answer::accepted(&api, begun, wait, StatusCode::CREATED, |image| fresh(&api, image)).await
+    answer::uploaded(&api, begun, wait, |image| fresh(&api, image)).await
 }
 
 /// Lists recipes that images can be imported from.

@@ -252,7 +252,7 @@ pub(crate) async fn import(
         Ok(begun)
     })
     .await?;
-    answer::accepted(&api, begun, wait, StatusCode::CREATED, |snapshot| fresh(&api, snapshot)).await
+    answer::uploaded(&api, begun, wait, |snapshot| fresh(&api, snapshot)).await
 }
 
 /// The snapshot as it is at the end of the work.

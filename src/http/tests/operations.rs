@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::served::{Sent, Served, within};
-use super::uploads::begin_with;
+use super::uploads::{begin_bare, begin_with};
 
 /// Waits until the upload of this image is an operation.
 async fn begun(served: &Served, name: &str) -> Operation {
@@ -65,11 +65,14 @@ async fn work_that_goes_on_is_cancelled_and_leaves_nothing() {
     // One that has ended cannot be cancelled, and who waits for it hears what became of it.
     let problem = served.call("DELETE", &path, Sent::nothing()).await.problem(Code::WrongState);
     assert_eq!((problem.operation_id, problem.allowed_actions), (Some(operation.id), Some(Vec::new())));
-    let mut repeated = begin_with(&served, "sent", head).await;
-    repeated.write_all(b"0\r\n\r\n").await.unwrap();
-    let problem = refused(repeated).await;
-    assert_eq!((problem.code, problem.operation_id), (Code::WrongState, Some(operation.id)));
-    assert_eq!(problem.allowed_actions, Some(Vec::new()));
+    // So does who sends it once more, waiting or not.
+    for mut repeated in [begin_with(&served, "sent", head).await, begin_bare(&served, "sent", head).await] {
+        // Nothing of it is read.
+        let _ = repeated.write_all(b"0\r\n\r\n").await;
+        let problem = refused(repeated).await;
+        assert_eq!((problem.code, problem.operation_id), (Code::WrongState, Some(operation.id)));
+        assert_eq!(problem.allowed_actions, Some(Vec::new()));
+    }
     served.stop().await;
 }
 

@@ -31,10 +31,15 @@ pub(super) async fn begin(served: &Served, name: &str) -> UnixStream {
 
 /// As [`begin`], with more lines of the head.
 pub(super) async fn begin_with(served: &Served, name: &str, more: &str) -> UnixStream {
+    begin_bare(served, name, &format!("prefer: wait=20\r\n{more}")).await
+}
+
+/// The same without waiting.
+pub(super) async fn begin_bare(served: &Served, name: &str, more: &str) -> UnixStream {
     let mut stream = UnixStream::connect(served.socket()).await.unwrap();
     let head = format!(
         "POST /v1/images?name={name} HTTP/1.1\r\nhost: toft\r\ncontent-type: application/x-tar\r\n\
-         prefer: wait=20\r\ntransfer-encoding: chunked\r\n{more}\r\n"
+         transfer-encoding: chunked\r\n{more}\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     stream
