@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use model::snapshot::GuestIdentity;
-use model::{Code, Time};
+use model::{Code, SnapshotId, Time};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -23,7 +23,7 @@ use super::registry::{Entry, Workshop};
 use super::{advance, effects, identity, limits, recover, restore, settle};
 use crate::call;
 use crate::error::Result;
-use crate::store::records;
+use crate::store::{Tx, records};
 
 /// A server's actor.
 pub(super) struct Actor {
@@ -32,6 +32,8 @@ pub(super) struct Actor {
     notices: mpsc::Receiver<Notice>,
     /// Seen from before the record is read, so that none is missed.
     snapshots: watch::Receiver<()>,
+    /// The snapshot that was being taken of it when its record was last seen, until what is left of it is tidied up.
+    taking: Option<SnapshotId>,
     /// When events that a guest causes at will may be recorded again.
     pace: Pace,
     /// Ends with the word of a clone's guest that it is a server of its own. A task, since it may hold what the actor waits for.
@@ -87,7 +89,8 @@ enum Woken {
 impl Actor {
     pub(super) fn new(workshop: Arc<Workshop>, entry: Arc<Entry>, notices: mpsc::Receiver<Notice>) -> Actor {
         let snapshots = workshop.snapshots.ends();
-        Actor { workshop, entry, notices, snapshots, pace: Pace::default(), word: JoinSet::new() }
+        let (taking, pace, word) = (None, Pace::default(), JoinSet::new());
+        Actor { workshop, entry, notices, snapshots, taking, pace, word }
     }
 
     /// Acts until the server is no more, or the records are closed. When they cannot be read or written for a while,
@@ -110,6 +113,7 @@ impl Actor {
         let mut busy: Option<Busy> = None;
         let mut pause = Pause::default();
         let Some(record) = self.record().await? else { return Ok(()) };
+        self.taking = self.taking.or(record.life.phase.snapshot());
         let mut known = match recover::look(&self.workshop, &self.entry, &record).await? {
             Some(event) => {
                 let answers = matches!(event, Event::Found(Found::Alive(_)));
@@ -128,6 +132,10 @@ impl Actor {
                 Some(record) => Some(record),
                 None => beside(&mut busy, self.record()).await?,
             };
+            let now = record.as_ref().and_then(|record| record.life.phase.snapshot());
+            if let Some(left) = self.left(now, busy.as_ref()) {
+                beside(&mut busy, self.workshop.snapshots.tidy(left)).await?;
+            }
             let Some(record) = record else { return Ok(()) };
             let life = &record.life;
             if let Some(busy) = &busy
@@ -190,10 +198,20 @@ impl Actor {
         }
     }
 
+    /// The snapshot that is taken no more, `now` being the one that is, and that no work under way tidies up at its end: an earlier
+    /// daemon may have worked on it, or nobody.
+    fn left(&mut self, now: Option<SnapshotId>, busy: Option<&Busy>) -> Option<SnapshotId> {
+        let left = std::mem::replace(&mut self.taking, now).filter(|left| now != Some(*left));
+        left.filter(|left| busy.is_none_or(|busy| busy.work != Work::Snapshot { id: *left }))
+    }
+
     /// Removes what work leaves that nobody wanted any more when it ended.
-    async fn tidy(&self, ended: Work) -> Result<()> {
+    async fn tidy(&mut self, ended: Work) -> Result<()> {
         match ended {
-            Work::Snapshot { id } => self.workshop.snapshots.tidy(id).await,
+            Work::Snapshot { id } => {
+                self.taking.take_if(|taking| *taking == id);
+                self.workshop.snapshots.tidy(id).await
+            }
             Work::Boot { .. } | Work::Resume | Work::Purge => {
                 self.workshop.snapshots.let_go();
                 Ok(())
@@ -268,15 +286,17 @@ impl Actor {
     }
 
     /// Answers the record as it was saved, or nothing when the server is no more.
-    async fn save(&self, run: u64, event: Event) -> Result<Option<ServerRecord>> {
+    async fn save(&mut self, run: u64, event: Event) -> Result<Option<ServerRecord>> {
         let (id, capacity, dirs) = (self.entry.id, self.workshop.capacity, self.workshop.core.dirs.clone());
         tracing::debug!(server = %id, run, "{event:?}");
-        let saved = self
-            .workshop
-            .core
-            .store
-            .write(move |tx| advance::event(tx, capacity, id, run, event, &dirs))
-            .await?;
+        let save = move |tx: &Tx<'_>| {
+            let before = records::find::<ServerRecord>(tx, id.0)?;
+            let taking = before.and_then(|before| before.life.phase.snapshot());
+            Ok((taking, advance::event(tx, capacity, id, run, event, &dirs)?))
+        };
+        let (taking, saved) = self.workshop.core.store.write(save).await?;
+        // One that was asked for since the record was read ends unseen otherwise.
+        self.taking = taking.or(self.taking);
         if saved.is_none() {
             self.workshop.networks.wake();
         }

@@ -275,7 +275,7 @@ impl Servers {
         };
         let answer = self.workshop().core.mutate(call, change).await?;
         if !answer.replayed {
-            self.registry.poke(id);
+            self.wake(id);
         }
         Ok(answer)
     }
@@ -438,6 +438,8 @@ impl Servers {
     /// After that transaction.
     pub(crate) fn wake(&self, id: ServerId) {
         self.registry.poke(id);
+        // It may have been given up before its actor knew of it.
+        self.workshop().snapshots.may_have_ended();
     }
 
     /// After the transaction in which a server came from another host.

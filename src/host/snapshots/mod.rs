@@ -264,6 +264,11 @@ impl Snapshots {
         self.ends.subscribe()
     }
 
+    /// For `servers`: has those that wait for one look whether it is taken still.
+    pub(crate) fn may_have_ended(&self) {
+        self.ends.send_replace(());
+    }
+
     /// For `servers`: it is taken no more; what is not complete is forgotten.
     pub(crate) fn settle(tx: &Tx<'_>, id: SnapshotId) -> Result<()> {
         record::settle(tx, id)
@@ -273,7 +278,7 @@ impl Snapshots {
     pub(crate) async fn tidy(&self, id: SnapshotId) -> Result<()> {
         // One that is complete may have an expiry, which nobody has waited for yet.
         self.expiry.changed.notify_one();
-        self.ends.send_replace(());
+        self.may_have_ended();
         let find = move |connection: &Connection| records::find::<SnapshotRecord>(connection, id.0);
         match self.core.store.read(find).await? {
             Some(_) => Ok(()),

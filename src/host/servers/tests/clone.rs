@@ -9,7 +9,7 @@ use model::{Code, Labels, OperationId, SnapshotId};
 use wire::control::MachineState;
 use wire::saved::{Digest, MemoryUse};
 
-use super::snapshot::{named, taken, volume};
+use super::snapshot::{DieAt, named, taken, volume};
 use super::{delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::{FakeVmm, Guest};
 use crate::servers::lifecycle::{
@@ -199,11 +199,13 @@ async fn cloned_server(host: &Host, id: model::ServerId, spec: CreateClones) -> 
 
 async fn no_snapshot_left(stage: &Stage, host: &Host) {
     let end = tokio::time::Instant::now() + SOON;
-    while !host.snapshots().list(Default::default()).await.unwrap().items.is_empty() {
+    let directory = stage.state_dir().join("snapshots");
+    while !host.snapshots().list(Default::default()).await.unwrap().items.is_empty()
+        || std::fs::read_dir(&directory).unwrap().count() > 0
+    {
         assert!(tokio::time::Instant::now() < end, "the snapshot stays");
         tokio::task::yield_now().await;
     }
-    assert_eq!(std::fs::read_dir(stage.state_dir().join("snapshots")).unwrap().count(), 0);
 }
 
 #[tokio::test]
@@ -258,6 +260,82 @@ async fn clones_of_a_server_whose_memory_cannot_be_saved_come_to_nothing() {
     assert_eq!(left.iter().map(|server| server.id).collect::<Vec<_>>(), [first.id, second.id]);
     let states: Vec<_> = left.iter().map(|server| (server.state, &server.state_reason)).collect();
     assert!(left.iter().all(|server| server.state == ServerState::Running), "{states:?}");
+    no_snapshot_left(&stage, &host).await;
+    host.close().await;
+}
+
+/// A daemon that died as it copied a server that is being cloned; its VMM lives. The clone and the operation that takes the snapshot.
+async fn died_as_it_was_cloned(stage: &Stage) -> (model::ServerId, BulkActions) {
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    host.close().await;
+    drop(host);
+    let host = stage.open_watched(Arc::new(DieAt("server.snapshot_copied"))).await.unwrap();
+    let made = cloned_server(&host, first.id, of("twin", 2)).await.unwrap();
+    while !host.is_dead() {
+        tokio::task::yield_now().await;
+    }
+    host.close().await;
+    assert_eq!(std::fs::read_dir(stage.state_dir().join("snapshots")).unwrap().count(), 1);
+    (first.id, made)
+}
+
+async fn come_to_nothing(host: &Host, made: &BulkActions) {
+    for item in &made.items {
+        let operation = ended(host, item.operation.as_ref().unwrap().id).await;
+        assert!(operation.error.unwrap().detail.contains("no snapshot could be taken of server web1"));
+    }
+}
+
+async fn snapshot_of(host: &Host, id: model::ServerId) -> model::OperationId {
+    host.servers().one(id).await.unwrap().operation_id.expect("a snapshot is being taken")
+}
+
+/// Asks for a cancellation as the server's VMM leaves a greeting without an answer, and then ends the VMM.
+async fn cancelled_unseen(stage: &Stage, host: &Host, operation: model::OperationId) {
+    let vmm = stage.launch.only();
+    while vmm.unanswered() == 0 {
+        tokio::task::yield_now().await;
+    }
+    host.operations().cancel(&Call::by_host(), operation).await.unwrap();
+    vmm.kill();
+}
+
+#[tokio::test]
+async fn a_machine_that_ended_as_no_daemon_copied_it_leaves_no_snapshot_and_no_clones() {
+    let stage = Stage::new();
+    let (_, made) = died_as_it_was_cloned(&stage).await;
+    stage.launch.power_cycle().await;
+    let host = stage.open().await;
+    come_to_nothing(&host, &made).await;
+    no_snapshot_left(&stage, &host).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_given_up_before_its_server_is_found_again_leaves_nothing() {
+    let stage = Stage::new();
+    let (id, made) = died_as_it_was_cloned(&stage).await;
+    stage.launch.only().fall_silent();
+    let host = stage.open().await;
+    cancelled_unseen(&stage, &host, snapshot_of(&host, id).await).await;
+    come_to_nothing(&host, &made).await;
+    no_snapshot_left(&stage, &host).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn clones_do_not_wait_for_a_snapshot_that_is_given_up_unseen() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    host.close().await;
+    drop(host);
+    stage.launch.only().fall_silent();
+    let host = stage.open().await;
+    let made = cloned_server(&host, first.id, of("twin", 2)).await.unwrap();
+    cancelled_unseen(&stage, &host, snapshot_of(&host, first.id).await).await;
+    come_to_nothing(&host, &made).await;
     no_snapshot_left(&stage, &host).await;
     host.close().await;
 }
