@@ -69,7 +69,7 @@ impl Doing {
             Work::Boot { saved } => self.final_or(self.boot(saved).await, Event::StartFailed),
             Work::Save => self.save().await,
             Work::Snapshot { id } => self.snapshot(id).await,
-            Work::CopyBack { to } => self.copy_back(to).await,
+            Work::CopyBack { to, job } => self.copy_back(to, job).await,
             Work::TakeBack { to } => self.take_back(to).await,
             Work::Pause => self.pause().await,
             Work::Resume => self.resume().await,

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use model::operation::Accepted;
 use model::server::Server;
 use model::snapshot::{RestoreServer, Snapshot};
-use model::{Code, ServerId, SnapshotId};
+use model::{Code, OperationId, ServerId, SnapshotId};
 
 use super::effects::Doing;
 use super::lifecycle::{Ask, Event, Return, Saved, SavedOf, Trouble};
@@ -134,16 +134,16 @@ fn size(has: u64, had: u64, memory: bool) -> u64 {
 
 impl Doing {
     /// Copies a snapshot beside what the server has, from the beginning. What fails leaves nothing.
-    pub(super) async fn copy_back(&self, to: Return) -> Result<Event> {
+    pub(super) async fn copy_back(&self, to: Return, job: OperationId) -> Result<Event> {
         match self.try_copy_back(to).await {
-            Ok(()) => Ok(Event::CopiedBack(to.snapshot)),
+            Ok(()) => Ok(Event::CopiedBack(job)),
             Err(cause) if self.workshop.core.store.is_dead() => Err(cause),
             Err(cause) => {
                 if !self.stop.load(Ordering::SeqCst) {
                     tracing::warn!(server = %self.record.id, "it does not go back: {}", cause.chain());
                 }
                 forget_copies(&self.workshop, &self.record).await?;
-                Ok(Event::CopyBackFailed(to.snapshot, Trouble::from(&cause)))
+                Ok(Event::CopyBackFailed(job, Trouble::from(&cause)))
             }
         }
     }

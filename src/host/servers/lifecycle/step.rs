@@ -71,10 +71,10 @@ pub enum Event {
     SnapshotTaken(SnapshotId, Taken),
     /// There is nothing of the snapshot; the machine may be parked.
     SnapshotFailed(SnapshotId, Trouble),
-    /// A snapshot lies beside what the server has.
-    CopiedBack(SnapshotId),
+    /// A snapshot lies beside what the server has, for this operation.
+    CopiedBack(OperationId),
     /// Nothing of it does.
-    CopyBackFailed(SnapshotId, Trouble),
+    CopyBackFailed(OperationId, Trouble),
     /// The snapshot is in the place of what the server had, with its memory where it has one.
     TakenBack(SnapshotId, Option<Saved>),
     /// The machine was reset so often before.
@@ -222,10 +222,10 @@ impl Stepping {
                 self.end_job(Verdict::Failed(trouble));
                 self.life.give_up_snapshotting(vmm, back);
             }
-            (Phase::Restoring { vmm, to, back }, Event::CopiedBack(id)) if id == to.snapshot => {
+            (Phase::Restoring { vmm, to, back }, Event::CopiedBack(id)) if self.is_for(id) => {
                 self.copied_back(vmm, to, &back);
             }
-            (Phase::Restoring { vmm, to, back }, Event::CopyBackFailed(id, trouble)) if id == to.snapshot => {
+            (Phase::Restoring { vmm, back, .. }, Event::CopyBackFailed(id, trouble)) if self.is_for(id) => {
                 self.end_job(Verdict::Failed(trouble));
                 self.life.give_up_restoring(vmm, back);
             }

@@ -325,6 +325,29 @@ fn a_save_that_comes_to_nothing_leaves_the_machine_as_it_was() {
 }
 
 #[test]
+fn what_comes_of_a_restore_that_was_given_up_is_nothing_to_the_next_one() {
+    let context = Context { now_ms: 0, policy: RestartPolicy::Never };
+    let to = Return { snapshot: SnapshotId::new(), memory: true };
+    let trouble = Trouble { code: Code::Draining, detail: "it was stopped, as was asked".to_owned() };
+    let restoring = |life: &Life| {
+        let job = OperationId::new();
+        let Ok(Asked::Began(next)) = life.ask(Ask::Restore { to }, job, context) else { panic!("{life:?}") };
+        (job, next.life)
+    };
+    for phase in [Phase::Running { vmm: vmm() }, Phase::Stopped { why: None }] {
+        let (first, given_up) = restoring(&life(phase));
+        let (second, again) = restoring(&given_up.cancel(first).unwrap().life);
+        assert_ne!(again.work(), given_up.work(), "who works for the first one is to stop");
+        for stale in [Event::CopyBackFailed(first, trouble.clone()), Event::CopiedBack(first)] {
+            assert_eq!(step(&again, stale, context).life, again);
+        }
+        let failed = step(&again, Event::CopyBackFailed(second, trouble.clone()), context);
+        assert_eq!(failed.ended, vec![(second, Verdict::Failed(trouble.clone()))]);
+        assert_ne!(step(&again, Event::CopiedBack(second), context).life, again);
+    }
+}
+
+#[test]
 fn a_memory_is_thrown_away_by_force_only() {
     let context = Context { now_ms: 0, policy: RestartPolicy::Never };
     let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1, of: SavedOf::Hibernation });

@@ -31,6 +31,8 @@ pub enum Work {
     CopyBack {
         /// Which.
         to: Return,
+        /// For which operation.
+        job: OperationId,
     },
     /// Put what was copied in the place of what it has.
     TakeBack {
@@ -85,7 +87,7 @@ impl Life {
             Phase::Resuming { .. } => Some(Work::Resume),
             Phase::Hibernating { .. } => Some(Work::Save),
             Phase::Snapshotting { snapshot, .. } => Some(Work::Snapshot { id: *snapshot }),
-            Phase::Restoring { to, .. } => Some(Work::CopyBack { to: *to }),
+            Phase::Restoring { to, .. } => self.job.map(|job| Work::CopyBack { to: *to, job: job.id }),
             Phase::Returning { to, .. } => Some(Work::TakeBack { to: *to }),
             Phase::Settling { .. } => self.job.map(|job| Work::Settle { job: job.id }),
             Phase::Upgrading { next: None, .. } => Some(Work::SpawnNext),

@@ -180,9 +180,9 @@ impl World {
                 self.machine = None;
                 Event::Ended(self.end())
             }
-            Work::CopyBack { to } => {
+            Work::CopyBack { to, job } => {
                 self.copied = Some(to.snapshot);
-                Event::CopiedBack(to.snapshot)
+                Event::CopiedBack(job)
             }
             Work::TakeBack { to } => {
                 assert!(self.machine.is_none(), "disks were taken from under a machine");
