@@ -66,6 +66,8 @@ pub enum Guest {
     CannotArrive,
     /// Its memory cannot be saved.
     CannotSave,
+    /// The saving of its memory comes to no end.
+    SavesForEver,
     /// The VMM keeps what it has saved open.
     KeepsSaved,
     /// The VMM was started by a version that saves all of memory, whatever was saved before.
@@ -167,6 +169,8 @@ struct Inside {
     resets: u64,
     presses: u32,
     save: Option<SaveStatus>,
+    /// How often it was asked how a save goes.
+    save_looks: u32,
     kept: Vec<File>,
     restored: Option<MemoryUse>,
     memory: Memory,
@@ -337,6 +341,7 @@ impl FakeLaunch {
             ring: None,
             is_unbegun: false,
             armed: None,
+            saves_still: false,
         };
         std::thread::spawn(move || running.run());
         Ok(vmm)
@@ -486,6 +491,16 @@ impl FakeVmm {
     /// What `ps` would show.
     pub fn shown_as(&self) -> String {
         lock(&self.inside).shown_as.clone().unwrap_or_else(|| self.label.clone())
+    }
+
+    /// It closes every connection.
+    pub fn hang_up(&self) {
+        self.order(Order::HangUp);
+    }
+
+    /// How often it was asked how a save goes.
+    pub fn save_looks(&self) -> u32 {
+        lock(&self.inside).save_looks
     }
 
     /// From here on it does nothing that it is told, and answers nobody. It closes every connection.
@@ -639,6 +654,8 @@ struct Running {
     is_unbegun: bool,
     /// Files of a save that waits for its moment.
     armed: Option<SaveFiles>,
+    /// Whether a save is under way that needs it to stand still.
+    saves_still: bool,
 }
 
 struct Connection {
@@ -800,6 +817,10 @@ impl Running {
                 }
                 turned
             }
+            Command::Resume if self.saves_still => {
+                let detail = "memory is being saved".to_owned();
+                Err(Fault { code: FaultCode::WrongState, detail })
+            }
             Command::Resume => self.turn_to(MachineState::Running),
             Command::PressPowerButton => {
                 lock(&self.vmm.inside).presses += 1;
@@ -840,10 +861,13 @@ impl Running {
             }
             Command::SetBalloon { .. } => Ok(Reply::Done),
             Command::SaveStatus => {
-                Ok(Reply::Save(lock(&self.vmm.inside).save.clone().unwrap_or(SaveStatus::None)))
+                let mut inside = lock(&self.vmm.inside);
+                inside.save_looks += 1;
+                Ok(Reply::Save(inside.save.clone().unwrap_or(SaveStatus::None)))
             }
             Command::CancelSave => {
-                self.armed = None;
+                (self.armed, self.saves_still) = (None, false);
+                lock(&self.vmm.inside).save.take_if(|save| matches!(save, SaveStatus::Copying { .. }));
                 Ok(Reply::Done)
             }
             Command::Save(spec) => self.save(&spec, descriptors),
@@ -1033,12 +1057,19 @@ impl Running {
                 lock(&self.vmm.inside).save = Some(SaveStatus::Armed);
                 self.armed = Some(files);
             }
-            None => self.write_save(files),
+            None => {
+                self.saves_still = self.guest == Guest::SavesForEver;
+                self.write_save(files);
+            }
         }
         Ok(Reply::Done)
     }
 
     fn write_save(&self, mut files: SaveFiles) {
+        if self.guest == Guest::SavesForEver {
+            lock(&self.vmm.inside).save = Some(SaveStatus::Copying { done_bytes: 1, total_bytes: 2 });
+            return;
+        }
         if self.guest == Guest::KeepsSaved {
             let twins = [&files.state, &files.memory].map(|file| file.try_clone().expect("a descriptor"));
             lock(&self.vmm.inside).kept.extend(twins);

@@ -5,7 +5,7 @@ use model::server::{BulkAction, BulkActions, ServerAction};
 use model::{Code, limits as bounds};
 
 use super::record::ServerRecord;
-use super::{Servers, advance, asked, create};
+use super::{Servers, ask_one, asked};
 use crate::call::{Answer, Call};
 use crate::error::{Error, Result};
 use crate::store::{Tx, records, selector};
@@ -26,10 +26,7 @@ impl Servers {
             let mut items = Vec::new();
             for record in matched(tx, label_selector)? {
                 let (server_id, name) = (record.id, record.name.clone());
-                let before_start = |record: &ServerRecord| create::before_start(&workshop, record);
-                let outcome = tx.attempt(|| {
-                    advance::ask(tx, workshop.capacity, record, ask, &caller.actor, before_start)
-                })?;
+                let outcome = tx.attempt(|| ask_one(tx, &workshop, record, ask, &caller.actor))?;
                 let (operation, problem) = match outcome {
                     Ok((operation, _)) => (Some(operation), None),
                     Err(cause) => {

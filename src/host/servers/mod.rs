@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use model::console::{ConsoleReader, ConsoleReaders, ConsoleToken, CreateConsoleToken};
-use model::operation::Accepted;
+use model::operation::{Accepted, Operation};
 use model::page::{ListQuery, Page};
 use model::server::{
     CreateServer, DeleteServer, PatchServer, Server, ServerAction, ServerIsolation, ServerPlan, StopServer,
@@ -55,7 +55,7 @@ mod view;
 pub(crate) use clone::users_of_snapshot;
 use console::Issued;
 pub use console::{ConsolePiece, ConsoleStream, Keyboard};
-use lifecycle::Ask;
+use lifecycle::{Ask, Phase};
 pub(crate) use machine::make_directory;
 pub use readers::Kicked;
 use record::ServerRecord;
@@ -254,8 +254,7 @@ impl Servers {
 
     async fn ask(&self, call: &Call, id: ServerId, ask: Ask) -> Result<Answer<Accepted<Server>>> {
         let accept = move |tx: &Tx<'_>, workshop: &Workshop, record, actor: &Actor| {
-            let before_start = |record: &ServerRecord| create::before_start(workshop, record);
-            let (operation, record) = advance::ask(tx, workshop.capacity, record, ask, actor, before_start)?;
+            let (operation, record) = ask_one(tx, workshop, record, ask, actor)?;
             Ok(Accepted { operation, resource: Some(view::server(tx, &record)?) })
         };
         self.change(call, id, accept).await
@@ -466,6 +465,23 @@ impl Servers {
     fn ring(&self, id: ServerId) -> PathBuf {
         self.workshop().core.dirs.server(id).join("console.ring")
     }
+}
+
+/// Accepts one ask, if the host can do what it takes.
+fn ask_one(
+    tx: &Tx<'_>,
+    workshop: &Workshop,
+    record: ServerRecord,
+    ask: Ask,
+    actor: &Actor,
+) -> Result<(Operation, ServerRecord)> {
+    let before_start = |record: &ServerRecord| create::before_start(workshop, record);
+    let is_saved = matches!(record.life.phase, Phase::Hibernating { .. });
+    let asked = advance::ask(tx, workshop.capacity, record, ask, actor, before_start)?;
+    if !is_saved && matches!(asked.1.life.phase, Phase::Hibernating { .. }) {
+        saved::check_room(workshop, &asked.1)?;
+    }
+    Ok(asked)
 }
 
 /// For `volumes`: fails while the server moves to another host, or comes from one.

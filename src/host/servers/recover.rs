@@ -1,10 +1,10 @@
 //! What a starting daemon does for one server: finds its VMM again, or finds out how it ended.
-//! It changes nothing but what the daemon holds in memory; the lifecycle decides what follows.
+//! It changes nothing but what the daemon holds in memory, and gives up a save that nobody wants; the lifecycle decides what follows.
 use super::effects;
 use super::lifecycle::{End, Event, Found};
-use super::limits;
 use super::record::ServerRecord;
 use super::registry::{Entry, Workshop};
+use super::{limits, saved};
 use crate::error::Result;
 use crate::store::records;
 use crate::vmms::link::AskError;
@@ -33,6 +33,7 @@ pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerReco
             {
                 tracing::warn!(server = %record.id, "its limits are not in force: {cause}");
             }
+            saved::give_up_unwanted(workshop, entry, record).await;
             Found::Alive(hello.state)
         }
         Ok((_, None)) | Err(AskError::Gone | AskError::Timeout(_)) => Found::Mute,

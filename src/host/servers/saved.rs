@@ -5,8 +5,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use model::{Code, SnapshotId};
+use model::{Code, ServerId, SnapshotId};
 use sys::beneath::Access;
 use wire::control::{Command, Reply};
 use wire::saved::{
@@ -15,15 +16,18 @@ use wire::saved::{
 };
 
 use super::effects::Doing;
-use super::lifecycle::{Event, JobKind, Saved, SavedOf, Trouble};
+use super::lifecycle::{Event, JobKind, Phase, Saved, SavedOf, Trouble};
 use super::limits;
 use super::machine::{self, Description};
+use super::record::ServerRecord;
+use super::registry::{Entry, Workshop};
 use crate::core::{blocking, in_place};
 use crate::error::{Error, Result};
 use crate::snapshots::{self, SnapshotRecord, chain};
 use crate::store::records;
 use crate::vmms::Link;
 use crate::vmms::link::Asked;
+use crate::volumes::space;
 
 pub(crate) const STATE: &str = "saved.state";
 pub(crate) const MEMORY: &str = "saved.memory";
@@ -32,16 +36,38 @@ pub(crate) const MEMORY: &str = "saved.memory";
 const LOST: &str = "; if its memory cannot be had again, a stop with no grace (`grace_s` 0) throws it away, and the next \
                     start begins from its disk";
 
+/// Fails with `disk_full` when all of a machine's memory would not fit. How much of it was ever written is not known before it is
+/// saved, and what is written until the disk is full is taken from other guests' disks.
+pub(super) fn check_room(workshop: &Workshop, record: &ServerRecord) -> Result<()> {
+    space::check(&workshop.core.dirs.server(record.id), record.held.memory_bytes, 0)
+}
+
 impl Doing {
-    /// Parks the machine and saves it. What fails is undone by whoever hears of it: the machine is there still.
+    /// Parks the machine and saves it. What fails leaves no files and no save under way; the machine is there still, parked.
     pub(super) async fn save(&self) -> Result<Event> {
         match self.try_save().await {
             Ok(saved) => Ok(Event::Saved(saved)),
-            Err(cause) if cause.code == Code::Draining => Err(cause),
+            // The next daemon begins anew.
+            Err(cause) if cause.code == Code::Draining || self.workshop.core.store.is_dead() => Err(cause),
             Err(cause) => {
-                tracing::warn!(server = %self.record.id, "it cannot be saved: {}", cause.chain());
+                if !self.stop.load(Ordering::SeqCst) {
+                    tracing::warn!(server = %self.record.id, "it cannot be saved: {}", cause.chain());
+                }
+                self.give_up_save(limits::PAUSE).await;
+                discard_or_warn(&self.workshop, self.record.id).await;
+                self.workshop.core.checkpoint("server.save_undone")?;
                 Ok(Event::SaveFailed(Trouble::from(&cause)))
             }
+        }
+    }
+
+    /// No memory is to be protected, and no machine to stand still, for a save that nobody wants. A VMM that cannot be told so has
+    /// ended or is about to.
+    pub(super) async fn give_up_save(&self, patience: Duration) {
+        if self.entry.machine().is_some()
+            && let Ok(link) = self.entry.link(limits::COMMAND).await
+        {
+            let _ = link.order(Command::CancelSave, patience).await;
         }
     }
 
@@ -73,7 +99,6 @@ impl Doing {
         loop {
             tokio::time::sleep(limits::SAVE_LOOK).await;
             if self.stop.load(Ordering::SeqCst) {
-                link.order(Command::CancelSave, limits::COMMAND).await?;
                 return Err(Error::new(Code::WrongState, "the save was given up"));
             }
             match link.ask(Command::SaveStatus, &[], limits::COMMAND).await? {
@@ -188,6 +213,32 @@ impl Doing {
         };
         let failed = move |cause| Error::file(format!("the memory of snapshot {id} cannot be opened"), cause);
         in_place(move || open().map_err(failed)).await.map(Some)
+    }
+}
+
+/// Has a machine that was found again give up a save that a daemon began, and that somebody has cancelled since: it could not
+/// run on meanwhile, and what is written would stay as long as it is paused. Who saves it or takes a snapshot does so anyway.
+pub(super) async fn give_up_unwanted(workshop: &Workshop, entry: &Entry, record: &ServerRecord) {
+    let may_have_been_saved =
+        matches!(record.life.phase, Phase::Pausing { .. } | Phase::Resuming { .. } | Phase::Stopping { .. });
+    if !may_have_been_saved {
+        return;
+    }
+    if let Ok(link) = entry.link(limits::COMMAND).await {
+        // One that has no machine saves none.
+        let _ = link.order(Command::CancelSave, limits::PAUSE).await;
+    }
+    // What lets it run removes them, too.
+    if matches!(record.life.phase, Phase::Pausing { .. }) {
+        discard_or_warn(workshop, record.id).await;
+    }
+}
+
+/// Files that cannot be removed are in nobody's way: a machine that stands still for them would be worse.
+async fn discard_or_warn(workshop: &Workshop, id: ServerId) {
+    let directory = workshop.core.dirs.server(id);
+    if let Err(cause) = blocking(move || discard(&directory)).await {
+        tracing::warn!(server = %id, "what was saved of it stays: {}", cause.chain());
     }
 }
 

@@ -185,20 +185,11 @@ impl Doing {
                 if !self.is_stopped() {
                     tracing::warn!(server = %self.record.id, "no snapshot of it: {}", cause.chain());
                 }
-                self.give_up().await;
+                self.give_up_save(limits::COMMAND).await;
                 self.workshop.snapshots.remove(id).await?;
                 self.workshop.core.checkpoint("server.snapshot_removed")?;
                 Ok(Event::SnapshotFailed(id, Trouble::from(&cause)))
             }
-        }
-    }
-
-    /// Memory is not to be protected for a save that nobody wants. A VMM that cannot be told so has ended or is about to.
-    async fn give_up(&self) {
-        if self.entry.machine().is_some()
-            && let Ok(link) = self.entry.link(limits::COMMAND).await
-        {
-            let _ = link.order(Command::CancelSave, limits::COMMAND).await;
         }
     }
 

@@ -1,12 +1,13 @@
 //! Hibernation on fakes, through the facade.
 use model::Code;
-use model::server::{PatchServer, ServerAction, ServerState, Wanted};
+use model::operation::OperationState;
+use model::server::{CreateServer, PatchServer, ServerAction, ServerState, Wanted};
 use wire::control::MachineState;
 
 use super::{START, stop};
 use crate::Call;
-use crate::fake_vmm::Guest;
-use crate::stage::{Stage, created, ended, server, succeeded, until};
+use crate::fake_vmm::{FakeVmm, Guest};
+use crate::stage::{SOON, Stage, created, ended, server, succeeded, until};
 
 #[tokio::test]
 async fn a_hibernated_server_goes_on_where_it_was_and_its_memory_is_used_once() {
@@ -112,5 +113,72 @@ async fn a_memory_that_cannot_be_saved_or_read_costs_nothing() {
     let started = act(START).await.unwrap();
     succeeded(&host, started.body.operation.id).await;
     assert!(stage.launch.only().is_restored());
+    host.close().await;
+}
+
+async fn saving(vmm: &FakeVmm) {
+    let is_saving = async {
+        while vmm.save_looks() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, is_saving).await.expect("its memory is being saved");
+}
+
+/// What comes of a save that never ends, as the connection breaks or as somebody cancels it, or cancels it and the daemon ends.
+#[tokio::test]
+async fn a_save_that_breaks_off_leaves_the_machine_as_it_was_and_no_files() {
+    for is_paused in [false, true] {
+        for breaks in ["connection", "cancel", "cancel and daemon"] {
+            let stage = Stage::new();
+            let mut host = stage.open_with_image().await;
+            stage.launch.set_guest(Guest::SavesForEver);
+            let id = created(&host, server("web1")).await.id;
+            if is_paused {
+                let paused = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap();
+                succeeded(&host, paused.body.operation.id).await;
+            }
+            let vmm = stage.launch.only();
+            let asked = host.servers().act(&Call::by_host(), id, ServerAction::Hibernate).await.unwrap();
+            let operation = asked.body.operation.id;
+            saving(&vmm).await;
+            let directory = stage.state_dir().join("servers").join(id.to_string());
+            assert!(directory.join("saved.memory.new").exists());
+            match breaks {
+                "connection" => vmm.hang_up(),
+                _ => drop(host.operations().cancel(&Call::by_host(), operation).await.unwrap()),
+            }
+            if breaks == "cancel and daemon" {
+                host.close().await;
+                drop(host);
+                host = stage.open().await;
+            }
+            assert_ne!(ended(&host, operation).await.state, OperationState::Succeeded);
+            let (state, does) = match is_paused {
+                true => (ServerState::Paused, MachineState::Paused),
+                false => (ServerState::Running, MachineState::Running),
+            };
+            until(&host, id, |server| server.state == state).await;
+            assert_eq!(vmm.state(), does, "{breaks}");
+            for name in ["saved.state", "saved.memory", "saved.state.new", "saved.memory.new"] {
+                assert!(!directory.join(name).exists(), "{name} after a broken {breaks}");
+            }
+            host.close().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_memory_that_does_not_fit_is_not_begun_to_be_saved() {
+    let mut stage = Stage::new();
+    stage.memory_bytes = 1 << 50;
+    let host = stage.open_with_image().await;
+    let large = CreateServer { memory_bytes: Some(model::limits::MEMORY_BYTES_MAX), ..server("web1") };
+    let id = created(&host, large).await.id;
+    let hibernate = ServerAction::Hibernate;
+    let refused = host.servers().act(&Call::by_host(), id, hibernate).await.unwrap_err();
+    assert_eq!((refused.code, refused.code.status()), (Code::DiskFull, 507));
+    assert_eq!(host.servers().one(id).await.unwrap().state, ServerState::Running);
+    assert_eq!(stage.launch.only().state(), MachineState::Running);
     host.close().await;
 }
