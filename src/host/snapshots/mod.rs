@@ -92,7 +92,14 @@ impl Snapshots {
     pub(crate) async fn recover(&self, taken: BTreeSet<SnapshotId>) -> Result<()> {
         let left_behind = move |connection: &Connection| record::left_behind(connection, &taken);
         for id in self.core.store.read(left_behind).await? {
-            self.purge(id).await?;
+            match self.purge(id).await {
+                Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return Err(cause),
+                Err(cause) => {
+                    tracing::warn!(snapshot = %id, "its deletion is tried again: {}", cause.chain());
+                    self.carry_off(id);
+                }
+                Ok(()) => {}
+            }
         }
         // With what nobody knows any more.
         self.sweep().await?;
@@ -160,7 +167,7 @@ impl Snapshots {
         Ok(answer)
     }
 
-    /// Removes the files of a doomed snapshot in the background.
+    /// Removes the files of a doomed snapshot in the background: one whose files cannot be removed holds up nothing else.
     fn carry_off(&self, id: SnapshotId) {
         let snapshots = self.clone();
         tokio::spawn(async move {
@@ -220,9 +227,7 @@ impl Snapshots {
                 }
                 Ok(doomed)
             };
-            for id in self.core.store.write(doom).await? {
-                self.core.insist("the deletion of a snapshot that has expired", || self.purge(id)).await?;
-            }
+            self.core.store.write(doom).await?.into_iter().for_each(|id| self.carry_off(id));
         }
         self.core.store.read(move |connection| record::next_expiry_ms(connection, now_ms)).await
     }

@@ -419,3 +419,37 @@ async fn one_that_is_in_use_holds_up_the_expiry_of_no_other() {
     gone(used).await;
     host.close().await;
 }
+
+#[tokio::test]
+async fn one_whose_files_cannot_be_removed_holds_up_no_other_and_no_daemon() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    let stuck = taken(&host, id, named("stuck", false)).await.id;
+    let free = taken(&host, id, named("free", false)).await.id;
+    std::fs::remove_dir_all(directory(&stage, stuck)).unwrap();
+    std::fs::write(directory(&stage, stuck), b"no directory").unwrap();
+    let soon = Some(Some(Time::from_unix_ms(Time::now().unix_ms() + 100)));
+    for id in [stuck, free] {
+        let patch = PatchSnapshot { expires_at: soon, ..PatchSnapshot::default() };
+        host.snapshots().patch(&Call::by_host(), id, patch).await.unwrap();
+    }
+    let gone = async |host: &Host, id| {
+        let looking = async {
+            while host.snapshots().one(id).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(SOON, looking).await.expect("it expires");
+    };
+    gone(&host, free).await;
+    assert_eq!(host.snapshots().one(stuck).await.unwrap().state, SnapshotState::Deleting);
+    host.close().await;
+    drop(host);
+
+    let host = stage.open().await;
+    assert_eq!(host.snapshots().one(stuck).await.unwrap().state, SnapshotState::Deleting);
+    std::fs::remove_file(directory(&stage, stuck)).unwrap();
+    gone(&host, stuck).await;
+    host.close().await;
+}
