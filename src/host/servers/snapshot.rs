@@ -66,7 +66,7 @@ pub(super) fn begin(
     actor: &Actor,
 ) -> Result<Operation> {
     let (id, memory) = (record.shown.id, record.shown.memory);
-    if memory && server.life.phase.vmm().is_none() {
+    if memory && !server.life.phase.has_machine() {
         let detail = format!(
             "server {} has no machine, and so no memory to save: start it first, or take a snapshot of its disks \
              alone, with which another server can be created",
@@ -98,8 +98,7 @@ pub(super) fn describe(
         Ok(SnapshotVolume { index, size_bytes, filled_by: None })
     });
     // Of a machine that runs, what it has; the record may already say what the next one gets.
-    let has_machine = server.life.phase.vmm().is_some();
-    let held = Some(&server.held).filter(|_| has_machine);
+    let held = Some(&server.held).filter(|_| server.life.phase.has_machine());
     let base = spec.incremental.then(|| chain::base(tx, server.id, spec.memory)).transpose()?;
     let now = Time::now();
     let shown = Snapshot {

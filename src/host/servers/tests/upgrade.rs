@@ -5,13 +5,18 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use model::operation::{Operation, OperationState};
 use model::server::{PatchServer, RestartPolicy, Server, ServerAction, ServerState};
-use model::{Code, EventId, ServerId};
+use model::snapshot::CreateClones;
+use model::{Code, EventId, Labels, ServerId};
 use wire::control::MachineState;
 use wire::migration::{Phase, Side};
 
+use super::snapshot::named;
 use super::stop;
 use crate::fake_vmm::{Death, Guest};
+use crate::servers::lifecycle;
+use crate::servers::record::{self, ServerRecord};
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
+use crate::store::{Tx, records};
 use crate::{Call, Checkpoint, Fate, Host};
 
 const UPGRADE: ServerAction = ServerAction::UpgradeVmm;
@@ -354,4 +359,29 @@ async fn a_vmm_and_the_daemon_that_die_leave_one_machine() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn whoever_wants_its_memory_in_between_is_told_that_it_has_a_machine() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let id = created(&host, server("web1")).await.id;
+    // As it is between two pieces of work.
+    let between = move |tx: &Tx<'_>| {
+        let mut record: ServerRecord = records::one(tx, id.0)?;
+        let vmm = record.life.phase.vmm().expect("a machine").clone();
+        record.life.phase = lifecycle::Phase::Upgrading { vmm, next: None, was_paused: false };
+        record::save(tx, &mut record)
+    };
+    host.store().write(between).await.unwrap();
+    let clones = CreateClones { name: "twin".parse().unwrap(), count: 1, labels: Labels::default() };
+    let refused = [
+        host.servers().snapshot(&Call::by_host(), id, named("now", true)).await.unwrap_err(),
+        host.servers().clone_server(&Call::by_host(), id, clones).await.unwrap_err(),
+    ];
+    for cause in refused {
+        assert_eq!(cause.code, Code::WrongState);
+        assert!(cause.detail.contains("going to another VMM"), "{}", cause.detail);
+    }
+    host.close().await;
 }
