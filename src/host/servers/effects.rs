@@ -92,7 +92,8 @@ impl Doing {
                 if flush {
                     self.fill(Durability::Power, Vec::new()).await?;
                 }
-                self.release(keep_saved, keep_copied).await.map(|()| Event::Released { flushed: flush })
+                let kept = keep_saved || keep_copied;
+                self.release(keep_saved, keep_copied).await.map(|()| Event::Released { flushed: flush, kept })
             }
             Work::Purge => self.purge().await,
         }

@@ -103,6 +103,8 @@ pub enum Event {
     Released {
         /// Whether its volumes outlive a loss of power.
         flushed: bool,
+        /// Whether a memory that was saved, or what was copied of a snapshot, is there still.
+        kept: bool,
     },
     /// Nothing is left.
     Purged,
@@ -342,9 +344,12 @@ impl Stepping {
             }
             (phase, Event::Ended(end)) => self.machine_ended(phase, end),
             // Somebody wants to keep what nobody wanted when the work began.
-            (Phase::Releasing { then }, Event::Released { flushed: false })
+            (Phase::Releasing { then }, Event::Released { flushed: false, .. })
                 if !self.life.unflushed.is_empty() && then.keeps_volumes() => {}
-            (Phase::Releasing { then }, Event::Released { flushed }) => {
+            // Or gives up what somebody wanted to keep then.
+            (Phase::Releasing { then }, Event::Released { kept: true, .. })
+                if self.life.saved.is_none() && !matches!(then, Then::Return { .. }) => {}
+            (Phase::Releasing { then }, Event::Released { flushed, .. }) => {
                 if flushed {
                     self.life.unflushed.clear();
                 }

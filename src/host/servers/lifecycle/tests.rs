@@ -369,12 +369,31 @@ fn a_memory_is_thrown_away_by_force_only() {
     let failing = step(&starting.life, Event::StartFailed(trouble), context).life;
     let ended = step(&failing, Event::Ended(End::host_restarted(0)), context).life;
     assert_eq!(ended.work(), Some(Work::Release { keep_saved: true, keep_copied: false, flush: false }));
-    let back = step(&ended, Event::Released { flushed: false }, context).life;
+    let back = step(&ended, Event::Released { flushed: false, kept: true }, context).life;
     assert_eq!(
         (back.phase.state(), back.wanted, back.saved),
         (ServerState::Hibernated, Wanted::Hibernated, saved)
     );
     assert!(back.phase.why().is_some() && !back.holds_memory() && !back.is_off());
+}
+
+#[test]
+fn what_is_given_up_as_it_is_released_is_removed_all_the_same() {
+    let context = Context { now_ms: 0, policy: RestartPolicy::Never };
+    let saved = Some(Saved { root: Digest([7; 32]), stored_bytes: 1, of: SavedOf::Hibernation });
+    let to = Return { snapshot: SnapshotId::new(), memory: false };
+    let thens = [(saved, Then::Hibernate), (None, Then::Return { to, start: true })];
+    for (saved, then) in thens {
+        let releasing = Life { saved, ..life(Phase::Releasing { then }) };
+        let stop = Ask::Stop { grace_ms: 0 };
+        let Ok(Asked::Began(stopping)) = releasing.ask(stop, OperationId::new(), context) else { panic!() };
+        // The work that had begun before comes to its end.
+        let again = step(&stopping.life, Event::Released { flushed: false, kept: true }, context).life;
+        let work = Work::Release { keep_saved: false, keep_copied: false, flush: false };
+        assert_eq!(again.work(), Some(work));
+        let stopped = step(&again, Event::Released { flushed: false, kept: false }, context).life;
+        assert_eq!(stopped.phase, Phase::Stopped { why: None });
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn a_clone_that_cannot_be_let_run_is_undone_as_a_create_is() {
     assert_eq!(lost.work(), Some(Work::Kill));
     let ended_later = step(&lost, ended(Reason::Asked), context).life;
     for life in [ended_after, ended_at_once, ended_later] {
-        let released = step(&life, Event::Released { flushed: false }, context).life;
+        let released = step(&life, Event::Released { flushed: false, kept: false }, context).life;
         assert!(matches!(released.phase, Phase::Deleting { keep_volumes: false, .. }), "{released:?}");
         let purged = step(&released, Event::Purged, context);
         assert!(purged.gone && matches!(purged.ended[..], [(id, Verdict::Failed(_))] if id == job.id));

@@ -6,7 +6,7 @@ fn after(reason: Reason, policy: RestartPolicy, failures: u32, now_ms: i64) -> L
     let context = Context { now_ms, policy };
     let running = Life { failures, ..life(Phase::Running { vmm: vmm() }) };
     let ended = step(&running, ended(reason), context);
-    step(&ended.life, Event::Released { flushed: false }, context).life
+    step(&ended.life, Event::Released { flushed: false, kept: false }, context).life
 }
 
 #[test]

@@ -210,7 +210,7 @@ impl World {
                 if !keep_copied {
                     self.copied = None;
                 }
-                Event::Released { flushed: flush }
+                Event::Released { flushed: flush, kept: keep_saved || keep_copied }
             }
             Work::Purge => {
                 self.dismiss_shell();
