@@ -161,6 +161,11 @@ impl Stepping {
                 self.life.begin_run();
                 self.life.unflushed = if spawned.is_some() { volumes } else { Vec::new() };
                 match spawned.map(|spawned| spawned.vmm) {
+                    // It was stopped meanwhile, and started again without the memory that its machine was built of.
+                    Some(vmm) if restores && self.life.saved.is_none() => {
+                        let (vmm, push, then) = (Some(vmm), Push::Force, Then::Start);
+                        self.life.phase = Phase::Stopping { vmm, push, then };
+                    }
                     Some(vmm) if restores => self.restored(vmm),
                     vmm => self.life.phase = Phase::Starting { vmm },
                 }

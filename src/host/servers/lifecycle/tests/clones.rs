@@ -27,3 +27,33 @@ fn a_clone_that_cannot_be_let_run_is_undone_as_a_create_is() {
     let ended = step(&resumed, ended(Reason::TripleFault), context).life;
     assert!(matches!(ended.phase, Phase::Releasing { then: Then::Decide(_) }), "{ended:?}");
 }
+
+/// What its machine was built of is not in its record any more, which says how it may go on and what it shares.
+#[test]
+fn a_clone_that_is_stopped_and_started_as_it_is_made_begins_anew() {
+    let of = SavedOf::Clone { snapshot: SnapshotId::new() };
+    let saved = Some(Saved { root: Digest([0; 32]), stored_bytes: 1, of });
+    let create = OperationId::new();
+    let mut life = Life { saved, ..Life::new(create, true) };
+    let context = Context { now_ms: 10, policy: RestartPolicy::Always };
+    for ask in [Ask::Stop { grace_ms: 0 }, Ask::Start] {
+        let Ok(Asked::Joined(_, next)) = life.ask(ask, OperationId::new(), context) else {
+            panic!("{ask:?}")
+        };
+        life = next.life;
+    }
+    let spawned = Spawned { vmm: vmm(), sandbox: None, cage: None, build: None };
+    let made = Event::Made { volumes: Vec::new(), vmm: Some(spawned), restores: true };
+    life = step(&life, made, context).life;
+    assert_eq!(life.work(), Some(Work::Kill));
+    for event in [ended(Reason::Asked), Event::Released { flushed: false, kept: false }] {
+        life = step(&life, event, context).life;
+    }
+    assert_eq!(life.work(), Some(Work::Spawn));
+    let spawned = Spawned { vmm: vmm(), sandbox: None, cage: None, build: None };
+    life = step(&life, Event::Spawned(spawned), context).life;
+    assert_eq!(life.work(), Some(Work::Boot { saved: None }));
+    let booted = step(&life, Event::Booted, context);
+    assert_eq!((&booted.life.phase, booted.life.shares), (&Phase::Running { vmm: vmm() }, None));
+    assert_eq!(booted.ended, vec![(create, Verdict::Succeeded)]);
+}

@@ -35,6 +35,8 @@ pub(super) struct World {
     pub(super) saved: Option<Saved>,
     pub(super) is_stale: bool,
     pub(super) turns: u8,
+    /// The snapshot from whose memory the machine went on.
+    pub(super) shares: Option<SnapshotId>,
     /// The snapshot whose files lie beside the disks.
     pub(super) copied: Option<SnapshotId>,
     /// The snapshot whose files took the places of the disks last.
@@ -61,11 +63,12 @@ impl World {
                 self.fill(life);
                 let vmm = self.made.is_multiple_of(2).then(|| self.spawn(life));
                 if vmm.is_none() {
+                    self.dismiss_shell();
                     self.disk = Disk::Flushed;
                 }
                 let restores = vmm.is_some() && life.saved.is_some();
                 if restores {
-                    self.turn(MachineState::Paused, Event::Restored);
+                    self.restore(life.saved);
                 }
                 Event::Made { volumes: filled(), vmm, restores }
             }
@@ -119,7 +122,7 @@ impl World {
             Work::Boot { saved } => {
                 assert!(saved.is_some() && saved == self.saved, "restored from what is not there");
                 assert!(!self.is_stale, "restored a memory that the disks have left behind");
-                self.turn(MachineState::Paused, Event::Restored)
+                self.restore(saved)
             }
             Work::Save => {
                 self.turns += 1;
@@ -169,6 +172,7 @@ impl World {
             Work::CountResets => Event::ResetsCounted(self.resets),
             Work::Reset { resets } => {
                 self.resets += u64::from(self.resets == resets);
+                self.shares = None;
                 Event::WasReset
             }
             Work::Press => {
@@ -234,6 +238,7 @@ impl World {
         // A process that was never recorded is dismissed first.
         self.dismiss_shell();
         assert!(!matches!(self.machine, Some((_, MachineState::Running | MachineState::Paused))));
+        self.shares = None;
         let comes = matches!(life.phase, Phase::Arriving { .. });
         self.is_unbegun = !comes && life.saved.is_none() && self.spawned % 2 == 0;
         let state = if self.is_unbegun { MachineState::Paused } else { MachineState::Shell };
@@ -261,6 +266,11 @@ impl World {
             *held = state;
         }
         event
+    }
+
+    pub(super) fn restore(&mut self, saved: Option<Saved>) -> Event {
+        self.shares = saved.and_then(|saved| saved.of.snapshot());
+        self.turn(MachineState::Paused, Event::Restored)
     }
 
     /// What a starting daemon finds.
