@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::{Code, ServerId, SnapshotId};
 use sys::beneath::Access;
@@ -96,6 +96,7 @@ impl Doing {
     /// Waits for the end of the copying, telling how far it is. Nobody else may want the machine meanwhile; when
     /// somebody does, the copying is given up.
     async fn follow(&self, link: &Link) -> Result<SaveReport> {
+        let mut told = Instant::now();
         loop {
             tokio::time::sleep(limits::SAVE_LOOK).await;
             if self.stop.load(Ordering::SeqCst) {
@@ -109,7 +110,7 @@ impl Doing {
                     return Err(Error::new(Code::MachineFailed, detail));
                 }
                 Reply::Save(SaveStatus::Copying { done_bytes, total_bytes }) => {
-                    self.tell(("saving_memory", 10, 70), done_bytes, total_bytes).await?;
+                    self.tell_at_times(&mut told, ("saving_memory", 10, 70), done_bytes, total_bytes).await?;
                 }
                 other => {
                     let detail = format!("the VMM says of a save it was asked for: {other:?}");

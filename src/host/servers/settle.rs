@@ -188,11 +188,8 @@ impl Doing {
             match status.settling {
                 Some(Settling { stage: SettleStage::UnderWay, .. }) => {
                     has_begun = true;
-                    if told.elapsed() >= limits::PROGRESS_EVERY {
-                        let own_bytes = status.total_bytes.saturating_sub(status.shared_bytes);
-                        self.tell(part, own_bytes, status.total_bytes).await?;
-                        told = Instant::now();
-                    }
+                    let own_bytes = status.total_bytes.saturating_sub(status.shared_bytes);
+                    self.tell_at_times(&mut told, part, own_bytes, status.total_bytes).await?;
                     tokio::time::sleep(limits::SAVE_LOOK).await;
                 }
                 Some(Settling { stage: SettleStage::Failed { detail }, .. }) if has_begun => {

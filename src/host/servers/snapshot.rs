@@ -455,11 +455,12 @@ impl Doing {
 
     /// Waits until memory is copied.
     async fn end_of_save(&self, link: &Link) -> Result<SaveReport> {
+        let mut told = Instant::now();
         loop {
             match self.save_status(link).await? {
                 SaveStatus::Saved(report) => return Ok(report),
                 SaveStatus::Copying { done_bytes, total_bytes } => {
-                    self.tell(("saving_memory", 50, 40), done_bytes, total_bytes).await?;
+                    self.tell_at_times(&mut told, ("saving_memory", 50, 40), done_bytes, total_bytes).await?;
                 }
                 SaveStatus::Failed { detail } => {
                     let detail =

@@ -1,5 +1,6 @@
 //! How far long work on a server is: told in its operation, which is one of a server's while the work lasts.
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use model::operation::Progress;
 
@@ -43,6 +44,21 @@ impl Doing {
                 }
             }
         }
+    }
+
+    /// As [`Doing::tell`] for who looks more often than is written down; `told` is when that was last.
+    pub(super) async fn tell_at_times(
+        &self,
+        told: &mut Instant,
+        part: Part,
+        done: u64,
+        total: u64,
+    ) -> Result<()> {
+        if told.elapsed() >= limits::PROGRESS_EVERY {
+            self.tell(part, done, total).await?;
+            *told = Instant::now();
+        }
+        Ok(())
     }
 
     /// Tells how far a part of the work is.

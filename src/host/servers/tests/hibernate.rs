@@ -1,9 +1,13 @@
 //! Hibernation on fakes, through the facade.
+use std::collections::BTreeSet;
+use std::time::Instant;
+
 use model::Code;
 use model::operation::OperationState;
 use model::server::{CreateServer, PatchServer, ServerAction, ServerState, Wanted};
 use wire::control::MachineState;
 
+use super::snapshot::named;
 use super::{START, stop};
 use crate::Call;
 use crate::fake_vmm::{FakeVmm, Guest};
@@ -180,5 +184,42 @@ async fn a_memory_that_does_not_fit_is_not_begun_to_be_saved() {
     assert_eq!((refused.code, refused.code.status()), (Code::DiskFull, 507));
     assert_eq!(host.servers().one(id).await.unwrap().state, ServerState::Running);
     assert_eq!(stage.launch.only().state(), MachineState::Running);
+    host.close().await;
+}
+
+/// Who has looked at an operation may cancel that, and not each look is worth a commit.
+#[tokio::test]
+async fn a_save_is_looked_at_more_often_than_it_is_told_of() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    stage.launch.set_guest(Guest::SavesForEver);
+    let id = created(&host, server("web1")).await.id;
+    let vmm = stage.launch.only();
+    let paused = host.servers().act(&Call::by_host(), id, ServerAction::Pause).await.unwrap();
+    succeeded(&host, paused.body.operation.id).await;
+    for is_snapshot in [false, true] {
+        let operation = if is_snapshot {
+            let taken = host.servers().snapshot(&Call::by_host(), id, named("one", true)).await.unwrap();
+            taken.body.operation.id
+        } else {
+            let asked = host.servers().act(&Call::by_host(), id, ServerAction::Hibernate).await.unwrap();
+            asked.body.operation.id
+        };
+        let (before, began) = (vmm.save_looks(), Instant::now());
+        let told = async || {
+            let mut told = BTreeSet::new();
+            while vmm.save_looks() < before + 40 {
+                told.insert(host.operations().one(operation, None).await.unwrap().generation);
+                tokio::task::yield_now().await;
+            }
+            told
+        };
+        let told = tokio::time::timeout(SOON, told()).await.expect("its save is looked at");
+        // What else there is to be told of it: accepted, begun, its disks are copied.
+        let most = 5 + usize::try_from(began.elapsed().as_millis() / 500).unwrap();
+        assert!(told.len() <= most, "{} times where {most} are enough: {told:?}", told.len());
+        host.operations().cancel(&Call::by_host(), operation).await.unwrap();
+        until(&host, id, |server| server.state == ServerState::Paused).await;
+    }
     host.close().await;
 }
