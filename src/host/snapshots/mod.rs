@@ -279,16 +279,20 @@ impl Snapshots {
         record::settle(tx, id)
     }
 
-    /// For `servers`, after work on it has ended: removes the files if there is no record. Repeatable.
+    /// For `servers`, after work on it has ended: removes the files if there is no record. What cannot be removed is no matter of
+    /// the server's; it is tried again later. Repeatable.
     pub(crate) async fn tidy(&self, id: SnapshotId) -> Result<()> {
         // One that is complete may have an expiry, which nobody has waited for yet.
         self.expiry.changed.notify_one();
         self.may_have_ended();
         let find = move |connection: &Connection| records::find::<SnapshotRecord>(connection, id.0);
-        match self.core.store.read(find).await? {
-            Some(_) => Ok(()),
-            None => self.remove(id).await,
+        if self.core.store.read(find).await?.is_none()
+            && let Err(cause) = self.remove(id).await
+        {
+            tracing::warn!(snapshot = %id, "what is left of it is looked at again later: {}", cause.chain());
+            self.expiry.unswept().insert(id);
         }
+        Ok(())
     }
 
     /// For `servers`: one may have gone on from a snapshot, or is no more; it may have been the last that needed one.

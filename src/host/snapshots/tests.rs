@@ -291,3 +291,25 @@ async fn an_export_goes_on_while_its_snapshot_is_deleted() {
     assert!(stream == before);
     host.close().await;
 }
+
+#[tokio::test]
+async fn what_cannot_be_removed_of_one_that_was_given_up_is_tried_again() {
+    let stage = Stage::new();
+    let host = stage.open().await;
+    let id = SnapshotId::new();
+    let place = directory(&stage, id);
+    std::fs::write(&place, b"no directory").unwrap();
+    // Its server has other things to do.
+    host.snapshots().tidy(id).await.unwrap();
+    std::fs::remove_file(&place).unwrap();
+    std::fs::create_dir(&place).unwrap();
+    std::fs::write(place.join("disk0.raw"), b"what was copied").unwrap();
+    host.snapshots().let_go();
+    let removed = async {
+        while place.exists() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, removed).await.expect("it is removed");
+    host.close().await;
+}
