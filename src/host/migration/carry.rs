@@ -20,7 +20,7 @@ use wire::peer::{Message, Parcel, Piece, SavedFiles, Saying};
 
 use super::bounds::Pacer;
 use super::link::{Link, Wire, out_of_turn};
-use super::live::{memory_streams, word};
+use super::live::{streams_of, word};
 use super::source::{connect, greet, memory_mode};
 use super::streams::Pumps;
 use super::ticket::Ticket;
@@ -129,7 +129,7 @@ impl Migrations {
     async fn ask_again(&self, held: &Move, has_heard: &mut bool) -> Result<()> {
         let address = held.address.ok_or_else(out_of_turn)?;
         let mut link = connect(&self.identity, address, held.peer).await?;
-        let (transfer, streams) = (held.id.to_string(), memory_streams());
+        let (transfer, streams) = (held.id.to_string(), streams_of(held));
         link.send(&Message::Again { transfer, streams }).await?;
         let ended = self.listen_to(&mut link, held, None, limits::SILENCE).await;
         *has_heard = link.has_heard;
@@ -276,7 +276,7 @@ impl Migrations {
             Ok((job, Packed::of(connection, record)?))
         };
         let (job, packed) = self.core.store.read(look).await?;
-        let live_streams = packed.is_live().then(memory_streams);
+        let live_streams = packed.is_live().then(|| streams_of(begun));
         // What a machine has open goes from VMM to VMM.
         let Loads { disks, console, saved } = match live_streams {
             Some(_) => Loads::default(),

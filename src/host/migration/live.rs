@@ -36,6 +36,11 @@ pub(super) fn memory_streams() -> u16 {
     u16::try_from(processors).unwrap_or(limits::LIVE_STREAMS_MAX).clamp(1, limits::LIVE_STREAMS_MAX)
 }
 
+/// How many a move has that began here, whatever there is now.
+pub(super) fn streams_of(begun: &Move) -> u16 {
+    begun.streams.unwrap_or_else(memory_streams)
+}
+
 impl Migrations {
     /// Sends the machine of a server whose parcel the target has accepted, to the end of the move.
     pub(super) async fn send_machine<S>(
@@ -205,7 +210,7 @@ impl Migrations {
             };
             let is_owing = status.phase == VmmPhase::Owing;
             if pumps.is_none() && is_owing {
-                let (sockets, opened) = self.open_streams(held, usize::from(memory_streams()), 0).await?;
+                let (sockets, opened) = self.open_streams(held, usize::from(streams_of(held)), 0).await?;
                 self.servers.reconnect(server, sockets).await?;
                 self.core.checkpoint("move.reconnected")?;
                 *pumps = Some(opened);

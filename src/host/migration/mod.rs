@@ -246,6 +246,7 @@ impl Migrations {
             peer: ticket.host,
             peer_name: plan.target.chars().take(limits::HOST_CHARS_MAX).collect(),
             address: Some(spec.target),
+            streams: Some(live::memory_streams()),
         };
         let (conditions, capacity, kept) = (call.clone(), self.capacity, begun.clone());
         let depart = move |tx: &Tx<'_>| {

@@ -360,6 +360,7 @@ impl Migrations {
             peer: source,
             peer_name: host,
             address: None,
+            streams: None,
         };
         let (kept, sent, capacity) = (begun.clone(), packed.clone(), self.capacity);
         let accept = move |tx: &Tx<'_>| {

@@ -51,6 +51,10 @@ pub(crate) struct Move {
     pub(crate) peer_name: String,
     /// Where it waits, if it is the target.
     pub(crate) address: Option<SocketAddr>,
+    /// How many streams the memory of its machine takes: the source chose so many when it began, and the VMMs take no other number
+    /// when they go on. Nothing at the target, and in records from before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) streams: Option<u16>,
 }
 
 /// What an event came to.

@@ -422,6 +422,7 @@ async fn only_the_host_of_a_move_joins_it_and_each_stream_once() {
         peer: source.migrations().identity.fingerprint(),
         peer_name: "source".to_owned(),
         address: None,
+        streams: None,
     };
     let awaited = target.migrations().await_streams(&begun, 2);
     let fingerprint = target.migrations().identity.fingerprint();
