@@ -39,6 +39,8 @@ pub(crate) enum Error {
         #[source]
         cause: Box<Error>,
     },
+    #[error("the daemon ended the stream; go on with `toft event follow{}`", after(.0))]
+    Ended(Option<u64>),
     #[error("operation {operation} was cancelled")]
     Cancelled { operation: String },
     #[error("{0}")]
@@ -81,13 +83,18 @@ pub(crate) enum Error {
     Guest(u8),
 }
 
+/// The flag with which nothing is missed.
+fn after(last: &Option<u64>) -> String {
+    last.map(|last| format!(" --after {last}")).unwrap_or_default()
+}
+
 impl Error {
     /// The exit code, as `toft --help` lists them.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) | Error::Read { .. } | Error::Write { .. } => 2,
             Error::NoSuchName { .. } | Error::NoneSelected { .. } => 3,
-            Error::Connect { .. } | Error::Http { .. } => 5,
+            Error::Connect { .. } | Error::Http { .. } | Error::Ended(_) => 5,
             Error::Cancelled { .. } | Error::Blocked(_) => 4,
             Error::WaitTimeout { .. } => 7,
             Error::WaitLost { cause, .. } => cause.exit_code(),

@@ -147,7 +147,7 @@ impl Images {
             .accept(call, move |tx, call| records::accept(tx, spec.name, spec.labels, source, &call.actor));
         let answer = answer.await?;
         if let (false, Some(image)) = (answer.replayed, &answer.body.resource) {
-            let import = self.start(image.id, answer.body.operation.id, conditions);
+            let import = self.start(image.id, answer.body.operation.id, conditions).await;
             let images = self.clone();
             tokio::spawn(async move { images.finish(import, from).await });
         }
@@ -160,9 +160,9 @@ impl Images {
         check_sha256(spec.sha256.as_deref(), "/sha256")?;
         let (source, _) = self.check_source(spec.source).await?;
         let steps = steps(&source, spec.sha256.as_deref());
-        let (call, at_work) = (call.clone(), self.at_work.clone());
+        let call = call.clone();
         let rehearsed = move |tx: &Tx<'_>| {
-            check_room(&at_work)?;
+            check_room(tx)?;
             let (image, _) = records::accept(tx, spec.name, spec.labels, source, &call.actor)?;
             Ok(ImagePlan { image, steps })
         };
@@ -189,7 +189,7 @@ impl Images {
         };
         let (id, operation) = (image.id, answer.body.operation.id);
         let conditions = Conditions { stream_sha256: spec.sha256, manifest_sha256: None };
-        let import = self.start(id, operation, conditions);
+        let import = self.start(id, operation, conditions).await;
         let images = self.clone();
         // In a task of its own, because the caller may hang up, and then it must still be undone.
         let work =
@@ -334,18 +334,23 @@ impl Images {
     where
         F: FnOnce(&Tx<'_>, &Call) -> Result<(Image, Operation)> + Send + 'static,
     {
-        let (caller, at_work) = (call.clone(), self.at_work.clone());
+        let caller = call.clone();
         let change = move |tx: &Tx<'_>| {
-            check_room(&at_work)?;
+            check_room(tx)?;
             let (image, operation) = record(tx, &caller)?;
             Ok(Accepted { operation, resource: Some(image) })
         };
         self.core.mutate(call, change).await
     }
 
-    fn start(&self, id: ImageId, operation: model::OperationId, conditions: Conditions) -> Import {
+    async fn start(&self, id: ImageId, operation: model::OperationId, conditions: Conditions) -> Import {
         let handle = Arc::new(ImportHandle::default());
         lock(&self.at_work).insert(id, handle.clone());
+        // Whoever was quicker than that could wake nobody.
+        let asked = self.core.store.read(move |all| operations::is_cancel_asked(all, operation)).await;
+        if asked.unwrap_or(false) {
+            handle.cancel();
+        }
         Import { core: self.core.clone(), id, operation, conditions, handle }
     }
 
@@ -429,8 +434,12 @@ fn steps(source: &ImageSource, sha256: Option<&str>) -> Vec<String> {
     steps
 }
 
-fn check_room(at_work: &AtWork) -> Result<()> {
-    if lock(at_work).len() >= limits::IMPORTS_MAX {
+/// By what is recorded: whoever is accepted beside another counts.
+fn check_room(connection: &Connection) -> Result<()> {
+    let count: usize = connection
+        .prepare_cached("SELECT count(*) FROM images WHERE json_extract(body, '$.state') = 'importing'")?
+        .query_row([], |row| row.get(0))?;
+    if count >= limits::IMPORTS_MAX {
         let detail = format!("{} imports are at work; wait for one to end", limits::IMPORTS_MAX);
         return Err(Error::new(Code::TooMany, detail));
     }

@@ -195,11 +195,11 @@ pub(super) fn forget(tx: &Tx<'_>, id: ImageId) -> Result<()> {
     announce(tx, &image, "image.deleted", None, None)
 }
 
-/// Names of the servers that boot from the image. The id of an image is nowhere in a server's record but where the
-/// server says what it boots from, so the record's shape is its own affair.
+/// Names of the servers that boot from the image. Its id may also stand in what people have written of a server.
 fn users(connection: &Connection, id: ImageId) -> Result<Vec<String>> {
-    let mut statement =
-        connection.prepare_cached("SELECT name FROM servers WHERE instr(body, ?1) > 0 ORDER BY name")?;
+    let mut statement = connection.prepare_cached(
+        "SELECT name FROM servers WHERE json_extract(body, '$.image_id') = ?1 ORDER BY name",
+    )?;
     let names = statement.query_map([id.to_string()], |row| row.get(0))?;
     Ok(names.collect::<rusqlite::Result<_>>()?)
 }
