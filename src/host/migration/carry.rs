@@ -104,12 +104,12 @@ impl Migrations {
                     continue;
                 }
             };
-            let mut has_heard = false;
-            match self.ask_again(&held, &mut has_heard).await {
+            let mut has_held = false;
+            match self.ask_again(&held, &mut has_held).await {
                 Ok(()) => return,
                 Err(cause) if cause.code == Code::Draining || self.core.store.is_dead() => return,
                 Err(cause) => {
-                    if has_heard {
+                    if has_held {
                         pause = limits::ASK_AGAIN;
                     }
                     // Said once, and then as often as nobody minds.
@@ -125,14 +125,14 @@ impl Migrations {
         }
     }
 
-    /// Begins another conversation about a move; says whether it was one, however it ended.
-    async fn ask_again(&self, held: &Move, has_heard: &mut bool) -> Result<()> {
+    /// Begins another conversation about a move; says whether what is owed was kept for the target in it, however it ended.
+    async fn ask_again(&self, held: &Move, has_held: &mut bool) -> Result<()> {
         let address = held.address.ok_or_else(out_of_turn)?;
         let mut link = connect(&self.identity, address, held.peer).await?;
         let (transfer, streams) = (held.id.to_string(), streams_of(held));
         link.send(&Message::Again { transfer, streams }).await?;
         let ended = self.listen_to(&mut link, held, None, limits::SILENCE).await;
-        *has_heard = link.has_heard;
+        *has_held = link.has_held;
         ended
     }
 

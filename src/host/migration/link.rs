@@ -24,8 +24,8 @@ pub(super) struct Link<S> {
     longest: usize,
     /// What was said last from here.
     pub(super) said: Option<Saying>,
-    /// Whether the other end has said anything.
-    pub(super) has_heard: bool,
+    /// Whether what is owed was kept for the other end.
+    pub(super) has_held: bool,
 }
 
 /// What came.
@@ -45,7 +45,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             filled: 0,
             longest: FRAME_BYTES_MAX,
             said: None,
-            has_heard: false,
+            has_held: false,
         }
     }
 
@@ -113,7 +113,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             self.filled += read(&mut self.stream, left).await?;
         }
         self.filled = 0;
-        self.has_heard = true;
         let body = std::mem::take(&mut self.body);
         match kind {
             Kind::Document => Ok(Received::Message(plain(Message::read(&body).map_err(strange)?))),

@@ -202,6 +202,7 @@ impl Migrations {
         let (mut told, end) = (None::<Instant>, Instant::now() + limits::SILENCE);
         let mut outlook = Outlook::default();
         self.bounds.begin(held.id, None);
+        link.has_held = true;
         loop {
             self.keep_within(held).await;
             let Some(status) = self.servers.owing(server).await? else {

@@ -19,7 +19,7 @@ use wire::saved::Digest;
 use super::link::{Link, Received, out_of_turn};
 use super::strangers::Stranger;
 use super::streams::Pumps;
-use super::target::{against_records, busy, judge};
+use super::target::{against_records, busy, judge, too_many_talks};
 use super::{Migrations, limits, ticket};
 use crate::core::blocking;
 use crate::cpu;
@@ -245,7 +245,8 @@ impl Migrations {
         let held = self.core.store.read(move |connection| moving::find(connection, id)).await?;
         match held {
             Some(held) if held.side == Side::Target && held.peer == source => {
-                let _talk = self.talks.begin(source)?;
+                let too_many = || Error::new(Code::MigrationBlocked, too_many_talks().detail);
+                let _talk = self.talks.begin(source).ok_or_else(too_many)?;
                 drop(stranger);
                 // Where memory is owed, the source opens streams as soon as it hears of it.
                 let has_all = matches!(held.phase, Phase::Ready | Phase::Moved) && self.is_latest(id).await?;

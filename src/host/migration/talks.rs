@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use model::Code;
 use wire::saved::Digest;
 
 use super::limits;
-use crate::error::{Error, Result};
 
 /// All of them. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -21,18 +19,15 @@ pub(super) struct Talk {
 }
 
 impl Talks {
-    /// Begins another conversation with a host. Fails with `migration_blocked` when it has too many.
-    pub(super) fn begin(&self, host: Digest) -> Result<Talk> {
+    /// Begins another conversation with a host, unless it has too many.
+    pub(super) fn begin(&self, host: Digest) -> Option<Talk> {
         let mut all = self.all();
         let count = all.entry(host).or_default();
         if *count >= limits::TALKS_MAX {
-            let detail = format!(
-                "this host has {count} connections from yours already, and takes no more; try again when some have ended"
-            );
-            return Err(Error::new(Code::MigrationBlocked, detail));
+            return None;
         }
         *count += 1;
-        Ok(Talk { talks: self.clone(), host })
+        Some(Talk { talks: self.clone(), host })
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<Digest, usize>> {
@@ -61,11 +56,11 @@ mod tests {
         let talks = Talks::default();
         let [one, other] = [Digest([1; 32]), Digest([2; 32])];
         let mut held: Vec<Talk> = (0..limits::TALKS_MAX).map(|_| talks.begin(one).unwrap()).collect();
-        assert_eq!(talks.begin(one).unwrap_err().code, Code::MigrationBlocked);
+        assert!(talks.begin(one).is_none());
         drop(talks.begin(other).unwrap());
         held.pop();
         held.push(talks.begin(one).unwrap());
-        assert!(talks.begin(one).is_err());
+        assert!(talks.begin(one).is_none());
         drop(held);
         assert!(talks.all().is_empty());
     }

@@ -94,12 +94,16 @@ where
     };
     let shown = secret.clone();
     migrations.core.store.write(move |tx| ticket::present(tx, &shown, source)).await?;
-    let _talk = migrations.talks.begin(source)?;
-    drop(stranger);
+    // Who has too many is told so in its turn, and counts as a stranger until then.
+    let talk = migrations.talks.begin(source);
+    let _stranger = Some(stranger).filter(|_| talk.is_none());
     link.trust();
     let (host_here, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
     link.send(&Message::Welcome { host: host_here, program, may_owe: live::may_owe() }).await?;
     match link.message(limits::CONVERSATION).await? {
+        Message::Ask(_) | Message::Take(_) if talk.is_none() => {
+            link.send(&Message::Verdict { blocked_by: vec![too_many_talks()] }).await
+        }
         Message::Ask(offer) => {
             let blocked_by = judge(migrations, *offer).await?;
             link.send(&Message::Verdict { blocked_by }).await
@@ -117,6 +121,15 @@ pub(super) fn busy() -> Obstacle {
     let detail = format!(
         "{} servers are on their way to the target, and no more come at once; try again when one of them has arrived",
         limits::MOVES_MAX
+    );
+    Obstacle { kind: ObstacleKind::Busy, detail }
+}
+
+/// The same when the source has too many conversations with this host.
+pub(super) fn too_many_talks() -> Obstacle {
+    let detail = format!(
+        "the target has {} connections from this source already, and takes no more; try again when some have ended",
+        limits::TALKS_MAX
     );
     Obstacle { kind: ObstacleKind::Busy, detail }
 }

@@ -31,8 +31,9 @@ const RANGE_PREFIX_MIN: u8 = 8;
 /// the kernel drops, cannot be among them (`BR_GROUPFWD_MACPAUSE`).
 const RESERVED_BUT_PAUSE: u16 = !(1 << 1);
 
-/// Size of packets with which a bridge is made, in bytes: any but that of a network.
-const FIRST_MTU: u32 = 576;
+/// Size of packets with which a bridge is made, in bytes: any but that of a network, and large enough for IPv6, which the kernel would
+/// otherwise begin there later and not as it is switched here.
+const FIRST_MTU: u32 = 1400;
 
 /// The host's devices, in the network namespace of the thread that opened it.
 pub(super) struct Links(Netlink);

@@ -201,8 +201,12 @@ impl Actor {
     /// The snapshot that is taken no more, `now` being the one that is, and that no work under way tidies up at its end: an earlier
     /// daemon may have worked on it, or nobody.
     fn left(&mut self, now: Option<SnapshotId>, busy: Option<&Busy>) -> Option<SnapshotId> {
-        let left = std::mem::replace(&mut self.taking, now).filter(|left| now != Some(*left));
-        left.filter(|left| busy.is_none_or(|busy| busy.work != Work::Snapshot { id: *left }))
+        let is_at_work = |id| busy.is_some_and(|busy| busy.work == Work::Snapshot { id });
+        if self.taking.is_some_and(|taking| now != Some(taking) && is_at_work(taking)) {
+            // Should it not come to its end, it is still known.
+            return None;
+        }
+        std::mem::replace(&mut self.taking, now).filter(|left| now != Some(*left))
     }
 
     /// Removes what work leaves that nobody wanted any more when it ended.

@@ -40,7 +40,7 @@ impl Servers {
         };
         let answer = self.workshop().core.mutate(call, ask_all).await?;
         if !answer.replayed {
-            answer.body.items.iter().for_each(|item| self.registry.poke(item.server_id));
+            answer.body.items.iter().for_each(|item| self.wake(item.server_id));
         }
         Ok(answer)
     }

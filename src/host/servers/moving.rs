@@ -136,11 +136,13 @@ pub(crate) fn of_server(connection: &Connection, server: ServerId) -> Result<Opt
     Ok(body.map(|body| serde_json::from_str(&body)).transpose()?)
 }
 
-/// Whether no other move of its server was begun after this one. Its own name says nothing of that: the other host chose it.
+/// Whether its server has not come here by another move that was begun after this one. Its own name says nothing of that: the other
+/// host chose it. A move from here is none: what the server is owed, it is owed by whoever sent it.
 pub(crate) fn is_latest(connection: &Connection, id: Uuid) -> Result<bool> {
     let latest: Option<String> = connection
         .query_row(
-            "SELECT id FROM moves WHERE server = (SELECT server FROM moves WHERE id = ?1) ORDER BY rowid DESC LIMIT 1",
+            "SELECT id FROM moves WHERE server = (SELECT server FROM moves WHERE id = ?1)
+             AND json_extract(body, '$.side') = 'target' ORDER BY rowid DESC LIMIT 1",
             [id.to_string()],
             |row| row.get(0),
         )

@@ -293,7 +293,13 @@ impl Shared {
     }
 
     pub(crate) fn set_limits(&self, limits: SendLimits) {
-        self.inner().limits = limits;
+        let mut inner = self.inner();
+        if inner.limits.bandwidth_bytes_per_s != limits.bandwidth_bytes_per_s {
+            // What waits by the one before goes at once.
+            inner.due = Instant::now();
+        }
+        inner.limits = limits;
+        drop(inner);
         self.changed.notify_all();
     }
 
@@ -330,7 +336,7 @@ impl Shared {
         let Some(per_s) = inner.limits.bandwidth_bytes_per_s else { return };
         let from = inner.due.max(Instant::now());
         inner.due = from + Duration::from_secs_f64(bytes as f64 / per_s.max(1) as f64);
-        while !inner.phase.is_end() && inner.limits.bandwidth_bytes_per_s.is_some() {
+        while !inner.phase.is_end() && inner.limits.bandwidth_bytes_per_s == Some(per_s) {
             let left = from.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -424,6 +430,23 @@ mod tests {
         while began.elapsed() < Duration::from_millis(20) {
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn what_waits_by_a_bandwidth_goes_when_it_is_another() {
+        let limits = |per_s| SendLimits { bandwidth_bytes_per_s: Some(per_s), ..SendLimits::default() };
+        let bell = Arc::new(Bell::new().unwrap());
+        let shared = Shared::new(Side::Source, true, limits(1 << 20), &bell, Vec::new(), None);
+        let began = Instant::now();
+        // An hour's worth goes at once, and what follows would wait for it.
+        shared.pace(3600 << 20);
+        std::thread::scope(|scope| {
+            scope.spawn(|| shared.pace(1));
+            pass();
+            shared.set_limits(limits(2 << 20));
+        });
+        shared.pace(1);
+        assert!(began.elapsed() < Duration::from_secs(1800));
     }
 
     #[test]

@@ -379,6 +379,7 @@ impl Conductor {
         let mut all = Sum::default();
         let (mut missing, mut failed) = (self.jobs.len(), None);
         let mut looked = (Instant::now(), self.shared.carried_bytes());
+        let mut is_let_go = false;
         while missing > 0 {
             // Nobody waits for a stream that goes nowhere, or holds a guest back, when the move is over.
             if self.shared.is_over() {
@@ -389,8 +390,12 @@ impl Conductor {
             {
                 return Err(Error::StoodTooLong(longest_ms));
             }
-            let midway = midway.as_ref().filter(|midway| midway.goes());
-            if let (Some(midway), Some(log)) = (midway, &self.log)
+            let going = midway.as_ref().filter(|midway| midway.goes());
+            if midway.is_some() && going.is_none() && !std::mem::replace(&mut is_let_go, true) {
+                // Until the next round.
+                self.shared.note(|progress| progress.throttle_percent = 0);
+            }
+            if let (Some(midway), Some(log)) = (going, &self.log)
                 && glanced.elapsed() > Duration::from_millis(GLANCE_EVERY_MS)
             {
                 glanced = Instant::now();
@@ -399,7 +404,7 @@ impl Conductor {
                 self.shared.note(|progress| progress.throttle_percent = throttle_percent);
             }
             let throttle_percent = self.convergence.throttle_percent();
-            let pause = match midway {
+            let pause = match going {
                 Some(_) if throttle_percent > 0 => self.hold_back(throttle_percent, &mut looked)?,
                 _ => Duration::from_millis(BRAKE_EVERY_MS),
             };

@@ -63,17 +63,21 @@ async fn a_host_that_gave_a_server_away_once_has_no_say_when_it_comes_from_anoth
     let host = stage.open().await;
     let server = ServerId::new();
     // The names are the other hosts' choice, and say nothing of what came first.
-    let [former, latest, other] = [3, 2, 1].map(Uuid::from_u128);
+    let [former, latest, departing, other] = [4, 3, 2, 1].map(Uuid::from_u128);
+    let elsewhere = ServerId::new();
     let insert = move |tx: &Tx<'_>| {
-        for (id, server) in [(former, server), (latest, server), (other, ServerId::new())] {
+        let all = [(former, server, "target"), (latest, server, "target"), (departing, server, "source")];
+        for (id, server, side) in all.into_iter().chain([(other, elsewhere, "target")]) {
             tx.execute(
-                "INSERT INTO moves (id, server, body) VALUES (?1, ?2, '{}')",
-                [id.to_string(), server.to_string()],
+                "INSERT INTO moves (id, server, body) VALUES (?1, ?2, json_object('side', ?3))",
+                [id.to_string(), server.to_string(), side.to_owned()],
             )?;
         }
         let ids = [former, latest, other, Uuid::nil()];
         ids.into_iter().map(|id| moving::is_latest(tx, id)).collect::<Result<Vec<_>>>()
     };
     assert_eq!(host.store().write(insert).await.unwrap(), [false, true, true, false]);
+    let side = serde_json::to_value(Side::Target).unwrap();
+    assert_eq!(side, "target", "as it is asked for");
     host.close().await;
 }

@@ -51,6 +51,7 @@ fn switch(name: &str) -> String {
 fn a_tap_that_waits_becomes_the_next_servers_and_is_like_any_other() {
     run(|mut ground| async move {
         let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "three"]).await;
+        assert_eq!(switch(&format!("ipv6/conf/{}/disable_ipv6", segment.bridge)), "1", "from the beginning");
         ground.plumbing.expect(segment.clone()).await;
         assert_eq!(ground.plumbing.promise(segment.id), None, "a network without servers has one");
         let one = ground.plug(&segment, &ports[0]).await;

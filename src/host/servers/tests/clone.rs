@@ -3,7 +3,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use model::operation::Resource;
-use model::server::{BulkActions, CreateServer, Isolation, PatchServer, RestartPolicy, ServerState};
+use model::server::{
+    BulkActions, CreateServer, Isolation, PatchServer, RestartPolicy, ServerAction, ServerState, StopServer,
+};
 use model::snapshot::{CreateClones, GuestIdentity, RestoreServer, Snapshot};
 use model::{Code, Labels, OperationId, SnapshotId};
 use wire::control::MachineState;
@@ -291,12 +293,18 @@ async fn snapshot_of(host: &Host, id: model::ServerId) -> model::OperationId {
     host.servers().one(id).await.unwrap().operation_id.expect("a snapshot is being taken")
 }
 
-/// Asks for a cancellation as the server's VMM leaves a greeting without an answer, and then ends the VMM.
-async fn cancelled_unseen(stage: &Stage, host: &Host, operation: model::OperationId) {
+/// The VMM, once it has left a greeting without an answer.
+async fn unanswering(stage: &Stage) -> Arc<FakeVmm> {
     let vmm = stage.launch.only();
     while vmm.unanswered() == 0 {
         tokio::task::yield_now().await;
     }
+    vmm
+}
+
+/// Asks for a cancellation as the server's VMM leaves a greeting without an answer, and then ends the VMM.
+async fn cancelled_unseen(stage: &Stage, host: &Host, operation: model::OperationId) {
+    let vmm = unanswering(stage).await;
     host.operations().cancel(&Call::by_host(), operation).await.unwrap();
     vmm.kill();
 }
@@ -326,16 +334,27 @@ async fn a_snapshot_that_is_given_up_before_its_server_is_found_again_leaves_not
 
 #[tokio::test]
 async fn clones_do_not_wait_for_a_snapshot_that_is_given_up_unseen() {
-    let stage = Stage::new();
-    let host = stage.open_with_image().await;
-    let first = created(&host, server("web1")).await;
-    host.close().await;
-    drop(host);
-    stage.launch.only().fall_silent();
-    let host = stage.open().await;
-    let made = cloned_server(&host, first.id, of("twin", 2)).await.unwrap();
-    cancelled_unseen(&stage, &host, snapshot_of(&host, first.id).await).await;
-    come_to_nothing(&host, &made).await;
-    no_snapshot_left(&stage, &host).await;
-    host.close().await;
+    for stops_all in [false, true] {
+        let stage = Stage::new();
+        let host = stage.open_with_image().await;
+        let labels: Labels = serde_json::from_value(serde_json::json!({ "role": "web" })).unwrap();
+        let first = created(&host, CreateServer { labels, ..server("web1") }).await;
+        host.close().await;
+        drop(host);
+        stage.launch.only().fall_silent();
+        let host = stage.open().await;
+        let made = cloned_server(&host, first.id, of("twin", 2)).await.unwrap();
+        let operation = snapshot_of(&host, first.id).await;
+        if stops_all {
+            let vmm = unanswering(&stage).await;
+            let force = ServerAction::Stop(StopServer { grace_s: 0 });
+            host.servers().act_on_all(&Call::by_host(), "role=web".to_owned(), force).await.unwrap();
+            vmm.kill();
+        } else {
+            cancelled_unseen(&stage, &host, operation).await;
+        }
+        come_to_nothing(&host, &made).await;
+        no_snapshot_left(&stage, &host).await;
+        host.close().await;
+    }
 }
