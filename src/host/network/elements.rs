@@ -10,7 +10,6 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType
 
 use super::limits::ACK_BYTES_MAX;
 use super::links::unprivileged;
-use super::nft::Applied;
 use super::plumbing::{PlumbingError, Port};
 
 /// `NFNL_MSG_BATCH_BEGIN` and `NFNL_MSG_BATCH_END`: what is between them is one transaction.
@@ -43,6 +42,15 @@ const HEADER_BYTES: usize = 16;
 
 /// Bytes of a device's name in a key (`IFNAMSIZ`).
 const NAME_BYTES: usize = 16;
+
+/// Whether the sets were there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Applied {
+    /// The whole change is in force.
+    Yes,
+    /// Nothing was changed, because a table or set that it is for does not exist.
+    NoTable,
+}
 
 /// The sets' elements, in the network namespace of whoever uses it first. Its socket stays open: as one is closed, the kernel
 /// waits until elements that were removed are taken apart, some 15 ms, and lets nobody change rules meanwhile.

@@ -17,11 +17,11 @@ use sys::tap::Tap;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::dnsmasq::{Dnsmasq, Served};
-use super::elements::Elements;
+use super::elements::{Applied, Elements};
 use super::forwarding::Forwarding;
 use super::links::{self, Links};
 use super::mac::Mac;
-use super::nft::{self, Applied};
+use super::nft;
 use super::plumbing::{Foreign, Plumbing, PlumbingError, Port, Segment, Surroundings, Wanted};
 use super::rules;
 use super::spares::{Spare, Spares};

@@ -11,7 +11,7 @@ use sys::tap::Tap;
 use super::frames::{Arp, BROADCAST, DhcpAnswer, Udp, dhcp, dns_question, ethernet};
 use super::ground::{Guest, PATIENCE, run};
 use super::port;
-use crate::network::elements::Elements;
+use crate::network::elements::{Applied, Elements};
 use crate::network::mac::Mac;
 use crate::network::plumbing::{Plumbing, PlumbingError, Port};
 use crate::network::{HostPlumbing, firewall, nft};
@@ -159,8 +159,8 @@ fn an_unplugged_or_unknown_tap_is_silent_and_plugging_in_again_mends_it() {
         let one = ground.plug(&segment, &ports[0]).await;
         let two = ground.plug(&segment, &ports[1]).await;
         let elements = Elements::default();
-        assert_eq!(elements.silence(&ports[..1]), Ok(nft::Applied::Yes));
-        assert_eq!(elements.silence(&ports[..1]), Ok(nft::Applied::Yes));
+        assert_eq!(elements.silence(&ports[..1]), Ok(Applied::Yes));
+        assert_eq!(elements.silence(&ports[..1]), Ok(Applied::Yes));
         one.udp((two.mac, two.ipv4, 9), 9, b"silenced");
         two.udp((one.mac, one.ipv4, 9), 9, b"mark");
         assert!(one.frames_before(b"mark").is_empty());
@@ -188,6 +188,20 @@ fn flushed_rules_come_back_before_a_tap_does() {
         evil.send(&forged.frame(victim.mac, evil.mac));
         evil.udp((victim.mac, victim.ipv4, 9), 9, b"mark");
         assert!(victim.frames_before(b"mark").iter().all(|frame| Udp::read(frame).is_none()));
+    });
+}
+
+/// A kernel that has lost its modules says of rules that need them what it says of a chain that is not there.
+#[test]
+fn rules_of_which_the_kernel_lacks_a_part_leave_no_network_ready() {
+    run(|mut ground| async move {
+        let _world = uplink().await;
+        let mut segment = super::segment(0, NetworkKind::Nat);
+        segment.bridge = "toftbr0\" jump nowhere #".to_owned();
+        ground.wanted.segments.push(segment.clone());
+        let troubles = ground.plumbing.ensure(ground.wanted.clone()).await;
+        assert!(troubles[&segment.id].contains("No such file or directory"), "{troubles:?}");
+        assert_eq!(forwarding("up0"), "0", "what no rules guard is forwarded");
     });
 }
 
@@ -434,11 +448,13 @@ fn a_removed_network_leaves_the_host_as_it_was() {
         }
         assert_eq!(ground.plumbing.surroundings().await, before);
         assert_eq!(forwarding("up0"), "0");
-        assert_eq!(nft::apply("delete table inet toft").await, Ok(nft::Applied::NoTable));
-        assert_eq!(nft::apply("delete table bridge toft").await, Ok(nft::Applied::NoTable));
+        for family in ["inet", "bridge"] {
+            let refused = nft::apply(&format!("delete table {family} toft")).await.unwrap_err();
+            assert!(refused.to_string().contains("No such file or directory"), "{refused}");
+        }
         let elements = Elements::default();
-        assert_eq!(elements.admit(&ports[0]), Ok(nft::Applied::NoTable));
-        assert_eq!(elements.silence(&ports), Ok(nft::Applied::NoTable));
+        assert_eq!(elements.admit(&ports[0]), Ok(Applied::NoTable));
+        assert_eq!(elements.silence(&ports), Ok(Applied::NoTable));
         assert!(!ground.dnsmasq(&nat).is_running());
         let left = std::fs::read_dir(ground.run_dir().join("networks")).unwrap().count();
         assert_eq!(left, 0);
