@@ -16,7 +16,7 @@ use super::link::Link;
 use super::strangers::{Stranger, Strangers};
 use super::{Migrations, identity, limits, link, ticket};
 use crate::error::{Error, Result};
-use crate::network::{self, cidr::Cidr};
+use crate::network::{self, cidr::Cidr, mac::Mac};
 use crate::servers::capacity::Capacity;
 use crate::servers::live;
 use crate::servers::record::ServerRecord;
@@ -262,6 +262,9 @@ fn against_networks(connection: &Connection, nic: &OfferedNic) -> Result<Option<
             "network {name} is {} at the target and {} at the source; the address {} would not fit",
             network.ipv4_cidr, nic.ipv4_cidr, nic.ipv4
         )));
+    }
+    if !Mac::is_of_some_server(&nic.mac) {
+        return Ok(Some(format!("{:?} is no hardware address that a host gives a server", nic.mac)));
     }
     let owner = network::owner(connection, network.id, nic.ipv4, &nic.mac)?;
     Ok(owner.map(|owner| {

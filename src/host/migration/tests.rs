@@ -265,6 +265,36 @@ async fn a_disk_that_the_target_has_no_room_for_is_in_the_way() {
     pair.close().await;
 }
 
+/// The tap of a server that runs here may have the name that it would have.
+#[tokio::test]
+async fn a_hardware_address_that_no_host_gives_is_taken_from_none() {
+    let pair = Pair::new(Stage::new()).await;
+    stage::import(&pair.target).await;
+    let (id, dirs) = (pair.server, pair.source.migrations().core.dirs.clone());
+    let look = move |connection: &rusqlite::Connection| {
+        let offer = source::offer(connection, &dirs, id, crate::cpu::Known::default())?;
+        let record = crate::store::records::one(connection, id.0)?;
+        Ok((offer, crate::servers::moving::parcel::Packed::of(connection, record)?))
+    };
+    let (offer, mut packed) = pair.source.store().read(look).await.unwrap();
+    let own = offer.nics[0].mac.clone();
+    let alike = format!("02:11:22{}", &own[8..]);
+    for (mac, is_taken) in [(&own, true), (&alike, false), (&"52:54:00:AB:CD:EF".to_owned(), false)] {
+        packed.nics[0].mac.clone_from(mac);
+        assert_eq!(packed.check().is_ok(), is_taken, "{mac}");
+        let mut offer = offer.clone();
+        offer.nics[0].mac.clone_from(mac);
+        let found = target::judge(pair.target.migrations(), offer).await.unwrap();
+        let kinds: Vec<_> = found.iter().map(|obstacle| obstacle.kind).collect();
+        assert_eq!(
+            kinds,
+            if is_taken { vec![] } else { vec![wire::peer::ObstacleKind::Network] },
+            "{found:?}"
+        );
+    }
+    pair.close().await;
+}
+
 /// A host that has nothing against a server and runs this version. Answers where it waits; it has the target's certificate.
 async fn host_of_version(pair: &Pair, program: &'static str) -> SocketAddr {
     use wire::peer::Message;

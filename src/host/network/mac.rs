@@ -29,14 +29,21 @@ impl Mac {
             digest.update([index]);
             digest.update(attempt.to_be_bytes());
             let bytes = digest.finalize();
-            Mac([0x52, 0x54, 0x00, bytes[0], bytes[1], bytes[2]])
+            let [a, b, c] = OF_SERVERS;
+            Mac([a, b, c, bytes[0], bytes[1], bytes[2]])
         })
     }
 
     /// An address for an interface of a server that is not there yet, which another may have.
     pub fn random() -> Mac {
-        let [.., a, b, c] = *ServerId::new().0.as_bytes();
-        Mac([0x52, 0x54, 0x00, a, b, c])
+        let ([.., d, e, f], [a, b, c]) = (*ServerId::new().0.as_bytes(), OF_SERVERS);
+        Mac([a, b, c, d, e, f])
+    }
+
+    /// Whether this is an address that a host gives a server's interface, written as it writes it. Another may name the tap of
+    /// one that has the same end, and one that is written otherwise is not found among those that are taken.
+    pub fn is_of_some_server(text: &str) -> bool {
+        text.parse::<Mac>().is_ok_and(|mac| mac.0.starts_with(&OF_SERVERS) && mac.to_string() == text)
     }
 
     /// The address of a network's bridge: locally administered, and 40 bits of a digest. A bridge that has it
@@ -54,12 +61,16 @@ impl Mac {
         Mac([0x02, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]])
     }
 
-    /// Name of the tap of the interface that has this address. Addresses are unique on the host, so names are.
+    /// Name of the tap of the interface that has this address. Servers' addresses begin alike and are unique on the host, so
+    /// names are.
     pub fn tap_name(self) -> String {
         let [.., a, b, c] = self.0;
         format!("{TAP_PREFIX}{a:02x}{b:02x}{c:02x}")
     }
 }
+
+/// Every server's hardware address begins with it.
+const OF_SERVERS: [u8; 3] = [0x52, 0x54, 0x00];
 
 /// Every device's name begins with it that Toft makes.
 pub const OWN_PREFIX: &str = "toft";

@@ -226,11 +226,6 @@ impl Networks {
         addresses::free_mac(tx, promised, server, index)
     }
 
-    /// For `servers`: whether this is no hardware address that one interface can have.
-    pub(crate) fn is_group(mac: &str) -> bool {
-        mac.parse::<Mac>().map_or(true, |mac| mac.0[0] & 1 == 1)
-    }
-
     /// For `servers`: fails with `host_unprepared`, saying what to do, while a network is degraded.
     pub(crate) fn check_ready(&self, id: NetworkId) -> Result<()> {
         match lock(&self.inner.troubles).get(&id) {

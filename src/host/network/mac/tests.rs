@@ -21,6 +21,25 @@ fn names_fit_the_kernels_fifteen_characters_and_taps_are_told_from_bridges() {
 }
 
 #[test]
+fn an_address_that_could_share_anothers_tap_is_no_servers() {
+    let of_bridge = Mac::of_bridge(NetworkId::new());
+    for mac in Mac::of_server(ServerId::new(), 0).take(9).chain([Mac::random()]) {
+        assert!(Mac::is_of_some_server(&mac.to_string()), "{mac}");
+        let Mac([.., a, b, c]) = mac;
+        assert_eq!(Mac([0x02, 0x11, 0x22, a, b, c]).tap_name(), mac.tap_name());
+    }
+    for other in [
+        "02:11:22:ab:cd:ef",
+        "53:54:00:ab:cd:ef",
+        "52:54:00:AB:cd:ef",
+        "52:54:00:ab:cd",
+        &of_bridge.to_string(),
+    ] {
+        assert!(!Mac::is_of_some_server(other), "{other}");
+    }
+}
+
+#[test]
 fn a_bridge_has_a_local_unicast_address() {
     let Mac([first, ..]) = Mac::of_bridge(NetworkId::new());
     assert_eq!(first & 0b11, 0b10);

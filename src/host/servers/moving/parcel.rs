@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 use wire::peer::OfferedCpu;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::network::Networks;
+use crate::network::mac::Mac;
 use crate::servers::create::{Faults, VOLUME_STEP};
 use crate::servers::lifecycle::{Back, Life, Phase, Saved, SavedOf};
 use crate::servers::record::{Disk, Held, ServerRecord};
@@ -189,6 +190,9 @@ impl Packed {
         });
         for nic in self.nics.iter().take(bounds::NICS_MAX) {
             faults.nic_limits("/nics", &nic.limits);
+            faults.unless(Mac::is_of_some_server(&nic.mac), "/nics", "not_valid", || {
+                format!("{:?} is no hardware address that a host gives a server", nic.mac)
+            });
         }
         for disk in &self.disks {
             let size_bytes = disk.volume.size_bytes;
@@ -256,10 +260,6 @@ impl Packed {
         }
         let nics = (0u8..).zip(self.nics).map(|(index, nic)| {
             let network = Networks::resolve(connection, Some(&nic.network))?;
-            if Networks::is_group(&nic.mac) {
-                let detail = format!("{} is no hardware address of an interface", nic.mac);
-                return Err(Error::invalid(format!("/nics/{index}/mac"), "not_valid", detail));
-            }
             Ok(ServerNic { network_id: network.id, index, mac: nic.mac, ipv4: nic.ipv4, limits: nic.limits })
         });
         let record = ServerRecord {
