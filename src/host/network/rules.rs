@@ -2,11 +2,12 @@
 //! All of it lies in the tables `inet toft` and `bridge toft`; nothing else is read, changed or flushed.
 //!
 //! `bridge toft` sees each frame as it leaves a guest, before the bridge or the host does anything with it. It
-//! passes ARP and IPv4 with the sender's own addresses, and drops the rest: IPv6 (networks are IPv4), VLAN tags
-//! (they would hide what is inside), anything from a tap that is not in the sets. Each chain names what may pass and
-//! drops the rest, because an expression that cannot be read, as in a frame cut short or one that lies about its length,
-//! matches nothing: IPv4 passes when its protocol was read and is no answer of a DHCP server, or when it is a later part
-//! of a datagram, which is worth nothing without the first.
+//! passes ARP and IPv4 with the sender's own addresses, and of ARP probes those for its own address, because who hears one
+//! for his may give it up (RFC 5227, section 2.1.1). It drops the rest: IPv6 (networks are IPv4), VLAN tags (they would hide
+//! what is inside), anything from a tap that is not in the sets. Each chain names what may pass and drops the rest, because
+//! an expression that cannot be read, as in a frame cut short or one that lies about its length, matches nothing: IPv4
+//! passes when its protocol was read and is no answer of a DHCP server, or when it is a later part of a datagram, which is
+//! worth nothing without the first.
 //!
 //! Frames to 01:80:C2:00:00:0x, which bridges must not pass on (IEEE 802.1D, table 7-10), the kernel would hand to the
 //! port itself, without `prerouting`. `links` has ports send them through it; `to_bridge` catches what a port without
@@ -109,7 +110,7 @@ table bridge toft {{
         arp hlen != 6 counter drop
         arp plen != 4 counter drop
         iifname . arp saddr ether @senders iifname . arp saddr ip @addresses accept
-        iifname . arp saddr ether @senders arp operation request arp saddr ip 0.0.0.0 accept
+        iifname . arp saddr ether @senders arp operation request arp saddr ip 0.0.0.0 iifname . arp daddr ip @addresses accept
         counter drop
     }}
     chain ipv4_from_guest {{

@@ -73,6 +73,14 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
                 }
                 .frame(victim.mac, evil.mac),
             ),
+            (
+                "a probe for another's address",
+                Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), nobody).frame(BROADCAST, evil.mac),
+            ),
+            (
+                "a probe for the gateway's address",
+                Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), gateway).frame(BROADCAST, evil.mac),
+            ),
             ("ARP of an odd shape", ethernet(BROADCAST, evil.mac, 0x0806, &cut)),
             ("a DHCP server's reply", dhcp_answer.frame(victim.mac, evil.mac)),
             ("one that is shorter than it says", lying(3, 0xff)),
@@ -104,11 +112,12 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
             evil.send(&udp.altered(victim.mac, evil.mac, at, byte));
             victim.wait(part, |frame| frame[42..].starts_with(part.as_bytes()).then_some(()));
         }
-        evil.send(&Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), victim.ipv4).frame(BROADCAST, evil.mac));
-        evil.udp((victim.mac, victim.ipv4, 9), 9, b"mark");
-        victim.frames_before(b"mark");
-        let answer = evil.wait("the answer to a probe for a taken address", Arp::read);
-        assert_eq!((answer.operation, answer.sender), (2, (victim.mac, victim.ipv4)));
+        // And a probe by which a guest sees that nobody else has its own address.
+        evil.send(&Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), evil.ipv4).frame(BROADCAST, evil.mac));
+        let probe = victim.wait("a probe", |frame| {
+            Arp::read(frame).filter(|arp| arp.sender == (evil.mac, Ipv4Addr::UNSPECIFIED))
+        });
+        assert_eq!(probe.target.1, evil.ipv4);
         assert_eq!(evil.resolve(gateway), Mac::of_bridge(segment.id));
     });
 }
