@@ -11,8 +11,9 @@
 //!
 //! Frames to 01:80:C2:00:00:0x, which bridges must not pass on (IEEE 802.1D, table 7-10), the kernel would hand to the
 //! port itself, without `prerouting`. `links` has ports send them through it; `to_bridge` catches what a port without
-//! that would let by, and `inet toft` drops whatever comes from a port. It also decides what may reach the host and pass
-//! through it.
+//! that would let by, and `inet toft` drops whatever comes from a port. It also decides what may pass through the host and
+//! what may reach it: DHCP, DNS and ping at the gateway of the guest's own network. At its other addresses the host may serve
+//! others.
 //!
 //! Where a network goes on behind a device of the host, the other hosts there have the same gateway, address for address,
 //! and each is its own servers' alone: what comes in through the device reaches servers, never the host, and what the host
@@ -140,10 +141,13 @@ table bridge toft {{
 }
 
 fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String], foreign: &[Foreign]) {
+    let mut to_gateway = String::new();
     let mut through = String::new();
     let mut masquerade = String::new();
     for segment in &wanted.segments {
         let (bridge, cidr) = (&segment.bridge, segment.cidr);
+        let gateway = cidr.gateway();
+        let _ = writeln!(to_gateway, "        iifname \"{bridge}\" ip daddr {gateway} goto guest_to_gateway");
         let _ = writeln!(through, "        iifname \"{bridge}\" oifname \"{bridge}\" accept");
         if segment.kind == NetworkKind::Nat {
             let _ = writeln!(
@@ -177,6 +181,10 @@ table inet toft {{
     chain guest_to_host {{
         ct state established,related accept
         meta nfproto != ipv4 counter drop
+{to_gateway}        ip daddr 255.255.255.255 udp dport 67 accept
+        counter drop
+    }}
+    chain guest_to_gateway {{
         udp dport {{ 53, 67 }} accept
         tcp dport 53 accept
         icmp type echo-request accept

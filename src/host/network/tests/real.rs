@@ -443,6 +443,40 @@ fn nat_leads_out_and_answers_back_in_and_nothing_else_passes() {
 }
 
 #[test]
+fn what_the_host_serves_it_serves_at_the_gateway_of_the_guests_network_only() {
+    run(|mut ground| async move {
+        let _world = uplink().await;
+        let (isolated, ports) = ground.network(0, NetworkKind::Isolated, &["db1"]).await;
+        let (nat, _) = ground.network(1, NetworkKind::Nat, &[]).await;
+        let db1 = ground.plug(&isolated, &ports[0]).await;
+        let (gateway, outward) = (isolated.cidr.gateway(), Ipv4Addr::new(198, 51, 100, 1));
+        let host = db1.resolve(gateway);
+        let resolver = tokio::net::UdpSocket::bind((outward, 53)).await.unwrap();
+        let ask = || db1.udp((host, outward, 53), 4000, b"asked");
+        ask();
+        for at in [outward, nat.cidr.gateway(), gateway] {
+            // Type and code where UDP has a port, the checksum where it has the other (RFC 792).
+            let ping = Udp { from: (db1.ipv4, 0x0800), to: (at, 0xf7f7), data: Vec::new() };
+            db1.send(&ping.altered(host, db1.mac, 9, 1));
+        }
+        // What comes first is the answer to the last, and all that was sent before it has been looked at.
+        let answered = db1.wait("an echo", |frame| {
+            let is_echo = frame[12..14] == [8, 0] && frame[23] == 1 && frame[34] == 0;
+            is_echo.then(|| <[u8; 4]>::try_from(&frame[26..30]).unwrap())
+        });
+        assert_eq!(Ipv4Addr::from(answered), gateway);
+        let mut buffer = [0; 16];
+        assert!(resolver.try_recv(&mut buffer).is_err(), "a guest reached a resolver of the host");
+        assert_eq!(address_of(&db1, gateway, "db1.toft.internal"), Some(db1.ipv4));
+        assert_eq!(lease(&db1).address, db1.ipv4);
+        // Without the rules it does.
+        nft::apply("flush ruleset").await.unwrap();
+        ask();
+        tokio::time::timeout(PATIENCE, resolver.readable()).await.unwrap().unwrap();
+    });
+}
+
+#[test]
 fn a_removed_network_leaves_the_host_as_it_was() {
     run(|mut ground| async move {
         let _world = uplink().await;
