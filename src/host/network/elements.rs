@@ -98,7 +98,7 @@ struct Change {
 }
 
 /// A port's elements, as `rules` writes them: its name with each of its addresses.
-fn changes(kind: u16, port: &Port) -> [Change; 2] {
+fn changes(kind: u16, port: &Port) -> [Change; 3] {
     let key = |address: &[u8]| {
         let mut key = port.tap().into_bytes();
         key.resize(NAME_BYTES, 0);
@@ -110,6 +110,7 @@ fn changes(kind: u16, port: &Port) -> [Change; 2] {
     [
         Change { kind, set: "senders", key: key(&port.mac.0) },
         Change { kind, set: "addresses", key: key(&port.ipv4.octets()) },
+        Change { kind, set: "clients", key: key(&port.mac.0) },
     ]
 }
 
@@ -212,15 +213,16 @@ mod tests {
 
     #[test]
     fn a_key_is_the_taps_name_and_an_address_in_whole_registers() {
-        let [senders, addresses] = changes(NEW_ELEMENT, &port());
+        let [senders, addresses, clients] = changes(NEW_ELEMENT, &port());
         assert_eq!(senders.key, *b"tofttap010203\0\0\0\x52\x54\0\x01\x02\x03\0\0");
         assert_eq!(addresses.key, *b"tofttap010203\0\0\0\x0a\x4d\0\x02");
+        assert_eq!(clients.key, senders.key);
     }
 
     #[test]
     fn lengths_lead_from_message_to_message_and_from_attribute_to_attribute() {
         let Batch { bytes, answers } = batch(&changes(DELETE_ELEMENT, &port()));
-        assert_eq!(answers, 2);
+        assert_eq!(answers, 3);
         let (mut kinds, mut at) = (Vec::new(), 0);
         while at < bytes.len() {
             let length = u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
@@ -234,7 +236,7 @@ mod tests {
             assert_eq!(attribute, at + length);
             at += length;
         }
-        assert_eq!(kinds, [BATCH_BEGIN, 0x0a0e, 0x0a0e, BATCH_END]);
+        assert_eq!(kinds, [BATCH_BEGIN, 0x0a0e, 0x0a0e, 0x0a0e, BATCH_END]);
     }
 
     #[test]

@@ -6,8 +6,10 @@
 //! for his may give it up (RFC 5227, section 2.1.1). It drops the rest: IPv6 (networks are IPv4), VLAN tags (they would hide
 //! what is inside), anything from a tap that is not in the sets. Each chain names what may pass and drops the rest, because
 //! an expression that cannot be read, as in a frame cut short or one that lies about its length, matches nothing: IPv4
-//! passes when its protocol was read and is no answer of a DHCP server, or when it is a later part of a datagram, which is
-//! worth nothing without the first.
+//! passes when its protocol was read and is no answer of a DHCP server and no question to one in another's name, or when it
+//! is a later part of a datagram, which is worth nothing without the first. For whom a client asks is in the question itself
+//! (`chaddr`, RFC 2131, section 2): 48 bits, 288 bits after the UDP header's begin, for which `nft` has no name and no type. (Two
+//! neighbouring fields are never compared with `!=` in one rule: `nft` makes one comparison of both out of it.)
 //!
 //! Frames to 01:80:C2:00:00:0x, which bridges must not pass on (IEEE 802.1D, table 7-10), the kernel would hand to the
 //! port itself, without `prerouting`. `links` has ports send them through it; `to_bridge` catches what a port without
@@ -45,20 +47,24 @@ pub fn removal() -> String {
 }
 
 /// A port's elements of each set; `elements` puts the same into rules that are in force.
-fn elements(port: &Port) -> [(&'static str, String); 2] {
-    let tap = port.tap();
-    [("senders", format!("\"{tap}\" . {}", port.mac)), ("addresses", format!("\"{tap}\" . {}", port.ipv4))]
+fn elements(port: &Port) -> [(&'static str, String); 3] {
+    let (tap, [a, b, c, d, e, f]) = (port.tap(), port.mac.0);
+    [
+        ("senders", format!("\"{tap}\" . {}", port.mac)),
+        ("addresses", format!("\"{tap}\" . {}", port.ipv4)),
+        ("clients", format!("\"{tap}\" . 0x{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}{f:02x}")),
+    ]
 }
 
 fn bridge_table(text: &mut String, ports: &[Port], foreign: &[Foreign]) {
-    let mut sets = [String::new(), String::new()];
+    let mut sets = [String::new(), String::new(), String::new()];
     for (at, separator) in ports.iter().zip(std::iter::once("").chain(std::iter::repeat(",\n            "))) {
         for (set, (_, element)) in sets.iter_mut().zip(elements(at)) {
             set.push_str(separator);
             set.push_str(&element);
         }
     }
-    let [senders, addresses] = sets.map(|set| match set.as_str() {
+    let [senders, addresses, clients] = sets.map(|set| match set.as_str() {
         "" => String::new(),
         set => format!("\n        elements = {{\n            {set}\n        }}"),
     });
@@ -86,6 +92,9 @@ table bridge toft {{
     }}
     set addresses {{
         type ifname . ipv4_addr{addresses}
+    }}
+    set clients {{
+        typeof iifname . @th,288,48{clients}
     }}
     chain from_port {{
         type filter hook prerouting priority -300; policy accept;
@@ -115,14 +124,19 @@ table bridge toft {{
         counter drop
     }}
     chain ipv4_from_guest {{
-        ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+        ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 iifname . @th,288,48 @clients accept
         iifname . ip saddr @addresses goto own_ipv4_from_guest
         counter drop
     }}
     chain own_ipv4_from_guest {{
         ip frag-off & 0x1fff != 0 accept
         meta l4proto != udp accept
+        udp dport 67 goto dhcp_from_guest
         udp sport != 67 accept
+        counter drop
+    }}
+    chain dhcp_from_guest {{
+        udp sport != 67 iifname . @th,288,48 @clients accept
         counter drop
     }}
     chain to_bridge {{

@@ -45,6 +45,8 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
         let mut cut = Arp::request(own, nobody).payload();
         cut[4] = 8;
         let dhcp_answer = udp(evil.ipv4, (67, 68));
+        let broadcast = |data| Udp { from: (Ipv4Addr::UNSPECIFIED, 68), to: (Ipv4Addr::BROADCAST, 67), data };
+        let declines = |of| Udp { data: dhcp(4, of, Some(victim.ipv4)), ..udp(evil.ipv4, (68, 67)) };
         let lying = |at: usize, byte: u8| dhcp_answer.altered(victim.mac, evil.mac, at, byte);
         let mut router_advertisement = vec![0x60, 0, 0, 0, 0, 16, 58, 255];
         router_advertisement.extend([0xfe; 32]);
@@ -83,6 +85,15 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
             ),
             ("ARP of an odd shape", ethernet(BROADCAST, evil.mac, 0x0806, &cut)),
             ("a DHCP server's reply", dhcp_answer.frame(victim.mac, evil.mac)),
+            (
+                "a DHCP question for the victim",
+                broadcast(dhcp(1, victim.mac, None)).frame(BROADCAST, evil.mac),
+            ),
+            ("a DHCP message of the victim", declines(victim.mac).frame(victim.mac, evil.mac)),
+            (
+                "the first part of one that names nobody yet",
+                Udp { data: b"forged".to_vec(), ..declines(evil.mac) }.altered(victim.mac, evil.mac, 6, 0x20),
+            ),
             ("one that is shorter than it says", lying(3, 0xff)),
             ("one whose header is longer than it", lying(0, 0x4f)),
             ("one that is of another version", lying(0, 0x65)),
@@ -111,6 +122,11 @@ fn forged_frames_do_not_leave_the_port_and_honest_ones_do() {
             let udp = Udp { data: part.into(), ..honest.clone() };
             evil.send(&udp.altered(victim.mac, evil.mac, at, byte));
             victim.wait(part, |frame| frame[42..].starts_with(part.as_bytes()).then_some(()));
+        }
+        // And what a guest says to a DHCP server for itself.
+        for (udp, to) in [(broadcast(dhcp(1, evil.mac, None)), BROADCAST), (declines(evil.mac), victim.mac)] {
+            evil.send(&udp.frame(to, evil.mac));
+            victim.wait("a question of its own", |frame| Udp::read(frame).filter(|heard| *heard == udp));
         }
         // And a probe by which a guest sees that nobody else has its own address.
         evil.send(&Arp::request((evil.mac, Ipv4Addr::UNSPECIFIED), evil.ipv4).frame(BROADCAST, evil.mac));
