@@ -6,6 +6,7 @@ use model::snapshot::{CreateSnapshot, FullReason, RestoreServer, Snapshot};
 
 use super::moves::{Ground, has, listening};
 use super::*;
+use crate::servers::lifecycle;
 
 async fn taken(host: &Host, id: ServerId, name: &str) -> Snapshot {
     let spec = serde_json::json!({ "name": name, "incremental": true });
@@ -79,5 +80,24 @@ async fn a_host_that_gave_a_server_away_once_has_no_say_when_it_comes_from_anoth
     assert_eq!(host.store().write(insert).await.unwrap(), [false, true, true, false]);
     let side = serde_json::to_value(Side::Target).unwrap();
     assert_eq!(side, "target", "as it is asked for");
+    host.close().await;
+}
+
+#[tokio::test]
+async fn while_a_machine_goes_to_another_vmm_it_may_still_be_owed_memory() {
+    let ground = Ground::with(ServerState::Running).await;
+    let (host, id) = (ground.stages[0].open().await, ground.server);
+    stage::until(&host, id, |server| server.state == ServerState::Running).await;
+    assert_eq!(host.servers().lacks_memory(id).await.unwrap(), Some(false));
+    let upgrade = move |tx: &Tx<'_>| {
+        let mut record: ServerRecord = records::one(tx, id.0)?;
+        let vmm = record.life.phase.vmm().cloned().unwrap();
+        record.life.phase = lifecycle::Phase::Upgrading { vmm, next: None, was_paused: false };
+        records::save(tx, &mut record)
+    };
+    // Nobody is told of it, so it stays so.
+    host.store().write(upgrade).await.unwrap();
+    assert_eq!(host.servers().lacks_memory(id).await.unwrap(), None);
+    assert!(host.servers().is_owed(id).await.unwrap(), "its source would let go of what it has");
     host.close().await;
 }

@@ -597,22 +597,3 @@ async fn a_machine_that_came_and_cannot_run_is_started_anew_as_after_a_failure()
         target.close().await;
     }
 }
-
-#[tokio::test]
-async fn while_a_machine_goes_to_another_vmm_it_may_still_be_owed_memory() {
-    let ground = Ground::with(ServerState::Running).await;
-    let (host, id) = (ground.stages[0].open().await, ground.server);
-    stage::until(&host, id, |server| server.state == ServerState::Running).await;
-    assert_eq!(host.servers().lacks_memory(id).await.unwrap(), Some(false));
-    let upgrade = move |tx: &Tx<'_>| {
-        let mut record: ServerRecord = records::one(tx, id.0)?;
-        let vmm = record.life.phase.vmm().cloned().unwrap();
-        record.life.phase = lifecycle::Phase::Upgrading { vmm, next: None, was_paused: false };
-        records::save(tx, &mut record)
-    };
-    // Nobody is told of it, so it stays so.
-    host.store().write(upgrade).await.unwrap();
-    assert_eq!(host.servers().lacks_memory(id).await.unwrap(), None);
-    assert!(host.servers().is_owed(id).await.unwrap(), "its source would let go of what it has");
-    host.close().await;
-}
