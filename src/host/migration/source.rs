@@ -19,7 +19,7 @@ use wire::saved::Digest;
 use super::identity::Identity;
 use super::link::{Link, Wire, out_of_turn};
 use super::ticket::Ticket;
-use super::{limits, link};
+use super::{limits, link, obstacles_text};
 use crate::config::Dirs;
 use crate::cpu::Known;
 use crate::error::{Error, Result};
@@ -127,13 +127,17 @@ pub(super) struct Welcome {
     pub(super) may_owe: bool,
 }
 
-/// Shows the ticket. Fails with `invalid` when it is not good.
+/// Shows the ticket. Fails with `invalid` when it is not good, and with `migration_blocked` when the target talks with this host enough.
 pub(super) async fn greet(link: &mut Link<TlsStream<Wire>>, secret: String) -> Result<Welcome> {
     let (host, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
     link.send(&Message::Greet { host, program, ticket: secret }).await?;
     match link.message(limits::CONVERSATION).await? {
         Message::Welcome { host, program, may_owe } => Ok(Welcome { host, program, may_owe }),
         Message::Refuse { detail } => Err(Error::invalid("/ticket", "refused", detail)),
+        // The ticket is good, and what is in the way is nothing of the server.
+        Message::Verdict { blocked_by } => {
+            Err(Error::new(Code::MigrationBlocked, obstacles_text(&blocked_by)))
+        }
         _ => Err(out_of_turn()),
     }
 }

@@ -94,16 +94,14 @@ where
     };
     let shown = secret.clone();
     migrations.core.store.write(move |tx| ticket::present(tx, &shown, source)).await?;
-    // Who has too many is told so in its turn, and counts as a stranger until then.
-    let talk = migrations.talks.begin(source);
-    let _stranger = Some(stranger).filter(|_| talk.is_none());
+    let Some(_talk) = migrations.talks.begin(source) else {
+        return link.send(&Message::Verdict { blocked_by: vec![too_many_talks()] }).await;
+    };
+    drop(stranger);
     link.trust();
     let (host_here, program) = (super::host_name(), env!("CARGO_PKG_VERSION").to_owned());
     link.send(&Message::Welcome { host: host_here, program, may_owe: live::may_owe() }).await?;
     match link.message(limits::CONVERSATION).await? {
-        Message::Ask(_) | Message::Take(_) if talk.is_none() => {
-            link.send(&Message::Verdict { blocked_by: vec![too_many_talks()] }).await
-        }
         Message::Ask(offer) => {
             let blocked_by = judge(migrations, *offer).await?;
             link.send(&Message::Verdict { blocked_by }).await

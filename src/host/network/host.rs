@@ -260,9 +260,15 @@ impl HostPlumbing {
         self.state.lock().await.wanted.ports.iter().any(|port| port.network == network)
     }
 
-    /// Somebody may have flushed the tables; then they are made again before anything is let through.
+    /// Somebody may have flushed the tables; then they are made again before anything is let through. Not by a daemon that has not made
+    /// them yet: an earlier one's, which may lack what this one puts into them, are all that holds for servers that run.
     async fn admit(&self, state: &mut State, port: &Port) -> Result<(), PlumbingError> {
         if self.elements.admit(port)? == Applied::NoTable {
+            if !state.wanted.segments.iter().any(|segment| segment.id == port.network) {
+                let detail =
+                    "the rules of its network are not in force; start it again when the network is ready";
+                return Err(PlumbingError::Failed(detail.to_owned()));
+            }
             tracing::warn!("Toft's nftables rules were gone and are made again");
             let mut wanted = state.wanted.clone();
             wanted.ports.retain(|known| known.mac != port.mac);

@@ -226,3 +226,19 @@ fn ip(lines: &str) {
     ip.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
     assert!(ip.wait().unwrap().success());
 }
+
+#[test]
+fn a_daemon_that_has_made_no_rules_yet_replaces_none() {
+    run(|mut ground| async move {
+        let (segment, ports) = ground.network(0, NetworkKind::Nat, &["one", "two"]).await;
+        let _one = ground.plug(&segment, &ports[0]).await;
+        // Its rules are another version's, which has not all that this one asks for, or none.
+        super::super::nft::apply("flush ruleset").await.unwrap();
+        let next = super::super::HostPlumbing::new(ground.run_dir());
+        let refused = next.plug(segment.clone(), ports[1].clone()).await.unwrap_err().to_string();
+        assert!(refused.contains("not in force") && ruleset().is_empty(), "{refused}");
+        assert!(next.ensure(ground.wanted.clone()).await.is_empty());
+        next.plug(segment.clone(), ports[1].clone()).await.unwrap();
+        assert!(ruleset().contains(&ports[0].mac.to_string()), "the server that runs was forgotten");
+    });
+}
