@@ -10,7 +10,9 @@
 //! Addresses are fixed by `dhcp-host` lines, so leases are worth nothing over a restart of dnsmasq: with
 //! `dhcp-authoritative` a guest that renews is confirmed. But while it runs, dnsmasq refuses an address that it
 //! has leased to another interface, even when that one is gone. `given` therefore remembers who had which address
-//! since dnsmasq started; when an address changes hands, dnsmasq is started anew.
+//! since dnsmasq started; when an address changes hands, dnsmasq is started anew. Whose a lease is, a guest's hardware address
+//! alone says, which the rules hold it to: by the identifier that it may call itself (`dhcp-ignore-clid`, since 2.81), clones of
+//! one machine, or who says another's, would take leases from each other.
 use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
 use std::io::{self, Write as _};
@@ -83,7 +85,7 @@ impl Dnsmasq {
             "interface={bridge}\nexcept-interface=lo\nbind-dynamic\nno-hosts\nno-ping\nquiet-dhcp\ndomain-needed\n\
              bogus-priv\ndomain={DOMAIN}\nlocal=/{DOMAIN}/\naddn-hosts={names}\nhostsdir={names}.d\n\
              dhcp-authoritative\ndhcp-ignore-names\ndhcp-range={base},static,{netmask},{LEASE_S}\ndhcp-lease-max={places}\n\
-             dhcp-hostsfile={hosts}\ndhcp-hostsdir={hosts}.d\n\
+             dhcp-ignore-clid\ndhcp-hostsfile={hosts}\ndhcp-hostsdir={hosts}.d\n\
              dhcp-leasefile={leases}\npid-file={pid}\ndhcp-option=option:dns-server,{gateway}\n\
              dhcp-option=option:mtu,{mtu}\n{outward}",
             names = file("names"),

@@ -1,6 +1,7 @@
 //! Rules as text, and then everything on real devices in a network namespace of the test's own: guests are taps
 //! whose frames the tests write and read.
 mod behind;
+mod dhcp;
 mod facade;
 mod frames;
 mod ground;

@@ -6,10 +6,11 @@ use model::network::NetworkKind;
 use rtnetlink::LinkUnspec;
 use sys::tap::Tap;
 
+use super::dhcp::lease;
 use super::frames::{Arp, BROADCAST, Udp, dhcp, dns_question};
 use super::ground::{Guest, run};
 use super::port;
-use super::real::{lease, uplink};
+use super::real::uplink;
 use crate::network::mac::Mac;
 use crate::network::plumbing::Plumbing;
 

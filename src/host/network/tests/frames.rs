@@ -128,6 +128,12 @@ pub(super) fn dhcp(kind: u8, mac: Mac, asked: Option<Ipv4Addr>) -> Vec<u8> {
     message
 }
 
+/// The same DHCP message with one option more (RFC 2132), before all others.
+pub(super) fn with_option(mut message: Vec<u8>, code: u8, value: &[u8]) -> Vec<u8> {
+    message.splice(240..240, [&[code, value.len() as u8], value].concat());
+    message
+}
+
 /// What a DHCP server says: 2 offers, 5 acknowledges, 6 refuses.
 pub(super) struct DhcpAnswer {
     pub(super) kind: u8,
