@@ -15,7 +15,8 @@
 //! port itself, without `prerouting`. `links` has ports send them through it; `to_bridge` catches what a port without
 //! that would let by, and `inet toft` drops whatever comes from a port. It also decides what may pass through the host and
 //! what may reach it: DHCP, DNS and ping at the gateway of the guest's own network. At its other addresses the host may serve
-//! others.
+//! others. Of connections only what answers who began them passes as a part of one: what began when these rules were not in force
+//! would go on otherwise. What the one who began it sends is looked at as if it were the first.
 //!
 //! Where a network goes on behind a device of the host, the other hosts there have the same gateway, address for address,
 //! and each is its own servers' alone: what comes in through the device reaches servers, never the host, and what the host
@@ -167,7 +168,8 @@ fn inet_table(text: &mut String, wanted: &Wanted, uplinks: &[String], foreign: &
             let _ = writeln!(
                 through,
                 "        iifname \"{bridge}\" oifname != \"{BRIDGE_PREFIX}*\" ip saddr {cidr} accept\n        iifname \
-                 != \"{BRIDGE_PREFIX}*\" oifname \"{bridge}\" ip daddr {cidr} ct state established,related accept"
+                 != \"{BRIDGE_PREFIX}*\" oifname \"{bridge}\" ip daddr {cidr} ct state \
+                 established,related ct direction reply accept"
             );
             let _ = writeln!(
                 masquerade,
@@ -193,7 +195,7 @@ table inet toft {{
 {from_device}        iifname "{BRIDGE_PREFIX}*" goto guest_to_host
     }}
     chain guest_to_host {{
-        ct state established,related accept
+        ct state established,related ct direction reply accept
         meta nfproto != ipv4 counter drop
 {to_gateway}        ip daddr 255.255.255.255 udp dport 67 accept
         counter drop

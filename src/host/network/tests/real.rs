@@ -1,5 +1,5 @@
 //! What the plumbing does on a real kernel. Each test has a network namespace of its own and needs root.
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
 use futures_util::TryStreamExt;
 use model::network::NetworkKind;
@@ -333,6 +333,60 @@ fn what_the_host_serves_it_serves_at_the_gateway_of_the_guests_network_only() {
         nft::apply("flush ruleset").await.unwrap();
         ask();
         tokio::time::timeout(PATIENCE, resolver.readable()).await.unwrap().unwrap();
+    });
+}
+
+/// While somebody had flushed the rules, or before an upgrade to stricter ones.
+#[test]
+fn what_began_without_the_rules_does_not_go_on_under_them() {
+    run(|mut ground| async move {
+        let world = uplink().await;
+        let (nat, ports) = ground.network(0, NetworkKind::Nat, &["web1"]).await;
+        let web1 = ground.plug(&nat, &ports[0]).await;
+        let gateway = nat.cidr.gateway();
+        let (host, router) = (web1.resolve(gateway), world.resolve(Ipv4Addr::new(198, 51, 100, 1)));
+        // Others still have the kernel keep account of connections.
+        let theirs = "table inet theirs { chain seen { type filter hook input priority 1; ct state new; }; }";
+        nft::apply(&format!("flush ruleset\n{theirs}")).await.unwrap();
+        let [service, client] = [8080, 8081].map(|port| {
+            let socket = UdpSocket::bind(("0.0.0.0", port)).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket
+        });
+        let heard = |socket: &UdpSocket| {
+            let mut buffer = [0; 16];
+            socket.recv(&mut buffer).map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned())
+        };
+        let hears = |guest: &Guest, data: &str| {
+            guest.wait(data, |frame| Udp::read(frame).filter(|udp| udp.data == data.as_bytes()));
+        };
+        let to_service = |data: &str| web1.udp((host, gateway, 8080), 9, data.as_bytes());
+        let to_client = |data: &str| web1.udp((host, gateway, 8081), 9, data.as_bytes());
+        let inward = |data: &str| {
+            let udp = Udp { from: (world.ipv4, 7), to: (web1.ipv4, 80), data: data.into() };
+            world.send(&udp.frame(router, world.mac));
+        };
+        // The guest begins the first, the host the second, and somebody outside the third; all are answered.
+        to_service("asked");
+        assert_eq!(heard(&service).unwrap(), "asked");
+        service.send_to(b"answer", (web1.ipv4, 9)).unwrap();
+        hears(&web1, "answer");
+        client.send_to(b"question", (web1.ipv4, 9)).unwrap();
+        hears(&web1, "question");
+        inward("inward");
+        hears(&web1, "inward");
+        web1.udp((host, world.ipv4, 7), 80, b"outward");
+        hears(&world, "outward");
+
+        ground.ensure().await;
+        to_service("more");
+        inward("more");
+        to_client("reply");
+        assert_eq!(heard(&client).unwrap(), "reply", "what the host began does not go on");
+        service.set_nonblocking(true).unwrap();
+        assert!(heard(&service).is_err(), "what a guest began without the rules goes on");
+        client.send_to(b"mark", (web1.ipv4, 9)).unwrap();
+        assert_eq!(web1.frames_before(b"mark").iter().filter_map(|frame| Udp::read(frame)).count(), 0);
     });
 }
 
