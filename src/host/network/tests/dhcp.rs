@@ -1,5 +1,5 @@
 //! What dnsmasq says to guests, on a real kernel. Each test has a network namespace of its own and needs root.
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Instant;
 
 use model::network::NetworkKind;
@@ -8,6 +8,7 @@ use super::frames::{BROADCAST, DhcpAnswer, Udp, dhcp, dns_question, with_option}
 use super::ground::{Guest, PATIENCE, run};
 use super::port;
 use crate::network::HostPlumbing;
+use crate::network::elements::{Applied, Elements};
 use crate::network::mac::Mac;
 use crate::network::plumbing::{Plumbing, Port};
 
@@ -57,6 +58,28 @@ fn dhcp_gives_each_server_its_own_address_and_dns_knows_its_name() {
         assert_eq!(address_of(&web2, gateway, "web1.toft.internal"), Some(ports[0].ipv4));
         assert_eq!(address_of(&web2, gateway, "web2"), Some(ports[1].ipv4));
         assert_eq!(address_of(&web2, gateway, "web3.toft.internal"), None);
+
+        // As after a restart, when all that the sets have is what the rules' text says.
+        ground.ensure().await;
+        assert_eq!(lease(&web2).address, web2.ipv4);
+        let web1 = ground.plug(&segment, &ports[0]).await;
+        let question = Udp {
+            from: (Ipv4Addr::UNSPECIFIED, 68),
+            to: (Ipv4Addr::BROADCAST, 67),
+            data: dhcp(1, web2.mac, None),
+        };
+        let host = UdpSocket::bind("0.0.0.0:8080").unwrap();
+        let heard_with = |mark: &[u8]| {
+            web2.send(&question.frame(BROADCAST, web2.mac));
+            host.send_to(mark, (web1.ipv4, 9)).unwrap();
+            let before = web1.frames_before(mark);
+            before.iter().filter_map(|frame| Udp::read(frame)).any(|udp| udp == question)
+        };
+        web1.resolve(gateway);
+        assert!(heard_with(b"plugged in"), "a question is not heard where it is broadcast");
+        ground.ensure().await;
+        assert_eq!(Elements::default().silence(&ports[1..]), Ok(Applied::Yes));
+        assert!(!heard_with(b"silenced"), "a question is heard of one that is silenced");
 
         // web2 goes, and web3 gets its address while the lease of web2 still runs.
         let web3 = crate::network::Port { ipv4: ports[1].ipv4, ..port(&segment, 9, "web3") };
