@@ -9,7 +9,7 @@ use crate::settling::MemoryStatus;
 use crate::will::Reason;
 
 /// Version of this protocol. A VMM answers [`Command::Hello`] with its own; the daemon speaks the older.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// From which version on a [`Command::Save`] can have a base.
 pub const PROTOCOL_OF_BASES: u32 = 2;
@@ -25,6 +25,9 @@ pub const PROTOCOL_OWES: u32 = 4;
 
 /// The first version with [`Command::Park`].
 pub const PROTOCOL_PARKS: u32 = 5;
+
+/// From which version on a disk can be an overlay ([`crate::machine::Disk::backing`]).
+pub const PROTOCOL_OVERLAYS: u32 = 6;
 
 /// One command with the number its reply will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

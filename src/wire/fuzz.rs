@@ -167,6 +167,7 @@ fn built_specification(data: &[u8]) {
             [numbers.next(1) as usize % 6]
             .to_owned(),
         limits: rates(numbers),
+        backing: numbers.next(1).is_multiple_of(8).then(|| fd(numbers)),
     };
     let nic = |numbers: &mut Numbers<'_>| Nic {
         tap: fd(numbers),
@@ -208,7 +209,9 @@ fn judge(spec: &MachineSpec, descriptors: usize) {
     }
     let named: Vec<FdIndex> = spec.descriptors().into_iter().map(|(_, fd)| fd).collect();
     judge_descriptors(&named, descriptors);
-    assert_eq!(named.len(), 2 + usize::from(spec.boot.initrd.is_some()) + spec.disks.len() + spec.nics.len());
+    let backings = spec.disks.iter().filter(|disk| disk.backing.is_some()).count();
+    let initrds = usize::from(spec.boot.initrd.is_some());
+    assert_eq!(named.len(), 2 + initrds + spec.disks.len() + backings + spec.nics.len());
     assert!((limits::MEMORY_BYTES_MIN..=limits::MEMORY_BYTES_MAX).contains(&spec.memory_bytes));
     assert!(spec.memory_bytes.is_multiple_of(2 << 20) && (1..=limits::VCPUS_MAX).contains(&spec.vcpus));
     assert!(spec.disks.len() <= limits::DISKS_MAX && spec.nics.len() <= limits::NICS_MAX);

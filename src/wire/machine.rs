@@ -98,6 +98,10 @@ pub struct Disk {
     /// Limits on what the guest may ask of the disk.
     #[serde(default)]
     pub limits: RateLimits,
+    /// What the disk was made from, open for reading, which nobody changes: `file` is an overlay over it then. Whatever of `file`
+    /// is a hole (lseek(2), `SEEK_DATA`) is read from here, as far as this reaches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<FdIndex>,
 }
 
 /// Whether a guest may change a disk.
@@ -288,6 +292,9 @@ impl MachineSpec {
                 return refuse(format!("/disks/{at}/serial"), "must be at most 20 printable ASCII bytes");
             }
             disk.limits.check(&format!("/disks/{at}/limits"))?;
+            if disk.backing.is_some() && disk.access == Access::ReadOnly {
+                return refuse(format!("/disks/{at}/backing"), "a disk that is never written needs none");
+            }
         }
         for (at, nic) in self.nics.iter().enumerate() {
             if nic.mac[0] & 1 != 0 || nic.mac == [0; 6] {
@@ -309,7 +316,10 @@ impl MachineSpec {
             ("/console/ring".to_owned(), self.console.ring),
         ];
         named.extend(self.boot.initrd.map(|fd| ("/boot/initrd".to_owned(), fd)));
-        named.extend(self.disks.iter().enumerate().map(|(at, d)| (format!("/disks/{at}/file"), d.file)));
+        for (at, disk) in self.disks.iter().enumerate() {
+            named.push((format!("/disks/{at}/file"), disk.file));
+            named.extend(disk.backing.map(|backing| (format!("/disks/{at}/backing"), backing)));
+        }
         named.extend(self.nics.iter().enumerate().map(|(at, n)| (format!("/nics/{at}/tap"), n.tap)));
         named
     }

@@ -1,14 +1,18 @@
-//! Settling a machine's memory: what was mapped privately from a saved machine's file goes into memory of the machine's own
-//! while its guest runs. Then it can be handed over, saved without standing still, and the file is nobody's any more.
+//! Settling a machine: what was mapped privately from a saved machine's file goes into memory of the machine's own while its
+//! guest runs, and what of its disks lies in the files that these were made from goes into their own. Then it can be handed over,
+//! saved without standing still, and those files are nobody's any more.
 use serde::{Deserialize, Serialize};
 
-/// Whose a machine's memory is.
+/// Whose a machine's memory is, and its disks.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MemoryStatus {
     /// Bytes of memory.
     pub total_bytes: u64,
     /// Bytes that are mapped from a file which others may have mapped too; what the guest has written of them is counted.
     pub shared_bytes: u64,
+    /// Bytes of its disks that it may read from the files that these were made from.
+    #[serde(default)]
+    pub disks_shared_bytes: u64,
     /// How the settling that is under way, or the last one, stands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settling: Option<Settling>,
@@ -35,7 +39,7 @@ pub struct Settling {
 pub enum SettleStage {
     /// It goes on.
     UnderWay,
-    /// All memory is the machine's own.
+    /// All memory and all disks are the machine's own.
     Settled,
     /// It came to no end. What was settled stays so, and the next one goes on from there.
     Failed {

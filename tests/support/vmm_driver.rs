@@ -120,6 +120,7 @@ impl Machine {
             cache: Default::default(),
             serial: format!("disk-{}", self.spec.disks.len()),
             limits: Default::default(),
+            backing: None,
         };
         change(&mut disk);
         self.spec.disks.push(disk);

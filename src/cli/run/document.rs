@@ -136,7 +136,14 @@ impl Machine {
         for disk in self.disks {
             let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
             let file = add(open(&self.folder, &disk.path, access)?);
-            disks.push(Disk { file, access, cache: disk.cache, serial: disk.serial, limits: disk.limits });
+            disks.push(Disk {
+                file,
+                access,
+                cache: disk.cache,
+                serial: disk.serial,
+                limits: disk.limits,
+                backing: None,
+            });
         }
         let mut nics = Vec::new();
         for nic in self.nics {

@@ -259,6 +259,7 @@ fn assemble(record: &ServerRecord, chassis: Chassis, parts: Parts) -> Result<Des
         },
         serial: serial(disk.volume_id.0),
         limits: disk_limits(&disk.limits),
+        backing: None,
     };
     let mut disks: Vec<Disk> = record.disks.iter().zip(opened.by_ref()).map(root).collect();
     disks.extend(opened.map(|seed| Disk {
@@ -267,6 +268,7 @@ fn assemble(record: &ServerRecord, chassis: Chassis, parts: Parts) -> Result<Des
         cache: CacheMode::Writeback,
         serial: "seed".to_owned(),
         limits: RateLimits::default(),
+        backing: None,
     }));
     let mut nics = Vec::new();
     for (nic, (mtu, tap)) in record.nics.iter().zip(taps) {

@@ -13,6 +13,7 @@ fn spec() -> MachineSpec {
             cache: CacheMode::Writeback,
             serial: "root".into(),
             limits: RateLimits::default(),
+            backing: None,
         }],
         nics: vec![],
         balloon: Balloon::default(),
@@ -41,7 +42,7 @@ fn each_broken_field_is_named() {
         rx_limits: RateLimits::default(),
         tx_limits: RateLimits::default(),
     };
-    let cases: [(&str, Break); 12] = [
+    let cases: [(&str, Break); 15] = [
         ("/memory_bytes", |s| s.memory_bytes = (128 << 20) + 1),
         ("/memory_bytes", |s| s.memory_bytes = u64::MAX),
         ("/vcpus", |s| s.vcpus = 0),
@@ -55,6 +56,11 @@ fn each_broken_field_is_named() {
         }),
         ("/disks/0/file", |s| s.disks[0].file = FdIndex(3)),
         ("/disks/0/file", |s| s.disks[0].file = FdIndex(1)),
+        ("/disks/0/backing", |s| s.disks[0].backing = Some(FdIndex(3))),
+        ("/disks/0/backing", |s| s.disks[0].backing = Some(FdIndex(2))),
+        ("/disks/0/backing", |s| {
+            (s.disks[0].backing, s.disks[0].access) = (Some(FdIndex(1)), Access::ReadOnly)
+        }),
         ("/disks", |s| s.disks = vec![s.disks[0].clone(); 17]),
     ];
     for (field, break_it) in cases {
