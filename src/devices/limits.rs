@@ -102,6 +102,10 @@ pub const BLOCK_LOOKOUTS_FORGONE_MAX: u32 = 64;
 /// one round.
 pub const BLOCK_TURN_US: u64 = 1_000;
 
+/// Bytes of a backing file that are filled into an overlay as its guest stands still: copied within the page cache, some tenths
+/// of a millisecond.
+pub const OVERLAY_PIECE_BYTES: u64 = 512 << 10;
+
 /// Ranges in one discard request. Linux merges up to 256 on fast disks; each is a system call here.
 pub const DISCARD_RANGES_MAX: u32 = 16;
 

@@ -1,5 +1,6 @@
 //! File I/O straight between one file and guest memory: io_uring where the kernel gives it, plain system calls
-//! where not, behind one interface. It knows no virtqueue and no device; `devices::virtio::block` drives it.
+//! where not, behind one interface. A second file can be read from, too. It knows no virtqueue and no device;
+//! `devices::virtio::block` drives it.
 //!
 //! A request owns its vectors and a share of the memory until the kernel has answered, so nothing the kernel may
 //! still touch is ever unmapped or reused. What lies in guest memory may change at any time; the kernel only
@@ -40,7 +41,7 @@ const STALLS_MAX: u32 = 1000;
 /// What does the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
-    /// io_uring, restricted to the operations used here on the one file.
+    /// io_uring, restricted to the operations used here on its files.
     IoUring,
     /// One system call at a time in the thread that calls [`Ring::submit`].
     Plain,
@@ -64,6 +65,21 @@ pub struct Completed {
     pub result: io::Result<()>,
 }
 
+/// The files of a ring.
+#[derive(Debug, Clone)]
+pub struct Files {
+    /// Read and written.
+    pub own: Arc<File>,
+    /// Only read ([`Ring::read_backing`]). Held until the ring ends.
+    pub backing: Option<Arc<File>>,
+}
+
+impl From<Arc<File>> for Files {
+    fn from(own: Arc<File>) -> Files {
+        Files { own, backing: None }
+    }
+}
+
 /// A file that guest memory is read from and written to, with at most a fixed number of requests in flight.
 #[derive(Debug)]
 pub struct Ring {
@@ -73,7 +89,7 @@ pub struct Ring {
     engine: Engine,
     slots: Box<[Slot]>,
     free: Vec<usize>,
-    file: Arc<File>,
+    files: Files,
     ready: EventFd,
     fell_back: Option<io::Error>,
     stalls: u32,
@@ -97,17 +113,18 @@ enum Kind {
     #[default]
     Sync,
     Read,
+    ReadBacking,
     Write(Durability),
     Punch,
     Zero,
 }
 
 impl Ring {
-    /// A ring of `depth` requests over `file`, with io_uring if the kernel gives it. Made before a sandbox closes
+    /// A ring of `depth` requests over these files, with io_uring if the kernel gives it. Made before a sandbox closes
     /// io_uring_setup; it may move to another thread and live through any number of users.
-    pub fn new(file: Arc<File>, depth: u16) -> io::Result<Ring> {
-        let mut ring = Ring::plain(file, depth)?;
-        match Uring::new(ring.file.as_fd(), ring.ready.as_fd(), depth) {
+    pub fn new(files: impl Into<Files>, depth: u16) -> io::Result<Ring> {
+        let mut ring = Ring::plain(files, depth)?;
+        match Uring::new(&ring.files, ring.ready.as_fd(), depth) {
             Ok(uring) => (ring.uring, ring.engine) = (Some(uring), Engine::IoUring),
             Err(cause) => ring.fell_back = Some(cause),
         }
@@ -115,14 +132,14 @@ impl Ring {
     }
 
     /// A ring that does not use io_uring, for hosts that forbid it and for comparing.
-    pub fn plain(file: Arc<File>, depth: u16) -> io::Result<Ring> {
+    pub fn plain(files: impl Into<Files>, depth: u16) -> io::Result<Ring> {
         Ok(Ring {
             uring: None,
             plain: Plain::default(),
             engine: Engine::Plain,
             slots: (0..depth).map(|_| Slot::default()).collect(),
             free: (0..usize::from(depth)).rev().collect(),
-            file,
+            files: files.into(),
             ready: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
             fell_back: None,
             stalls: 0,
@@ -163,6 +180,17 @@ impl Ring {
         pieces: impl IntoIterator<Item = (GuestAddress, u32)>,
     ) -> Result<(), Refused> {
         self.accept(token, Kind::Read, offset, |vectors| vectors.fill(memory, pieces))
+    }
+
+    /// As [`Ring::read`], from the backing file. Without one the request fails.
+    pub fn read_backing(
+        &mut self,
+        token: u64,
+        offset: u64,
+        memory: &Arc<Ram>,
+        pieces: impl IntoIterator<Item = (GuestAddress, u32)>,
+    ) -> Result<(), Refused> {
+        self.accept(token, Kind::ReadBacking, offset, |vectors| vectors.fill(memory, pieces))
     }
 
     /// Writes the pieces of memory to `offset` of the file, in order.
@@ -244,7 +272,7 @@ impl Ring {
             }
             Err(cause) => self.fall_back(cause),
         }
-        if self.plain.submit(&self.file, &self.slots) {
+        if self.plain.submit(&self.files, &self.slots) {
             self.call_again();
         }
     }
@@ -338,7 +366,7 @@ impl Slot {
     /// Takes the kernel's answer: the request's result, or nothing when it has to be carried on with.
     fn advance(&mut self, result: i32) -> Option<io::Result<()>> {
         let answer = self.judge(result);
-        if answer.is_some() && self.kind == Kind::Read {
+        if answer.is_some() && matches!(self.kind, Kind::Read | Kind::ReadBacking) {
             // Also after a failure: the first pieces may have been written.
             self.vectors.mark_written();
         }
@@ -356,13 +384,13 @@ impl Slot {
         };
         match self.kind {
             Kind::Sync | Kind::Punch | Kind::Zero => return Some(Ok(())),
-            Kind::Read if bytes == 0 && self.left > 0 => {
+            Kind::Read | Kind::ReadBacking if bytes == 0 && self.left > 0 => {
                 return Some(Err(io::ErrorKind::UnexpectedEof.into()));
             }
             Kind::Write(_) if bytes == 0 && self.left > 0 => {
                 return Some(Err(io::ErrorKind::WriteZero.into()));
             }
-            Kind::Read | Kind::Write(_) => {}
+            Kind::Read | Kind::ReadBacking | Kind::Write(_) => {}
         }
         let bytes = bytes.min(self.left);
         self.left -= bytes;

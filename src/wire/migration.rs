@@ -325,6 +325,10 @@ impl ReceiveSpec {
         check_count(&self.streams)?;
         check_disks(&self.disks, Some(self.machine.disks.len()))?;
         check_handed(self.memory.is_some(), &self.streams, &self.disks)?;
+        if let Some(at) = self.machine.disks.iter().position(|disk| disk.backing.is_some()) {
+            let detail = "what comes is all of a disk, or its own file has all of it".to_owned();
+            return Err(SpecError { field: format!("/disks/{at}/backing"), detail });
+        }
         let mut named = self.machine.descriptors();
         named.extend(self.memory.map(|memory| ("/memory".to_owned(), memory)));
         named.extend(self.userfaultfd.map(|device| ("/userfaultfd".to_owned(), device)));

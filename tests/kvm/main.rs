@@ -14,6 +14,7 @@ mod jail;
 mod launcher;
 mod machine;
 mod migrate;
+mod overlay;
 mod owed;
 mod peers;
 mod probe_guest;

@@ -34,6 +34,9 @@ pub(super) const HELP: &str = r#"machine.json, with paths relative to it; only "
 "limits" of a disk, "rx_limits" and "tx_limits" of a nic hold "bandwidth" (bytes) and
 "operations" (requests or packets), each with both numbers; what is absent is unlimited.
 
+A disk with "backing" is an overlay: what "path" has holes for is read from that file, to which
+nothing is written. "path" is a sparse file at least as long, on ext4, XFS or tmpfs.
+
 A tap is made for each nic and lasts as long as the machine; put it on a bridge yourself.
 The exit status is 0 when the guest powered itself off and 1 when the machine ended in any
 other way.
@@ -83,6 +86,8 @@ struct DiskDocument {
     serial: String,
     #[serde(default)]
     limits: RateLimits,
+    #[serde(default)]
+    backing: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -136,13 +141,14 @@ impl Machine {
         for disk in self.disks {
             let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
             let file = add(open(&self.folder, &disk.path, access)?);
+            let backing = disk.backing.map(|path| open(&self.folder, &path, Access::ReadOnly)).transpose()?;
             disks.push(Disk {
                 file,
                 access,
                 cache: disk.cache,
                 serial: disk.serial,
                 limits: disk.limits,
-                backing: None,
+                backing: backing.map(&mut add),
             });
         }
         let mut nics = Vec::new();

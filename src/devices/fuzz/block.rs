@@ -1,5 +1,6 @@
 //! The disk: requests of any shape against a small file. Nothing may reach memory that was not given, a file that is
-//! read-only, or a byte beyond its end.
+//! read-only, or a byte beyond its end. Some have a backing file, to which nobody writes, and whoever opens both again finds
+//! the same disk.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -18,6 +19,8 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Access, Block, BlockOptions, BlockStats, CacheMode, Disk};
 
 const DISK_BYTES: u64 = 32 << 10;
+/// It ends within a block.
+const BACKING_BYTES: u64 = (20 << 10) + 512;
 const PATTERN: u8 = 0xD5;
 
 /// Serves a driver made of `data`.
@@ -29,11 +32,18 @@ pub fn block(data: &[u8]) {
     let cache = if how & 2 != 0 { CacheMode::Writethrough } else { CacheMode::Writeback };
     let few = TokenBucket { per_second: 1, burst: 4 };
     let operations = (how & 12 == 12).then_some(few);
-    let file = disk_file();
+    let backing = (how & 16 != 0 && access == Access::ReadWrite).then(|| patterned(BACKING_BYTES));
+    let file = if backing.is_some() { patterned(0) } else { patterned(DISK_BYTES) };
+    file.set_len(DISK_BYTES).unwrap();
+    let open = || {
+        let backing = backing.as_ref().map(|backing| backing.try_clone().unwrap());
+        Disk::plain(file.try_clone().unwrap(), backing, access).unwrap()
+    };
+    let disk = open();
     let stats = Arc::new(BlockStats::default());
     let options = BlockOptions {
         name: "disk0".to_owned(),
-        disk: Disk::plain(file.try_clone().unwrap(), access).unwrap(),
+        disk: disk.clone(),
         cache,
         serial: "a serial".to_owned(),
         limits: RateLimits { bandwidth: None, operations },
@@ -62,7 +72,20 @@ pub fn block(data: &[u8]) {
         assert_eq!(device.in_flight(), 0);
     }
     drop(device);
-    judge(&file, access, &stats);
+    assert_eq!(file.metadata().unwrap().len(), DISK_BYTES, "the disk's length changed");
+    let found = all(&disk);
+    assert!(found == all(&open()), "another disk than it is for the next who opens it");
+    let changes = stats.writes.load(Ordering::Relaxed) + stats.discards.load(Ordering::Relaxed);
+    if access == Access::ReadOnly || (changes == 0 && stats.errors.load(Ordering::Relaxed) == 0) {
+        let bytes = if backing.is_some() { BACKING_BYTES } else { DISK_BYTES };
+        assert!(is_patterned(&found, bytes), "a disk changed that nobody wrote to");
+    }
+    if let Some(backing) = backing {
+        assert_eq!(backing.metadata().unwrap().len(), BACKING_BYTES);
+        let mut found = vec![0; BACKING_BYTES as usize];
+        backing.read_exact_at(&mut found, 0).unwrap();
+        assert!(is_patterned(&found, BACKING_BYTES), "somebody wrote to a backing file");
+    }
 }
 
 /// Offers a request that is right but for what it asks: a kind, and a range about the disk's end or anywhere.
@@ -92,19 +115,21 @@ fn request(guest: &mut Guest, input: &mut Unstructured<'_>) {
     guest.offer_pieces(0, &[piece(HEADER, 16, false), piece(DATA, length, writable), piece(STATUS, 1, true)]);
 }
 
-fn disk_file() -> File {
+fn patterned(bytes: u64) -> File {
     // Not a memfd of ours: those cannot grow, and what is written beyond the end would not be seen.
     let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
-    file.write_all_at(&[PATTERN; DISK_BYTES as usize], 0).unwrap();
+    file.write_all_at(&vec![PATTERN; bytes as usize], 0).unwrap();
     file
 }
 
-fn judge(file: &File, access: Access, stats: &BlockStats) {
-    assert_eq!(file.metadata().unwrap().len(), DISK_BYTES, "the disk's length changed");
-    let changes = stats.writes.load(Ordering::Relaxed) + stats.discards.load(Ordering::Relaxed);
-    if access == Access::ReadOnly || (changes == 0 && stats.errors.load(Ordering::Relaxed) == 0) {
-        let mut found = vec![0; DISK_BYTES as usize];
-        file.read_exact_at(&mut found, 0).unwrap();
-        assert!(found.iter().all(|byte| *byte == PATTERN), "a disk changed that nobody wrote to");
-    }
+fn all(disk: &Disk) -> Vec<u8> {
+    let mut found = vec![0; DISK_BYTES as usize];
+    disk.read_exact_at(&mut found, 0).unwrap();
+    found
+}
+
+/// The pattern in so many bytes, and zeroes behind it.
+fn is_patterned(found: &[u8], bytes: u64) -> bool {
+    let (with, without) = found.split_at(bytes as usize);
+    with.iter().all(|byte| *byte == PATTERN) && without.iter().all(|byte| *byte == 0)
 }

@@ -65,7 +65,7 @@ fn make(which: u8, guest: &Guest) -> Made {
             let file = sys::memfd::create("disk", DISK_BYTES).unwrap();
             let options = BlockOptions {
                 name: "disk0".to_owned(),
-                disk: Disk::plain(file, Access::ReadWrite).unwrap(),
+                disk: Disk::plain(file, None, Access::ReadWrite).unwrap(),
                 cache: CacheMode::Writeback,
                 serial: "a serial".to_owned(),
                 limits,

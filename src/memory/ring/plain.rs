@@ -1,11 +1,10 @@
 //! The engine for hosts without io_uring: each request is one system call in the submitting thread. It keeps
 //! the order of submission and knows nothing of who asks.
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use super::{Durability, Kind, Slot};
+use super::{Durability, Files, Kind, Slot};
 
 /// Requests waiting for their call and answers waiting to be taken; both at most the ring's depth.
 #[derive(Debug, Default)]
@@ -28,17 +27,22 @@ impl Plain {
     }
 
     /// Does everything queued; says whether there are answers to take.
-    pub(super) fn submit(&mut self, file: &File, slots: &[Slot]) -> bool {
+    pub(super) fn submit(&mut self, files: &Files, slots: &[Slot]) -> bool {
         for index in self.queued.drain(..) {
             let Some(slot) = slots.get(index) else { continue };
-            self.answers.push_back((index, call(file, slot)));
+            self.answers.push_back((index, call(files, slot)));
         }
         !self.answers.is_empty()
     }
 }
 
 /// The kernel's answer as io_uring would give it: what was done, or the error's number below zero.
-fn call(file: &File, slot: &Slot) -> i32 {
+fn call(files: &Files, slot: &Slot) -> i32 {
+    let file = match (slot.kind, &files.backing) {
+        (Kind::ReadBacking, Some(backing)) => backing,
+        (Kind::ReadBacking, None) => return -libc::EBADF,
+        _ => &files.own,
+    };
     let fd = file.as_raw_fd();
     let vectors = slot.vectors.rest();
     // At most 1024 vectors, and offsets were checked to fit when the request was accepted.
@@ -47,7 +51,7 @@ fn call(file: &File, slot: &Slot) -> i32 {
     let answer = match slot.kind {
         // SAFETY: `list` and `count` are one live slice whose buffers lie in mappings that the slot keeps alive
         // or in a static that is only read; `fd` is open because `file` is.
-        Kind::Read => unsafe { libc::preadv(fd, list, count, offset) },
+        Kind::Read | Kind::ReadBacking => unsafe { libc::preadv(fd, list, count, offset) },
         Kind::Write(durability) => {
             let flags = if durability == Durability::Durable { libc::RWF_DSYNC } else { 0 };
             // SAFETY: as above.

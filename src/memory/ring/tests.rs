@@ -140,6 +140,29 @@ fn a_read_past_the_end_of_the_file_is_an_error() {
 }
 
 #[test]
+fn a_backing_file_is_only_read() {
+    let (own, backing) = (disk(&[1; 8192]), disk(&[2; 4096]));
+    let each: [fn(Files, u16) -> io::Result<Ring>; 2] = [Ring::new, Ring::plain];
+    for open in each {
+        let (memory, backing) = (memory(), Some(Arc::clone(&backing)));
+        let mut ring = open(Files { own: Arc::clone(&own), backing }, 4).unwrap();
+        ring.read(0, 0, &memory, [at(0, 512)]).unwrap();
+        ring.read_backing(1, 512, &memory, [at(512, 256), at(1024, 256)]).unwrap();
+        let done = finish(&mut ring);
+        assert!(done.len() == 2 && done.iter().all(|completed| completed.result.is_ok()), "{done:?}");
+        let mut read = [0; 1280];
+        memory.read_slice(&mut read, GuestAddress(0)).unwrap();
+        let wanted = [[1; 256], [1; 256], [2; 256], [0; 256], [2; 256]].concat();
+        assert_eq!(read, wanted[..]);
+        ring.read_backing(2, 2048, &memory, [at(0, 4096)]).unwrap();
+        assert_eq!(only(finish(&mut ring)).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        let mut without = open(Files::from(Arc::clone(&own)), 4).unwrap();
+        without.read_backing(3, 0, &memory, [at(0, 512)]).unwrap();
+        assert_eq!(only(finish(&mut without)).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
+}
+
+#[test]
 fn short_transfers_are_carried_on_with() {
     // The kernel moves at most 0x7fff_f000 bytes at a time; a sparse file and one small piece named again and
     // again make a longer request cheap to hold. Copying it takes seconds, so one engine has to do: carrying on
@@ -258,7 +281,7 @@ fn the_event_tells_of_answers() {
 fn a_ring_does_nothing_but_what_it_was_made_for() {
     let file = disk(b"x");
     let ready = EventFd::new().unwrap();
-    let mut uring = match Uring::new(file.as_fd(), ready.as_fd(), 4) {
+    let mut uring = match Uring::new(&Files::from(file), ready.as_fd(), 4) {
         Ok(uring) => uring,
         Err(cause) => return skipped(&cause),
     };

@@ -1,4 +1,4 @@
-//! The io_uring engine: one ring that can do nothing but the operations used here, on one registered file. It
+//! The io_uring engine: one ring that can do nothing but the operations used here, on the files registered. It
 //! knows slots by number; what they point to stays in place until their answer is taken.
 use std::collections::VecDeque;
 use std::io;
@@ -8,10 +8,11 @@ use io_uring::register::Restriction;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 
-use super::{Durability, Kind, Slot};
+use super::{Durability, Files, Kind, Slot};
 
-/// The one registered file.
+/// The registered files: the ring's own, and the backing file if it has one.
 const FILE: Fixed = Fixed(0);
+const BACKING: Fixed = Fixed(1);
 
 /// The ring and what has been handed to it.
 pub(super) struct Uring {
@@ -25,10 +26,11 @@ pub(super) struct Uring {
 }
 
 impl Uring {
-    pub(super) fn new(file: BorrowedFd<'_>, ready: BorrowedFd<'_>, depth: u16) -> io::Result<Uring> {
+    pub(super) fn new(files: &Files, ready: BorrowedFd<'_>, depth: u16) -> io::Result<Uring> {
         let ring = build(u32::from(depth).max(1))?;
         let submitter = ring.submitter();
-        submitter.register_files(&[file.as_raw_fd()])?;
+        let files = std::iter::once(&files.own).chain(&files.backing);
+        submitter.register_files(&files.map(|file| file.as_raw_fd()).collect::<Vec<_>>())?;
         submitter.register_eventfd(ready.as_raw_fd())?;
         // io_uring goes past a seccomp filter, so the ring itself refuses what a taken-over process would want of
         // it: other operations, other files, other registrations.
@@ -133,10 +135,11 @@ fn entry(slot: &Slot, index: usize) -> squeue::Entry {
         [only] => u32::try_from(only.iov_len).ok().map(|length| (only.iov_base.cast::<u8>(), length)),
         _ => None,
     };
+    let file = if slot.kind == Kind::ReadBacking { BACKING } else { FILE };
     let entry = match slot.kind {
-        Kind::Read => match whole {
-            Some((start, length)) => opcode::Read::new(FILE, start, length).offset(slot.offset).build(),
-            None => opcode::Readv::new(FILE, list, count).offset(slot.offset).build(),
+        Kind::Read | Kind::ReadBacking => match whole {
+            Some((start, length)) => opcode::Read::new(file, start, length).offset(slot.offset).build(),
+            None => opcode::Readv::new(file, list, count).offset(slot.offset).build(),
         },
         Kind::Write(durability) => {
             let flags = if durability == Durability::Durable { libc::RWF_DSYNC } else { 0 };

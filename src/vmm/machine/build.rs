@@ -206,7 +206,10 @@ pub(super) fn open_disks(plan: &Plan) -> Result<Vec<Disk>, Error> {
     let open = |(at, disk): (usize, &wire::machine::Disk)| {
         let field = || format!("/disks/{at}/file");
         let file = plan.copy(disk.file).map_err(|cause| Error::File { field: field(), cause })?;
-        let opened = Disk::new(file, translate::access(disk.access));
+        let backing = disk.backing.map(|backing| plan.copy(backing)).transpose();
+        let backing =
+            backing.map_err(|cause| Error::File { field: format!("/disks/{at}/backing"), cause })?;
+        let opened = Disk::new(file, backing, translate::access(disk.access));
         opened.map_err(|error| Error::File { field: field(), cause: io::Error::other(error) })
     };
     plan.spec.disks.iter().enumerate().map(open).collect()

@@ -84,6 +84,8 @@ impl Machine {
             _ => {}
         }
         let disks = self.moved_disks(&spec.disks)?;
+        let is_named = |at: usize| disks.iter().any(|(named, _)| usize::from(*named) == at);
+        self.check_whole(|at| !is_named(at))?;
         self.cancel_settle();
         let mut files = Files::new(descriptors);
         let mut streams = streams(&mut files, &spec.streams)?;
@@ -181,6 +183,7 @@ impl Machine {
         if self.is_owed() {
             return Err(Error::State(OWED));
         }
+        self.check_whole(|_| true)?;
         let MachineSpec { nics, disks, .. } = &self.plan.spec;
         let taps = nics.iter().enumerate().map(|(at, nic)| (format!("/nics/{at}/tap"), nic.tap));
         let files = disks.iter().enumerate().map(|(at, disk)| (format!("/disks/{at}/file"), disk.file));
@@ -189,6 +192,17 @@ impl Machine {
             handles.push(self.plan.copy(file).map_err(|cause| Error::File { field, cause })?.into());
         }
         Ok((handles, nics.len(), disks.len()))
+    }
+
+    /// Refuses disks that both ends would have open, when the other end could not know what is in which file.
+    fn check_whole(&self, matters: impl Fn(usize) -> bool) -> Result<(), Error> {
+        let mut drives = self.lasting.drives.iter().enumerate();
+        match drives.any(|(at, disk)| matters(at) && disk.shared_bytes() > 0) {
+            true => Err(Error::State(
+                "some of a disk lies in the file that it was made from; settle the machine first",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// The disks that go along, by their positions.

@@ -1,5 +1,6 @@
-//! Settling a machine's memory while its guest runs: one thread copies piece after piece, and for the rest of each the main thread
-//! makes the machine stand still. What a piece is, and how it is turned, is in `memory`.
+//! Settling a machine while its guest runs, its memory and then its disks: one thread copies piece after piece, and for the rest of
+//! each the main thread makes the machine stand still. What a piece of memory is, and how it is turned, is in `memory`; one of a
+//! disk's backing file is read by the thread and filled in as the machine stands still (`devices::virtio::block`).
 //!
 //! ```text
 //! thread:       copy ─▶ copy what was written … ─▶ due ┐            ┌─▶ the next piece
@@ -15,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use devices::virtio::block::{self, Disk};
 use kvm::DirtyLog;
 use memory::settling::{Piece, Settling, shared_bytes};
 use memory::{Extent, Pages, guard, marks};
@@ -24,8 +26,8 @@ use wire::transfer::SHARD_BYTES;
 use super::{Error, Machine, Save};
 use crate::bell::Bell;
 use crate::limits::{
-    SETTLE_DRAIN_MS, SETTLE_DRAIN_MS_MAX, SETTLE_PAGES_MAX, SETTLE_ROUNDS_MAX, SETTLE_RUNS_ON,
-    SETTLE_TRIES_EACH, SETTLE_TRIES_MAX, SETTLE_ZEROES_MAX,
+    SETTLE_DRAIN_MS, SETTLE_DRAIN_MS_MAX, SETTLE_FLUSH_PIECES, SETTLE_PAGES_MAX, SETTLE_ROUNDS_MAX,
+    SETTLE_RUNS_ON, SETTLE_TRIES_EACH, SETTLE_TRIES_MAX, SETTLE_ZEROES_MAX,
 };
 use crate::log;
 use crate::migrate::{self, ram};
@@ -63,16 +65,22 @@ enum Stage {
     Ended(Result<(), String>),
 }
 
-/// A piece that is to be turned, behind a copy of the pages in `left` and of what was written since they were found.
+/// What is to be done as the machine stands still.
 struct Due {
-    work: Arc<Work>,
-    piece: Arc<Piece>,
-    left: Pages,
+    chore: Chore,
     patience: Duration,
 }
 
+enum Chore {
+    /// A piece of memory is turned, behind a copy of the pages in `left` and of what was written since they were found.
+    Turn { work: Arc<Work>, piece: Arc<Piece>, left: Pages },
+    /// A piece is filled into a disk.
+    Fill { disk: Disk, piece: Arc<block::Piece> },
+}
+
 struct Answer {
-    left: Pages,
+    /// What was left of a piece of memory.
+    left: Option<Pages>,
     turn: Turn,
     /// For how long the guest stood still.
     took: Duration,
@@ -97,14 +105,14 @@ impl<E: Into<migrate::Error>> From<E> for Stop {
     }
 }
 
-/// What is held only while it goes on.
+/// What of memory is held only while it goes on.
 struct Work {
     settling: Settling,
     log: DirtyLog,
 }
 
 impl Machine {
-    /// Has all memory be the machine's own.
+    /// Has all memory be the machine's own, and all of its disks lie in their own files.
     pub(crate) fn settle(&mut self) -> Result<(), Error> {
         self.check_not_moving()?;
         if self.save.as_ref().is_some_and(Save::is_under_way) {
@@ -112,18 +120,24 @@ impl Machine {
         }
         let is_under_way = self.settle.as_ref().is_some_and(Settle::is_under_way);
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
-        if is_under_way || shared_bytes(&parts.ram) == 0 {
+        let (ram, vm) = (Arc::clone(&parts.ram), Arc::clone(&parts.vm));
+        let disks = self.lasting.drives.iter().filter(|disk| disk.shared_bytes() > 0).cloned();
+        let (disks, shares_memory) = (disks.collect::<Vec<_>>(), shared_bytes(&ram) > 0);
+        if is_under_way || (disks.is_empty() && !shares_memory) {
             return Ok(());
         }
-        let (ram, vm) = (Arc::clone(&parts.ram), Arc::clone(&parts.vm));
         // Those before are let go of first: two must not log the same memory.
         self.settle = None;
+        if !shares_memory {
+            self.settle = Some(Settle::start(None, disks, &self.bell)?);
+            return Ok(());
+        }
         self.forget_sent();
         let settling = Settling::begin(&ram)?;
         let log = DirtyLog::start(&vm)?;
         marks::start(&ram);
-        self.settle =
-            Some(Settle::start(Work { settling, log }, &self.bell).inspect_err(|_| marks::stop(&ram))?);
+        let started = Settle::start(Some(Work { settling, log }), disks, &self.bell);
+        self.settle = Some(started.inspect_err(|_| marks::stop(&ram))?);
         Ok(())
     }
 
@@ -134,29 +148,35 @@ impl Machine {
         }
     }
 
-    /// Whose memory is.
+    /// Whose memory is, and the disks.
     pub(crate) fn memory_status(&self) -> Result<MemoryStatus, Error> {
         let parts = self.parts.as_ref().ok_or(Error::Absent)?;
         Ok(MemoryStatus {
             total_bytes: self.plan.spec.memory_bytes,
             shared_bytes: shared_bytes(&parts.ram),
+            disks_shared_bytes: self.lasting.drives.iter().map(Disk::shared_bytes).sum(),
             settling: self.settle.as_ref().map(Settle::status),
         })
     }
 
-    /// Turns the piece of memory that is due, if one is.
+    /// Turns or fills the piece that is due, if one is.
     pub(crate) fn turn_piece(&mut self) {
         let Some(shared) = self.settle.as_ref().map(|settle| Arc::clone(&settle.shared)) else { return };
-        let Some(due) = shared.take_due() else { return };
-        let Due { work, piece, mut left, patience } = due;
+        let Some(Due { chore, patience }) = shared.take_due() else { return };
         let (began, has_run) = (Instant::now(), !self.is_paused());
-        let turn = match self.standing_still(patience, || work.turn(&piece, &mut left)) {
+        let (left, done) = match chore {
+            Chore::Turn { work, piece, mut left } => {
+                let done = self.standing_still(patience, || work.turn(&piece, &mut left));
+                (Some(left), done)
+            }
+            Chore::Fill { disk, piece } => (None, self.standing_still(patience, || fill(&disk, &piece))),
+        };
+        let turn = match done {
             Ok(Ok(())) => Turn::Done,
             Err(error @ (Error::NotParked(_) | Error::NotDrained(_))) => Turn::NotStill(log::chain(&error)),
             Ok(Err(error)) | Err(error) => Turn::Failed(log::chain(&error)),
         };
         let took = if has_run { began.elapsed() } else { Duration::ZERO };
-        drop((work, piece));
         if self.parts.as_ref().is_some_and(|parts| shared_bytes(&parts.ram) == 0) {
             self.below.clear();
         }
@@ -181,7 +201,7 @@ impl Machine {
 }
 
 impl Settle {
-    fn start(work: Work, bell: &Arc<Bell>) -> Result<Settle, Error> {
+    fn start(work: Option<Work>, disks: Vec<Disk>, bell: &Arc<Bell>) -> Result<Settle, Error> {
         let inner = Inner {
             stage: Stage::Copying,
             pauses: 0,
@@ -199,7 +219,7 @@ impl Settle {
         let theirs = Arc::clone(&shared);
         let run = move || {
             threads::enter(ThreadKind::Settle);
-            theirs.run(Arc::new(work));
+            theirs.run(work.map(Arc::new), &disks);
         };
         let thread = std::thread::Builder::new().name("settle".to_owned()).spawn(run);
         let thread = thread.map_err(|cause| Error::Host { what: "the thread settle".to_owned(), cause })?;
@@ -246,20 +266,65 @@ impl Drop for Settle {
 }
 
 impl Shared {
-    fn run(&self, work: Arc<Work>) {
-        let result = self.pieces(&work).map_err(|stop| match stop {
+    fn run(&self, work: Option<Arc<Work>>, disks: &[Disk]) {
+        let mut result = work.as_ref().map_or(Ok(()), |work| self.pieces(work));
+        if let Some(work) = work {
+            marks::stop(work.settling.ram());
+            // A piece that is due and was not turned holds it, too.
+            let before = std::mem::replace(&mut self.inner().stage, Stage::Copying);
+            drop((before, work));
+        }
+        if result.is_ok() {
+            result = disks.iter().try_for_each(|disk| self.fill_disk(disk));
+        }
+        let result = result.map_err(|stop| match stop {
             Stop::GivenUp => "it was given up".to_owned(),
             Stop::Failed(detail) => {
-                log::line(format_args!("memory is not settled: {detail}"));
+                log::line(format_args!("what a machine shares is not settled: {detail}"));
                 detail
             }
         });
-        marks::stop(work.settling.ram());
         let mut inner = self.inner();
-        // A piece that is due and was not turned holds it, too.
-        let before = std::mem::replace(&mut inner.stage, Stage::Ended(result));
-        drop((before, work));
+        inner.stage = Stage::Ended(result);
         inner.ended = Some(Instant::now());
+    }
+
+    /// Has all of a disk be in its own file.
+    fn fill_disk(&self, disk: &Disk) -> Result<(), Stop> {
+        let mut unflushed = 0;
+        while let Some(piece) = disk.read_ahead().map_err(backing_trouble)? {
+            let (piece, mut tries) = (Arc::new(piece), 0);
+            loop {
+                if self.is_cancelled() {
+                    return Err(Stop::GivenUp);
+                }
+                let chore = Chore::Fill { disk: disk.clone(), piece: Arc::clone(&piece) };
+                let answer = self.turn(Due { chore, patience: patience(tries) })?;
+                if self.is_turned(answer.turn, answer.took, tries)? {
+                    break;
+                }
+                tries += 1;
+            }
+            // Now and then, so that no write waits for a page cache full of it as the machine stands still.
+            unflushed += 1;
+            if unflushed >= SETTLE_FLUSH_PIECES {
+                disk.flush().map_err(backing_trouble)?;
+                unflushed = 0;
+            }
+        }
+        disk.make_whole().map_err(backing_trouble)
+    }
+
+    /// What the main thread's answer comes to: done, or to be tried again. Lets the machine run first.
+    fn is_turned(&self, turn: Turn, took: Duration, tries: u32) -> Result<bool, Stop> {
+        let is_done = match turn {
+            Turn::Failed(detail) => return Err(Stop::Failed(detail)),
+            Turn::NotStill(detail) if tries >= SETTLE_TRIES_MAX => return Err(Stop::Failed(detail)),
+            Turn::NotStill(_) => false,
+            Turn::Done => true,
+        };
+        self.let_run(took);
+        Ok(is_done)
     }
 
     fn pieces(&self, work: &Arc<Work>) -> Result<(), Stop> {
@@ -278,15 +343,11 @@ impl Shared {
             let mut tries = 0;
             loop {
                 self.copy_written(work, &piece, &mut left)?;
-                let patience = patience(tries);
-                let answer =
-                    self.turn(Due { work: Arc::clone(work), piece: Arc::clone(&piece), left, patience })?;
-                left = answer.left;
-                match answer.turn {
-                    Turn::Done => break self.let_run(answer.took),
-                    Turn::Failed(detail) => return Err(Stop::Failed(detail)),
-                    Turn::NotStill(detail) if tries >= SETTLE_TRIES_MAX => return Err(Stop::Failed(detail)),
-                    Turn::NotStill(_) => self.let_run(answer.took),
+                let chore = Chore::Turn { work: Arc::clone(work), piece: Arc::clone(&piece), left };
+                let answer = self.turn(Due { chore, patience: patience(tries) })?;
+                left = answer.left.unwrap_or_else(|| Pages::of(0));
+                if self.is_turned(answer.turn, answer.took, tries)? {
+                    break;
                 }
                 tries += 1;
             }
@@ -327,7 +388,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Has the main thread turn a piece.
+    /// Has the main thread do what is due.
     fn turn(&self, due: Due) -> Result<Answer, Stop> {
         let mut inner = self.inner();
         inner.stage = Stage::Due(Box::new(due));
@@ -424,6 +485,14 @@ impl ram::Outlet for Own<'_> {
         }
         Ok(self.piece.clear(part)?)
     }
+}
+
+fn fill(disk: &Disk, piece: &block::Piece) -> Result<(), Error> {
+    disk.fill(piece).map_err(|cause| Error::Host { what: "a disk".to_owned(), cause })
+}
+
+fn backing_trouble(cause: std::io::Error) -> Stop {
+    Stop::Failed(format!("a disk cannot be filled from its backing file: {cause}"))
 }
 
 fn count(pages: &Pages, piece: Extent) -> u64 {

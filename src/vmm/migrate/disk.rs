@@ -24,7 +24,7 @@ impl Blocks<'_> {
     pub(super) fn send_all(&mut self) -> Result<Sum, Error> {
         let (mut sum, mut at, end) = (Sum::default(), 0, self.disk.bytes());
         while at < end {
-            let data = sys::memfd::next_data(self.disk.file(), at);
+            let data = self.disk.next_data(at);
             let data = data.map_err(|cause| Error::Host { doing: "find the holes of a disk", cause })?;
             let (start, stop) = data.map_or((end, end), |(start, stop)| (start.min(end), stop.min(end)));
             self.hole(&mut sum, Part { offset: at, bytes: start - at })?;
@@ -48,7 +48,7 @@ impl Blocks<'_> {
         for offset in (part.offset..part.offset + part.bytes).step_by(BLOCK_BYTES_MAX as usize) {
             let bytes = (part.offset + part.bytes - offset).min(BLOCK_BYTES_MAX.into());
             let piece = buffer.get_mut(..bytes as usize).unwrap_or_default();
-            let read = self.disk.file().read_exact_at(piece, offset);
+            let read = self.disk.read_exact_at(piece, offset);
             read.map_err(|cause| Error::Host { doing: "read a disk", cause })?;
             if memory::is_zero(piece) {
                 self.hole(sum, Part { offset, bytes })?;
@@ -119,7 +119,7 @@ mod tests {
     fn disk(bytes: u64) -> Disk {
         let file = tempfile::tempfile().unwrap();
         file.set_len(bytes).unwrap();
-        Disk::plain(file, Access::ReadWrite).unwrap()
+        Disk::plain(file, None, Access::ReadWrite).unwrap()
     }
 
     #[test]

@@ -219,9 +219,11 @@ const SHARED_BY_DEVICES: &[libc::c_long] = &[
     libc::SYS_poll,
 ];
 
-/// A ring, or the plain calls where the kernel has none.
+/// A ring, or the plain calls where the kernel has none; and what it takes to copy a block up and to find what an overlay has.
 const BLOCK: &[libc::c_long] = &[
     libc::SYS_io_uring_enter,
+    libc::SYS_pread64,
+    libc::SYS_lseek,
     libc::SYS_preadv,
     libc::SYS_pwritev2,
     libc::SYS_fdatasync,
@@ -247,8 +249,10 @@ const MOVE: &[libc::c_long] = &[
     libc::SYS_shutdown,
 ];
 
-/// Giving pages back that are zero again, and finding where a piece holds something.
-const SETTLE: &[libc::c_long] = &[libc::SYS_fallocate, libc::SYS_lseek];
+/// Giving pages back that are zero again, and finding where a piece holds something; reading a disk's backing file, and making
+/// durable what was filled in.
+const SETTLE: &[libc::c_long] =
+    &[libc::SYS_fallocate, libc::SYS_lseek, libc::SYS_pread64, libc::SYS_fdatasync];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

@@ -1,14 +1,16 @@
-//! The host's side of a disk: one raw file and the ring that moves its data. It knows no virtqueue. A format is
-//! never looked for: every byte of the file is the guest's.
+//! The host's side of a disk: one raw file, or an overlay over another, and the ring that moves its data. It knows no
+//! virtqueue. A format is never looked for: every byte of the file is the guest's.
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use memory::ring::Ring;
+use memory::ring::{Files, Ring};
 
 use super::Access;
 use super::changes::{Changes, Part};
+use super::overlay::{Overlay, Piece};
 use super::request::{Request, SECTOR_BYTES, Span};
 use crate::limits::BLOCK_QUEUE_SIZE;
 
@@ -26,6 +28,9 @@ pub enum DiskError {
         /// Its length.
         bytes: u64,
     },
+    /// It cannot be an overlay over its backing file.
+    #[error("the disk cannot be an overlay over its backing file")]
+    Overlay(#[source] io::Error),
     /// The host gave no descriptor.
     #[error("the disk's ring cannot be made")]
     Ring(#[source] io::Error),
@@ -41,6 +46,7 @@ struct Inner {
     file: Arc<File>,
     access: Access,
     sectors: u64,
+    overlay: Option<Overlay>,
     /// Here between two drivers.
     ring: Mutex<Option<Ring>>,
     cannot_punch: AtomicBool,
@@ -49,20 +55,22 @@ struct Inner {
 }
 
 impl Disk {
-    /// Takes the file as it is: its length is the capacity.
-    pub fn new(file: File, access: Access) -> Result<Disk, DiskError> {
-        Disk::with(file, access, Ring::new)
+    /// Takes the file as it is: its length is the capacity. With a backing file, which is only read, it is an overlay: whatever
+    /// of it is a hole is read from there.
+    pub fn new(file: File, backing: Option<File>, access: Access) -> Result<Disk, DiskError> {
+        Disk::with(file, backing, access, Ring::new)
     }
 
     /// The same without io_uring.
-    pub fn plain(file: File, access: Access) -> Result<Disk, DiskError> {
-        Disk::with(file, access, Ring::plain)
+    pub fn plain(file: File, backing: Option<File>, access: Access) -> Result<Disk, DiskError> {
+        Disk::with(file, backing, access, Ring::plain)
     }
 
     fn with(
         mut file: File,
+        backing: Option<File>,
         access: Access,
-        ring: fn(Arc<File>, u16) -> io::Result<Ring>,
+        ring: fn(Files, u16) -> io::Result<Ring>,
     ) -> Result<Disk, DiskError> {
         // The end of a block device is its size too, for which its metadata says 0.
         let bytes = file.seek(SeekFrom::End(0)).map_err(DiskError::Length)?;
@@ -70,11 +78,14 @@ impl Disk {
             return Err(DiskError::Sectors { bytes });
         }
         let file = Arc::new(file);
-        let ring = ring(Arc::clone(&file), BLOCK_QUEUE_SIZE).map_err(DiskError::Ring)?;
+        let overlay = backing.map(|backing| Overlay::new(Arc::clone(&file), Arc::new(backing), bytes));
+        let overlay = overlay.transpose().map_err(DiskError::Overlay)?;
+        let ring = ring(files(&file, overlay.as_ref()), BLOCK_QUEUE_SIZE).map_err(DiskError::Ring)?;
         Ok(Disk(Arc::new(Inner {
             file,
             access,
             sectors: bytes.checked_div(u64::from(SECTOR_BYTES)).unwrap_or(0),
+            overlay,
             ring: Mutex::new(Some(ring)),
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
@@ -97,9 +108,55 @@ impl Disk {
         self.0.sectors.saturating_mul(SECTOR_BYTES.into())
     }
 
-    /// The file, for whoever copies it.
+    /// The disk's own file, for whoever fills it.
     pub fn file(&self) -> &Arc<File> {
         &self.0.file
+    }
+
+    /// The next range at or after `from` that may hold something else than zeroes, as start and end in bytes.
+    pub fn next_data(&self, from: u64) -> io::Result<Option<(u64, u64)>> {
+        match &self.0.overlay {
+            None => sys::memfd::next_data(&self.0.file, from),
+            Some(overlay) => overlay.next_data(from),
+        }
+    }
+
+    /// Reads what the guest would, for whoever copies it.
+    pub fn read_exact_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.0.overlay {
+            None => self.0.file.read_exact_at(data, offset),
+            Some(overlay) => overlay.read_exact_at(data, offset),
+        }
+    }
+
+    /// Where what is not written yet lies, if not in the disk's own file.
+    pub(super) fn overlay(&self) -> Option<&Overlay> {
+        self.0.overlay.as_ref()
+    }
+
+    /// Bytes that may be read from a backing file; more than nothing until all lies in the disk's own and is durable there.
+    pub fn shared_bytes(&self) -> u64 {
+        self.overlay().map_or(0, Overlay::shared_bytes)
+    }
+
+    /// Reads the next piece that [`Disk::fill`] is to fill in, as the guest runs; nothing when all is filled in.
+    pub fn read_ahead(&self) -> io::Result<Option<Piece>> {
+        self.overlay().map_or(Ok(None), Overlay::read_ahead)
+    }
+
+    /// Puts what the guest has not written of a piece into the disk's own file. Nothing may be in flight.
+    pub fn fill(&self, piece: &Piece) -> io::Result<()> {
+        self.overlay().map_or(Ok(()), |overlay| overlay.fill(piece))
+    }
+
+    /// Makes durable what is in the disk's own file.
+    pub fn flush(&self) -> io::Result<()> {
+        self.0.file.sync_data()
+    }
+
+    /// Makes durable what was filled in, which is all. The backing file is not read any more.
+    pub fn make_whole(&self) -> io::Result<()> {
+        self.overlay().map_or(Ok(()), Overlay::make_whole)
     }
 
     /// Begins to mark what the guest changes, from no mark at all.
@@ -133,7 +190,7 @@ impl Disk {
         let kept = self.0.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
         let ring = match kept {
             Some(ring) => ring,
-            None => Ring::new(Arc::clone(&self.0.file), BLOCK_QUEUE_SIZE)?,
+            None => Ring::new(files(&self.0.file, self.overlay()), BLOCK_QUEUE_SIZE)?,
         };
         Ok(Lease { ring, disk: self.clone() })
     }
@@ -146,7 +203,10 @@ impl Disk {
 
     /// How to zero `span` first.
     pub(super) fn zeroing(&self, span: Span) -> Zeroing {
-        if span.unmap && !self.0.cannot_punch.load(Ordering::Relaxed) {
+        if self.overlay().is_some() {
+            // What is a hole would be the backing file's, for the next who opens it if not here.
+            Zeroing::Write
+        } else if span.unmap && !self.0.cannot_punch.load(Ordering::Relaxed) {
             Zeroing::Punch
         } else if self.0.cannot_zero.load(Ordering::Relaxed) {
             Zeroing::Write
@@ -172,6 +232,10 @@ impl Disk {
         }
         Some(next)
     }
+}
+
+fn files(own: &Arc<File>, overlay: Option<&Overlay>) -> Files {
+    Files { own: Arc::clone(own), backing: overlay.map(|overlay| Arc::clone(overlay.backing())) }
 }
 
 /// Ways to make a range read zero, cheapest first.

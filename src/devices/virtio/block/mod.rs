@@ -1,7 +1,7 @@
-//! A block device (virtio 1.2, section 5.2) over one raw file: reads, writes, flush, discard, write-zeroes and an
+//! A block device (virtio 1.2, section 5.2) over one raw file, or over two of which one is what the disk was made from: reads, writes, flush, discard, write-zeroes and an
 //! identity. It knows no image format and opens nothing; `vmm` makes one per disk of its machine.
 //!
-//! `request` turns a chain into a checked request, `backend` is the file, `service` joins them in one thread. A
+//! `request` turns a chain into a checked request, `backend` is the file with `overlay`, `service` joins them in one thread. A
 //! queue has its own thread, ring and limits, so that more queues are more of the same.
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -13,6 +13,7 @@ mod changes;
 mod config;
 mod device;
 mod lookout;
+mod overlay;
 mod pending;
 mod request;
 mod service;
@@ -21,6 +22,7 @@ mod state;
 pub use backend::{Disk, DiskError};
 pub use changes::{CHANGE_BYTES, Part};
 pub use device::{Block, BlockOptions};
+pub use overlay::Piece;
 
 /// Whether a guest may change a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,10 +4,11 @@ use std::io;
 use std::sync::Arc;
 
 use memory::Ram;
-use memory::ring::{Durability, Refused, Ring};
+use memory::ring::{Durability, Refused};
 use vm_memory::GuestAddress;
 
-use super::backend::{Disk, Zeroing};
+use super::backend::{Disk, Lease, Zeroing};
+use super::overlay::{BLOCK_BYTES, Place};
 use super::request::{Request, Span};
 use crate::limits::{BLOCK_JOINED_BYTES_MAX, BLOCK_JOINED_SEGMENTS_MAX};
 use crate::virtio::Chain;
@@ -17,11 +18,15 @@ pub(super) struct Pending {
     pub(super) chain: Chain,
     pub(super) request: Request,
     /// The range of a discard or write-zeroes that is being worked on.
-    range: usize,
+    range: u16,
     zeroing: Zeroing,
     durability: Durability,
     /// The last step of a write-zeroes that has to be durable.
     is_syncing: bool,
+    /// Bytes of a read that earlier steps have read.
+    read: u32,
+    /// Bytes that the step reads: what lies in one file.
+    reading: u32,
     /// Writes that go on where this one ends, in order, done as one with it.
     followers: Vec<Pending>,
 }
@@ -31,7 +36,9 @@ impl Pending {
     pub(super) fn new(chain: Chain, request: Request, durability: Durability, disk: &Disk) -> Pending {
         let zeroing = Zeroing::Write;
         let (range, is_syncing, followers) = (0, false, Vec::new());
-        let mut pending = Pending { chain, request, range, zeroing, durability, is_syncing, followers };
+        let (read, reading) = (0, 0);
+        let mut pending =
+            Pending { chain, request, range, zeroing, durability, is_syncing, read, reading, followers };
         pending.choose_zeroing(disk);
         pending
     }
@@ -77,12 +84,26 @@ impl Pending {
     }
 
     /// Hands the step to the ring.
-    pub(super) fn start(&self, ring: &mut Ring, memory: &Arc<Ram>) -> Result<(), Refused> {
-        let token = u64::from(self.chain.head());
+    pub(super) fn start(&mut self, lease: &mut Lease, memory: &Arc<Ram>) -> Result<(), Refused> {
+        let (Lease { ring, disk }, token) = (lease, u64::from(self.chain.head()));
         match &self.request {
             Request::Read { offset, bytes } => {
-                let pieces = self.chain.writable_at(0, *bytes);
-                ring.read(token, *offset, memory, pieces.map(|piece| (piece.address, piece.length)))
+                let (offset, left) =
+                    (offset.saturating_add(self.read.into()), bytes.saturating_sub(self.read));
+                let (place, bytes) = match disk.overlay() {
+                    None => (Place::Own, left),
+                    Some(overlay) => {
+                        let (place, bytes) = overlay.place(offset, left.into());
+                        (place, u32::try_from(bytes).map_or(left, |bytes| bytes.min(left)))
+                    }
+                };
+                self.reading = bytes;
+                let pieces = self.chain.writable_at(self.read, bytes);
+                let pieces = pieces.map(|piece| (piece.address, piece.length));
+                match place {
+                    Place::Own => ring.read(token, offset, memory, pieces),
+                    Place::Backing => ring.read_backing(token, offset, memory, pieces),
+                }
             }
             Request::Write { offset, .. } => {
                 ring.write(token, *offset, memory, self.all().flat_map(Pending::data), self.durability)
@@ -109,7 +130,9 @@ impl Pending {
 
     fn span(&self) -> Option<Span> {
         match &self.request {
-            Request::Discard(spans) | Request::WriteZeroes(spans) => spans.get(self.range).copied(),
+            Request::Discard(spans) | Request::WriteZeroes(spans) => {
+                spans.get(usize::from(self.range)).copied()
+            }
             _ => None,
         }
     }
@@ -120,8 +143,31 @@ impl Pending {
         }
     }
 
+    /// Whether the step may write to a block of an overlay.
+    pub(super) fn writes_to(&self, block: u64) -> bool {
+        let start = block.saturating_mul(BLOCK_BYTES);
+        let end = start.saturating_add(BLOCK_BYTES);
+        self.changes().is_some_and(|(offset, bytes)| offset < end && start < offset.saturating_add(bytes))
+    }
+
+    /// The range that the step changes, with those that are done with it.
+    pub(super) fn changes(&self) -> Option<(u64, u64)> {
+        match &self.request {
+            Request::Write { offset, .. } => {
+                let bytes = self.all().fold(0_u64, |sum, write| sum.saturating_add(write.request.bytes()));
+                Some((*offset, bytes))
+            }
+            Request::WriteZeroes(_) if !self.is_syncing => self.span().map(|span| (span.offset, span.bytes)),
+            _ => None,
+        }
+    }
+
     /// Whether there is another step after one that worked.
     pub(super) fn goes_on(&mut self, disk: &Disk) -> bool {
+        if let Request::Read { bytes, .. } = self.request {
+            self.read = self.read.saturating_add(self.reading);
+            return self.read < bytes;
+        }
         self.range = self.range.saturating_add(1);
         if self.span().is_some() {
             self.choose_zeroing(disk);

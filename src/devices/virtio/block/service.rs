@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_blk::*;
 use vmm_sys_util::epoll::EventSet;
 
 use super::BlockStats;
-use super::backend::{Lease, is_unsupported};
+use super::backend::{Disk, Lease, is_unsupported};
 use super::lookout::Lookout;
 use super::pending::Pending;
 use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
@@ -113,6 +113,8 @@ pub(super) struct Service {
     pending: Box<[Option<Pending>]>,
     /// What was taken last and not handed to the ring yet: the next may be joined to it.
     last: Option<Pending>,
+    /// Writes to a part of a block of an overlay, of which another write is in flight.
+    held: Vec<Pending>,
     /// Whether the last write was joined with another.
     joins: bool,
     throttle: Throttle,
@@ -159,7 +161,7 @@ impl Handler for Service {
     }
 
     fn in_flight(&self) -> usize {
-        self.lease.as_ref().map_or(0, |lease| lease.ring.in_flight())
+        self.lease.as_ref().map_or(0, |lease| lease.ring.in_flight()).saturating_add(self.held.len())
     }
 
     fn stand(&mut self) -> Option<Stand> {
@@ -182,6 +184,9 @@ impl Drop for Service {
             let disk = lease.disk.clone();
             lease.end();
             // What the kernel still worked on may have reached the file, though nobody will be told.
+            for pending in self.pending.iter().flatten() {
+                note_changes(&disk, pending, Outcome::Unknown);
+            }
             let all = self.pending.iter().flatten().flat_map(Pending::all);
             all.for_each(|pending| disk.mark_changes(&pending.request));
         }
@@ -198,6 +203,7 @@ impl Service {
             memory: Arc::clone(queue.memory()),
             pending: (0..queue.size()).map(|_| None).collect(),
             last: None,
+            held: Vec::new(),
             joins: false,
             queue,
             kick,
@@ -338,6 +344,11 @@ impl Service {
             };
         }
         let Some(lease) = &self.lease else { return self.refuse(chain, Refusal::Malformed) };
+        if matches!(request, Request::Discard(_)) && lease.disk.overlay().is_some() {
+            // A hint that nothing can follow from: a hole would show the backing file's block again.
+            self.count_success(&request);
+            return self.complete(chain, VIRTIO_BLK_S_OK as u8);
+        }
         let pending = Pending::new(chain, request, self.caching.durability(), &lease.disk);
         self.in_flight.add(&pending);
         let Some(last) = &mut self.last else {
@@ -369,8 +380,16 @@ impl Service {
 
     /// Hands the next step of a request to the ring.
     fn issue(&mut self, mut pending: Pending) -> Result<(), Fault> {
+        match self.prepare(&pending) {
+            Ok(Ready::Now) => {}
+            Ok(Ready::Later) => {
+                self.held.push(pending);
+                return Ok(());
+            }
+            Err(cause) => return self.settle(pending, Err(cause)),
+        }
         let started = match &mut self.lease {
-            Some(lease) => pending.start(&mut lease.ring, &self.memory),
+            Some(lease) => pending.start(lease, &self.memory),
             None => Err(Refused::Full),
         };
         match (started, self.pending.get_mut(usize::from(pending.chain.head()))) {
@@ -391,6 +410,30 @@ impl Service {
         }
     }
 
+    /// Has the kernel work on what was taken.
+    #[cfg(test)]
+    pub(super) fn submit(&mut self) {
+        if let Some(lease) = &mut self.lease {
+            lease.ring.submit();
+        }
+    }
+
+    /// Has the blocks of an overlay that a step writes in part be in its own file. Not while somebody else may be writing one as a
+    /// whole, over which it would then be copied.
+    fn prepare(&self, pending: &Pending) -> io::Result<Ready> {
+        let Some(overlay) = self.lease.as_ref().and_then(|lease| lease.disk.overlay()) else {
+            return Ok(Ready::Now);
+        };
+        let Some((offset, bytes)) = pending.changes() else { return Ok(Ready::Now) };
+        for block in overlay.edges(offset, bytes) {
+            if self.pending.iter().flatten().any(|other| other.writes_to(block)) {
+                return Ok(Ready::Later);
+            }
+            overlay.copy_up(block)?;
+        }
+        Ok(Ready::Now)
+    }
+
     /// Passes on what the kernel has answered.
     fn answer(&mut self, next: Next) -> Result<(), Fault> {
         let mut done = std::mem::take(&mut self.done);
@@ -406,6 +449,9 @@ impl Service {
             first_fault = first_fault.and(self.settle(pending, result));
         }
         self.done = done;
+        for pending in std::mem::take(&mut self.held) {
+            first_fault = first_fault.and(self.issue(pending));
+        }
         // Also steps that were started just now.
         if let Some(lease) = &mut self.lease {
             lease.ring.submit();
@@ -420,6 +466,7 @@ impl Service {
     /// Goes on with a request after a step, or completes it.
     fn settle(&mut self, mut pending: Pending, result: io::Result<()>) -> Result<(), Fault> {
         if let Some(lease) = &self.lease {
+            note_changes(&lease.disk, &pending, Outcome::of(&result));
             pending.all().for_each(|pending| lease.disk.mark_changes(&pending.request));
         }
         let followers = pending.take_followers();
@@ -494,6 +541,39 @@ impl Service {
         };
         let is_whole = u32::from(status) == VIRTIO_BLK_S_OK || writable_bytes == 1;
         self.queue.complete(chain, if answered && is_whole { writable_bytes } else { 0 })
+    }
+}
+
+/// Whether a step can be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ready {
+    Now,
+    /// When what is in flight has been answered.
+    Later,
+}
+
+/// What is known of a step that changes something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// Some of it may be.
+    Unknown,
+}
+
+impl Outcome {
+    fn of(result: &io::Result<()>) -> Outcome {
+        if result.is_ok() { Outcome::Done } else { Outcome::Unknown }
+    }
+}
+
+/// Notes which blocks of an overlay lie in its own file now, before anybody is told.
+fn note_changes(disk: &Disk, pending: &Pending, outcome: Outcome) {
+    let Some(overlay) = disk.overlay() else { return };
+    let Some((offset, bytes)) = pending.changes() else { return };
+    match outcome {
+        Outcome::Done => overlay.wrote(offset, bytes),
+        // Where that cannot be told either, they stay what they were.
+        Outcome::Unknown => overlay.look(offset, bytes).unwrap_or_default(),
     }
 }
 

@@ -14,6 +14,7 @@ mod ahead;
 mod hostile;
 mod joined;
 mod load;
+mod overlay;
 
 const SECTORS: u64 = 2048;
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -28,6 +29,7 @@ struct Setup {
     cache: CacheMode,
     limits: RateLimits,
     engine: Engine,
+    backing: Option<File>,
     /// Features the driver does not agree to.
     without: u64,
     event_idx: bool,
@@ -40,6 +42,7 @@ impl Default for Setup {
             cache: CacheMode::Writeback,
             limits: RateLimits::default(),
             engine: Engine::IoUring,
+            backing: None,
             without: 0,
             event_idx: false,
         }
@@ -64,6 +67,7 @@ struct Driver {
 const ARENA_BYTES: u64 = 4 << 20;
 
 /// A request in the making.
+#[derive(Clone, Copy)]
 struct Sent {
     head: u16,
     data: u64,
@@ -80,7 +84,7 @@ impl Driver {
 
     fn over(file: File, setup: Setup) -> Driver {
         let open = if setup.engine == Engine::IoUring { Disk::new } else { Disk::plain };
-        let disk = open(file.try_clone().unwrap(), setup.access).unwrap();
+        let disk = open(file.try_clone().unwrap(), setup.backing, setup.access).unwrap();
         let stats = Arc::new(BlockStats::default());
         let mut block = Block::new(BlockOptions {
             name: "disk0".to_owned(),
@@ -342,7 +346,7 @@ fn errors_of_the_storage_are_told_and_counted() {
 fn a_disk_of_broken_sectors_is_refused_with_its_length() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1000).unwrap();
-    assert!(Disk::new(file, Access::ReadOnly).unwrap_err().to_string().contains("1000 bytes"));
+    assert!(Disk::new(file, None, Access::ReadOnly).unwrap_err().to_string().contains("1000 bytes"));
 }
 
 // virtio 1.2: 4.1.3.2-1 5.2.5.2-3
