@@ -27,6 +27,7 @@ use crate::vcpu::NotParked;
 
 mod build;
 mod chassis;
+mod copy;
 mod moving;
 mod parts;
 mod plan;
@@ -39,6 +40,7 @@ mod wiring;
 
 use build::Origin;
 pub(crate) use chassis::Chassis;
+use copy::Copying;
 use moving::Moving;
 use parts::Parts;
 use plan::Plan;
@@ -61,6 +63,8 @@ pub(crate) struct Machine {
     moving: Option<Moving>,
     /// The settling of its memory that is under way, or the last one.
     settle: Option<Settle>,
+    /// The copy of its disks that is under way, or the last one.
+    copying: Option<Copying>,
     /// Files that its memory is mapped from, until it is settled, behind all that may use memory still. A mapping alone does not tell
     /// everywhere that a file is in use: on an overlay it is of the file below.
     below: Vec<File>,
@@ -191,6 +195,7 @@ impl Machine {
             moving: None,
             below: Vec::new(),
             settle: None,
+            copying: None,
         })
     }
 

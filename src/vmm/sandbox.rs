@@ -42,6 +42,8 @@ pub enum Filter {
     Move,
     /// Copies memory into a file of its own.
     Settle,
+    /// Copies disks into files.
+    Copy,
     /// Pretends that clone3 does not exist: its flags lie in memory, where a filter cannot look.
     NoClone3,
     /// Pretends that rings do not exist.
@@ -50,7 +52,7 @@ pub enum Filter {
 
 impl Filter {
     /// All of them.
-    pub const ALL: [Filter; 11] = [
+    pub const ALL: [Filter; 12] = [
         Filter::Control,
         Filter::Vcpu,
         Filter::Block,
@@ -60,6 +62,7 @@ impl Filter {
         Filter::Save,
         Filter::Move,
         Filter::Settle,
+        Filter::Copy,
         Filter::NoClone3,
         Filter::NoRings,
     ];
@@ -76,7 +79,7 @@ impl Filter {
 
     /// The program for the kernel, made once.
     fn program(self) -> Result<&'static BpfProgram, seccompiler::Error> {
-        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 11];
+        static PROGRAMS: [OnceLock<BpfProgram>; Filter::ALL.len()] = [const { OnceLock::new() }; 12];
         let Some(kept) = PROGRAMS.get(self as usize) else { return Err(seccompiler::Error::EmptyFilter) };
         if kept.get().is_none() {
             // Two threads may both make it; it comes out the same.
@@ -139,6 +142,11 @@ pub(crate) fn close_move() {
 /// Closes the calling thread, which settles memory.
 pub fn close_settle() {
     close_thread(Filter::Settle);
+}
+
+/// Closes the calling thread, which copies disks.
+pub fn close_copy() {
+    close_thread(Filter::Copy);
 }
 
 /// Closes the calling thread, which serves a device.

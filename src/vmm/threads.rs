@@ -19,6 +19,8 @@ pub(crate) enum ThreadKind {
     Move,
     /// Moves memory into a file of its own.
     Settle,
+    /// Copies disks into files.
+    Copy,
     /// Serves a device; the name is the one the device room gave it.
     Device(&'static str),
 }
@@ -42,6 +44,10 @@ pub(crate) fn enter(kind: ThreadKind) {
         ThreadKind::Settle => {
             sys::thread::set_name("settle");
             sandbox::close_settle();
+        }
+        ThreadKind::Copy => {
+            sys::thread::set_name("copy");
+            sandbox::close_copy();
         }
         ThreadKind::Device(name) => {
             sys::thread::set_name(name);

@@ -2,6 +2,7 @@
 //! notices come at any time, on every open connection.
 use serde::{Deserialize, Serialize};
 
+use crate::copies::{CopySpec, CopyStatus};
 use crate::machine::{Chassis, MachineSpec, RateLimits};
 use crate::migration::{MigrationStatus, Owner, ReceiveSpec, ReconnectSpec, SendLimits, SendSpec};
 use crate::saved::{RestoreSpec, SaveSpec, SaveStatus};
@@ -28,6 +29,9 @@ pub const PROTOCOL_PARKS: u32 = 5;
 
 /// From which version on a disk can be an overlay ([`crate::machine::Disk::backing`]).
 pub const PROTOCOL_OVERLAYS: u32 = 6;
+
+/// The first version with [`Command::CopyDisks`], [`Command::CancelCopy`] and [`Command::CopyStatus`].
+pub const PROTOCOL_COPIES: u32 = 6;
 
 /// One command with the number its reply will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,16 +74,24 @@ pub enum Command {
     CancelSave,
     /// How the save that is under way, or the last one, stands. Answered with [`Reply::Save`].
     SaveStatus,
-    /// Have all memory be the machine's own, whatever it was mapped from, while its guest runs. Answered when it has begun; how
-    /// it goes is told by [`Command::MemoryStatus`]. Done at once where it is so already, joined where it is under way. A save, a
+    /// Copy disks as they are now, into files that travel in the same packet. The machine stands still, and may run on after the
+    /// answer; how the copying goes on is told by [`Command::CopyStatus`]. One at a time, and no move while it is under way.
+    CopyDisks(CopySpec),
+    /// Give up the copy that is under way. What was written is of no use. Repeatable.
+    CancelCopy,
+    /// How the copy that is under way, or the last one, stands. Answered with [`Reply::Copy`].
+    CopyStatus,
+    /// Have all memory be the machine's own, whatever it was mapped from, and all of its disks lie in their own files, while its
+    /// guest runs. Answered when it has begun; how it goes is told by [`Command::MemoryStatus`]. Done at once where it is so already, joined where it is under way. A save, a
     /// move and a reset give it up. Refused while one of the first two is under way.
     Settle,
     /// Give up the settling that is under way. What was settled stays so. Repeatable.
     CancelSettle,
-    /// Whose memory is. Answered with [`Reply::Memory`].
+    /// Whose memory is, and the disks. Answered with [`Reply::Memory`].
     MemoryStatus,
     /// What nobody on this host can open again to take the machine over: its memory, its taps, and its disks, whose locks belong
-    /// to these openings. Answered with [`Reply::Handles`]. Refused for memory that is not all the machine's own: [`Command::Settle`] makes it so.
+    /// to these openings. Answered with [`Reply::Handles`]. Refused for memory and disks that are not all the machine's own:
+    /// [`Command::Settle`] makes them so.
     Handles,
     /// Move the machine to another VMM over streams that travel in the same packet. Answered when it has
     /// begun; how it goes is told by [`Notice::Migration`] and [`Command::MigrationStatus`]. Until it has ended, nothing
@@ -199,6 +211,8 @@ pub enum Reply {
     },
     /// Answer to [`Command::SaveStatus`].
     Save(SaveStatus),
+    /// Answer to [`Command::CopyStatus`].
+    Copy(CopyStatus),
     /// Answer to [`Command::MemoryStatus`].
     Memory(Box<MemoryStatus>),
     /// Answer to [`Command::MigrationStatus`]; nothing when there never was a move.
@@ -222,7 +236,7 @@ pub struct Sandbox {
     pub seccomp: bool,
     /// Version of Landlock's interface in force, which allows nothing; 0 where the kernel has none.
     pub landlock_abi: u32,
-    /// Each ring of the process is restricted to reading, writing, flushing and punching the one file it has,
+    /// Each ring of the process is restricted to reading, writing, flushing and punching the files of the one disk it has,
     /// and once there is a machine no further ring can be made.
     pub rings_restricted: bool,
 }

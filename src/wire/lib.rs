@@ -30,6 +30,7 @@
 pub mod channel;
 pub mod console;
 pub mod control;
+pub mod copies;
 #[cfg(any(test, fuzzing))]
 #[allow(
     clippy::unwrap_used,

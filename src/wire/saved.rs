@@ -115,7 +115,7 @@ pub struct SaveReport {
 
 /// How long writes waited while a save protected memory: from when the VMM had read of one until it let that go. Not in it is how
 /// long it took to read of it, nor until the writer ran again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WriteDelay {
     /// The longest, in microseconds.

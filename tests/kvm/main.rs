@@ -4,6 +4,7 @@
 #[path = "../support/vmm_driver.rs"]
 mod vmm_driver;
 
+mod copies;
 mod devices;
 mod dirty;
 mod handover;

@@ -591,14 +591,14 @@ impl Vmm {
         format!("log:\n{log}\nconsole:\n{console}")
     }
 
-    fn send(&mut self, command: Command, descriptors: &[BorrowedFd<'_>]) -> u64 {
+    pub(crate) fn send(&mut self, command: Command, descriptors: &[BorrowedFd<'_>]) -> u64 {
         self.next_id += 1;
         let request = Request { id: self.next_id, command };
         self.channel.send(&request, descriptors).unwrap_or_else(|error| panic!("{error:?}\n{}", self.told()));
         self.next_id
     }
 
-    fn reply(&mut self, wanted: u64) -> Result<Reply, Fault> {
+    pub(crate) fn reply(&mut self, wanted: u64) -> Result<Reply, Fault> {
         self.reply_with(wanted).0
     }
 

@@ -71,6 +71,14 @@ impl Shell {
                 Ok(Reply::Done)
             }
             Command::SaveStatus => Ok(Reply::Save(self.machine()?.save_status())),
+            Command::CopyDisks(spec) => {
+                self.machine()?.copy_disks(&spec, descriptors).map(done).map_err(Fault::from)
+            }
+            Command::CancelCopy => {
+                self.machine()?.cancel_copy();
+                Ok(Reply::Done)
+            }
+            Command::CopyStatus => Ok(Reply::Copy(self.machine()?.copy_status())),
             Command::Settle => self.machine()?.settle().map(done).map_err(Fault::from),
             Command::CancelSettle => {
                 self.machine()?.cancel_settle();

@@ -72,6 +72,9 @@ impl Machine {
         if self.save.as_ref().is_some_and(Save::is_under_way) {
             return Err(Error::State("the machine is being saved; wait for the end of that, or cancel it"));
         }
+        if self.copies_disks() {
+            return Err(Error::State("its disks are being copied; wait for the end of that, or cancel it"));
+        }
         match (self.is_paused(), spec.paused) {
             (true, false) => {
                 return Err(Error::State(

@@ -145,6 +145,7 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
             calls.extend(any(SETTLE));
             calls.push((libc::SYS_ioctl, one_of(1, &DIRTY_LOG)?));
         }
+        Filter::Copy => calls.extend(any(COPY)),
         Filter::Rng | Filter::NoClone3 | Filter::NoRings => calls.extend(any(SHARED_BY_DEVICES)),
     }
     Ok(calls)
@@ -253,6 +254,9 @@ const MOVE: &[libc::c_long] = &[
 /// durable what was filled in.
 const SETTLE: &[libc::c_long] =
     &[libc::SYS_fallocate, libc::SYS_lseek, libc::SYS_pread64, libc::SYS_fdatasync];
+
+/// Finding where a disk holds something, and reading it.
+const COPY: &[libc::c_long] = &[libc::SYS_lseek, libc::SYS_pread64];
 
 fn any(numbers: &[libc::c_long]) -> Vec<Call> {
     numbers.iter().map(|number| (*number, Vec::new())).collect()

@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memory::ring::{Files, Ring};
 
 use super::Access;
 use super::changes::{Changes, Part};
+use super::keep::Keeping;
 use super::overlay::{Overlay, Piece};
 use super::request::{Request, SECTOR_BYTES, Span};
 use crate::limits::BLOCK_QUEUE_SIZE;
@@ -52,6 +53,8 @@ struct Inner {
     cannot_punch: AtomicBool,
     cannot_zero: AtomicBool,
     changes: Changes,
+    is_kept: AtomicBool,
+    keeping: Mutex<Option<Arc<Keeping>>>,
 }
 
 impl Disk {
@@ -90,6 +93,8 @@ impl Disk {
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
             changes: Changes::new(bytes),
+            is_kept: AtomicBool::new(false),
+            keeping: Mutex::new(None),
         })))
     }
 
@@ -183,6 +188,35 @@ impl Disk {
     /// Marks what a request may have changed that the kernel has answered.
     pub(super) fn mark_changes(&self, request: &Request) {
         self.0.changes.mark(request);
+    }
+
+    /// Begins to copy the disk as it is now into a file that is one hole of its length; one copy at a time. Nothing may be in
+    /// flight.
+    pub fn keep(&self, target: File) -> Arc<Keeping> {
+        let keeping = Arc::new(Keeping::new(target, self.bytes()));
+        *self.keeping() = Some(Arc::clone(&keeping));
+        self.0.is_kept.store(true, Ordering::SeqCst);
+        keeping
+    }
+
+    /// Ends that.
+    pub fn forget_keeping(&self) {
+        self.0.is_kept.store(false, Ordering::SeqCst);
+        if let Some(keeping) = self.keeping().take() {
+            keeping.end();
+        }
+    }
+
+    /// Has what a request is about to change be copied first, if the disk is being copied.
+    pub(super) fn before_change(&self, offset: u64, bytes: u64) {
+        if self.0.is_kept.load(Ordering::SeqCst) {
+            let keeping = self.keeping().clone();
+            keeping.inspect(|keeping| keeping.before_change(self, offset, bytes));
+        }
+    }
+
+    fn keeping(&self) -> MutexGuard<'_, Option<Arc<Keeping>>> {
+        self.0.keeping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The ring, for one driver. When an earlier driver's requests never ended, a new one.

@@ -12,6 +12,7 @@ mod backend;
 mod changes;
 mod config;
 mod device;
+mod keep;
 mod lookout;
 mod overlay;
 mod pending;
@@ -22,6 +23,7 @@ mod state;
 pub use backend::{Disk, DiskError};
 pub use changes::{CHANGE_BYTES, Part};
 pub use device::{Block, BlockOptions};
+pub use keep::{Keeping, Kept};
 pub use overlay::Piece;
 
 /// Whether a guest may change a disk.

@@ -157,7 +157,9 @@ impl Pending {
                 let bytes = self.all().fold(0_u64, |sum, write| sum.saturating_add(write.request.bytes()));
                 Some((*offset, bytes))
             }
-            Request::WriteZeroes(_) if !self.is_syncing => self.span().map(|span| (span.offset, span.bytes)),
+            Request::Discard(_) | Request::WriteZeroes(_) if !self.is_syncing => {
+                self.span().map(|span| (span.offset, span.bytes))
+            }
             _ => None,
         }
     }

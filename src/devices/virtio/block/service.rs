@@ -418,13 +418,13 @@ impl Service {
         }
     }
 
-    /// Has the blocks of an overlay that a step writes in part be in its own file. Not while somebody else may be writing one as a
-    /// whole, over which it would then be copied.
+    /// Has what a step changes be kept where somebody copies the disk, and the blocks of an overlay that it writes in part be in its
+    /// own file; these not while somebody else may be writing one as a whole, over which it would then be copied.
     fn prepare(&self, pending: &Pending) -> io::Result<Ready> {
-        let Some(overlay) = self.lease.as_ref().and_then(|lease| lease.disk.overlay()) else {
-            return Ok(Ready::Now);
-        };
+        let Some(disk) = self.lease.as_ref().map(|lease| &lease.disk) else { return Ok(Ready::Now) };
         let Some((offset, bytes)) = pending.changes() else { return Ok(Ready::Now) };
+        disk.before_change(offset, bytes);
+        let Some(overlay) = disk.overlay() else { return Ok(Ready::Now) };
         for block in overlay.edges(offset, bytes) {
             if self.pending.iter().flatten().any(|other| other.writes_to(block)) {
                 return Ok(Ready::Later);

@@ -13,6 +13,7 @@ use crate::virtio::{Active, VirtioDevice};
 mod ahead;
 mod hostile;
 mod joined;
+mod keep;
 mod load;
 mod overlay;
 
