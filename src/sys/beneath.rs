@@ -14,6 +14,8 @@ use nix::sys::stat::Mode;
 pub enum Access {
     /// Reading.
     Read,
+    /// Reading, whatever other names it has: of what nobody writes to any more.
+    ReadLinked,
     /// Reading and writing.
     ReadWrite,
     /// Writing at the end; made for the owner alone when there is none.
@@ -22,13 +24,13 @@ pub enum Access {
 
 /// Opens the file `path`, relative to `directory`; the way to `directory` itself is trusted. Never waits for the other
 /// end of a pipe. Fails with `ELOOP` at a symbolic link, with `EXDEV` when the path leads out, and with
-/// `PermissionDenied` for a file that is not regular, has more than one name, or belongs to somebody else than the
-/// caller.
+/// `PermissionDenied` for a file that is not regular, has more than one name where that is not asked for, or belongs to somebody else
+/// than the caller.
 pub fn open(directory: &Path, path: &Path, access: Access) -> io::Result<File> {
     let flags = libc::O_DIRECTORY | libc::O_PATH;
     let directory = File::options().read(true).custom_flags(flags).open(directory)?;
     let flags = match access {
-        Access::Read => OFlag::O_RDONLY,
+        Access::Read | Access::ReadLinked => OFlag::O_RDONLY,
         Access::ReadWrite => OFlag::O_RDWR,
         Access::Append => OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_CREAT,
     };
@@ -47,7 +49,8 @@ pub fn open(directory: &Path, path: &Path, access: Access) -> io::Result<File> {
     };
     // Looked at after it is open: from here on it is this file, whatever its name comes to mean.
     let found = file.metadata()?;
-    if !found.is_file() || found.nlink() != 1 || found.uid() != nix::unistd::geteuid().as_raw() {
+    let is_alone = found.nlink() == 1 || access == Access::ReadLinked;
+    if !found.is_file() || !is_alone || found.uid() != nix::unistd::geteuid().as_raw() {
         let text = "the file is not an ordinary one of ours with a single name";
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
     }

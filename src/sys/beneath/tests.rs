@@ -38,6 +38,10 @@ fn links_pipes_and_ways_out_are_refused() {
         assert_eq!(refused("folder/second", access).raw_os_error(), Some(libc::ELOOP));
         assert_eq!(refused("inner/second", access).kind(), io::ErrorKind::PermissionDenied);
     }
+    // A second name is all that can be asked for.
+    open(at, Path::new("inner/second"), Access::ReadLinked).unwrap();
+    assert_eq!(refused("inner/link", Access::ReadLinked).raw_os_error(), Some(libc::ELOOP));
+    assert_eq!(refused("inner/pipe", Access::ReadLinked).kind(), io::ErrorKind::PermissionDenied);
     assert_eq!(refused("inner/pipe", Access::Read).kind(), io::ErrorKind::PermissionDenied);
     assert_eq!(refused("inner", Access::Read).kind(), io::ErrorKind::PermissionDenied);
     assert_eq!(refused("../secret", Access::Read).raw_os_error(), Some(libc::EXDEV));
