@@ -61,7 +61,7 @@ pub(crate) enum Verb {
     Resume(Which),
     /// Save its memory to the disk and end its machine; a start goes on where it was.
     Hibernate(Which),
-    /// Give a server memory of its own while it runs, in place of what it shares with the snapshot it goes on from.
+    /// Give a server memory and disks of its own while it runs, in place of what it shares with the snapshot it goes on from.
     SettleMemory {
         /// Name or id.
         server: String,

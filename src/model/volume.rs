@@ -72,6 +72,9 @@ pub enum FillMethod {
     Reflink,
     /// Data was copied, holes were kept.
     SparseCopy,
+    /// It is not yet: what was never written lies in the file of what it was made from, which the volume keeps as long as it needs it.
+    /// Settling its server copies that.
+    Overlay,
     /// Nothing: it began empty.
     Empty,
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -19,6 +19,7 @@ use futures_util::future::BoxFuture;
 use host::vmms::{Finding, Launch, Process, ProcessId, Start};
 use host::{Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Whence, lseek};
 use sha2::{Digest as _, Sha256};
 use sys::seqpacket::Listener;
 use tokio::sync::watch;
@@ -185,6 +186,9 @@ struct Inside {
     unanswered: Option<u32>,
     /// How much of its memory is others', in quarters, and how the settling of it stands: each look finds a quarter done.
     shared_quarters: u64,
+    /// What its disks were made from, where they need that, and how much of them is in there, in quarters.
+    backings: Vec<Option<File>>,
+    disk_quarters: u64,
     settling: Option<SettleStage>,
     settles: Settles,
     /// Of its move.
@@ -198,6 +202,33 @@ enum Order {
     End(Reason),
     Print(Vec<u8>),
     Notice(Notice),
+}
+
+impl Inside {
+    /// Bytes of the files that its disks were made from.
+    fn backed_bytes(&self) -> u64 {
+        self.backings.iter().flatten().filter_map(|file| file.metadata().ok()).map(|found| found.len()).sum()
+    }
+
+    /// Copies what its disks have in other files into their own, block by block.
+    fn fill_disks(&mut self) {
+        self.disk_quarters = 0;
+        for (own, backing) in self.disks.iter().zip(self.backings.drain(..)) {
+            let Some(backing) = backing else { continue };
+            let mut block = [0; 4096];
+            for at in (0..).step_by(block.len()) {
+                let read = backing.read_at(&mut block, at).expect("what a disk was made from");
+                if read == 0 {
+                    break;
+                }
+                // A hole has no data before the next block.
+                let data = lseek(own, at as i64, Whence::SeekData);
+                if data.map_or(true, |data| data as u64 >= at + block.len() as u64) {
+                    own.write_all_at(&block[..read], at).expect("room for a disk");
+                }
+            }
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -680,6 +711,7 @@ impl Running {
             inside.state = None;
             inside.disk = None;
             inside.disks.clear();
+            inside.backings.clear();
             inside.taps.clear();
         }
         self.vmm.shut_streams();
@@ -877,6 +909,8 @@ impl Running {
             }
             Command::Send(spec) => {
                 self.give_up_settling();
+                // What it sends of a disk is all of it.
+                lock(&self.vmm.inside).fill_disks();
                 let disks =
                     lock(&self.vmm.inside).disks.iter().filter_map(|disk| disk.try_clone().ok()).collect();
                 self.vmm.send(&spec, &descriptors, disks)
@@ -895,6 +929,10 @@ impl Running {
             }
             Command::Handles if self.guest == Guest::CannotHandOver => {
                 let detail = "a disk of the machine cannot be handed over".to_owned();
+                Err(Fault { code: FaultCode::WrongState, detail })
+            }
+            Command::Handles if lock(&self.vmm.inside).disk_quarters > 0 => {
+                let detail = "some of a disk is in the file that it was made from".to_owned();
                 Err(Fault { code: FaultCode::WrongState, detail })
             }
             Command::Handles if lock(&self.vmm.inside).shared_quarters > 0 => {
@@ -995,6 +1033,8 @@ impl Running {
         let disks =
             spec.disks.iter().filter_map(|disk| files[usize::from(disk.file.0)].as_ref()?.try_clone().ok());
         let disks = disks.collect();
+        let backings = spec.disks.iter().map(|disk| files[usize::from(disk.backing?.0)].take());
+        let backings: Vec<Option<File>> = backings.collect();
         let taps = spec.nics.iter().filter_map(|nic| files[usize::from(nic.tap.0)].take().map(OwnedFd::from));
         let taps = taps.collect();
         let ring = files[usize::from(spec.console.ring.0)].take().map(Ring::open);
@@ -1008,6 +1048,8 @@ impl Running {
         self.vmm.turn(&mut inside, MachineState::Paused);
         inside.spec = Some(spec);
         inside.disks = disks;
+        inside.disk_quarters = if backings.iter().any(Option::is_some) { 4 } else { 0 };
+        inside.backings = backings;
         inside.taps = taps;
         Ok(())
     }
@@ -1196,8 +1238,13 @@ impl Running {
         let mut inside = lock(&self.vmm.inside);
         let is_soon = matches!(inside.settles, Settles::Soon | Settles::Shy(_));
         if inside.settling == Some(SettleStage::UnderWay) && is_soon {
-            inside.shared_quarters = inside.shared_quarters.saturating_sub(1);
-            if inside.shared_quarters == 0 {
+            match inside.shared_quarters.checked_sub(1) {
+                Some(left) => inside.shared_quarters = left,
+                // Disks after memory.
+                None => inside.disk_quarters = inside.disk_quarters.saturating_sub(1),
+            }
+            if inside.shared_quarters == 0 && inside.disk_quarters == 0 {
+                inside.fill_disks();
                 inside.settling = Some(SettleStage::Settled);
             }
         }
@@ -1206,6 +1253,7 @@ impl Running {
         MemoryStatus {
             total_bytes,
             shared_bytes: total_bytes / 4 * inside.shared_quarters,
+            disks_shared_bytes: inside.backed_bytes() / 4 * inside.disk_quarters,
             settling: inside.settling.clone().map(of),
         }
     }

@@ -1,6 +1,5 @@
 //! The end a server comes from, once it moves: sends what it has, lets go of it when the target has all of it, and asks
 //! again until it knows how that came out. `servers::moving` decides and keeps the records.
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -36,11 +35,11 @@ use crate::servers::record::ServerRecord;
 use crate::servers::saved;
 use crate::store::records;
 use crate::volumes::Content;
-use crate::volumes::fill::Extents;
+use crate::volumes::layers::Layers;
 
 /// A file that moves.
 struct Load {
-    file: File,
+    file: Layers,
     length: u64,
 }
 
@@ -331,7 +330,7 @@ impl Migrations {
         let own = move || {
             let open = |name: &str| {
                 let file = beneath::open(&directory, Path::new(name), Access::Read)?;
-                Ok::<_, std::io::Error>(Load { length: file.metadata()?.len(), file })
+                Ok::<_, std::io::Error>(Load { length: file.metadata()?.len(), file: Layers::one(file) })
             };
             let console = match open("console.ring") {
                 Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => None,
@@ -359,7 +358,7 @@ impl Migrations {
         let began = Instant::now();
         let (mut sent, mut told) = (0_u64, began);
         let mut pacer = Pacer::new(began);
-        let total: u64 = loads.iter().map(|load| data_bytes(&load.file, load.length)).sum();
+        let total: u64 = loads.iter().map(|load| load.file.used_bytes().min(load.length)).sum();
         for (index, load) in (0_u16..).zip(loads) {
             let load = Arc::new(load);
             let mut next = read(load.clone(), 0).await?;
@@ -417,19 +416,14 @@ async fn refusal(link: &mut Link<TlsStream<Wire>>) -> Option<Error> {
 async fn read(load: Arc<Load>, at: u64) -> Result<Option<(u64, Vec<u8>)>> {
     blocking(move || {
         let Load { file, length } = &*load;
-        let Some(found) = Extents::from(file, *length, at).next() else { return Ok(None) };
-        let Range { start, end } = found.map_err(unreadable)?;
+        let Some(found) = file.data(at..*length).next() else { return Ok(None) };
+        let (Range { start, end }, lies_in) = found.map_err(unreadable)?;
         let count = usize::try_from(end - start).map_or(PIECE_BYTES_MAX, |count| count.min(PIECE_BYTES_MAX));
         let mut bytes = vec![0; count];
-        file.read_exact_at(&mut bytes, start).map_err(unreadable)?;
+        file.file(lies_in).and_then(|file| file.read_exact_at(&mut bytes, start)).map_err(unreadable)?;
         Ok(Some((start, bytes)))
     })
     .await
-}
-
-/// Bytes of a file that are no hole, as it stands.
-fn data_bytes(file: &File, length: u64) -> u64 {
-    crate::volumes::used_bytes(file.metadata()).min(length)
 }
 
 fn unreadable(cause: std::io::Error) -> Error {

@@ -27,7 +27,7 @@ use crate::servers::lifecycle::Phase;
 use crate::servers::moving::parcel::Packed;
 use crate::servers::record::ServerRecord;
 use crate::store::records;
-use crate::volumes::used_bytes;
+use crate::volumes::overlay::stored_bytes;
 
 /// What server `id` would bring.
 pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, processor: Known) -> Result<Offer> {
@@ -46,7 +46,7 @@ pub(super) fn offer(connection: &Connection, dirs: &Dirs, id: ServerId, processo
     let disks = packed.disks.iter().map(|disk| OfferedDisk {
         volume: disk.volume.name.to_string(),
         size_bytes: disk.volume.size_bytes,
-        written_bytes: used_bytes(std::fs::symlink_metadata(dirs.volume(disk.volume.id))),
+        written_bytes: stored_bytes(&dirs.volume(disk.volume.id)).min(disk.volume.size_bytes),
     });
     let nics = packed.nics.iter().map(|nic| OfferedNic {
         network: nic.network.clone(),

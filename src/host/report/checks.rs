@@ -1,15 +1,13 @@
 //! What can be read of the host's kernel, and what to do where it is not good. Each check reads a file or two and
 //! judges them; nothing is changed. `report` collects them.
 use std::fs;
-use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use model::host::{Check, CheckStatus};
-use rustix::fs::{Mode, OFlags, ioctl_ficlone, open};
 
 use crate::network::program;
 use crate::volumes::limits::RESERVE_BYTES;
+use crate::volumes::overlay::shares_blocks;
 use crate::volumes::space::{self, Space};
 
 /// The files of a host, below a root that tests choose.
@@ -281,7 +279,6 @@ fn installed(name: &str, package: &str, without: &str) -> Finding {
     }
 }
 
-/// Tries it with two files that have no names, so nothing is left whatever happens.
 /// Whether anything can be made still, and whether it is about to end.
 fn storage(directory: &Path) -> Finding {
     match space::look(directory) {
@@ -308,17 +305,9 @@ fn judge_storage(Space { total_bytes, free_bytes, .. }: Space) -> Finding {
 }
 
 fn reflink(directory: &Path) -> Finding {
-    let nameless = || -> std::io::Result<OwnedFd> {
-        Ok(open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?)
-    };
-    let shared = || -> std::io::Result<()> {
-        let mut source = fs::File::from(nameless()?);
-        source.write_all(&[1; 4096])?;
-        Ok(ioctl_ficlone(nameless()?, &source)?)
-    };
-    match shared() {
-        Ok(()) => good("disks are made from images without copying"),
-        Err(_) => lesser(format!(
+    match shares_blocks(directory, directory) {
+        Ok(true) => good("disks are made from images without copying"),
+        _ => lesser(format!(
             "the file system of {} cannot share blocks, so every disk is copied from its image; use XFS or btrfs",
             directory.display()
         )),

@@ -216,7 +216,8 @@ impl Actor {
                 self.taking.take_if(|taking| *taking == id);
                 self.workshop.snapshots.tidy(id).await
             }
-            Work::Boot { .. } | Work::Resume | Work::Purge => {
+            // Which may have been the last to need something of a snapshot.
+            Work::Boot { .. } | Work::Resume | Work::Purge | Work::Settle { .. } | Work::TakeBack { .. } => {
                 self.workshop.snapshots.let_go();
                 Ok(())
             }

@@ -101,7 +101,7 @@ fn all(
         return Err(Error::new(Code::WrongState, detail));
     };
     can_go_on(workshop, found)?;
-    let disk_bytes = workshop.volumes.snapshot_bytes(found, 0);
+    let disk_bytes = workshop.volumes.cloned_bytes(found, 0);
     check_room(workshop, spec, disk_bytes)?;
     each(tx, workshop, found, spec, actor, |life| life.saved = Some(saved))
 }
@@ -115,7 +115,7 @@ fn of_server(
     spec: &CreateClones,
     actor: &Actor,
 ) -> Result<BulkActions> {
-    let disks = server.disks.iter().map(|disk| workshop.volumes.stored_bytes(disk.volume_id));
+    let disks = server.disks.iter().map(|disk| workshop.volumes.cloned_bytes_of(disk.volume_id));
     check_room(workshop, spec, disks.sum())?;
     let taken = CreateSnapshot {
         description: format!("for clones of server {}", server.name),
@@ -178,7 +178,7 @@ fn saved_in(found: &SnapshotRecord) -> Option<Saved> {
     Some(Saved { root: found.root?, stored_bytes: found.shown.stored_bytes, of })
 }
 
-/// Whether so many are allowed, and their disks would fit.
+/// Whether so many are allowed, and what is copied for their disks would fit.
 fn check_room(workshop: &Workshop, spec: &CreateClones, disk_bytes: u64) -> Result<()> {
     if !(1..=bounds::CLONES_MAX).contains(&spec.count) {
         let detail = format!("must be between 1 and {}", bounds::CLONES_MAX);
@@ -240,6 +240,7 @@ fn one(
             image_id: Some(shown.image_id),
             snapshot_id: Some(shown.id),
             server_id: Some(id),
+            is_clone: true,
         };
         let volume = workshop.volumes.create(tx, new)?;
         disks.push(Disk { volume_id: volume.id, cache: used.cache, limits: used.limits });

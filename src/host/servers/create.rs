@@ -59,6 +59,7 @@ pub(super) fn server(
         let volume = workshop.volumes.create(
             tx,
             NewVolume {
+                is_clone: false,
                 name: volume_name(&spec.name, id)?,
                 labels: Labels::default(),
                 size_bytes,

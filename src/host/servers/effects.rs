@@ -282,7 +282,7 @@ impl Doing {
                 vcpus: record.vcpus,
                 file_bytes_max: largest.max(record.memory_bytes).max(limits::FILE_BYTES_MIN),
             };
-            let copied = disks.iter().map(|disk| volumes.source_bytes(connection, disk));
+            let copied = disks.iter().map(|disk| volumes.source_bytes(connection, disk, record.is_clone()));
             Ok(Needs { cell, copied_bytes: copied.sum::<Result<u64>>()? })
         };
         self.workshop.core.store.glance(read).await

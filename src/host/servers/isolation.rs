@@ -15,6 +15,7 @@ use crate::snapshots::{MEMORY, SnapshotRecord};
 use crate::store::records;
 use crate::vmms::launcher::not_whole;
 use crate::vmms::{Finding, ProcessId};
+use crate::volumes::overlay::volume_files;
 
 /// Looks at the VMM of `record`. What only it can say, it has said before there was a guest. Fails when it has ended.
 pub(super) async fn examine(
@@ -79,7 +80,7 @@ pub(super) fn shown(isolation: Isolation, findings: Vec<Finding>) -> ServerIsola
 async fn files(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<PathBuf>> {
     let dirs = &workshop.core.dirs;
     let mut files = vec![dirs.server(record.id), dirs.image(record.image_id)];
-    files.extend(record.disks.iter().map(|disk| dirs.volume(disk.volume_id)));
+    files.extend(record.disks.iter().flat_map(|disk| volume_files(dirs, disk.volume_id)));
     if let Some(id) = record.life.shares {
         let find = move |connection: &Connection| below(connection, id);
         // One that was deleted since has left no word of them but what the server has kept.

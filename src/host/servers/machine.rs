@@ -10,7 +10,7 @@ use std::time::Duration;
 use model::Code;
 use model::server::{self, NicLimits, ServerNic};
 use sys::beneath;
-use wire::control::{Command, MachineState};
+use wire::control::{Command, MachineState, PROTOCOL_OVERLAYS};
 use wire::machine::{
     Access, Balloon, Boot, CacheMode, Chassis, Console, Disk, FdIndex, MachineSpec, Nic, OnReset, RateLimits,
     TokenBucket,
@@ -30,6 +30,7 @@ use crate::seed::{self, Seed, SeedNic};
 use crate::vmms::Link;
 use crate::vmms::link::{AskError, Asked};
 use crate::volumes::Content;
+use crate::volumes::layers::Layers;
 
 /// Lets the machine of `record` run in the VMM at hand, which may have built it already. Repeatable: a machine that runs is
 /// left alone.
@@ -101,10 +102,21 @@ async fn send(
     Description { spec, descriptors }: Description,
     how: fn(Box<MachineSpec>) -> Command,
 ) -> Result<Asked> {
+    check_build(link, &spec)?;
     spec.check(descriptors.0.len())
         .map_err(|cause| Error::internal(format!("the machine cannot be described: {cause}"), cause))?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.0.iter().map(AsFd::as_fd).collect();
     Ok(link.send(how(Box::new(spec)), &borrowed, limits::BOOT).await?)
+}
+
+/// Fails with `machine_failed` when a VMM is of a build that could not read a disk of the machine.
+pub(super) fn check_build(link: &Link, spec: &MachineSpec) -> Result<()> {
+    if link.protocol() < PROTOCOL_OVERLAYS && spec.disks.iter().any(|disk| disk.backing.is_some()) {
+        let detail = "its disk lies in part in the file that it was made from, which its VMM is of too early a build to read: \
+                      replace the VMM's program by the daemon's own";
+        return Err(Error::new(Code::MachineFailed, detail));
+    }
+    Ok(())
 }
 
 /// A machine and the files that it names.
@@ -194,7 +206,7 @@ async fn describe(
     );
     let ((files, seed, ring), taps, volumes) = (files?, taps?, volumes?);
     workshop.core.checkpoint("server.seeded")?;
-    let disks = volumes.into_iter().map(OwnedFd::from).chain([seed.into()]).collect();
+    let disks = volumes.into_iter().map(Plugged::from).chain([Plugged::from(OwnedFd::from(seed))]).collect();
     assemble(record, chassis(record), Parts { files, disks, taps, ring })
 }
 
@@ -202,10 +214,29 @@ async fn describe(
 struct Parts {
     files: BootFiles,
     /// The record's volumes and the seed disk.
-    disks: Vec<OwnedFd>,
+    disks: Vec<Plugged>,
     /// Each with its network's largest packet.
     taps: Vec<(u16, OwnedFd)>,
     ring: File,
+}
+
+/// The file of a disk, and of an overlay the one below it.
+struct Plugged {
+    file: OwnedFd,
+    backing: Option<OwnedFd>,
+}
+
+impl From<Layers> for Plugged {
+    fn from(layers: Layers) -> Plugged {
+        let (file, backing) = layers.into_own();
+        Plugged { file: file.into(), backing: backing.map(OwnedFd::from) }
+    }
+}
+
+impl From<OwnedFd> for Plugged {
+    fn from(file: OwnedFd) -> Plugged {
+        Plugged { file, backing: None }
+    }
 }
 
 /// The machine that runs, for a VMM that takes it over: `handles` are its memory, so many taps, and so many disks. Answers it
@@ -230,7 +261,8 @@ pub(super) async fn describe_handed(
     let ring = workshop.core.dirs.server(record.id).join("console.ring");
     let (images, image) = (workshop.images.clone(), record.image_id);
     let (files, ring) = in_place(move || Ok((images.boot_files(image)?, open_ring(&ring)?))).await?;
-    let parts = Parts { files, disks: handles.collect(), taps, ring };
+    // What is handed over is settled before.
+    let parts = Parts { files, disks: handles.map(Plugged::from).collect(), taps, ring };
     // What it is now: the next one may be of another size.
     let record::Held { memory_bytes, vcpus, cpu, .. } = &record.held;
     let cpu = cpu::template(cpu.as_ref().unwrap_or(&record.cpu));
@@ -250,8 +282,8 @@ fn assemble(record: &ServerRecord, chassis: Chassis, parts: Parts) -> Result<Des
         cmdline: files.cmdline,
     };
     let mut opened = disks.into_iter();
-    let root = |(disk, file): (&record::Disk, OwnedFd)| Disk {
-        file: packet.add(file),
+    let root = |(disk, plugged): (&record::Disk, Plugged)| Disk {
+        file: packet.add(plugged.file),
         access: Access::ReadWrite,
         cache: match disk.cache {
             server::CacheMode::Writeback => CacheMode::Writeback,
@@ -259,11 +291,11 @@ fn assemble(record: &ServerRecord, chassis: Chassis, parts: Parts) -> Result<Des
         },
         serial: serial(disk.volume_id.0),
         limits: disk_limits(&disk.limits),
-        backing: None,
+        backing: plugged.backing.map(|backing| packet.add(backing)),
     };
     let mut disks: Vec<Disk> = record.disks.iter().zip(opened.by_ref()).map(root).collect();
     disks.extend(opened.map(|seed| Disk {
-        file: packet.add(seed),
+        file: packet.add(seed.file),
         access: Access::ReadOnly,
         cache: CacheMode::Writeback,
         serial: "seed".to_owned(),
@@ -300,7 +332,7 @@ async fn open_volumes(
     workshop: &Workshop,
     record: &ServerRecord,
     filled: impl Future<Output = Result<Content>>,
-) -> Result<Vec<File>> {
+) -> Result<Vec<Layers>> {
     let content = filled.await?;
     let mut files = Vec::new();
     for disk in &record.disks {

@@ -15,7 +15,7 @@ use super::{limits, machine};
 use crate::core::in_place;
 use crate::error::{Error, Result};
 use crate::network::Networks;
-use crate::volumes::{Content, Durability, Filled, Volumes};
+use crate::volumes::{Content, Durability, Fill, Filled, Volumes};
 
 impl Doing {
     pub(super) async fn make(&self) -> Result<Event> {
@@ -73,7 +73,7 @@ impl Doing {
     /// A volume that was filled before, and is there still: its machine may have run since.
     async fn kept(&self, id: VolumeId) -> Result<Option<Filled>> {
         match self.record.life.unflushed.iter().find(|filled| filled.id == id) {
-            Some(filled) if self.workshop.volumes.flush(id).await? => Ok(Some(*filled)),
+            Some(filled) if self.workshop.volumes.flush(*filled).await? => Ok(Some(*filled)),
             _ => Ok(None),
         }
     }
@@ -93,7 +93,8 @@ impl Doing {
                 match self.kept(disk.volume_id).await? {
                     Some(filled) => volumes.push(filled),
                     None => {
-                        let fill = self.workshop.volumes.fill(disk.volume_id, durability, &stopped, &note);
+                        let how = Fill { durability, is_clone: self.record.is_clone() };
+                        let fill = self.workshop.volumes.fill(disk.volume_id, how, &stopped, &note);
                         volumes.extend(fill.await?);
                     }
                 }
@@ -157,9 +158,10 @@ impl Doing {
 
 /// Has volumes that are whole outlive a loss of power.
 pub(super) async fn flush(volumes: &Volumes, filled: &[Filled]) -> Result<()> {
-    for Filled { id, .. } in filled {
-        if !volumes.flush(*id).await? {
-            return Err(Error::new(Code::Internal, format!("the file of volume {id} is gone")));
+    for filled in filled {
+        if !volumes.flush(*filled).await? {
+            let detail = format!("the file of volume {}, or what it was made from, is gone", filled.id);
+            return Err(Error::new(Code::Internal, detail));
         }
     }
     Ok(())

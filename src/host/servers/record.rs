@@ -10,7 +10,7 @@ use uuid::Uuid;
 use wire::control::Sandbox;
 use wire::peer::OfferedCpu;
 
-use super::lifecycle::{Context, Life};
+use super::lifecycle::{Context, Life, SavedOf};
 use super::limits;
 use crate::error::{Error, Result};
 use crate::store::Tx;
@@ -103,6 +103,11 @@ impl ServerRecord {
     /// Name of the control groups of its latest VMM.
     pub fn cage(&self) -> String {
         self.cage.clone().unwrap_or_else(|| self.id.to_string())
+    }
+
+    /// Whether it goes on from the memory of another server's snapshot, and has yet to.
+    pub fn is_clone(&self) -> bool {
+        self.life.saved.is_some_and(|saved| matches!(saved.of, SavedOf::Clone { .. }))
     }
 
     /// Whether the next machine is to be another than the one at hand, so that the memory of this one fits no more.

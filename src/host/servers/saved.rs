@@ -146,6 +146,7 @@ impl Doing {
         Description { spec, mut descriptors }: Description,
         saved: Saved,
     ) -> Result<Asked> {
+        machine::check_build(link, &spec)?;
         let (directory, names) = match saved.of {
             SavedOf::Hibernation => (self.workshop.core.dirs.server(self.record.id), [STATE, MEMORY]),
             SavedOf::Snapshot { id } | SavedOf::Clone { snapshot: id } => {

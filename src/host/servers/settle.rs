@@ -1,10 +1,12 @@
-//! A machine that was made of a snapshot's memory shares that until it is settled: then all of it is the machine's own. It is so
-//! before it is handed to another VMM or saved while it runs, and when somebody asks for it. The VMM does it, and goes on with it
-//! whatever becomes of the daemon; whoever comes after finds how far it is.
+//! A machine that was made of a snapshot's memory shares that until it is settled: then all of it is the machine's own, and all of its disks
+//! that are overlays is in their own files. It is so before it is handed to another VMM, and when somebody asks for it; of memory before it is
+//! saved while it runs, too. The VMM does it, and goes on with it whatever becomes of the daemon; whoever comes after finds how far it is.
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use model::{Code, OperationId, ServerId};
+use model::volume::FillMethod;
+use model::{Code, OperationId, ServerId, VolumeId};
+use rusqlite::Connection;
 use wire::control::{Command, PROTOCOL_SETTLES, Reply};
 use wire::settling::{MemoryStatus, SettleStage, Settling};
 
@@ -19,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::store::{Tx, records};
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
+use crate::volumes::Volumes;
 
 /// Whose the memory of a machine is; nothing when its VMM is of a build that cannot say.
 pub(super) async fn memory(
@@ -36,17 +39,69 @@ pub(super) async fn memory(
 
 /// A guest may have reset itself as no daemon was there to hear it. Its machine is asked whether it shares what the record says.
 pub(super) async fn look(workshop: &Workshop, entry: &Entry, record: &ServerRecord) -> Result<()> {
-    if record.life.shares.is_none() || entry.machine().is_none() {
+    if record.life.shares.is_none() && !record.life.overlaid || entry.machine().is_none() {
         return Ok(());
     }
     let asked = async { memory(&entry.link(limits::COMMAND).await?, limits::COMMAND).await };
     match asked.await {
-        Ok(Some(MemoryStatus { shared_bytes: 0, .. })) => {
-            forget_shared(workshop, record.id, record.life.run).await
-        }
+        Ok(Some(status)) => note(workshop, record, &status).await,
         // It is settled, or found out, when somebody needs it.
-        Ok(_) | Err(_) => Ok(()),
+        Ok(None) | Err(_) => Ok(()),
     }
+}
+
+/// Records what the machine of a server, of this run, shares no more by its VMM's word.
+async fn note(workshop: &Workshop, record: &ServerRecord, status: &MemoryStatus) -> Result<()> {
+    if status.shared_bytes == 0 {
+        forget_shared(workshop, record.id, record.life.run).await?;
+    }
+    if status.disks_shared_bytes == 0 && !is_under_way(status) {
+        forget_backing(workshop, record).await?;
+    }
+    Ok(())
+}
+
+fn is_under_way(status: &MemoryStatus) -> bool {
+    matches!(status.settling, Some(Settling { stage: SettleStage::UnderWay, .. }))
+}
+
+/// All of the disks of a server's machine is in their own files. They let go of others only when that is recorded: what a daemon that
+/// dies in between leaves, the next one removes.
+async fn forget_backing(workshop: &Workshop, record: &ServerRecord) -> Result<()> {
+    let (id, run) = (record.id, record.life.run);
+    let disks: Vec<VolumeId> = record.disks.iter().map(|disk| disk.volume_id).collect();
+    let ids = disks.clone();
+    let is_news = move |all: &Connection| {
+        let of_record = records::find::<ServerRecord>(all, id.0)?.is_some_and(|record| record.life.overlaid);
+        let volumes = ids.iter().map(|id| Ok(Volumes::find(all, *id)?.filled_by));
+        let volumes = volumes.collect::<Result<Vec<_>>>()?;
+        Ok(of_record || volumes.contains(&Some(FillMethod::Overlay)))
+    };
+    if !workshop.core.store.glance(is_news).await? {
+        return Ok(());
+    }
+    let ids = disks.clone();
+    let forget = move |tx: &Tx<'_>| {
+        let found = records::find::<ServerRecord>(tx, id.0)?;
+        let Some(mut record) = found.filter(|record| record.life.run == run) else { return Ok(false) };
+        ids.iter().try_for_each(|id| Volumes::is_whole(tx, *id))?;
+        if record.life.overlaid {
+            record.life.overlaid = false;
+            record::save(tx, &mut record)?;
+            advance::announce(tx, &record, "server.updated", Some(&Actor::Host))?;
+        }
+        Ok(true)
+    };
+    if !workshop.core.store.write(forget).await? {
+        return Ok(());
+    }
+    workshop.core.checkpoint("server.disks_settled")?;
+    for id in disks {
+        if let Err(cause) = workshop.volumes.let_go(id).await {
+            tracing::warn!(server = %record.id, "until the daemon starts again: {}", cause.chain());
+        }
+    }
+    Ok(())
 }
 
 /// The machine of a server, of this run, shares nothing any more.
@@ -88,7 +143,16 @@ async fn forget(
     workshop.core.store.write(forget).await
 }
 
-/// Why memory is not settled.
+/// What of a machine is to be its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Own {
+    /// Its memory. What of its disks becomes so meanwhile stays so.
+    Memory,
+    /// Its memory and its disks.
+    All,
+}
+
+/// Why a machine is not settled.
 enum Cause {
     /// It is not wanted any more, or the daemon ends.
     Given(Error),
@@ -114,7 +178,7 @@ impl Doing {
                 let detail = "its VMM is of a build that settles no memory; a reboot with some grace gives it a new one";
                 return Err(Error::new(Code::WrongState, detail));
             }
-            self.own_memory(("settling_memory", 1, span)).await
+            self.own(Own::All, ("settling_memory", 1, span)).await
         };
         let outcome = settled.await;
         self.workshop.core.checkpoint("server.settled")?;
@@ -135,10 +199,11 @@ impl Doing {
         matches!(self.record.life.phase, Phase::Settling { upgrade: true, .. })
     }
 
-    /// Has all memory of the machine be its own, and waits for that. Nothing is done by a VMM that cannot, or when it is so
-    /// already. Fails with `wrong_state` when it cannot be done: the machine runs on as it was. Repeatable.
-    pub(super) async fn own_memory(&self, part: Part) -> Result<()> {
-        let cause = match self.try_own_memory(part).await {
+    /// Has all of that be the machine's own, and waits for it. Nothing is done by a VMM that cannot, or when it is so
+    /// already. Fails with `wrong_state` when it cannot be done, with `disk_full` when there is no room for the disks: the machine runs
+    /// on as it was. Repeatable.
+    pub(super) async fn own(&self, what: Own, part: Part) -> Result<()> {
+        let cause = match self.try_own(what, part).await {
             Ok(()) => return Ok(()),
             // The next daemon finds how far it is.
             Err(Cause::Given(cause)) if cause.code == Code::Draining => return Err(cause),
@@ -162,8 +227,9 @@ impl Doing {
         }
     }
 
-    async fn try_own_memory(&self, part: Part) -> std::result::Result<(), Cause> {
+    async fn try_own(&self, what: Own, part: Part) -> std::result::Result<(), Cause> {
         let (mut has_begun, mut failures, mut told) = (false, 0, Instant::now());
+        let mut disks_bytes = 0;
         loop {
             let status = match self.look_at_memory().await {
                 Ok(Some(status)) => status,
@@ -178,24 +244,31 @@ impl Doing {
                 Err(cause) => return Err(Cause::Failed(cause.to_string())),
             };
             failures = 0;
-            if status.shared_bytes == 0 {
-                let (id, run) = (self.record.id, self.record.life.run);
-                return Ok(forget_shared(&self.workshop, id, run).await?);
+            // Whoever wants memory alone neither waits for disks nor has them counted.
+            let shared = if what == Own::All { status.disks_shared_bytes } else { 0 };
+            let is_going_on = what == Own::All && is_under_way(&status);
+            if status.shared_bytes == 0 && shared == 0 && !is_going_on {
+                return Ok(note(&self.workshop, &self.record, &status).await?);
             }
+            disks_bytes = shared.max(disks_bytes);
             if self.stop.load(Ordering::SeqCst) {
-                return Err(Error::new(Code::WrongState, "its memory is not to be settled any more").into());
+                return Err(Error::new(Code::WrongState, "it is not to be settled any more").into());
             }
             match status.settling {
                 Some(Settling { stage: SettleStage::UnderWay, .. }) => {
                     has_begun = true;
-                    let own_bytes = status.total_bytes.saturating_sub(status.shared_bytes);
-                    self.tell_at_times(&mut told, part, own_bytes, status.total_bytes).await?;
+                    let total_bytes = status.total_bytes.saturating_add(disks_bytes);
+                    let left_bytes = status.shared_bytes.saturating_add(shared);
+                    let own_bytes = total_bytes.saturating_sub(left_bytes);
+                    self.tell_at_times(&mut told, part, own_bytes, total_bytes).await?;
                     tokio::time::sleep(limits::SAVE_LOOK).await;
                 }
                 Some(Settling { stage: SettleStage::Failed { detail }, .. }) if has_begun => {
                     return Err(Cause::Failed(detail));
                 }
                 _ => {
+                    let ids: Vec<VolumeId> = self.record.disks.iter().map(|disk| disk.volume_id).collect();
+                    self.workshop.volumes.check_whole(&ids, shared)?;
                     let begun = async {
                         self.entry.link(limits::COMMAND).await?.order(Command::Settle, limits::PAUSE).await
                     };

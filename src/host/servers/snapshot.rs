@@ -23,6 +23,7 @@ use super::effects::Doing;
 use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
+use super::settle::Own;
 use super::telling::Moved;
 use super::{advance, limits, machine, view};
 use crate::call::Actor;
@@ -37,6 +38,7 @@ use crate::snapshots::{
 use crate::store::{Tx, records};
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
+use crate::volumes::layers::Layers;
 use crate::volumes::{Content, Volumes, space};
 
 /// Where the kernel hands out descriptors that tell of accesses to memory.
@@ -275,6 +277,10 @@ impl Doing {
 
     async fn copy_disks_only(&self, directory: &Path, back: &Back) -> Result<Stillness> {
         let link = self.fresh_link().await?;
+        if self.record.life.overlaid {
+            // As a save would: what is read from two files must hold still.
+            link.order(Command::CancelSettle, limits::PAUSE).await?;
+        }
         let files = self.disks_ahead(directory).await?;
         let moment = self.park(&link).await?;
         let disks = self.copy_disks(directory, files).await?;
@@ -302,7 +308,7 @@ impl Doing {
         let device = File::options().read(true).write(true).open(USERFAULTFD).ok();
         if device.is_some() {
             // Of memory that is another file's the kernel tells no writes.
-            match self.own_memory(("settling_memory", 1, 8)).await {
+            match self.own(Own::Memory, ("settling_memory", 1, 8)).await {
                 Err(cause) if self.is_stopped() || cause.code == Code::Draining => return Err(cause),
                 Err(cause) => {
                     tracing::info!(server = %self.record.id, "it stands still: {}", cause.chain());
@@ -333,11 +339,12 @@ impl Doing {
     }
 
     /// Opens the disks, and does what can be done before the machine stands still.
-    async fn disks_ahead(&self, directory: &Path) -> Result<Vec<File>> {
+    async fn disks_ahead(&self, directory: &Path) -> Result<Vec<Layers>> {
         let mut files = Vec::new();
         for (index, disk) in self.record.disks.iter().enumerate() {
             let file = self.workshop.volumes.look(disk.volume_id).await?;
-            let twin = file.try_clone().map_err(|cause| Error::file("a volume cannot be opened", cause))?;
+            let twin =
+                file.own.try_clone().map_err(|cause| Error::file("a volume cannot be opened", cause))?;
             Volumes::share_ahead(twin, directory.join(disk_name(index))).await?;
             files.push(file);
         }
@@ -371,7 +378,7 @@ impl Doing {
     }
 
     /// Copies or shares every disk. Stops when nobody wants it any more.
-    async fn copy_disks(&self, directory: &Path, files: Vec<File>) -> Result<Vec<FillMethod>> {
+    async fn copy_disks(&self, directory: &Path, files: Vec<Layers>) -> Result<Vec<FillMethod>> {
         let moved = Moved::default();
         let copying = async {
             let mut methods = Vec::new();

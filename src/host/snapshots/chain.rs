@@ -21,7 +21,7 @@ use wire::saved::table::Table;
 use wire::saved::{Digest, form};
 
 use super::limits::{OPEN_AGAIN, OPEN_TRIES};
-use super::{MEMORY, STATE, SnapshotRecord, disk_name};
+use super::{MEMORY, STATE, SnapshotRecord, disk_name, is_disk};
 use crate::config::Dirs;
 use crate::error::{Error, Result};
 use crate::store::records;
@@ -129,8 +129,10 @@ pub(crate) fn open(dirs: &Dirs, id: SnapshotId, chain: &Chain, name: &str) -> io
 /// Opens a file in a snapshot's directory.
 pub(crate) fn open_in(dirs: &Dirs, id: SnapshotId, name: &str) -> io::Result<File> {
     let mut tries = OPEN_TRIES;
+    // Volumes may have disks under other names, of which nobody writes to any.
+    let access = if is_disk(name) { Access::ReadLinked } else { Access::Read };
     loop {
-        match beneath::open(&dirs.snapshot(id), Path::new(name), Access::Read) {
+        match beneath::open(&dirs.snapshot(id), Path::new(name), access) {
             // Somebody asks at this moment whether it is in use.
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock && tries > 0 => tries -= 1,
             other => return other,

@@ -397,6 +397,11 @@ pub(crate) fn disk_name(index: usize) -> String {
     format!("disk{index}.raw")
 }
 
+/// Whether a file of a snapshot's directory is a disk.
+fn is_disk(name: &str) -> bool {
+    name.strip_prefix("disk").and_then(|name| name.strip_suffix(".raw")).is_some()
+}
+
 fn apply(shown: &mut Snapshot, patch: PatchSnapshot) -> Result<()> {
     if let Some(name) = patch.name {
         shown.name = name;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use model::SnapshotId;
@@ -27,7 +28,8 @@ pub(super) type Needed = BTreeMap<String, Vec<Range<u64>>>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trimmed {
     Done,
-    /// Somebody has a file open, a clone that runs on it or who reads an export. Taking from it would change what they see.
+    /// Somebody has a file open, a clone that runs on it or who reads an export, or it has another name, as a volume needs all of it.
+    /// Taking from it would change what they see.
     InUse,
 }
 
@@ -162,7 +164,7 @@ fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     joined
 }
 
-/// Makes holes of all but these ranges, unless somebody has the file open.
+/// Makes holes of all but these ranges, unless somebody has the file.
 fn trim_file(path: &Path, ranges: &[Range<u64>]) -> io::Result<Trimmed> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     let length = file.metadata()?.len();
@@ -177,7 +179,8 @@ fn trim_file(path: &Path, ranges: &[Range<u64>]) -> io::Result<Trimmed> {
     if unneeded.is_empty() {
         return Ok(Trimmed::Done);
     }
-    if !is_unused(&file, path) {
+    // Another name it gets no more: there is no snapshot to clone.
+    if file.metadata()?.nlink() > 1 || !is_unused(&file, path) {
         return Ok(Trimmed::InUse);
     }
     // Whoever opens it from here on does so for a snapshot that is there, and reads nothing but what is needed.

@@ -11,10 +11,11 @@ use model::volume::FillMethod;
 use model::{Code, VolumeId};
 use sys::beneath::{self, Access};
 
-use super::files::{Durability, Unfinished};
+use super::files::{self, Durability, Unfinished};
 use super::fill::{Watch, fill, share};
 use super::layers::Layers;
 use super::limits::{LET_GO, LET_GO_AGAIN, PROGRESS_EVERY};
+use super::overlay;
 use crate::core::{Shared, in_place};
 use crate::error::{Error, Result};
 
@@ -28,6 +29,8 @@ pub(super) struct NewFile {
     pub(super) size_bytes: u64,
     /// What it is to outlive.
     pub(super) durability: Durability,
+    /// Whether it may be an overlay over what it is filled from.
+    pub(super) may_be_over: bool,
 }
 
 /// Opens what a file is filled from, where waiting is allowed.
@@ -73,9 +76,28 @@ pub(super) async fn make(
 }
 
 fn make_now(new: NewFile, watch: &Watch) -> io::Result<FillMethod> {
+    let backing = overlay::backing(&new.place);
+    fill_now(new, watch).inspect_err(|_| {
+        // Whoever begins again replaces what cannot be removed now.
+        let _ = files::remove(&backing);
+    })
+}
+
+/// The file that an overlay needs has its name before the overlay has its own, and beside a file that is whole there is none.
+fn fill_now(new: NewFile, watch: &Watch) -> io::Result<FillMethod> {
     let source = (new.source)()?;
     let mut unfinished = Unfinished::create(&new.place)?;
+    let mut is_over = false;
+    if new.may_be_over
+        && let Some(source) = &source
+    {
+        is_over = overlay::lay(source, unfinished.file(), &new.place, new.size_bytes)?;
+    }
+    if !is_over {
+        files::remove(&overlay::backing(&new.place))?;
+    }
     let method = match &source {
+        Some(_) if is_over => FillMethod::Overlay,
         Some(source) => fill(source, unfinished.file(), new.size_bytes, watch)?,
         None => {
             unfinished.file().set_len(new.size_bytes)?;
@@ -101,13 +123,10 @@ pub(super) async fn share_ahead(source: File, place: PathBuf) -> Result<()> {
     shared.await.map_err(|cause| file_trouble("cannot share the blocks of a volume".to_owned(), cause))
 }
 
-/// Opens the file of a volume for reading, without its lock: for whoever knows that nobody writes to it.
+/// Opens the file of a volume for reading, without its lock: for whoever knows that nobody writes to it. Nothing is opened that a link in
+/// its place leads to.
 pub(super) async fn look(core: &Shared, id: VolumeId) -> Result<File> {
-    look_at(core.dirs.volume(id)).await
-}
-
-/// Opens a file for reading, and nothing that a link in its place leads to.
-pub(super) async fn look_at(place: PathBuf) -> Result<File> {
+    let place = core.dirs.volume(id);
     let shown = place.display().to_string();
     blocking(move || {
         let (Some(directory), Some(name)) = (place.parent(), place.file_name()) else {

@@ -72,7 +72,7 @@ fn copy(source: &Layers, target: &File, watch: &Watch, of: Of) -> io::Result<()>
     let length = source.own.metadata()?.len();
     let data = || {
         source
-            .data(length)
+            .data(0..length)
             .filter(|found| of == Of::All || found.as_ref().map_or(true, |(_, file)| file.is_some()))
     };
     for found in data() {

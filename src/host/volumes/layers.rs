@@ -1,5 +1,6 @@
-//! A file whose bytes may lie in several: what is new in its own, the rest in lower ones (`wire::saved::lower`). It knows no
-//! paths and no records. `snapshots` keeps such files, `volumes` fills disks from them.
+//! A file whose bytes may lie in several: what is new in its own, the rest in lower ones. Which lies where a list says
+//! (`wire::saved::lower`), or of an overlay its own holes do. It knows no paths and no records. `snapshots` keeps such files, `volumes`
+//! fills disks from them and has disks that are.
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -19,12 +20,36 @@ pub(crate) struct Layers {
     pub(crate) own: File,
     lower: Lower,
     files: Vec<File>,
+    /// Whether what is a hole of its own lies in the only other file.
+    is_over: bool,
 }
 
 impl Layers {
     /// All of it in one file.
     pub(crate) fn one(own: File) -> Layers {
-        Layers { own, lower: Lower::default(), files: Vec::new() }
+        Layers { own, lower: Lower::default(), files: Vec::new(), is_over: false }
+    }
+
+    /// An overlay: what is a hole of its own is what `backing` has there, and nothing beyond the end of that. As nobody keeps where
+    /// holes are, they must hold still while it is read.
+    pub(crate) fn over(own: File, backing: File) -> Layers {
+        Layers { own, lower: Lower::default(), files: vec![backing], is_over: true }
+    }
+
+    /// The file that all of it is in, if it is in one.
+    pub(super) fn single(&self) -> Option<&File> {
+        self.files.is_empty().then_some(&self.own)
+    }
+
+    /// Its own file, and of an overlay the other one.
+    pub(crate) fn into_own(self) -> (File, Option<File>) {
+        (self.own, self.files.into_iter().next().filter(|_| self.is_over))
+    }
+
+    /// Bytes that its files take on the disk.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        let all = std::iter::once(&self.own).chain(&self.files);
+        all.map(|file| super::used_bytes(file.metadata())).fold(0, u64::saturating_add)
     }
 
     /// Fails with `InvalidData` when a lower file is missing or ends before what lies in it.
@@ -40,7 +65,7 @@ impl Layers {
                 return Err(invalid(format!("lower file {index} has {length} bytes of {end}")));
             }
         }
-        Ok(Layers { own, lower, files })
+        Ok(Layers { own, lower, files, is_over: false })
     }
 
     /// What lies in which lower file.
@@ -59,25 +84,76 @@ impl Layers {
 
     /// Reads from wherever the bytes lie.
     pub(crate) fn read_exact_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
-        for (piece, file) in self.lower.pieces(offset..offset + data.len() as u64) {
+        let range = offset..offset + data.len() as u64;
+        if self.is_over {
+            if self.own.metadata()?.len() < range.end {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            data.fill(0);
+            for found in self.data(range) {
+                let (piece, file) = found?;
+                let within = (piece.start - offset) as usize..(piece.end - offset) as usize;
+                self.file(file)?.read_exact_at(&mut data[within], piece.start)?;
+            }
+            return Ok(());
+        }
+        for (piece, file) in self.lower.pieces(range) {
             let within = (piece.start - offset) as usize..(piece.end - offset) as usize;
             self.file(file)?.read_exact_at(&mut data[within], piece.start)?;
         }
         Ok(())
     }
 
-    /// Where its first `length` bytes have data, in order, and in which lower file, or the own one.
-    pub(crate) fn data(
-        &self,
-        length: u64,
-    ) -> impl Iterator<Item = io::Result<(Range<u64>, Option<u32>)>> + '_ {
-        self.lower.pieces(0..length).flat_map(|(piece, file)| {
+    /// Where these bytes have data, in order, and in which lower file, or the own one.
+    pub(crate) fn data(&self, range: Range<u64>) -> impl Iterator<Item = io::Result<Piece>> + '_ {
+        let over = self.is_over.then(|| self.over_data(range.clone()));
+        let listed = (!self.is_over).then(|| self.listed_data(range));
+        over.into_iter().flatten().chain(listed.into_iter().flatten())
+    }
+
+    fn listed_data(&self, range: Range<u64>) -> impl Iterator<Item = io::Result<Piece>> + '_ {
+        self.lower.pieces(range).flat_map(|(piece, file)| {
             let own = file.is_none().then(|| Extents::from(&self.own, piece.end, piece.start));
             let own = own.into_iter().flatten().map(|extent| Ok((extent?, None)));
             own.chain(file.map(|_| Ok((piece, file))))
         })
     }
+
+    /// What is its own, and what is the other file's in the holes between. Neither is listed: a disk has millions of pieces.
+    fn over_data(&self, range: Range<u64>) -> impl Iterator<Item = io::Result<Piece>> + '_ {
+        let first =
+            |file, within: Range<u64>| Extents::from(file, within.end, within.start).next().transpose();
+        let (mut at, mut next) = (range.start, None);
+        let mut find = move || -> io::Result<Option<Piece>> {
+            while at < range.end {
+                let own = match next.take() {
+                    Some(own) => own,
+                    None => first(&self.own, at..range.end)?.unwrap_or(range.end..range.end),
+                };
+                if own.start <= at {
+                    at = own.end;
+                    return Ok(Some((own, None)));
+                }
+                let below = first(self.file(Some(0))?, at..own.start)?;
+                at = below.as_ref().map_or(own.start, |below| below.end);
+                next = Some(own);
+                if let Some(below) = below {
+                    return Ok(Some((below, Some(0))));
+                }
+            }
+            Ok(None)
+        };
+        let mut has_failed = false;
+        std::iter::from_fn(move || {
+            let found = if has_failed { None } else { find().transpose() };
+            has_failed = matches!(found, Some(Err(_)));
+            found
+        })
+    }
 }
+
+/// Bytes that lie in a lower file, or in the own one.
+pub(crate) type Piece = (Range<u64>, Option<u32>);
 
 /// Gives up what a file has in common with `base`, block by block, and answers where that lies: file 0 is the base's own, its
 /// lower ones follow. Fails with `Unsupported` where the file system keeps no holes; nothing is lost then, nor later: what

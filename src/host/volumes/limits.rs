@@ -4,6 +4,9 @@ use std::time::Duration;
 /// Bytes copied between two looks at whether the copy was cancelled: some 10 ms of work.
 pub const PIECE_BYTES: usize = 8 << 20;
 
+/// What an overlay has in one file or the other, in bytes: its machine writes no less at once.
+pub const HOLE_BYTES: u64 = 4096;
+
 /// What two snapshots' disks are compared by, in bytes: what differs is kept twice in whole blocks, and each block that does not
 /// may need a row of 24 bytes in a list.
 pub const BLOCK_BYTES: u64 = 64 << 10;

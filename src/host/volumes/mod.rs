@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use model::event::EventData;
 use model::operation::{Accepted, Resource};
@@ -34,12 +35,14 @@ pub(crate) mod files;
 pub(crate) mod fill;
 pub(crate) mod layers;
 pub mod limits;
+pub(crate) mod overlay;
 mod recover;
 pub(crate) mod space;
 
 use disk::{NewFile, Source};
 pub(crate) use files::Durability;
 use layers::Layers;
+use overlay::Means;
 
 pub(crate) const TABLES: &str = crate::table!("volumes");
 
@@ -48,6 +51,7 @@ pub(crate) const TABLES: &str = crate::table!("volumes");
 pub struct Volumes {
     core: Shared,
     images: Images,
+    means: Arc<OnceLock<Means>>,
 }
 
 /// A volume to make.
@@ -64,6 +68,17 @@ pub(crate) struct NewVolume {
     pub snapshot_id: Option<SnapshotId>,
     /// The server it belongs to.
     pub server_id: Option<ServerId>,
+    /// Whether that goes on from the snapshot's memory.
+    pub is_clone: bool,
+}
+
+/// How a volume is to be filled.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fill {
+    /// What its file is to outlive.
+    pub durability: Durability,
+    /// Whether its server goes on from the snapshot's memory. Its file may need that of the snapshot then.
+    pub is_clone: bool,
 }
 
 impl Record for Volume {
@@ -108,7 +123,7 @@ pub(crate) enum Content {
 
 impl Volumes {
     pub(crate) fn new(core: Shared, images: Images) -> Volumes {
-        Volumes { core, images }
+        Volumes { core, images, means: Arc::default() }
     }
 
     /// Takes up what an earlier daemon left unfinished, except volumes that belong to a server: the server's
@@ -222,7 +237,7 @@ impl Volumes {
     /// For `servers`: writes the record, in state `creating`. Fails with `disk_full` when the file system cannot
     /// hold it, `already_exists` when the name is taken.
     pub(crate) fn create(&self, tx: &Tx<'_>, new: NewVolume) -> Result<Volume> {
-        let now = Time::now();
+        let (now, is_clone) = (Time::now(), new.is_clone);
         let volume = Volume {
             id: VolumeId::new(),
             name: new.name,
@@ -240,7 +255,7 @@ impl Volumes {
             updated_at: now,
         };
         let place = self.core.dirs.root().join("volumes");
-        space::check(&place, self.source_bytes(tx, &volume)?, volume.size_bytes)?;
+        space::check(&place, self.source_bytes(tx, &volume, is_clone)?, volume.size_bytes)?;
         records::insert(tx, &volume)?;
         announce(tx, &volume, "volume.created", None)?;
         Ok(volume)
@@ -262,7 +277,7 @@ impl Volumes {
         }
         let size_bytes = volume.size_bytes;
         let source = disk::nothing();
-        let new = NewFile { place, source, size_bytes, durability: Durability::Power };
+        let new = NewFile { place, source, size_bytes, durability: Durability::Power, may_be_over: false };
         disk::make(new, &|| false, &|_, _| {}).await?;
         self.core.checkpoint("volume.made_empty")
     }
@@ -279,16 +294,6 @@ impl Volumes {
         announce(tx, &volume, "volume.ready", None)
     }
 
-    /// For `servers`: bytes that filling it copies where blocks cannot be shared.
-    pub(crate) fn source_bytes(&self, connection: &Connection, volume: &Volume) -> Result<u64> {
-        match (volume.snapshot_id, volume.image_id) {
-            (Some(snapshot), _) => Ok(records::find::<SnapshotRecord>(connection, snapshot.0)?
-                .map_or(0, |snapshot| self.snapshot_bytes(&snapshot, 0))),
-            (None, Some(image)) => Ok(self.images.disk_stored_bytes(image)),
-            (None, None) => Ok(0),
-        }
-    }
-
     /// What a disk made of a snapshot is filled from.
     async fn snapshot_disk(&self, id: SnapshotId, index: usize) -> Result<Source> {
         let find = move |connection: &Connection| records::one::<SnapshotRecord>(connection, id.0);
@@ -296,13 +301,6 @@ impl Volumes {
         let open = move || snapshots::open_file(&dirs, id, &record.chain, &snapshots::disk_name(index));
         let failed = move |cause| unopened(format!("disk {index} of snapshot {id}"), cause);
         Ok(Box::new(move || open().map(Some).map_err(failed)))
-    }
-
-    /// For `servers`: bytes that a disk of a snapshot takes, wherever they lie.
-    pub(crate) fn snapshot_bytes(&self, snapshot: &SnapshotRecord, index: usize) -> u64 {
-        let name = snapshots::disk_name(index);
-        let own = used_bytes(std::fs::metadata(self.core.dirs.snapshot(snapshot.shown.id).join(&name)));
-        own.saturating_add(snapshot.chain.bytes_of(&name))
     }
 
     /// For `servers`: the record.
@@ -316,7 +314,7 @@ impl Volumes {
     pub(crate) async fn fill(
         &self,
         id: VolumeId,
-        durability: Durability,
+        how: Fill,
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<Option<Filled>> {
@@ -334,18 +332,23 @@ impl Volumes {
             (None, None) => disk::nothing(),
         };
         let place = self.core.dirs.volume(id);
-        let new = NewFile { place, source, size_bytes: volume.size_bytes, durability };
+        let may_be_over = how.is_clone && volume.snapshot_id.is_some() && self.means() == Means::Holes;
+        let (size_bytes, durability) = (volume.size_bytes, how.durability);
+        let new = NewFile { place, source, size_bytes, durability, may_be_over };
         let method = disk::make(new, cancelled, progress).await?;
         self.core.checkpoint("volume.filled")?;
         Ok(Some(Filled { id, method }))
     }
 
     /// For `servers`: has the file that [`Volumes::fill`] made outlive a loss of power; false when one that came in between has taken it
-    /// away. Repeatable.
-    pub(crate) async fn flush(&self, id: VolumeId) -> Result<bool> {
+    /// away, or what it needs besides. Repeatable.
+    pub(crate) async fn flush(&self, Filled { id, method }: Filled) -> Result<bool> {
         let (place, core) = (self.core.dirs.volume(id), self.core.clone());
         let volume: Volume = core.store.glance(move |connection| records::one(connection, id.0)).await?;
+        let lacks =
+            move |place: &Path| method == FillMethod::Overlay && overlay::lies(method, place) != method;
         let flush = move || match File::open(&place) {
+            _ if lacks(&place) => Ok(false),
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
             // Not every file system keeps with a name what was written before it had that; then there is nothing of it.
             file => match file? {
@@ -366,14 +369,14 @@ impl Volumes {
         if volume.state != VolumeState::Creating {
             return Ok(());
         }
-        volume.filled_by = Some(filled.method);
+        volume.filled_by = Some(overlay::lies(filled.method, &dirs.volume(volume.id)));
         measure(&mut volume, dirs);
         Volumes::become_ready(tx, volume)
     }
 
     /// For `servers`: opens it for reading and writing. Fails with `in_use` while another opening of it lasts, in
     /// whatever process that is.
-    pub(crate) async fn open(&self, id: VolumeId, content: Content) -> Result<File> {
+    pub(crate) async fn open(&self, id: VolumeId, content: Content) -> Result<Layers> {
         let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
         if volume.state != VolumeState::Ready && content == Content::Recorded {
             return Err(Error::new(
@@ -382,12 +385,13 @@ impl Volumes {
             ));
         }
         let held = disk::hold_next(&self.core, id, volume.size_bytes).await?;
-        held.ok_or_else(|| attached(&volume))
+        self.with_backing(&volume, held.ok_or_else(|| attached(&volume))?).await
     }
 
     /// For `servers`: opens it for reading while its machine is parked or has ended.
-    pub(crate) async fn look(&self, id: VolumeId) -> Result<File> {
-        disk::look(&self.core, id).await
+    pub(crate) async fn look(&self, id: VolumeId) -> Result<Layers> {
+        let volume: Volume = self.core.store.glance(move |connection| records::one(connection, id.0)).await?;
+        self.with_backing(&volume, disk::look(&self.core, id).await?).await
     }
 
     /// For `servers`: makes the copy of a volume that follows quick, where its blocks can be shared. Repeatable.
@@ -399,14 +403,14 @@ impl Volumes {
     /// copy outlives the daemon; whoever wants it to outlive a loss of power flushes it. Looks at `cancelled` between
     /// pieces and then fails with `draining`; `progress` takes bytes done and in all.
     pub(crate) async fn copy(
-        source: File,
+        source: Layers,
         place: PathBuf,
         size_bytes: u64,
         cancelled: &(dyn Fn() -> bool + Send + Sync),
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<FillMethod> {
-        let source: Source = Box::new(|| Ok(Some(Layers::one(source))));
-        let new = NewFile { place, source, size_bytes, durability: Durability::Process };
+        let source: Source = Box::new(|| Ok(Some(source)));
+        let new = NewFile { place, source, size_bytes, durability: Durability::Process, may_be_over: false };
         disk::make(new, cancelled, progress).await
     }
 
@@ -422,7 +426,7 @@ impl Volumes {
     ) -> Result<()> {
         let source = self.snapshot_disk(snapshot, index).await?;
         let place = files::beside(&self.core.dirs.volume(id));
-        let new = NewFile { place, source, size_bytes, durability: Durability::Power };
+        let new = NewFile { place, source, size_bytes, durability: Durability::Power, may_be_over: false };
         disk::make(new, cancelled, progress).await.map(drop)
     }
 
@@ -431,7 +435,9 @@ impl Volumes {
         let place = self.core.dirs.volume(id);
         disk::blocking(move || files::take_beside(&place))
             .await
-            .map_err(|cause| Error::file(format!("volume {id} cannot be put in place"), cause))
+            .map_err(|cause| Error::file(format!("volume {id} cannot be put in place"), cause))?;
+        // The new one is whole, and there for good.
+        self.let_go(id).await
     }
 
     /// For `servers`: removes what was copied beside a volume. Repeatable.
@@ -452,16 +458,11 @@ impl Volumes {
     ) -> Result<()> {
         let mut volume: Volume = records::one(tx, id.0)?;
         volume.snapshot_id = Some(snapshot);
-        // Both ways lead between the same two file systems.
-        volume.filled_by = shown.filled_by.or(volume.filled_by);
+        // Both ways lead between the same two file systems, and what went back is whole.
+        volume.filled_by = shown.filled_by.or(volume.filled_by).map(overlay::whole);
         volume.size_bytes = size_bytes;
         records::save(tx, &mut volume)?;
         announce(tx, &volume, "volume.restored", None)
-    }
-
-    /// For `servers`: bytes that its file takes on the disk.
-    pub(crate) fn stored_bytes(&self, id: VolumeId) -> u64 {
-        used_bytes(std::fs::symlink_metadata(self.core.dirs.volume(id)))
     }
 
     /// For `servers`: gives it to nobody, when its server is deleted and it is kept. Repeatable.
@@ -474,13 +475,14 @@ impl Volumes {
         Ok(())
     }
 
-    /// For `servers`: removes the file, then the record with its event. Repeatable; no record is no error.
+    /// For `servers`: removes the files, then the record with its event. Repeatable; no record is no error.
     pub(crate) async fn purge(&self, id: VolumeId) -> Result<()> {
         self.forget_copy(id).await?;
         let place = self.core.dirs.volume(id);
         disk::blocking(move || files::remove(&place))
             .await
             .map_err(|cause| Error::file(format!("cannot remove the file of volume {id}"), cause))?;
+        self.let_go(id).await?;
         self.core.checkpoint("volume.removed")?;
         self.core.store.write(move |tx| forget(tx, id)).await
     }
@@ -541,7 +543,7 @@ fn forget(tx: &Tx<'_>, id: VolumeId) -> Result<()> {
 
 /// Reads how much of the host's disk it takes. A file that is not there yet takes nothing.
 fn measure(volume: &mut Volume, dirs: &Dirs) {
-    volume.used_bytes = used_bytes(std::fs::symlink_metadata(dirs.volume(volume.id)));
+    volume.used_bytes = overlay::own_bytes(&dirs.volume(volume.id));
 }
 
 /// Bytes a file takes on the disk (`st_blocks` counts 512 bytes, stat(2)).

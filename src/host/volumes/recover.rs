@@ -1,13 +1,14 @@
 //! What a crash may have left among the volumes: files without a record, deletions half done.
 //! `Volumes::recover` calls it before anything else touches the directory.
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use model::VolumeId;
-use model::volume::{Volume, VolumeState};
+use model::volume::{FillMethod, Volume, VolumeState};
 use rusqlite::Connection;
 
 use super::files::{self, BESIDE, UNFINISHED};
+use super::overlay::BACKING;
 use crate::config::Dirs;
 use crate::error::{Error, Result};
 use crate::servers;
@@ -17,7 +18,11 @@ use crate::store::records;
 /// and those that nobody would go on to fill.
 pub(super) fn look(connection: &Connection, dirs: &Dirs) -> Result<Vec<VolumeId>> {
     let volumes: Vec<Volume> = records::all(connection)?;
-    let known: BTreeSet<VolumeId> = volumes.iter().map(|volume| volume.id).collect();
+    // How one was filled that is being made is not in its record yet.
+    let is_over = |volume: &Volume| {
+        volume.state == VolumeState::Creating || volume.filled_by == Some(FillMethod::Overlay)
+    };
+    let known = volumes.iter().map(|volume| (volume.id, is_over(volume))).collect();
     let directory = dirs.root().join("volumes");
     remove_strangers(&directory, &known, &servers::returning_volumes(connection)?)
         .map_err(|cause| Error::file(format!("cannot tidy {}", directory.display()), cause))?;
@@ -26,10 +31,11 @@ pub(super) fn look(connection: &Connection, dirs: &Dirs) -> Result<Vec<VolumeId>
     Ok(doomed.map(|volume| volume.id).collect())
 }
 
-/// Only names that Toft gives are removed; what else lies there is somebody's and is left.
+/// Only names that Toft gives are removed; what else lies there is somebody's and is left. Of those `known` it is said whether they may need
+/// another file.
 fn remove_strangers(
     directory: &Path,
-    known: &BTreeSet<VolumeId>,
+    known: &BTreeMap<VolumeId, bool>,
     returning: &BTreeSet<VolumeId>,
 ) -> std::io::Result<()> {
     for entry in std::fs::read_dir(directory)? {
@@ -38,10 +44,15 @@ fn remove_strangers(
         let Some(name) = name.to_str() else { continue };
         let unfinished = name.strip_suffix(UNFINISHED);
         let finished = unfinished.unwrap_or(name);
-        let beside = finished.strip_suffix(BESIDE);
-        let id = beside.unwrap_or(finished).strip_suffix(".raw").and_then(|id| id.parse().ok());
-        let wanted = if beside.is_some() { returning } else { known };
-        if id.is_some_and(|id| unfinished.is_some() || !wanted.contains(&id)) {
+        let (beside, backing) = (finished.strip_suffix(BESIDE), finished.strip_suffix(BACKING));
+        let own = beside.or(backing).unwrap_or(finished);
+        let id = own.strip_suffix(".raw").and_then(|id| id.parse().ok());
+        let is_wanted = |id: &VolumeId| match (beside, backing) {
+            (Some(_), _) => returning.contains(id),
+            (_, Some(_)) => known.get(id) == Some(&true),
+            _ => known.contains_key(id),
+        };
+        if id.is_some_and(|id| unfinished.is_some() || !is_wanted(&id)) {
             files::remove(&entry.path())?;
         }
     }

@@ -2,10 +2,16 @@
 //! fills up later is handled where it is written to. `volumes`, `images` and `store` ask.
 use std::path::Path;
 
-use model::Code;
+use model::volume::Volume;
+use model::{Code, VolumeId};
+use rusqlite::Connection;
 
 use super::limits::RESERVE_BYTES;
+use super::overlay::{self, Means};
+use super::{Volumes, used_bytes};
 use crate::error::{Error, Result};
+use crate::snapshots::{self, SnapshotRecord};
+use crate::store::records;
 
 /// The file system of a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +56,55 @@ fn judge(space: Space, now_bytes: u64, later_bytes: u64) -> std::result::Result<
         ));
     }
     Ok(())
+}
+
+impl Volumes {
+    /// For `servers`: bytes that filling it copies where blocks cannot be shared, and for a clone where they can.
+    pub(crate) fn source_bytes(
+        &self,
+        connection: &Connection,
+        volume: &Volume,
+        is_clone: bool,
+    ) -> Result<u64> {
+        let bytes_of = |snapshot| match is_clone {
+            true => self.cloned_bytes(&snapshot, 0),
+            false => self.snapshot_bytes(&snapshot, 0),
+        };
+        match (volume.snapshot_id, volume.image_id) {
+            (Some(snapshot), _) => {
+                Ok(records::find::<SnapshotRecord>(connection, snapshot.0)?.map_or(0, bytes_of))
+            }
+            (None, Some(image)) => Ok(self.images.disk_stored_bytes(image)),
+            (None, None) => Ok(0),
+        }
+    }
+
+    /// For `servers`: bytes that a disk of a snapshot takes, wherever they lie.
+    pub(crate) fn snapshot_bytes(&self, snapshot: &SnapshotRecord, index: usize) -> u64 {
+        let name = snapshots::disk_name(index);
+        let own = used_bytes(std::fs::metadata(self.core.dirs.snapshot(snapshot.shown.id).join(&name)));
+        own.saturating_add(snapshot.chain.bytes_of(&name))
+    }
+
+    /// For `servers`: bytes that a clone's volume copies of a disk of a snapshot.
+    pub(crate) fn cloned_bytes(&self, snapshot: &SnapshotRecord, index: usize) -> u64 {
+        let inherited = snapshot.chain.bytes_of(&snapshots::disk_name(index));
+        match self.means() {
+            Means::Blocks => inherited,
+            Means::Holes if inherited == 0 => 0,
+            Means::Holes | Means::Nothing => self.snapshot_bytes(snapshot, index),
+        }
+    }
+
+    /// For `servers`: the same of a volume of which a snapshot is yet to be taken.
+    pub(crate) fn cloned_bytes_of(&self, id: VolumeId) -> u64 {
+        if self.means() == Means::Nothing { self.stored_bytes(id) } else { 0 }
+    }
+
+    /// For `servers`: bytes that are copied with it, at most.
+    pub(crate) fn stored_bytes(&self, id: VolumeId) -> u64 {
+        overlay::stored_bytes(&self.core.dirs.volume(id))
+    }
 }
 
 #[cfg(test)]

@@ -37,6 +37,7 @@ fn new(name: &str, size_bytes: u64, image_id: Option<ImageId>) -> NewVolume {
         image_id,
         snapshot_id: None,
         server_id,
+        is_clone: false,
     }
 }
 
@@ -52,7 +53,8 @@ async fn fill(
     cancelled: &(dyn Fn() -> bool + Send + Sync),
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<()> {
-    let Some(filled) = volumes.fill(id, Durability::Power, cancelled, progress).await? else { return Ok(()) };
+    let how = Fill { durability: Durability::Power, is_clone: false };
+    let Some(filled) = volumes.fill(id, how, cancelled, progress).await? else { return Ok(()) };
     let dirs = volumes.core.dirs.clone();
     volumes.core.store.write(move |tx| Volumes::complete(tx, &filled, &dirs)).await
 }
@@ -81,6 +83,7 @@ async fn a_volume_holds_its_images_bytes_and_is_as_large_as_asked() {
     assert!(matches!(volume.filled_by, Some(FillMethod::Reflink | FillMethod::SparseCopy)));
     assert!(volume.used_bytes > 0 && volume.used_bytes < MIB, "{}", volume.used_bytes);
     let file = volumes.open(id, Content::Recorded).await.unwrap();
+    let file = file.own;
     assert_eq!(file.metadata().unwrap().len(), 8 * MIB);
     let mut bytes = vec![0; DISK_BYTES];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -95,7 +98,7 @@ async fn a_volume_is_never_open_twice_and_the_lock_goes_with_the_last_copy() {
     let file = volumes.open(id, Content::Recorded).await.unwrap();
     assert_eq!(volumes.open(id, Content::Recorded).await.unwrap_err().code, Code::InUse);
     // What a VMM holds is a copy of the descriptor; the daemon's own is closed after it was sent.
-    let copy = file.try_clone().unwrap();
+    let copy = file.own.try_clone().unwrap();
     drop(file);
     assert_eq!(volumes.open(id, Content::Recorded).await.unwrap_err().code, Code::InUse);
     drop(copy);
@@ -150,7 +153,7 @@ async fn a_volume_only_grows_and_only_while_nothing_has_it() {
     drop(held);
     let answer = volumes.patch(&call, id, grown(2 * MIB)).await.unwrap();
     assert_eq!(answer.body.size_bytes, 2 * MIB);
-    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap().metadata().unwrap().len(), 2 * MIB);
+    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap().own.metadata().unwrap().len(), 2 * MIB);
     let huge = volumes.patch(&call, id, grown(model::limits::VOLUME_BYTES_MAX)).await.unwrap_err();
     assert_eq!(huge.code, Code::DiskFull);
 }
@@ -166,7 +169,7 @@ async fn a_growth_that_a_crash_cut_off_is_made_good_at_the_next_opening() {
         records::save(tx, &mut volume)
     };
     volumes.core.store.write(enlarge).await.unwrap();
-    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap().metadata().unwrap().len(), 3 * MIB);
+    assert_eq!(volumes.open(id, Content::Recorded).await.unwrap().own.metadata().unwrap().len(), 3 * MIB);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -256,7 +259,7 @@ async fn a_crash_at_any_point_can_be_gone_on_from() {
                 continue;
             }
             assert_eq!(
-                volumes.open(volume.id, Content::Recorded).await.unwrap().metadata().unwrap().len(),
+                volumes.open(volume.id, Content::Recorded).await.unwrap().own.metadata().unwrap().len(),
                 MIB,
                 "point {point}"
             );
@@ -269,4 +272,50 @@ async fn a_crash_at_any_point_can_be_gone_on_from() {
         }
     }
     panic!("no life was long enough");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_an_overlay_needs_stays_with_it_and_no_longer() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let over = filled(&volumes, new("over", MIB, None)).await;
+    let whole = filled(&volumes, new("whole", MIB, None)).await;
+    let making = created(&volumes, new("making", MIB, None)).await.unwrap().id;
+    let doomed = filled(&volumes, new("doomed", MIB, None)).await;
+    let recorded = move |tx: &Tx<'_>| {
+        for id in [over, doomed] {
+            let mut volume: Volume = records::one(tx, id.0)?;
+            volume.filled_by = Some(FillMethod::Overlay);
+            records::save(tx, &mut volume)?;
+        }
+        Ok(())
+    };
+    volumes.core.store.write(recorded).await.unwrap();
+    let stranger = VolumeId::new();
+    for id in [over, whole, making, doomed, stranger] {
+        std::fs::write(overlay::backing(&volumes.core.dirs.volume(id)), "below").unwrap();
+    }
+    volumes.purge(doomed).await.unwrap();
+    drop(volumes);
+    let volumes = opened(&place).await;
+    let mut wanted = [over, whole].map(|id| format!("{id}.raw")).to_vec();
+    wanted.extend([over, making].map(|id| format!("{id}.raw.backing")));
+    wanted.sort();
+    assert_eq!(place.names("volumes"), wanted);
+    // One that is made anew is whole.
+    fill(&volumes, making, &|| false, &|_, _| {}).await.unwrap();
+    assert_eq!(volumes.one(making).await.unwrap().filled_by, Some(FillMethod::Empty));
+    assert!(!overlay::backing(&volumes.core.dirs.volume(making)).exists());
+    // What takes the place of an overlay is whole.
+    std::fs::write(files::beside(&volumes.core.dirs.volume(over)), [1; 4096]).unwrap();
+    for _ in 0..2 {
+        volumes.take_back(over).await.unwrap();
+    }
+    assert!(!overlay::backing(&volumes.core.dirs.volume(over)).exists());
+    let back = move |tx: &Tx<'_>| {
+        let shown = SnapshotVolume { index: 0, size_bytes: MIB, filled_by: None };
+        Volumes::is_back(tx, over, SnapshotId::new(), shown, MIB)
+    };
+    volumes.core.store.write(back).await.unwrap();
+    assert_eq!(volumes.one(over).await.unwrap().filled_by, Some(FillMethod::SparseCopy));
 }

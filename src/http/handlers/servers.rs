@@ -180,7 +180,7 @@ actions! {
 }
 
 actions! {
-    settle_memory, "settle-memory", Nothing, "Gives a clone that runs or is paused memory of its own, in place of what it shares with the snapshot that it was made from. Its guest runs on but for moments. Of any other server it is so already.",
+    settle_memory, "settle-memory", Nothing, "Gives a clone that runs or is paused memory and disks of its own, in place of what it shares with the snapshot that it was made from. Its guest runs on but for moments. Fails where there is no room for the disks. Of any other server it is so already.",
         |_given| ServerAction::SettleMemory;
     upgrade_vmm, "upgrade-vmm", Nothing, "Gives a server that runs or is paused a new VMM of the host's present build. Its guest stands still for some milliseconds, or stays paused; it goes on in the old one when the new one does not take it.",
         |_given| ServerAction::UpgradeVmm;

@@ -111,7 +111,7 @@ impl Life {
             |ask| matches!(self.ask(ask, OperationId(uuid::Uuid::nil()), context), Ok(Asked::Began(_)));
         let changes = |ask: Ask| match ask {
             // Its VMM is asked all the same when somebody wants it: a record may know less.
-            Ask::SettleMemory if self.shares.is_none() => false,
+            Ask::SettleMemory if self.shares.is_none() && !self.overlaid => false,
             // Only one with no grace throws a memory away.
             Ask::Stop { .. } if self.saved.is_some() => begins(Ask::Stop { grace_ms: 0 }),
             _ => begins(ask),

@@ -80,6 +80,9 @@ pub struct Life {
     /// The snapshot from whose files its machine has memory that is not settled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares: Option<SnapshotId>,
+    /// Whether a disk of it may need the file that it was made from, so that there is something to settle.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub overlaid: bool,
     /// That another host has the server too, until it is started here anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clash: Option<StateReason>,
@@ -509,6 +512,7 @@ impl Life {
             saved: None,
             unflushed: Vec::new(),
             shares: None,
+            overlaid: false,
             clash: None,
         }
     }

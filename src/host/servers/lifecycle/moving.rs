@@ -25,6 +25,7 @@ impl Life {
             saved,
             unflushed: Vec::new(),
             shares: None,
+            overlaid: false,
             clash: None,
         }
     }

@@ -3,6 +3,7 @@
 use model::Code;
 use model::limits::GRACE_S_MAX;
 use model::server::{RestartPolicy, StateReason, Wanted};
+use model::volume::FillMethod;
 use model::{OperationId, SnapshotId, Time};
 use serde::{Deserialize, Serialize};
 use wire::control::Sandbox;
@@ -83,7 +84,7 @@ pub enum Event {
     WasReset,
     /// It was not.
     ResetFailed(Trouble),
-    /// All memory of the machine is its own, for this operation, or its VMM does not know whose it is.
+    /// All memory of the machine is its own and all of its disks are, for this operation, or its VMM does not know whose they are.
     Settled(OperationId),
     /// Some of it is not.
     SettleFailed(OperationId, Trouble),
@@ -156,6 +157,9 @@ pub(super) struct Stepping {
 impl Stepping {
     fn take(&mut self, event: Event) {
         let phase = self.life.phase.clone();
+        if let (Phase::Creating { .. }, Event::Made { volumes, .. }) = (&phase, &event) {
+            self.life.overlaid = volumes.iter().any(|filled| filled.method == FillMethod::Overlay);
+        }
         match (phase, event) {
             (Phase::Creating { start: true }, Event::Made { volumes, vmm: spawned, restores }) => {
                 self.life.begin_run();
@@ -238,6 +242,8 @@ impl Stepping {
             }
             (Phase::Returning { to, start }, Event::TakenBack(id, saved)) if id == to.snapshot => {
                 self.life.saved = saved;
+                // What has taken the places of its disks is whole.
+                self.life.overlaid = false;
                 self.life.failures = 0;
                 if start {
                     self.life.begin_run();

@@ -271,6 +271,8 @@ proptest! {
         // What a machine went on from is known, and it went on from what is known.
         let shares = test.life.as_ref().and_then(|life| life.shares);
         prop_assert!(machine.is_none() || shares == test.world.shares, "{shares:?}");
+        let overlaid = test.life.as_ref().map(|life| life.overlaid);
+        prop_assert!(overlaid.is_none_or(|overlaid| overlaid == test.world.is_over), "{overlaid:?}");
         prop_assert_eq!(test.world.other, None);
         // What is at rest would outlive a loss of power.
         prop_assert!(test.life.is_none() || test.world.disk == Disk::Flushed);
@@ -305,6 +307,7 @@ fn life(phase: Phase) -> Life {
         saved: None,
         unflushed: Vec::new(),
         shares: None,
+        overlaid: false,
         clash: None,
     }
 }

@@ -17,6 +17,7 @@ use crate::servers::create::{Faults, VOLUME_STEP};
 use crate::servers::lifecycle::{Back, Life, Phase, Saved, SavedOf};
 use crate::servers::record::{Disk, Held, ServerRecord};
 use crate::store::records;
+use crate::volumes::overlay;
 
 /// A server on its way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +80,11 @@ pub(crate) struct PackedNic {
     limits: NicLimits,
 }
 
+/// A volume as it comes: all of it in its own file, whatever it was made from.
+fn whole(volume: Volume) -> Volume {
+    Volume { filled_by: volume.filled_by.map(overlay::whole), ..volume }
+}
+
 /// What a count that only grows by one is below: it is a JSON number that every reader can hold.
 const COUNT_MAX: u64 = 1 << 53;
 
@@ -121,7 +127,7 @@ impl Packed {
             started_at,
         } = record;
         let disks = disks.into_iter().map(|Disk { volume_id, cache, limits }| {
-            Ok(PackedDisk { volume: records::one(connection, volume_id.0)?, cache, limits })
+            Ok(PackedDisk { volume: whole(records::one(connection, volume_id.0)?), cache, limits })
         });
         let nics = nics.into_iter().map(|ServerNic { network_id, index: _, mac, ipv4, limits }| {
             let network: model::network::Network = records::one(connection, network_id.0)?;
@@ -255,7 +261,7 @@ impl Packed {
                 image_id: volume.image_id.map(|_| image.id),
                 server_id: Some(id),
                 updated_at: now,
-                ..volume
+                ..whole(volume)
             });
         }
         let nics = (0u8..).zip(self.nics).map(|(index, nic)| {

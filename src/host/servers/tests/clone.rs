@@ -11,7 +11,7 @@ use model::{Code, Labels, OperationId, SnapshotId};
 use wire::control::MachineState;
 use wire::saved::{Digest, MemoryUse};
 
-use super::snapshot::{DieAt, named, taken, volume};
+use super::snapshot::{DieAt, disk, named, taken, volume};
 use super::{delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::{FakeVmm, Guest};
 use crate::servers::lifecycle::{
@@ -76,7 +76,7 @@ async fn clones_go_on_from_the_memory_and_are_servers_of_their_own() {
         assert_eq!((clone.state, clone.identity), (ServerState::Running, Some(GuestIdentity::Unchanged)));
         assert_eq!((clone.vcpus, clone.memory_bytes), (first.vcpus, first.memory_bytes));
         assert!(addresses.insert((clone.nics[0].mac.clone(), clone.nics[0].ipv4)));
-        assert!(std::fs::read(volume(&stage, &clone)).unwrap().starts_with(b"as it was"));
+        assert!(disk(&stage, &clone).starts_with(b"as it was"));
         // Its guest hears of a seed of another size.
         let seed =
             |id: model::ServerId| stage.state_dir().join("servers").join(id.to_string()).join("seed.img");
@@ -225,7 +225,7 @@ async fn a_server_that_runs_is_cloned_and_what_was_kept_for_it_goes() {
         succeeded(&host, item.operation.as_ref().unwrap().id).await;
         let clone = host.servers().one(item.server_id).await.unwrap();
         assert_eq!((clone.state, clone.identity), (ServerState::Running, Some(GuestIdentity::Unchanged)));
-        assert!(std::fs::read(volume(&stage, &clone)).unwrap().starts_with(b"as it was"));
+        assert!(disk(&stage, &clone).starts_with(b"as it was"));
     }
     let machines = stage.launch.alive();
     assert_eq!(machines.iter().filter(|machine| machine.is_restored()).count(), 2);

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use model::operation::OperationState;
 use model::server::{RestartPolicy, Server, ServerAction, ServerState, StopServer};
-use model::snapshot::{CreateClones, Snapshot};
+use model::snapshot::{CreateClones, CreateSnapshot, Snapshot};
 use model::{Code, Labels, ServerId};
 use wire::control::MachineState;
 
@@ -20,28 +20,36 @@ use crate::stage::{SOON, Stage, created, ended, server, succeeded, until};
 use crate::store::{Tx, records};
 use crate::{Call, Host};
 
-const SETTLE: ServerAction = ServerAction::SettleMemory;
+pub(super) const SETTLE: ServerAction = ServerAction::SettleMemory;
 
 /// A clone that is alone on its host, in its VMM, and what it was made from, which is gone.
-async fn clone(stage: &Stage, host: &Host) -> (Server, Arc<FakeVmm>, Snapshot) {
+pub(super) async fn clone(stage: &Stage, host: &Host) -> (Server, Arc<FakeVmm>, Snapshot) {
+    clone_of(stage, host, false).await
+}
+
+/// Of an incremental snapshot the disk is copied.
+async fn clone_of(stage: &Stage, host: &Host, incremental: bool) -> (Server, Arc<FakeVmm>, Snapshot) {
     let mut spec = server("web1");
     spec.restart_policy = RestartPolicy::Always;
     let first = created(host, spec).await;
-    let snapshot = taken(host, first.id, named("then", true)).await;
+    let base = if incremental { Some(taken(host, first.id, named("base", false)).await) } else { None };
+    let snapshot = taken(host, first.id, CreateSnapshot { incremental, ..named("then", true) }).await;
     let spec = CreateClones { name: "twin".parse().unwrap(), count: 1, labels: Labels::default() };
     let made = host.servers().clone_snapshot(&Call::by_host(), snapshot.id, spec).await.unwrap().body;
     succeeded(host, made.items[0].operation.as_ref().unwrap().id).await;
     delete(host, first.id).await;
-    delete_snapshot(host, snapshot.id).await;
+    for id in base.map(|base| base.id).into_iter().chain([snapshot.id]) {
+        delete_snapshot(host, id).await;
+    }
     let clone = host.servers().one(made.items[0].server_id).await.unwrap();
     (clone, stage.launch.only(), snapshot)
 }
 
-async fn act(host: &Host, id: ServerId, action: ServerAction) -> model::OperationId {
+pub(super) async fn act(host: &Host, id: ServerId, action: ServerAction) -> model::OperationId {
     host.servers().act(&Call::by_host(), id, action).await.unwrap().body.operation.id
 }
 
-fn can_settle(server: &Server) -> bool {
+pub(super) fn can_settle(server: &Server) -> bool {
     server.allowed_actions.iter().any(|action| action == "settle-memory")
 }
 
@@ -140,7 +148,7 @@ async fn a_vmm_of_an_earlier_build_is_not_asked_for_what_it_does_not_know() {
     let host = stage.open_with_image().await;
     stage.launch.set_guest(Guest::SettlesNothing);
     for knows in [true, false] {
-        let (clone, vmm, snapshot) = clone(&stage, &host).await;
+        let (clone, vmm, snapshot) = clone_of(&stage, &host, true).await;
         if !knows {
             forget_origin(host.servers().registry.workshop(), clone.id).await.unwrap();
         }

@@ -1,4 +1,5 @@
 //! Snapshots on fakes, through the facade.
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -12,6 +13,7 @@ use wire::control::MachineState;
 use super::{START, delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
+use crate::volumes::layers::Layers;
 use crate::{Call, Checkpoint, Fate, Host};
 
 pub(super) fn named(name: &str, memory: bool) -> CreateSnapshot {
@@ -39,6 +41,23 @@ fn directory(stage: &Stage, id: SnapshotId) -> PathBuf {
 
 pub(super) fn volume(stage: &Stage, server: &Server) -> PathBuf {
     stage.state_dir().join("volumes").join(format!("{}.raw", server.volumes[0].volume_id))
+}
+
+/// The file that an overlay needs besides its own.
+pub(super) fn backing(stage: &Stage, server: &Server) -> PathBuf {
+    volume(stage, server).with_extension("raw.backing")
+}
+
+/// What the guest has on its disk, in whatever files that is.
+pub(super) fn disk(stage: &Stage, server: &Server) -> Vec<u8> {
+    let own = File::open(volume(stage, server)).unwrap();
+    let layers = match File::open(backing(stage, server)) {
+        Ok(backing) => Layers::over(own, backing),
+        Err(_) => Layers::one(own),
+    };
+    let mut bytes = vec![0; layers.own.metadata().unwrap().len() as usize];
+    layers.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
 }
 
 fn files(stage: &Stage, id: SnapshotId) -> Vec<String> {

@@ -84,7 +84,7 @@ impl Plan {
                 (disk, _) => {
                     // Data in blocks smaller than a page: no page is given twice.
                     let mut given = 0;
-                    for extent in file.data(length) {
+                    for extent in file.data(0..length) {
                         let (extent, _) = extent?;
                         let start = (extent.start - extent.start % PAGE_BYTES).max(given);
                         let end = extent.end.next_multiple_of(PAGE_BYTES).min(length);

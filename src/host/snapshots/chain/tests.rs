@@ -60,7 +60,7 @@ async fn content(host: &Host, id: SnapshotId) -> Content {
     let by_unit = |name: &str, unit: u64| {
         let layers = chain::open(&core.dirs, id, &record.chain, name).unwrap();
         let mut found = BTreeMap::new();
-        for data in layers.data(layers.own.metadata().unwrap().len()) {
+        for data in layers.data(0..layers.own.metadata().unwrap().len()) {
             let (range, _) = data.unwrap();
             for at in (range.start / unit * unit..range.end).step_by(unit as usize) {
                 let mut bytes = vec![0; unit as usize];
@@ -114,7 +114,7 @@ async fn nothing_unneeded(stage: &Stage, host: &Host) {
             }
             let layers = chain::open(&core.dirs, record.shown.id, &record.chain, &name).unwrap();
             directories.insert(record.shown.id);
-            for data in layers.data(layers.own.metadata().unwrap().len()) {
+            for data in layers.data(0..layers.own.metadata().unwrap().len()) {
                 let (range, file) = data.unwrap();
                 let holder = match file {
                     None => record.shown.id,

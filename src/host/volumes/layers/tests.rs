@@ -43,7 +43,7 @@ fn only_blocks_that_differ_are_kept_and_holes_need_nothing() {
     let made = on(file(&[1, 9, 3, 0], 4 * BLOCK), &base);
     assert_eq!(made.lower().runs, [Run { offset: 0, bytes: BLOCK, file: 0 }]);
     assert_eq!(made.own.metadata().unwrap().blocks() * 512, 2 * BLOCK);
-    let data: Vec<_> = made.data(4 * BLOCK).map(Result::unwrap).collect();
+    let data: Vec<_> = made.data(0..4 * BLOCK).map(Result::unwrap).collect();
     assert_eq!(data, [(0..BLOCK, Some(0)), (BLOCK..3 * BLOCK, None)]);
     // One byte makes a block another.
     let changed = file(&[1, 2, 0, 4], 4 * BLOCK);
@@ -112,5 +112,62 @@ proptest! {
             let data = state.iter().filter(|value| **value != 0).count() as u64;
             prop_assert_eq!(volume.metadata().unwrap().blocks() * 512, data * BLOCK);
         }
+    }
+}
+
+/// Reads the pieces that an overlay says it has, and nothing else.
+fn told(layers: &Layers, range: Range<u64>) -> Vec<u8> {
+    let mut told = vec![0; (range.end - range.start) as usize];
+    let mut at = range.start;
+    for found in layers.data(range.clone()) {
+        let (piece, file) = found.unwrap();
+        assert!(piece.start >= at && piece.start < piece.end && piece.end <= range.end, "{piece:?}");
+        at = piece.end;
+        let within = (piece.start - range.start) as usize..(piece.end - range.start) as usize;
+        layers.file(file).unwrap().read_exact_at(&mut told[within], piece.start).unwrap();
+    }
+    told
+}
+
+const PAGE: u64 = 4096;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Against an array that is written to as the overlay is: pages with a byte, zeroes too.
+    #[test]
+    fn an_overlay_reads_as_one_file(
+        below in prop::collection::vec(0..3_u8, 0..24),
+        writes in prop::collection::vec((0..32_u64, 1..4_u64, 0..3_u8), 0..24),
+        (from, to) in (0..32 * PAGE, 0..32 * PAGE),
+    ) {
+        let (length, backing) = (32 * PAGE, tempfile::tempfile().unwrap());
+        let mut wanted = vec![0; length as usize];
+        backing.set_len(below.len() as u64 * PAGE).unwrap();
+        for (page, value) in (0..).zip(&below).filter(|(_, value)| **value != 0) {
+            let at = page * PAGE;
+            backing.write_all_at(&[*value; PAGE as usize], at).unwrap();
+            wanted[at as usize..][..PAGE as usize].fill(*value);
+        }
+        let own = tempfile::tempfile().unwrap();
+        own.set_len(length).unwrap();
+        for (page, pages, value) in writes {
+            let (at, end) = (page * PAGE, ((page + pages) * PAGE).min(length));
+            own.write_all_at(&vec![value; (end - at) as usize], at).unwrap();
+            wanted[at as usize..end as usize].fill(value);
+        }
+        let layers = Layers::over(own, backing);
+        prop_assert!(bytes(&layers) == wanted);
+        let range = from.min(to)..from.max(to);
+        let part = &wanted[range.start as usize..range.end as usize];
+        let mut read = vec![7; part.len()];
+        layers.read_exact_at(&mut read, range.start).unwrap();
+        prop_assert!(read == part && told(&layers, range.clone()) == part);
+        prop_assert!(layers.read_exact_at(&mut [0; 2], length - 1).is_err());
+        // What is filled from it is whole.
+        let (volume, watch) = (tempfile::tempfile().unwrap(), Watch::default());
+        fill(&layers, &volume, length + PAGE, &watch).unwrap();
+        let whole = bytes(&Layers::one(twin(&volume)));
+        prop_assert!(whole[..length as usize] == wanted && whole[length as usize..].iter().all(|byte| *byte == 0));
     }
 }

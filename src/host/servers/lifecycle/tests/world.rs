@@ -37,6 +37,8 @@ pub(super) struct World {
     pub(super) turns: u8,
     /// The snapshot from whose memory the machine went on.
     pub(super) shares: Option<SnapshotId>,
+    /// Whether its disk is an overlay.
+    pub(super) is_over: bool,
     /// The snapshot whose files lie beside the disks.
     pub(super) copied: Option<SnapshotId>,
     /// The snapshot whose files took the places of the disks last.
@@ -70,13 +72,13 @@ impl World {
                 if restores {
                     self.restore(life.saved);
                 }
-                Event::Made { volumes: filled(), vmm, restores }
+                Event::Made { volumes: self.filled(life), vmm, restores }
             }
             Work::Make => {
                 self.dismiss_shell();
                 self.fill(life);
                 self.disk = Disk::Flushed;
-                Event::Made { volumes: filled(), vmm: None, restores: false }
+                Event::Made { volumes: self.filled(life), vmm: None, restores: false }
             }
             Work::Spawn => {
                 assert!(
@@ -196,6 +198,7 @@ impl World {
                     "what takes their place is gone"
                 );
                 self.taken_back = Some(to.snapshot);
+                self.is_over = false;
                 let (root, of) = (Digest([0; 32]), SavedOf::Snapshot { id: to.snapshot });
                 self.saved = to.memory.then_some(Saved { root, stored_bytes: 1, of });
                 self.is_stale = false;
@@ -246,6 +249,13 @@ impl World {
         Spawned { vmm: id, sandbox: None, cage: None, build: None }
     }
 
+    /// How its disk was filled: that of a clone needs what it was made from.
+    fn filled(&mut self, life: &Life) -> Vec<Filled> {
+        self.is_over = life.saved.is_some_and(|saved| matches!(saved.of, SavedOf::Clone { .. }));
+        let method = if self.is_over { FillMethod::Overlay } else { FillMethod::SparseCopy };
+        vec![Filled { id: VolumeId(uuid::Uuid::from_u128(7)), method }]
+    }
+
     /// What is there is kept where the life knows of it.
     pub(super) fn fill(&mut self, life: &Life) {
         if self.disk == Disk::Unfit || life.unflushed.is_empty() {
@@ -281,8 +291,4 @@ impl World {
             _ => Found::Gone(self.end()),
         }))
     }
-}
-
-fn filled() -> Vec<Filled> {
-    vec![Filled { id: VolumeId(uuid::Uuid::from_u128(7)), method: FillMethod::SparseCopy }]
 }
