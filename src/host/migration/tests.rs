@@ -19,6 +19,7 @@ mod lineage;
 mod live;
 mod modes;
 mod moves;
+mod overlays;
 mod paused;
 mod progress;
 

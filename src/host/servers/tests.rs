@@ -20,6 +20,7 @@ mod flush;
 mod hibernate;
 mod hostile;
 mod limits;
+mod overlay;
 mod restore;
 mod settle;
 mod shells;

@@ -11,12 +11,13 @@ use futures_util::future::BoxFuture;
 use model::operation::{Operation, OperationState};
 use model::server::{DeleteServer, ServerAction, ServerState, StopServer};
 use model::snapshot::{CreateClones, CreateSnapshot, RestoreServer, SnapshotState};
+use model::volume::FillMethod;
 use model::{Code, Labels, ServerId, SnapshotId};
 
 use wire::control::MachineState;
 
-use super::snapshot::{named, taken, volume};
-use super::{delete, delete_snapshot, nothing_left};
+use super::snapshot::{backing, disk, named, taken, volume};
+use super::{delete, delete_snapshot, nothing_left, settle};
 use crate::fake_vmm::{FakeVmm, Guest};
 use crate::stage::{SOON, Stage, created, keyed, server};
 use crate::{Checkpoint, Fate, Host, Result};
@@ -345,6 +346,117 @@ async fn lose_power(number: u32) -> bool {
     died
 }
 
+/// Clones a snapshot on a host that loses power as its daemon is at checkpoint `number`: one of the two files of an overlay, or both,
+/// where they were not flushed. Answers whether it did.
+async fn lose_power_of_clone(number: u32) -> bool {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let first = created(&host, server("web1")).await;
+    let snapshot = taken(&host, first.id, named("then", true)).await;
+    let was = disk(&stage, &first);
+    delete(&host, first.id).await;
+    host.close().await;
+    drop(host);
+    let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
+    let has_written = AtomicBool::new(false);
+    let cut = || {
+        let has_run = stage.launch.of_servers().iter().any(|vmm| vmm.state() == MachineState::Running);
+        let is_flushed = checkpoint.points.lock().unwrap().contains("volume.flushed");
+        assert!(is_flushed || !has_run, "checkpoint {number}: it runs on a disk that may be lost");
+        for entry in std::fs::read_dir(stage.state_dir().join("volumes")).unwrap() {
+            let path = entry.unwrap().path();
+            let is_below = path.extension().is_some_and(|end| end == "backing");
+            if has_run && !is_below {
+                let disk = std::fs::File::options().write(true).open(&path).unwrap();
+                disk.write_all_at(&[b'w'; 4096], 0).unwrap();
+                has_written.store(true, Ordering::SeqCst);
+            } else if !is_flushed && (number.is_multiple_of(3) || is_below == (number % 3 == 1)) {
+                std::fs::remove_file(&path).unwrap();
+            }
+        }
+        true
+    };
+    let survived = survived(&stage, checkpoint.clone(), |host| clone_ended(host, snapshot.id).boxed(), cut);
+    let (host, (id, operation), died) = survived.await;
+    let what = format!("checkpoint {number}: {operation:?}");
+    // It may have died behind the last answer.
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    match host.servers().one(id).await {
+        Ok(clone) if operation.state == OperationState::Succeeded => {
+            let has = disk(&stage, &clone);
+            let begins = if has_written.load(Ordering::SeqCst) {
+                [b'w'; 4096]
+            } else {
+                was[..4096].try_into().unwrap()
+            };
+            assert!(
+                has[..4096] == begins && has[4096..] == was[4096..],
+                "{what}: the disk is not what it was"
+            );
+            delete(&host, id).await;
+        }
+        // Its memory was used up as the host lost its power.
+        found => {
+            assert!(died && operation.state == OperationState::Failed && found.is_err(), "{what}, {found:?}")
+        }
+    }
+    delete_snapshot(&host, snapshot.id).await;
+    host.close().await;
+    drop(host);
+    let host = stage.open().await;
+    nothing_left(&stage, &host).await;
+    host.close().await;
+    died
+}
+
+async fn clone_ended(host: &Host, snapshot: SnapshotId) -> Result<(ServerId, Operation)> {
+    let spec = CreateClones { name: "twin".parse().unwrap(), count: 1, labels: Labels::default() };
+    let made = host.servers().clone_snapshot(&keyed("clone"), snapshot, spec).await?.body;
+    let operation = wait(host, made.items[0].operation.as_ref().expect("an operation").id).await?;
+    Ok((made.items[0].server_id, operation))
+}
+
+/// Settles a clone, or sets it back, with a daemon that dies at checkpoint `number`: its disk becomes its own. Answers whether it died.
+async fn become_whole(number: u32, is_set_back: bool) -> bool {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    let (clone, ..) = settle::clone(&stage, &host).await;
+    let was = disk(&stage, &clone);
+    taken(&host, clone.id, named("now", false)).await;
+    host.close().await;
+    drop(host);
+    let checkpoint = Arc::new(DieAt { number, passed: AtomicU32::new(0), points: Default::default() });
+    let survived = survived(&stage, checkpoint, |host| whole(host, clone.id, is_set_back).boxed(), || false);
+    let (host, operation, died) = survived.await;
+    let what = format!("checkpoint {number}: {operation:?}");
+    assert_eq!(operation.state, OperationState::Succeeded, "{what}");
+    assert!(rests(&host, clone.id, ServerState::Running).await || died, "{what}");
+    host.close().await;
+    drop(host);
+    // One that died behind the last answer is followed by one that cleans up.
+    let host = stage.open().await;
+    assert!(!backing(&stage, &clone).exists() && disk(&stage, &clone) == was, "{what}");
+    let volume = host.volumes().one(clone.volumes[0].volume_id).await.unwrap();
+    assert_ne!(volume.filled_by, Some(FillMethod::Overlay), "{what}");
+    let here = host.servers().one(clone.id).await.unwrap();
+    assert!(!settle::can_settle(&here), "{what}");
+    assert_eq!(stage.launch.violations(), Vec::<String>::new());
+    host.close().await;
+    died
+}
+
+async fn whole(host: &Host, id: ServerId, is_set_back: bool) -> Result<Operation> {
+    let operation = if is_set_back {
+        let spec = RestoreServer { snapshot: "now".to_owned(), stop: true };
+        host.servers().restore(&keyed("whole"), id, spec).await?.body.operation
+    } else {
+        host.servers().act(&keyed("whole"), id, settle::SETTLE).await?.body.operation
+    };
+    wait(host, operation.id).await
+}
+
 async fn create_ended(host: &Host) -> Result<Operation> {
     let (operation, _) = call(host, "create", None).await?;
     wait(host, operation).await
@@ -402,6 +514,20 @@ async fn a_clone_goes_on_from_the_memory_wherever_the_daemon_dies() {
 async fn a_server_has_its_whole_disk_wherever_its_host_loses_power() {
     let count = sweep(lose_power).await;
     assert!(count > 10, "only {count} checkpoints: the instrumentation is gone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_clone_has_its_whole_disk_wherever_its_host_loses_power() {
+    let count = sweep(lose_power_of_clone).await;
+    assert!(count > 10, "only {count} checkpoints: the instrumentation is gone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_clones_disk_becomes_its_own_wherever_the_daemon_dies() {
+    for is_set_back in [false, true] {
+        let count = sweep(move |number| become_whole(number, is_set_back)).await;
+        assert!(count > 5, "only {count} checkpoints: the instrumentation is gone");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
