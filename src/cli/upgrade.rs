@@ -196,9 +196,11 @@ async fn upgrade(context: &Context, id: ServerId) -> Came {
     };
     match outcome.await {
         Ok(()) => Came::Upgraded,
-        // It does something else meanwhile, or cannot be handed over as it is: whatever its guest does is not to keep the
-        // others from theirs.
-        Err(Error::Problem(problem)) if matches!(problem.code, Code::WrongState | Code::NotFound) => {
+        // It does something else meanwhile, or cannot be handed over as it is, or has a disk that would not fit as a whole: whatever
+        // its guest does is not to keep the others from theirs.
+        Err(Error::Problem(problem))
+            if matches!(problem.code, Code::WrongState | Code::NotFound | Code::DiskFull) =>
+        {
             Came::Skipped(problem.detail)
         }
         // A large clone takes its time, and does not need this command any more.
