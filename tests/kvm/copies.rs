@@ -9,7 +9,7 @@ use wire::copies::{CopyReport, CopySpec, CopyStatus, DiskCopy};
 use wire::machine::FdIndex;
 use wire::migration::SendLimits;
 
-use crate::migrate::{pairs, probe};
+use crate::migrate::{files, pairs, probe};
 use crate::vmm_driver::Vmm;
 
 const BYTES: u64 = 256 << 20;
@@ -100,6 +100,10 @@ fn a_copy_is_of_the_moment_in_which_its_guest_stood_still() {
         assert!(is_same(&targets[0], &expected), "round {round}");
         assert_eq!(targets[1].metadata().unwrap().blocks(), 0, "nothing is a hole");
         assert_eq!(report.written_bytes, BYTES);
+        assert!(
+            !files(&vmm, "/").contains(&targets[0].metadata().unwrap().ino()),
+            "nobody needs it any more"
+        );
         assert!(report.delay.us_sum >= report.delay.us_max);
     }
     assert!(!vmm.console().contains("FAILED"), "{}", vmm.console());

@@ -29,6 +29,7 @@ use wire::control::{
     Command, DiskStats, Fault, FaultCode, MachineState, MachineStats, Message, NicStats, Notice, PROTOCOL,
     PROTOCOL_OF_BASES, PROTOCOL_SETTLES, Reply, Request, Sandbox, VcpuStats,
 };
+use wire::copies::{CopyReport, CopySpec, CopyStatus};
 use wire::isolation::Item;
 use wire::launch::{CpuReport, ExitStatus, KvmReport, LinuxSupport, ShownCpu};
 use wire::machine::{CpuTemplate, FdIndex, MachineSpec, RateLimits};
@@ -67,6 +68,8 @@ pub enum Guest {
     CannotArrive,
     /// Its memory cannot be saved.
     CannotSave,
+    /// Its disks are saved onto a disk that is full.
+    CannotCopy,
     /// The saving of its memory comes to no end.
     SavesForEver,
     /// The VMM keeps what it has saved open.
@@ -170,6 +173,8 @@ struct Inside {
     resets: u64,
     presses: u32,
     save: Option<SaveStatus>,
+    /// How a copy of its disks stands: a look finds that it is at its end, unless it never is.
+    copy: Option<CopyStatus>,
     /// How often it was asked how a save goes.
     save_looks: u32,
     kept: Vec<File>,
@@ -210,27 +215,48 @@ impl Inside {
         self.backings.iter().flatten().filter_map(|file| file.metadata().ok()).map(|found| found.len()).sum()
     }
 
-    /// Copies what its disks have in other files into their own, block by block.
+    /// Copies what its disks have in other files into their own.
     fn fill_disks(&mut self) {
         self.disk_quarters = 0;
         for (own, backing) in self.disks.iter().zip(self.backings.drain(..)) {
-            let Some(backing) = backing else { continue };
-            let mut block = [0; 4096];
-            for at in (0..).step_by(block.len()) {
-                let read = backing.read_at(&mut block, at).expect("what a disk was made from");
-                if read == 0 {
-                    break;
-                }
-                // A hole has no data before the next block.
-                let data = lseek(own, at as i64, Whence::SeekData);
-                if data.map_or(true, |data| data as u64 >= at + block.len() as u64) {
-                    own.write_all_at(&block[..read], at).expect("room for a disk");
-                }
+            if let Some(backing) = backing {
+                fill(own, &backing);
             }
         }
     }
+
+    /// Copies disks as they are now.
+    fn copy_disks(&mut self, spec: &CopySpec, descriptors: Vec<OwnedFd>) -> std::io::Result<()> {
+        let files: Vec<File> = descriptors.into_iter().map(File::from).collect();
+        for copy in &spec.disks {
+            let (target, at) = (&files[usize::from(copy.file.0)], usize::from(copy.disk));
+            assert!(target.metadata()?.len() >= self.disks[at].metadata()?.len());
+            // What its own file has lies over the rest.
+            fill(target, &self.disks[at]);
+            if let Some(Some(backing)) = self.backings.get(at) {
+                fill(target, backing);
+            }
+        }
+        self.copy = Some(CopyStatus::Copying { done_bytes: 0, total_bytes: 2 });
+        Ok(())
+    }
 }
 
+/// Copies what has data in one file and has none in the other, block by block.
+fn fill(own: &File, backing: &File) {
+    let mut block = [0; 4096];
+    let mut from = 0;
+    while let Ok(start) = lseek(backing, from, Whence::SeekData) {
+        let at = start as u64 / 4096 * 4096;
+        let read = backing.read_at(&mut block, at).expect("what a disk was made from");
+        // A hole has no data before the next block.
+        let data = lseek(own, at as i64, Whence::SeekData);
+        if data.map_or(true, |data| data as u64 >= at + block.len() as u64) {
+            own.write_all_at(&block[..read], at).expect("room for a disk");
+        }
+        from = at as i64 + 4096;
+    }
+}
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -903,6 +929,37 @@ impl Running {
                 Ok(Reply::Done)
             }
             Command::Save(spec) => self.save(&spec, descriptors),
+            Command::CopyDisks(spec) if self.vmm.state() != MachineState::Paused => {
+                let detail = format!("{spec:?} while the machine runs");
+                lock(&self.vmm.inside).violations.push(detail.clone());
+                Err(Fault { code: FaultCode::WrongState, detail })
+            }
+            Command::CopyDisks(spec) => {
+                let copied = lock(&self.vmm.inside).copy_disks(&spec, descriptors);
+                copied
+                    .map(|()| Reply::Done)
+                    .map_err(|cause| Fault { code: FaultCode::Host, detail: cause.to_string() })
+            }
+            Command::CopyStatus => {
+                let never_ends = self.guest == Guest::SavesForEver;
+                let copy = &mut lock(&self.vmm.inside).copy;
+                let status = copy.clone().unwrap_or(CopyStatus::None);
+                if let (CopyStatus::Copying { .. }, false) = (&status, never_ends) {
+                    let (waits, delay) = (2, WriteDelay { us_max: 60, us_sum: 70 });
+                    let report = CopyReport { waits, delay, ..CopyReport::default() };
+                    *copy = Some(match self.guest {
+                        Guest::CannotCopy => {
+                            CopyStatus::Failed { detail: "no space left on device".to_owned() }
+                        }
+                        _ => CopyStatus::Copied(report),
+                    });
+                }
+                Ok(Reply::Copy(status))
+            }
+            Command::CancelCopy => {
+                lock(&self.vmm.inside).copy = None;
+                Ok(Reply::Done)
+            }
             Command::Restore(spec) => self.restore(*spec, descriptors),
             Command::MigrationStatus => {
                 Ok(Reply::Migration(lock(&self.vmm.inside).moving.clone().map(Box::new)))

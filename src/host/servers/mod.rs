@@ -27,6 +27,7 @@ mod bulk;
 pub mod capacity;
 mod clone;
 mod console;
+mod copies;
 mod create;
 mod effects;
 mod identity;

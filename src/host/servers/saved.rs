@@ -68,6 +68,7 @@ impl Doing {
             && let Ok(link) = self.entry.link(limits::COMMAND).await
         {
             let _ = link.order(Command::CancelSave, patience).await;
+            let _ = Doing::give_up_copy(&link).await;
         }
     }
 
@@ -229,6 +230,7 @@ pub(super) async fn give_up_unwanted(workshop: &Workshop, entry: &Entry, record:
     if let Ok(link) = entry.link(limits::COMMAND).await {
         // One that has no machine saves none.
         let _ = link.order(Command::CancelSave, limits::PAUSE).await;
+        let _ = Doing::give_up_copy(&link).await;
     }
     // What lets it run removes them, too.
     if matches!(record.life.phase, Phase::Pausing { .. }) {

@@ -1,9 +1,9 @@
 //! Taking a snapshot: what is recorded when one is asked for, and the work. The files are of one moment: a machine that
-//! runs is parked while its disks are copied, or shared where the file system can, and memory is taken as it was then.
+//! runs is parked for it, and memory and disks (`copies`) are taken as they were then while it runs on.
 //!
 //! ```text
-//! runs ── memory is protected ──▶ parked ── disks copied ──▶ runs ── memory copied ──▶ flushed
-//!              (with memory only)    └─ the moment ─┘
+//! runs ── memory is protected ──▶ parked ──▶ runs ── disks and memory copied ──▶ flushed
+//!              (with memory only)  the moment
 //! ```
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -16,15 +16,15 @@ use model::snapshot::{CreateSnapshot, FullReason, Snapshot, SnapshotState, Snaps
 use model::volume::FillMethod;
 use model::{Code, Name, SnapshotId, Time};
 use wire::control::{Command, FaultCode, PROTOCOL_OF_BASES, Reply};
+use wire::copies::CopyReport;
 use wire::machine::FdIndex;
-use wire::saved::{Base, Live, Moment, SaveReport, SaveSpec, SaveStatus};
+use wire::saved::{Base, Live, Moment, SaveReport, SaveSpec, SaveStatus, WriteDelay};
 
 use super::effects::Doing;
 use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
 use super::settle::Own;
-use super::telling::Moved;
 use super::{advance, limits, machine, view};
 use crate::call::Actor;
 use crate::config::Dirs;
@@ -32,13 +32,12 @@ use crate::core::blocking;
 use crate::error::{Error, Result};
 use crate::operations;
 use crate::snapshots::{
-    Chain, Delayed, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, chain, disk_name,
-    flush, make_directory,
+    Chain, Delayed, MEMORY, Origin, OriginDisk, STATE, SnapshotRecord, Snapshots, Taken, chain, flush,
+    make_directory,
 };
 use crate::store::{Tx, records};
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
-use crate::volumes::layers::Layers;
 use crate::volumes::{Content, Volumes, space};
 
 /// Where the kernel hands out descriptors that tell of accesses to memory.
@@ -166,6 +165,8 @@ struct Stillness {
     at_ms: i64,
     paused_ms: u64,
     disks: Vec<FillMethod>,
+    /// What the VMM says that has copied them as the guest ran.
+    copied: Option<CopyReport>,
 }
 
 /// Where a snapshot of memory goes.
@@ -232,10 +233,18 @@ impl Doing {
         };
         let stored_bytes = blocking(move || flush(&directory)).await?;
         self.workshop.core.checkpoint("server.snapshot_flushed")?;
-        let Stillness { at_ms, paused_ms, disks } = still;
+        let Stillness { at_ms, paused_ms, disks, copied } = still;
         let root = report.as_ref().map(|report| report.root);
-        let delayed = report
-            .and_then(|SaveReport { waits: writes, delay, .. }| delay.map(|delay| Delayed { writes, delay }));
+        let of_memory = report.and_then(|SaveReport { waits, delay, .. }| Some((waits, delay?)));
+        let of_disks = copied.map(|CopyReport { waits, delay, .. }| (waits, delay));
+        let delayed = [of_memory, of_disks].into_iter().flatten().reduce(|(one, mine), (other, theirs)| {
+            let us_max = mine.us_max.max(theirs.us_max);
+            (
+                one.saturating_add(other),
+                WriteDelay { us_max, us_sum: mine.us_sum.saturating_add(theirs.us_sum) },
+            )
+        });
+        let delayed = delayed.map(|(writes, delay)| Delayed { writes, delay });
         Ok(Taken { at_ms, paused_ms, delayed, disks, root, stored_bytes, chain, full_because })
     }
 
@@ -272,7 +281,7 @@ impl Doing {
         }
         let at_ms = Time::now().unix_ms();
         let disks = self.copy_disks(directory, files).await?;
-        Ok(Stillness { at_ms, paused_ms: 0, disks })
+        Ok(Stillness { at_ms, paused_ms: 0, disks, copied: None })
     }
 
     async fn copy_disks_only(&self, directory: &Path, back: &Back) -> Result<Stillness> {
@@ -281,25 +290,27 @@ impl Doing {
             // As a save would: what is read from two files must hold still.
             link.order(Command::CancelSettle, limits::PAUSE).await?;
         }
-        let files = self.disks_ahead(directory).await?;
+        let disks = self.disks_ahead(&link, directory, *back == Back::Running).await?;
         let moment = self.park(&link).await?;
-        let disks = self.copy_disks(directory, files).await?;
-        self.let_go(&link, back, moment, disks).await
+        let (disks, copied) = self.copy_now(&link, directory, disks).await?;
+        let still = self.let_go(&link, back, moment, disks).await?;
+        Ok(Stillness { copied: self.end_of_copy(&link, copied).await?, ..still })
     }
 
     /// Of a machine that is parked: memory and disks are copied side by side.
     async fn copy_parked(&self, place: Place<'_>) -> Result<(Stillness, Option<SaveReport>)> {
         let directory = place.directory;
         let link = self.fresh_link().await?;
-        let files = self.disks_ahead(directory).await?;
+        let disks = self.disks_ahead(&link, directory, false).await?;
         let moment = self.park(&link).await?;
         self.begin_save(&link, place, None).await?;
-        let (disks, report) = tokio::try_join!(self.copy_disks(directory, files), self.end_of_save(&link))?;
+        let copying = self.copy_now(&link, directory, disks);
+        let ((disks, _), report) = tokio::try_join!(copying, self.end_of_save(&link))?;
         let still = self.let_go(&link, &Back::Paused, moment, disks).await?;
         Ok((still, Some(report)))
     }
 
-    /// Of a machine that runs: it stands still for its disks only, where the kernel can tell of writes to memory.
+    /// Of a machine that runs: it stands still for a moment only, where the kernel can tell of writes to memory.
     async fn copy_running(&self, place: Place<'_>) -> Result<(Stillness, Option<SaveReport>)> {
         let directory = place.directory;
         let link = self.fresh_link().await?;
@@ -316,39 +327,29 @@ impl Doing {
                 Ok(()) => self.workshop.core.checkpoint("server.snapshot_settled")?,
             }
         }
-        let files = self.disks_ahead(directory).await?;
+        let disks = self.disks_ahead(&link, directory, true).await?;
         let is_live = self.begin_live_save(&link, place, device).await?;
         let moment = self.park(&link).await?;
         if is_live {
-            let disks = self.copy_disks(directory, files).await?;
+            let (disks, copied) = self.copy_now(&link, directory, disks).await?;
             let still = self.let_go(&link, &Back::Running, moment, disks).await?;
-            return Ok((still, Some(self.end_of_save(&link).await?)));
+            let copied = self.end_of_copy(&link, copied).await?;
+            return Ok((Stillness { copied, ..still }, Some(self.end_of_save(&link).await?)));
         }
         self.begin_save(&link, place, None).await?;
-        let (disks, report) = tokio::try_join!(self.copy_disks(directory, files), self.end_of_save(&link))?;
+        let copying = self.copy_now(&link, directory, disks);
+        let ((disks, copied), report) = tokio::try_join!(copying, self.end_of_save(&link))?;
         let still = self.let_go(&link, &Back::Running, moment, disks).await?;
-        Ok((still, Some(report)))
+        Ok((Stillness { copied: self.end_of_copy(&link, copied).await?, ..still }, Some(report)))
     }
 
     /// A connection to a machine that saves nothing.
     async fn fresh_link(&self) -> Result<Link> {
         let link = self.entry.link(limits::COMMAND).await?;
-        // A save that a daemon began that has died: its files are not ours.
+        // What a daemon began that has died: its files are not ours.
         link.order(Command::CancelSave, limits::COMMAND).await?;
+        Doing::give_up_copy(&link).await?;
         Ok(link)
-    }
-
-    /// Opens the disks, and does what can be done before the machine stands still.
-    async fn disks_ahead(&self, directory: &Path) -> Result<Vec<Layers>> {
-        let mut files = Vec::new();
-        for (index, disk) in self.record.disks.iter().enumerate() {
-            let file = self.workshop.volumes.look(disk.volume_id).await?;
-            let twin =
-                file.own.try_clone().map_err(|cause| Error::file("a volume cannot be opened", cause))?;
-            Volumes::share_ahead(twin, directory.join(disk_name(index))).await?;
-            files.push(file);
-        }
-        Ok(files)
     }
 
     async fn park(&self, link: &Link) -> Result<(Instant, i64)> {
@@ -360,7 +361,7 @@ impl Doing {
         Ok((began, at_ms))
     }
 
-    /// The disks are copied: a machine that ran before runs on.
+    /// What belongs to the moment is done: a machine that ran before runs on.
     async fn let_go(
         &self,
         link: &Link,
@@ -369,36 +370,12 @@ impl Doing {
         disks: Vec<FillMethod>,
     ) -> Result<Stillness> {
         if *back != Back::Running {
-            return Ok(Stillness { at_ms, paused_ms: 0, disks });
+            return Ok(Stillness { at_ms, paused_ms: 0, disks, copied: None });
         }
         link.order(Command::Resume, limits::PAUSE).await?;
         let paused_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.workshop.core.checkpoint("server.snapshot_resumed")?;
-        Ok(Stillness { at_ms, paused_ms, disks })
-    }
-
-    /// Copies or shares every disk. Stops when nobody wants it any more.
-    async fn copy_disks(&self, directory: &Path, files: Vec<Layers>) -> Result<Vec<FillMethod>> {
-        let moved = Moved::default();
-        let copying = async {
-            let mut methods = Vec::new();
-            for (index, (file, disk)) in files.into_iter().zip(&self.record.disks).enumerate() {
-                let volume = disk.volume_id;
-                let size_bytes = self
-                    .workshop
-                    .core
-                    .store
-                    .read(move |all| Ok(Volumes::find(all, volume)?.size_bytes))
-                    .await?;
-                let place = directory.join(disk_name(index));
-                let stopped = || self.is_stopped();
-                let note = |done: u64, total: u64| moved.note(done, total);
-                methods.push(Volumes::copy(file, place, size_bytes, &stopped, &note).await?);
-                self.workshop.core.checkpoint("server.snapshot_disk_copied")?;
-            }
-            Ok(methods)
-        };
-        self.telling(("copying_disks", 10, 40), &moved, copying).await
+        Ok(Stillness { at_ms, paused_ms, disks, copied: None })
     }
 
     /// Begins to save memory while the machine runs, and waits until the moment can come. False where this host or this
@@ -491,11 +468,11 @@ impl Doing {
         }
     }
 
-    fn is_stopped(&self) -> bool {
+    pub(super) fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
 
-    fn check_wanted(&self) -> Result<()> {
+    pub(super) fn check_wanted(&self) -> Result<()> {
         match self.is_stopped() {
             true => Err(Error::new(Code::WrongState, "the snapshot was given up")),
             false => Ok(()),

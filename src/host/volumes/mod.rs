@@ -394,6 +394,17 @@ impl Volumes {
         self.with_backing(&volume, disk::look(&self.core, id).await?).await
     }
 
+    /// For `servers`: makes a file of nothing but a hole, into which somebody copies a volume, in place of what an earlier try has left.
+    pub(crate) fn hole(place: &Path, size_bytes: u64) -> Result<File> {
+        let made = || {
+            let mut unfinished = files::Unfinished::create(place)?;
+            unfinished.file().set_len(size_bytes)?;
+            let file = unfinished.file().try_clone()?;
+            unfinished.take_place().map(|()| file)
+        };
+        made().map_err(|cause| disk::file_trouble(format!("cannot make {}", place.display()), cause))
+    }
+
     /// For `servers`: makes the copy of a volume that follows quick, where its blocks can be shared. Repeatable.
     pub(crate) async fn share_ahead(source: File, place: PathBuf) -> Result<()> {
         disk::share_ahead(source, place).await

@@ -178,6 +178,11 @@ impl Volumes {
         *self.means.get_or_init(|| means(&self.core.dirs))
     }
 
+    /// For `servers`: whether a copy of a volume for a snapshot shares its blocks, and so takes no time.
+    pub(crate) fn shares_blocks(&self) -> bool {
+        self.means() == Means::Blocks
+    }
+
     /// Joins the open file of a volume with what it needs besides.
     pub(super) async fn with_backing(&self, volume: &Volume, own: File) -> Result<Layers> {
         let place = self.core.dirs.volume(volume.id);

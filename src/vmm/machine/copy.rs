@@ -24,9 +24,9 @@ pub(super) struct Copying {
 }
 
 struct Shared {
-    disks: Vec<(Disk, Arc<Keeping>)>,
     cancelled: AtomicBool,
     done_bytes: AtomicU64,
+    total_bytes: u64,
     began: Instant,
     ended: Mutex<Option<Result<CopyReport, String>>>,
 }
@@ -92,20 +92,21 @@ impl Machine {
 impl Copying {
     fn start(disks: Vec<(Disk, Arc<Keeping>)>) -> Result<Copying, Error> {
         let shared = Arc::new(Shared {
-            disks,
             cancelled: AtomicBool::new(false),
             done_bytes: AtomicU64::new(0),
+            total_bytes: disks.iter().map(|(disk, _)| disk.bytes()).sum(),
             began: Instant::now(),
             ended: Mutex::new(None),
         });
         let theirs = Arc::clone(&shared);
+        let named: Vec<Disk> = disks.iter().map(|(disk, _)| disk.clone()).collect();
         let run = move || {
             threads::enter(ThreadKind::Copy);
-            theirs.run();
+            theirs.run(&disks);
         };
         let thread = std::thread::Builder::new().name("copy".to_owned()).spawn(run);
         let thread = thread.map_err(|cause| {
-            shared.let_go();
+            named.iter().for_each(Disk::forget_keeping);
             Error::Host { what: "the thread copy".to_owned(), cause }
         })?;
         Ok(Copying { shared, thread: Some(thread) })
@@ -127,18 +128,19 @@ impl Drop for Copying {
 }
 
 impl Shared {
-    fn run(&self) {
-        let result = self.copy();
-        self.let_go();
+    /// The files are held no longer than it takes.
+    fn run(&self, disks: &[(Disk, Arc<Keeping>)]) {
+        let result = self.copy(disks);
+        disks.iter().for_each(|(disk, _)| disk.forget_keeping());
         if let Err(detail) = &result {
             log::line(format_args!("its disks are not copied: {detail}"));
         }
-        *self.ended() = Some(result.map(|()| self.report()));
+        *self.ended() = Some(result.map(|()| self.report(disks)));
     }
 
-    fn copy(&self) -> Result<(), String> {
+    fn copy(&self, disks: &[(Disk, Arc<Keeping>)]) -> Result<(), String> {
         let failed = |cause: io::Error| log::chain(&cause);
-        for (disk, keeping) in &self.disks {
+        for (disk, keeping) in disks {
             let (before, mut at) = (self.done_bytes.load(Ordering::Relaxed), 0);
             while let Some(next) = keeping.copy_next(disk, at).map_err(failed)? {
                 if self.cancelled.load(Ordering::SeqCst) {
@@ -152,26 +154,22 @@ impl Shared {
             self.done_bytes.store(before.saturating_add(disk.bytes()), Ordering::Relaxed);
         }
         // Only now: a failure of one is the end of all.
-        self.disks.iter().try_for_each(|(_, keeping)| keeping.finish()).map_err(failed)
-    }
-
-    fn let_go(&self) {
-        self.disks.iter().for_each(|(disk, _)| disk.forget_keeping());
+        disks.iter().try_for_each(|(_, keeping)| keeping.finish()).map_err(failed)
     }
 
     fn status(&self) -> CopyStatus {
         match &*self.ended() {
             None => CopyStatus::Copying {
                 done_bytes: self.done_bytes.load(Ordering::Relaxed),
-                total_bytes: self.disks.iter().map(|(disk, _)| disk.bytes()).sum(),
+                total_bytes: self.total_bytes,
             },
             Some(Ok(report)) => CopyStatus::Copied(report.clone()),
             Some(Err(detail)) => CopyStatus::Failed { detail: detail.clone() },
         }
     }
 
-    fn report(&self) -> CopyReport {
-        let all = self.disks.iter().map(|(_, keeping)| keeping.kept());
+    fn report(&self, disks: &[(Disk, Arc<Keeping>)]) -> CopyReport {
+        let all = disks.iter().map(|(_, keeping)| keeping.kept());
         let sum = all.fold(Kept::default(), |sum, kept| Kept {
             written_bytes: sum.written_bytes + kept.written_bytes,
             waits: sum.waits + kept.waits,

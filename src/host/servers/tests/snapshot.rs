@@ -14,6 +14,7 @@ use super::{START, delete, delete_snapshot, nothing_left, stop};
 use crate::fake_vmm::Guest;
 use crate::stage::{SOON, Stage, created, ended, keyed, server, succeeded, until};
 use crate::volumes::layers::Layers;
+use crate::volumes::overlay::shares_blocks;
 use crate::{Call, Checkpoint, Fate, Host};
 
 pub(super) fn named(name: &str, memory: bool) -> CreateSnapshot {
@@ -88,7 +89,11 @@ async fn a_snapshot_holds_the_disk_of_its_moment_in_every_state_of_the_server() 
     // As the fake VMM tells it, where this host can save a machine that runs.
     let is_live =
         std::fs::File::options().read(true).write(true).open(super::super::snapshot::USERFAULTFD).is_ok();
-    assert_eq!(delays(&running), is_live.then_some((3, 40, 90)));
+    let of_memory = is_live.then_some((3, 40, 90));
+    let of_disks = (!shares_blocks(&stage.state_dir(), &stage.state_dir()).unwrap()).then_some((2, 60, 70));
+    let both = [of_memory, of_disks].into_iter().flatten();
+    let sum = both.reduce(|one, other| (one.0 + other.0, one.1.max(other.1), one.2 + other.2));
+    assert_eq!(delays(&running), sum);
     assert!(running.volumes[0].filled_by.is_some() && running.stored_bytes > 0);
     assert_eq!((running.vcpus, running.memory_bytes), (1, 128 << 20));
     assert_eq!(files(&stage, running.id), ["disk0.raw", "machine.memory", "machine.state"]);
@@ -235,6 +240,30 @@ async fn a_snapshot_that_fails_leaves_nothing_and_a_server_that_runs() {
     taken(&host, id, named("one", false)).await;
     let refused = host.servers().snapshot(&Call::by_host(), id, named("one", false)).await.unwrap_err();
     assert_eq!(refused.code, Code::AlreadyExists);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn disks_that_cannot_be_copied_as_the_guest_runs_are_no_snapshot() {
+    let stage = Stage::new();
+    let host = stage.open_with_image().await;
+    if shares_blocks(&stage.state_dir(), &stage.state_dir()).unwrap() {
+        // They are shared in a moment then.
+        return host.close().await;
+    }
+    stage.launch.set_guest(Guest::CannotCopy);
+    let id = created(&host, server("web1")).await.id;
+    for memory in [true, false] {
+        let accepted =
+            host.servers().snapshot(&Call::by_host(), id, named("one", memory)).await.unwrap().body;
+        let operation = ended(&host, accepted.operation.id).await;
+        let detail = operation.error.unwrap().detail;
+        assert!(detail.contains("disks of server web1 could not be copied: no space left"), "{detail}");
+        until(&host, id, |server| server.state == ServerState::Running && server.operation_id.is_none())
+            .await;
+        assert_eq!(stage.launch.only().state(), MachineState::Running);
+        no_files(&stage);
+    }
     host.close().await;
 }
 
