@@ -64,9 +64,9 @@ pub struct Snapshot {
     /// How long the guest stood still for it, in milliseconds: 0 for a server that did not run. Absent while it is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
-    /// How many writes of the guest, and of its devices, waited because its memory was saved while it ran: before the moment too.
-    /// This and the next two are absent while it is made, where the guest stood still for its memory or had none saved, of a
-    /// snapshot that was imported, and where the VMM does not measure it.
+    /// How many writes of the guest, and of its devices, waited because its memory was saved while it ran, before the moment too, or
+    /// to a disk because that was copied while it ran. This and the next two are absent while it is made, where the guest stood
+    /// still for all that took time, of a snapshot that was imported, and where the VMM does not measure it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_writes_delayed: Option<u64>,
     /// The longest that one of them waited, in microseconds, from when the VMM had read of it until it let the write go on.
