@@ -2,6 +2,7 @@
 //! machines or servers. Every room but `model` and `http` uses it, most for descriptors.
 
 pub mod beneath;
+pub mod holes;
 pub mod inherited;
 pub mod jail;
 pub mod lease;

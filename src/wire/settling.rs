@@ -1,6 +1,7 @@
 //! Settling a machine: what was mapped privately from a saved machine's file goes into memory of the machine's own while its
-//! guest runs, and what of its disks lies in the files that these were made from goes into their own. Then it can be handed over,
-//! saved without standing still, and those files are nobody's any more.
+//! guest runs, and what of its disks lies in the files that these were made from goes into their own. Then it can be handed over
+//! and saved without standing still. The files that memory was mapped from are nobody's any more; those of disks the VMM has open until
+//! it ends.
 use serde::{Deserialize, Serialize};
 
 /// Whose a machine's memory is, and its disks.

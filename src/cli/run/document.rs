@@ -140,7 +140,13 @@ impl Machine {
         let mut disks = Vec::new();
         for disk in self.disks {
             let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
-            let file = add(open(&self.folder, &disk.path, access)?);
+            let file = open(&self.folder, &disk.path, access)?;
+            if disk.backing.is_some() && !disk.read_only {
+                // What a loss of power has left would be taken for what was written.
+                let cleared = sys::holes::clear_unwritten(&file);
+                cleared.map_err(|cause| Error::Read { path: self.folder.join(&disk.path), cause })?;
+            }
+            let file = add(file);
             let backing = disk.backing.map(|path| open(&self.folder, &path, Access::ReadOnly)).transpose()?;
             disks.push(Disk {
                 file,

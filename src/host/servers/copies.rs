@@ -108,7 +108,7 @@ impl Doing {
                 CopyStatus::Failed { detail } => {
                     let detail =
                         format!("the disks of server {} could not be copied: {detail}", self.record.name);
-                    return Err(Error::new(Code::MachineFailed, detail));
+                    return Err(self.full_or(Code::MachineFailed, detail));
                 }
                 CopyStatus::None => return Err(unexpected(&status)),
             }

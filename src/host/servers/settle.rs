@@ -22,6 +22,7 @@ use crate::store::{Tx, records};
 use crate::vmms::Link;
 use crate::vmms::link::AskError;
 use crate::volumes::Volumes;
+use crate::volumes::space;
 
 /// Whose the memory of a machine is; nothing when its VMM is of a build that cannot say.
 pub(super) async fn memory(
@@ -220,8 +221,8 @@ impl Doing {
         match cause {
             Cause::Given(cause) => Err(cause),
             Cause::Failed(why) => {
-                let detail = format!("the memory of server {} could not be settled: {why}", self.record.name);
-                Err(Error::new(Code::WrongState, detail))
+                let detail = format!("server {} could not be settled: {why}", self.record.name);
+                Err(self.full_or(Code::WrongState, detail))
             }
             Cause::Ended => Err(AskError::Gone.into()),
         }
@@ -248,6 +249,14 @@ impl Doing {
             let shared = if what == Own::All { status.disks_shared_bytes } else { 0 };
             let is_going_on = what == Own::All && is_under_way(&status);
             if status.shared_bytes == 0 && shared == 0 && !is_going_on {
+                if is_under_way(&status) {
+                    // It goes on with disks, for which nobody has asked, nor looked whether there is room.
+                    let given_up = async {
+                        let link = self.entry.link(limits::COMMAND).await?;
+                        link.order(Command::CancelSettle, limits::PAUSE).await
+                    };
+                    given_up.await.map_err(|cause| Cause::Failed(cause.to_string()))?;
+                }
                 return Ok(note(&self.workshop, &self.record, &status).await?);
             }
             disks_bytes = shared.max(disks_bytes);
@@ -277,6 +286,14 @@ impl Doing {
                     self.workshop.core.checkpoint("server.settling")?;
                 }
             }
+        }
+    }
+
+    /// What a VMM could not do with a disk: with a code of its own where there is no room left.
+    pub(super) fn full_or(&self, code: Code, detail: String) -> Error {
+        match space::short(&self.workshop.core.dirs.root().join("volumes")) {
+            Some(advice) => Error::new(Code::DiskFull, format!("{detail}: {advice}")),
+            None => Error::new(code, detail),
         }
     }
 

@@ -333,8 +333,10 @@ impl Doing {
         if is_live {
             let (disks, copied) = self.copy_now(&link, directory, disks).await?;
             let still = self.let_go(&link, &Back::Running, moment, disks).await?;
-            let copied = self.end_of_copy(&link, copied).await?;
-            return Ok((Stillness { copied, ..still }, Some(self.end_of_save(&link).await?)));
+            // Of one that fails the other is not waited for.
+            let (copied, report) =
+                tokio::try_join!(self.end_of_copy(&link, copied), self.end_of_save(&link))?;
+            return Ok((Stillness { copied, ..still }, Some(report)));
         }
         self.begin_save(&link, place, None).await?;
         let copying = self.copy_now(&link, directory, disks);

@@ -41,6 +41,11 @@ impl Layers {
         self.files.is_empty().then_some(&self.own)
     }
 
+    /// Whether it is an overlay.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over
+    }
+
     /// Its own file, and of an overlay the other one.
     pub(crate) fn into_own(self) -> (File, Option<File>) {
         (self.own, self.files.into_iter().next().filter(|_| self.is_over))

@@ -385,7 +385,8 @@ impl Volumes {
             ));
         }
         let held = disk::hold_next(&self.core, id, volume.size_bytes).await?;
-        self.with_backing(&volume, held.ok_or_else(|| attached(&volume))?).await
+        let layers = self.with_backing(&volume, held.ok_or_else(|| attached(&volume))?).await?;
+        overlay::clear_unwritten(layers, id).await
     }
 
     /// For `servers`: opens it for reading while its machine is parked or has ended.

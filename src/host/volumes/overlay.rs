@@ -87,7 +87,8 @@ fn names_reach(from: &Path, to: &Path) -> io::Result<bool> {
 /// Whether the file system says of each block whether it was ever written (lseek(2), `SEEK_DATA`): a block that was would be read from
 /// the wrong file if it were called a hole, and one that was not if it were called data. Of ext4 (0xEF53), XFS and tmpfs it is known that what
 /// was just written, and is not on the medium yet, is data too, and that nothing else becomes a hole. btrfs and ZFS may tell
-/// only after a while, NFS and FUSE what somebody else tells them. Blocks larger than ours, and a tmpfs of huge pages, are found by trying.
+/// only after a while, NFS and FUSE what somebody else tells them. Blocks larger than ours, a tmpfs of huge pages, and files that are given
+/// more than is written are found by trying. What only a loss of power leaves is taken away ([`clear_unwritten`]).
 fn tells_holes(directory: &Path) -> io::Result<bool> {
     const EXT4: u64 = 0xEF53;
     const XFS: u64 = 0x5846_5342;
@@ -100,6 +101,10 @@ fn tells_holes(directory: &Path) -> io::Result<bool> {
     let length = 2 * at;
     file.set_len(length)?;
     file.write_all_at(&[1; HOLE_BYTES as usize], at)?;
+    // A file system that allocates more than was asked for, as XFS does where it is told to, calls that data once it is read.
+    file.sync_all()?;
+    let mut all = vec![0; length as usize];
+    file.read_exact_at(&mut all, 0)?;
     let found: Vec<_> = Extents::of(&file, length).collect::<io::Result<_>>()?;
     let only = |range: &Range<u64>| *range == (at..at + HOLE_BYTES);
     Ok(found.len() == 1 && found.iter().all(only))
@@ -170,6 +175,16 @@ pub(crate) fn stored_bytes(place: &Path) -> u64 {
 pub(super) fn own_bytes(place: &Path) -> u64 {
     let below = backing(place).symlink_metadata().ok().filter(|found| found.nlink() == 1);
     used_bytes(place.symlink_metadata()).saturating_add(below.map_or(0, |found| used_bytes(Ok(found))))
+}
+
+/// Takes away from an overlay what a loss of power has left in it that was never written, before anybody reads of it: what is read ahead would
+/// make data of that. Nobody else has it open for writing.
+pub(super) async fn clear_unwritten(layers: Layers, id: VolumeId) -> Result<Layers> {
+    if !layers.is_over() {
+        return Ok(layers);
+    }
+    let cleared = disk::blocking(move || sys::holes::clear_unwritten(&layers.own).map(|()| layers));
+    cleared.await.map_err(|cause| Error::file(format!("cannot look at the file of volume {id}"), cause))
 }
 
 impl Volumes {

@@ -41,6 +41,12 @@ pub(crate) fn check(directory: &Path, now_bytes: u64, later_bytes: u64) -> Resul
     judge(space, now_bytes, later_bytes).map_err(|detail| Error::new(Code::DiskFull, detail))
 }
 
+/// Why something could not be written, if there is no room left: for what is told by whoever tried.
+pub(crate) fn short(directory: &Path) -> Option<&'static str> {
+    let is_short = look(directory).is_ok_and(|space| space.free_bytes < RESERVE_BYTES);
+    is_short.then_some("the host's disk is full; delete volumes or images, or add space, and try again")
+}
+
 fn judge(space: Space, now_bytes: u64, later_bytes: u64) -> std::result::Result<(), String> {
     if now_bytes.saturating_add(RESERVE_BYTES) > space.free_bytes {
         return Err(format!(

@@ -20,6 +20,7 @@ use crate::threads::{self, ThreadKind};
 /// A copy from its moment on. Dropped, it is given up and waited for.
 pub(super) struct Copying {
     shared: Arc<Shared>,
+    disks: Vec<Disk>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -73,7 +74,7 @@ impl Machine {
 
     /// Gives up the copy that is under way, if one is.
     pub(crate) fn cancel_copy(&mut self) {
-        if let Some(copying) = &mut self.copying {
+        if let Some(copying) = &self.copying {
             copying.cancel();
         }
     }
@@ -99,24 +100,24 @@ impl Copying {
             ended: Mutex::new(None),
         });
         let theirs = Arc::clone(&shared);
-        let named: Vec<Disk> = disks.iter().map(|(disk, _)| disk.clone()).collect();
+        let named = disks.iter().map(|(disk, _)| disk.clone()).collect();
+        let mut copying = Copying { shared, disks: named, thread: None };
         let run = move || {
             threads::enter(ThreadKind::Copy);
-            theirs.run(&disks);
+            theirs.run(disks);
         };
         let thread = std::thread::Builder::new().name("copy".to_owned()).spawn(run);
-        let thread = thread.map_err(|cause| {
-            named.iter().for_each(Disk::forget_keeping);
-            Error::Host { what: "the thread copy".to_owned(), cause }
-        })?;
-        Ok(Copying { shared, thread: Some(thread) })
+        // What was begun is given up with it.
+        let thread = thread.map_err(|cause| Error::Host { what: "the thread copy".to_owned(), cause })?;
+        copying.thread = Some(thread);
+        Ok(copying)
     }
 
-    fn cancel(&mut self) {
+    /// Gives it up. The thread is not waited for: what it copies to may hang.
+    fn cancel(&self) {
         self.shared.cancelled.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
-            // A panic has aborted the process before it could get here.
-            let _ = thread.join();
+        if self.shared.end(Err("it was given up".to_owned())) {
+            self.disks.iter().for_each(Disk::forget_keeping);
         }
     }
 }
@@ -124,18 +125,33 @@ impl Copying {
 impl Drop for Copying {
     fn drop(&mut self) {
         self.cancel();
+        if let Some(thread) = self.thread.take() {
+            // A panic has aborted the process before it could get here.
+            let _ = thread.join();
+        }
     }
 }
 
 impl Shared {
-    /// The files are held no longer than it takes.
-    fn run(&self, disks: &[(Disk, Arc<Keeping>)]) {
-        let result = self.copy(disks);
-        disks.iter().for_each(|(disk, _)| disk.forget_keeping());
+    /// The files are let go of before anybody is told.
+    fn run(&self, disks: Vec<(Disk, Arc<Keeping>)>) {
+        let result = self.copy(&disks).map(|()| self.report(&disks));
+        if !self.cancelled.load(Ordering::SeqCst) {
+            disks.iter().for_each(|(disk, _)| disk.forget_keeping());
+        }
+        drop(disks);
         if let Err(detail) = &result {
             log::line(format_args!("its disks are not copied: {detail}"));
         }
-        *self.ended() = Some(result.map(|()| self.report(disks)));
+        self.end(result);
+    }
+
+    /// Whether it had not ended before.
+    fn end(&self, result: Result<CopyReport, String>) -> bool {
+        let mut ended = self.ended();
+        let is_first = ended.is_none();
+        ended.get_or_insert(result);
+        is_first
     }
 
     fn copy(&self, disks: &[(Disk, Arc<Keeping>)]) -> Result<(), String> {

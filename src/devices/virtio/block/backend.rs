@@ -53,6 +53,10 @@ struct Inner {
     cannot_punch: AtomicBool,
     cannot_zero: AtomicBool,
     changes: Changes,
+    /// A flush has failed: what was written before may be lost, and the kernel has told that once.
+    is_unsure: AtomicBool,
+    /// It was not the guest's, who is to be told with its next.
+    is_untold: AtomicBool,
     is_kept: AtomicBool,
     keeping: Mutex<Option<Arc<Keeping>>>,
 }
@@ -93,6 +97,8 @@ impl Disk {
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
             changes: Changes::new(bytes),
+            is_unsure: AtomicBool::new(false),
+            is_untold: AtomicBool::new(false),
             is_kept: AtomicBool::new(false),
             keeping: Mutex::new(None),
         })))
@@ -116,6 +122,14 @@ impl Disk {
     /// The disk's own file, for whoever fills it.
     pub fn file(&self) -> &Arc<File> {
         &self.0.file
+    }
+
+    /// Where the next range at or after `from` begins that may hold something else than zeroes. Its end may be far to look for.
+    pub fn first_data(&self, from: u64) -> io::Result<Option<u64>> {
+        match &self.0.overlay {
+            None => sys::memfd::first_data(&self.0.file, from),
+            Some(overlay) => overlay.first_data(from),
+        }
     }
 
     /// The next range at or after `from` that may hold something else than zeroes, as start and end in bytes.
@@ -154,14 +168,38 @@ impl Disk {
         self.overlay().map_or(Ok(()), |overlay| overlay.fill(piece))
     }
 
-    /// Makes durable what is in the disk's own file.
+    /// Makes durable what is in the disk's own file. The kernel tells a failure to write of all of this file's descriptors once, so
+    /// what it tells here the guest is told with its next flush.
     pub fn flush(&self) -> io::Result<()> {
-        self.0.file.sync_data()
+        self.0.file.sync_data().inspect_err(|_| self.lose_untold())
     }
 
-    /// Makes durable what was filled in, which is all. The backing file is not read any more.
+    /// A flush has failed that is not the guest's.
+    pub(super) fn lose_untold(&self) {
+        self.flush_failed();
+        self.0.is_untold.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes durable what was filled in, which is all. From then on no request begins to read the backing file. Fails for good when a
+    /// flush has failed before: what was lost then nobody knows.
     pub fn make_whole(&self) -> io::Result<()> {
-        self.overlay().map_or(Ok(()), Overlay::make_whole)
+        let Some(overlay) = self.overlay() else { return Ok(()) };
+        self.flush()?;
+        if self.0.is_unsure.load(Ordering::SeqCst) {
+            return Err(io::Error::other("some of the disk could not be written to the medium"));
+        }
+        overlay.make_whole();
+        Ok(())
+    }
+
+    /// A flush of the guest's has failed, or a write that was to be durable.
+    pub(super) fn flush_failed(&self) {
+        self.0.is_unsure.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a flush has failed that the guest has not been told of; once.
+    pub(super) fn takes_untold(&self) -> bool {
+        self.0.is_untold.load(Ordering::Relaxed) && self.0.is_untold.swap(false, Ordering::SeqCst)
     }
 
     /// Begins to mark what the guest changes, from no mark at all.
@@ -205,6 +243,11 @@ impl Disk {
         if let Some(keeping) = self.keeping().take() {
             keeping.end();
         }
+    }
+
+    /// Whether nothing of it is to be given up.
+    pub(super) fn keeps_data(&self) -> bool {
+        self.overlay().is_some() || self.0.is_kept.load(Ordering::SeqCst)
     }
 
     /// Has what a request is about to change be copied first, if the disk is being copied.

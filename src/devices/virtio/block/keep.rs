@@ -91,9 +91,8 @@ impl Keeping {
     /// begins, or nothing when all is looked at. What others are copying is not waited for ([`Keeping::finish`]).
     pub fn copy_next(&self, disk: &Disk, from: u64) -> io::Result<Option<u64>> {
         self.check()?;
-        let Some((start, _)) = disk.next_data(from)?.filter(|(start, _)| *start < self.disk_bytes) else {
-            return Ok(None);
-        };
+        let first = disk.first_data(from)?.filter(|start| *start < self.disk_bytes);
+        let Some(start) = first else { return Ok(None) };
         let part = start / KEPT_BYTES;
         if set(&self.claimed, part) {
             self.copy(disk, part);

@@ -1,7 +1,8 @@
 //! A disk over the one that it was made from: what was written lies in its own file, the rest in a backing file that nobody
 //! changes. Which is which the file system knows and nobody else keeps: a block of the own file that is a hole is the backing
 //! file's (lseek(2), `SEEK_DATA`). So nothing has to be written beside a block, a crash leaves of each block what was, or what
-//! was written, and whoever opens both files finds the same disk. It knows no request; `backend` holds it, `service` tells it
+//! was written, and whoever opens both files finds the same disk. Whoever opens them first after a loss of power takes space away that
+//! was given to a block which then was not written ([`sys::holes`]): what is read of its neighbour would make data of it. It knows no request; `backend` holds it, `service` tells it
 //! what was written.
 //!
 //! The price: only whole blocks are written, for which the edges of a write are copied up first, and none becomes a hole
@@ -9,8 +10,8 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::limits::OVERLAY_PIECE_BYTES;
 
@@ -19,6 +20,11 @@ pub(super) const BLOCK_BYTES: u64 = 4096;
 
 /// Blocks of one word.
 const WORD: u64 = 64;
+
+/// Words of a piece of the bits, which stands for 16 MiB.
+const PIECE_WORDS: usize = 64;
+const PIECE_BLOCKS: u64 = WORD * PIECE_WORDS as u64;
+type Bits = Box<[AtomicU64; PIECE_WORDS]>;
 
 /// Where bytes lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,10 +40,12 @@ pub(super) struct Overlay {
     backing: Arc<File>,
     /// As far as blocks may lie in the backing file; a multiple of [`BLOCK_BYTES`], but for the end of the disk.
     reach: u64,
-    /// One bit for each block up to there.
-    present: Box<[AtomicU64]>,
+    /// One bit for each block up to there, in pieces that are made with the first that is there: the most of a large disk may never be.
+    present: Box<[OnceLock<Bits>]>,
     /// How far all is in the own file, filled from the beginning on.
     filled: AtomicU64,
+    /// Up to where data is known to follow that.
+    data_end: AtomicU64,
     /// All of it is there, for good.
     is_whole: AtomicBool,
 }
@@ -58,36 +66,22 @@ impl Overlay {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, detail));
         }
         let reach = length.next_multiple_of(BLOCK_BYTES).min(bytes);
-        let words = reach.div_ceil(BLOCK_BYTES).div_ceil(WORD);
+        let pieces = reach.div_ceil(BLOCK_BYTES).div_ceil(PIECE_BLOCKS);
         let overlay = Overlay {
             own,
             backing,
             reach,
-            present: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            present: (0..pieces).map(|_| OnceLock::new()).collect(),
             filled: AtomicU64::new(0),
+            data_end: AtomicU64::new(0),
             is_whole: AtomicBool::new(false),
         };
         overlay.look(0, reach)?;
-        overlay.clear_gaps()?;
         // The ring cannot read zeroes behind the end of a file.
         if !length.is_multiple_of(BLOCK_BYTES) && !overlay.has(length / BLOCK_BYTES) {
             overlay.copy_up(length / BLOCK_BYTES)?;
         }
         Ok(overlay)
-    }
-
-    /// Takes away space that was given to the own file for blocks which a loss of power then kept from being written: what
-    /// somebody has read of it would count as data.
-    fn clear_gaps(&self) -> io::Result<()> {
-        let mut at = 0;
-        while at < self.reach {
-            let (place, bytes) = self.place(at, self.reach.saturating_sub(at));
-            if place == Place::Backing {
-                sys::memfd::punch_hole(&self.own, at, bytes)?;
-            }
-            at = at.saturating_add(bytes.max(1));
-        }
-        Ok(())
     }
 
     /// For the ring.
@@ -96,13 +90,16 @@ impl Overlay {
     }
 
     fn has(&self, block: u64) -> bool {
-        let word = self.present.get((block / WORD) as usize);
         // What is not counted is behind the backing file.
-        word.is_none_or(|word| word.load(Ordering::Acquire) >> (block % WORD) & 1 == 1)
+        let Some(piece) = self.present.get((block / PIECE_BLOCKS) as usize) else { return true };
+        let word = piece.get().and_then(|bits| bits.get((block % PIECE_BLOCKS / WORD) as usize));
+        word.is_some_and(|word| word.load(Ordering::Acquire) >> (block % WORD) & 1 == 1)
     }
 
     fn mark(&self, block: u64) {
-        if let Some(word) = self.present.get((block / WORD) as usize) {
+        let Some(piece) = self.present.get((block / PIECE_BLOCKS) as usize) else { return };
+        let bits = piece.get_or_init(|| Box::new([const { AtomicU64::new(0) }; PIECE_WORDS]));
+        if let Some(word) = bits.get((block % PIECE_BLOCKS / WORD) as usize) {
             word.fetch_or(1 << (block % WORD), Ordering::Release);
         }
     }
@@ -168,6 +165,13 @@ impl Overlay {
         Ok(())
     }
 
+    /// Where the next range at or after `from` begins that may hold something else than zeroes.
+    pub(super) fn first_data(&self, from: u64) -> io::Result<Option<u64>> {
+        let own = sys::memfd::first_data(&self.own, from)?;
+        let backing = sys::memfd::first_data(&self.backing, from)?;
+        Ok(own.into_iter().chain(backing).min())
+    }
+
     /// The next range at or after `from` that may hold something else than zeroes, as start and end in bytes.
     pub(super) fn next_data(&self, from: u64) -> io::Result<Option<(u64, u64)>> {
         let own = sys::memfd::next_data(&self.own, from)?;
@@ -202,13 +206,18 @@ impl Overlay {
     /// Reads the next piece that is to be filled in; nothing when there is none.
     pub(super) fn read_ahead(&self) -> io::Result<Option<Piece>> {
         let from = self.filled.load(Ordering::Acquire);
-        let data = sys::memfd::next_data(&self.backing, from)?.filter(|(start, _)| *start < self.reach);
+        let known_end = self.data_end.load(Ordering::Acquire);
+        let data = match known_end > from {
+            true => Some((from, known_end)),
+            false => sys::memfd::next_data(&self.backing, from)?.filter(|(start, _)| *start < self.reach),
+        };
         let Some((start, end)) = data else {
             self.filled.store(self.reach, Ordering::Release);
             return Ok(None);
         };
         let offset = start.saturating_sub(start % BLOCK_BYTES);
         let end = end.next_multiple_of(BLOCK_BYTES).min(self.reach);
+        self.data_end.store(end, Ordering::Release);
         let mut data = vec![0; end.saturating_sub(offset).min(OVERLAY_PIECE_BYTES) as usize];
         read_as_far(&self.backing, &mut data, offset)?;
         Ok(Some(Piece { offset, data }))
@@ -232,11 +241,9 @@ impl Overlay {
         Ok(())
     }
 
-    /// All of it is filled in: makes that durable. From then on the backing file is not read any more.
-    pub(super) fn make_whole(&self) -> io::Result<()> {
-        self.own.sync_data()?;
+    /// All of it is filled in, and durable.
+    pub(super) fn make_whole(&self) {
         self.is_whole.store(true, Ordering::Release);
-        Ok(())
     }
 }
 

@@ -143,6 +143,15 @@ impl Pending {
         }
     }
 
+    /// Whether what is written is on the medium when the step has worked.
+    pub(super) fn is_durable(&self) -> bool {
+        match self.request {
+            Request::Write { .. } => self.durability == Durability::Durable,
+            Request::Flush => true,
+            _ => self.is_syncing,
+        }
+    }
+
     /// Whether the step may write to a block of an overlay.
     pub(super) fn writes_to(&self, block: u64) -> bool {
         let start = block.saturating_mul(BLOCK_BYTES);

@@ -344,8 +344,8 @@ impl Service {
             };
         }
         let Some(lease) = &self.lease else { return self.refuse(chain, Refusal::Malformed) };
-        if matches!(request, Request::Discard(_)) && lease.disk.overlay().is_some() {
-            // A hint that nothing can follow from: a hole would show the backing file's block again.
+        if matches!(request, Request::Discard(_)) && lease.disk.keeps_data() {
+            // Only a hint. A hole would show the backing file's block again, or cost a copy of all that is given up.
             self.count_success(&request);
             return self.complete(chain, VIRTIO_BLK_S_OK as u8);
         }
@@ -464,8 +464,14 @@ impl Service {
     }
 
     /// Goes on with a request after a step, or completes it.
-    fn settle(&mut self, mut pending: Pending, result: io::Result<()>) -> Result<(), Fault> {
+    fn settle(&mut self, mut pending: Pending, mut result: io::Result<()>) -> Result<(), Fault> {
         if let Some(lease) = &self.lease {
+            if pending.is_durable() {
+                if result.is_ok() && lease.disk.takes_untold() {
+                    result = Err(io::Error::other("a flush failed that was not the guest's"));
+                }
+                result.is_err().then(|| lease.disk.flush_failed());
+            }
             note_changes(&lease.disk, &pending, Outcome::of(&result));
             pending.all().for_each(|pending| lease.disk.mark_changes(&pending.request));
         }

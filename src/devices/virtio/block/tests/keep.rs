@@ -42,11 +42,7 @@ fn what_is_about_to_change_is_copied_first_and_once() {
         assert_eq!(driver.read(5 * PART_SECTORS, 512).0, OK);
         let Kept { written_bytes, waits, waited_us, waited_us_max } = keeping.kept();
         // The first sector of a disk of these holds zeroes, which is less than a block.
-        assert_eq!(
-            (written_bytes, waits),
-            (4 * KEPT_BYTES, 3),
-            "two parts for the writes, one for each other"
-        );
+        assert_eq!((written_bytes, waits), (3 * KEPT_BYTES, 2), "a discard changes nothing meanwhile");
         assert!(waited_us >= waited_us_max);
         let (mut at, mut steps) = (0, 0);
         while let Some(next) = keeping.copy_next(&driver.disk, at).unwrap() {
@@ -57,7 +53,7 @@ fn what_is_about_to_change_is_copied_first_and_once() {
         assert!(steps <= SECTORS * 512 / KEPT_BYTES);
         assert!(whole(&target) == before);
         assert_eq!(driver.write(8 * PART_SECTORS, &fill), OK);
-        assert_eq!(keeping.kept().waits, 3, "it is over");
+        assert_eq!(keeping.kept().waits, 2, "it is over");
         assert!(whole(&target) == before);
     });
 }
@@ -116,7 +112,12 @@ fn who_comes_second_for_a_part_waits_for_the_first() {
         let keeping = driver.disk.keep(target());
         assert!(keeping.claim(0));
         let (disk, theirs) = (driver.disk.clone(), Arc::clone(&keeping));
-        let second = std::thread::spawn(move || theirs.before_change(&disk, 512, 512));
+        let (begins, has_begun) = std::sync::mpsc::channel();
+        let second = std::thread::spawn(move || {
+            begins.send(()).unwrap();
+            theirs.before_change(&disk, 512, 512);
+        });
+        has_begun.recv().unwrap();
         for _ in 0..2000 {
             std::thread::yield_now();
             assert!(!second.is_finished(), "nobody has copied it");
@@ -127,7 +128,6 @@ fn who_comes_second_for_a_part_waits_for_the_first() {
             keeping.copy(&driver.disk, 0)
         }
         second.join().unwrap();
-        assert_eq!(keeping.kept().waits, 1);
     }
 }
 

@@ -168,17 +168,40 @@ fn what_cannot_be_copied_up_is_an_error_and_changes_nothing() {
     });
 }
 
+/// As after a loss of power between the one and the other. What is read beside it would make data of it.
 #[test]
-fn space_without_data_counts_as_a_hole() {
-    let (own, (backing, oracle)) = (own(), backing());
-    // As after a loss of power between the two.
+fn space_that_was_given_and_not_written_is_taken_away_before_anything_is_read() {
+    let (own, (backing, mut oracle)) = (own(), backing());
     let mode = nix::fcntl::FallocateFlags::empty();
-    nix::fcntl::fallocate(&own, mode, 0, 64 << 10).unwrap();
-    assert!(own.metadata().unwrap().blocks() > 0);
-    let disk = Disk::plain(own.try_clone().unwrap(), Some(backing), Access::ReadWrite).unwrap();
+    nix::fcntl::fallocate(&own, mode, 0, 256 << 10).unwrap();
+    own.write_all_at(&[0xaa; 4096], 4096).unwrap();
+    own.sync_all().unwrap();
+    oracle[4096..8192].fill(0xaa);
+    sys::holes::clear_unwritten(&own).unwrap();
+    let drop_cache = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    nix::fcntl::posix_fadvise(&own, 0, 0, drop_cache).unwrap();
+    // With what the kernel reads ahead.
+    own.read_exact_at(&mut [0; 8192], 0).unwrap();
+    let disk = Disk::plain(own, Some(backing), Access::ReadWrite).unwrap();
     assert!(all(&disk) == oracle);
-    let blocks = own.metadata().unwrap().blocks() * 512;
-    assert_eq!(blocks, BLOCK_BYTES, "all but the block in which the backing file ends");
+}
+
+#[test]
+fn what_a_flush_has_lost_makes_no_disk_whole_and_the_guest_is_told() {
+    each_engine(|engine| {
+        let (own, (backing, _)) = (own(), backing());
+        let mut driver = over(&own, &backing, engine);
+        driver.disk.lose_untold();
+        assert_eq!(driver.write(0, &[1; 512]), OK);
+        let flush = |driver: &mut Driver| driver.ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0).0;
+        assert_eq!([flush(&mut driver), flush(&mut driver)], [IOERR, OK], "once");
+        while let Some(piece) = driver.disk.read_ahead().unwrap() {
+            driver.disk.fill(&piece).unwrap();
+        }
+        let refused = driver.disk.make_whole().unwrap_err().to_string();
+        assert!(refused.contains("could not be written to the medium"), "{refused}");
+        assert!(driver.disk.shared_bytes() > 0);
+    });
 }
 
 #[test]
