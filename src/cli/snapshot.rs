@@ -21,7 +21,7 @@ use crate::{Context, bulk, interrupt, wait};
 /// What can be done with snapshots.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Take a snapshot of a server. One that runs stands still while its disks are copied.
+    /// Take a snapshot of a server. One that runs stands still for a moment.
     Create(Create),
     /// Make servers that go on from where a snapshot with memory was taken.
     Clone(bulk::Clones),

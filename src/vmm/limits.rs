@@ -51,9 +51,9 @@ pub(crate) const SETTLE_ROUNDS_MAX: u32 = 4;
 /// system call, and it has all this memory anyway.
 pub(crate) const SETTLE_ZEROES_MAX: u64 = 256 << 10;
 
-/// Pieces of a disk's backing file that are filled in before they are made durable: 8 MiB, well below what a group of some 160 MiB may
-/// have that is not written yet.
-pub(crate) const SETTLE_FLUSH_PIECES: u32 = 16;
+/// Pieces of a disk's backing file that are filled in before they are written down: 16 MiB, below what a group of some 160 MiB may have that is
+/// not.
+pub(crate) const SETTLE_WRITE_PIECES: u32 = 32;
 
 /// How long the machine may stand still for what its devices have in flight before a piece is turned, in milliseconds. Then it
 /// runs on, and the piece is due again later; twice as long after some tries, up to the longest.

@@ -26,8 +26,8 @@ use wire::transfer::SHARD_BYTES;
 use super::{Error, Machine, Save};
 use crate::bell::Bell;
 use crate::limits::{
-    SETTLE_DRAIN_MS, SETTLE_DRAIN_MS_MAX, SETTLE_FLUSH_PIECES, SETTLE_PAGES_MAX, SETTLE_ROUNDS_MAX,
-    SETTLE_RUNS_ON, SETTLE_TRIES_EACH, SETTLE_TRIES_MAX, SETTLE_ZEROES_MAX,
+    SETTLE_DRAIN_MS, SETTLE_DRAIN_MS_MAX, SETTLE_PAGES_MAX, SETTLE_ROUNDS_MAX, SETTLE_RUNS_ON,
+    SETTLE_TRIES_EACH, SETTLE_TRIES_MAX, SETTLE_WRITE_PIECES, SETTLE_ZEROES_MAX,
 };
 use crate::log;
 use crate::migrate::{self, ram};
@@ -291,7 +291,7 @@ impl Shared {
 
     /// Has all of a disk be in its own file.
     fn fill_disk(&self, disk: &Disk) -> Result<(), Stop> {
-        let mut unflushed = 0;
+        let mut unwritten = 0;
         while let Some(piece) = disk.read_ahead().map_err(backing_trouble)? {
             let (piece, mut tries) = (Arc::new(piece), 0);
             loop {
@@ -306,10 +306,10 @@ impl Shared {
                 tries += 1;
             }
             // Now and then, so that no write waits for a page cache full of it as the machine stands still.
-            unflushed += 1;
-            if unflushed >= SETTLE_FLUSH_PIECES {
-                disk.flush().map_err(backing_trouble)?;
-                unflushed = 0;
+            unwritten += 1;
+            if unwritten >= SETTLE_WRITE_PIECES {
+                disk.write_out().map_err(backing_trouble)?;
+                unwritten = 0;
             }
         }
         disk.make_whole().map_err(backing_trouble)

@@ -92,6 +92,7 @@ fn calls(filter: Filter) -> Result<Vec<Call>, Error> {
                 libc::SYS_fstat,
                 libc::SYS_newfstatat,
                 libc::SYS_pread64,
+                libc::SYS_sync_file_range,
             ]));
             let commands = [
                 libc::F_GETFD,
@@ -250,10 +251,15 @@ const MOVE: &[libc::c_long] = &[
     libc::SYS_shutdown,
 ];
 
-/// Giving pages back that are zero again, and finding where a piece holds something; reading a disk's backing file, and making
-/// durable what was filled in.
-const SETTLE: &[libc::c_long] =
-    &[libc::SYS_fallocate, libc::SYS_lseek, libc::SYS_pread64, libc::SYS_fdatasync];
+/// Giving pages back that are zero again, and finding where a piece holds something; reading a disk's backing file, and writing
+/// down what was filled in.
+const SETTLE: &[libc::c_long] = &[
+    libc::SYS_fallocate,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_sync_file_range,
+    libc::SYS_fdatasync,
+];
 
 /// Finding where a disk holds something, and reading it.
 const COPY: &[libc::c_long] = &[libc::SYS_lseek, libc::SYS_pread64];

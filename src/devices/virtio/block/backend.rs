@@ -168,10 +168,10 @@ impl Disk {
         self.overlay().map_or(Ok(()), |overlay| overlay.fill(piece))
     }
 
-    /// Makes durable what is in the disk's own file. The kernel tells a failure to write of all of this file's descriptors once, so
-    /// what it tells here the guest is told with its next flush.
-    pub fn flush(&self) -> io::Result<()> {
-        self.0.file.sync_data().inspect_err(|_| self.lose_untold())
+    /// Has what is not written down yet of the disk's own file be, which is no more than that. The kernel tells a failure to write of
+    /// all of this file's descriptors once, so what it tells here the guest is told with its next flush.
+    pub fn write_out(&self) -> io::Result<()> {
+        sys::writeback::write_out(&self.0.file).inspect_err(|_| self.lose_untold())
     }
 
     /// A flush has failed that is not the guest's.
@@ -184,7 +184,7 @@ impl Disk {
     /// flush has failed before: what was lost then nobody knows.
     pub fn make_whole(&self) -> io::Result<()> {
         let Some(overlay) = self.overlay() else { return Ok(()) };
-        self.flush()?;
+        self.0.file.sync_data().inspect_err(|_| self.lose_untold())?;
         if self.0.is_unsure.load(Ordering::SeqCst) {
             return Err(io::Error::other("some of the disk could not be written to the medium"));
         }
