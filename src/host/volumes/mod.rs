@@ -442,13 +442,15 @@ impl Volumes {
         disk::make(new, cancelled, progress).await.map(drop)
     }
 
-    /// For `servers`: what was copied beside a volume takes its place. Nobody has it open. Repeatable.
+    /// For `servers`: what was copied beside a volume takes its place, and needs no other file. Nobody has it open. Repeatable.
     pub(crate) async fn take_back(&self, id: VolumeId) -> Result<()> {
         let place = self.core.dirs.volume(id);
         disk::blocking(move || files::take_beside(&place))
             .await
             .map_err(|cause| Error::file(format!("volume {id} cannot be put in place"), cause))?;
-        // The new one is whole, and there for good.
+        // The new one is whole, and there for good. Its record says so before the other goes: nobody may ever say that it is back.
+        self.core.store.write(move |tx| Volumes::is_whole(tx, id)).await?;
+        self.core.checkpoint("volume.taken_back")?;
         self.let_go(id).await
     }
 

@@ -312,6 +312,9 @@ async fn a_file_that_an_overlay_needs_stays_with_it_and_no_longer() {
         volumes.take_back(over).await.unwrap();
     }
     assert!(!overlay::backing(&volumes.core.dirs.volume(over)).exists());
+    // Also where nobody says that it is back, as its server is deleted meanwhile.
+    assert_eq!(volumes.one(over).await.unwrap().filled_by, Some(FillMethod::SparseCopy));
+    drop(volumes.open(over, Content::Recorded).await.unwrap());
     let back = move |tx: &Tx<'_>| {
         let shown = SnapshotVolume { index: 0, size_bytes: MIB, filled_by: None };
         Volumes::is_back(tx, over, SnapshotId::new(), shown, MIB)
