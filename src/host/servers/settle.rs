@@ -277,7 +277,7 @@ impl Doing {
                 }
                 _ => {
                     let ids: Vec<VolumeId> = self.record.disks.iter().map(|disk| disk.volume_id).collect();
-                    self.workshop.volumes.check_whole(&ids, shared)?;
+                    self.workshop.volumes.check_whole(&ids, shared).await?;
                     let begun = async {
                         self.entry.link(limits::COMMAND).await?.order(Command::Settle, limits::PAUSE).await
                     };

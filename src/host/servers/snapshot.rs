@@ -76,7 +76,11 @@ pub(super) fn begin(
         return Err(Error::new(Code::WrongState, detail).with_actions(view::allowed_actions(&server)));
     }
     let ask = Ask::Snapshot { id, memory };
-    let disks: u64 = server.disks.iter().map(|disk| workshop.volumes.stored_bytes(disk.volume_id)).sum();
+    // What an overlay has rewritten is in both of its files, and is copied once.
+    let disks = server.disks.iter().zip(&record.shown.volumes);
+    let disks =
+        disks.map(|(disk, shown)| workshop.volumes.stored_bytes(disk.volume_id).min(shown.size_bytes));
+    let disks = disks.fold(0, u64::saturating_add);
     // How much of the memory was ever written is not known before it is copied.
     let needed = disks.saturating_add(if memory { record.shown.memory_bytes } else { 0 });
     let place = workshop.core.dirs.root().join("snapshots");

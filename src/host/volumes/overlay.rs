@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use sys::beneath::{self, Access};
 
 use super::fill::{Extents, share};
-use super::layers::Layers;
+use super::layers::{Layers, Piece};
 use super::limits::HOLE_BYTES;
 use super::{Volumes, announce, disk, files, space, used_bytes};
 use crate::config::Dirs;
@@ -187,6 +187,26 @@ pub(super) async fn clear_unwritten(layers: Layers, id: VolumeId) -> Result<Laye
     cleared.await.map_err(|cause| Error::file(format!("cannot look at the file of volume {id}"), cause))
 }
 
+fn opened(place: &Path, access: Access) -> io::Result<File> {
+    let (Some(directory), Some(name)) = (place.parent(), place.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    beneath::open(directory, Path::new(name), access)
+}
+
+/// Bytes that a volume reads from another file. A guest that writes meanwhile makes them fewer. What cannot be looked through may all be read.
+fn lacking(place: &Path) -> u64 {
+    let below = backing(place);
+    let look = || {
+        let layers = Layers::over(opened(place, Access::Read)?, opened(&below, Access::ReadLinked)?);
+        let length = layers.own.metadata()?.len();
+        let of_other = |found: &io::Result<Piece>| found.as_ref().map_or(true, |(_, file)| file.is_some());
+        let bytes = |found: io::Result<Piece>| found.map(|(range, _)| range.end - range.start);
+        layers.data(0..length).filter(of_other).map(bytes).sum::<io::Result<u64>>()
+    };
+    look().unwrap_or_else(|_| used_bytes(below.symlink_metadata()))
+}
+
 impl Volumes {
     /// What clones' volumes have in common with snapshots. File systems do not change, so it is found out once.
     pub(super) fn means(&self) -> Means {
@@ -204,13 +224,7 @@ impl Volumes {
         if !is_over(volume, &place) {
             return Ok(Layers::one(own));
         }
-        let opened = disk::blocking(move || {
-            let place = backing(&place);
-            let (Some(directory), Some(name)) = (place.parent(), place.file_name()) else {
-                return Err(io::ErrorKind::InvalidInput.into());
-            };
-            beneath::open(directory, Path::new(name), Access::ReadLinked)
-        });
+        let opened = disk::blocking(move || opened(&backing(&place), Access::ReadLinked));
         let missing = |cause| {
             Error::file(format!("cannot open the file that volume {} was made from", volume.id), cause)
         };
@@ -218,13 +232,14 @@ impl Volumes {
     }
 
     /// For `servers`: fails with `disk_full` when not all of these overlays could be made whole, of which so many bytes are missing.
-    pub(crate) fn check_whole(&self, ids: &[VolumeId], missing_bytes: u64) -> Result<()> {
+    pub(crate) async fn check_whole(&self, ids: &[VolumeId], missing_bytes: u64) -> Result<()> {
         if missing_bytes == 0 {
             return Ok(());
         }
-        // No more can be missing than the files have that it is in.
-        let below = ids.iter().map(|id| used_bytes(backing(&self.core.dirs.volume(*id)).symlink_metadata()));
-        let needed = missing_bytes.min(below.sum());
+        // A VMM knows no holes of the other file, and takes for missing what was rewritten.
+        let places: Vec<PathBuf> = ids.iter().map(|id| self.core.dirs.volume(*id)).collect();
+        let count = move || Ok(places.iter().map(|place| lacking(place)).fold(0, u64::saturating_add));
+        let needed = missing_bytes.min(disk::blocking(count).await.unwrap_or(missing_bytes));
         space::check(&self.core.dirs.root().join("volumes"), needed, 0).map_err(|cause| match cause.code {
             Code::DiskFull => {
                 let detail = format!(

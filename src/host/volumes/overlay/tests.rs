@@ -93,6 +93,25 @@ fn a_volume_takes_what_nobody_else_has_besides() {
     assert_eq!(own_bytes(&place), MIB + 4096);
 }
 
+#[test]
+fn what_is_missing_of_an_overlay_is_neither_what_it_has_written_nor_a_hole() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    let (below, place) = (source(at, MIB), at.join("own"));
+    File::options().write(true).open(at.join("source")).unwrap().set_len(3 * MIB).unwrap();
+    let own = empty(at);
+    assert_eq!(lacking(&place), 0);
+    assert!(lay(&Layers::one(below), &own, &place, 4 * MIB).unwrap());
+    assert_eq!(lacking(&place), MIB);
+    own.write_all_at(&[1; 3 << 18], 0).unwrap();
+    assert_eq!(lacking(&place), MIB / 4);
+    own.write_all_at(&[1; 3 << 18], MIB / 2).unwrap();
+    assert_eq!(lacking(&place), 0);
+    // Of what cannot be opened, all.
+    std::fs::remove_file(&place).unwrap();
+    assert_eq!(lacking(&place), MIB);
+}
+
 /// Holds of the file systems that tests run on.
 #[test]
 fn this_file_system_is_known() {
