@@ -275,9 +275,11 @@ const KINDS: [&str; 12] = [
     "/dev/net/tun",
 ];
 
-/// As the kernel shows them: an operator may have put links on the way to the state directory.
+/// As the kernel shows them: an operator may have put links on the way to the state directory. Files that are gone may be open still.
 fn behind_links(files: &[PathBuf]) -> Vec<PathBuf> {
-    files.iter().map(|file| fs::canonicalize(file).unwrap_or_else(|_| file.clone())).collect()
+    let gone = |file: &PathBuf| Some(fs::canonicalize(file.parent()?).ok()?.join(file.file_name()?));
+    let resolved = |file: &PathBuf| fs::canonicalize(file).ok().or_else(|| gone(file));
+    files.iter().map(|file| resolved(file).unwrap_or_else(|| file.clone())).collect()
 }
 
 fn is_known(target: &Path, files: &[PathBuf]) -> bool {
@@ -353,9 +355,11 @@ mod tests {
         let shown = fs::canonicalize(&real).unwrap().join("log");
         assert!(!is_known(&shown, std::slice::from_ref(&link)));
         assert!(is_known(&shown, &behind_links(&[link])));
-        // What has gone keeps its name.
-        let gone = directory.path().join("gone");
-        assert_eq!(behind_links(std::slice::from_ref(&gone)), [gone]);
+        // What has gone keeps its name, where that was.
+        let gone = fs::canonicalize(&real).unwrap().join("gone.raw (deleted)");
+        assert!(is_known(&gone, &behind_links(&[directory.path().join("link/gone.raw")])));
+        let nowhere = directory.path().join("gone/with/its/directory");
+        assert_eq!(behind_links(std::slice::from_ref(&nowhere)), [nowhere]);
     }
 
     #[test]
