@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use model::event::EventData;
 use model::operation::{Accepted, Resource};
@@ -51,7 +51,7 @@ pub(crate) const TABLES: &str = crate::table!("volumes");
 pub struct Volumes {
     core: Shared,
     images: Images,
-    means: Arc<OnceLock<Means>>,
+    means: Arc<Mutex<Option<Means>>>,
 }
 
 /// A volume to make.

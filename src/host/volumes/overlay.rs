@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use model::volume::{FillMethod, Volume, VolumeState};
 use model::{Code, VolumeId};
@@ -50,16 +51,20 @@ pub(super) enum Means {
     Nothing,
 }
 
-/// Looks at what volumes can have in common with snapshots.
-pub(super) fn means(dirs: &Dirs) -> Means {
+/// Looks at what volumes can have in common with snapshots. An error says nothing of the file system: the disk may just be full.
+pub(super) fn means(dirs: &Dirs) -> io::Result<Means> {
     let [volumes, snapshots] = ["volumes", "snapshots"].map(|name| dirs.root().join(name));
-    if shares_blocks(&snapshots, &volumes).unwrap_or_default() {
-        return Means::Blocks;
-    }
-    let is_possible = || Ok::<_, io::Error>(tells_holes(&volumes)? && names_reach(&snapshots, &volumes)?);
-    match is_possible() {
-        Ok(true) => Means::Holes,
-        Ok(false) | Err(_) => Means::Nothing,
+    let look = || -> io::Result<Means> {
+        if shares_blocks(&snapshots, &volumes)? {
+            return Ok(Means::Blocks);
+        }
+        let is_possible = tells_holes(&volumes)? && names_reach(&snapshots, &volumes)?;
+        Ok(if is_possible { Means::Holes } else { Means::Nothing })
+    };
+    match look() {
+        // One that knows no files without names.
+        Err(cause) if cause.kind() == io::ErrorKind::Unsupported => Ok(Means::Nothing),
+        found => found,
     }
 }
 
@@ -208,9 +213,17 @@ fn lacking(place: &Path) -> u64 {
 }
 
 impl Volumes {
-    /// What clones' volumes have in common with snapshots. File systems do not change, so it is found out once.
+    /// What clones' volumes have in common with snapshots. File systems do not change, so it is found out once; while it cannot be, nothing.
     pub(super) fn means(&self) -> Means {
-        *self.means.get_or_init(|| means(&self.core.dirs))
+        let mut known = self.means.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none() {
+            *known = means(&self.core.dirs)
+                .inspect_err(|cause| {
+                    tracing::warn!("what volumes share with snapshots cannot be told yet: {cause}")
+                })
+                .ok();
+        }
+        known.unwrap_or(Means::Nothing)
     }
 
     /// For `servers`: whether a copy of a volume for a snapshot shares its blocks, and so takes no time.

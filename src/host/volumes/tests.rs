@@ -322,3 +322,18 @@ async fn a_file_that_an_overlay_needs_stays_with_it_and_no_longer() {
     volumes.core.store.write(back).await.unwrap();
     assert_eq!(volumes.one(over).await.unwrap().filled_by, Some(FillMethod::SparseCopy));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_volumes_share_is_not_decided_by_an_error() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let known = overlay::means(&volumes.core.dirs).unwrap();
+    let [there, away] = ["volumes", "away"].map(|name| place.directory.path().join(name));
+    std::fs::rename(&there, &away).unwrap();
+    assert_eq!(volumes.means(), Means::Nothing);
+    std::fs::rename(&away, &there).unwrap();
+    assert_eq!(volumes.means(), known);
+    // It is not looked for again.
+    std::fs::rename(&there, &away).unwrap();
+    assert_eq!(volumes.means(), known);
+}

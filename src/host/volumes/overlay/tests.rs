@@ -121,7 +121,7 @@ fn this_file_system_is_known() {
         assert!(!shares_blocks(directory.path(), directory.path()).unwrap());
     }
     let dirs = Dirs::prepare(&directory.path().join("state")).unwrap();
-    let found = means(&dirs);
+    let found = means(&dirs).unwrap();
     assert!(found == Means::Blocks || found == Means::Holes || !tells_holes(directory.path()).unwrap());
     assert_eq!(std::fs::read_dir(dirs.root().join("volumes")).unwrap().count(), 0, "nothing is left");
     // A file system that can share blocks of some files is asked for no holes.
