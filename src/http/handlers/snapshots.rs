@@ -31,7 +31,7 @@ use crate::upload::{self, Upload};
 const STREAM: &str = "application/octet-stream";
 
 /// Takes a snapshot of a server: of its disks, and with `memory` of its memory at the same moment. A server that runs
-/// stands still while its disks are copied, for no more than some milliseconds where the file system can share blocks;
+/// stands still for a few milliseconds; where the file system shares no blocks its disks are copied while it runs on.
 /// `paused_ms` of the snapshot says how long it was. With `incremental` it holds only what is new since the last one.
 #[utoipa::path(post, path = "/v1/servers/{id}/actions/snapshot", tag = "snapshots",
     operation_id = "snapshot_server",
