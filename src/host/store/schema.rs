@@ -27,6 +27,8 @@ const MIGRATIONS: &[&[&str]] = &[
     // No table: snapshots may lie with others from here on, which an earlier daemon would take for whole, and directories that
     // have no record are needed, which it would remove.
     &[],
+    // No table: volumes may be overlays from here on, whose records an earlier daemon cannot read.
+    &[],
 ];
 
 pub(super) fn migrate(writer: &mut Connection) -> Result<()> {

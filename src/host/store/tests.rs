@@ -197,6 +197,17 @@ async fn a_database_of_a_later_version_is_refused_and_left_alone() {
 }
 
 #[tokio::test]
+async fn what_earlier_daemons_cannot_read_is_refused_by_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("toft.db");
+    Store::open(&path, Arc::new(AlwaysLive)).await.unwrap().close().await;
+    // Those that know no overlays refuse what is beyond 7.
+    let version: i64 =
+        Connection::open(&path).unwrap().query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
+    assert!(version > 7, "{version}");
+}
+
+#[tokio::test]
 async fn a_taken_name_is_told_from_other_trouble() {
     let (store, _directory) = filled(vec![thing("one", &[]), thing("two", &[])]).await;
     let refused = store.write(|tx| records::insert(tx, &thing("one", &[]))).await.unwrap_err();
