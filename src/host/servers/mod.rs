@@ -104,7 +104,7 @@ impl Servers {
         Ok(all.iter().filter_map(|record| record.life.phase.snapshot()).collect())
     }
 
-    /// Takes a snapshot of it. A server that runs stands still while its disks are copied, and runs on.
+    /// Takes a snapshot of it. A server that runs stands still for a moment, and runs on.
     pub async fn snapshot(
         &self,
         call: &Call,
