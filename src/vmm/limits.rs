@@ -51,6 +51,9 @@ pub(crate) const SETTLE_ROUNDS_MAX: u32 = 4;
 /// system call, and it has all this memory anyway.
 pub(crate) const SETTLE_ZEROES_MAX: u64 = 256 << 10;
 
+/// Bytes of a disk that are looked at before who copies it lets others have its processor.
+pub(crate) const COPY_GIVES_WAY_BYTES: u64 = 2 << 20;
+
 /// Pieces of a disk's backing file that are filled in before they are written down: 16 MiB, below what a group of some 160 MiB may have that is
 /// not.
 pub(crate) const SETTLE_WRITE_PIECES: u32 = 32;

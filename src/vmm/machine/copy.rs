@@ -14,6 +14,7 @@ use wire::copies::{CopyReport, CopySpec, CopyStatus};
 use wire::saved::WriteDelay;
 
 use super::{Error, Machine};
+use crate::limits::COPY_GIVES_WAY_BYTES;
 use crate::log;
 use crate::threads::{self, ThreadKind};
 
@@ -157,15 +158,18 @@ impl Shared {
     fn copy(&self, disks: &[(Disk, Arc<Keeping>)]) -> Result<(), String> {
         let failed = |cause: io::Error| log::chain(&cause);
         for (disk, keeping) in disks {
-            let (before, mut at) = (self.done_bytes.load(Ordering::Relaxed), 0);
+            let (before, mut at, mut given_way_at) = (self.done_bytes.load(Ordering::Relaxed), 0, 0);
             while let Some(next) = keeping.copy_next(disk, at).map_err(failed)? {
                 if self.cancelled.load(Ordering::SeqCst) {
                     return Err("it was given up".to_owned());
                 }
                 at = next;
                 self.done_bytes.store(before.saturating_add(at.min(disk.bytes())), Ordering::Relaxed);
-                // Its guest may wait for this processor, or for what it keeps.
-                guard::give_way();
+                // Its guest may wait for this processor. Not for each part: where many want it, to have it again takes milliseconds.
+                if at >= given_way_at + COPY_GIVES_WAY_BYTES {
+                    guard::give_way();
+                    given_way_at = at;
+                }
             }
             self.done_bytes.store(before.saturating_add(disk.bytes()), Ordering::Relaxed);
         }
