@@ -23,7 +23,7 @@ use crate::volumes::Volumes;
 use crate::volumes::layers::Layers;
 
 /// What is told of it.
-const PART: Part = ("copying_disks", 10, 40);
+pub(super) const PART: Part = ("copying_disks", 10, 40);
 
 /// The disks, before the moment.
 pub(super) enum Disks {
@@ -86,8 +86,14 @@ impl Doing {
         Ok((vec![FillMethod::SparseCopy; files.len()], Copied::UnderWay))
     }
 
-    /// Waits until the VMM has copied what it was told to copy; what it says of that, if it was.
-    pub(super) async fn end_of_copy(&self, link: &Link, copied: Copied) -> Result<Option<CopyReport>> {
+    /// Waits until the VMM has copied what it was told to copy; what it says of that, if it was. How far that is nobody is told but in a
+    /// part of its own.
+    pub(super) async fn end_of_copy(
+        &self,
+        link: &Link,
+        copied: Copied,
+        part: Option<Part>,
+    ) -> Result<Option<CopyReport>> {
         if matches!(copied, Copied::All) {
             return Ok(None);
         }
@@ -103,12 +109,14 @@ impl Doing {
                     return Ok(Some(report));
                 }
                 CopyStatus::Copying { done_bytes, total_bytes } => {
-                    self.tell_at_times(&mut told, PART, done_bytes, total_bytes).await?;
+                    if let Some(part) = part {
+                        self.tell_at_times(&mut told, part, done_bytes, total_bytes).await?;
+                    }
                 }
                 CopyStatus::Failed { detail } => {
                     let detail =
                         format!("the disks of server {} could not be copied: {detail}", self.record.name);
-                    return Err(self.full_or(Code::MachineFailed, detail));
+                    return Err(self.full_or("snapshots", Code::MachineFailed, detail));
                 }
                 CopyStatus::None => return Err(unexpected(&status)),
             }

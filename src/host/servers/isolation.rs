@@ -76,11 +76,12 @@ pub(super) fn shown(isolation: Isolation, findings: Vec<Finding>) -> ServerIsola
     ServerIsolation { isolation, complete: items.iter().all(|item| item.stands), items }
 }
 
-/// What its VMM was given: files of its own directory, its volumes, its image, and the memory that it shares.
+/// What its VMM was given: files of its own directory, its volumes, its image, what it copies into, and the memory that it shares.
 async fn files(workshop: &Workshop, record: &ServerRecord) -> Result<Vec<PathBuf>> {
     let dirs = &workshop.core.dirs;
     let mut files = vec![dirs.server(record.id), dirs.image(record.image_id)];
     files.extend(record.disks.iter().flat_map(|disk| volume_files(dirs, disk.volume_id)));
+    files.extend(record.life.phase.snapshot().map(|id| workshop.snapshots.directory(id)));
     if let Some(id) = record.life.shares {
         let find = move |connection: &Connection| below(connection, id);
         // One that was deleted since has left no word of them but what the server has kept.

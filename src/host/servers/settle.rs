@@ -222,7 +222,7 @@ impl Doing {
             Cause::Given(cause) => Err(cause),
             Cause::Failed(why) => {
                 let detail = format!("server {} could not be settled: {why}", self.record.name);
-                Err(self.full_or(Code::WrongState, detail))
+                Err(self.full_or("volumes", Code::WrongState, detail))
             }
             Cause::Ended => Err(AskError::Gone.into()),
         }
@@ -289,9 +289,9 @@ impl Doing {
         }
     }
 
-    /// What a VMM could not do with a disk: with a code of its own where there is no room left.
-    pub(super) fn full_or(&self, code: Code, detail: String) -> Error {
-        match space::short(&self.workshop.core.dirs.root().join("volumes")) {
+    /// What a VMM could not do with a disk: with a code of its own where there is no room left in that directory.
+    pub(super) fn full_or(&self, written_to: &str, code: Code, detail: String) -> Error {
+        match space::short(&self.workshop.core.dirs.root().join(written_to)) {
             Some(advice) => Error::new(Code::DiskFull, format!("{detail}: {advice}")),
             None => Error::new(code, detail),
         }

@@ -25,7 +25,7 @@ use super::lifecycle::{Ask, Back, Event, Phase, Trouble};
 use super::record::ServerRecord;
 use super::registry::Workshop;
 use super::settle::Own;
-use super::{advance, limits, machine, view};
+use super::{advance, copies, limits, machine, view};
 use crate::call::Actor;
 use crate::config::Dirs;
 use crate::core::blocking;
@@ -298,7 +298,7 @@ impl Doing {
         let moment = self.park(&link).await?;
         let (disks, copied) = self.copy_now(&link, directory, disks).await?;
         let still = self.let_go(&link, back, moment, disks).await?;
-        Ok(Stillness { copied: self.end_of_copy(&link, copied).await?, ..still })
+        Ok(Stillness { copied: self.end_of_copy(&link, copied, Some(copies::PART)).await?, ..still })
     }
 
     /// Of a machine that is parked: memory and disks are copied side by side.
@@ -339,14 +339,15 @@ impl Doing {
             let still = self.let_go(&link, &Back::Running, moment, disks).await?;
             // Of one that fails the other is not waited for.
             let (copied, report) =
-                tokio::try_join!(self.end_of_copy(&link, copied), self.end_of_save(&link))?;
+                tokio::try_join!(self.end_of_copy(&link, copied, None), self.end_of_save(&link))?;
             return Ok((Stillness { copied, ..still }, Some(report)));
         }
         self.begin_save(&link, place, None).await?;
         let copying = self.copy_now(&link, directory, disks);
         let ((disks, copied), report) = tokio::try_join!(copying, self.end_of_save(&link))?;
         let still = self.let_go(&link, &Back::Running, moment, disks).await?;
-        Ok((Stillness { copied: self.end_of_copy(&link, copied).await?, ..still }, Some(report)))
+        let copied = self.end_of_copy(&link, copied, Some(copies::PART)).await?;
+        Ok((Stillness { copied, ..still }, Some(report)))
     }
 
     /// A connection to a machine that saves nothing.

@@ -98,8 +98,11 @@ fn tells_holes(directory: &Path) -> io::Result<bool> {
     const EXT4: u64 = 0xEF53;
     const XFS: u64 = 0x5846_5342;
     const TMPFS: u64 = 0x0102_1994;
-    let kind = u64::try_from(statfs(directory)?.f_type).unwrap_or_default();
-    if ![EXT4, XFS, TMPFS].contains(&kind) {
+    let found = statfs(directory)?;
+    let kind = u64::try_from(found.f_type).unwrap_or_default();
+    // Of smaller blocks a loss of power could keep a part of one of ours.
+    let has_blocks = u64::try_from(found.f_bsize).is_ok_and(|bytes| bytes == HOLE_BYTES);
+    if ![EXT4, XFS, TMPFS].contains(&kind) || !has_blocks {
         return Ok(false);
     }
     let (file, at) = (nameless(directory)?, (2 << 20) + HOLE_BYTES);

@@ -274,6 +274,36 @@ async fn a_crash_at_any_point_can_be_gone_on_from() {
     panic!("no life was long enough");
 }
 
+/// As a loss of power leaves it: space that was given and never written, beside what was. What is read of that makes no data of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overlay_is_cleared_of_what_was_never_written_before_it_is_read() {
+    let place = Place::new();
+    let volumes = opened(&place).await;
+    let id = filled(&volumes, new("data", 2 * MIB, None)).await;
+    let over = move |tx: &Tx<'_>| {
+        let mut volume: Volume = records::one(tx, id.0)?;
+        volume.filled_by = Some(FillMethod::Overlay);
+        records::save(tx, &mut volume)
+    };
+    volumes.core.store.write(over).await.unwrap();
+    let path = volumes.core.dirs.volume(id);
+    std::fs::write(overlay::backing(&path), vec![b'b'; MIB as usize]).unwrap();
+    let own = File::options().read(true).write(true).truncate(true).open(&path).unwrap();
+    own.set_len(2 * MIB).unwrap();
+    rustix::fs::fallocate(&own, rustix::fs::FallocateFlags::KEEP_SIZE, 0, 256 << 10).unwrap();
+    own.write_all_at(&[b'o'; 64 << 10], 0).unwrap();
+    own.sync_all().unwrap();
+    rustix::fs::fadvise(&own, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    drop(own);
+    let layers = volumes.open(id, Content::Recorded).await.unwrap();
+    let mut piece = [0; 64 << 10];
+    // The kernel reads ahead of the first.
+    for (at, byte) in [(0, b'o'), (64 << 10, b'b'), (128 << 10, b'b'), (MIB, 0)] {
+        layers.read_exact_at(&mut piece, at).unwrap();
+        assert!(piece == [byte; 64 << 10], "at {at}: {:?}", &piece[..4]);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_an_overlay_needs_stays_with_it_and_no_longer() {
     let place = Place::new();

@@ -114,7 +114,7 @@ impl Copying {
         Ok(copying)
     }
 
-    /// Gives it up. The thread is not waited for: what it copies to may hang.
+    /// Gives it up. The thread is not waited for here, as what it copies to may hang: the next copy does, and the machine's end.
     fn cancel(&self) {
         self.shared.cancelled.store(true, Ordering::SeqCst);
         if self.shared.end(Err("it was given up".to_owned())) {
@@ -134,7 +134,7 @@ impl Drop for Copying {
 }
 
 impl Shared {
-    /// The files are let go of before anybody is told.
+    /// The files are let go of before anybody is told that it has ended, but for whoever gives it up.
     fn run(&self, disks: Vec<(Disk, Arc<Keeping>)>) {
         let result = self.copy(&disks).map(|()| self.report(&disks));
         if !self.cancelled.load(Ordering::SeqCst) {

@@ -76,6 +76,8 @@ enum Chore {
     Turn { work: Arc<Work>, piece: Arc<Piece>, left: Pages },
     /// A piece is filled into a disk.
     Fill { disk: Disk, piece: Arc<block::Piece> },
+    /// All of a disk is filled in, and durable.
+    Whole { disk: Disk },
 }
 
 struct Answer {
@@ -169,7 +171,10 @@ impl Machine {
                 let done = self.standing_still(patience, || work.turn(&piece, &mut left));
                 (Some(left), done)
             }
-            Chore::Fill { disk, piece } => (None, self.standing_still(patience, || fill(&disk, &piece))),
+            Chore::Fill { disk, piece } => {
+                (None, self.standing_still(patience, || of_disk(disk.fill(&piece))))
+            }
+            Chore::Whole { disk } => (None, self.standing_still(patience, || of_disk(disk.make_whole()))),
         };
         let turn = match done {
             Ok(Ok(())) => Turn::Done,
@@ -293,18 +298,8 @@ impl Shared {
     fn fill_disk(&self, disk: &Disk) -> Result<(), Stop> {
         let mut unwritten = 0;
         while let Some(piece) = disk.read_ahead().map_err(backing_trouble)? {
-            let (piece, mut tries) = (Arc::new(piece), 0);
-            loop {
-                if self.is_cancelled() {
-                    return Err(Stop::GivenUp);
-                }
-                let chore = Chore::Fill { disk: disk.clone(), piece: Arc::clone(&piece) };
-                let answer = self.turn(Due { chore, patience: patience(tries) })?;
-                if self.is_turned(answer.turn, answer.took, tries)? {
-                    break;
-                }
-                tries += 1;
-            }
+            let piece = Arc::new(piece);
+            self.until_done(|| Chore::Fill { disk: disk.clone(), piece: Arc::clone(&piece) })?;
             // Now and then, so that no write waits for a page cache full of it as the machine stands still.
             unwritten += 1;
             if unwritten >= SETTLE_WRITE_PIECES {
@@ -312,7 +307,23 @@ impl Shared {
                 unwritten = 0;
             }
         }
-        disk.make_whole().map_err(backing_trouble)
+        disk.sync().map_err(backing_trouble)?;
+        // With every answer taken, as one may say that something is lost.
+        self.until_done(|| Chore::Whole { disk: disk.clone() })
+    }
+
+    /// Has the main thread do something with a disk, again until it comes to that.
+    fn until_done(&self, chore: impl Fn() -> Chore) -> Result<(), Stop> {
+        for tries in 0.. {
+            if self.is_cancelled() {
+                return Err(Stop::GivenUp);
+            }
+            let answer = self.turn(Due { chore: chore(), patience: patience(tries) })?;
+            if self.is_turned(answer.turn, answer.took, tries)? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// What the main thread's answer comes to: done, or to be tried again. Lets the machine run first.
@@ -487,8 +498,8 @@ impl ram::Outlet for Own<'_> {
     }
 }
 
-fn fill(disk: &Disk, piece: &block::Piece) -> Result<(), Error> {
-    disk.fill(piece).map_err(|cause| Error::Host { what: "a disk".to_owned(), cause })
+fn of_disk(done: std::io::Result<()>) -> Result<(), Error> {
+    done.map_err(|cause| Error::Host { what: "a disk".to_owned(), cause })
 }
 
 fn backing_trouble(cause: std::io::Error) -> Stop {

@@ -176,30 +176,46 @@ impl Disk {
 
     /// A flush has failed that is not the guest's.
     pub(super) fn lose_untold(&self) {
-        self.flush_failed();
+        self.0.is_unsure.store(true, Ordering::SeqCst);
         self.0.is_untold.store(true, Ordering::SeqCst);
     }
 
-    /// Makes durable what was filled in, which is all. From then on no request begins to read the backing file. Fails for good when a
-    /// flush has failed before: what was lost then nobody knows.
+    /// Makes durable what was filled in, which is all.
+    pub fn sync(&self) -> io::Result<()> {
+        self.0.file.sync_data().inspect_err(|_| self.lose_untold())
+    }
+
+    /// All is filled in, and durable: from then on no request begins to read the backing file. Nothing may be in flight. Fails for good
+    /// when a flush has failed before, the guest's or one of ours: what was lost then nobody knows.
     pub fn make_whole(&self) -> io::Result<()> {
         let Some(overlay) = self.overlay() else { return Ok(()) };
-        self.0.file.sync_data().inspect_err(|_| self.lose_untold())?;
         if self.0.is_unsure.load(Ordering::SeqCst) {
-            return Err(io::Error::other("some of the disk could not be written to the medium"));
+            return Err(io::Error::other(
+                "some of the disk could not be written to the medium; start its machine anew when that is mended",
+            ));
         }
         overlay.make_whole();
         Ok(())
     }
 
-    /// A flush of the guest's has failed, or a write that was to be durable.
-    pub(super) fn flush_failed(&self) {
-        self.0.is_unsure.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether a flush has failed that the guest has not been told of; once.
-    pub(super) fn takes_untold(&self) -> bool {
-        self.0.is_untold.load(Ordering::Relaxed) && self.0.is_untold.swap(false, Ordering::SeqCst)
+    /// What an answer of the ring says of what is to be on the medium.
+    pub(super) fn judge(&self, result: io::Result<()>) -> Answer {
+        match &result {
+            Ok(())
+                if self.0.is_untold.load(Ordering::Relaxed)
+                    && self.0.is_untold.swap(false, Ordering::SeqCst) =>
+            {
+                Answer::Others(io::Error::other("a flush failed that was not the guest's"))
+            }
+            // Where there is no room nothing was taken that could be lost.
+            Err(cause)
+                if !matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
+            {
+                self.0.is_unsure.store(true, Ordering::SeqCst);
+                Answer::Own(result)
+            }
+            _ => Answer::Own(result),
+        }
     }
 
     /// Begins to mark what the guest changes, from no mark at all.
@@ -313,6 +329,15 @@ impl Disk {
 
 fn files(own: &Arc<File>, overlay: Option<&Overlay>) -> Files {
     Files { own: Arc::clone(own), backing: overlay.map(|overlay| Arc::clone(overlay.backing())) }
+}
+
+/// What became of a step.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// What the kernel says of it.
+    Own(io::Result<()>),
+    /// It worked, and something before it was lost that the guest does not know of.
+    Others(io::Error),
 }
 
 /// Ways to make a range read zero, cheapest first.

@@ -147,8 +147,11 @@ impl Pending {
     pub(super) fn is_durable(&self) -> bool {
         match self.request {
             Request::Write { .. } => self.durability == Durability::Durable,
+            Request::WriteZeroes(_) => {
+                self.is_syncing || (self.zeroing == Zeroing::Write && self.durability == Durability::Durable)
+            }
             Request::Flush => true,
-            _ => self.is_syncing,
+            Request::Read { .. } | Request::Identity | Request::Discard(_) => false,
         }
     }
 

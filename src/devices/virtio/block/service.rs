@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_blk::*;
 use vmm_sys_util::epoll::EventSet;
 
 use super::BlockStats;
-use super::backend::{Disk, Lease, is_unsupported};
+use super::backend::{Answer, Disk, Lease, is_unsupported};
 use super::lookout::Lookout;
 use super::pending::Pending;
 use super::request::{IDENTITY_BYTES, Refusal, Request, Terms};
@@ -386,7 +386,7 @@ impl Service {
                 self.held.push(pending);
                 return Ok(());
             }
-            Err(cause) => return self.settle(pending, Err(cause)),
+            Err(cause) => return self.settle(pending, Answer::Own(Err(cause))),
         }
         let started = match &mut self.lease {
             Some(lease) => pending.start(lease, &self.memory),
@@ -446,7 +446,11 @@ impl Service {
         for Completed { token, result } in done.drain(..) {
             let place = usize::try_from(token).ok().and_then(|head| self.pending.get_mut(head));
             let Some(pending) = place.and_then(Option::take) else { continue };
-            first_fault = first_fault.and(self.settle(pending, result));
+            let answer = match &self.lease {
+                Some(lease) if pending.is_durable() => lease.disk.judge(result),
+                _ => Answer::Own(result),
+            };
+            first_fault = first_fault.and(self.settle(pending, answer));
         }
         self.done = done;
         for pending in std::mem::take(&mut self.held) {
@@ -464,32 +468,32 @@ impl Service {
     }
 
     /// Goes on with a request after a step, or completes it.
-    fn settle(&mut self, mut pending: Pending, mut result: io::Result<()>) -> Result<(), Fault> {
+    fn settle(&mut self, mut pending: Pending, answer: Answer) -> Result<(), Fault> {
+        // What others have lost is told as it is: nothing of it is tried again.
+        let (result, is_final) = match answer {
+            Answer::Own(result) => (result, false),
+            Answer::Others(cause) => (Err(cause), true),
+        };
         if let Some(lease) = &self.lease {
-            if pending.is_durable() {
-                if result.is_ok() && lease.disk.takes_untold() {
-                    result = Err(io::Error::other("a flush failed that was not the guest's"));
-                }
-                result.is_err().then(|| lease.disk.flush_failed());
-            }
             note_changes(&lease.disk, &pending, Outcome::of(&result));
             pending.all().for_each(|pending| lease.disk.mark_changes(&pending.request));
         }
         let followers = pending.take_followers();
-        if result.is_err() && !followers.is_empty() {
+        if result.is_err() && !is_final && !followers.is_empty() {
             return self.issue_each(pending, followers);
         }
         let next = match (&self.lease, &result) {
             (Some(lease), Ok(())) => pending.goes_on(&lease.disk),
-            (Some(lease), Err(cause)) => pending.goes_another_way(&lease.disk, cause),
+            (Some(lease), Err(cause)) => !is_final && pending.goes_another_way(&lease.disk, cause),
             (None, _) => false,
         };
         if next {
             return self.issue(pending);
         }
+        let kind = result.as_ref().err().map(io::Error::kind);
         let mut outcome = self.finish(pending, result);
         for pending in followers {
-            outcome = outcome.and(self.finish(pending, Ok(())));
+            outcome = outcome.and(self.finish(pending, kind.map_or(Ok(()), |kind| Err(kind.into()))));
         }
         outcome
     }

@@ -60,6 +60,7 @@ fn fill_all(disk: &Disk) {
     while let Some(piece) = disk.read_ahead().unwrap() {
         disk.fill(&piece).unwrap();
     }
+    disk.sync().unwrap();
     disk.make_whole().unwrap();
 }
 
@@ -174,14 +175,14 @@ fn space_that_was_given_and_not_written_is_taken_away_before_anything_is_read() 
     let (own, (backing, mut oracle)) = (own(), backing());
     let mode = nix::fcntl::FallocateFlags::empty();
     nix::fcntl::fallocate(&own, mode, 0, 256 << 10).unwrap();
-    own.write_all_at(&[0xaa; 4096], 4096).unwrap();
+    own.write_all_at(&[0xaa; 64 << 10], 0).unwrap();
     own.sync_all().unwrap();
-    oracle[4096..8192].fill(0xaa);
+    oracle[..64 << 10].fill(0xaa);
     sys::holes::clear_unwritten(&own).unwrap();
     let drop_cache = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
     nix::fcntl::posix_fadvise(&own, 0, 0, drop_cache).unwrap();
     // With what the kernel reads ahead.
-    own.read_exact_at(&mut [0; 8192], 0).unwrap();
+    own.read_exact_at(&mut [0; 64 << 10], 0).unwrap();
     let disk = Disk::plain(own, Some(backing), Access::ReadWrite).unwrap();
     assert!(all(&disk) == oracle);
 }
@@ -201,6 +202,45 @@ fn what_a_flush_has_lost_makes_no_disk_whole_and_the_guest_is_told() {
         let refused = driver.disk.make_whole().unwrap_err().to_string();
         assert!(refused.contains("could not be written to the medium"), "{refused}");
         assert!(driver.disk.shared_bytes() > 0);
+    });
+}
+
+/// Writes that are done as one are all told, and none is written again.
+#[test]
+fn what_was_lost_is_told_to_durable_writes_that_are_done_as_one() {
+    each_engine(|engine| {
+        let (own, (backing, _)) = (own(), backing());
+        let setup =
+            Setup { engine, cache: CacheMode::Writethrough, backing: Some(backing), ..Setup::default() };
+        let mut driver = Driver::over(own, setup);
+        driver.active.take().unwrap().stop();
+        let (features, signals) = (driver.block.features(), driver.heard.clone());
+        let wiring = driver.ring.wiring(0, features);
+        let mut service = driver.block.service(wiring, signals, features, None).unwrap();
+        for wanted in [IOERR, OK] {
+            if wanted == IOERR {
+                driver.disk.lose_untold();
+            }
+            let sent = [0, 8, 16].map(|sector| driver.send(VIRTIO_BLK_T_OUT, sector, &[7; 4096], 0));
+            let (mut answers, end) = (0, Instant::now() + PATIENCE);
+            while answers < sent.len() {
+                assert!(Instant::now() < end, "{answers} answers");
+                service.serve().unwrap();
+                answers += driver.ring.take_used().iter().count();
+            }
+            for sent in sent {
+                assert_eq!(driver.bench.bytes(sent.status, 1), [wanted]);
+            }
+        }
+        // Zeroes that are to be durable, too.
+        driver.disk.lose_untold();
+        let sent = driver.send(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(0, 8, 0), 0);
+        let end = Instant::now() + PATIENCE;
+        while driver.ring.take_used().is_none() {
+            assert!(Instant::now() < end);
+            service.serve().unwrap();
+        }
+        assert_eq!(driver.bench.bytes(sent.status, 1), [IOERR]);
     });
 }
 
