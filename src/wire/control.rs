@@ -82,8 +82,8 @@ pub enum Command {
     /// How the copy that is under way, or the last one, stands. Answered with [`Reply::Copy`].
     CopyStatus,
     /// Have all memory be the machine's own, whatever it was mapped from, and all of its disks lie in their own files, while its
-    /// guest runs. Answered when it has begun; how it goes is told by [`Command::MemoryStatus`]. Done at once where it is so already, joined where it is under way. A save, a
-    /// move and a reset give it up. Refused while one of the first two is under way.
+    /// guest runs. Answered when it has begun; how it goes is told by [`Command::MemoryStatus`]. Done at once where it is so already,
+    /// joined where it is under way. A save, a move and a reset give it up. Refused while one of the first two is under way.
     Settle,
     /// Give up the settling that is under way. What was settled stays so. Repeatable.
     CancelSettle,

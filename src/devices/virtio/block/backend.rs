@@ -207,14 +207,12 @@ impl Disk {
             {
                 Answer::Others(io::Error::other("a flush failed that was not the guest's"))
             }
-            // Where there is no room nothing was taken that could be lost.
-            Err(cause)
-                if !matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
-            {
+            // For want of room, too: it may have been found only as earlier writes were written down, which are lost then.
+            Err(_) => {
                 self.0.is_unsure.store(true, Ordering::SeqCst);
                 Answer::Own(result)
             }
-            _ => Answer::Own(result),
+            Ok(()) => Answer::Own(result),
         }
     }
 
